@@ -1,0 +1,254 @@
+"""What a run shows of its work: the validation report, the table of checks, and progress while a job runs.
+
+Progress goes one way. The task that drives a Ray Data job runs in a Ray worker, which has no terminal; it keeps a
+Prefect progress artifact up to date, for the UI. When a flow is run by hand at a terminal, its own process reads those
+artifacts back (`show_progress`) and draws bars from them, so that both show the same figures.
+"""
+
+import contextvars
+import datetime as dt
+import enum
+import hashlib
+import math
+import re
+import sys
+import threading
+import time
+import unicodedata
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+from uuid import UUID
+
+import httpx
+import numpy as np
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterType
+from prefect.client.schemas.objects import Artifact
+from prefect.client.schemas.sorting import ArtifactSort
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.exceptions import PrefectException
+from prefect.logging import get_logger
+
+from tasks.core.errors import ConfigError
+
+MAX_MARKDOWN_BYTES = 1_000_000  # the API takes 20 MB, but a browser doesn't enjoy it
+MAX_TABLE_ROWS = 500
+MAX_CELL_CHARACTERS = 500
+UPDATE_SECONDS = 2.0
+PAGE = 200
+
+_PICTURE = re.compile(r"!\[([^\]]*)\]\(data:[^)]*\)")
+
+
+def artifact_slug(name: str) -> str:
+    """A name as an artifact key: lower case letters, digits and dashes, the same for the same name.
+
+    `feature-store/customer-features` gives `feature-store-customer-features`. Where letters are lost ('größe',
+    '画像'), a digest of the name keeps different names apart.
+
+    Raises:
+        ConfigError: the name is empty.
+    """
+    if not name.strip():
+        raise ConfigError(f"an artifact needs a name; got {name!r}")
+    ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    slug = re.sub(r"[^a-z0-9]+", "-", ascii_name.lower()).strip("-")
+    if not name.isascii() or not slug:
+        slug = f"{slug}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}".strip("-")
+    return slug
+
+
+def publish_report(dataset_key: str, markdown: str, checks: list[dict[str, Any]], link: str | None = None) -> None:
+    """Show a validation report in the current flow or task run, as a new version of the dataset's artifacts.
+
+    `<slug>-report` holds the text and `<slug>-checks` the table. `link` is where the whole report lies: a web address
+    also becomes `<slug>-link`, any other place is named under the text, because a browser can't open it.
+
+    Raises:
+        ConfigError: the dataset key is empty.
+        httpx.HTTPError: the API can't be reached or refuses the artifact.
+    """
+    slug = artifact_slug(dataset_key)
+    clickable = link is not None and link.startswith(("http://", "https://"))
+    if link is not None:
+        markdown += f"\n\nFull report: [{link}]({link})\n" if clickable else f"\n\nFull report: `{link}`\n"
+    create_markdown_artifact(_capped(markdown), key=f"{slug}-report", description=f"Validation of {dataset_key}")
+    rows = [json_safe(check) for check in checks[:MAX_TABLE_ROWS]]
+    left_out = len(checks) - len(rows)
+    description = f"Checks of {dataset_key}" + (f" (the first {len(rows)} of {len(checks)})" if left_out else "")
+    create_table_artifact(rows, key=f"{slug}-checks", description=description)
+    if link is not None and clickable:
+        create_link_artifact(link, link_text="Full report", key=f"{slug}-link", description=f"Report of {dataset_key}")
+
+
+def json_safe(value: Any) -> Any:
+    """A value that JSON and the UI's table can show; the UI shows no table at all if one cell is infinite.
+
+    NaN becomes null, infinities 'inf' and '-inf', dates ISO text, numpy values plain ones, long text is cut, and
+    anything else its `str`.
+    """
+    if isinstance(value, np.generic) and not isinstance(value, np.datetime64 | np.timedelta64):
+        value = value.item()  # of a datetime64 it may be a bare count of nanoseconds
+    safe: Any = value
+    match value:
+        case None | bool() | int():
+            pass
+        case enum.Enum():
+            safe = json_safe(value.value)
+        case float():
+            safe = None if math.isnan(value) else value if math.isfinite(value) else str(value)
+        case Mapping():
+            safe = {str(key): json_safe(item) for key, item in value.items()}
+        case list() | tuple():
+            safe = [json_safe(item) for item in value]
+        case np.ndarray():
+            safe = json_safe(value.tolist())
+        case set() | frozenset():
+            safe = sorted((json_safe(item) for item in value), key=str)
+        case _:
+            text = value.isoformat() if isinstance(value, dt.date | dt.time) else str(value)
+            safe = text if len(text) <= MAX_CELL_CHARACTERS else text[: MAX_CELL_CHARACTERS - 1] + "…"
+    return safe
+
+
+def read_artifacts(flow_run_id: UUID, kind: str | None = None) -> list[Artifact]:
+    """The artifacts of a flow run and its tasks, oldest first; `kind` is markdown, table or progress.
+
+    Raises:
+        httpx.HTTPError: the API can't be reached or refuses the request.
+    """
+    wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
+    if kind is not None:
+        wanted.type = ArtifactFilterType(any_=[kind])
+    found: list[Artifact] = []
+    with get_client(sync_client=True) as client:
+        while len(found) % PAGE == 0:
+            page = client.read_artifacts(
+                artifact_filter=wanted, sort=ArtifactSort.ID_DESC, limit=PAGE, offset=len(found)
+            )
+            found += page
+            if not page:
+                break
+    return sorted(found, key=lambda artifact: (str(artifact.created), str(artifact.id)))
+
+
+class Progress:
+    """Counts what is done and shows it: at most one update per UPDATE_SECONDS, plus the last.
+
+    Call it with the number of units done since the last call. Reporting never fails the job: when the API can't be
+    reached, the figure is late, no more.
+    """
+
+    def __init__(self, title: str, total: int | None, unit: str) -> None:
+        self.title = title
+        self.total = total
+        self.unit = unit
+        self.done = 0
+        self._started = self._shown = time.monotonic()
+        self._artifact: UUID | None = None
+
+    def __call__(self, n: int = 1) -> None:
+        """Count `n` more units as done."""
+        self.done += n
+        if time.monotonic() - self._shown >= UPDATE_SECONDS:
+            self.show(self._sentence())
+
+    def show(self, sentence: str, percent: float | None = None) -> None:
+        """Write the state to the progress artifact of the current run, if there is a run."""
+        self._shown = time.monotonic()
+        if TaskRunContext.get() is None and FlowRunContext.get() is None:
+            return
+        if percent is None:
+            percent = 100 * min(1.0, self.done / self.total) if self.total else 0.0
+        try:
+            if self._artifact is None:
+                self._artifact = cast(UUID, create_progress_artifact(percent, description=sentence))
+            else:
+                update_progress_artifact(self._artifact, percent, description=sentence)
+        except (httpx.HTTPError, PrefectException) as error:
+            get_logger(__name__).warning("Progress of %r isn't shown: %s", self.title, error)
+
+    def _sentence(self) -> str:
+        of_total = f" of {self.total:,}" if self.total is not None else ""
+        rate = self.done / max(time.monotonic() - self._started, 1e-3)
+        return f"{self.title}: {self.done:,}{of_total} {self.unit}, {rate:,.0f} a second"
+
+
+@contextmanager
+def progress(title: str, total: int | None = None, unit: str = "rows") -> Generator[Progress]:
+    """Progress of a job; the value is called with the units done since the last call.
+
+    `with progress("Computing customer features", total=rows) as advance: advance(1_000)`. Without a total, the count
+    is shown and the bar stays empty until the end. If the job fails, the bar stays where it was and says so.
+    """
+    job = Progress(title, total, unit)
+    job.show(f"{title}: started")
+    try:
+        yield job
+    except BaseException as error:
+        job.show(f"{job._sentence()}; stopped by {type(error).__name__}")
+        raise
+    job.show(f"{job._sentence()}; done", percent=100.0)
+
+
+def show_progress(flow_run_id: UUID) -> AbstractContextManager[None]:
+    """Bars for the progress artifacts of a flow run, on stderr if that is a terminal; otherwise nothing."""
+    return _bars(flow_run_id) if sys.stderr.isatty() else nullcontext()
+
+
+@contextmanager
+def _bars(flow_run_id: UUID) -> Generator[None]:
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    bars = Bars(
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+        console=Console(stderr=True), transient=True,
+    )  # fmt: skip
+    known: dict[UUID, TaskID] = {}
+    stop = threading.Event()
+
+    def follow() -> None:
+        while not stop.wait(UPDATE_SECONDS / 2):
+            try:
+                artifacts = read_artifacts(flow_run_id, kind="progress")
+            except (httpx.HTTPError, PrefectException):
+                continue  # the next look comes soon
+            for artifact in artifacts:
+                bar = known.get(artifact.id)
+                if bar is None:
+                    known[artifact.id] = bar = bars.add_task("", total=100)
+                percent = float(str(artifact.data))
+                bars.update(bar, completed=percent, description=artifact.description or "", visible=percent < 100)
+
+    # A new thread starts with an empty context: without the copy it would not know the API's address.
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(follow,), daemon=True)
+    with bars:
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join(UPDATE_SECONDS)
+
+
+def _capped(markdown: str) -> str:
+    """At most MAX_MARKDOWN_BYTES: pictures go first (half a picture is none), then the last lines."""
+    if len(markdown.encode()) <= MAX_MARKDOWN_BYTES:
+        return markdown
+    markdown = _PICTURE.sub(r"*(picture left out for its size: \1)*", markdown)
+    data = markdown.encode()
+    if len(data) <= MAX_MARKDOWN_BYTES:
+        return markdown
+    notice = "\n\n*(cut for its size; the full report has the rest)*\n"
+    kept = data[: MAX_MARKDOWN_BYTES - len(notice.encode())].decode(errors="ignore")
+    return (kept.rpartition("\n")[0] or kept) + notice

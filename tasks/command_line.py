@@ -1,0 +1,213 @@
+"""A flow's command line, made from its configuration model: `python -m flows.feature_store --help`.
+
+Exit codes: 0 published, 1 the run failed (one sentence on stderr, the traceback with --debug), 2 wrong arguments
+(field, value and cure on stderr), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_settings import BaseSettings, CliSettingsSource
+
+from tasks.core import storage
+from tasks.core.errors import ConfigError, InputError, PipelineError
+
+Config = TypeVar("Config", bound=BaseModel)
+
+FAILED, WRONG_ARGUMENTS = 1, 2
+
+
+def run_by_hand(entry: str, config_type: type[BaseModel], argv: Sequence[str] | None = None) -> int:
+    """Parse the arguments, run the flow on a local API and Ray (or those that the environment names), print the end.
+
+    Args:
+        entry: The flow as 'module:name'. It is imported only once the arguments are right, which takes seconds.
+        config_type: The flow's configuration model.
+        argv: Arguments; those of the process if None.
+
+    Returns:
+        The exit code.
+
+    """
+    module, name = entry.split(":")
+    try:
+        config, debug = parse_arguments(config_type, argv, prog=f"python -m {module}")
+    except InputError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return WRONG_ARGUMENTS
+    started = time.monotonic()
+    try:
+        with _quiet_failures(debug):
+            from tasks.local_api import local_stack
+
+            with local_stack():
+                flow = getattr(importlib.import_module(module), name)
+                result = flow(config)
+    except KeyboardInterrupt:
+        print("interrupted: nothing more was published", file=sys.stderr)
+        return 130
+    except Exception as fault:
+        if debug:
+            raise
+        print(f"failed: {one_sentence(fault)}", file=sys.stderr)
+        return WRONG_ARGUMENTS if isinstance(_own(fault), ConfigError) else FAILED
+    print(summary(result))
+    print(f"finished in {time.monotonic() - started:.0f} s")
+    return 0
+
+
+def parse_arguments(
+    config_type: type[Config], argv: Sequence[str] | None = None, prog: str | None = None
+) -> tuple[Config, bool]:
+    """The configuration from the command line and, below it, a YAML file; and whether --debug was given.
+
+    Raises:
+        ConfigError: a value is wrong; names the option, the value and what is asked for.
+        SystemExit: --help was given (0), or an option is unknown (2).
+
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=config_type.__doc__,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; options win over it.")
+    parser.add_argument("--debug", action="store_true", help="Show the traceback when the run fails.")
+
+    # Only the arguments count: a settings class of its own would also read ROOT or SEED from the environment.
+    class _Arguments(config_type, BaseSettings):  # type: ignore[misc, valid-type]
+        pass
+
+    source: CliSettingsSource[Any] = CliSettingsSource(
+        _Arguments,
+        root_parser=parser,
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+    )
+    given = parser.parse_args(argv)
+    file, debug = given.config, given.debug
+    del given.config, given.debug
+    try:
+        values = source(parsed_args=given)()
+    except ValueError as fault:
+        raise ConfigError(str(fault)) from fault
+    merged = _merge(_read_file(file), values) if file else values
+    try:
+        return config_type.model_validate(merged), debug
+    except ValidationError as fault:
+        raise ConfigError(_explain(fault, file)) from fault
+
+
+def one_sentence(fault: BaseException) -> str:
+    """What went wrong, in one sentence: our own error if one is among the causes, else the last line of the fault."""
+    own = _own(fault)
+    text = str(own if own is not None else fault).strip() or type(fault).__name__
+    notes = getattr(own, "__notes__", ())
+    last = text.splitlines()[-1] if own is None else " ".join(text.split())
+    kind = "" if own is not None else f"{type(fault).__name__}: "
+    return f"{kind}{last}" + "".join(f" ({note})" for note in notes)
+
+
+def summary(result: Sequence[Any]) -> str:
+    """The published versions as a person reads them: where, verdict, rows, balances and report."""
+    lines = []
+    for version in result:
+        lines.append(f"{version.dataset} v{version.version}: {version.rows:,} rows, verdict {version.verdict}")
+        lines.append(f"  data     {version.uri}")
+        lines.append(f"  report   {version.report}")
+        for balance in version.balances:
+            parts = [f"{balance.rows_in:,} in", f"{balance.rows_out:,} out"]
+            for word, counts in (("rejected", balance.rejected), ("filtered", balance.filtered)):
+                if counts:
+                    reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+                    parts.append(f"{sum(counts.values()):,} {word} ({reasons})")
+            if balance.deduplicated:
+                parts.append(f"{balance.deduplicated:,} deduplicated")
+            lines.append(f"  balance  {balance.name}: {', '.join(parts)}")
+    return "\n".join(lines)
+
+
+def _own(fault: BaseException | None) -> PipelineError | None:
+    """The first of our own errors in a chain of causes; Ray and Prefect wrap what a worker raised."""
+    seen: set[int] = set()
+    while fault is not None and id(fault) not in seen:
+        seen.add(id(fault))
+        carried = getattr(fault, "cause", None)
+        if isinstance(carried, PipelineError):
+            return carried
+        if isinstance(fault, PipelineError):
+            return fault
+        fault = carried if isinstance(carried, BaseException) else fault.__cause__ or fault.__context__
+    return None
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(os.path.expandvars(storage.read_bytes(path).decode()))
+    except FileNotFoundError as fault:
+        raise ConfigError(f"--config {path}: no such file") from fault
+    except (yaml.YAMLError, UnicodeDecodeError) as fault:
+        raise ConfigError(f"--config {path}: no valid YAML: {fault}") from fault
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path}: it must hold settings as 'name: value' lines")
+    return content
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Values of `above` laid over `below`; only nested settings are merged, mappings of columns are replaced."""
+    merged = {**below, **above}
+    if isinstance(below.get("thresholds"), dict) and isinstance(above.get("thresholds"), dict):
+        merged["thresholds"] = {**below["thresholds"], **above["thresholds"]}
+    return merged
+
+
+def _explain(fault: ValidationError, file: str | None) -> str:
+    """Each wrong value as option, value and cure."""
+    sentences = []
+    for error in fault.errors():
+        option = "--" + ".".join(str(part).replace("_", "-") for part in error["loc"])
+        message = error["msg"].removeprefix("Value error, ")
+        if error["type"] == "extra_forbidden":
+            sentences.append(f"{option} is no setting; see --help for those there are")
+        elif not error["loc"] or isinstance(error["input"], dict):
+            sentences.append(message if not error["loc"] else f"{option}: {message}")
+        else:
+            sentences.append(f"{option} = {error['input']!r}: {message[0].lower()}{message[1:]}")
+    return "; ".join(sentences) + (f" (from the command line or {file})" if file else "")
+
+
+@contextmanager
+def _quiet_failures(debug: bool) -> Iterator[None]:
+    """Without --debug, leave out what Prefect and Ray print of a failure: the one sentence says it."""
+    if debug:
+        yield
+        return
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO")
+    with_traceback = [logging.getLogger(name) for name in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine")]
+    for logger in with_traceback:
+        logger.addFilter(_without_traceback)
+    try:
+        yield
+    finally:
+        for logger in with_traceback:
+            logger.removeFilter(_without_traceback)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Keep the record but not its traceback: the console gets one line."""
+    record.exc_info = None
+    record.exc_text = None
+    return True

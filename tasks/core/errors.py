@@ -1,0 +1,55 @@
+"""The project's exceptions, all in one tree.
+
+PipelineError
+├── InputError (also ValueError)          what the user gave is wrong; a retry can't help
+│   ├── ConfigError                       a setting: names the field, the value and the cure
+│   ├── SourceError                       a source: missing, empty, unreadable, wrong columns
+│   └── DefinitionError                   a feature-group or mapping file that can't be used
+├── GateFailed                            the quality gate refused the data; nothing was published
+├── BalanceError                          rows vanished or appeared: in ≠ out + rejected + filtered + deduplicated
+├── VersionNotFound (also LookupError)    no such published version
+├── VersionConflict                       another publisher holds or has committed this version
+└── CorruptVersion                        a published file is missing or differs from its manifest
+
+Anything else that reaches the user is a fault of the environment (network, disk, a lost worker) or of ours.
+"""
+
+
+class PipelineError(Exception):
+    """Base of every error that this project raises on purpose."""
+
+
+class InputError(PipelineError, ValueError):
+    """What the user gave can't be used; trying again can't help."""
+
+
+class ConfigError(InputError):
+    """A setting is wrong."""
+
+
+class SourceError(InputError):
+    """A source table is missing, empty, unreadable or has the wrong columns."""
+
+
+class DefinitionError(InputError):
+    """A feature-group or mapping definition can't be used."""
+
+
+class GateFailed(PipelineError):
+    """The quality gate refused the data; nothing was published."""
+
+
+class BalanceError(PipelineError):
+    """Rows vanished or appeared between input and output."""
+
+
+class VersionNotFound(PipelineError, LookupError):
+    """No such published version."""
+
+
+class VersionConflict(PipelineError):
+    """Another publisher holds or has committed this version."""
+
+
+class CorruptVersion(PipelineError):
+    """A published file is missing or differs from what its manifest says."""

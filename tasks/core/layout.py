@@ -1,0 +1,67 @@
+"""Every path under a root is spelled here, and nowhere else.
+
+    {root}/{dataset}/v{N}/part-00000-a1.parquet     data (a1: first attempt)
+    {root}/{dataset}/v{N}/_reservation.json         who holds N
+    {root}/{dataset}/v{N}/_manifest.json            the commit
+    {root}/{dataset}/v{N}/_rejected/….parquet       rejected rows with a reason
+    {root}/{dataset}/v{N}/_report.html, _report.json
+
+Names that begin with '_' are skipped by the directory readers of pyarrow, pandas, Spark and Ray.
+"""
+
+from __future__ import annotations
+
+import re
+
+FEATURE_STORE = "feature-store"
+TRAINING_READY = f"{FEATURE_STORE}/training-ready"
+TRAINING_DATASETS = "training-datasets"
+METADATA = f"{FEATURE_STORE}/metadata/feature_versions.csv"
+
+MANIFEST = "_manifest.json"
+REPORT_HTML = "_report.html"
+REPORT_JSON = "_report.json"
+REJECTED = "_rejected"
+
+_VERSION = re.compile(r"v([1-9][0-9]*)")
+
+
+def join(base: str, *parts: str) -> str:
+    """Join URI or path parts with single slashes."""
+    return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def feature_dataset(group: str) -> str:
+    """Dataset name of a feature group: 'customer-features' → 'feature-store/customer-features'."""
+    return join(FEATURE_STORE, group)
+
+
+def sample(root: str, flow: str, name: str) -> str:
+    """Directory of a flow's sample input."""
+    return join(root, "samples", flow, name)
+
+
+def version_uri(root: str, dataset: str, version: int) -> str:
+    """Directory of a version."""
+    return join(root, dataset, f"v{version}")
+
+
+def parse_version(name: str) -> int | None:
+    """Version number of a directory name 'v12', or None for any other name."""
+    match = _VERSION.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def reservation_name(attempt: int) -> str:
+    """File that marks an attempt: _reservation.json for the first, _reservation-2.json for the second."""
+    return "_reservation.json" if attempt == 1 else f"_reservation-{attempt}.json"
+
+
+def part_name(index: int, attempt: int) -> str:
+    """Name of a data file; it bears the attempt, so that a crashed attempt's files are never taken for ours."""
+    return f"part-{index:05d}-a{attempt}.parquet"
+
+
+def rejected_name(source: str, index: int, attempt: int) -> str:
+    """Name of a file of rejected rows, relative to the version's directory."""
+    return f"{REJECTED}/{source}-{index:05d}-a{attempt}.parquet"

@@ -1,0 +1,68 @@
+"""The table of all versions, for people and notebooks: derived from the manifests, and never read back by a flow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+
+from tasks.core import layout, storage, versions
+
+SCHEMA = pa.schema(
+    [
+        ("version", pa.int64()),
+        ("dataset", pa.string()),
+        ("feature_count", pa.int64()),
+        ("record_count", pa.int64()),
+        ("status", pa.string()),
+        ("thresholds", pa.string()),
+        ("creation_date", pa.timestamp("us", tz="UTC")),
+    ]
+)
+
+
+def versions_table(root: str, datasets: Iterable[str]) -> pa.Table:
+    """Describe every committed version of some datasets, published and rejected, by dataset and version.
+
+    Returns:
+        One row a version, in `SCHEMA`: feature_count is the number of columns, keys included; record_count is the
+        number of rows; thresholds is the JSON of the configuration's 'thresholds', or null where it has none.
+
+    Raises:
+        CorruptVersion: a manifest can't be read.
+    """
+    rows = [
+        {
+            "version": manifest.version,
+            "dataset": manifest.dataset,
+            "feature_count": len(manifest.columns),
+            "record_count": manifest.rows,
+            "status": manifest.status,
+            "thresholds": _json(manifest.config.get("thresholds")),
+            "creation_date": manifest.created_at,
+        }
+        for dataset in sorted(set(datasets))
+        for manifest in versions.committed_manifests(root, dataset)
+    ]
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def write_versions_csv(root: str, datasets: Iterable[str]) -> str:
+    """Write `versions_table` as CSV to its place under the root, replacing the one before.
+
+    Two flows that write at the same time may leave the table of the slower one; the next write completes it.
+
+    Returns:
+        URI of the CSV file.
+    """
+    uri = layout.join(storage.normalise(root), layout.METADATA)
+    sink = pa.BufferOutputStream()
+    pacsv.write_csv(versions_table(root, datasets), sink)
+    storage.write_bytes(uri, sink.getvalue())
+    return uri
+
+
+def _json(value: object) -> str | None:
+    return None if value is None else json.dumps(value, sort_keys=True, ensure_ascii=False)

@@ -1,0 +1,197 @@
+"""The validation report: one value with three faces, JSON beside the data, an HTML page, and a Prefect artifact."""
+
+from __future__ import annotations
+
+import base64
+import datetime as dt
+import json
+import math
+from typing import Any
+
+from pydantic import Field
+
+from tasks.core.manifest import (
+    CheckResult,
+    ColumnProfile,
+    Count,
+    GateResult,
+    InputRecord,
+    Record,
+    RowBalance,
+    RunRecord,
+    Status,
+    Verdict,
+)
+from tasks.core.numerals import duration, number, plural, shortened
+
+MARKDOWN_BYTES = 190_000
+_ORDER: dict[Verdict, int] = {"fail": 0, "warn": 1, "pass": 2}
+_SIGNS: dict[Verdict, str] = {"fail": "✖ FAIL", "warn": "▲ WARN", "pass": "✔ PASS"}
+
+
+class Report(Record):
+    """Everything that a person needs to judge one version."""
+
+    dataset: str = Field(description="Dataset name, such as 'feature-store/customer-features'.")
+    version: int = Field(ge=1, description="Version number N of vN.")
+    status: Status = Field(description="'published', or 'rejected' by the quality gate.")
+    verdict: Verdict = Field(description="Verdict of the quality gate.")
+    created_at: dt.datetime = Field(description="When the report was made, UTC.")
+    title: str = Field(description="Heading of the page.")
+    rows: Count = Field(description="Rows in the data files.")
+    balances: tuple[RowBalance, ...] = Field(default=(), description="Row balances of the sources and the entities.")
+    gate: GateResult = Field(description="Every check that was made.")
+    profile: dict[str, ColumnProfile] = Field(default_factory=dict, description="Profile of each column.")
+    previous_version: int | None = Field(default=None, description="Version that the data is compared with.")
+    previous_profile: dict[str, ColumnProfile] = Field(default_factory=dict, description="Profile of that version.")
+    inputs: tuple[InputRecord, ...] = Field(default=(), description="What the version was made from.")
+    run: RunRecord = Field(description="The run that made it.")
+    config: dict[str, Any] = Field(default_factory=dict, description="The full configuration of the run.")
+    timings: dict[str, float] = Field(default_factory=dict, description="Seconds that each stage took.")
+    definition: dict[str, Any] = Field(default_factory=dict, description="The declaration that was computed.")
+    notes: tuple[str, ...] = Field(default=(), description="Sentences worth a reader's attention.")
+
+    @property
+    def checks(self) -> list[CheckResult]:
+        """The checks, failures first, then warnings; in the order they were made within each."""
+        return sorted(self.gate.checks, key=lambda check: _ORDER[check.verdict])
+
+    @property
+    def reason(self) -> str:
+        """One line: why the verdict is what it is."""
+        worst = [check for check in self.checks if check.verdict == self.verdict]
+        total = plural(len(self.gate.checks), "check")
+        if self.verdict == "pass" or not worst:
+            return f"{total} passed." if self.verdict == "pass" else f"The verdict of {total} is {self.verdict}."
+        more = f" And {len(worst) - 1} more." if len(worst) > 1 else ""
+        return f"{len(worst)} of {total} {'failed' if self.verdict == 'fail' else 'warned'}: {worst[0].message}{more}"
+
+    def to_json(self) -> bytes:
+        """Canonical JSON (sorted keys, UTF-8); `Report.model_validate_json` reads it back."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False, indent=1)
+        return text.encode() + b"\n"
+
+    def to_html(self) -> bytes:
+        """One self-contained page, UTF-8: no script, no external address; everything from the data is escaped."""
+        from tasks.core.page import render
+
+        return render(self).encode()
+
+    def to_markdown(self, html_uri: str | None = None, max_bytes: int = MARKDOWN_BYTES) -> str:
+        """Summary for a Prefect artifact: the verdict and why, failed checks first, rows, pictures, lineage.
+
+        What doesn't fit into `max_bytes` of UTF-8 is left out with a word saying so: first the pictures, then the
+        checks that passed, then the end of the text.
+
+        Args:
+            html_uri: where the full report lies, to link to.
+            max_bytes: most bytes of the result, at least 1,000.
+        """
+        link = f"[Full report]({_target(html_uri)})" if html_uri else "The full report lies beside the data."
+        head = [
+            f"# {_SIGNS[self.verdict]} · {_text(self.title)}",
+            f"**{self.status.capitalize()}** `{self.dataset.replace('`', '')}` v{self.version}, "
+            f"{plural(self.rows, 'row')}, {self.created_at:%Y-%m-%d %H:%M} UTC. {_text(self.reason)}",
+            link,
+            *(f"> {_text(note)}" for note in self.notes),
+        ]
+        tail = [*self._markdown_balances(), *self._markdown_lineage()]
+        serious = [check for check in self.checks if check.verdict != "pass"]
+        picture = self._markdown_picture()
+        for checks, pictures in (
+            (self.checks, picture),
+            (
+                self.checks,
+                ["*The pictures are left out, being too large here: see the full report.*"] if picture else [],
+            ),
+            (serious, ["*Pictures and passed checks are left out here: see the full report.*"]),
+        ):
+            text = "\n\n".join([*head, *_markdown_checks(checks), *pictures, *tail]) + "\n"
+            if len(text.encode()) <= max_bytes:
+                return text
+        ending = "\n\n*The rest is left out here: see the full report.*\n"
+        kept = text.encode()[: max_bytes - len(ending.encode())].decode(errors="ignore")
+        return kept[: kept.rfind("\n")] + ending
+
+    def checks_table(self) -> list[dict[str, str | float | None]]:
+        """The checks as rows for a Prefect table artifact: text and finite numbers only, None for the rest."""
+        return [
+            {
+                "verdict": check.verdict,
+                "check": check.name,
+                "column": check.column,
+                "figure": _finite(check.figure),
+                "bound": check.bound,
+                "message": check.message,
+            }
+            for check in self.checks
+        ]
+
+    def _markdown_balances(self) -> list[str]:
+        if not self.balances:
+            return []
+        lines = ["| source | in | out | rejected | filtered | duplicates |", "|---|---:|---:|---:|---:|---:|"]
+        lines += [
+            f"| {_text(b.name)} | {b.rows_in:,} | {b.rows_out:,} | {_reasons(b.rejected)} | {_reasons(b.filtered)} "
+            f"| {b.deduplicated:,} |"
+            for b in self.balances
+        ]
+        return ["## Rows", "\n".join(lines)]
+
+    def _markdown_lineage(self) -> list[str]:
+        if not self.inputs:
+            return []
+        lines = []
+        for one in self.inputs:
+            version = f" v{one.version}" if one.version is not None else ""
+            rows = f", {plural(one.rows, 'row')}" if one.rows is not None else ""
+            files = f", {plural(len(one.files), 'file')}" if one.files else ""
+            lines.append(f"- **{_text(one.name)}**{version}: {_text(one.uri)}{rows}{files}")
+        run = _text(self.run.flow_run_name or self.run.flow_run_id)
+        spent = f", {duration(sum(self.timings.values()))}" if self.timings else ""
+        return ["## Made from", "\n".join(lines), f"By run {run}, attempt {self.run.attempt}{spent}."]
+
+    def _markdown_picture(self) -> list[str]:
+        from tasks.core.plots import distributions, histogram_grid
+
+        drawn = distributions(self.profile, self.previous_profile, self.gate.checks)
+        if not drawn:
+            return []
+        encoded = base64.b64encode(histogram_grid(drawn)).decode()
+        return ["## Distributions", f"![Distributions of the columns](data:image/png;base64,{encoded})"]
+
+
+def _markdown_checks(checks: list[CheckResult]) -> list[str]:
+    if not checks:
+        return []
+    lines = ["| verdict | check | column | figure | bound | |", "|---|---|---|---:|---:|---|"]
+    lines += [
+        f"| {_SIGNS[c.verdict]} | {_text(c.name)} | {_text(c.column or '')} | {_text(number(c.figure))} "
+        f"| {_text(c.bound)} | {_text(c.message)} |"
+        for c in checks
+    ]
+    return ["## Checks", "\n".join(lines)]
+
+
+def _reasons(counts: dict[str, int]) -> str:
+    total = sum(counts.values())
+    named = [f"{_text(reason)} {count:,}" for reason, count in counts.items() if count]
+    return f"{total:,} ({', '.join(named)})" if named else f"{total:,}"
+
+
+def _text(text: str) -> str:
+    """Text that stays text within a Markdown table: no markup, no line break, and no endless value."""
+    escaped = shortened(" ".join(text.split()), 400).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    for mark in "\\`*_[]|#!":
+        escaped = escaped.replace(mark, f"\\{mark}")
+    return escaped
+
+
+def _target(uri: str) -> str:
+    return uri.replace(" ", "%20").replace("(", "%28").replace(")", "%29").replace("<", "%3C").replace(">", "%3E")
+
+
+def _finite(figure: float | str | None) -> float | str | None:
+    if isinstance(figure, float):
+        return float(f"{figure:.6g}") if math.isfinite(figure) else None
+    return figure

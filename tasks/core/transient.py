@@ -1,0 +1,104 @@
+"""Which faults are worth another try: those of the network and of a busy store, never those of the input."""
+
+from __future__ import annotations
+
+import errno
+import re
+import ssl
+from collections.abc import Iterator
+
+from tasks.core.errors import PipelineError
+
+_PERMANENT = (
+    PipelineError,
+    PermissionError,
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    ssl.SSLCertVerificationError,
+)
+_TRANSIENT = (ConnectionError, TimeoutError)
+
+# s3fs turns S3's 503 and 409 into EBUSY and 500 into EREMOTEIO. The original error is its __cause__, which pickling
+# between processes drops, so the number has to be enough.
+_TRANSIENT_ERRNO = frozenset(
+    {errno.EBUSY, errno.EREMOTEIO, errno.EAGAIN, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+)
+
+# By name, so that asking doesn't import botocore and aiohttp where only local files are used.
+_TRANSIENT_NAMES = frozenset(
+    {
+        *("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError"),
+        *("HTTPClientError", "IncompleteReadError", "ResponseStreamingError", "ResponseParserError"),
+        *("ClientConnectionError", "ClientPayloadError", "ServerDisconnectedError", "IncompleteRead"),
+    }
+)
+_PERMANENT_NAMES = frozenset({"SSLError", "ClientSSLError", "ClientConnectorCertificateError"})
+
+_TRANSIENT_CODES = frozenset(
+    {
+        *("SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "RequestTimeoutException"),
+        *("Throttling", "ThrottlingException", "ThrottledException", "RequestThrottled", "TooManyRequestsException"),
+        *("RequestLimitExceeded", "BandwidthLimitExceeded", "OperationAborted", "ConditionalRequestConflict"),
+    }
+)
+
+# pyarrow says everything in the text of an OSError: 'AWS Error SLOW_DOWN during …', 'AWS Error UNKNOWN (HTTP status
+# 503) during …', 'AWS Error NETWORK_CONNECTION during …: curlCode: 28, Timeout was reached'.
+_ARROW_ERROR = re.compile(r"AWS Error (\w+)(?: \(HTTP status (\d+)\))?")
+_ARROW_TRANSIENT = frozenset(
+    {
+        *("SLOW_DOWN", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE", "NETWORK_CONNECTION", "THROTTLING"),
+        "REQUEST_TIMEOUT",
+    }
+)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether trying again may help.
+
+    The error and then its causes are looked at, outermost first; the first one that can be judged decides. So an
+    `InputError` raised because of a lost connection stays permanent, and an unknown wrapper takes its cause's verdict.
+    """
+    for link in _chain(error):
+        verdict = _verdict(link)
+        if verdict is not None:
+            return verdict
+    return False
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+
+
+def _verdict(error: BaseException) -> bool | None:
+    """True: transient, False: permanent, None: it can't be told from this error alone."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, _PERMANENT) or names & _PERMANENT_NAMES:
+        return False
+    if isinstance(error, _TRANSIENT) or names & _TRANSIENT_NAMES:
+        return True
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        code = str(response.get("Error", {}).get("Code", ""))
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return code in _TRANSIENT_CODES or _is_transient_status(status if status is not None else code)
+    if isinstance(error, OSError):
+        match = _ARROW_ERROR.search(str(error))
+        if match:
+            return match[1] in _ARROW_TRANSIENT or _is_transient_status(match[2])
+        if error.errno in _TRANSIENT_ERRNO:
+            return True
+    return None
+
+
+def _is_transient_status(status: object) -> bool:
+    """Whether an HTTP status says 'later' (time-out, too many requests, server error; not 'not implemented')."""
+    text = str(status)
+    return text in ("408", "429") or (re.fullmatch(r"5\d\d", text) is not None and text != "501")

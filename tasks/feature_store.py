@@ -1,0 +1,283 @@
+"""The feature-store flow's tasks. Thin: each names a step, reports progress and calls the pipeline.
+
+What a task gives to the next is a small frozen value; what it makes stands on storage.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import deployment, flow_run
+
+from tasks.artifacts import progress, publish_report
+from tasks.core import layout, storage, versions
+from tasks.core.errors import GateFailed
+from tasks.core.manifest import CheckResult, GateResult, Manifest, ReportDigest, RowBalance, RunRecord
+from tasks.core.metadata import write_versions_csv
+from tasks.core.provenance import code_digest, package_versions
+from tasks.core.report import Report
+from tasks.core.reservation import Reservation, reserve
+from tasks.features.config import FeatureStoreConfig
+from tasks.features.gate import judge_group
+from tasks.features.loading import load_definitions
+from tasks.features.pipeline import ComputedGroup, bucket_count, compute_groups
+from tasks.features.plan import FeaturePlan, plan_features, with_uris
+from tasks.features.sample import SAMPLE_AS_OF, write_sample
+from tasks.features.standard import STANDARD
+from tasks.retries import RETRY
+
+_CODE = Path(__file__).parent
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedVersion:
+    """A version that is written, judged and reported, and not yet committed."""
+
+    reservation: Reservation
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedVersion:
+    """A version that readers see."""
+
+    dataset: str
+    version: int
+    uri: str
+    report: str
+    verdict: str
+    rows: int
+    balances: tuple[RowBalance, ...]
+
+
+@task(name="prepare-sources", cache_policy=NO_CACHE, **RETRY)
+def prepare_sources(config: FeatureStoreConfig) -> FeatureStoreConfig:
+    """Make the sample if no source is given; the configuration with every URI spelled out."""
+    if not config.uses_sample:
+        return config
+    uris = write_sample(config.root, config.sample_transactions, config.seed)
+    get_run_logger().info("No transactions are given: using the sample in %s", uris["transactions"])
+    return config.model_copy(update={**uris, "as_of": config.as_of or SAMPLE_AS_OF})
+
+
+@task(name="plan-features", cache_policy=NO_CACHE, **RETRY)
+def plan_sources(config: FeatureStoreConfig, started: dt.datetime) -> list[FeaturePlan]:
+    """Look at all sources and decide what is read, joined and computed."""
+    definitions = STANDARD
+    if config.definitions is not None:
+        definitions = load_definitions(config.definitions).over(STANDARD)
+    plans = plan_features(with_uris(definitions, config), config, config.as_of or started)
+    for plan in plans:
+        get_run_logger().info(
+            "%s: %d files, about %d rows; computing %s as of %s",
+            plan.events.name,
+            len(plan.events.table.files),
+            plan.events.table.estimated_rows(),
+            ", ".join(planned.group.name for planned in plan.groups),
+            plan.as_of.isoformat(),
+        )
+    return plans
+
+
+@task(name="reserve-versions", cache_policy=NO_CACHE, **RETRY)
+def reserve_versions(plans: Sequence[FeaturePlan], root: str, run_id: str) -> list[list[Reservation]]:
+    """Reserve the next version of every group, one list a plan; what an earlier attempt left is removed.
+
+    Called in the flow's own process, whose death frees the reservation.
+    """
+    reservations = []
+    for plan in plans:
+        own = [reserve(root, layout.feature_dataset(planned.group.name), run_id) for planned in plan.groups]
+        for reservation in own:
+            versions.discard_attempt_files(reservation)
+        reservations.append(own)
+    return reservations
+
+
+@task(name="compute-features", cache_policy=NO_CACHE, **RETRY)
+def compute_features(
+    plan: FeaturePlan, config: FeatureStoreConfig, reservations: Sequence[Reservation], created: dt.datetime
+) -> list[ComputedGroup]:
+    """Compute, score and write all groups of one event source: the Ray job."""
+    logger = get_run_logger()
+    rows = plan.events.table.estimated_rows()
+    buckets = bucket_count(plan) * len(plan.groups)
+    with (
+        progress(f"Reading {plan.events.name}", total=rows, unit="rows") as read,
+        progress("Computing features", total=buckets, unit="buckets") as computed,
+    ):
+        groups = compute_groups(plan, config, reservations, created, on_read=read, on_computed=computed)
+    for group in groups:
+        logger.info(
+            "%s: %d entities written in %d files", group.reservation.dataset, group.profile.rows, len(group.files)
+        )
+    return groups
+
+
+@task(name="validate-features", cache_policy=NO_CACHE, **RETRY)
+def validate_features(
+    plan: FeaturePlan, number: int, computed: ComputedGroup, config: FeatureStoreConfig, run: RunRecord
+) -> JudgedVersion:
+    """Judge one group against its thresholds and the last version; write its report and show it in Prefect."""
+    group = plan.groups[number].group
+    reservation = computed.reservation
+    previous = versions.latest(reservation.root, reservation.dataset)
+    gate = judge_group(
+        group,
+        config,
+        schema=computed.schema,
+        features=computed.features,
+        profile=computed.profile,
+        balances=computed.balances,
+        duplicate_keys=computed.duplicate_keys,
+        unmatched=computed.unmatched,
+        ready=computed.ready,
+        newest_event=computed.newest_event,
+        as_of=plan.as_of,
+        previous=previous,
+    )
+    manifest = _manifest(plan, number, computed, config=config, run=run, gate=gate)
+    manifest = _write_report(manifest, reservation, previous, computed.timings)
+    log = get_run_logger()
+    (log.info if gate.verdict == "pass" else log.warning)("%s: verdict %s", reservation.dataset, gate.verdict)
+    return JudgedVersion(reservation, manifest)
+
+
+@task(name="publish-versions", cache_policy=NO_CACHE, **RETRY)
+def publish_versions(judged: Sequence[JudgedVersion], root: str) -> list[PublishedVersion]:
+    """Commit all versions of the run, or none.
+
+    Called in the flow's own process: a commit is a conditional write, safe to repeat, but not to run in two places.
+
+    Raises:
+        GateFailed: the gate failed a group; its version is recorded as rejected, and nothing is published.
+        VersionConflict: another publisher holds a version.
+
+    """
+    failed = [version for version in judged if version.manifest.gate.verdict == "fail"]
+    if failed:
+        for version in judged:
+            versions.commit(version.reservation, _rejected(version, failed))
+        raise GateFailed(_why(failed))
+    manifests = [versions.commit(version.reservation, version.manifest) for version in judged]
+    write_versions_csv(root, [manifest.dataset for manifest in manifests])
+    return [_published(root, manifest) for manifest in manifests]
+
+
+def run_record(attempt: int = 1) -> RunRecord:
+    """The current flow run, for the manifest."""
+    return RunRecord(
+        flow_run_id=str(flow_run.id), flow_run_name=flow_run.name, deployment=deployment.name, attempt=attempt
+    )
+
+
+def _manifest(
+    plan: FeaturePlan,
+    number: int,
+    computed: ComputedGroup,
+    *,
+    config: FeatureStoreConfig,
+    run: RunRecord,
+    gate: GateResult,
+) -> Manifest:
+    planned, reservation = plan.groups[number], computed.reservation
+    balances = {balance.name: balance for balance in computed.balances}
+    sources = [plan.events, *(lookup.dimension for lookup in plan.lookups)]
+    sources += [planned.dimension] if planned.dimension is not None else []
+    tables = {source.name: source.table for source in sources}
+    inputs = tuple(table.record(balances[name].rows_in if name in balances else None) for name, table in tables.items())
+    parts = [_CODE / "core", _CODE / "features"]
+    return Manifest(
+        dataset=reservation.dataset,
+        version=reservation.version,
+        status="rejected" if gate.verdict == "fail" else "published",
+        created_at=dt.datetime.now(dt.UTC),
+        files=computed.files,
+        rejected_files=computed.rejected_files,
+        columns=computed.columns,
+        balances=computed.balances,
+        profile=computed.profile.columns(),
+        gate=gate,
+        inputs=inputs,
+        config={**config.model_dump(mode="json"), "as_of": plan.as_of.isoformat()},
+        definition=planned.group.describe(),
+        code_digest=code_digest(*parts, extra=planned.group.digest()),
+        packages=package_versions(),
+        run=run.model_copy(update={"attempt": reservation.attempt}),
+    )
+
+
+def _write_report(
+    manifest: Manifest, reservation: Reservation, previous: Manifest | None, timings: dict[str, float]
+) -> Manifest:
+    """Write the report's two files beside the data and its artifacts to Prefect; the manifest with their digests."""
+    name = manifest.dataset.rpartition("/")[2]
+    report = Report(
+        dataset=manifest.dataset,
+        version=manifest.version,
+        status=manifest.status,
+        verdict=manifest.gate.verdict,
+        created_at=manifest.created_at,
+        title=f"{name} v{manifest.version}",
+        rows=manifest.rows,
+        balances=manifest.balances,
+        gate=manifest.gate,
+        profile=manifest.profile,
+        previous_version=previous.version if previous else None,
+        previous_profile=previous.profile if previous else {},
+        inputs=manifest.inputs,
+        run=manifest.run,
+        config=manifest.config,
+        timings=timings,
+        definition=manifest.definition,
+    )
+    html_uri = layout.join(reservation.uri, layout.REPORT_HTML)
+    faces = {html_uri: report.to_html(), layout.join(reservation.uri, layout.REPORT_JSON): report.to_json()}
+    for uri, content in faces.items():
+        storage.write_bytes(uri, content)
+    publish_report(name, report.to_markdown(), report.checks_table(), html_uri)
+    html, json = (hashlib.sha256(content).hexdigest() for content in faces.values())
+    return manifest.model_copy(update={"report": ReportDigest(html_sha256=html, json_sha256=json)})
+
+
+def _rejected(version: JudgedVersion, failed: Sequence[JudgedVersion]) -> Manifest:
+    """The manifest of a version that isn't published, because it failed or because another of its run did."""
+    manifest = version.manifest
+    if version in failed:
+        return manifest
+    message = f"Not published, because {', '.join(other.manifest.dataset for other in failed)} of the same run failed."
+    check = CheckResult(name="same run", verdict="fail", bound="all groups pass", message=message)
+    gate = GateResult(verdict="fail", checks=(*manifest.gate.checks, check))
+    return manifest.model_copy(update={"status": "rejected", "gate": gate})
+
+
+def _why(failed: Sequence[JudgedVersion]) -> str:
+    """One sentence: which checks failed, and where to read more."""
+    causes = [
+        f"{version.manifest.dataset}: {check.message.rstrip('.')} (asked for {check.bound})"
+        for version in failed
+        for check in version.manifest.gate.checks
+        if check.verdict == "fail"
+    ]
+    shown = "; ".join(causes[:3]) + (f"; and {len(causes) - 3} more" if len(causes) > 3 else "")
+    reports = ", ".join(layout.join(version.reservation.uri, layout.REPORT_HTML) for version in failed)
+    return f"The quality gate failed, nothing was published. {shown}. Reports: {reports}"
+
+
+def _published(root: str, manifest: Manifest) -> PublishedVersion:
+    uri = layout.version_uri(root, manifest.dataset, manifest.version)
+    return PublishedVersion(
+        dataset=manifest.dataset,
+        version=manifest.version,
+        uri=uri,
+        report=layout.join(uri, layout.REPORT_HTML),
+        verdict=manifest.gate.verdict,
+        rows=manifest.rows,
+        balances=manifest.balances,
+    )

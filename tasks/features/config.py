@@ -1,0 +1,184 @@
+"""Configuration of the feature-store flow: the flow's parameter, the command line and the deployment's parameters.
+
+Credentials never stand here (Prefect stores parameters); storage takes them from the environment.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Annotated, Literal
+from zoneinfo import available_timezones
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from tasks.features.definitions import JoinHow
+from tasks.features.rows import EpochUnit
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _utc(value: dt.datetime) -> dt.datetime:
+    return value.replace(tzinfo=dt.UTC) if value.tzinfo is None else value.astimezone(dt.UTC)
+
+
+def _known_timezone(value: str) -> str:
+    if value != "UTC" and value not in available_timezones():
+        raise ValueError(f"'{value}' is no IANA time zone; give one such as UTC or Europe/Berlin")
+    return value
+
+
+def _names(value: object) -> object:
+    """Let 'a,b' stand for ['a', 'b'], as command lines have it."""
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+Time = Annotated[dt.datetime, AfterValidator(_utc)]
+
+
+class Thresholds(BaseModel):
+    """Bounds of the row and dataset checks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    missing: Share = Field(
+        default=0.1, description="A row is training-ready below this share of missing feature values."
+    )
+    outliers: Share = Field(
+        default=0.05,
+        description="A row is training-ready below this share of numeric features outside the 1.5·IQR fences.",
+    )
+    score: Share = Field(
+        default=0.8, description="A row is training-ready above this quality score, 1 − (missing + outliers)/2."
+    )
+    ready_warn: Share = Field(default=0.5, description="The gate warns below this share of training-ready rows.")
+    ready_fail: Share = Field(default=0.0, description="The gate fails below this share of training-ready rows.")
+    null_warn: Share = Field(default=0.1, description="The gate warns above this share of nulls in a feature.")
+    null_fail: Share = Field(default=0.5, description="The gate fails above this share of nulls in a feature.")
+    rejected_warn: Share = Field(default=0.01, description="The gate warns above this share of rejected source rows.")
+    rejected_fail: Share = Field(default=0.2, description="The gate fails above this share of rejected source rows.")
+    orphan_warn: Share = Field(
+        default=0.05, description="The gate warns above this share of entities without a dimension row."
+    )
+    orphan_fail: Share = Field(
+        default=0.9, description="The gate fails above this share of entities without a dimension row."
+    )
+    drift_warn: float = Field(
+        default=0.1, ge=0, description="The gate warns above this drift (PSI) against the last published version."
+    )
+    drift_fail: float = Field(
+        default=0.25, ge=0, description="The gate fails above this drift (PSI) against the last published version."
+    )
+    outlier_warn: Share = Field(
+        default=0.15, description="The gate warns above this share of outliers among all numeric feature values."
+    )
+    outlier_fail: Share = Field(
+        default=0.5, description="The gate fails above this share of outliers among all numeric feature values."
+    )
+    fresh_warn_days: float | None = Field(
+        default=None, gt=0, description="The gate warns if the newest event is older than this many days before as_of."
+    )
+    fresh_fail_days: float | None = Field(
+        default=None, gt=0, description="The gate fails if the newest event is older than this many days before as_of."
+    )
+
+    @model_validator(mode="after")
+    def _warn_before_fail(self) -> Thresholds:
+        for name in ("null", "rejected", "orphan", "drift", "outlier"):
+            warn, fail = getattr(self, f"{name}_warn"), getattr(self, f"{name}_fail")
+            if warn > fail:
+                raise ValueError(f"{name}_warn = {warn} is above {name}_fail = {fail}; a warning must come first")
+        if self.ready_fail > self.ready_warn:
+            raise ValueError(
+                f"ready_fail = {self.ready_fail} is above ready_warn = {self.ready_warn}; a warning must come first"
+            )
+        return self
+
+
+class FeatureStoreConfig(BaseModel):
+    """Compute customer and product features (and your own) from transactions, check them and publish a version."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", title="Feature store")
+
+    root: str = Field(
+        default="data", min_length=1, description="Where datasets are kept: a directory or s3://bucket/prefix."
+    )
+    transactions: str | None = Field(
+        default=None,
+        description="Transactions, Parquet or CSV: a file, directory, glob or s3:// prefix. "
+        "If none is given, a small deterministic sample is made.",
+    )
+    customers: str | None = Field(
+        default=None, description="Customers table, likewise. If none is given, customer features aren't joined."
+    )
+    products: str | None = Field(
+        default=None, description="Products table, likewise. If none is given, product features aren't joined."
+    )
+    transaction_columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Our column names to yours: customer_id, product_id, timestamp, amount, category, "
+        'as JSON such as {"amount": "sales_value"}. Names that aren\'t given are taken as they are.',
+    )
+    customer_columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Our column names to yours: customer_id, age, gender, location, signup_date or any other. "
+        "If given, exactly these columns are taken.",
+    )
+    product_columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Our column names to yours: product_id, category, brand, price, launch_date or any other. "
+        "If given, exactly these columns are taken.",
+    )
+    definitions: str | None = Field(
+        default=None, description="Python or YAML file that declares feature groups or sources of your own."
+    )
+    groups: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        default=(), description="Feature groups to compute, separated by commas (all that are declared, by default)."
+    )
+    as_of: Time | None = Field(
+        default=None,
+        description="Features cover all events up to this time, ISO 8601, UTC if it has no offset "
+        "(the start of the run by default; the sample has its own).",
+    )
+    timezone: Annotated[str, AfterValidator(_known_timezone)] = Field(
+        default="UTC", description="IANA time zone of source times that have no offset."
+    )
+    epoch_unit: EpochUnit | None = Field(
+        default=None, description="What integer times count since 1970-01-01 UTC: s, ms, us or ns."
+    )
+    earliest: Time = Field(
+        default=dt.datetime(1970, 1, 1, tzinfo=dt.UTC), description="Events before this time are rejected as errors."
+    )
+    negative_amounts: Literal["keep", "reject"] = Field(
+        default="keep", description="Negative amounts are refunds and count (keep), or are errors (reject)."
+    )
+    allow_schema_change: bool = Field(
+        default=False, description="Publish although a column is gone or of another type than in the last version."
+    )
+    join: JoinHow = Field(
+        default="inner",
+        description="inner: an entity without a row in its dimension table is rejected; left: it stays, with nulls.",
+    )
+    thresholds: Thresholds = Field(default_factory=Thresholds, description="Bounds of the row and dataset checks.")
+    rows_per_bucket: int = Field(
+        default=640_000,
+        ge=1_000,
+        description="Events per unit of work, rows: less takes less memory, more takes less scheduling.",
+    )
+    sample_transactions: int = Field(
+        default=20_000, ge=100, le=100_000_000, description="Size of the sample, transactions."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the sample.")
+
+    @model_validator(mode="after")
+    def _tables_belong_together(self) -> FeatureStoreConfig:
+        if self.transactions is None and (self.customers or self.products) and self.definitions is None:
+            raise ValueError(
+                "customers or products are given without transactions; give transactions too, "
+                "or none of the three to use the sample"
+            )
+        return self
+
+    @property
+    def uses_sample(self) -> bool:
+        """Whether the flow makes its own input."""
+        return self.transactions is None and self.definitions is None

@@ -1,0 +1,115 @@
+"""What the quality gate asks of a feature group. Pure: figures in, verdict out."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+
+from tasks.core import quality
+from tasks.core.manifest import CheckResult, ColumnProfile, GateResult, Manifest, RowBalance
+from tasks.core.profile import TableProfile
+from tasks.features.config import FeatureStoreConfig
+from tasks.features.definitions import AS_OF, FeatureGroup
+from tasks.features.scoring import QUALITY_COLUMNS
+from tasks.features.stages import CREATED, VERSION
+
+NEVER_STALE = float("inf")
+
+
+def judge_group(
+    group: FeatureGroup,
+    config: FeatureStoreConfig,
+    *,
+    schema: pa.Schema,
+    features: Sequence[str],
+    profile: TableProfile,
+    balances: Sequence[RowBalance],
+    duplicate_keys: int,
+    unmatched: int,
+    ready: int,
+    newest_event: dt.datetime | None,
+    as_of: dt.datetime,
+    previous: Manifest | None,
+) -> GateResult:
+    """Judge what was written for a group.
+
+    Args:
+        group: The declaration.
+        config: Thresholds and choices.
+        schema: Schema of the data files.
+        features: Columns that count as features: the group's and its dimension's.
+        profile: Profile of the data files.
+        balances: Row balances, the entities' last.
+        duplicate_keys: Rows whose entity key another row has too.
+        unmatched: Entities that found no dimension row.
+        ready: Training-ready rows.
+        newest_event: Time of the newest event that counted.
+        as_of: Time up to which events count.
+        previous: Manifest of the last published version, if there is one.
+
+    """
+    bounds = config.thresholds
+    columns = profile.columns()
+    entities = balances[-1]
+    checks: list[CheckResult] = [quality.check_rows(profile.rows, 1)]
+    types = {field.name: str(field.type) for field in schema}
+    checks += quality.check_schema(types, _expected_types(group, types, features, previous, config))
+    checks.append(quality.check_unique(group.entity, duplicate_keys))
+    checks += [quality.check_balance(balance) for balance in balances]
+    checks += [
+        quality.check_rejected_share(balance, bounds.rejected_warn, bounds.rejected_fail) for balance in balances[:-1]
+    ]
+    if group.dimension is not None and len(balances) > 2:
+        checks.append(
+            quality.check_reference(group.entity, unmatched, entities.rows_in, bounds.orphan_warn, bounds.orphan_fail)
+        )
+    for name in features:
+        checks.append(quality.check_nulls(name, columns[name], bounds.null_warn, bounds.null_fail))
+        if pa.types.is_floating(schema.field(name).type):
+            checks.append(quality.check_finite(name, columns[name]))
+    checks += [
+        quality.check_range(name, columns[name], minimum, maximum) for name, (minimum, maximum) in group.bounds.items()
+    ]
+    checks.append(_outliers(columns, features, profile.rows, config))
+    checks.append(quality.check_ready_share(ready, profile.rows, bounds.ready_warn, bounds.ready_fail))
+    if bounds.fresh_warn_days is not None or bounds.fresh_fail_days is not None:
+        fail_after = bounds.fresh_fail_days or NEVER_STALE
+        checks.append(quality.check_freshness(newest_event, as_of, bounds.fresh_warn_days or fail_after, fail_after))
+    if previous is not None:
+        checks += [
+            quality.check_drift(
+                name, profile, previous.profile[name], warn_above=bounds.drift_warn, fail_above=bounds.drift_fail
+            )
+            for name in features
+            if name in previous.profile
+        ]
+    return quality.gate(checks)
+
+
+def _expected_types(
+    group: FeatureGroup,
+    found: Mapping[str, str],
+    features: Sequence[str],
+    previous: Manifest | None,
+    config: FeatureStoreConfig,
+) -> dict[str, str]:
+    """The declared columns; those of the last version must be there still, and of their type."""
+    names = dict.fromkeys([group.entity, *group.feature_names, *features, *QUALITY_COLUMNS, AS_OF, CREATED, VERSION])
+    types = {name: found.get(name, "any type") for name in names}
+    if previous is not None and not config.allow_schema_change:
+        types |= {column.name: column.type for column in previous.columns}
+    return types
+
+
+def _outliers(
+    columns: dict[str, ColumnProfile], features: Sequence[str], rows: int, config: FeatureStoreConfig
+) -> CheckResult:
+    numeric = sum(columns[name].kind == "numeric" for name in features)
+    values = rows * numeric
+    outliers = round((columns["outlier_ratio"].mean or 0.0) * values)
+    bounds = config.thresholds
+    return quality.check_outlier_share(
+        "all numeric features", outliers, values, bounds.outlier_warn, bounds.outlier_fail
+    )

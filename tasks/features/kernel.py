@@ -1,0 +1,151 @@
+"""A feature group evaluated on whole entities. Pure: frames in, frames out; one bucket of entities at a time.
+
+Every row of an entity is in the same frame (the exchange sees to that), so the expressions see all of them, and
+the rows of an entity come in the order of the files, so that sums of floats don't depend on how the work was cut.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import polars as pl
+
+from tasks.core.errors import DefinitionError
+from tasks.features.definitions import AS_OF, FeatureGroup, JoinHow
+from tasks.features.rows import REASON, TIME
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedRows:
+    """Entities with their dimension columns, and those that found no dimension row (with `_reason`)."""
+
+    kept: pl.DataFrame
+    rejected: pl.DataFrame
+    unmatched: int
+
+
+def evaluate(group: FeatureGroup, events: pl.DataFrame, time: str, as_of: dt.datetime) -> pl.DataFrame:
+    """Compute all features of a group.
+
+    Args:
+        group: The declaration.
+        events: All rows of some entities: the group's `event_columns`; no null in the entity column.
+        time: Name of the event time's column.
+        as_of: Time (UTC) up to which the rows reach; windows end here.
+
+    Returns:
+        One row an entity, sorted by it: the entity column and the features in order of declaration;
+        integers as int64, floats as float64, categories as strings.
+
+    Raises:
+        DefinitionError: An expression can't be evaluated, or gives several values an entity.
+
+    """
+    events = _with_as_of(group, events, as_of)
+    features = _aggregate(group, events, group.features, "")
+    for window in group.windows:
+        inside = events.filter(pl.col(time) > as_of - dt.timedelta(days=window.days))
+        suffix = f"_{window.days}d"
+        over_nothing = _over_no_rows(events, window.features, suffix)
+        features = features.join(
+            _aggregate(group, inside, window.features, suffix), on=group.entity, how="left", maintain_order="left"
+        ).with_columns(pl.col(name).fill_null(value) for name, value in over_nothing.items() if value is not None)
+    features = _derive(group, features, as_of)
+    return _plain_types(features).sort(group.entity)
+
+
+def join_dimension(group: FeatureGroup, features: pl.DataFrame, dimension: pl.DataFrame, how: JoinHow) -> JoinedRows:
+    """Join the group's dimension rows to its entities.
+
+    Args:
+        group: The declaration; the dimension's key column must bear the entity's name.
+        features: One row an entity.
+        dimension: One row a key.
+        how: 'inner': an entity without dimension row is rejected (reason `no_<dimension>_row`, features kept);
+            'left': it stays, with nulls.
+
+    """
+    clash = sorted((set(dimension.columns) & set(features.columns)) - {group.entity})
+    if clash:
+        raise DefinitionError(
+            f"feature group '{group.name}': {', '.join(clash)} is both a feature and a column of the dimension "
+            f"'{group.dimension}'; rename the feature, or leave the column out of the dimension's mapping"
+        )
+    unmatched = features.join(dimension.select(group.entity), on=group.entity, how="anti", maintain_order="left")
+    kept = features.join(dimension, on=group.entity, how=how, maintain_order="left")
+    reason = pl.lit(f"no_{group.dimension}_row").alias(REASON)
+    rejected = unmatched if how == "inner" else unmatched.clear()
+    return JoinedRows(_plain_types(kept), rejected.with_columns(reason), unmatched.height)
+
+
+def _with_as_of(group: FeatureGroup, events: pl.DataFrame, as_of: dt.datetime) -> pl.DataFrame:
+    expressions = [*group.features.values(), *(e for w in group.windows for e in w.features.values())]
+    if any(AS_OF in expression.meta.root_names() for expression in expressions):
+        return events.with_columns(pl.lit(as_of, TIME).alias(AS_OF))
+    return events
+
+
+def _aggregate(group: FeatureGroup, events: pl.DataFrame, features: Mapping[str, pl.Expr], suffix: str) -> pl.DataFrame:
+    named = [expression.alias(name + suffix) for name, expression in features.items()]
+    try:
+        aggregated = events.group_by(group.entity).agg(named)
+    except pl.exceptions.PolarsError as fault:
+        raise _refused(group, features, events, fault) from fault
+    for name, dtype in aggregated.schema.items():
+        if dtype == pl.List:
+            raise DefinitionError(
+                f"feature group '{group.name}': '{name}' gives a list for each {group.entity}, not one value; "
+                f"end the expression in an aggregation such as .mean(), .last() or .n_unique()"
+            )
+    return aggregated
+
+
+def _over_no_rows(events: pl.DataFrame, features: Mapping[str, pl.Expr], suffix: str) -> dict[str, object]:
+    """The value each expression has over no rows: 0 for a count or a sum, None for a mean."""
+    try:
+        return events.clear().select(e.alias(name + suffix) for name, e in features.items()).row(0, named=True)
+    except (pl.exceptions.PolarsError, IndexError):
+        return {name + suffix: None for name in features}
+
+
+def _refused(
+    group: FeatureGroup, features: Mapping[str, pl.Expr], events: pl.DataFrame, fault: Exception
+) -> DefinitionError:
+    """Find the feature that is at fault, by evaluating them one by one on no rows."""
+    for name, expression in features.items():
+        try:
+            events.clear().group_by(group.entity).agg(expression.alias(name))
+        except pl.exceptions.PolarsError as own:
+            fault, culprit = own, f"feature '{name}' = {expression}"
+            break
+    else:
+        culprit = f"features {', '.join(features)}"
+    return DefinitionError(f"feature group '{group.name}': {culprit} can't be evaluated: {fault}")
+
+
+def _derive(group: FeatureGroup, features: pl.DataFrame, as_of: dt.datetime) -> pl.DataFrame:
+    features = features.with_columns(pl.lit(as_of, TIME).alias(AS_OF))
+    for name, expression in group.derived.items():
+        try:
+            features = features.with_columns(expression.alias(name))
+        except pl.exceptions.PolarsError as fault:
+            raise DefinitionError(
+                f"feature group '{group.name}': derived feature '{name}' = {expression} can't be evaluated: {fault}; "
+                f"it can use the features declared before it and '{AS_OF}'"
+            ) from fault
+    return features.drop(AS_OF)
+
+
+def _plain_types(frame: pl.DataFrame) -> pl.DataFrame:
+    """Widen integers to int64 and floats to float64, categories to strings: every reader has these."""
+    casts = []
+    for name, dtype in frame.schema.items():
+        if dtype.is_integer() and dtype not in (pl.Int64, pl.UInt64):
+            casts.append(pl.col(name).cast(pl.Int64))
+        elif dtype == pl.Float32:
+            casts.append(pl.col(name).cast(pl.Float64))
+        elif dtype in (pl.Categorical, pl.Enum):
+            casts.append(pl.col(name).cast(pl.String))
+    return frame.with_columns(casts)

@@ -1,0 +1,171 @@
+"""A user's definitions, read from a Python or a YAML file.
+
+A Python file declares values of `FeatureGroup`, `EventSource` and `DimensionSource` at module level. A YAML file
+says the same in words, with features in SQL (`SUM(amount) FILTER (WHERE …)`), which Polars turns into
+expressions; nothing in it is executed.
+"""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Annotated, Any
+
+import polars as pl
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from tasks.core import storage
+from tasks.core.errors import DefinitionError
+from tasks.features.definitions import (
+    Column,
+    ColumnKind,
+    Definitions,
+    DimensionSource,
+    EventSource,
+    FeatureGroup,
+    Window,
+)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _ColumnText(_Strict):
+    kind: ColumnKind = "any"
+    required: bool = False
+
+
+class _EventText(_Strict):
+    time: str
+    columns: dict[str, Annotated[_ColumnText, BeforeValidator(lambda v: {"kind": v} if isinstance(v, str) else v)]]
+    uri: str | None = None
+    mapping: dict[str, str] = Field(default_factory=dict)
+
+
+class _DimensionText(_Strict):
+    key: str
+    columns: tuple[str, ...] = ()
+    uri: str | None = None
+    mapping: dict[str, str] = Field(default_factory=dict)
+
+
+class _WindowText(_Strict):
+    days: Annotated[list[int], BeforeValidator(lambda value: [value] if isinstance(value, int) else value)]
+    features: dict[str, str]
+
+
+class _GroupText(_Strict):
+    entity: str
+    source: str = "transactions"
+    features: dict[str, str]
+    windows: list[_WindowText] = Field(default_factory=list)
+    derived: dict[str, str] = Field(default_factory=dict)
+    dimension: str | None = None
+    bounds: dict[str, tuple[float | None, float | None]] = Field(default_factory=dict)
+
+
+class _File(_Strict):
+    events: dict[str, _EventText] = Field(default_factory=dict)
+    dimensions: dict[str, _DimensionText] = Field(default_factory=dict)
+    groups: dict[str, _GroupText] = Field(default_factory=dict)
+
+
+def load_definitions(path: str) -> Definitions:
+    """Read a definitions file (local, or YAML anywhere that storage reaches).
+
+    Raises:
+        DefinitionError: The file is missing, of another kind, or can't be used; says where and why.
+
+    """
+    if path.endswith((".yaml", ".yml")):
+        return _from_yaml(path)
+    if path.endswith(".py"):
+        return _from_python(path)
+    raise DefinitionError(f"definitions '{path}': give a .py, .yaml or .yml file")
+
+
+def _from_python(path: str) -> Definitions:
+    if not Path(path).is_file():
+        raise DefinitionError(f"definitions '{path}': no such file (a Python file must be local)")
+    try:
+        values = list(runpy.run_path(path).values())
+    except DefinitionError as fault:
+        fault.add_note(f"in {path}")
+        raise
+    except Exception as fault:
+        raise DefinitionError(f"definitions '{path}' can't be run: {type(fault).__name__}: {fault}") from fault
+    found = Definitions(
+        events={v.name: v for v in values if isinstance(v, EventSource)},
+        dimensions={v.name: v for v in values if isinstance(v, DimensionSource)},
+        groups={v.name: v for v in values if isinstance(v, FeatureGroup)},
+    )
+    if not (found.events or found.dimensions or found.groups):
+        raise DefinitionError(
+            f"definitions '{path}' declares nothing; assign a FeatureGroup, EventSource or DimensionSource "
+            f"to a module-level name"
+        )
+    return found
+
+
+def _from_yaml(path: str) -> Definitions:
+    try:
+        content = yaml.safe_load(storage.read_bytes(path))
+    except FileNotFoundError as fault:
+        raise DefinitionError(f"definitions '{path}': no such file") from fault
+    except (yaml.YAMLError, UnicodeDecodeError) as fault:
+        raise DefinitionError(f"definitions '{path}' is no valid YAML: {fault}") from fault
+    try:
+        file = _File.model_validate(content or {})
+    except ValidationError as fault:
+        first = fault.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise DefinitionError(f"definitions '{path}': {where}: {first['msg']}") from fault
+    if not (file.events or file.dimensions or file.groups):
+        raise DefinitionError(f"definitions '{path}' declares nothing; give groups, events or dimensions")
+    return Definitions(
+        events={name: _event(name, text) for name, text in file.events.items()},
+        dimensions={name: DimensionSource(name=name, **text.model_dump()) for name, text in file.dimensions.items()},
+        groups={name: _group(name, text) for name, text in file.groups.items()},
+    )
+
+
+def _event(name: str, text: _EventText) -> EventSource:
+    columns = {column: Column(**spec.model_dump()) for column, spec in text.columns.items()}
+    return EventSource(name=name, time=text.time, columns=columns, uri=text.uri, mapping=text.mapping)
+
+
+def _group(name: str, text: _GroupText) -> FeatureGroup:
+    return FeatureGroup(
+        name=name,
+        entity=text.entity,
+        source=text.source,
+        dimension=text.dimension,
+        features=_expressions(name, text.features),
+        windows=tuple(
+            Window(days=days, features=_expressions(name, window.features))
+            for window in text.windows
+            for days in window.days
+        ),
+        derived=_expressions(name, text.derived),
+        bounds=text.bounds,
+    )
+
+
+def _expressions(group: str, features: dict[str, str]) -> dict[str, pl.Expr]:
+    return {name: _expression(group, name, sql) for name, sql in features.items()}
+
+
+def _expression(group: str, name: str, sql: str) -> pl.Expr:
+    try:
+        return pl.sql_expr(sql)
+    except pl.exceptions.PolarsError as fault:
+        raise DefinitionError(
+            f"feature group '{group}', feature '{name}': '{sql}' is no SQL expression: {fault}"
+        ) from fault
+
+
+def as_plain(definitions: Definitions) -> dict[str, Any]:
+    """Definitions as plain values, for the manifest."""
+    return {"groups": {name: group.describe() for name, group in definitions.groups.items()}}

@@ -1,0 +1,257 @@
+"""The feature-store jobs on Ray: one exchange computes all groups of a source, a Ray Data job scores and writes.
+
+    read units ─ judge ─ look up ─ split by entity ─┐
+                                                    ├─ exchange ─ evaluate ─ join ─ profile ─ score ─ write
+    dimension files ─ judge ─ split by key ─────────┘
+
+Nothing here is visible to readers until the versions are committed.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+
+from tasks.core.cluster import data_context
+from tasks.core.errors import BalanceError
+from tasks.core.exchange import exchange
+from tasks.core.manifest import ColumnSpec, FileEntry, RowBalance
+from tasks.core.profile import TableProfile, merge_profiles
+from tasks.core.reservation import Reservation
+from tasks.features.config import FeatureStoreConfig, Thresholds
+from tasks.features.plan import FeaturePlan
+from tasks.features.scoring import fences
+from tasks.features.sources import read_units
+from tasks.features.stages import (
+    PART,
+    BucketSummary,
+    Job,
+    Tally,
+    Unit,
+    UnitNote,
+    WrittenPart,
+    feature_columns,
+    read_and_judge,
+    unique_dimension_rows,
+    write_part,
+)
+
+MAX_BUCKETS = 256
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComputedGroup:
+    """What was written for one group, and what is known of it; nothing is committed yet."""
+
+    reservation: Reservation
+    files: tuple[FileEntry, ...]
+    rejected_files: tuple[FileEntry, ...]
+    schema: pa.Schema
+    profile: TableProfile
+    balances: tuple[RowBalance, ...]
+    features: tuple[str, ...]
+    duplicate_keys: int
+    entities: int
+    unmatched: int
+    ready: int
+    newest_event: dt.datetime | None
+    timings: dict[str, float]
+
+    @property
+    def columns(self) -> tuple[ColumnSpec, ...]:
+        """Schema of the data files, for the manifest."""
+        return tuple(ColumnSpec(name=f.name, type=str(f.type), nullable=f.nullable) for f in self.schema)
+
+
+def bucket_count(plan: FeaturePlan) -> int:
+    """Buckets a group: so many that each holds about `rows_per_bucket` events, whatever the cluster's size."""
+    return max(1, min(MAX_BUCKETS, -(-plan.events.table.estimated_rows() // plan.rows_per_bucket)))
+
+
+def compute_groups(
+    plan: FeaturePlan,
+    config: FeatureStoreConfig,
+    reservations: Sequence[Reservation],
+    created: dt.datetime,
+    *,
+    on_read: Progress = lambda _: None,
+    on_computed: Progress = lambda _: None,
+) -> list[ComputedGroup]:
+    """Compute, score and write all groups of a plan under their reservations.
+
+    Args:
+        plan: What to compute.
+        config: Join and thresholds.
+        reservations: One a group, in the plan's order.
+        created: Stamp of every row, UTC.
+        on_read: Called with the number of source rows read, as they are read.
+        on_computed: Called with the number of buckets computed, as they are.
+
+    Raises:
+        BalanceError: rows were lost or doubled on the way.
+        SourceError: a file can't be read.
+        DefinitionError: a feature can't be computed.
+
+    """
+    buckets = bucket_count(plan)
+    job = Job(
+        plan, tuple(reservations), tuple(_units(plan)), buckets, tuple(_lookup_tables(plan)), config.join, created
+    )
+    started = time.monotonic()
+    done = exchange(
+        len(job.units),
+        buckets * len(plan.groups),
+        job.scatter,
+        job.gather,
+        on_note=lambda note: on_read(note.tally.rows_in),
+        on_summary=lambda _: on_computed(1),
+    )
+    compute_seconds = time.monotonic() - started
+    computed = []
+    for number in range(len(plan.groups)):
+        own = slice(number * buckets, (number + 1) * buckets)
+        started = time.monotonic()
+        group = _finish(job, number, done.notes, done.summaries[own], done.tables[own], thresholds=config.thresholds)
+        timings = {"read and compute (all groups)": compute_seconds, "score and write": time.monotonic() - started}
+        computed.append(replace(group, timings=timings))
+    return computed
+
+
+def _units(plan: FeaturePlan) -> Iterator[Unit]:
+    for index, unit in enumerate(read_units(plan.events.table, plan.events.file_columns, plan.rows_per_bucket)):
+        yield Unit(plan.events, None, index, unit)
+    for number, planned in enumerate(plan.groups):
+        if planned.dimension is not None:
+            table = planned.dimension.table
+            for index, unit in enumerate(read_units(table, planned.dimension.file_columns, plan.rows_per_bucket)):
+                yield Unit(planned.dimension, number, index, unit)
+
+
+def _lookup_tables(plan: FeaturePlan) -> Iterator[pl.DataFrame]:
+    """Look-up columns by key: read here and given to every task, so a dimension that is looked up fits in memory."""
+    categories = {column.name for column in plan.events.rows.columns if column.kind == "category"}
+    for lookup in plan.lookups:
+        source = lookup.dimension
+        units = read_units(source.table, source.file_columns, plan.rows_per_bucket)
+        rows = pl.concat(read_and_judge(source, unit)[0] for unit in units)
+        kept, _ = unique_dimension_rows(rows, lookup.key, Tally())
+        yield kept.with_columns(pl.col(name).cast(pl.Categorical) for name in lookup.columns if name in categories)
+
+
+def _finish(
+    job: Job,
+    number: int,
+    notes: Sequence[UnitNote],
+    summaries: Sequence[BucketSummary],
+    tables: Sequence[Any],
+    *,
+    thresholds: Thresholds,
+) -> ComputedGroup:
+    """Score and write one group, and add up what its tasks reported."""
+    planned, reservation = job.plan.groups[number], job.reservations[number]
+    balances = _balances(job, number, notes, summaries)
+    numbers = merge_profiles([summary.profile for summary in summaries])
+    bounds = fences(list(numbers.partials), numbers.quantiles)
+    write = partial(write_part, planned=planned, reservation=reservation, bounds=bounds, thresholds=thresholds)
+    # Without a single entity there is still one file: a schema for the gate to judge.
+    written = _write(tables, write) if balances[-1].rows_out else [write(ray.get(tables[0]).drop_columns([PART]), 0)]
+    entities = balances[-1]
+    if entities.rows_out != sum(part.entry.rows for part in written):
+        raise BalanceError(
+            f"{reservation.dataset}: {entities.rows_out} entities were computed, "
+            f"{sum(part.entry.rows for part in written)} were written"
+        )
+    newest = [note.newest for note in notes if note.newest is not None]
+    rejected = [entry for note in notes for entry in note.rejected_files.get(number, ())]
+    rejected += [entry for summary in summaries for entry in summary.rejected_files]
+    return ComputedGroup(
+        reservation=reservation,
+        files=tuple(part.entry for part in written),
+        rejected_files=tuple(rejected),
+        schema=written[0].schema,
+        profile=merge_profiles([part.profile for part in written]),
+        balances=balances,
+        features=tuple(feature_columns(written[0].schema.names, planned)),
+        duplicate_keys=sum(summary.duplicate_keys for summary in summaries),
+        entities=entities.rows_in,
+        unmatched=sum(summary.unmatched for summary in summaries),
+        ready=sum(part.ready for part in written),
+        newest_event=max(newest) if newest else None,
+        timings={},
+    )
+
+
+def _balances(
+    job: Job, number: int, notes: Sequence[UnitNote], summaries: Sequence[BucketSummary]
+) -> tuple[RowBalance, ...]:
+    """Balances of the events, the dimension and the entities of a group, each checked.
+
+    What the scattering tasks sent must have reached the gathering tasks, row for row.
+    """
+    planned = job.plan.groups[number]
+    pairs = list(zip(job.units, notes, strict=True))
+    events, entities = Tally(), Tally()
+    for unit, note in pairs:
+        if unit.group is None:
+            events.add(note.tally)
+            if lost := note.without_entity[number]:
+                events.rows_out -= lost
+                events.filtered[f"null_{planned.group.entity}"] += lost
+    for summary in summaries:
+        entities.add(summary.entities)
+    balances = [events.balance(job.plan.events.name)]
+    _check_arrival(balances[0].name, events.rows_out, sum(summary.events for summary in summaries))
+    if planned.dimension is not None:
+        read, kept = Tally(), Tally()
+        for unit, note in pairs:
+            if unit.group == number:
+                read.add(note.tally)
+        for summary in summaries:
+            kept.add(summary.dimension)
+        _check_arrival(planned.dimension.name, read.rows_out, kept.rows_in)
+        read.rows_out = kept.rows_out
+        read.rejected += kept.rejected
+        read.deduplicated += kept.deduplicated
+        balances.append(read.balance(planned.dimension.name))
+    balances.append(entities.balance(planned.group.name))
+    for balance in balances:
+        balance.check()
+    return tuple(balances)
+
+
+def _check_arrival(name: str, sent: int, arrived: int) -> None:
+    if sent != arrived:
+        raise BalanceError(f"{name}: {sent} rows were sent to their entities, {arrived} arrived")
+
+
+def _write(tables: Sequence[Any], write: Callable[[pa.Table, int], WrittenPart]) -> list[WrittenPart]:
+    """Score and write every part in a Ray Data job; parts in order."""
+
+    def write_block(block: pa.Table) -> pa.Table:
+        # A block is a part; one that got no entity has no rows, and so no part number.
+        written = [
+            write(block.filter(pc.equal(block[PART], part)).drop_columns([PART]), part)
+            for part in block[PART].unique().to_pylist()
+        ]
+        return pa.table({"part": pa.array([pickle.dumps(part) for part in written], pa.large_binary())})
+
+    with data_context():
+        dataset = ray.data.from_arrow_refs(list(tables)).map_batches(
+            write_block, batch_size=None, batch_format="pyarrow", zero_copy_batch=True
+        )
+        # What comes back was made by our own tasks a moment ago, so it may be unpickled.
+        parts: list[WrittenPart] = [pickle.loads(row["part"]) for row in dataset.take_all()]  # noqa: S301
+    return sorted(parts, key=lambda part: part.entry.path)

@@ -1,0 +1,306 @@
+"""What a run will do, decided before it starts: which files, columns, types, look-ups and joins. Pure.
+
+A plan is a frozen value that goes to the workers.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import polars as pl
+import pyarrow as pa
+
+from tasks.core.errors import DefinitionError, SourceError
+from tasks.features.config import FeatureStoreConfig
+from tasks.features.definitions import Column, Definitions, DimensionSource, EventSource, FeatureGroup
+from tasks.features.rows import ColumnPlan, KeyType, RowPlan
+from tasks.features.sources import SourceTable, check_columns, inspect
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourcePlan:
+    """One source: where its rows are and how they are read."""
+
+    table: SourceTable
+    rows: RowPlan
+
+    @property
+    def name(self) -> str:
+        """Name of the source."""
+        return self.table.name
+
+    @property
+    def file_columns(self) -> tuple[str, ...]:
+        """The file's names of the columns to read."""
+        return tuple(dict.fromkeys(column.source_name for column in self.rows.columns))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookupPlan:
+    """Columns of a dimension that expressions over events use: joined to each event by the dimension's key."""
+
+    dimension: SourcePlan
+    key: str
+    columns: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupPlan:
+    """One feature group: its declaration, the events' columns that it needs and the dimension that it joins."""
+
+    group: FeatureGroup
+    columns: tuple[str, ...]
+    dimension: SourcePlan | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeaturePlan:
+    """Everything that the workers need to know. All groups of one event source are computed from one reading."""
+
+    events: SourcePlan
+    time: str
+    as_of: dt.datetime
+    lookups: tuple[LookupPlan, ...]
+    groups: tuple[GroupPlan, ...]
+    rows_per_bucket: int
+
+
+def plan_features(definitions: Definitions, config: FeatureStoreConfig, as_of: dt.datetime) -> list[FeaturePlan]:
+    """Plan the groups that the configuration asks for, one plan an event source.
+
+    Args:
+        definitions: Declared sources and groups; sources without a URI are not there.
+        config: What the user asked for.
+        as_of: Time up to which events count, UTC.
+
+    Raises:
+        DefinitionError: a group needs a source or column that is nowhere.
+        SourceError: a source is missing, unreadable, or lacks a column.
+
+    """
+    groups = definitions.select(config.groups)
+    plans = []
+    for name in dict.fromkeys(group.source for group in groups):
+        source = definitions.events[name]
+        if source.uri is None:
+            wanting = ", ".join(group.name for group in groups if group.source == name)
+            raise SourceError(
+                f"the source '{name}' that {wanting} reads has no URI; give --{name}, or 'uri' in the definitions"
+            )
+        own = [group for group in groups if group.source == name]
+        plans.append(_plan_source(source, own, definitions.dimensions, config, as_of))
+    return plans
+
+
+def _plan_source(
+    source: EventSource,
+    groups: Sequence[FeatureGroup],
+    dimensions: Mapping[str, DimensionSource],
+    config: FeatureStoreConfig,
+    as_of: dt.datetime,
+) -> FeaturePlan:
+    assert source.uri is not None
+    events = inspect(source.name, source.uri)
+    tables = {name: inspect(name, d.uri) for name, d in dimensions.items() if d.uri is not None}
+    present = {name: dimensions[name] for name in tables}
+    names = _event_columns(source, groups, events, present, tables)
+    looked_up = {column: name for column, name in names.items() if name is not None}
+    keys = _key_types(source, events, present, tables)
+
+    def dimension_plan(name: str, only: Sequence[str] | None = None) -> SourcePlan:
+        return _plan_dimension(present[name], tables[name], keys, only)
+
+    file_names = {column: source.mapping.get(column, column) for column, origin in names.items() if origin is None}
+    check_columns(events, file_names)
+    _check_time(events, file_names[source.time], config)
+    columns = tuple(
+        _column(source.columns.get(ours, Column()), ours, theirs, keys.get(ours, _key_type([events.type_of(theirs)])))
+        for ours, theirs in file_names.items()
+    )
+    reject_negative = ("amount",) if config.negative_amounts == "reject" and "amount" in file_names else ()
+    rows = RowPlan(
+        source=source.name,
+        columns=columns,
+        time=source.time,
+        as_of=as_of,
+        earliest=config.earliest,
+        timezone=config.timezone,
+        epoch_unit=config.epoch_unit,
+        reject_negative=reject_negative,
+    )
+    lookups = tuple(
+        LookupPlan(
+            dimension=dimension_plan(name, [column for column, origin in looked_up.items() if origin == name]),
+            key=present[name].key,
+            columns=tuple(column for column, origin in looked_up.items() if origin == name),
+        )
+        for name in dict.fromkeys(looked_up.values())
+    )
+    return FeaturePlan(
+        events=SourcePlan(table=events, rows=rows),
+        time=source.time,
+        as_of=as_of,
+        lookups=lookups,
+        groups=tuple(_plan_group(group, source, present, dimension_plan) for group in groups),
+        rows_per_bucket=config.rows_per_bucket,
+    )
+
+
+def _plan_group(
+    group: FeatureGroup, source: EventSource, present: Mapping[str, DimensionSource], dimension_plan: object
+) -> GroupPlan:
+    assert callable(dimension_plan)
+    dimension = None
+    if group.dimension is not None and group.dimension in present:
+        plan = dimension_plan(group.dimension)
+        key = present[group.dimension].key
+        if key != group.entity:
+            raise DefinitionError(
+                f"feature group '{group.name}' is about {group.entity}, but its dimension '{group.dimension}' is "
+                f"keyed by {key}; map the key to '{group.entity}', or choose another dimension"
+            )
+        dimension = plan
+    columns = tuple(sorted(group.event_columns | {source.time}))
+    return GroupPlan(group=group, columns=columns, dimension=dimension)
+
+
+def _event_columns(
+    source: EventSource,
+    groups: Sequence[FeatureGroup],
+    events: SourceTable,
+    present: Mapping[str, DimensionSource],
+    tables: Mapping[str, SourceTable],
+) -> dict[str, str | None]:
+    """Where each column that is needed stands: None for the events' own files, else a dimension's name."""
+    needed = {column: None for column, spec in source.columns.items() if spec.required}
+    for group in groups:
+        needed |= dict.fromkeys(sorted(group.event_columns))
+    found: dict[str, str | None] = {}
+    for column in needed:
+        own_name = source.mapping.get(column, column)
+        if column in source.mapping or events.has(own_name):
+            found[column] = None
+            continue
+        origin = next(
+            (
+                name
+                for name, dimension in present.items()
+                if dimension.key in needed
+                and dimension.key != column
+                and tables[name].has(dimension.mapping.get(column, column))
+                and (column in dimension.mapping or not dimension.mapping or column in dimension.columns)
+            ),
+            None,
+        )
+        required = column in source.columns and source.columns[column].required
+        if origin is None and not required:
+            users = ", ".join(group.name for group in groups if column in group.event_columns)
+            if users:
+                places = ", ".join([source.name, *present]) or source.name
+                raise SourceError(
+                    f"{users} needs the column '{column}', which stands in none of {places}; if it bears another "
+                    f'name, map it (--transaction-columns or --product-columns \'{{"{column}": "…"}}\'), '
+                    f"or choose other --groups. Columns of {source.name}: {', '.join(events.files[0].schema.names)}"
+                )
+        found[column] = origin
+    return found
+
+
+def _key_types(
+    source: EventSource,
+    events: SourceTable,
+    present: Mapping[str, DimensionSource],
+    tables: Mapping[str, SourceTable],
+) -> dict[str, KeyType]:
+    """A key is an integer if it is one in every file of every table that has it, else text."""
+    types: dict[str, list[pa.DataType]] = {}
+    for column, spec in source.columns.items():
+        theirs = source.mapping.get(column, column)
+        if spec.kind == "key":
+            types[column] = [f.schema.field(theirs).type for f in events.files if theirs in f.schema.names]
+    for name, dimension in present.items():
+        theirs = dimension.mapping.get(dimension.key, dimension.key)
+        check_columns(tables[name], {dimension.key: theirs})
+        types.setdefault(dimension.key, []).extend(f.schema.field(theirs).type for f in tables[name].files)
+    return {key: _key_type(found) for key, found in types.items()}
+
+
+def _key_type(types: Sequence[pa.DataType]) -> KeyType:
+    # Whole numbers come as floats where a data frame had a null among them; rows.py rejects fractions.
+    return "int64" if types and all(pa.types.is_integer(t) or pa.types.is_floating(t) for t in types) else "string"
+
+
+def _plan_dimension(
+    dimension: DimensionSource, table: SourceTable, keys: Mapping[str, KeyType], only: Sequence[str] | None
+) -> SourcePlan:
+    if dimension.mapping:
+        wanted = {ours: theirs for ours, theirs in dimension.mapping.items() if ours != dimension.key}
+    else:
+        wanted = {column: column for column in dimension.columns}
+    if only is not None:
+        wanted = {column: dimension.mapping.get(column, column) for column in only}
+    names = {dimension.key: dimension.mapping.get(dimension.key, dimension.key), **wanted}
+    check_columns(table, names)
+    columns = [
+        ColumnPlan(
+            name=dimension.key,
+            source_name=names[dimension.key],
+            kind="key",
+            required=True,
+            key_type=keys[dimension.key],
+        )
+    ]
+    columns += [
+        ColumnPlan(name=ours, source_name=theirs, kind="any", dtype=_polars_type(table.type_of(theirs)))
+        for ours, theirs in wanted.items()
+    ]
+    return SourcePlan(table=table, rows=RowPlan(source=dimension.name, columns=tuple(columns)))
+
+
+def _column(spec: Column, ours: str, theirs: str, key_type: KeyType) -> ColumnPlan:
+    return ColumnPlan(name=ours, source_name=theirs, kind=spec.kind, required=spec.required, key_type=key_type)
+
+
+def _polars_type(kind: pa.DataType) -> pl.DataType:
+    frame = pl.from_arrow(pa.schema([pa.field("x", kind)]).empty_table())
+    assert isinstance(frame, pl.DataFrame)
+    return frame.schema["x"]
+
+
+def _check_time(events: SourceTable, column: str, config: FeatureStoreConfig) -> None:
+    kind = events.type_of(column)
+    if pa.types.is_integer(kind) and config.epoch_unit is None:
+        raise SourceError(
+            f"{events.name}: the time column '{column}' holds integers ({kind}); say what they count since 1970: "
+            f"--epoch-unit s, ms, us or ns"
+        )
+    readable = (
+        pa.types.is_temporal,
+        pa.types.is_integer,
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_null,
+    )
+    if not any(test(kind) for test in readable) or pa.types.is_time(kind) or pa.types.is_duration(kind):
+        raise SourceError(
+            f"{events.name}: the time column '{column}' is of type {kind}; it must be a timestamp, date, "
+            f"ISO 8601 text, or an integer with --epoch-unit"
+        )
+
+
+def with_uris(definitions: Definitions, config: FeatureStoreConfig) -> Definitions:
+    """Definitions with the standard sources' URIs and mappings as the configuration gives them."""
+    events, dimensions = dict(definitions.events), dict(definitions.dimensions)
+    if config.transactions is not None:
+        events["transactions"] = replace(
+            events["transactions"], uri=config.transactions, mapping=config.transaction_columns
+        )
+    for name, uri, mapping in (
+        ("customers", config.customers, config.customer_columns),
+        ("products", config.products, config.product_columns),
+    ):
+        if uri is not None:
+            dimensions[name] = replace(dimensions[name], uri=uri, mapping=mapping)
+    return Definitions(events=events, dimensions=dimensions, groups=definitions.groups)

@@ -1,0 +1,205 @@
+"""Rows of a source brought into the declared form, each kept or rejected with a reason. Pure: frames in, frames out.
+
+What becomes of odd values:
+
+| value | becomes |
+|---|---|
+| null (or empty CSV field) in a required column | rejected, `null_<column>` |
+| text that is no number / no time | rejected, `unparsable_<column>` |
+| NaN, +inf, -inf in a required number | rejected, `not_finite_<column>` |
+| NaN, inf, unparsable in an optional number | null |
+| negative amount | kept (a refund), or rejected as `negative_<column>` by choice |
+| time with an offset or zone | converted to UTC |
+| time without a zone | taken to be in `timezone` (UTC by default) |
+| time that doesn't exist in the zone (clock forward) | rejected, `unparsable_<column>`; of two equal ones the earlier |
+| time before `earliest` | rejected, `too_early_<column>` |
+| time after as_of | filtered, `after_as_of` |
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import polars as pl
+
+from tasks.features.definitions import ColumnKind
+
+TIME = pl.Datetime("us", "UTC")
+REASON = "_reason"
+AFTER_AS_OF = "after_as_of"
+
+EpochUnit = Literal["s", "ms", "us", "ns"]
+KeyType = Literal["int64", "string"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColumnPlan:
+    """How one column of a source is read.
+
+    name: ours; source_name: the file's. key_type: what a key becomes, decided over all sources, so that keys
+    of different files and tables are equal when they mean the same. dtype: type of an 'any' column, None as it is.
+    """
+
+    name: str
+    source_name: str
+    kind: ColumnKind
+    required: bool = False
+    key_type: KeyType = "string"
+    dtype: pl.DataType | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowPlan:
+    """How the rows of one source are read and judged.
+
+    time: the event time's column, None for a dimension. as_of: later events are filtered. timezone: IANA zone of
+    times without one. epoch_unit: what integers in a time column count since 1970-01-01 UTC.
+    """
+
+    source: str
+    columns: tuple[ColumnPlan, ...]
+    time: str | None = None
+    as_of: dt.datetime | None = None
+    earliest: dt.datetime = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+    timezone: str = "UTC"
+    epoch_unit: EpochUnit | None = None
+    reject_negative: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedRows:
+    """rows_in = kept.height + rejected.height + sum(filtered.values()); rejected_rows: numbers of the rejected rows."""
+
+    kept: pl.DataFrame
+    rejected: pl.DataFrame
+    rejected_rows: pl.Series
+    filtered: Mapping[str, int] = field(default_factory=dict)
+
+
+def judge(raw: pl.DataFrame, plan: RowPlan) -> JudgedRows:
+    """Type, check and split the rows of one file or part of a file.
+
+    Args:
+        raw: Columns named as in the file; others than the plan's are carried along with rejected rows only.
+        plan: What to make of them.
+
+    Returns:
+        kept has the plan's columns under our names; rejected has raw's columns and `_reason`.
+
+    """
+    typed = raw.select(_typed(column, raw.schema[column.source_name], plan) for column in plan.columns)
+    reasons = [reason for column in plan.columns for reason in _reasons(column, raw, plan)]
+    # The usual case is clean data: one boolean pass decides whether reasons are worth spelling out.
+    bad = pl.any_horizontal(pl.lit(value=False), *(fault for fault, _ in reasons))
+    checked = pl.concat([typed, raw.select(pl.all().name.prefix(_RAW))], how="horizontal")
+    is_bad = checked.select(bad.alias("bad"))["bad"]
+    rejected = raw.clear().with_columns(pl.lit(None, pl.String).alias(REASON))
+    kept = typed
+    if is_bad.any():
+        first = pl.coalesce(pl.when(fault).then(pl.lit(reason)) for fault, reason in reasons)
+        why = checked.filter(is_bad).select(first.alias(REASON))
+        rejected = raw.filter(is_bad).with_columns(why[REASON])
+        kept = typed.filter(~is_bad)
+    numbers = is_bad.arg_true().cast(pl.Int64)
+    filtered: dict[str, int] = {}
+    if plan.time is not None and plan.as_of is not None:
+        before = kept.height
+        kept = kept.filter(pl.col(plan.time) <= plan.as_of)
+        if before > kept.height:
+            filtered[AFTER_AS_OF] = before - kept.height
+    return JudgedRows(kept, rejected, numbers, filtered)
+
+
+_RAW = "\x00raw:"
+
+
+def _typed(column: ColumnPlan, dtype: pl.DataType, plan: RowPlan) -> pl.Expr:
+    """Expression that brings a column into its declared type; a value that can't be becomes null."""
+    source = pl.col(column.source_name)
+    match column.kind:
+        case "key":
+            typed = source.cast(pl.Int64 if column.key_type == "int64" else pl.String, strict=False)
+        case "number":
+            typed = (source.str.strip_chars() if dtype == pl.String else source).cast(pl.Float64, strict=False)
+            if not column.required:
+                typed = pl.when(typed.is_finite()).then(typed)
+        case "time":
+            typed = _time(source, dtype, plan)
+        case "category":
+            typed = source.cast(pl.String).cast(pl.Categorical) if dtype != pl.Categorical else source
+        case "any":
+            typed = source if column.dtype in (None, dtype) else _as_type(source, dtype, column.dtype, plan)
+    return typed.alias(column.name)
+
+
+def _as_type(source: pl.Expr, dtype: pl.DataType, wanted: pl.DataType | None, plan: RowPlan) -> pl.Expr:
+    """A column of another type than the source's first file has, or CSV text; what doesn't fit becomes null."""
+    assert wanted is not None
+    if dtype != pl.String:
+        return source.cast(wanted, strict=False)
+    if wanted == pl.Boolean:
+        return source.str.to_lowercase().replace_strict({"true": True, "false": False}, default=None)
+    if wanted == pl.Date:
+        return source.str.to_date("%Y-%m-%d", strict=False)
+    if isinstance(wanted, pl.Datetime):
+        return _parsed_time(source, plan.timezone)
+    return source.str.strip_chars().cast(wanted, strict=False)
+
+
+def _time(source: pl.Expr, dtype: pl.DataType, plan: RowPlan) -> pl.Expr:
+    if isinstance(dtype, pl.Datetime) and dtype.time_zone is not None:
+        return source.cast(TIME) if dtype.time_zone == "UTC" else source.dt.convert_time_zone("UTC").cast(TIME)
+    if isinstance(dtype, pl.Datetime) or dtype == pl.Date:
+        return _localised(source.cast(pl.Datetime("us")), plan.timezone)
+    if dtype == pl.String and plan.epoch_unit is None:
+        return _parsed_time(source, plan.timezone)
+    # Integers, also as text: plan.py has made sure that a unit is given.
+    count = source.cast(pl.Int64, strict=False)
+    microseconds = {"s": count * 1_000_000, "ms": count * 1_000, "us": count, "ns": count // 1_000}
+    return microseconds[plan.epoch_unit or "us"].cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
+
+
+def _localised(naive: pl.Expr, timezone: str) -> pl.Expr:
+    local = naive.dt.replace_time_zone(timezone, ambiguous="earliest", non_existent="null")
+    return local if timezone == "UTC" else local.dt.convert_time_zone("UTC")
+
+
+def _parsed_time(text: pl.Expr, timezone: str) -> pl.Expr:
+    """ISO 8601 with 'T' or a space, with or without seconds, fraction and offset; formats may differ row by row."""
+    iso = text.str.strip_chars().str.replace("T", " ", literal=True).str.replace(r"[Zz]$", "+00:00")
+    zoned = [
+        iso.str.to_datetime(form, time_unit="us", strict=False, ambiguous="earliest").dt.convert_time_zone("UTC")
+        for form in ("%Y-%m-%d %H:%M:%S%.f%:z", "%Y-%m-%d %H:%M%:z", "%Y-%m-%d %H:%M:%S%.f%z")
+    ]
+    naive = pl.coalesce(
+        iso.str.to_datetime(form, time_unit="us", strict=False)
+        for form in ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d")
+    )
+    return pl.coalesce(*zoned, _localised(naive, timezone))
+
+
+def _reasons(column: ColumnPlan, raw: pl.DataFrame, plan: RowPlan) -> list[tuple[pl.Expr, str]]:
+    """What can be wrong with a value of the column, each as (boolean expression, reason), first match wins."""
+    given = pl.col(_RAW + column.source_name)
+    value = pl.col(column.name)
+    found: list[tuple[pl.Expr, str]] = []
+    if not column.required:
+        return found
+    # A blank string is CSV's way to say null in a quoted field.
+    blank = given.str.strip_chars() == "" if raw.schema[column.source_name] == pl.String else pl.lit(value=False)
+    found.append((given.is_null() | blank, f"null_{column.name}"))
+    if column.kind in ("number", "time") or (column.kind == "key" and column.key_type == "int64"):
+        found.append((value.is_null(), f"unparsable_{column.name}"))
+    if column.kind == "number":
+        found.append((~value.is_finite(), f"not_finite_{column.name}"))
+    if column.kind == "key" and raw.schema[column.source_name].is_float():
+        # 3.7 would silently become customer 3.
+        found.append(((given != given.floor()).fill_null(value=False), f"unparsable_{column.name}"))
+    if column.name in plan.reject_negative:
+        found.append((value < 0, f"negative_{column.name}"))
+    if column.kind == "time":
+        found.append((value < plan.earliest, f"too_early_{column.name}"))
+    return found

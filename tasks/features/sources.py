@@ -1,0 +1,281 @@
+"""Source tables looked at before any work starts: their files, schemas, row groups and fingerprints.
+
+Everything that can be wrong with a source as a whole is found here, in the driver, with an error that names the
+file, the column and the cure; what can be wrong with a single row is found in `rows.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Literal
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from tasks.core import storage
+from tasks.core.errors import SourceError
+from tasks.core.manifest import InputFile, InputRecord
+
+SUFFIXES = (".parquet", ".csv")
+_NULLS = ("", "null", "NULL")
+_CSV_BLOCK = 16 * 2**20
+_INTEGER = r"-?(0|[1-9][0-9]{0,17})"
+_READERS = 16
+
+Format = Literal["parquet", "csv"]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file of a source. rows and row_groups (rows of each) are None for CSV, which doesn't say."""
+
+    info: storage.FileInfo
+    format: Format
+    schema: pa.Schema
+    row_groups: tuple[int, ...] | None
+
+    @property
+    def rows(self) -> int | None:
+        """Number of rows, if the file says."""
+        return None if self.row_groups is None else sum(self.row_groups)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTable:
+    """All files of a source, sorted by name: their order is the order of the rows."""
+
+    name: str
+    uri: str
+    files: tuple[SourceFile, ...]
+
+    def has(self, column: str) -> bool:
+        """Whether every file has the column."""
+        return all(column in file.schema.names for file in self.files)
+
+    def type_of(self, column: str) -> pa.DataType:
+        """Type of a column in the first file."""
+        return self.files[0].schema.field(column).type
+
+    def estimated_rows(self) -> int:
+        """Rows, as far as the files say; a CSV file is taken to have 50 bytes a row."""
+        return sum(f.info.bytes // 50 + 1 if f.rows is None else f.rows for f in self.files)
+
+    def record(self, rows: int | None) -> InputRecord:
+        """What the manifest says of this input; reads the files' fingerprints."""
+        with ThreadPoolExecutor(_READERS) as pool:
+            prints = list(pool.map(lambda file: storage.fingerprint(file.info), self.files))
+        files = tuple(
+            InputFile(uri=file.info.uri, bytes=file.info.bytes, fingerprint=fingerprint)
+            for file, fingerprint in zip(self.files, prints, strict=True)
+        )
+        return InputRecord(name=self.name, uri=self.uri, rows=rows, files=files)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadUnit:
+    """What one task reads: some row groups of a Parquet file, or a whole CSV file.
+
+    first_row: number of its first row in the file, from 0. columns: the file's names of the columns to read.
+    """
+
+    uri: str
+    format: Format
+    columns: tuple[str, ...]
+    row_groups: tuple[int, ...] = ()
+    first_row: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RawRows:
+    """A piece of a source as it stands in the file; malformed counts CSV lines with a wrong number of fields."""
+
+    frame: pl.DataFrame
+    first_row: int
+    malformed: tuple[str, ...] = ()
+
+
+def inspect(name: str, uri: str) -> SourceTable:
+    """Find the files of a source and read their schemas.
+
+    Args:
+        name: Role of the source, for messages.
+        uri: A file, directory, glob or S3 prefix of Parquet or CSV files.
+
+    Raises:
+        SourceError: nothing is there, a file can't be read, or the source has no rows.
+
+    """
+    infos = storage.list_files(uri, suffixes=SUFFIXES)
+    if not infos:
+        found = storage.list_files(uri)
+        hint = f"it holds {len(found)} other files, such as {found[0].uri}" if found else "nothing is there"
+        raise SourceError(
+            f"{name} '{uri}': no {' or '.join(SUFFIXES)} file found ({hint}); give a file, directory, glob or prefix"
+        )
+    with ThreadPoolExecutor(min(_READERS, len(infos))) as pool:
+        files = tuple(pool.map(lambda info: _inspect_file(name, info), infos))
+    if all(file.rows == 0 for file in files):
+        raise SourceError(f"{name} '{uri}' has no rows in its {len(files)} files")
+    return SourceTable(name, uri, files)
+
+
+def check_columns(table: SourceTable, wanted: Mapping[str, str]) -> None:
+    """Make sure that every file has the wanted columns (ours → the file's names).
+
+    Raises:
+        SourceError: names the file, the missing column, and the closest one or how to map it.
+
+    """
+    for file in table.files:
+        for ours, theirs in wanted.items():
+            if theirs not in file.schema.names:
+                raise SourceError(_missing(table, file, ours, theirs))
+
+
+def _missing(table: SourceTable, file: SourceFile, ours: str, theirs: str) -> str:
+    names = file.schema.names
+    close = get_close_matches(theirs, names, n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    if any(theirs in other.schema.names for other in table.files):
+        cure = "Other files of the source have it: the files don't share one schema."
+    elif ours == theirs:
+        option = table.name.removesuffix("s").replace("_", "-")
+        cure = f'If it bears another name, map it: --{option}-columns \'{{"{ours}": "…"}}\'.'
+    else:
+        cure = f"The mapping says that it is '{ours}'."
+    return f"{table.name}: {file.info.uri} has no column '{theirs}'.{hint} {cure} Its columns: {', '.join(names)}"
+
+
+def read_units(table: SourceTable, columns: Sequence[str], rows_per_unit: int) -> list[ReadUnit]:
+    """Cut a source into units of about `rows_per_unit` rows, never across files and in the files' order."""
+    units = []
+    for file in table.files:
+        if file.row_groups is None:
+            units.append(ReadUnit(file.info.uri, "csv", tuple(columns)))
+            continue
+        groups: list[int] = []
+        held = start = position = 0
+        for index, rows in enumerate(file.row_groups):
+            if groups and held + rows > rows_per_unit:
+                units.append(ReadUnit(file.info.uri, "parquet", tuple(columns), tuple(groups), start))
+                groups, held, start = [], 0, position
+            groups.append(index)
+            held += rows
+            position += rows
+        if held:
+            units.append(ReadUnit(file.info.uri, "parquet", tuple(columns), tuple(groups), start))
+    return units
+
+
+def read(unit: ReadUnit) -> Iterator[RawRows]:
+    """Read a unit, a Parquet unit at once and a CSV file block by block, every CSV column as text.
+
+    Raises:
+        SourceError: the file can't be read or decoded.
+
+    """
+    try:
+        if unit.format == "parquet":
+            with pq.ParquetFile(storage.open_input(unit.uri)) as file:
+                table = file.read_row_groups(list(unit.row_groups), columns=list(unit.columns), use_threads=False)
+            yield RawRows(_frame(table, unit.columns), unit.first_row)
+        else:
+            yield from _read_csv(unit)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as fault:
+        raise SourceError(f"{unit.uri} can't be read as {unit.format}: {fault}") from fault
+
+
+def _frame(table: pa.Table, columns: Sequence[str]) -> pl.DataFrame:
+    frame = pl.from_arrow(table.select(list(columns)), rechunk=False)
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def _read_csv(unit: ReadUnit) -> Iterator[RawRows]:
+    malformed: list[str] = []
+
+    def note(row: pa_csv.InvalidRow) -> str:
+        malformed.append(row.text or "")
+        return "skip"
+
+    position = 0
+    with storage.open_input(unit.uri) as stream, _open_csv(stream, unit.columns, _CSV_BLOCK, note) as reader:
+        for batch in reader:
+            frame = _frame(pa.Table.from_batches([batch]), unit.columns)
+            yield RawRows(frame, position, tuple(malformed))
+            position += frame.height + len(malformed)
+            malformed.clear()
+    if malformed:
+        empty = pl.DataFrame(schema=dict.fromkeys(unit.columns, pl.String))
+        yield RawRows(empty, position, tuple(malformed))
+
+
+def _open_csv(
+    stream: pa.NativeFile, columns: Sequence[str], block: int, on_invalid: object
+) -> pa_csv.CSVStreamingReader:
+    return pa_csv.open_csv(
+        stream,
+        read_options=pa_csv.ReadOptions(block_size=block, use_threads=False),
+        parse_options=pa_csv.ParseOptions(invalid_row_handler=on_invalid, newlines_in_values=True),
+        convert_options=pa_csv.ConvertOptions(
+            column_types=dict.fromkeys(columns, pa.string()),
+            include_columns=list(columns),
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+            null_values=list(_NULLS),
+        ),
+    )
+
+
+def _inspect_file(name: str, info: storage.FileInfo) -> SourceFile:
+    try:
+        if info.uri.endswith(".parquet"):
+            metadata = pq.read_metadata(storage.open_input(info.uri))
+            groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+            return SourceFile(info, "parquet", metadata.schema.to_arrow_schema(), groups)
+        schema, empty = _csv_schema(info.uri)
+        return SourceFile(info, "csv", schema, (0,) if empty else None)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as fault:
+        raise SourceError(
+            f"{name}: {info.uri} can't be read as {info.uri.rpartition('.')[2]}: {str(fault).splitlines()[0]}; "
+            f"it may be cut short, of another format, or not in UTF-8"
+        ) from fault
+
+
+def _csv_schema(uri: str) -> tuple[pa.Schema, bool]:
+    """Names and likely types by the first block; text that looks like an integer but starts with 0 stays text."""
+    with storage.open_input(uri) as stream:
+        head = stream.read(2**20)
+    header = head.split(b"\n", 1)[0].decode("utf-8-sig")
+    if not header.strip():
+        raise pa.ArrowInvalid("the file is empty: it has not even a header")
+    if len(head) == 2**20:
+        head = head[: head.rfind(b"\n") + 1]
+    table = pa_csv.read_csv(
+        pa.BufferReader(head),
+        parse_options=pa_csv.ParseOptions(invalid_row_handler=lambda _: "skip", newlines_in_values=True),
+        convert_options=pa_csv.ConvertOptions(strings_can_be_null=True, null_values=list(_NULLS)),
+    )
+    as_text = pa_csv.read_csv(
+        pa.BufferReader(head),
+        parse_options=pa_csv.ParseOptions(invalid_row_handler=lambda _: "skip", newlines_in_values=True),
+        convert_options=pa_csv.ConvertOptions(column_types=dict.fromkeys(table.column_names, pa.string())),
+    )
+    fields = []
+    for field in table.schema:
+        keeps_zeros = pa.types.is_integer(field.type) and not _all_plain_integers(as_text[field.name])
+        fields.append(field.with_type(pa.string()) if keeps_zeros else field)
+    return pa.schema(fields), table.num_rows == 0
+
+
+def _all_plain_integers(column: pa.ChunkedArray) -> bool:
+    values = pc.drop_null(pc.utf8_trim_whitespace(column))
+    values = values.filter(pc.not_equal(values, ""))
+    return all(re.fullmatch(_INTEGER, value) for value in pc.unique(values).to_pylist())

@@ -1,0 +1,115 @@
+"""Which failures of a task are worth another try.
+
+A task writes `@task(**RETRY)`. Transient faults (the store's 5xx and time-outs, a lost Ray worker, node or object, a
+worker killed for memory) are retried with growing delays; anything else fails at once: bad input stays bad.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.exceptions import CrashedRun
+from prefect.runtime import flow_run
+from prefect.tasks import Task, exponential_backoff
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from tasks.core.errors import ConfigError, PipelineError
+from tasks.core.transient import is_transient
+
+RAY_LOSSES = (
+    ActorDiedError,
+    ActorUnavailableError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    WorkerCrashedError,
+)
+
+
+def worth_retrying(error: BaseException) -> bool:
+    """Whether the same call may succeed later.
+
+    An error that Ray carries from a worker is judged by what was raised there, and a wrapped one by its causes. One
+    of our own errors anywhere in that chain decides: it was raised on purpose, and the same input gives it again.
+    """
+    chain = list(causes(error))
+    if any(isinstance(link, PipelineError) for link in chain):
+        return False
+    if any(isinstance(link, (*RAY_LOSSES, CrashedRun, httpx.TransportError)) for link in chain):
+        return True
+    # `is_transient` follows ordinary causes itself, but not into what Ray carried from a worker.
+    carried = [link.cause for link in chain if isinstance(link, RayTaskError)]
+    return any(is_transient(start) for start in (error, *carried))
+
+
+@contextmanager
+def final_unless_transient() -> Iterator[None]:
+    """Around a flow's body: only what may pass another time starts the flow's own retries (Prefect has no condition).
+
+    A lost worker does; bad input and a failed gate end the run at once.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not worth_retrying(error):
+            with get_client(sync_client=True) as client:
+                run = client.read_flow_run(UUID(str(flow_run.id)))
+                policy = run.empirical_policy.model_copy(update={"retries": 0})
+                client.update_flow_run(run.id, empirical_policy=policy)
+        raise
+
+
+def retry_condition(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
+    """Prefect's `retry_condition_fn`. A plain function: Prefect 3.8 takes any other callable for 'never'."""
+    error = state.data
+    return isinstance(error, BaseException) and worth_retrying(error)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from, and what Ray carried from a worker, each once."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        link = waiting.pop()
+        if link is None or id(link) in seen:
+            continue
+        seen.add(id(link))
+        yield link
+        if isinstance(link, RayTaskError):
+            waiting.append(link.cause)
+        waiting.append(link.__cause__)
+
+
+def _first_delay() -> float:
+    text = os.environ.get("PIPELINE_RETRY_DELAY_SECONDS", "").strip() or "2"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 600:
+        raise ConfigError(f"PIPELINE_RETRY_DELAY_SECONDS must be a number of seconds from 0 to 600; it is {text!r}")
+    return seconds
+
+
+RETRY: dict[str, Any] = {
+    "retries": 3,
+    # 2, 4 and 8 s: the sleep holds the worker's process but, with num_cpus=0, no CPU of the cluster.
+    "retry_delay_seconds": exponential_backoff(_first_delay()),
+    "retry_jitter_factor": 0.5,
+    "retry_condition_fn": retry_condition,
+}

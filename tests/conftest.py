@@ -1,0 +1,99 @@
+"""One Prefect API and one Ray for the whole test session, set up as in production but smaller.
+
+The environment is set before Prefect and Ray are imported: both read parts of it at import.
+"""
+
+import os
+
+os.environ.update(
+    {
+        "RAY_AUTH_MODE": "disabled",  # one user, one machine, loopback only
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",  # a missing API address fails instead of starting a server
+        "PIPELINE_RETRY_DELAY_SECONDS": "0.05",
+    }
+)
+os.environ.pop("RAY_ADDRESS", None)
+os.environ.pop("PREFECT_API_URL", None)
+
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Prefect home with a database; its migration (10 s) is done once per machine and Prefect version."""
+    import prefect
+
+    home = tmp_path_factory.mktemp("prefect")
+    if (template := _migrated_template(prefect.__version__)).exists():
+        shutil.copy(template, home / "prefect.db")
+    return home
+
+
+@pytest.fixture(scope="session")
+def prefect_api(prefect_home: Path) -> Iterator[str]:
+    """The address of a real API server of this session's own."""
+    import prefect
+    import prefect.settings as names
+    from prefect.server.api.server import SubprocessASGIServer
+    from prefect.settings import temporary_settings
+
+    from tasks.runner import drain_api_queues
+
+    database = prefect_home / "prefect.db"
+    settings = {
+        names.PREFECT_HOME: prefect_home,
+        names.PREFECT_SERVER_DATABASE_CONNECTION_URL: f"sqlite+aiosqlite:///{database}",
+        names.PREFECT_SERVER_ANALYTICS_ENABLED: False,
+    }
+    with temporary_settings(settings):
+        server = SubprocessASGIServer()
+        server.start(timeout=90)
+        try:
+            _keep_template(database, _migrated_template(prefect.__version__))
+            api = {names.PREFECT_API_URL: server.api_url}
+            with temporary_settings(api, set_defaults={names.PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+                yield server.api_url
+                drain_api_queues()  # before the server goes: at exit Prefect would try a dead API for a minute
+        finally:
+            server.stop()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray with 2 CPUs, whose workers have the environment that they have in production."""
+    import ray
+
+    from tasks.core.cluster import connect
+
+    assert connect(num_cpus=2, object_store_memory=200 * 2**20), "a test has left its Ray running"
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def stack(prefect_api: str, ray_cluster: None) -> str:
+    """Both, for flows; the value is the API's address."""
+    return prefect_api
+
+
+def _migrated_template(version: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"prefect-{version}-migrated-{os.getuid()}.db"
+
+
+def _keep_template(database: Path, template: Path) -> None:
+    if template.exists():
+        return
+    partial = template.with_suffix(f".{os.getpid()}")
+    with sqlite3.connect(database) as source, sqlite3.connect(partial) as copy:
+        source.backup(copy)
+    partial.replace(template)  # two sessions at once: each has a whole file, the last one stays
