@@ -29,7 +29,13 @@ from tasks.runner import ray_runner
 DEFAULTS = FeatureStoreConfig()
 
 
-@flow(name="feature-store", task_runner=ray_runner(), retries=1, retry_delay_seconds=5)
+def _run_name() -> str:
+    config = flow_run.parameters["config"]
+    source = config.transactions or config.definitions or "the sample"
+    return f"features of {source.rstrip('/').rpartition('/')[2]} {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M:%S}"
+
+
+@flow(name="feature-store", flow_run_name=_run_name, task_runner=ray_runner(), retries=1, retry_delay_seconds=5)
 def feature_store(config: FeatureStoreConfig = DEFAULTS) -> list[PublishedVersion]:
     """Compute features of customers and products, check them, and publish them as new versions.
 

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,10 @@ from tasks.core.errors import ConfigError, InputError, PipelineError
 Config = TypeVar("Config", bound=BaseModel)
 
 FAILED, WRONG_ARGUMENTS = 1, 2
+
+_TOLD_ONCE = ("Encountered exception during execution",)
+_STATE_DETAILS = re.compile(r"(Finished in state \w+)\(.*\)", re.DOTALL)
+_NO_DEFAULT = re.compile(r"\(default: (None|\(\))\)|\(default factory: dict\)")
 
 
 def run_by_hand(entry: str, config_type: type[BaseModel], argv: Sequence[str] | None = None) -> int:
@@ -97,6 +102,8 @@ def parse_arguments(
         cli_implicit_flags=True,
         cli_avoid_json=True,
     )
+    for action in parser._actions:
+        action.help = _NO_DEFAULT.sub("(default: none)", action.help or "")
     given = parser.parse_args(argv)
     file, debug = given.config, given.debug
     del given.config, given.debug
@@ -191,23 +198,28 @@ def _explain(fault: ValidationError, file: str | None) -> str:
 
 @contextmanager
 def _quiet_failures(debug: bool) -> Iterator[None]:
-    """Without --debug, leave out what Prefect and Ray print of a failure: the one sentence says it."""
+    """Without --debug, leave out of the console what the one sentence says anyway; the API keeps all of it."""
     if debug:
         yield
         return
+    from prefect.settings import PREFECT_API_URL
+
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO")
-    with_traceback = [logging.getLogger(name) for name in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine")]
-    for logger in with_traceback:
-        logger.addFilter(_without_traceback)
+    # The page of an embedded server is gone when somebody wants to open it.
+    left_out = _TOLD_ONCE if PREFECT_API_URL.value() else (*_TOLD_ONCE, "View at ")
+
+    def for_a_person(record: logging.LogRecord) -> bool:
+        record.exc_info = record.exc_text = None
+        message = record.getMessage()
+        record.msg, record.args = _STATE_DETAILS.sub(r"\1", message), ()
+        return not message.startswith(left_out)
+
+    # On the handlers, not the loggers: those also feed the API. The API's handler comes first, so it has seen it all.
+    consoles = logging.getLogger().handlers[:]
+    for console in consoles:
+        console.addFilter(for_a_person)
     try:
         yield
     finally:
-        for logger in with_traceback:
-            logger.removeFilter(_without_traceback)
-
-
-def _without_traceback(record: logging.LogRecord) -> bool:
-    """Keep the record but not its traceback: the console gets one line."""
-    record.exc_info = None
-    record.exc_text = None
-    return True
+        for console in consoles:
+            console.removeFilter(for_a_person)

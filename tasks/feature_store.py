@@ -13,7 +13,7 @@ from pathlib import Path
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
-from prefect.runtime import deployment, flow_run
+from prefect.runtime import deployment, flow_run, task_run
 
 from tasks.artifacts import progress, publish_report
 from tasks.core import layout, storage, versions
@@ -24,11 +24,13 @@ from tasks.core.provenance import code_digest, package_versions
 from tasks.core.report import Report
 from tasks.core.reservation import Reservation, reserve
 from tasks.features.config import FeatureStoreConfig
+from tasks.features.definitions import AS_OF
 from tasks.features.gate import judge_group
 from tasks.features.loading import load_definitions
-from tasks.features.pipeline import ComputedGroup, bucket_count, compute_groups
+from tasks.features.pipeline import ComputedGroup, bucket_count, compute_groups, rows_to_read
 from tasks.features.plan import FeaturePlan, plan_features, with_uris
 from tasks.features.sample import SAMPLE_AS_OF, write_sample
+from tasks.features.stages import CREATED, VERSION
 from tasks.features.standard import STANDARD
 from tasks.retries import RETRY
 
@@ -100,16 +102,25 @@ def reserve_versions(plans: Sequence[FeaturePlan], root: str, run_id: str) -> li
     return reservations
 
 
-@task(name="compute-features", cache_policy=NO_CACHE, **RETRY)
+def _compute_run_name() -> str:
+    groups = task_run.parameters["plan"].groups
+    return f"compute {', '.join(planned.group.name for planned in groups)}"
+
+
+def _validate_run_name() -> str:
+    reservation = task_run.parameters["computed"].reservation
+    return f"validate {reservation.dataset.rpartition('/')[2]} v{reservation.version}"
+
+
+@task(name="compute-features", task_run_name=_compute_run_name, tags=["ray-data"], cache_policy=NO_CACHE, **RETRY)
 def compute_features(
     plan: FeaturePlan, config: FeatureStoreConfig, reservations: Sequence[Reservation], created: dt.datetime
 ) -> list[ComputedGroup]:
     """Compute, score and write all groups of one event source: the Ray job."""
     logger = get_run_logger()
-    rows = plan.events.table.estimated_rows()
     buckets = bucket_count(plan) * len(plan.groups)
     with (
-        progress(f"Reading {plan.events.name}", total=rows, unit="rows") as read,
+        progress(f"Reading {plan.events.name}", total=rows_to_read(plan), unit="rows") as read,
         progress("Computing features", total=buckets, unit="buckets") as computed,
     ):
         groups = compute_groups(plan, config, reservations, created, on_read=read, on_computed=computed)
@@ -120,7 +131,7 @@ def compute_features(
     return groups
 
 
-@task(name="validate-features", cache_policy=NO_CACHE, **RETRY)
+@task(name="validate-features", task_run_name=_validate_run_name, cache_policy=NO_CACHE, **RETRY)
 def validate_features(
     plan: FeaturePlan, number: int, computed: ComputedGroup, config: FeatureStoreConfig, run: RunRecord
 ) -> JudgedVersion:
@@ -236,6 +247,7 @@ def _write_report(
         config=manifest.config,
         timings=timings,
         definition=manifest.definition,
+        identifiers=(manifest.definition["entity"], AS_OF, CREATED, VERSION),
     )
     html_uri = layout.join(reservation.uri, layout.REPORT_HTML)
     faces = {html_uri: report.to_html(), layout.join(reservation.uri, layout.REPORT_JSON): report.to_json()}

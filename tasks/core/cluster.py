@@ -20,6 +20,7 @@ from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 
 from tasks.core.errors import ConfigError
 
@@ -107,6 +108,7 @@ def connect(
         _environment(worker_env(env) if local else {}),
         explained_versions(options["address"]),
     ):
+        _plain_worker_output(local)
         try:
             ray.init(**options)
         except ConnectionError as error:
@@ -117,10 +119,28 @@ def connect(
     return True
 
 
+def _plain_worker_output(local: bool) -> None:
+    """What workers print reaches this process's console: without colour codes where that is a file or a pipe.
+
+    On a local Ray also without '(name pid=…)' before each line: a log line names its task run itself. (Ray reads its
+    variable for that when it is imported, which is too early for us.)
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    if local and "RAY_DISABLE_WORKER_LOG_PREFIX" not in os.environ:
+        ray_constants.RAY_DISABLE_WORKER_LOG_PREFIX = True
+
+
 def cluster_cpus() -> int:
     """CPUs of the whole connected cluster, at least 1."""
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return max(1, int(resources.get("CPU", 1)))
+
+
+def object_store_bytes() -> int:
+    """Object store of the whole connected cluster, bytes."""
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return int(resources.get("object_store_memory", 0))
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ class Panel:
 def render(report: Report) -> str:
     """HTML of a report."""
     drift = {check.column: check for check in report.gate.checks if check.name == "drift"}
-    drawn = distributions(report.profile, report.previous_profile, report.gate.checks)
+    drawn = distributions(report.drawable, report.previous_profile, report.gate.checks)
     counted = {verdict: sum(c.verdict == verdict for c in report.checks) for verdict in ("fail", "warn", "pass")}
     html: str = _template().render(
         report=report,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 import polars as pl
@@ -9,7 +11,13 @@ import pyarrow as pa
 
 from tasks.core.hashing import stable_hash
 
-Packed = npt.NDArray[np.uint8]
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Rows on their way: an Arrow stream, and the int64 columns that travel in a narrower type."""
+
+    stream: npt.NDArray[np.uint8]
+    narrowed: tuple[str, ...]
 
 
 def split_by_key(frame: pl.DataFrame, key: str, buckets: int) -> list[pl.DataFrame]:
@@ -38,14 +46,19 @@ def split_by_key(frame: pl.DataFrame, key: str, buckets: int) -> list[pl.DataFra
 def pack(frame: pl.DataFrame) -> Packed:
     """Rows as an Arrow stream in a numpy array, which Ray stores and maps without a copy.
 
-    Not compressed: lz4 took more time than it saved, also where the objects spill.
+    Whole numbers travel in the narrowest type that holds them, which takes a quarter off the volume for a tenth of
+    the time that lz4 takes (on 1.25 million transactions: 36 to 26 bytes a row in 10 ms; lz4: 19 bytes in 90 ms).
     """
-    stream = frame.write_ipc_stream(None, compression="uncompressed", compat_level=pl.CompatLevel.newest())
-    return np.frombuffer(stream.getbuffer(), dtype=np.uint8)
+    narrowed = [column.shrink_dtype() for column in frame if column.dtype == pl.Int64]
+    names = tuple(column.name for column in narrowed if column.dtype != pl.Int64)
+    stream = frame.with_columns(narrowed).write_ipc_stream(
+        None, compression="uncompressed", compat_level=pl.CompatLevel.newest()
+    )
+    return Packed(np.frombuffer(stream.getbuffer(), dtype=np.uint8), names)
 
 
 def unpack(packed: Packed) -> pl.DataFrame:
-    """The rows again, a view of the packed ones."""
-    frame = pl.from_arrow(pa.ipc.open_stream(pa.py_buffer(packed)).read_all(), rechunk=False)
+    """The rows again: a view of the packed ones, but for the numbers that were narrowed."""
+    frame = pl.from_arrow(pa.ipc.open_stream(pa.py_buffer(packed.stream)).read_all(), rechunk=False)
     assert isinstance(frame, pl.DataFrame)
-    return frame
+    return frame.with_columns(pl.col(packed.narrowed).cast(pl.Int64)) if packed.narrowed else frame

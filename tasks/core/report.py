@@ -49,6 +49,7 @@ class Report(Record):
     config: dict[str, Any] = Field(default_factory=dict, description="The full configuration of the run.")
     timings: dict[str, float] = Field(default_factory=dict, description="Seconds that each stage took.")
     definition: dict[str, Any] = Field(default_factory=dict, description="The declaration that was computed.")
+    identifiers: tuple[str, ...] = Field(default=(), description="Columns that name or stamp a row: never drawn.")
     notes: tuple[str, ...] = Field(default=(), description="Sentences worth a reader's attention.")
 
     @property
@@ -66,6 +67,11 @@ class Report(Record):
         more = f" And {len(worst) - 1} more." if len(worst) > 1 else ""
         return f"{len(worst)} of {total} {'failed' if self.verdict == 'fail' else 'warned'}: {worst[0].message}{more}"
 
+    @property
+    def drawable(self) -> dict[str, ColumnProfile]:
+        """Profiles of the columns whose distribution means something."""
+        return {name: column for name, column in self.profile.items() if name not in self.identifiers}
+
     def to_json(self) -> bytes:
         """Canonical JSON (sorted keys, UTF-8); `Report.model_validate_json` reads it back."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False, indent=1)
@@ -78,35 +84,29 @@ class Report(Record):
         return render(self).encode()
 
     def to_markdown(self, html_uri: str | None = None, max_bytes: int = MARKDOWN_BYTES) -> str:
-        """Summary for a Prefect artifact: the verdict and why, failed checks first, rows, pictures, lineage.
+        """Summary for a Prefect artifact: the verdict and why, checks that failed or warned, pictures, rows, lineage.
 
-        What doesn't fit into `max_bytes` of UTF-8 is left out with a word saying so: first the pictures, then the
-        checks that passed, then the end of the text.
+        What doesn't fit into `max_bytes` of UTF-8 is left out with a word saying so: first the pictures, then the end
+        of the text.
 
         Args:
             html_uri: where the full report lies, to link to.
             max_bytes: most bytes of the result, at least 1,000.
         """
-        link = f"[Full report]({_target(html_uri)})" if html_uri else "The full report lies beside the data."
         head = [
             f"# {_SIGNS[self.verdict]} · {_text(self.title)}",
             f"**{self.status.capitalize()}** `{self.dataset.replace('`', '')}` v{self.version}, "
             f"{plural(self.rows, 'row')}, {self.created_at:%Y-%m-%d %H:%M} UTC. {_text(self.reason)}",
-            link,
+            *([f"[Full report]({_target(html_uri)})"] if html_uri else []),
             *(f"> {_text(note)}" for note in self.notes),
         ]
-        tail = [*self._markdown_balances(), *self._markdown_lineage()]
         serious = [check for check in self.checks if check.verdict != "pass"]
+        checks = _markdown_checks(serious, passed=len(self.checks) - len(serious))
+        tail = [*self._markdown_balances(), *self._markdown_lineage()]
         picture = self._markdown_picture()
-        for checks, pictures in (
-            (self.checks, picture),
-            (
-                self.checks,
-                ["*The pictures are left out, being too large here: see the full report.*"] if picture else [],
-            ),
-            (serious, ["*Pictures and passed checks are left out here: see the full report.*"]),
-        ):
-            text = "\n\n".join([*head, *_markdown_checks(checks), *pictures, *tail]) + "\n"
+        instead = ["*The pictures are left out, being too large here: see the full report.*"] if picture else []
+        for pictures in (picture, instead):
+            text = "\n\n".join([*head, *checks, *pictures, *tail]) + "\n"
             if len(text.encode()) <= max_bytes:
                 return text
         ending = "\n\n*The rest is left out here: see the full report.*\n"
@@ -154,23 +154,22 @@ class Report(Record):
     def _markdown_picture(self) -> list[str]:
         from tasks.core.plots import distributions, histogram_grid
 
-        drawn = distributions(self.profile, self.previous_profile, self.gate.checks)
+        drawn = distributions(self.drawable, self.previous_profile, self.gate.checks)
         if not drawn:
             return []
         encoded = base64.b64encode(histogram_grid(drawn)).decode()
         return ["## Distributions", f"![Distributions of the columns](data:image/png;base64,{encoded})"]
 
 
-def _markdown_checks(checks: list[CheckResult]) -> list[str]:
-    if not checks:
-        return []
+def _markdown_checks(serious: list[CheckResult], passed: int) -> list[str]:
+    """The checks that failed or warned, and how many passed: those stand in the table of checks."""
     lines = ["| verdict | check | column | figure | bound | |", "|---|---|---|---:|---:|---|"]
     lines += [
         f"| {_SIGNS[c.verdict]} | {_text(c.name)} | {_text(c.column or '')} | {_text(number(c.figure))} "
         f"| {_text(c.bound)} | {_text(c.message)} |"
-        for c in checks
+        for c in serious
     ]
-    return ["## Checks", "\n".join(lines)]
+    return ["## Checks", *(["\n".join(lines)] if serious else []), f"{plural(passed, 'check')} passed."]
 
 
 def _reasons(counts: dict[str, int]) -> str:

@@ -160,9 +160,9 @@ class FeatureStoreConfig(BaseModel):
     )
     thresholds: Thresholds = Field(default_factory=Thresholds, description="Bounds of the row and dataset checks.")
     rows_per_bucket: int = Field(
-        default=640_000,
+        default=2_000_000,
         ge=1_000,
-        description="Events per unit of work, rows: less takes less memory, more takes less scheduling.",
+        description="Events whose entities one task computes, rows: less takes less memory, more less scheduling.",
     )
     sample_transactions: int = Field(
         default=20_000, ge=100, le=100_000_000, description="Size of the sample, transactions."

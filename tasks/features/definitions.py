@@ -119,6 +119,8 @@ class FeatureGroup:
         if not self.features:
             raise DefinitionError(f"feature group '{self.name}' declares no features; give at least one")
         names = self.feature_names
+        if self.entity in names:
+            raise DefinitionError(f"feature group '{self.name}' has a feature named as its entity; rename it")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise DefinitionError(f"feature group '{self.name}' declares {', '.join(twice)} twice; rename one of them")

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import polars as pl
@@ -23,16 +24,16 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 
-from tasks.core.cluster import data_context
+from tasks.core.cluster import data_context, object_store_bytes
 from tasks.core.errors import BalanceError
-from tasks.core.exchange import exchange
+from tasks.core.exchange import Exchanged, exchange
 from tasks.core.manifest import ColumnSpec, FileEntry, RowBalance
 from tasks.core.profile import TableProfile, merge_profiles
 from tasks.core.reservation import Reservation
 from tasks.features.config import FeatureStoreConfig, Thresholds
-from tasks.features.plan import FeaturePlan
+from tasks.features.plan import FeaturePlan, SourcePlan
 from tasks.features.scoring import fences
-from tasks.features.sources import read_units
+from tasks.features.sources import ReadUnit, read_units
 from tasks.features.stages import (
     PART,
     BucketSummary,
@@ -48,6 +49,12 @@ from tasks.features.stages import (
 )
 
 MAX_BUCKETS = 256
+MAX_WAVES = 8
+STORE_SHARE = 0.6
+"""Of the object store that one wave's rows may take; Ray begins to spill at 0.8."""
+
+PACKED_BYTES = {"key": 6, "time": 8, "number": 8, "category": 3, "any": 16}
+"""Bytes that a value of each kind takes on its way, about."""
 
 Progress = Callable[[int], None]
 
@@ -111,14 +118,7 @@ def compute_groups(
         plan, tuple(reservations), tuple(_units(plan)), buckets, tuple(_lookup_tables(plan)), config.join, created
     )
     started = time.monotonic()
-    done = exchange(
-        len(job.units),
-        buckets * len(plan.groups),
-        job.scatter,
-        job.gather,
-        on_note=lambda note: on_read(note.tally.rows_in),
-        on_summary=lambda _: on_computed(1),
-    )
+    done = _exchange_in_waves(job, on_read, on_computed)
     compute_seconds = time.monotonic() - started
     computed = []
     for number in range(len(plan.groups)):
@@ -130,14 +130,62 @@ def compute_groups(
     return computed
 
 
+def _exchange_in_waves(job: Job, on_read: Progress, on_computed: Progress) -> Exchanged[UnitNote, BucketSummary]:
+    """Exchange some slots at a time, so many that their rows stay within the object store, reading anew for each wave.
+
+    Reading a Parquet unit again takes a tenth of the time that its rows take to spill to disk and to come back.
+    """
+    slots = job.buckets * len(job.plan.groups)
+    waves = _waves(job.plan, slots, object_store_bytes())
+    notes: list[UnitNote] = []
+    summaries: list[BucketSummary] = []
+    tables: list[Any] = []
+    for wave in waves:
+        done = exchange(
+            len(job.units),
+            len(wave),
+            partial(job.scatter, wave),
+            partial(job.gather, wave),
+            on_note=lambda note: on_read(note.tally.rows_in),
+            on_summary=lambda _: on_computed(1),
+        )
+        notes = notes or done.notes
+        summaries += done.summaries
+        tables += done.tables
+    return Exchanged(notes, summaries, tables)
+
+
+def rows_to_read(plan: FeaturePlan) -> int:
+    """Rows that the job will read in all its waves, as far as the files say."""
+    tables = [plan.events.table, *(group.dimension.table for group in plan.groups if group.dimension is not None)]
+    waves = _waves(plan, bucket_count(plan) * len(plan.groups), object_store_bytes())
+    return len(waves) * sum(table.estimated_rows() for table in tables)
+
+
+def _waves(plan: FeaturePlan, slots: int, store_bytes: int) -> list[range]:
+    """Slots in turns, by the rows' estimated size on their way and the object store's."""
+    kinds = {column.name: column.kind for column in plan.events.rows.columns}
+    row_bytes = sum(PACKED_BYTES[kinds.get(name, "any")] for group in plan.groups for name in group.columns)
+    volume = plan.events.table.estimated_rows() * row_bytes
+    count = -(-volume // max(1, int(STORE_SHARE * store_bytes)))
+    # Text is slow to parse again, and far too large data would be read too often: those spill instead.
+    count = 1 if any(file.format == "csv" for file in plan.events.table.files) else min(count, MAX_WAVES, slots)
+    bounds = [slots * wave // count for wave in range(count + 1)]
+    return [range(first, last) for first, last in pairwise(bounds)]
+
+
 def _units(plan: FeaturePlan) -> Iterator[Unit]:
-    for index, unit in enumerate(read_units(plan.events.table, plan.events.file_columns, plan.rows_per_bucket)):
+    for index, unit in enumerate(_read_units(plan.events, plan)):
         yield Unit(plan.events, None, index, unit)
     for number, planned in enumerate(plan.groups):
         if planned.dimension is not None:
-            table = planned.dimension.table
-            for index, unit in enumerate(read_units(table, planned.dimension.file_columns, plan.rows_per_bucket)):
+            for index, unit in enumerate(_read_units(planned.dimension, plan)):
                 yield Unit(planned.dimension, number, index, unit)
+
+
+def _read_units(source: SourcePlan, plan: FeaturePlan) -> list[ReadUnit]:
+    """A unit has half of a bucket's rows: what a task reads and what it computes take about the same memory."""
+    return read_units(source.table, source.file_columns, max(1, plan.rows_per_bucket // 2), source.categories)
 
 
 def _lookup_tables(plan: FeaturePlan) -> Iterator[pl.DataFrame]:
@@ -145,8 +193,7 @@ def _lookup_tables(plan: FeaturePlan) -> Iterator[pl.DataFrame]:
     categories = {column.name for column in plan.events.rows.columns if column.kind == "category"}
     for lookup in plan.lookups:
         source = lookup.dimension
-        units = read_units(source.table, source.file_columns, plan.rows_per_bucket)
-        rows = pl.concat(read_and_judge(source, unit)[0] for unit in units)
+        rows = pl.concat(read_and_judge(source, unit)[0] for unit in _read_units(source, plan))
         kept, _ = unique_dimension_rows(rows, lookup.key, Tally())
         yield kept.with_columns(pl.col(name).cast(pl.Categorical) for name in lookup.columns if name in categories)
 
@@ -175,14 +222,14 @@ def _finish(
             f"{sum(part.entry.rows for part in written)} were written"
         )
     newest = [note.newest for note in notes if note.newest is not None]
-    rejected = [entry for note in notes for entry in note.rejected_files.get(number, ())]
+    rejected = [note.rejected_files[number] for note in notes if number in note.rejected_files]
     rejected += [entry for summary in summaries for entry in summary.rejected_files]
     return ComputedGroup(
         reservation=reservation,
         files=tuple(part.entry for part in written),
         rejected_files=tuple(rejected),
         schema=written[0].schema,
-        profile=merge_profiles([part.profile for part in written]),
+        profile=_whole_profile(written, numbers),
         balances=balances,
         features=tuple(feature_columns(written[0].schema.names, planned)),
         duplicate_keys=sum(summary.duplicate_keys for summary in summaries),
@@ -192,6 +239,13 @@ def _finish(
         newest_event=max(newest) if newest else None,
         timings={},
     )
+
+
+def _whole_profile(written: Sequence[WrittenPart], numbers: TableProfile) -> TableProfile:
+    """Profile of the data files in their order of columns; the numeric features were profiled for the fences."""
+    rest = merge_profiles([part.profile for part in written])
+    partials = {**rest.partials, **numbers.partials}
+    return TableProfile(rest.rows, {name: partials[name] for name in written[0].schema.names})
 
 
 def _balances(

@@ -32,6 +32,11 @@ class SourcePlan:
         return self.table.name
 
     @property
+    def categories(self) -> tuple[str, ...]:
+        """The file's names of the columns with few different values."""
+        return tuple(column.source_name for column in self.rows.columns if column.kind == "category")
+
+    @property
     def file_columns(self) -> tuple[str, ...]:
         """The file's names of the columns to read."""
         return tuple(dict.fromkeys(column.source_name for column in self.rows.columns))
@@ -116,8 +121,7 @@ def _plan_source(
     check_columns(events, file_names)
     _check_time(events, file_names[source.time], config)
     columns = tuple(
-        _column(source.columns.get(ours, Column()), ours, theirs, keys.get(ours, _key_type([events.type_of(theirs)])))
-        for ours, theirs in file_names.items()
+        _column(source.columns.get(ours, Column()), ours, theirs, events, keys) for ours, theirs in file_names.items()
     )
     reject_negative = ("amount",) if config.negative_amounts == "reject" and "amount" in file_names else ()
     rows = RowPlan(
@@ -229,6 +233,7 @@ def _key_types(
 
 def _key_type(types: Sequence[pa.DataType]) -> KeyType:
     # Whole numbers come as floats where a data frame had a null among them; rows.py rejects fractions.
+    types = [t for t in types if not pa.types.is_null(t)]  # a file without any value doesn't say
     return "int64" if types and all(pa.types.is_integer(t) or pa.types.is_floating(t) for t in types) else "string"
 
 
@@ -259,8 +264,15 @@ def _plan_dimension(
     return SourcePlan(table=table, rows=RowPlan(source=dimension.name, columns=tuple(columns)))
 
 
-def _column(spec: Column, ours: str, theirs: str, key_type: KeyType) -> ColumnPlan:
-    return ColumnPlan(name=ours, source_name=theirs, kind=spec.kind, required=spec.required, key_type=key_type)
+def _column(spec: Column, ours: str, theirs: str, events: SourceTable, keys: Mapping[str, KeyType]) -> ColumnPlan:
+    return ColumnPlan(
+        name=ours,
+        source_name=theirs,
+        kind=spec.kind,
+        required=spec.required,
+        key_type=keys.get(ours, _key_type([events.type_of(theirs)])),
+        dtype=_polars_type(events.type_of(theirs)) if spec.kind == "any" else None,
+    )
 
 
 def _polars_type(kind: pa.DataType) -> pl.DataType:
@@ -270,7 +282,11 @@ def _polars_type(kind: pa.DataType) -> pl.DataType:
 
 
 def _check_time(events: SourceTable, column: str, config: FeatureStoreConfig) -> None:
-    kind = events.type_of(column)
+    for kind in dict.fromkeys(file.schema.field(column).type for file in events.files):
+        _check_time_type(events, column, kind, config)
+
+
+def _check_time_type(events: SourceTable, column: str, kind: pa.DataType, config: FeatureStoreConfig) -> None:
     if pa.types.is_integer(kind) and config.epoch_unit is None:
         raise SourceError(
             f"{events.name}: the time column '{column}' holds integers ({kind}); say what they count since 1970: "
@@ -295,12 +311,14 @@ def with_uris(definitions: Definitions, config: FeatureStoreConfig) -> Definitio
     events, dimensions = dict(definitions.events), dict(definitions.dimensions)
     if config.transactions is not None:
         events["transactions"] = replace(
-            events["transactions"], uri=config.transactions, mapping=config.transaction_columns
+            events["transactions"],
+            uri=config.transactions,
+            mapping=config.transaction_columns or events["transactions"].mapping,
         )
     for name, uri, mapping in (
         ("customers", config.customers, config.customer_columns),
         ("products", config.products, config.product_columns),
     ):
         if uri is not None:
-            dimensions[name] = replace(dimensions[name], uri=uri, mapping=mapping)
+            dimensions[name] = replace(dimensions[name], uri=uri, mapping=mapping or dimensions[name].mapping)
     return Definitions(events=events, dimensions=dimensions, groups=definitions.groups)

@@ -114,6 +114,8 @@ def judge(raw: pl.DataFrame, plan: RowPlan) -> JudgedRows:
 
 
 _RAW = "\x00raw:"
+_TICKS = 2**63 - 1
+_TEXT = (pl.String, pl.Categorical)
 
 
 def _typed(column: ColumnPlan, dtype: pl.DataType, plan: RowPlan) -> pl.Expr:
@@ -121,9 +123,10 @@ def _typed(column: ColumnPlan, dtype: pl.DataType, plan: RowPlan) -> pl.Expr:
     source = pl.col(column.source_name)
     match column.kind:
         case "key":
-            typed = source.cast(pl.Int64 if column.key_type == "int64" else pl.String, strict=False)
+            typed = _key(source, dtype, column.key_type)
         case "number":
-            typed = (source.str.strip_chars() if dtype == pl.String else source).cast(pl.Float64, strict=False)
+            text = source.cast(pl.String).str.strip_chars() if dtype in _TEXT else source
+            typed = text.cast(pl.Float64, strict=False)
             if not column.required:
                 typed = pl.when(typed.is_finite()).then(typed)
         case "time":
@@ -135,6 +138,16 @@ def _typed(column: ColumnPlan, dtype: pl.DataType, plan: RowPlan) -> pl.Expr:
     return typed.alias(column.name)
 
 
+def _key(source: pl.Expr, dtype: pl.DataType, key_type: KeyType) -> pl.Expr:
+    if dtype.is_float():
+        # A data frame with a null among its whole numbers holds floats; 3.7 would silently become customer 3.
+        whole = source.cast(pl.Int64, strict=False)
+        source = pl.when(source == whole).then(whole)
+    elif key_type == "int64" and dtype in _TEXT:
+        source = source.cast(pl.String).str.strip_chars().str.strip_suffix(".0")  # the same in CSV
+    return source.cast(pl.Int64 if key_type == "int64" else pl.String, strict=False)
+
+
 def _as_type(source: pl.Expr, dtype: pl.DataType, wanted: pl.DataType | None, plan: RowPlan) -> pl.Expr:
     """A column of another type than the source's first file has, or CSV text; what doesn't fit becomes null."""
     assert wanted is not None
@@ -144,6 +157,8 @@ def _as_type(source: pl.Expr, dtype: pl.DataType, wanted: pl.DataType | None, pl
         return source.str.to_lowercase().replace_strict({"true": True, "false": False}, default=None)
     if wanted == pl.Date:
         return source.str.to_date("%Y-%m-%d", strict=False)
+    if wanted == pl.Time:
+        return pl.coalesce(source.str.to_time(form, strict=False) for form in ("%H:%M:%S%.f", "%H:%M"))
     if isinstance(wanted, pl.Datetime):
         return _parsed_time(source, plan.timezone)
     return source.str.strip_chars().cast(wanted, strict=False)
@@ -157,9 +172,12 @@ def _time(source: pl.Expr, dtype: pl.DataType, plan: RowPlan) -> pl.Expr:
     if dtype == pl.String and plan.epoch_unit is None:
         return _parsed_time(source, plan.timezone)
     # Integers, also as text: plan.py has made sure that a unit is given.
-    count = source.cast(pl.Int64, strict=False)
-    microseconds = {"s": count * 1_000_000, "ms": count * 1_000, "us": count, "ns": count // 1_000}
-    return microseconds[plan.epoch_unit or "us"].cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
+    count = (source.str.strip_chars() if dtype == pl.String else source).cast(pl.Int64, strict=False)
+    scale = {"s": 1_000_000, "ms": 1_000}.get(plan.epoch_unit or "us", 1)
+    # A count in a finer unit than the one that is given would overflow, and come out as any time at all.
+    count = pl.when(count.is_between(-_TICKS // scale, _TICKS // scale)).then(count)
+    microseconds = count // 1_000 if plan.epoch_unit == "ns" else count * scale
+    return microseconds.cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
 
 
 def _localised(naive: pl.Expr, timezone: str) -> pl.Expr:
@@ -172,7 +190,7 @@ def _parsed_time(text: pl.Expr, timezone: str) -> pl.Expr:
     iso = text.str.strip_chars().str.replace("T", " ", literal=True).str.replace(r"[Zz]$", "+00:00")
     zoned = [
         iso.str.to_datetime(form, time_unit="us", strict=False, ambiguous="earliest").dt.convert_time_zone("UTC")
-        for form in ("%Y-%m-%d %H:%M:%S%.f%:z", "%Y-%m-%d %H:%M%:z", "%Y-%m-%d %H:%M:%S%.f%z")
+        for form in ("%Y-%m-%d %H:%M:%S%.f%#z", "%Y-%m-%d %H:%M%#z")
     ]
     naive = pl.coalesce(
         iso.str.to_datetime(form, time_unit="us", strict=False)
@@ -186,20 +204,19 @@ def _reasons(column: ColumnPlan, raw: pl.DataFrame, plan: RowPlan) -> list[tuple
     given = pl.col(_RAW + column.source_name)
     value = pl.col(column.name)
     found: list[tuple[pl.Expr, str]] = []
-    if not column.required:
-        return found
+    negative = ((value < 0).fill_null(value=False), f"negative_{column.name}")
+    if not column.required and column.name != plan.time:  # without its time no event can be placed
+        return [negative] if column.name in plan.reject_negative else found
     # A blank string is CSV's way to say null in a quoted field.
-    blank = given.str.strip_chars() == "" if raw.schema[column.source_name] == pl.String else pl.lit(value=False)
+    is_text = raw.schema[column.source_name] in _TEXT
+    blank = given.cast(pl.String).str.strip_chars() == "" if is_text else pl.lit(value=False)
     found.append((given.is_null() | blank, f"null_{column.name}"))
-    if column.kind in ("number", "time") or (column.kind == "key" and column.key_type == "int64"):
+    if column.kind in ("number", "time", "key"):
         found.append((value.is_null(), f"unparsable_{column.name}"))
     if column.kind == "number":
         found.append((~value.is_finite(), f"not_finite_{column.name}"))
-    if column.kind == "key" and raw.schema[column.source_name].is_float():
-        # 3.7 would silently become customer 3.
-        found.append(((given != given.floor()).fill_null(value=False), f"unparsable_{column.name}"))
     if column.name in plan.reject_negative:
-        found.append((value < 0, f"negative_{column.name}"))
+        found.append(negative)
     if column.kind == "time":
         found.append((value < plan.earliest, f"too_early_{column.name}"))
     return found

@@ -60,8 +60,9 @@ class SourceTable:
         return all(column in file.schema.names for file in self.files)
 
     def type_of(self, column: str) -> pa.DataType:
-        """Type of a column in the first file."""
-        return self.files[0].schema.field(column).type
+        """Type of a column in the first file that has a value in it, as far as the files say."""
+        types = [file.schema.field(column).type for file in self.files]
+        return next((kind for kind in types if not pa.types.is_null(kind)), types[0])
 
     def estimated_rows(self) -> int:
         """Rows, as far as the files say; a CSV file is taken to have 50 bytes a row."""
@@ -83,6 +84,7 @@ class ReadUnit:
     """What one task reads: some row groups of a Parquet file, or a whole CSV file.
 
     first_row: number of its first row in the file, from 0. columns: the file's names of the columns to read.
+    dictionary: those of them to read as dictionaries, which for a few values is several times as fast as text.
     """
 
     uri: str
@@ -90,6 +92,7 @@ class ReadUnit:
     columns: tuple[str, ...]
     row_groups: tuple[int, ...] = ()
     first_row: int = 0
+    dictionary: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,24 +156,35 @@ def _missing(table: SourceTable, file: SourceFile, ours: str, theirs: str) -> st
     return f"{table.name}: {file.info.uri} has no column '{theirs}'.{hint} {cure} Its columns: {', '.join(names)}"
 
 
-def read_units(table: SourceTable, columns: Sequence[str], rows_per_unit: int) -> list[ReadUnit]:
-    """Cut a source into units of about `rows_per_unit` rows, never across files and in the files' order."""
+def read_units(
+    table: SourceTable, columns: Sequence[str], rows_per_unit: int, dictionary: Sequence[str] = ()
+) -> list[ReadUnit]:
+    """Cut a source into units of about `rows_per_unit` rows, never across files and in the files' order.
+
+    Args:
+        table: The source.
+        columns: The file's names of the columns to read.
+        rows_per_unit: Rows; a row group that is larger is a unit of its own.
+        dictionary: Columns to read as dictionaries, where a file has them as text.
+
+    """
     units = []
     for file in table.files:
         if file.row_groups is None:
             units.append(ReadUnit(file.info.uri, "csv", tuple(columns)))
             continue
+        texts = tuple(name for name in dictionary if pa.types.is_string(file.schema.field(name).type))
         groups: list[int] = []
         held = start = position = 0
         for index, rows in enumerate(file.row_groups):
             if groups and held + rows > rows_per_unit:
-                units.append(ReadUnit(file.info.uri, "parquet", tuple(columns), tuple(groups), start))
+                units.append(ReadUnit(file.info.uri, "parquet", tuple(columns), tuple(groups), start, texts))
                 groups, held, start = [], 0, position
             groups.append(index)
             held += rows
             position += rows
         if held:
-            units.append(ReadUnit(file.info.uri, "parquet", tuple(columns), tuple(groups), start))
+            units.append(ReadUnit(file.info.uri, "parquet", tuple(columns), tuple(groups), start, texts))
     return units
 
 
@@ -183,7 +197,8 @@ def read(unit: ReadUnit) -> Iterator[RawRows]:
     """
     try:
         if unit.format == "parquet":
-            with pq.ParquetFile(storage.open_input(unit.uri)) as file:
+            source = storage.open_input(unit.uri)
+            with pq.ParquetFile(source, read_dictionary=list(unit.dictionary), pre_buffer=True) as file:
                 table = file.read_row_groups(list(unit.row_groups), columns=list(unit.columns), use_threads=False)
             yield RawRows(_frame(table, unit.columns), unit.first_row)
         else:
@@ -236,17 +251,22 @@ def _open_csv(
 
 def _inspect_file(name: str, info: storage.FileInfo) -> SourceFile:
     try:
-        if info.uri.endswith(".parquet"):
+        if info.uri.lower().endswith(".parquet"):
             metadata = pq.read_metadata(storage.open_input(info.uri))
             groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-            return SourceFile(info, "parquet", metadata.schema.to_arrow_schema(), groups)
-        schema, empty = _csv_schema(info.uri)
-        return SourceFile(info, "csv", schema, (0,) if empty else None)
+            file = SourceFile(info, "parquet", metadata.schema.to_arrow_schema(), groups)
+        else:
+            schema, empty = _csv_schema(info.uri)
+            file = SourceFile(info, "csv", schema, (0,) if empty else None)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as fault:
         raise SourceError(
             f"{name}: {info.uri} can't be read as {info.uri.rpartition('.')[2]}: {str(fault).splitlines()[0]}; "
             f"it may be cut short, of another format, or not in UTF-8"
         ) from fault
+    names = file.schema.names
+    if twice := sorted({column for column in names if names.count(column) > 1}):
+        raise SourceError(f"{name}: {info.uri} has several columns named '{twice[0]}'; rename or remove one of them")
+    return file
 
 
 def _csv_schema(uri: str) -> tuple[pa.Schema, bool]:
@@ -258,9 +278,15 @@ def _csv_schema(uri: str) -> tuple[pa.Schema, bool]:
         raise pa.ArrowInvalid("the file is empty: it has not even a header")
     if len(head) == 2**20:
         head = head[: head.rfind(b"\n") + 1]
+    malformed: list[pa_csv.InvalidRow] = []
+
+    def note(row: pa_csv.InvalidRow) -> str:
+        malformed.append(row)
+        return "skip"
+
     table = pa_csv.read_csv(
         pa.BufferReader(head),
-        parse_options=pa_csv.ParseOptions(invalid_row_handler=lambda _: "skip", newlines_in_values=True),
+        parse_options=pa_csv.ParseOptions(invalid_row_handler=note, newlines_in_values=True),
         convert_options=pa_csv.ConvertOptions(strings_can_be_null=True, null_values=list(_NULLS)),
     )
     as_text = pa_csv.read_csv(
@@ -269,13 +295,13 @@ def _csv_schema(uri: str) -> tuple[pa.Schema, bool]:
         convert_options=pa_csv.ConvertOptions(column_types=dict.fromkeys(table.column_names, pa.string())),
     )
     fields = []
-    for field in table.schema:
-        keeps_zeros = pa.types.is_integer(field.type) and not _all_plain_integers(as_text[field.name])
+    for index, field in enumerate(table.schema):
+        keeps_zeros = pa.types.is_integer(field.type) and not _all_plain_integers(as_text.column(index))
         fields.append(field.with_type(pa.string()) if keeps_zeros else field)
-    return pa.schema(fields), table.num_rows == 0
+    return pa.schema(fields), table.num_rows == 0 and not malformed
 
 
 def _all_plain_integers(column: pa.ChunkedArray) -> bool:
     values = pc.drop_null(pc.utf8_trim_whitespace(column))
-    values = values.filter(pc.not_equal(values, ""))
+    values = values.filter(pc.invert(pc.is_in(values, pa.array(_NULLS))))
     return all(re.fullmatch(_INTEGER, value) for value in pc.unique(values).to_pylist())

@@ -1,8 +1,9 @@
 """The two halves of the feature job, as each task runs them. Pure, but for the files they read and write.
 
-scatter: a unit of a source is read, judged, completed by look-ups and split by entity. gather: the rows of a
-bucket of entities become features, joined to their dimension rows. Then each part is scored and written.
-Rejected rows are written on the way, by the task that met them.
+The work is cut into slots: a slot is one bucket of one group. scatter: a unit of a source is read, judged,
+completed by look-ups and split by entity. gather: the rows of a bucket of entities become features, joined to
+their dimension rows. Then each part is scored and written. Rejected rows are written on the way, by the task that
+met them.
 """
 
 from __future__ import annotations
@@ -67,13 +68,11 @@ class Tally:
 
 @dataclass(slots=True)
 class UnitNote:
-    """What a scatter task reports: its source's tally, rows sent to each group, rejected files of each group."""
+    """What a scatter task reports: its source's tally, and by group the rows without entity and the rejected file."""
 
-    source: str
     tally: Tally
-    sent: dict[int, int]
-    without_entity: dict[int, int]
-    rejected_files: dict[int, list[FileEntry]]
+    without_entity: dict[int, int] = field(default_factory=dict)
+    rejected_files: dict[int, FileEntry] = field(default_factory=dict)
     newest: dt.datetime | None = None
 
 
@@ -113,39 +112,45 @@ class Job:
     join: JoinHow
     created: dt.datetime
 
-    def scatter(self, index: int) -> tuple[UnitNote, list[pl.DataFrame]]:
-        """Read and judge one unit and split its rows by entity, for each group that wants them."""
+    def scatter(self, wave: range, index: int) -> tuple[UnitNote, list[pl.DataFrame]]:
+        """Read and judge one unit and split its rows by entity, for each group that wants them.
+
+        Args:
+            wave: Slots to give frames for; slot = group number · buckets + bucket.
+            index: Number of the unit. The wave that has slot 0 also writes the rejected rows.
+
+        Returns:
+            Counts, and one frame a slot of the wave.
+
+        """
         unit = self.units[index]
         kept, tally, rejected = read_and_judge(unit.source, unit.read)
-        frames: list[pl.DataFrame] = []
-        note = UnitNote(unit.source.name, tally, {}, {}, {})
+        note = UnitNote(tally)
         if unit.group is None:
             note.newest = kept[self.plan.time].max()  # type: ignore[assignment]
             for lookup, table in zip(self.plan.lookups, self.lookups, strict=True):
                 kept = kept.join(table, on=lookup.key, how="left", maintain_order="left")
-        for number, group in enumerate(self.plan.groups):
+        frames: list[pl.DataFrame] = []
+        for number, planned in enumerate(self.plan.groups):
+            rows = kept.clear()
             if unit.group is None:
-                rows = kept.select(group.columns).filter(pl.col(group.group.entity).is_not_null())
-                note.sent[number] = rows.height
+                rows = kept.select(planned.columns).filter(pl.col(planned.group.entity).is_not_null())
                 note.without_entity[number] = kept.height - rows.height
             elif unit.group == number:
                 rows = kept
-                note.sent[number] = rows.height
-            else:
-                frames += [pl.DataFrame()] * self.buckets
-                continue
-            frames += split_by_key(rows, group.group.entity, self.buckets)
-        if rejected is not None:
-            wanted = range(len(self.plan.groups)) if unit.group is None else [unit.group]
-            for number in wanted:
-                note.rejected_files[number] = [
-                    write_rejected(self.reservations[number], unit.source.name, unit.index, rejected)
-                ]
+            first = number * self.buckets
+            if wanted := range(max(first, wave.start), min(first + self.buckets, wave.stop)):
+                split = split_by_key(rows, planned.group.entity, self.buckets) if rows.height else [rows] * self.buckets
+                frames += split[wanted.start - first : wanted.stop - first]
+        if rejected is not None and 0 in wave:
+            for number in range(len(self.plan.groups)) if unit.group is None else [unit.group]:
+                entry = write_rejected(self.reservations[number], unit.source.name, unit.index, rejected)
+                note.rejected_files[number] = entry
         return note, frames
 
-    def gather(self, bucket: int, frames: list[pl.DataFrame]) -> tuple[BucketSummary, pa.Table]:
+    def gather(self, wave: range, index: int, frames: list[pl.DataFrame]) -> tuple[BucketSummary, pa.Table]:
         """Compute the features of a bucket's entities, join their dimension rows, stamp and profile them."""
-        number, part = divmod(bucket, self.buckets)
+        number, part = divmod(wave[index], self.buckets)
         planned, reservation = self.plan.groups[number], self.reservations[number]
         events = pl.concat([f for f, unit in zip(frames, self.units, strict=True) if unit.group is None])
         features = evaluate(planned.group, events, self.plan.time, self.plan.as_of)
@@ -184,7 +189,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class WrittenPart:
-    """One data file as it was written."""
+    """One data file as it was written; profile has the columns that weren't profiled for the fences before."""
 
     entry: FileEntry
     schema: pa.Schema
@@ -215,7 +220,9 @@ def write_part(
     scored = scored.select(pl.exclude(AS_OF, CREATED, VERSION), AS_OF, CREATED, VERSION)
     final = to_arrow(scored)
     entry = reservation.entry(storage.write_parquet(final, reservation.data_uri(part)))
-    return WrittenPart(entry, final.schema, profile_table(final), int(scored["is_training_ready"].sum()))
+    profiled = set(numeric_features(table.schema, planned))
+    rest = final.select([name for name in final.column_names if name not in profiled])
+    return WrittenPart(entry, final.schema, profile_table(rest), int(scored["is_training_ready"].sum()))
 
 
 def read_and_judge(source: SourcePlan, unit: ReadUnit) -> tuple[pl.DataFrame, Tally, pl.DataFrame | None]:

@@ -1,0 +1,336 @@
+"""Speed of the feature computation, both standard groups, read to write, against what else does it on this machine.
+
+    python -m tests.benchmarks.feature_store                    10 million rows against DuckDB and Polars
+    python -m tests.benchmarks.feature_store --map-groups       1 million rows against Ray Data's map_groups (minutes)
+    python -m tests.benchmarks.feature_store --repartition      10 million rows, Ray Data's keyed repartition
+    python -m tests.benchmarks.feature_store --large            50 million rows, object store limited to 2 GB
+
+The sides take turns in one run, and medians and ratios are printed. Ours also judges each row, profiles, scores
+and checks the balance, which the others don't. All sides' features are compared once before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime as dt
+import os
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import duckdb
+import polars as pl
+import psutil
+
+from tasks.core import cluster
+from tasks.core.reservation import reserve
+from tasks.features.config import FeatureStoreConfig
+from tasks.features.definitions import FeatureGroup
+from tasks.features.pipeline import ComputedGroup, compute_groups
+from tasks.features.plan import plan_features, with_uris
+from tasks.features.standard import CUSTOMER_FEATURES, PRODUCT_FEATURES, STANDARD
+from tests.benchmarks.data import transactions
+
+AS_OF = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+CPUS = 2
+GIB = 2**30
+
+CUSTOMER_SQL = """
+copy (
+  select customer_id, count(*) transaction_count, sum(amount) total_spent, avg(amount) avg_transaction_value,
+    coalesce(stddev_samp(amount), 0) transaction_std,
+    floor(epoch(max(timestamp) - min(timestamp)) / 86400)::bigint days_active,
+    count(distinct category) unique_categories,
+    list_avg(list_transform(max(struct_pack(t := timestamp, p := product_id, a := amount), 5), lambda x: x.a))
+      recent_avg_transaction,
+    {windows},
+    count(*) / greatest(floor(epoch(max(timestamp) - min(timestamp)) / 86400), 1) purchase_frequency,
+    count(distinct category) / count(*) category_diversity,
+    case when recent_avg_transaction - avg_transaction_value > 0.1 * abs(avg_transaction_value) then 'increasing'
+         when recent_avg_transaction - avg_transaction_value < -0.1 * abs(avg_transaction_value) then 'decreasing'
+         else 'stable' end spending_trend
+  from '{source}/*.parquet'
+  where amount is not null and isfinite(amount) and customer_id is not null and product_id is not null
+    and timestamp <= timestamp '2026-01-01'
+  group by customer_id
+) to '{target}' (format parquet, compression zstd)
+"""
+WINDOWS_SQL = ", ".join(
+    f"count(*) filter (timestamp > timestamp '2026-01-01' - interval {days} day) transaction_count_{days}d, "
+    f"coalesce(sum(amount) filter (timestamp > timestamp '2026-01-01' - interval {days} day), 0) total_spent_{days}d"
+    for days in (7, 30, 90)
+)
+PRODUCT_SQL = """
+copy (
+  with pairs as (
+    select product_id, customer_id, count(*) n, sum(amount) s, avg(amount) m,
+      var_pop(amount) * count(*) q, min(timestamp) first, max(timestamp) last
+    from '{source}/*.parquet'
+    where amount is not null and isfinite(amount) and customer_id is not null and product_id is not null
+      and timestamp <= timestamp '2026-01-01'
+    group by all
+  ), whole as (select product_id, sum(s) / sum(n) mean from pairs group by all)
+  select product_id, sum(n)::bigint total_sales, sum(s) total_revenue, sum(s) / sum(n) avg_sale_price,
+    coalesce(sum(q + n * (m - mean) ** 2) / nullif(sum(n) - 1, 0), 0) price_variance,
+    count(*) unique_customers, avg((n > 1)::int) repeat_purchase_rate,
+    floor(epoch(max(last) - min(first)) / 86400)::bigint days_on_sale,
+    sum(n) / greatest(floor(epoch(max(last) - min(first)) / 86400), 1) sales_velocity,
+    case when sales_velocity > 1 then 'high' when sales_velocity > 0.1 then 'medium' else 'low' end performance_tier
+  from pairs join whole using (product_id) group by product_id
+) to '{target}' (format parquet, compression zstd)
+"""
+
+
+def ours(source: Path, target: Path) -> list[ComputedGroup]:
+    """Both groups by the pipeline, on the Ray that is connected."""
+    config = FeatureStoreConfig(root=str(target), transactions=str(source))
+    (plan,) = plan_features(with_uris(STANDARD, config), config, AS_OF)
+    reservations = [reserve(str(target), planned.group.name, "benchmark") for planned in plan.groups]
+    return compute_groups(plan, config, reservations, AS_OF)
+
+
+def by_duckdb(source: Path, target: Path) -> None:
+    """Both groups by one DuckDB process with as many threads as ours has CPUs."""
+    with duckdb.connect() as connection:
+        connection.execute(f"set threads = {CPUS}")
+        connection.execute(CUSTOMER_SQL.format(windows=WINDOWS_SQL, source=source, target=target / "c.parquet"))
+        connection.execute(PRODUCT_SQL.format(source=source, target=target / "p.parquet"))
+
+
+def by_polars(source: Path, target: Path) -> None:
+    """Both groups by Polars in this process, with the declared expressions themselves."""
+    events = pl.scan_parquet(str(source / "*.parquet")).filter(
+        pl.col("amount").is_finite() & pl.col("customer_id").is_not_null() & pl.col("product_id").is_not_null()
+    )
+    events = events.with_columns(pl.col("timestamp").dt.replace_time_zone("UTC")).filter(pl.col("timestamp") <= AS_OF)
+    for group, name in ((CUSTOMER_FEATURES, "c"), (PRODUCT_FEATURES, "p")):
+        _polars_group(events, group).sink_parquet(target / f"{name}.parquet", engine="streaming")
+
+
+def _polars_group(events: pl.LazyFrame, group: FeatureGroup) -> pl.LazyFrame:
+    named = [expression.alias(name) for name, expression in group.features.items()]
+    for window in group.windows:
+        inside = pl.col("timestamp") > AS_OF - dt.timedelta(days=window.days)
+        named += [inside.sum().cast(pl.Int64).alias(f"transaction_count_{window.days}d")]
+        named += [pl.col("amount").filter(inside).sum().alias(f"total_spent_{window.days}d")]
+    features = events.group_by(group.entity).agg(named)
+    for name, expression in group.derived.items():
+        features = features.with_columns(expression.alias(name))
+    return features
+
+
+def by_map_groups(source: Path, target: Path) -> None:
+    """Both groups as Ray's documentation shows it: a pandas function a group."""
+    import pandas as pd
+    import ray
+
+    def customer(group: pd.DataFrame) -> pd.DataFrame:
+        days = (group.timestamp.max() - group.timestamp.min()).days
+        latest = group.sort_values(["timestamp", "product_id", "amount"], ascending=False).amount.head(5).mean()
+        row = {
+            "customer_id": group.customer_id.iloc[0],
+            "transaction_count": len(group),
+            "total_spent": group.amount.sum(),
+            "avg_transaction_value": group.amount.mean(),
+            "transaction_std": group.amount.std() if len(group) > 1 else 0.0,
+            "days_active": days,
+            "unique_categories": group.category.nunique(),
+            "recent_avg_transaction": latest,
+        }
+        for window in (7, 30, 90):
+            inside = group[group.timestamp > AS_OF.replace(tzinfo=None) - dt.timedelta(days=window)]
+            row |= {f"transaction_count_{window}d": len(inside), f"total_spent_{window}d": inside.amount.sum()}
+        return pd.DataFrame([row])
+
+    def product(group: pd.DataFrame) -> pd.DataFrame:
+        per_customer = group.customer_id.value_counts()
+        days = (group.timestamp.max() - group.timestamp.min()).days
+        row = {
+            "product_id": group.product_id.iloc[0],
+            "total_sales": len(group),
+            "total_revenue": group.amount.sum(),
+            "avg_sale_price": group.amount.mean(),
+            "price_variance": group.amount.var() if len(group) > 1 else 0.0,
+            "unique_customers": len(per_customer),
+            "repeat_purchase_rate": (per_customer > 1).mean(),
+            "days_on_sale": days,
+            "sales_velocity": len(group) / max(days, 1),
+        }
+        return pd.DataFrame([row])
+
+    with cluster.data_context():
+        for key, function in (("customer_id", customer), ("product_id", product)):
+            rows = ray.data.read_parquet(str(source)).filter(expr="amount == amount")
+            rows.groupby(key).map_groups(function, batch_format="pandas").write_parquet(str(target / key))
+
+
+def by_repartition(source: Path, target: Path) -> None:
+    """Both groups with Ray Data's own keyed repartition and the same kernel: what the exchange stands in for."""
+    import pyarrow as pa
+    import ray
+
+    from tasks.features.kernel import evaluate
+    from tasks.features.stages import to_arrow
+
+    with cluster.data_context() as context:
+        context.shuffle_compression = "none"
+        for group in (CUSTOMER_FEATURES, PRODUCT_FEATURES):
+
+            def features(block: pa.Table, group: FeatureGroup = group) -> pa.Table:
+                frame = pl.from_arrow(block)
+                assert isinstance(frame, pl.DataFrame)
+                frame = frame.filter(pl.col("amount").is_finite())
+                frame = frame.with_columns(pl.col("timestamp").dt.replace_time_zone("UTC"))
+                return to_arrow(evaluate(group, frame, "timestamp", AS_OF))
+
+            rows = ray.data.read_parquet(str(source), columns=sorted(group.event_columns | {"timestamp"}))
+            rows = rows.repartition(8, keys=[group.entity])
+            rows.map_batches(features, batch_size=None, batch_format="pyarrow").write_parquet(str(target / group.name))
+
+
+def compare(source: Path) -> None:
+    """Fail unless our features are those of DuckDB, to 1e-9."""
+    with _scratch() as target:
+        computed = ours(source, target)
+        by_duckdb(source, target)
+        for group, result, file in zip((CUSTOMER_FEATURES, PRODUCT_FEATURES), computed, "cp", strict=True):
+            mine = pl.read_parquet([str(Path(result.reservation.uri) / f.path) for f in result.files])
+            theirs = pl.read_parquet(target / f"{file}.parquet")
+            names = [group.entity, *group.feature_names]
+            mine, theirs = (f.select(names).sort(group.entity) for f in (mine, theirs))
+            for name in names:
+                if mine[name].dtype.is_float():
+                    gap = ((mine[name] - theirs[name]).abs() / theirs[name].abs().clip(1)).max()
+                    assert isinstance(gap, float)
+                    assert gap < 1e-9, f"{name} differs by {gap}"
+                elif name == "spending_trend":
+                    # A customer exactly on the bound falls to either side by the last digit of a mean.
+                    assert (mine[name] != theirs[name]).sum() <= len(mine) / 10_000, f"{name} differs"
+                else:
+                    assert mine[name].cast(pl.String).equals(theirs[name].cast(pl.String)), f"{name} differs"
+    print("features equal to 1e-9")
+
+
+def take_turns(sides: dict[str, Callable[[Path, Path], object]], source: Path, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each side, run in turns; the first round warms up and doesn't count."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(repeats + 1):
+        for name, side in sides.items():
+            with _scratch() as target:
+                started = time.perf_counter()
+                side(source, target)
+                elapsed = time.perf_counter() - started
+            label = "warm-up" if turn == 0 else f"round {turn}"
+            print(f"  {label} {name:12s} {elapsed:7.2f} s", flush=True)
+            if turn:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def show(seconds: dict[str, list[float]], rows: int) -> None:
+    """Medians, and our time as a ratio of each other side's, pair by pair."""
+    mine = seconds["ours"]
+    for name, values in seconds.items():
+        ratios = [a / b for a, b in zip(mine, values, strict=True)]
+        print(
+            f"{name:12s} median {statistics.median(values):7.2f} s, "
+            f"{rows / statistics.median(values) / 1e6:5.2f} M rows/s, "
+            f"ours/{name} median {statistics.median(ratios):5.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+        )
+
+
+class PeakMemory(threading.Thread):
+    """Largest proportional set size of this process and its children, sampled; shared memory counts once."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.bytes = 0
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        while not self._done.wait(0.5):
+            total = 0
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    total += process.memory_full_info().pss
+            self.bytes = max(self.bytes, total)
+
+    def stop(self) -> int:
+        self._done.set()
+        self.join()
+        return self.bytes
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="feature-benchmark-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+def large(directory: Path, repeats: int) -> None:
+    """50 million rows beside 10 million, object store of 2 GB: time a row and peak memory."""
+    cluster.connect(num_cpus=CPUS, object_store_memory=2 * GIB)
+    sizes = {rows: transactions(directory, rows) for rows in (10_000_000, 50_000_000)}
+    per_row: dict[int, list[float]] = {rows: [] for rows in sizes}
+    for turn in range(repeats + 1):
+        for rows, source in sizes.items():
+            if turn == 0 and rows > 10_000_000:
+                continue
+            memory = PeakMemory()
+            memory.start()
+            with _scratch() as target:
+                started = time.perf_counter()
+                ours(source, target)
+                elapsed = time.perf_counter() - started
+            peak = memory.stop() / GIB
+            label = "warm-up" if turn == 0 else f"round {turn}"
+            print(
+                f"  {label} {rows:,} rows {elapsed:7.2f} s, {elapsed / rows * 1e9:5.0f} ns a row, peak {peak:.2f} GiB",
+                flush=True,
+            )
+            if turn:
+                per_row[rows].append(elapsed / rows * 1e9)
+    small, big = (statistics.median(values) for values in per_row.values())
+    print(f"time a row: {small:.0f} ns at 10 million, {big:.0f} ns at 50 million, ratio {big / small:.2f}")
+
+
+def main() -> None:
+    """Run the comparison that the arguments ask for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=float, default=None, help="transactions")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds that count")
+    parser.add_argument("--map-groups", action="store_true")
+    parser.add_argument("--repartition", action="store_true")
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()) / "feature-benchmark-data")
+    arguments = parser.parse_args()
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    if arguments.large:
+        large(arguments.directory, arguments.repeats)
+        return
+    rows = int(arguments.rows or (1e6 if arguments.map_groups else 1e7))
+    source = transactions(arguments.directory, rows)
+    started = time.perf_counter()
+    cluster.connect(num_cpus=CPUS, object_store_memory=2 * GIB)
+    print(f"Ray started in {time.perf_counter() - started:.1f} s")
+    compare(source)
+    sides: dict[str, Callable[[Path, Path], object]] = {"ours": ours}
+    if arguments.map_groups:
+        sides["map_groups"] = by_map_groups
+    elif arguments.repartition:
+        sides["repartition"] = by_repartition
+    else:
+        sides |= {"duckdb": by_duckdb, "polars": by_polars}
+    show(take_turns(sides, source, arguments.repeats), rows)
+
+
+if __name__ == "__main__":
+    main()
