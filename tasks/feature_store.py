@@ -24,11 +24,11 @@ from tasks.core.provenance import code_digest, package_versions
 from tasks.core.report import Report
 from tasks.core.reservation import Reservation, reserve
 from tasks.features.config import FeatureStoreConfig
-from tasks.features.definitions import AS_OF
+from tasks.features.definitions import AS_OF, Definitions
 from tasks.features.gate import judge_group
 from tasks.features.loading import load_definitions
 from tasks.features.pipeline import ComputedGroup, bucket_count, compute_groups, rows_to_read
-from tasks.features.plan import FeaturePlan, plan_features, with_uris
+from tasks.features.plan import FeaturePlan, needs_sample, plan_features, with_uris
 from tasks.features.sample import SAMPLE_AS_OF, write_sample
 from tasks.features.stages import CREATED, VERSION
 from tasks.features.standard import STANDARD
@@ -61,7 +61,7 @@ class PublishedVersion:
 @task(name="prepare-sources", cache_policy=NO_CACHE, **RETRY)
 def prepare_sources(config: FeatureStoreConfig) -> FeatureStoreConfig:
     """Make the sample if no source is given; the configuration with every URI spelled out."""
-    if not config.uses_sample:
+    if not needs_sample(_definitions(config), config):
         return config
     uris = write_sample(config.root, config.sample_transactions, config.seed)
     get_run_logger().info("No transactions are given: using the sample in %s", uris["transactions"])
@@ -71,10 +71,7 @@ def prepare_sources(config: FeatureStoreConfig) -> FeatureStoreConfig:
 @task(name="plan-features", cache_policy=NO_CACHE, **RETRY)
 def plan_sources(config: FeatureStoreConfig, started: dt.datetime) -> list[FeaturePlan]:
     """Look at all sources and decide what is read, joined and computed."""
-    definitions = STANDARD
-    if config.definitions is not None:
-        definitions = load_definitions(config.definitions).over(STANDARD)
-    plans = plan_features(with_uris(definitions, config), config, config.as_of or started)
+    plans = plan_features(with_uris(_definitions(config), config), config, config.as_of or started)
     for plan in plans:
         get_run_logger().info(
             "%s: %d files, about %d rows; computing %s as of %s",
@@ -186,6 +183,10 @@ def run_record(attempt: int = 1) -> RunRecord:
     return RunRecord(
         flow_run_id=str(flow_run.id), flow_run_name=flow_run.name, deployment=deployment.name, attempt=attempt
     )
+
+
+def _definitions(config: FeatureStoreConfig) -> Definitions:
+    return STANDARD if config.definitions is None else load_definitions(config.definitions).over(STANDARD)
 
 
 def _manifest(

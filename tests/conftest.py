@@ -1,4 +1,4 @@
-"""One Prefect API and one Ray for the whole test session, set up as in production but smaller.
+"""One Prefect API, one S3 and one Ray for the whole test session, set up as in production but smaller.
 
 The environment is set before Prefect and Ray are imported: both read parts of it at import.
 """
@@ -22,10 +22,14 @@ os.environ.pop("PREFECT_API_URL", None)
 import shutil
 import sqlite3
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import s3fs
+
+from tests.s3 import ENVIRONMENT, s3_endpoint
 
 
 @pytest.fixture(scope="session")
@@ -69,8 +73,47 @@ def prefect_api(prefect_home: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A local Ray with 2 CPUs, whose workers have the environment that they have in production."""
+def s3_url() -> Iterator[str]:
+    """URL of an S3 endpoint, to which the environment points from here on."""
+    with s3_endpoint() as url, pytest.MonkeyPatch.context() as patch:
+        for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": url}.items():
+            patch.setenv(name, value)
+        patch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+        patch.delenv("AWS_SESSION_TOKEN", raising=False)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield url
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+def new_bucket(url: str, name: str = "bucket") -> str:
+    """URI of a fresh prefix in a fresh bucket of an S3 endpoint."""
+    bucket = f"{name}-{uuid.uuid4().hex}"
+    s3fs.S3FileSystem(endpoint_url=url).mkdir(bucket)
+    return f"s3://{bucket}/prefix"
+
+
+@pytest.fixture
+def s3_root(s3_url: str) -> str:
+    """A fresh prefix in a fresh bucket."""
+    return new_bucket(s3_url)
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest) -> str:
+    """A fresh root, local and on S3 in turn."""
+    if request.param == "local":
+        path: Path = request.getfixturevalue("tmp_path")
+        return str(path / "root")
+    uri: str = request.getfixturevalue("s3_root")
+    return uri
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_url: str) -> Iterator[None]:
+    """A local Ray with 2 CPUs, whose workers have the environment that they have in production.
+
+    The S3 endpoint comes first: workers inherit the environment of the process that starts Ray.
+    """
     import ray
 
     from tasks.core.cluster import connect

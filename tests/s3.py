@@ -16,6 +16,8 @@ ENVIRONMENT = {
     "AWS_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
+FAULTY = "faulty"
+OUTAGE = 4
 
 
 @contextmanager
@@ -45,6 +47,28 @@ def one_at_a_time(application: Callable[..., Iterable[bytes]]) -> Callable[..., 
     return locked
 
 
+def out_of_order(application: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
+    """Answer 503 for a while in buckets whose name begins with 'faulty': to OUTAGE reads of the transactions.
+
+    It begins with the first reservation, so that it meets the job that computes, and lasts longer than the client
+    tries by itself.
+    """
+    left: dict[str, int] = {}
+
+    def unreliable(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        bucket, _, key = environ["PATH_INFO"].lstrip("/").partition("/")
+        if bucket.startswith(FAULTY):
+            if environ["REQUEST_METHOD"] == "PUT" and key.endswith("_reservation.json"):
+                left.setdefault(bucket, OUTAGE)
+            if environ["REQUEST_METHOD"] == "GET" and "/transactions/" in key and left.get(bucket, 0) > 0:
+                left[bucket] -= 1
+                start_response("503 Slow Down", [("Content-Type", "application/xml")])
+                return [b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"]
+        return application(environ, start_response)
+
+    return unreliable
+
+
 def _exit_with_parent() -> None:
     sys.stdin.read()
     os._exit(0)
@@ -57,7 +81,7 @@ def _serve() -> None:
     from werkzeug.serving import make_server
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    application = one_at_a_time(DomainDispatcherApplication(create_backend_app))
+    application = out_of_order(one_at_a_time(DomainDispatcherApplication(create_backend_app)))
     server = make_server("127.0.0.1", 0, application, threaded=True)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     print(server.port, flush=True)

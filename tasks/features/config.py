@@ -177,8 +177,3 @@ class FeatureStoreConfig(BaseModel):
                 "or none of the three to use the sample"
             )
         return self
-
-    @property
-    def uses_sample(self) -> bool:
-        """Whether the flow makes its own input."""
-        return self.transactions is None and self.definitions is None

@@ -80,6 +80,9 @@ def join_dimension(group: FeatureGroup, features: pl.DataFrame, dimension: pl.Da
     return JoinedRows(_plain_types(kept), rejected.with_columns(reason), unmatched.height)
 
 
+_GATHERED = "\x00gathered"
+
+
 def _with_as_of(group: FeatureGroup, events: pl.DataFrame, as_of: dt.datetime) -> pl.DataFrame:
     expressions = [*group.features.values(), *(e for w in group.windows for e in w.features.values())]
     if any(AS_OF in expression.meta.root_names() for expression in expressions):
@@ -89,8 +92,11 @@ def _with_as_of(group: FeatureGroup, events: pl.DataFrame, as_of: dt.datetime) -
 
 def _aggregate(group: FeatureGroup, events: pl.DataFrame, features: Mapping[str, pl.Expr], suffix: str) -> pl.DataFrame:
     named = [expression.alias(name + suffix) for name, expression in features.items()]
+    # Where all expressions are as simple as a sum, Polars (2.1) adds up partial sums in an order that differs from run
+    # to run, and with it the last bits. One that isn't makes it gather each entity's rows first, at no cost.
+    gathered = pl.col(group.entity).head(1).len().alias(_GATHERED)
     try:
-        aggregated = events.group_by(group.entity).agg(named)
+        aggregated = events.group_by(group.entity).agg(*named, gathered).drop(_GATHERED)
     except pl.exceptions.PolarsError as fault:
         raise _refused(group, features, events, fault) from fault
     for name, dtype in aggregated.schema.items():

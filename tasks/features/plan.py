@@ -306,6 +306,17 @@ def _check_time_type(events: SourceTable, column: str, kind: pa.DataType, config
         )
 
 
+def needs_sample(definitions: Definitions, config: FeatureStoreConfig) -> bool:
+    """Whether a group that is asked for reads transactions, and nobody said where they are.
+
+    Raises:
+        DefinitionError: a group is unknown, or names a source that isn't declared.
+
+    """
+    sources = {group.source for group in definitions.select(config.groups)}
+    return "transactions" in sources and with_uris(definitions, config).events["transactions"].uri is None
+
+
 def with_uris(definitions: Definitions, config: FeatureStoreConfig) -> Definitions:
     """Definitions with the standard sources' URIs and mappings as the configuration gives them."""
     events, dimensions = dict(definitions.events), dict(definitions.dimensions)

@@ -1,0 +1,570 @@
+"""The feature-store flow as it runs: a real API, a real Ray, a local disk and S3."""
+
+from __future__ import annotations
+
+import datetime as dt
+import io
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID
+
+import duckdb
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+import pytest
+import ray
+import yaml
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun, State, TaskRun
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows.feature_store import feature_store
+from tasks.artifacts import read_artifacts
+from tasks.core import layout, storage, versions
+from tasks.core.errors import GateFailed, SourceError
+from tasks.core.manifest import Manifest
+from tasks.core.metadata import versions_table
+from tasks.feature_store import PublishedVersion
+from tasks.features.config import FeatureStoreConfig, Thresholds
+from tasks.features.sample import SAMPLE_AS_OF, sample_customers, sample_products, sample_transactions
+from tasks.local_api import _Ready
+from tasks.runner import drain_api_queues
+from tests.conftest import new_bucket
+from tests.features import oracle
+from tests.s3 import FAULTY
+from tests.test_runner import eventually, messages, run_id, task_runs
+
+pytestmark = pytest.mark.usefixtures("stack")
+
+CUSTOMERS, PRODUCTS = "feature-store/customer-features", "feature-store/product-features"
+BOTH = [CUSTOMERS, PRODUCTS]
+OF_THE_RUN = ["feature_creation_date", "feature_version"]
+DAY = dt.timedelta(days=1)
+SMALL = 2_000
+
+
+@dataclass(frozen=True)
+class Run:
+    """A flow run that has ended."""
+
+    root: str
+    state: State
+
+    @property
+    def published(self) -> list[PublishedVersion]:
+        return self.state.result()
+
+    @property
+    def id(self) -> UUID:
+        return run_id(self.state)
+
+    def manifest(self, dataset: str) -> Manifest:
+        number = next(version.version for version in self.published if version.dataset == dataset)
+        return versions.resolve(self.root, dataset, number)
+
+    def features(self, dataset: str) -> pd.DataFrame:
+        """The features alone, by entity."""
+        table = versions.read_table(self.root, dataset, self.manifest(dataset).version, verify=True)
+        frame = table.to_pandas()
+        return frame.drop(columns=OF_THE_RUN).sort_values(frame.columns[0], ignore_index=True)
+
+    def flow_run(self) -> FlowRun:
+        with get_client(sync_client=True) as client:
+            return client.read_flow_run(self.id)
+
+    def tasks(self) -> dict[str, TaskRun]:
+        """Task runs by name, once all of them have reached the API."""
+        runs = eventually(lambda: task_runs(self.id), lambda runs: all(run.state.is_final() for run in runs))
+        return {run.name: run for run in runs}
+
+
+def start(root: str, **settings: object) -> Run:
+    config = FeatureStoreConfig(root=root, **{"sample_transactions": SMALL, **settings})
+    return Run(root, feature_store(config, return_state=True))
+
+
+def completed(root: str, **settings: object) -> Run:
+    run = start(root, **settings)
+    assert run.state.is_completed(), run.state.message
+    return run
+
+
+@pytest.fixture(scope="module", params=["local", "s3"])
+def twice(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    """The default sample, two times into the same root."""
+    if request.param == "local":
+        root = str(tmp_path_factory.mktemp("flow") / "root")
+    else:
+        root = new_bucket(request.getfixturevalue("s3_url"))
+    return [completed(root, sample_transactions=20_000) for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A small sample on the local disk."""
+    return completed(str(tmp_path_factory.mktemp("small")))
+
+
+def sample(rows: int = SMALL) -> dict[str, pl.DataFrame]:
+    return {
+        "transactions": sample_transactions(rows, 0, 0, rows),
+        "customers": sample_customers(rows, 0),
+        "products": sample_products(rows, 0),
+    }
+
+
+def put(root: str, tables: dict[str, pl.DataFrame]) -> dict[str, str]:
+    """Write tables as sources; the settings that name them."""
+    uris = {name: layout.join(root, "sources", f"{name}.parquet") for name in tables}
+    for name, table in tables.items():
+        storage.write_parquet(table.to_arrow(), uris[name])
+    return uris
+
+
+def usable(transactions: pd.DataFrame, products: pd.DataFrame) -> pd.DataFrame:
+    """The rows that count, with their category, by the plainest pandas."""
+    rows = transactions.dropna(subset=["customer_id", "product_id", "timestamp", "amount"])
+    rows = rows[rows["timestamp"] <= SAMPLE_AS_OF].astype({"customer_id": "int64"})
+    return rows.merge(products[["product_id", "category"]], on="product_id", how="left")
+
+
+def assert_whole(run: Run, dataset: str) -> Manifest:
+    """A version is what its manifest says, and nothing else stands in its directory."""
+    manifest = run.manifest(dataset)
+    versions.verify(run.root, manifest)
+    base = layout.version_uri(run.root, dataset, manifest.version)
+    found = {info.uri.removeprefix(base + "/") for info in storage.list_files(base, include_hidden=True)}
+    listed = {file.path for file in (*manifest.files, *manifest.rejected_files)}
+    protocol = {layout.MANIFEST, layout.REPORT_HTML, layout.REPORT_JSON, *reservations(manifest)}
+    assert found == listed | protocol, f"{dataset}: other files than the manifest lists: {found ^ (listed | protocol)}"
+    assert manifest.run.flow_run_id == str(run.id)
+    assert manifest.rows == sum(pq.read_metadata(storage.open_input(uri)).num_rows for uri in data(run, dataset))
+    for balance in manifest.balances:
+        assert balance.missing == 0, f"{dataset}: {balance.name} doesn't balance: {balance}"
+    assert manifest.balances[-1].rows_out == manifest.rows
+    return manifest
+
+
+def reservations(manifest: Manifest) -> set[str]:
+    return {layout.reservation_name(attempt) for attempt in range(1, manifest.run.attempt + 1)}
+
+
+def data(run: Run, dataset: str) -> list[str]:
+    return versions.data_files(run.root, run.manifest(dataset))
+
+
+def assert_same(left: pd.DataFrame, right: pd.DataFrame, why: str) -> None:
+    """Equal to the last bit, not only about."""
+    assert list(left.columns) == list(right.columns), why
+    for name in left.columns:
+        one, other = left[name].to_numpy(), right[name].to_numpy()
+        if one.dtype == np.float64:
+            one, other = one.view(np.int64), other.view(np.int64)
+        assert np.array_equal(one, other), f"{why}: {name} differs"
+
+
+def assert_nothing_published(root: str) -> None:
+    for dataset in BOTH:
+        assert versions.published_versions(root, dataset) == [], f"{dataset} has a published version"
+        for number in versions.version_numbers(root, dataset):
+            files = storage.list_files(layout.version_uri(root, dataset, number))
+            assert files == [], f"{dataset} v{number} shows data to readers that just open the directory: {files}"
+
+
+# What a run publishes
+
+
+def test_two_runs_publish_two_whole_versions_of_both_groups(twice: list[Run]) -> None:
+    for number, run in enumerate(twice, 1):
+        assert [(version.dataset, version.version) for version in run.published] == [(name, number) for name in BOTH]
+        for version in run.published:
+            manifest = assert_whole(run, version.dataset)
+            assert (version.rows, version.verdict) == (manifest.rows, manifest.gate.verdict)
+            assert storage.exists(version.report), "the report isn't where the flow says"
+            assert version.uri == layout.version_uri(run.root, version.dataset, number)
+    for dataset in BOTH:
+        assert versions.published_versions(twice[0].root, dataset) == [1, 2]
+        assert_same(twice[0].features(dataset), twice[1].features(dataset), f"{dataset} v1 and v2 of the same input")
+
+
+def test_the_published_features_are_those_of_a_brute_force(twice: list[Run]) -> None:
+    run = twice[0]
+    base = layout.sample(run.root, "feature-store", "20000-0")
+    transactions = pd.read_parquet(f"{base}/transactions")
+    products = pd.read_parquet(f"{base}/products")
+    customers = pd.read_csv(f"{base}/customers/customers.csv", parse_dates=["signup_date"])
+    rows = usable(transactions, products)
+    for dataset, expected, dimension in (
+        (CUSTOMERS, oracle.customer_features(rows, SAMPLE_AS_OF), customers),
+        (PRODUCTS, oracle.product_features(rows, SAMPLE_AS_OF), products),
+    ):
+        key = expected.columns[0]
+        expected = expected.merge(dimension, on=key).sort_values(key, ignore_index=True)  # noqa: PLW2901
+        found = run.features(dataset)[list(expected.columns)]
+        assert len(found) > 100
+        assert found[key].to_list() == expected[key].to_list(), f"{dataset}: other entities"
+        for name in expected.columns:
+            if pd.api.types.is_float_dtype(expected[name]):
+                np.testing.assert_allclose(found[name], expected[name], rtol=1e-9, atol=1e-9, err_msg=name)
+            elif pd.api.types.is_datetime64_any_dtype(expected[name]):
+                assert (pd.to_datetime(found[name]) == expected[name]).all(), f"{dataset}: {name} differs"
+            else:
+                assert found[name].to_list() == expected[name].to_list(), f"{dataset}: {name} differs"
+
+
+def test_rejected_rows_are_kept_with_their_reasons(twice: list[Run]) -> None:
+    run = twice[0]
+    raw = pd.read_parquet(layout.sample(run.root, "feature-store", "20000-0") + "/transactions")
+    expected = {
+        "null_customer_id": int(raw["customer_id"].isna().sum()),
+        "null_amount or not_finite_amount": int((raw["customer_id"].notna() & raw["amount"].isna()).sum()),
+    }
+    for dataset in BOTH:
+        manifest = run.manifest(dataset)
+        kept: dict[str, Counter[str]] = {}
+        for file in manifest.rejected_files:
+            uri = layout.join(layout.version_uri(run.root, dataset, 1), file.path)
+            table = pq.read_table(storage.open_input(uri))
+            assert table.num_rows == file.rows
+            source = file.path.removeprefix("_rejected/").rsplit("-", 2)[0]
+            kept.setdefault(source, Counter()).update(table["_reason"].to_pylist())
+            if source == "transactions":
+                assert {"_file", "_row"} <= set(table.column_names), "a rejected row doesn't say where it stood"
+        balances = {balance.name: balance for balance in manifest.balances}
+        assert kept.pop("transactions") == balances["transactions"].rejected
+        assert kept.pop("entities", {}) == manifest.balances[-1].rejected
+        assert not kept, "rejected rows of a source that no balance counts"
+        told = balances["transactions"].rejected
+        assert told["null_customer_id"] == expected["null_customer_id"]
+        amounts = told["null_amount"] + told["not_finite_amount"]
+        assert amounts == expected["null_amount or not_finite_amount"]
+        assert balances["transactions"].rows_in == len(raw) == 20_000
+
+
+def test_any_reader_opens_a_version_as_it_is(twice: list[Run]) -> None:
+    run = twice[0]
+    for dataset in BOTH:
+        uri = layout.version_uri(run.root, dataset, 1)
+        manifest = run.manifest(dataset)
+        columns = [column.name for column in manifest.columns]
+        frame = pd.read_parquet(uri)
+        assert (len(frame), list(frame.columns)) == (manifest.rows, columns), "pandas"
+        rows = ray.data.read_parquet(uri)
+        assert (rows.count(), rows.columns()) == (manifest.rows, columns), "Ray Data"
+        if not storage.is_s3(uri):
+            found = duckdb.sql(f"SELECT * FROM read_parquet('{uri}/*.parquet')")
+            assert (len(found), found.columns) == (manifest.rows, columns), "DuckDB"
+
+
+def test_the_table_of_versions_is_derived_from_the_manifests(twice: list[Run]) -> None:
+    root = twice[0].root
+    content = storage.read_bytes(layout.join(root, layout.METADATA))
+    table = pacsv.read_csv(io.BytesIO(content))
+    assert list(zip(table["dataset"].to_pylist(), table["version"].to_pylist(), strict=True)) == [
+        (dataset, number) for dataset in BOTH for number in (1, 2)
+    ]
+    for row, derived in zip(table.to_pylist(), versions_table(root, BOTH).to_pylist(), strict=True):
+        manifest = versions.resolve(root, row["dataset"], row["version"])
+        assert (row["record_count"], row["status"]) == (manifest.rows, "published")
+        assert row["feature_count"] == derived["feature_count"] == len(manifest.columns)
+        assert row["thresholds"] == derived["thresholds"]
+
+
+# What the API shows of it
+
+
+def test_the_api_has_the_artifacts_of_a_run(twice: list[Run]) -> None:
+    artifacts = read_artifacts(twice[0].id)
+    by_key = {artifact.key: artifact for artifact in artifacts if artifact.key}
+    groups = ("customer-features", "product-features")
+    assert {f"{group}-{face}" for group in groups for face in ("report", "checks")} <= set(by_key)
+    report = str(by_key["customer-features-report"].data)
+    verdict = twice[0].manifest(CUSTOMERS).gate.verdict
+    assert verdict in report.lower(), "the report doesn't say the verdict"
+    assert "](data:image/" in report, "the report shows no picture"
+    assert layout.join(layout.version_uri(twice[0].root, CUSTOMERS, 1), layout.REPORT_HTML) in report
+    checks = str(by_key["customer-features-checks"].data)
+    assert "transaction_count" in checks
+    assert "verdict" in checks.lower()
+    progress = [artifact for artifact in artifacts if artifact.type == "progress"]
+    assert len(progress) == 2, "one progress for reading and one for computing"
+    assert {float(str(artifact.data)) for artifact in progress} == {100.0}
+    told = " / ".join(sorted(str(artifact.description) for artifact in progress))
+    assert re.search(r"Computing features: 2 of 2 buckets.*; done / Reading transactions: [\d,]+ of 20,000 rows.*; done", told)
+
+
+def test_the_api_has_logs_names_and_tags_of_the_tasks_on_ray(twice: list[Run]) -> None:
+    run = twice[1]
+    lines = messages(run.id)
+    for dataset in BOTH:
+        rows = run.manifest(dataset).rows
+        assert any(line.startswith(f"{dataset}: {rows} entities written in ") for line in lines), lines
+        assert f"{dataset}: verdict {run.manifest(dataset).gate.verdict}" in lines
+    tasks = run.tasks()
+    assert {task.state_name for task in tasks.values()} == {"Completed"}
+    assert {task.run_count for task in tasks.values()} == {1}
+    compute = tasks["compute customer-features, product-features"]
+    assert compute.tags == ["ray-data"]
+    assert {"validate customer-features v2", "validate product-features v2"} <= set(tasks)
+    assert run.flow_run().name.startswith("features of the sample ")
+    assert run.manifest(CUSTOMERS).run.flow_run_name == run.flow_run().name
+
+
+# What doesn't change the features
+
+
+def test_how_the_work_is_cut_changes_no_bit(twice: list[Run], tmp_path: Path) -> None:
+    reference = twice[0]
+    if storage.is_s3(reference.root):
+        pytest.skip("the cuts are the same wherever the root is; seen on the local disk")
+    for rows in (1_000, 5_000):
+        run = completed(reference.root, sample_transactions=20_000, rows_per_bucket=rows)
+        assert len(run.manifest(CUSTOMERS).files) > 2, "the work wasn't cut"
+        for dataset in BOTH:
+            assert_same(run.features(dataset), reference.features(dataset), f"{dataset}, {rows} rows a bucket")
+
+
+def test_the_number_of_cpus_changes_no_bit(small: Run) -> None:
+    @ray.remote(num_cpus=1)
+    class Idler:
+        """Holds a CPU."""
+
+        def ready(self) -> bool:
+            return True
+
+    idler = Idler.remote()
+    assert ray.get(idler.ready.remote())
+    try:
+        run = completed(small.root, rows_per_bucket=1_000)
+    finally:
+        ray.kill(idler)
+    for dataset in BOTH:
+        assert_same(run.features(dataset), small.features(dataset), f"{dataset} on one CPU")
+
+
+# Joins and definitions
+
+
+def test_without_customers_nothing_is_joined(small: Run, tmp_path: Path) -> None:
+    tables = sample()
+    del tables["customers"]
+    run = completed(str(tmp_path), **put(str(tmp_path), tables), as_of=SAMPLE_AS_OF)
+    manifest = assert_whole(run, CUSTOMERS)
+    found, joined = run.features(CUSTOMERS), small.features(CUSTOMERS)
+    assert not {"age", "gender", "location", "signup_date"} & set(found.columns)
+    assert "category" in run.features(PRODUCTS).columns
+    strangers = small.manifest(CUSTOMERS).balances[-1].rejected["no_customers_row"]
+    assert strangers > 0
+    assert len(found) == manifest.balances[-1].rows_in == len(joined) + strangers
+    shared = [name for name in found.columns if name in joined.columns]
+    names = [name for name in shared if not name.endswith(("ratio", "score", "ready"))]  # a row's quality has all columns
+    both = found[found["customer_id"].isin(joined["customer_id"])].reset_index(drop=True)
+    assert_same(both[names], joined[names], "features with and without a join")
+
+
+def test_a_left_join_keeps_the_orphans_and_an_inner_join_rejects_them(small: Run) -> None:
+    left = completed(small.root, join="left", groups=("customer-features",))
+    rows, inner = left.features(CUSTOMERS), small.features(CUSTOMERS)
+    orphans = small.manifest(CUSTOMERS).balances[-1].rejected["no_customers_row"]
+    assert len(rows) == len(inner) + orphans
+    unknown = rows[~rows["customer_id"].isin(inner["customer_id"])]
+    assert len(unknown) == orphans
+    assert unknown["age"].isna().all()
+    assert unknown["transaction_count"].notna().all()
+    assert not any(left.manifest(CUSTOMERS).balances[-1].rejected.values())
+    check = next(check for check in left.manifest(CUSTOMERS).gate.checks if "reference" in check.name)
+    assert str(orphans) in check.message, check.message
+
+
+def test_refunds_count_or_are_rejected_by_choice(small: Run) -> None:
+    refunds = int((sample()["transactions"]["amount"] < 0).sum())
+    run = completed(small.root, negative_amounts="reject", groups=("product-features",))
+    told = run.manifest(PRODUCTS).balances[0].rejected["negative_amount"]
+    assert 0 < told <= refunds
+    assert "negative_amount" not in small.manifest(PRODUCTS).balances[0].rejected
+    assert run.features(PRODUCTS)["total_sales"].sum() < small.features(PRODUCTS)["total_sales"].sum()
+
+
+def test_only_the_groups_that_are_asked_for_are_published(tmp_path: Path) -> None:
+    run = completed(str(tmp_path), groups=("product-features",))
+    assert [version.dataset for version in run.published] == [PRODUCTS]
+    assert versions.list_datasets(str(tmp_path)) == [PRODUCTS]
+
+
+PYTHON_GROUP = '''
+import polars as pl
+from tasks.features.definitions import FeatureGroup
+
+BRANDS = FeatureGroup(
+    name="basket-features",
+    entity="customer_id",
+    features={"largest": pl.col("amount").max(), "sales": pl.len()},
+    derived={"largest_a_sale": pl.col("largest") / pl.col("sales")},
+)
+'''
+YAML_GROUP = {
+    "groups": {
+        "basket-features": {
+            "entity": "customer_id",
+            "features": {"largest": "MAX(amount)", "sales": "COUNT(*)"},
+            "derived": {"largest_a_sale": "largest / sales"},
+        }
+    }
+}
+
+
+@pytest.mark.parametrize("kind", ["py", "yaml"])
+def test_a_group_of_ones_own_stands_beside_the_standard_ones(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / f"groups.{kind}"
+    file.write_text(PYTHON_GROUP if kind == "py" else yaml.safe_dump(YAML_GROUP))
+    tables = sample()
+    groups = ("product-features", "basket-features") if kind == "py" else ()
+    sources = put(str(tmp_path), tables)
+    run = completed(str(tmp_path), **sources, definitions=str(file), groups=groups, as_of=SAMPLE_AS_OF)
+    own = "feature-store/basket-features"
+    expected = [PRODUCTS, own] if kind == "py" else [CUSTOMERS, PRODUCTS, own]
+    assert [version.dataset for version in run.published] == expected
+    rows = usable(tables["transactions"].to_pandas(), tables["products"].to_pandas())
+    largest = rows.groupby("customer_id")["amount"].max()
+    found = run.features(own).set_index("customer_id")
+    assert found["largest"].to_dict() == largest.to_dict()
+    assert found["largest_a_sale"].to_dict() == (largest / rows.groupby("customer_id").size()).to_dict()
+    assert run.manifest(own).definition["name"] == "basket-features"
+
+
+# What goes wrong
+
+
+def test_a_failed_gate_publishes_nothing_of_any_group(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    run = start(root, thresholds=Thresholds(rejected_warn=0, rejected_fail=0))
+    assert run.state.name == "Failed"
+    with pytest.raises(GateFailed, match=r"nothing was published.*transactions: \d+ of 2,000 rows.*_report\.html"):
+        run.state.result()
+    assert "GateFailed" in str(run.state.message)
+    assert run.flow_run().run_count == 1, "bad data was tried again"
+    assert {task.run_count for task in run.tasks().values()} == {1}
+    assert_nothing_published(root)
+    for dataset in BOTH:
+        manifest = versions.read_manifest(root, dataset, 1)
+        assert (manifest.status, manifest.gate.verdict) == ("rejected", "fail")
+        versions.verify(root, manifest)
+        uri = layout.version_uri(root, dataset, 1)
+        assert b"<html" in storage.read_bytes(layout.join(uri, layout.REPORT_HTML)).lower()
+        assert storage.exists(layout.join(uri, layout.REPORT_JSON))
+    good = completed(root)
+    assert [version.version for version in good.published] == [2, 2]
+    assert versions.published_versions(root, CUSTOMERS) == [2]
+
+
+def test_one_bad_group_keeps_the_other_back(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    tables = sample()
+    everybody = tables["customers"].with_columns(customer_id=pl.col("customer_id") + 1_000_000)
+    sources = put(root, {**tables, "customers": everybody})
+    run = start(root, **sources, as_of=SAMPLE_AS_OF, join="left")
+    with pytest.raises(GateFailed, match="customer-features") as caught:
+        run.state.result()
+    assert "product-features:" not in str(caught.value), "the group that passed is blamed"
+    assert_nothing_published(root)
+    other = versions.read_manifest(root, PRODUCTS, 1)
+    assert other.status == "rejected"
+    assert other.gate.checks[-1].message == f"Not published, because {CUSTOMERS} of the same run failed."
+
+
+@pytest.mark.parametrize("fault", ["missing column", "no files"])
+def test_bad_input_is_one_clear_error_and_leaves_nothing(fault: str, tmp_path: Path) -> None:
+    root = str(tmp_path)
+    if fault == "missing column":
+        sources = put(root, {"transactions": sample()["transactions"].rename({"amount": "sales_value"})})
+        message = r"transactions: \S+transactions\.parquet has no column 'amount'.*--transaction-columns"
+    else:
+        sources = {"transactions": str(tmp_path / "nothing")}
+        message = r"transactions '\S+nothing': no \.parquet or \.csv file found"
+    run = start(root, **sources, as_of=SAMPLE_AS_OF, groups=("product-features",))
+    assert run.state.name == "Failed"
+    with pytest.raises(SourceError, match=message):
+        run.state.result()
+    assert run.flow_run().run_count == 1
+    assert {task.run_count for task in run.tasks().values()} == {1}, "bad input was tried again"
+    assert versions.list_datasets(root) == [], "a reservation was left behind"
+    good = completed(root, groups=("product-features",))
+    assert [version.version for version in good.published] == [1]
+
+
+def test_a_file_that_turns_out_to_be_damaged_fails_at_once(tmp_path: Path) -> None:
+    """Its footer is whole, so planning finds nothing, and the versions are reserved already."""
+    root = str(tmp_path)
+    sources = put(root, sample())
+    path = Path(sources["transactions"])
+    content = bytearray(path.read_bytes())
+    content[4 : len(content) // 2] = os.urandom(len(content) // 2 - 4)
+    path.write_bytes(bytes(content))
+    run = start(root, **sources, as_of=SAMPLE_AS_OF)
+    with pytest.raises(SourceError, match=r"transactions\.parquet can't be read as parquet"):
+        run.state.result()
+    assert run.flow_run().run_count == 1
+    assert {task.run_count for task in run.tasks().values()} == {1}
+    assert_nothing_published(root)
+    assert versions.version_numbers(root, CUSTOMERS) == [1], "reserved, and its process is alive still"
+    good = completed(root)
+    assert {version.version for version in good.published} == {2}
+    assert_whole(good, CUSTOMERS)
+
+
+def test_a_busy_store_is_asked_again(s3_url: str, small: Run) -> None:
+    """The store answers 503 to reads of the computing task for longer than its client tries by itself."""
+    run = completed(new_bucket(s3_url, FAULTY))
+    counts = {name: task.run_count for name, task in run.tasks().items()}
+    compute = counts.pop("compute customer-features, product-features")
+    assert compute > 1, "the fault wasn't met, or a client hid it"
+    assert set(counts.values()) == {1}, counts
+    assert run.flow_run().run_count == 1
+    for dataset in BOTH:
+        assert_whole(run, dataset)
+        assert_same(run.features(dataset), small.features(dataset), f"{dataset} after a fault")
+
+
+# Other servers, other callers
+
+
+def test_a_real_prefect_server(prefect_home: Path, tmp_path: Path) -> None:
+    """Also as a deployment calls it: parameters are plain values."""
+    home = tmp_path / "home"
+    home.mkdir()
+    if (database := prefect_home / "prefect.db").exists():
+        shutil.copy(database, home / "prefect.db")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"],
+        env={**os.environ, "PREFECT_HOME": str(home)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        url = f"http://127.0.0.1:{port}/api"
+        _Ready(server, url)()
+        with temporary_settings({PREFECT_API_URL: url}):
+            parameters = {"root": str(tmp_path / "root"), "sample_transactions": SMALL, "groups": ["product-features"]}
+            run = Run(str(tmp_path / "root"), feature_store(parameters, return_state=True))  # type: ignore[arg-type]
+            assert run.state.is_completed(), run.state.message
+            assert_whole(run, PRODUCTS)
+            keys = {artifact.key for artifact in read_artifacts(run.id)}
+            assert {"product-features-report", "product-features-checks"} <= keys
+            assert run.flow_run().state_name == "Completed"
+            assert {task.state_name for task in run.tasks().values()} == {"Completed"}
+            drain_api_queues()
+    finally:
+        server.terminate()
+        server.wait(20)

@@ -1,0 +1,91 @@
+"""The README's commands and examples are run as they stand there, in order, in one directory."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks() -> list[tuple[str, str, str]]:
+    """Language, its attributes and the text of each fenced block."""
+    return [(language, attributes.strip(), text) for language, attributes, text in BLOCK.findall(README)]
+
+
+def commands() -> list[str]:
+    """Shell commands and Python examples, as shell scripts, in the README's order."""
+    scripts = []
+    for language, attributes, text in blocks():
+        if language == "sh" and attributes == "install":
+            # What comes before is the installation, which the environment of this test has behind it.
+            scripts += [text.split("&&")[1]] if "flows." in text else []
+        elif language == "sh":
+            scripts.append(text)
+        elif attributes.startswith("file="):
+            scripts.append(f"cat > {attributes.removeprefix('file=')} <<'END_OF_FILE'\n{text}END_OF_FILE\n")
+        elif language == "python":
+            scripts.append(f"python3 - <<'END_OF_FILE'\n{text}END_OF_FILE\n")
+    return scripts
+
+
+def test_commands_and_examples_work(tmp_path: Path) -> None:
+    (tmp_path / "deployments").symlink_to(ROOT / "deployments")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "RAY_"))}
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    outputs = []
+    for script in commands():
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        outputs.append(done.stdout)
+    whole = "\n".join(outputs)
+    store = tmp_path / "data" / "feature-store"
+    for published in ("customer-features/v1", "product-features/v2", "category-features/v1", "loyalty-features/v1"):
+        assert (store / published / "_manifest.json").exists(), published
+    assert "20,000 in, 19,856 out, 94 rejected" in whole
+    assert "store-features v1: 457 rows" in whole
+    assert (store / "metadata" / "feature_versions.csv").exists()
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    (test_command,) = [
+        text for language, kind, text in blocks() if (language, kind) == ("sh", "install") and "[dev]" in text
+    ]
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert test_command.strip() == "python3 -m pip install -e '.[dev]' && python3 -m pytest"
+    assert "python3 -m pip install --quiet -e '.[dev]'" in ci
+    assert re.search(r"^python3 -m pytest$", ci, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", re.findall(r"`((?:tasks|flows|tests|deployments)/[\w/.]+\.\w+)`", README))
+def test_files_that_are_named_exist(path: str) -> None:
+    assert (ROOT / path).exists()
+
+
+def test_options_that_are_named_exist() -> None:
+    from tasks.features.config import FeatureStoreConfig
+
+    known = {f"--{name.replace('_', '-')}" for name in FeatureStoreConfig.model_fields}
+    known |= {"--config", "--help", "--debug", "--thresholds"}
+    prose = BLOCK.sub("", README)
+    assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= known
