@@ -300,7 +300,7 @@ def test_the_api_has_the_artifacts_of_a_run(twice: list[Run]) -> None:
     assert len(progress) == 2, "one progress for reading and one for computing"
     assert {float(str(artifact.data)) for artifact in progress} == {100.0}
     told = " / ".join(sorted(str(artifact.description) for artifact in progress))
-    assert re.search(r"Computing features: 2 of 2 buckets.*; done / Reading transactions: [\d,]+ of 20,000 rows.*; done", told)
+    assert re.search(r"Computing features: 2 of 2 buckets.*; done / Reading transactions: .* of 20,000.*; done", told)
 
 
 def test_the_api_has_logs_names_and_tags_of_the_tasks_on_ray(twice: list[Run]) -> None:
@@ -367,7 +367,7 @@ def test_without_customers_nothing_is_joined(small: Run, tmp_path: Path) -> None
     assert strangers > 0
     assert len(found) == manifest.balances[-1].rows_in == len(joined) + strangers
     shared = [name for name in found.columns if name in joined.columns]
-    names = [name for name in shared if not name.endswith(("ratio", "score", "ready"))]  # a row's quality has all columns
+    names = [name for name in shared if not name.endswith(("ratio", "score", "ready"))]
     both = found[found["customer_id"].isin(joined["customer_id"])].reset_index(drop=True)
     assert_same(both[names], joined[names], "features with and without a join")
 

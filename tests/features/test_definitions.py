@@ -1,0 +1,166 @@
+"""A declaration is checked when it is made, and says what it needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import polars as pl
+import pytest
+
+from tasks.core.errors import DefinitionError
+from tasks.features.definitions import Column, Definitions, DimensionSource, EventSource, FeatureGroup, Window
+from tasks.features.standard import CUSTOMER_FEATURES, STANDARD
+
+AMOUNT = pl.col("amount")
+TIME = {"at": Column(kind="time")}
+
+
+def group(**changes: Any) -> FeatureGroup:
+    return FeatureGroup(**{"name": "visits", "entity": "user", "features": {"n": pl.len()}, **changes})
+
+
+MISTAKES = [
+    ("capitals", lambda: group(name="Visits"), r"feature group name 'Visits': use lower-case letters"),
+    ("a path", lambda: group(name="../visits"), r"feature group name '\.\./visits'"),
+    ("no name", lambda: group(name=""), r"feature group name ''"),
+    ("no features", lambda: group(features={}), r"'visits' declares no features; give at least one"),
+    ("a feature twice", lambda: group(derived={"n": pl.lit(1)}), r"'visits' declares n twice; rename"),
+    (
+        "a window's feature twice",
+        lambda: group(
+            windows=(Window(days=7, features={"n": pl.len()}),), derived={"n_7d": pl.lit(1), "n": pl.lit(2)}
+        ),
+        r"'visits' declares n, n_7d twice",
+    ),
+    ("a feature named as the entity", lambda: group(derived={"user": pl.lit(1)}), r"feature named as its entity"),
+    ("bounds of nothing", lambda: group(bounds={"m": (0, 1)}), r"bounds for m, which it doesn't declare; known: n"),
+    (
+        "bounds of a misspelled feature",
+        lambda: group(features={"total": pl.len()}, bounds={"totl": (0, 1)}),
+        r"did you mean 'total'\?",
+    ),
+    ("no days", lambda: Window(days=0, features={}), r"window of 0 days: give a number of days of at least 1"),
+    (
+        "an undeclared time",
+        lambda: EventSource(name="visits", time="when", columns=TIME),
+        r"source 'visits': its time column 'when' is not declared; add it to columns with kind 'time'",
+    ),
+    (
+        "a time of another kind",
+        lambda: EventSource(name="visits", time="at", columns={"at": Column(kind="number")}),
+        r"'at' is not declared",
+    ),
+    ("a source's name", lambda: EventSource(name="my visits", time="at", columns=TIME), r"source name 'my visits'"),
+    ("a dimension's name", lambda: DimensionSource(name="-users", key="user"), r"source name '-users'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("why", "declare", "message"), MISTAKES, ids=[case[0] for case in MISTAKES])
+def test_mistakes(why: str, declare: Any, message: str) -> None:
+    with pytest.raises(DefinitionError, match=message):
+        declare()
+
+
+def test_names_come_in_order() -> None:
+    windows = tuple(Window(days=days, features={"n": pl.len(), "s": AMOUNT.sum()}) for days in (7, 30))
+    declared = group(features={"z": pl.len(), "a": AMOUNT.sum()}, windows=windows, derived={"ratio": pl.col("a")})
+    assert declared.feature_names == ["z", "a", "n_7d", "s_7d", "n_30d", "s_30d", "ratio"]
+
+
+COLUMNS = [
+    ("only counted", group(), {"user"}),
+    ("a column", group(features={"s": AMOUNT.sum()}), {"user", "amount"}),
+    ("several", group(features={"s": AMOUNT.sort_by("at", "item").last()}), {"user", "amount", "at", "item"}),
+    ("in a window", group(windows=(Window(days=7, features={"s": AMOUNT.sum()}),)), {"user", "amount"}),
+    ("derived ones need features", group(derived={"x": pl.col("n") + 1}), {"user"}),
+    ("as_of is given", group(features={"s": (pl.col("as_of") - pl.col("at")).max()}), {"user", "at"}),
+    ("itself", group(features={"s": pl.col("user").n_unique()}), {"user"}),
+]
+
+
+@pytest.mark.parametrize(("why", "declared", "columns"), COLUMNS, ids=[case[0] for case in COLUMNS])
+def test_columns_that_a_group_needs(why: str, declared: FeatureGroup, columns: set[str]) -> None:
+    assert declared.event_columns == columns
+
+
+CHANGES = [
+    ("another name", {"name": "visitors"}),
+    ("another expression", {"features": {"n": pl.len() + 1}}),
+    ("another feature's name", {"features": {"m": pl.len()}}),
+    ("another entity", {"entity": "page"}),
+    ("another source", {"source": "clicks"}),
+    ("a window", {"windows": (Window(days=7, features={"n": pl.len()}),)}),
+    ("a dimension", {"dimension": "users"}),
+    ("a derived feature", {"derived": {"x": pl.col("n")}}),
+    ("bounds", {"bounds": {"n": (0, None)}}),
+]
+
+
+@pytest.mark.parametrize(("why", "change"), CHANGES, ids=[case[0] for case in CHANGES])
+def test_the_digest_tells_declarations_apart(why: str, change: dict[str, Any]) -> None:
+    assert group().digest() == group().digest()
+    assert group(**change).digest() != group().digest()
+
+
+def test_a_declaration_is_plain_values_in_the_manifest() -> None:
+    described = group(windows=(Window(days=7, features={"s": AMOUNT.sum()}),), bounds={"n": (1, None)}).describe()
+    assert described == {
+        "name": "visits",
+        "entity": "user",
+        "source": "transactions",
+        "dimension": None,
+        "features": {"n": "len()"},
+        "windows": [{"days": 7, "features": {"s": 'col("amount").sum()'}}],
+        "derived": {},
+        "bounds": {"n": [1, None]},
+    }
+
+
+def test_own_definitions_lie_over_the_standard_ones() -> None:
+    own = Definitions(groups={"customer-features": group(name="customer-features"), "visits": group()})
+    together = own.over(STANDARD)
+    assert list(together.groups) == ["customer-features", "product-features", "visits"]
+    assert together.groups["customer-features"].entity == "user"
+    assert together.events == STANDARD.events
+    assert together.dimensions == STANDARD.dimensions
+
+
+SELECTED = [
+    ((), ["customer-features", "product-features"]),
+    (("product-features",), ["product-features"]),
+    (("product-features", "customer-features"), ["customer-features", "product-features"]),
+]
+
+
+@pytest.mark.parametrize(("names", "expected"), SELECTED, ids=["all", "one", "in the order of declaration"])
+def test_select(names: tuple[str, ...], expected: list[str]) -> None:
+    assert [chosen.name for chosen in STANDARD.select(names)] == expected
+
+
+UNKNOWN = [
+    (STANDARD, ("costumer-features",), r"no feature group is named 'costumer-features'; did you mean 'customer-fea"),
+    (STANDARD, ("xyz",), r"no feature group is named 'xyz'; known: customer-features, product-features"),
+    (Definitions(), ("xyz",), r"known: none"),
+    (
+        Definitions(groups={"visits": group(source="transaction")}).over(STANDARD),
+        (),
+        r"'visits' reads the source 'transaction', which isn't declared; did you mean 'transactions'\?",
+    ),
+    (
+        Definitions(groups={"visits": group(dimension="customer")}).over(STANDARD),
+        (),
+        r"'visits' joins the dimension 'customer', which isn't declared; did you mean 'customers'\?",
+    ),
+]
+
+
+@pytest.mark.parametrize(("definitions", "names", "message"), UNKNOWN, ids=[case[2][:40] for case in UNKNOWN])
+def test_unknown_names(definitions: Definitions, names: tuple[str, ...], message: str) -> None:
+    with pytest.raises(DefinitionError, match=message):
+        definitions.select(names)
+
+
+def test_the_standard_groups_use_only_declared_columns() -> None:
+    for declared in STANDARD.groups.values():
+        assert declared.event_columns <= set(STANDARD.events[declared.source].columns)
+    assert CUSTOMER_FEATURES.dimension in STANDARD.dimensions

@@ -1,0 +1,239 @@
+"""Definitions from Python and YAML files work alike, and mistakes in them are named."""
+
+from __future__ import annotations
+
+import datetime as dt
+from pathlib import Path
+from textwrap import dedent
+
+import polars as pl
+import pytest
+
+from tasks.core.errors import DefinitionError
+from tasks.features.definitions import Column, Definitions
+from tasks.features.kernel import evaluate
+from tasks.features.loading import as_plain, load_definitions
+from tasks.features.rows import TIME
+
+AS_OF = dt.datetime(2025, 1, 1, tzinfo=dt.UTC)
+
+PYTHON = """
+    import polars as pl
+    from tasks.features.definitions import Column, DimensionSource, EventSource, FeatureGroup, Window
+
+    visits = EventSource(
+        name="visits",
+        time="at",
+        uri="visits.csv",
+        mapping={"user": "uid"},
+        columns={"user": Column(kind="key", required=True), "at": Column(kind="time"), "pages": Column(kind="number")},
+    )
+    users = DimensionSource(name="users", key="user", columns=("country",), uri="users.csv")
+    engagement = FeatureGroup(
+        name="engagement",
+        entity="user",
+        source="visits",
+        dimension="users",
+        features={
+            "visits": pl.len(),
+            "pages": pl.col("pages").sum(),
+            "long_visits": (pl.col("pages") > 10).sum(),
+            "countries": pl.col("country").n_unique(),
+        },
+        windows=tuple(Window(days=days, features={"pages": pl.col("pages").sum()}) for days in (7, 30)),
+        derived={"pages_per_visit": pl.col("pages") / pl.col("visits")},
+        bounds={"visits": (1, None)},
+    )
+"""
+
+YAML = """
+    events:
+      visits:
+        time: at
+        uri: visits.csv
+        mapping: {user: uid}
+        columns:
+          user: {kind: key, required: true}
+          at: time
+          pages: number
+    dimensions:
+      users: {key: user, columns: [country], uri: users.csv}
+    groups:
+      engagement:
+        entity: user
+        source: visits
+        dimension: users
+        features:
+          visits: COUNT(*)
+          pages: SUM(pages)
+          long_visits: COUNT(*) FILTER (WHERE pages > 10)
+          countries: COUNT(DISTINCT country)
+        windows:
+          - days: [7, 30]
+            features: {pages: SUM(pages)}
+        derived:
+          pages_per_visit: pages / visits
+        bounds: {visits: [1, null]}
+"""
+
+
+@pytest.fixture(params=["py", "yaml", "yml"])
+def definitions(request: pytest.FixtureRequest, tmp_path: Path) -> Definitions:
+    """The same definitions from a file of each kind."""
+    return load(tmp_path, f"own.{request.param}", PYTHON if request.param == "py" else YAML)
+
+
+def load(directory: Path, name: str, text: str) -> Definitions:
+    path = directory / name
+    path.write_text(dedent(text))
+    return load_definitions(str(path))
+
+
+def test_sources(definitions: Definitions) -> None:
+    visits, users = definitions.events["visits"], definitions.dimensions["users"]
+    assert visits.columns == {
+        "user": Column(kind="key", required=True),
+        "at": Column(kind="time"),
+        "pages": Column(kind="number"),
+    }
+    assert (visits.time, visits.uri, visits.mapping) == ("at", "visits.csv", {"user": "uid"})
+    assert (users.key, users.columns, users.uri) == ("user", ("country",), "users.csv")
+
+
+def test_groups_work(definitions: Definitions) -> None:
+    days_ago = [("ann", 1, 12.0, "de"), ("ann", 20, 4.0, "at"), ("ann", 200, 2.0, "de"), ("bob", 60, 5.0, "fr")]
+    events = pl.DataFrame(
+        [(user, AS_OF - dt.timedelta(days=days), pages, country) for user, days, pages, country in days_ago],
+        schema={"user": pl.String, "at": TIME, "pages": pl.Float64, "country": pl.String},
+        orient="row",
+    )
+    group = definitions.groups["engagement"]
+    assert group.event_columns == {"user", "pages", "country"}
+    assert group.bounds == {"visits": (1, None)}
+    assert group.dimension == "users"
+    assert evaluate(group, events, "at", AS_OF).rows(named=True) == [
+        {
+            "user": "ann",
+            "visits": 3,
+            "pages": 18.0,
+            "long_visits": 1,
+            "countries": 2,
+            "pages_7d": 12.0,
+            "pages_30d": 16.0,
+            "pages_per_visit": 6.0,
+        },
+        {
+            "user": "bob",
+            "visits": 1,
+            "pages": 5.0,
+            "long_visits": 0,
+            "countries": 1,
+            "pages_7d": 0.0,
+            "pages_30d": 0.0,
+            "pages_per_visit": 5.0,
+        },
+    ]
+
+
+def test_they_stand_in_the_manifest(definitions: Definitions) -> None:
+    assert as_plain(definitions)["groups"]["engagement"]["entity"] == "user"
+
+
+def test_a_group_of_yaml_reads_the_standard_source(tmp_path: Path) -> None:
+    found = load(tmp_path, "own.yaml", "groups: {spending: {entity: customer_id, features: {total: SUM(amount)}}}")
+    assert found.groups["spending"].source == "transactions"
+
+
+GROUP = "groups: {g: {entity: user, features: {n: COUNT(*)}"
+MISTAKES = [
+    # why, file name, text, message
+    ("another kind of file", "own.json", "{}", r"own\.json': give a \.py, \.yaml or \.yml file"),
+    ("broken YAML", "own.yaml", "groups: {", r"own\.yaml' is no valid YAML: "),
+    ("YAML of nothing", "own.yaml", "# later", r"declares nothing; give groups, events or dimensions"),
+    ("YAML of a list", "own.yaml", "- groups", r"own\.yaml': the file: .*dictionary"),
+    ("an unknown part", "own.yaml", "group: {}", r"own\.yaml': group: Extra inputs are not permitted"),
+    ("an unknown field", "own.yaml", GROUP + ", windws: []}}", r"groups\.g\.windws: Extra inputs"),
+    ("no entity", "own.yaml", "groups: {g: {features: {n: COUNT(*)}}}", r"groups\.g\.entity: Field required"),
+    ("no features", "own.yaml", "groups: {g: {entity: user, features: {}}}", r"'g' declares no features"),
+    (
+        "features as a list",
+        "own.yaml",
+        "groups: {g: {entity: user, features: [n]}}",
+        r"groups\.g\.features: .*dictionary",
+    ),
+    (
+        "broken SQL",
+        "own.yaml",
+        "groups: {g: {entity: user, features: {n: SUM(amount}}}",
+        r"feature group 'g', feature 'n': 'SUM\(amount' is no SQL expression: ",
+    ),
+    (
+        "an unknown function",
+        "own.yaml",
+        "groups: {g: {entity: user, features: {n: EVAL('1')}}}",
+        r"feature group 'g', feature 'n': .* is no SQL expression: ",
+    ),
+    (
+        "a broken derived feature",
+        "own.yaml",
+        GROUP + ", derived: {x: n +}}}",
+        r"feature group 'g', feature 'x': 'n \+' is no SQL",
+    ),
+    (
+        "an unknown kind of column",
+        "own.yaml",
+        "events: {e: {time: at, columns: {at: date}}}",
+        r"events\.e\.columns\.at\.kind: Input should be 'key', 'time'",
+    ),
+    (
+        "an undeclared time",
+        "own.yaml",
+        "events: {e: {time: at, columns: {user: key}}}",
+        r"source 'e': its time column 'at' is not declared",
+    ),
+    ("a name that is no directory", "own.yaml", GROUP.replace("g:", "G/x:") + "}}", r"feature group name 'G/x'"),
+    ("a window of no days", "own.yaml", GROUP + ", windows: [{days: 0, features: {}}]}}", r"window of 0 days"),
+    ("no text at all", "own.yaml", "\x00", r"is no valid YAML"),
+    ("a Python file of nothing", "own.py", "x = 1", r"own\.py' declares nothing; assign a FeatureGroup"),
+    ("Python that doesn't run", "own.py", "1 / 0", r"own\.py' can't be run: ZeroDivisionError: division by zero"),
+    ("Python that doesn't parse", "own.py", "def", r"own\.py' can't be run: SyntaxError"),
+    ("Python without a module", "own.py", "import no_such_module", r"ModuleNotFoundError: .*no_such_module"),
+]
+
+
+@pytest.mark.parametrize(("why", "name", "text", "message"), MISTAKES, ids=[case[0] for case in MISTAKES])
+def test_mistakes(tmp_path: Path, why: str, name: str, text: str, message: str) -> None:
+    with pytest.raises(DefinitionError, match=f"(?s){message}"):
+        load(tmp_path, name, text)
+
+
+@pytest.mark.parametrize("name", ["none.py", "none.yaml"])
+def test_no_such_file(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DefinitionError, match=rf"{name}': no such file"):
+        load_definitions(str(tmp_path / name))
+
+
+def test_a_wrong_declaration_in_python_names_the_file(tmp_path: Path) -> None:
+    text = """
+        from tasks.features.definitions import FeatureGroup
+        g = FeatureGroup(name="g", entity="user", features={})
+    """
+    with pytest.raises(DefinitionError, match="'g' declares no features") as caught:
+        load(tmp_path, "own.py", text)
+    assert caught.value.__notes__ == [f"in {tmp_path / 'own.py'}"]
+
+
+ATTACKS = [
+    ("a Python object", "!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{marker}]]"),
+    ("a Python name", "groups: !!python/name:os.system"),
+    ("a call in a feature", "groups: {{g: {{entity: u, features: {{n: open('{marker}', 'w')}}}}}}"),
+    ("a file in a feature", "groups: {{g: {{entity: u, features: {{n: read_csv('{marker}')}}}}}}"),
+]
+
+
+@pytest.mark.parametrize(("why", "text"), ATTACKS, ids=[case[0] for case in ATTACKS])
+def test_nothing_in_yaml_is_executed(tmp_path: Path, why: str, text: str) -> None:
+    marker = tmp_path / "marker"
+    with pytest.raises(DefinitionError):
+        load(tmp_path, "own.yaml", text.format(marker=marker))
+    assert not marker.exists()

@@ -1,0 +1,247 @@
+"""The architecture as rules over the source text: what may import what, and what a module looks like.
+
+Each rule is a function from sources to complaints, so that it can be shown to complain.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+
+import pytest
+from pydantic import BaseModel
+
+import tasks
+
+ROOT = Path(__file__).parent.parent
+MAX_LINES = 400
+VAGUE = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
+
+# Layers from the ground up; a module imports from its own layer and from those below.
+GROUND, DOMAIN, JOBS, TASKS, FLOWS = range(5)
+NAMES = ("tasks/core", "a domain", "a domain's pipeline", "tasks/*.py", "flows")
+RAY_IN_CORE = ("tasks/core/cluster.py", "tasks/core/exchange.py")
+
+Sources = Mapping[str, str]
+
+
+def sources() -> dict[str, str]:
+    return {
+        path.relative_to(ROOT).as_posix(): path.read_text()
+        for folder in ("flows", "tasks")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    }
+
+
+def layer(path: str) -> int:
+    """Layer of a module, by its path."""
+    match PurePosixPath(path).parts:
+        case ("flows", *_):
+            return FLOWS
+        case ("tasks", _):
+            return TASKS
+        case ("tasks", "core", *_):
+            return GROUND
+        case ("tasks", _, *_, "pipeline.py"):
+            return JOBS
+        case ("tasks", *_):
+            return DOMAIN
+    raise AssertionError(f"{path} is in no layer")
+
+
+def imports(path: str, source: str) -> Iterator[tuple[int, str]]:
+    """Modules and names that a source imports anywhere in it, also within functions, as (line, dotted name)."""
+    package = list(PurePosixPath(path).parent.parts)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "importlib.import_module":
+            names = [str(argument.value) for argument in node.args if isinstance(argument, ast.Constant)]
+            yield from ((node.lineno, name) for name in names)
+
+
+def module_path(name: str, known: Sources) -> str | None:
+    """File of one of our modules, of which `name` may be a member; None for the modules of others."""
+    parts = name.split(".")
+    if parts[0] not in ("flows", "tasks"):
+        return None
+    for length in range(len(parts), 0, -1):
+        stem = "/".join(parts[:length])
+        for path in (f"{stem}.py", f"{stem}/__init__.py"):
+            if path in known:
+                return path
+    return "/".join(parts) + ".py"
+
+
+def upward_imports(found: Sources) -> list[str]:
+    """Imports that go up, or across from one domain to another."""
+    complaints = []
+    known = {**sources(), **found}
+    for path, source in found.items():
+        for line, name in imports(path, source):
+            target = module_path(name, known)
+            if target is None or target.endswith("__init__.py"):
+                continue
+            own, other = layer(path), layer(target)
+            if other > own:
+                complaints.append(f"{path}:{line} ({NAMES[own]}) imports {name} ({NAMES[other]}), which is above it")
+            domains = {PurePosixPath(module).parts[1] for module in (path, target) if layer(module) in (DOMAIN, JOBS)}
+            if len(domains) > 1:
+                complaints.append(f"{path}:{line} imports {name}, which is another domain's")
+    return complaints
+
+
+def stray_imports(found: Sources) -> list[str]:
+    """Imports of Prefect and Ray in modules that must do without."""
+    complaints = []
+    for path, source in found.items():
+        orchestrates = layer(path) in (TASKS, FLOWS)
+        on_ray = orchestrates or layer(path) == JOBS or path in RAY_IN_CORE
+        for line, name in imports(path, source):
+            package = name.partition(".")[0]
+            if package in ("prefect", "prefect_ray") and not orchestrates:
+                complaints.append(f"{path}:{line} imports {name}: only tasks/*.py and flows know Prefect")
+            if package == "ray" and not on_ray:
+                complaints.append(f"{path}:{line} imports {name}: only pipelines and the cluster's modules know Ray")
+    return complaints
+
+
+def full_packages(found: Sources) -> list[str]:
+    """An `__init__.py` that isn't empty: whoever imports a kernel would run it."""
+    return [f"{path} isn't empty" for path, text in found.items() if path.endswith("__init__.py") and text.strip()]
+
+
+def long_modules(found: Sources) -> list[str]:
+    """Modules that want to be split."""
+    lengths = {path: len(text.splitlines()) for path, text in found.items()}
+    return [f"{path} has {lines} lines: split it" for path, lines in lengths.items() if lines > MAX_LINES]
+
+
+def vague_names(found: Sources) -> list[str]:
+    """Modules whose name doesn't say what is in them."""
+    return [
+        f"{path}: '{part}' says nothing"
+        for path in found
+        for part in PurePosixPath(path).with_suffix("").parts
+        if VAGUE & set(part.split("_"))
+    ]
+
+
+def undescribed_fields(models: list[type[BaseModel]]) -> list[str]:
+    """Fields of models that have no description, or one that is no sentence."""
+    return [
+        f"{model.__name__}.{name} has no description that ends in a full stop"
+        for model in models
+        for name, field in model.model_fields.items()
+        if not (field.description or "").strip().endswith(".")
+    ]
+
+
+def unbound_config(models: list[type[BaseModel]]) -> list[str]:
+    """Configuration models that can be changed, or that take a misspelt field for nothing."""
+    return [
+        f"{model.__name__} must be frozen and forbid extra fields"
+        for model in models
+        if not model.model_config.get("frozen") or model.model_config.get("extra") != "forbid"
+    ]
+
+
+def config_models() -> list[type[BaseModel]]:
+    """Every model that a `config.py` of a domain defines."""
+    found = []
+    for info in pkgutil.walk_packages(tasks.__path__, "tasks."):
+        if info.name.endswith(".config"):
+            module = importlib.import_module(info.name)
+            found += [
+                model
+                for _, model in inspect.getmembers(module, inspect.isclass)
+                if issubclass(model, BaseModel) and model.__module__ == info.name
+            ]
+    return found
+
+
+RULES = [upward_imports, stray_imports, full_packages, long_modules, vague_names]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_project_keeps_the_rule(rule) -> None:
+    found = sources()
+    assert len(found) > 30, "the rules look at too few modules"
+    assert rule(found) == []
+
+
+def test_every_setting_is_described_and_no_configuration_can_be_changed() -> None:
+    models = config_models()
+    assert {"FeatureStoreConfig", "Thresholds"} <= {model.__name__ for model in models}
+    assert undescribed_fields(models) == []
+    assert unbound_config(models) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "path", "source", "complaint"),
+    [
+        (upward_imports, "tasks/core/x.py", "from tasks.features.rows import judge", r"\(tasks/core\) imports"),
+        (upward_imports, "tasks/core/x.py", "import tasks.runner", "which is above it"),
+        (upward_imports, "tasks/core/x.py", "from tasks import runner", "which is above it"),
+        (upward_imports, "tasks/features/x.py", "from .pipeline import compute_groups", "pipeline.*which is above it"),
+        (upward_imports, "tasks/features/x.py", "from .. import runner", "imports tasks.runner"),
+        (upward_imports, "tasks/features/pipeline.py", "def f():\n    from tasks import artifacts", ":2 "),
+        (upward_imports, "tasks/x.py", "from flows.feature_store import feature_store", "which is above it"),
+        (upward_imports, "tasks/x.py", "import importlib\nimportlib.import_module('flows.feature_store')", ":2 "),
+        (upward_imports, "tasks/images/x.py", "from tasks.features.rows import judge", "another domain's"),
+        (upward_imports, "tasks/images/pipeline.py", "import tasks.features.rows", "another domain's"),
+        (stray_imports, "tasks/core/x.py", "import prefect.artifacts", "know Prefect"),
+        (stray_imports, "tasks/features/pipeline.py", "from prefect import task", "know Prefect"),
+        (stray_imports, "tasks/features/x.py", "from prefect_ray import RayTaskRunner", "know Prefect"),
+        (stray_imports, "tasks/features/x.py", "import ray", "know Ray"),
+        (stray_imports, "tasks/core/x.py", "def f():\n    import ray.data", "know Ray"),
+        (full_packages, "tasks/features/__init__.py", "from tasks.features.rows import judge", "isn't empty"),
+        (long_modules, "tasks/x.py", "x = 1\n" * (MAX_LINES + 1), "401 lines"),
+        (vague_names, "tasks/core/utils.py", "", "'utils'"),
+        (vague_names, "tasks/core/data_manager.py", "", "'data_manager'"),
+        (vague_names, "tasks/common/x.py", "", "'common'"),
+    ],
+)
+def test_each_rule_can_fail(rule, path: str, source: str, complaint: str) -> None:
+    complaints = rule({path: source})
+    assert len(complaints) == 1, complaints
+    assert re.search(complaint, complaints[0]), complaints[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("flows/x.py", "import ray\nfrom prefect import flow\nfrom tasks.runner import ray_runner"),
+        ("tasks/x.py", "import ray\nfrom prefect import task\nfrom tasks.features.pipeline import compute_groups"),
+        ("tasks/features/pipeline.py", "import ray.data\nfrom tasks.core.exchange import exchange"),
+        ("tasks/features/x.py", "from tasks.features.rows import judge\nfrom . import kernel\nfrom tasks import core"),
+        ("tasks/core/cluster.py", "import ray\nimport prefecture"),
+        ("tasks/features/__init__.py", "\n"),
+        ("tasks/x.py", "x = 1\n" * MAX_LINES),
+    ],
+)
+def test_no_rule_complains_of_what_is_right(path: str, source: str) -> None:
+    assert [complaint for rule in RULES for complaint in rule({path: source})] == []
+
+
+def test_the_rules_on_models_can_fail() -> None:
+    class Loose(BaseModel):
+        seed: int = 0
+
+    assert undescribed_fields([Loose]) == ["Loose.seed has no description that ends in a full stop"]
+    assert unbound_config([Loose]) == ["Loose must be frozen and forbid extra fields"]
+
+
+def test_every_module_is_in_a_layer() -> None:
+    assert {layer(path) for path in sources()} == {GROUND, DOMAIN, JOBS, TASKS, FLOWS}
+    with pytest.raises(AssertionError, match="in no layer"):
+        layer("elsewhere/x.py")
