@@ -7,6 +7,7 @@ Exit codes: 0 published, 1 the run failed (one sentence on stderr, the traceback
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import logging
 import os
@@ -15,11 +16,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
 from tasks.core import storage
 from tasks.core.errors import ConfigError, InputError, PipelineError
@@ -82,8 +83,9 @@ def parse_arguments(
         SystemExit: --help was given (0), or an option is unknown (2).
 
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog,
+        allow_abbrev=False,
         description=config_type.__doc__,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
     )
@@ -109,13 +111,21 @@ def parse_arguments(
     del given.config, given.debug
     try:
         values = source(parsed_args=given)()
-    except ValueError as fault:
-        raise ConfigError(str(fault)) from fault
+    except SettingsError as fault:
+        raise ConfigError(_explain_mapping(fault, vars(given))) from fault
     merged = _merge(_read_file(file), values) if file else values
     try:
         return config_type.model_validate(merged), debug
     except ValidationError as fault:
         raise ConfigError(_explain(fault, file)) from fault
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line: forty lines of usage would push it out of sight."""
+        unknown = message.removeprefix("unrecognized arguments: ").partition(" ")[0].partition("=")[0]
+        close = difflib.get_close_matches(unknown, self._option_string_actions, n=1, cutoff=0.75)
+        self.exit(WRONG_ARGUMENTS, f"error: {message}; " + (f"did you mean {close[0]}?\n" if close else "see --help\n"))
 
 
 def one_sentence(fault: BaseException) -> str:
@@ -194,6 +204,15 @@ def _explain(fault: ValidationError, file: str | None) -> str:
         else:
             sentences.append(f"{option} = {error['input']!r}: {message[0].lower()}{message[1:]}")
     return "; ".join(sentences) + (f" (from the command line or {file})" if file else "")
+
+
+def _explain_mapping(fault: SettingsError, given: dict[str, Any]) -> str:
+    """A mapping that can't be read at all; pydantic-settings tells only of which field it is."""
+    for name, value in given.items():
+        if value is not None and re.search(rf"\b{name.replace('-', '_')}\b", str(fault)):
+            option, text = name.replace("_", "-"), value[-1] if isinstance(value, list) else value
+            return f'--{option} = {text!r}: give a JSON mapping such as {{"name": "value"}}, or name=value'
+    return str(fault)
 
 
 @contextmanager

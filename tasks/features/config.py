@@ -87,6 +87,11 @@ class Thresholds(BaseModel):
             warn, fail = getattr(self, f"{name}_warn"), getattr(self, f"{name}_fail")
             if warn > fail:
                 raise ValueError(f"{name}_warn = {warn} is above {name}_fail = {fail}; a warning must come first")
+        days = self.fresh_warn_days, self.fresh_fail_days
+        if days[0] is not None and days[1] is not None and days[0] > days[1]:
+            raise ValueError(
+                f"fresh_warn_days = {days[0]} is above fresh_fail_days = {days[1]}; a warning must come first"
+            )
         if self.ready_fail > self.ready_warn:
             raise ValueError(
                 f"ready_fail = {self.ready_fail} is above ready_warn = {self.ready_warn}; a warning must come first"
@@ -176,4 +181,7 @@ class FeatureStoreConfig(BaseModel):
                 "customers or products are given without transactions; give transactions too, "
                 "or none of the three to use the sample"
             )
+        for name in ("transaction", "customer", "product"):
+            if getattr(self, f"{name}_columns") and getattr(self, f"{name}s") is None:
+                raise ValueError(f"{name}_columns is given without {name}s, so it maps nothing; give {name}s too")
         return self

@@ -134,13 +134,20 @@ def _refused(
 def _derive(group: FeatureGroup, features: pl.DataFrame, as_of: dt.datetime) -> pl.DataFrame:
     features = features.with_columns(pl.lit(as_of, TIME).alias(AS_OF))
     for name, expression in group.derived.items():
+        before = features
         try:
-            features = features.with_columns(expression.alias(name))
+            features = before.with_columns(expression.alias(name))
+            alone = before.tail(1).with_columns(expression.alias(name))
         except pl.exceptions.PolarsError as fault:
             raise DefinitionError(
                 f"feature group '{group.name}': derived feature '{name}' = {expression} can't be evaluated: {fault}; "
                 f"it can use the features declared before it and '{AS_OF}'"
             ) from fault
+        if not alone[name].equals(features[name].tail(1)):
+            raise DefinitionError(
+                f"feature group '{group.name}': derived feature '{name}' = {expression} looks at other entities' rows, "
+                f"and would depend on how they are spread over tasks; use features of the same entity only"
+            )
     return features.drop(AS_OF)
 
 

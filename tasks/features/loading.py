@@ -2,7 +2,7 @@
 
 A Python file declares values of `FeatureGroup`, `EventSource` and `DimensionSource` at module level. A YAML file
 says the same in words, with features in SQL (`SUM(amount) FILTER (WHERE …)`), which Polars turns into
-expressions; nothing in it is executed.
+expressions; nothing in it is executed. As in SQL, a SUM over no rows is null: COALESCE(SUM(x), 0) makes it 0.
 """
 
 from __future__ import annotations

@@ -184,8 +184,8 @@ def _units(plan: FeaturePlan) -> Iterator[Unit]:
 
 
 def _read_units(source: SourcePlan, plan: FeaturePlan) -> list[ReadUnit]:
-    """A unit has half of a bucket's rows: what a task reads and what it computes take about the same memory."""
-    return read_units(source.table, source.file_columns, max(1, plan.rows_per_bucket // 2), source.categories)
+    """A unit has as many rows as a bucket, so that there are as few pieces to exchange as memory allows."""
+    return read_units(source.table, source.file_columns, plan.rows_per_bucket, source.categories)
 
 
 def _lookup_tables(plan: FeaturePlan) -> Iterator[pl.DataFrame]:

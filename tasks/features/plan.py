@@ -91,9 +91,8 @@ def plan_features(definitions: Definitions, config: FeatureStoreConfig, as_of: d
         source = definitions.events[name]
         if source.uri is None:
             wanting = ", ".join(group.name for group in groups if group.source == name)
-            raise SourceError(
-                f"the source '{name}' that {wanting} reads has no URI; give --{name}, or 'uri' in the definitions"
-            )
+            place = "give --transactions" if name == "transactions" else f"give 'uri' of '{name}' in the definitions"
+            raise SourceError(f"the source '{name}' that {wanting} reads has no URI; {place}")
         own = [group for group in groups if group.source == name]
         plans.append(_plan_source(source, own, definitions.dimensions, config, as_of))
     return plans
@@ -178,7 +177,7 @@ def _event_columns(
     tables: Mapping[str, SourceTable],
 ) -> dict[str, str | None]:
     """Where each column that is needed stands: None for the events' own files, else a dimension's name."""
-    needed = {column: None for column, spec in source.columns.items() if spec.required}
+    needed = {column: None for column, spec in source.columns.items() if spec.required or column == source.time}
     for group in groups:
         needed |= dict.fromkeys(sorted(group.event_columns))
     found: dict[str, str | None] = {}

@@ -60,9 +60,12 @@ class SourceTable:
         return all(column in file.schema.names for file in self.files)
 
     def type_of(self, column: str) -> pa.DataType:
-        """Type of a column in the first file that has a value in it, as far as the files say."""
-        types = [file.schema.field(column).type for file in self.files]
-        return next((kind for kind in types if not pa.types.is_null(kind)), types[0])
+        """Type of a column: the first file's, or where files differ one that loses nothing, if there is one."""
+        types = list(dict.fromkeys(file.schema.field(column).type for file in self.files))
+        known = [kind for kind in types if not pa.types.is_null(kind)] or types
+        if len(known) > 1 and all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in known):
+            return pa.float64() if any(pa.types.is_floating(kind) for kind in known) else pa.int64()
+        return next((kind for kind in known if pa.types.is_string(kind)), known[0])
 
     def estimated_rows(self) -> int:
         """Rows, as far as the files say; a CSV file is taken to have 50 bytes a row."""
@@ -149,11 +152,17 @@ def _missing(table: SourceTable, file: SourceFile, ours: str, theirs: str) -> st
     if any(theirs in other.schema.names for other in table.files):
         cure = "Other files of the source have it: the files don't share one schema."
     elif ours == theirs:
-        option = table.name.removesuffix("s").replace("_", "-")
-        cure = f'If it bears another name, map it: --{option}-columns \'{{"{ours}": "…"}}\'.'
+        cure = f"If it bears another name, map it: {how_to_map(table.name, ours)}."
     else:
         cure = f"The mapping says that it is '{ours}'."
     return f"{table.name}: {file.info.uri} has no column '{theirs}'.{hint} {cure} Its columns: {', '.join(names)}"
+
+
+def how_to_map(source: str, column: str) -> str:
+    """How a user says that a column of a source bears another name."""
+    if source in ("transactions", "customers", "products"):
+        return f'--{source.removesuffix("s")}-columns \'{{"{column}": "…"}}\''
+    return f"'mapping: {{{column}: …}}' of '{source}' in the definitions"
 
 
 def read_units(
@@ -296,12 +305,14 @@ def _csv_schema(uri: str) -> tuple[pa.Schema, bool]:
     )
     fields = []
     for index, field in enumerate(table.schema):
-        keeps_zeros = pa.types.is_integer(field.type) and not _all_plain_integers(as_text.column(index))
-        fields.append(field.with_type(pa.string()) if keeps_zeros else field)
+        plain = _all_match(_INTEGER, as_text.column(index)) if pa.types.is_integer(field.type) else True
+        # Whole numbers beyond 64 bits are keys, which as floats would be others.
+        beyond = pa.types.is_floating(field.type) and _all_match(r"[+-]?[0-9]+", as_text.column(index))
+        fields.append(field.with_type(pa.string()) if beyond or not plain else field)
     return pa.schema(fields), table.num_rows == 0 and not malformed
 
 
-def _all_plain_integers(column: pa.ChunkedArray) -> bool:
+def _all_match(pattern: str, column: pa.ChunkedArray) -> bool:
     values = pc.drop_null(pc.utf8_trim_whitespace(column))
     values = values.filter(pc.invert(pc.is_in(values, pa.array(_NULLS))))
-    return all(re.fullmatch(_INTEGER, value) for value in pc.unique(values).to_pylist())
+    return all(re.fullmatch(pattern, value) for value in pc.unique(values).to_pylist())

@@ -128,6 +128,7 @@ def by_map_groups(source: Path, target: Path) -> None:
     """Both groups as Ray's documentation shows it: a pandas function a group."""
     import pandas as pd
     import ray
+    from ray.data.expressions import col
 
     def customer(group: pd.DataFrame) -> pd.DataFrame:
         days = (group.timestamp.max() - group.timestamp.min()).days
@@ -165,7 +166,7 @@ def by_map_groups(source: Path, target: Path) -> None:
 
     with cluster.data_context():
         for key, function in (("customer_id", customer), ("product_id", product)):
-            rows = ray.data.read_parquet(str(source)).filter(expr="amount == amount")
+            rows = ray.data.read_parquet(str(source)).filter(expr=col("amount") == col("amount"))
             rows.groupby(key).map_groups(function, batch_format="pandas").write_parquet(str(target / key))
 
 

@@ -22,25 +22,25 @@ def package(tmp_path: Path) -> Path:
     return root
 
 
+def _move_line(root: Path) -> None:
+    (root / "kernel.py").write_text("")
+    (root / "deep" / "rows.py").write_text("x = 1\ny = 2\n")
+
+
 CHANGES: list[tuple[str, Callable[[Path], object], bool]] = [
     # what happens to the package, whether the digest tells
-    ("nothing", lambda root: None, False),
+    ("nothing", lambda root: root.stat(), False),
     ("another line", lambda root: (root / "kernel.py").write_text("x = 2\n"), True),
     ("another line below", lambda root: (root / "deep" / "rows.py").write_text("y = 3\n"), True),
     ("a new module", lambda root: (root / "gate.py").write_text(""), True),
     ("a module goes", lambda root: (root / "kernel.py").unlink(), True),
     ("a module is renamed", lambda root: (root / "kernel.py").rename(root / "core.py"), True),
     ("a module moves", lambda root: (root / "kernel.py").rename(root / "deep" / "kernel.py"), True),
-    ("a line moves to another module", lambda root: _move_line(root), True),
+    ("a line moves to another module", _move_line, True),
     ("text beside the code", lambda root: (root / "README.md").write_text("hello"), False),
     ("compiled code", lambda root: (root / "kernel.pyc").write_bytes(b"\0"), False),
     ("a module is touched", lambda root: (root / "kernel.py").touch(), False),
 ]
-
-
-def _move_line(root: Path) -> None:
-    (root / "kernel.py").write_text("")
-    (root / "deep" / "rows.py").write_text("x = 1\ny = 2\n")
 
 
 @pytest.mark.parametrize(("why", "change", "tells"), CHANGES, ids=[case[0] for case in CHANGES])

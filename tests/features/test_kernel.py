@@ -262,3 +262,11 @@ def test_a_dimension_column_may_not_bear_a_features_name() -> None:
     dimension = DIMENSION.rename({"age": "total_spent"})
     with pytest.raises(DefinitionError, match=r"'customer-features': total_spent is both a feature.*rename"):
         join_dimension(CUSTOMER_FEATURES, FEATURES, dimension, "inner")
+
+
+@pytest.mark.parametrize("expression", [pl.col("n") / pl.col("n").sum(), pl.col("n").rank(), pl.col("n").shift()])
+def test_a_derived_feature_that_looks_at_other_entities_is_refused(expression: pl.Expr) -> None:
+    rows = pl.DataFrame({"key": [1, 2, 2, 3], "at": [dt.datetime(2024, 1, 1, tzinfo=dt.UTC)] * 4})
+    group = FeatureGroup(name="g", entity="key", features={"n": pl.len()}, derived={"x": expression})
+    with pytest.raises(DefinitionError, match=r"'x' = .* looks at other entities' rows"):
+        evaluate(group, rows, "at", dt.datetime(2024, 2, 1, tzinfo=dt.UTC))

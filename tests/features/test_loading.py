@@ -70,7 +70,7 @@ YAML = """
           countries: COUNT(DISTINCT country)
         windows:
           - days: [7, 30]
-            features: {pages: SUM(pages)}
+            features: {pages: "COALESCE(SUM(pages), 0)"}
         derived:
           pages_per_visit: pages / visits
         bounds: {visits: [1, null]}
@@ -133,6 +133,13 @@ def test_groups_work(definitions: Definitions) -> None:
             "pages_per_visit": 5.0,
         },
     ]
+
+
+def test_a_sum_over_no_rows_is_null_as_in_sql(tmp_path: Path) -> None:
+    text = "groups: {g: {entity: u, features: {n: COUNT(*)}, windows: [{days: 7, features: {n: COUNT(*), s: SUM(x)}}]}}"
+    group = load(tmp_path, "own.yaml", text).groups["g"]
+    events = pl.DataFrame({"u": ["ann"], "at": [AS_OF - dt.timedelta(days=7)], "x": [1.0]})
+    assert evaluate(group, events, "at", AS_OF).rows() == [("ann", 1, 0, None)]
 
 
 def test_they_stand_in_the_manifest(definitions: Definitions) -> None:
