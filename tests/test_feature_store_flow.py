@@ -38,7 +38,6 @@ from tasks.feature_store import PublishedVersion
 from tasks.features.config import FeatureStoreConfig, Thresholds
 from tasks.features.sample import SAMPLE_AS_OF, sample_customers, sample_products, sample_transactions
 from tasks.local_api import _Ready
-from tasks.runner import drain_api_queues
 from tests.conftest import new_bucket
 from tests.features import oracle
 from tests.s3 import FAULTY
@@ -533,9 +532,17 @@ def test_a_busy_store_is_asked_again(s3_url: str, small: Run) -> None:
 # Other servers, other callers
 
 
+def test_parameters_as_a_deployment_gives_them(small: Run) -> None:
+    parameters = {"root": small.root, "sample_transactions": SMALL, "groups": ["product-features"]}
+    run = Run(small.root, feature_store(parameters, return_state=True))  # type: ignore[arg-type]
+    assert run.state.is_completed(), run.state.message
+    assert run.flow_run().name.startswith("features of the sample ")
+    assert_same(run.features(PRODUCTS), small.features(PRODUCTS), "from plain values")
+
+
 def test_a_real_prefect_server(prefect_home: Path, tmp_path: Path) -> None:
-    """Also as a deployment calls it: parameters are plain values."""
-    home = tmp_path / "home"
+    """In a process of its own: one process sends all its events to one server."""
+    home, root = tmp_path / "home", str(tmp_path / "root")
     home.mkdir()
     if (database := prefect_home / "prefect.db").exists():
         shutil.copy(database, home / "prefect.db")
@@ -550,16 +557,27 @@ def test_a_real_prefect_server(prefect_home: Path, tmp_path: Path) -> None:
     try:
         url = f"http://127.0.0.1:{port}/api"
         _Ready(server, url)()
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.feature_store", "--root", root, "--groups", "product-features"],
+            env={**os.environ, "PREFECT_HOME": str(home), "PREFECT_API_URL": url},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        manifest = versions.resolve(root, PRODUCTS)
+        flow_run_id = UUID(manifest.run.flow_run_id)
         with temporary_settings({PREFECT_API_URL: url}):
-            parameters = {"root": str(tmp_path / "root"), "sample_transactions": SMALL, "groups": ["product-features"]}
-            run = Run(str(tmp_path / "root"), feature_store(parameters, return_state=True))  # type: ignore[arg-type]
-            assert run.state.is_completed(), run.state.message
-            assert_whole(run, PRODUCTS)
-            keys = {artifact.key for artifact in read_artifacts(run.id)}
+            keys = {artifact.key for artifact in read_artifacts(flow_run_id)}
             assert {"product-features-report", "product-features-checks"} <= keys
-            assert run.flow_run().state_name == "Completed"
-            assert {task.state_name for task in run.tasks().values()} == {"Completed"}
-            drain_api_queues()
+            runs = eventually(lambda: task_runs(flow_run_id), lambda runs: all(run.state.is_final() for run in runs))
+            assert {run.name for run in runs} >= {"compute product-features", "validate product-features v1"}
+            assert {run.state_name for run in runs} == {"Completed"}, "a task run is left unfinished in the API"
+            assert any("entities written" in line for line in messages(flow_run_id)), "logs of the Ray task are missing"
+            with get_client(sync_client=True) as client:
+                assert client.read_flow_run(flow_run_id).state_name == "Completed"
+        assert f"{url.removesuffix('/api')}/runs/flow-run/{flow_run_id}" in done.stderr, "where to look it up"
     finally:
         server.terminate()
         server.wait(20)
