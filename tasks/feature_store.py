@@ -27,7 +27,7 @@ from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import AS_OF, Definitions
 from tasks.features.gate import judge_group
 from tasks.features.loading import load_definitions
-from tasks.features.pipeline import ComputedGroup, bucket_count, compute_groups, rows_to_read
+from tasks.features.pipeline import ComputedGroup, bucket_count, compute_groups, pieces_to_read
 from tasks.features.plan import FeaturePlan, needs_sample, plan_features, with_uris
 from tasks.features.sample import SAMPLE_AS_OF, write_sample
 from tasks.features.stages import CREATED, VERSION
@@ -117,7 +117,7 @@ def compute_features(
     logger = get_run_logger()
     buckets = bucket_count(plan) * len(plan.groups)
     with (
-        progress(f"Reading {plan.events.name}", total=rows_to_read(plan), unit="rows") as read,
+        progress(f"Reading {plan.events.name}", total=pieces_to_read(plan), unit="pieces of files") as read,
         progress("Computing features", total=buckets, unit="buckets") as computed,
     ):
         groups = compute_groups(plan, config, reservations, created, on_read=read, on_computed=computed)

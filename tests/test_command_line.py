@@ -124,9 +124,12 @@ def test_options_become_settings() -> None:
         *("--root", "s3://bucket/prefix", "--rows-per-bucket", "5000", "--groups", "a,b", "--as-of", "2025-01-01"),
         *("--thresholds.null-fail", "0.75", "--transaction-columns", '{"amount": "sales_value"}', "--join", "left"),
         *("--customer-columns", "age=years,gender=sex", "--allow-schema-change", "--epoch-unit", "ms"),
+        *("--transactions", "t.parquet", "--customers", "c.csv"),
     )
     assert config == FeatureStoreConfig(
         root="s3://bucket/prefix",
+        transactions="t.parquet",
+        customers="c.csv",
         rows_per_bucket=5000,
         groups=("a", "b"),
         as_of=dt.datetime(2025, 1, 1, tzinfo=dt.UTC),
@@ -144,7 +147,7 @@ def test_options_become_settings() -> None:
 def test_options_win_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text(
-        "root: $PLACE/data\nseed: 3\nthresholds: {null_fail: 0.75, ready_warn: 0.25}\n"
+        "root: $PLACE/data\ntransactions: t.parquet\nseed: 3\nthresholds: {null_fail: 0.75, ready_warn: 0.25}\n"
         "transaction_columns: {amount: value, timestamp: at}\n"
     )
     monkeypatch.setenv("PLACE", "/somewhere")

@@ -104,7 +104,7 @@ def compute_groups(
         config: Join and thresholds.
         reservations: One a group, in the plan's order.
         created: Stamp of every row, UTC.
-        on_read: Called with the number of source rows read, as they are read.
+        on_read: Called with the number of pieces of files read, as they are read.
         on_computed: Called with the number of buckets computed, as they are.
 
     Raises:
@@ -146,7 +146,7 @@ def _exchange_in_waves(job: Job, on_read: Progress, on_computed: Progress) -> Ex
             len(wave),
             partial(job.scatter, wave),
             partial(job.gather, wave),
-            on_note=lambda note: on_read(note.tally.rows_in),
+            on_note=lambda _: on_read(1),
             on_summary=lambda _: on_computed(1),
         )
         notes = notes or done.notes
@@ -155,11 +155,10 @@ def _exchange_in_waves(job: Job, on_read: Progress, on_computed: Progress) -> Ex
     return Exchanged(notes, summaries, tables)
 
 
-def rows_to_read(plan: FeaturePlan) -> int:
-    """Rows that the job will read in all its waves, as far as the files say."""
-    tables = [plan.events.table, *(group.dimension.table for group in plan.groups if group.dimension is not None)]
+def pieces_to_read(plan: FeaturePlan) -> int:
+    """Pieces of files that the job will read, in all its waves."""
     waves = _waves(plan, bucket_count(plan) * len(plan.groups), object_store_bytes())
-    return len(waves) * sum(table.estimated_rows() for table in tables)
+    return len(waves) * sum(1 for _ in _units(plan))
 
 
 def _waves(plan: FeaturePlan, slots: int, store_bytes: int) -> list[range]:

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from tasks.core import storage
 from tasks.core.errors import SourceError
 from tasks.core.manifest import InputFile, InputRecord
+from tasks.core.transient import is_transient
 
 SUFFIXES = (".parquet", ".csv")
 _NULLS = ("", "null", "NULL")
@@ -214,6 +215,11 @@ def read(unit: ReadUnit) -> Iterator[RawRows]:
             yield from _read_csv(unit)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as fault:
         raise SourceError(f"{unit.uri} can't be read as {unit.format}: {fault}") from fault
+    except OSError as fault:
+        # Arrow says of damaged pages what it says of a broken connection: only the latter may pass.
+        if is_transient(fault) or not storage.exists(unit.uri):
+            raise
+        raise SourceError(f"{unit.uri} can't be read as {unit.format}, it may be damaged: {fault}") from fault
 
 
 def _frame(table: pa.Table, columns: Sequence[str]) -> pl.DataFrame:
