@@ -50,10 +50,10 @@ from tasks.features.stages import (
 
 MAX_BUCKETS = 256
 MAX_WAVES = 8
-STORE_SHARE = 0.6
+STORE_SHARE = 0.7
 """Of the object store that one wave's rows may take; Ray begins to spill at 0.8."""
 
-PACKED_BYTES = {"key": 6, "time": 8, "number": 8, "category": 3, "any": 16}
+PACKED_BYTES = {"key": 5, "time": 8, "number": 8, "category": 3, "any": 16}
 """Bytes that a value of each kind takes on its way, about."""
 
 Progress = Callable[[int], None]
