@@ -189,7 +189,7 @@ def by_repartition(source: Path, target: Path) -> None:
                 frame = frame.with_columns(pl.col("timestamp").dt.replace_time_zone("UTC"))
                 return to_arrow(evaluate(group, frame, "timestamp", AS_OF))
 
-            rows = ray.data.read_parquet(str(source), columns=sorted(group.event_columns | {"timestamp"}))
+            rows = ray.data.read_parquet(str(source)).select_columns(sorted(group.event_columns | {"timestamp"}))
             rows = rows.repartition(8, keys=[group.entity])
             rows.map_batches(features, batch_size=None, batch_format="pyarrow").write_parquet(str(target / group.name))
 
