@@ -2,9 +2,10 @@
 
 Why this isn't `Dataset.repartition(keys=…)` or `groupby`: Ray Data's shuffle brings the same rows to the same
 place through several copies of its own, and takes over three times as long on 10 million rows
-(`python -m tests.benchmarks.feature_store --repartition` shows both). Here a task packs the rows of each bucket once, as an Arrow stream,
-straight into Ray's object store, and the task of the bucket maps them from there. What Ray gives stays: objects
-spill to disk when the store is full, a lost one is made again, tasks run wherever the cluster has a CPU.
+(`python -m tests.benchmarks.feature_store --repartition` shows both). Here a task packs the rows of each bucket
+once, as an Arrow stream, straight into Ray's object store, and the task of the bucket maps them from there. What Ray
+gives stays: objects spill to disk when the store is full, a lost one is made again, tasks run wherever the cluster
+has a CPU.
 """
 
 from __future__ import annotations
