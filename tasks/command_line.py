@@ -58,8 +58,11 @@ def run_by_hand(entry: str, config_type: type[BaseModel], argv: Sequence[str] | 
             from tasks.local_api import local_stack
 
             with local_stack():
+                from prefect import tags
+
                 flow = getattr(importlib.import_module(module), name)
-                result = flow(config)
+                with tags(flow.name, "by hand"):
+                    result = flow(config)
     except KeyboardInterrupt:
         print("interrupted: nothing more was published", file=sys.stderr)
         return 130
@@ -197,6 +200,8 @@ def _explain(fault: ValidationError, file: str | None) -> str:
     for error in fault.errors():
         option = "--" + ".".join(str(part).replace("_", "-") for part in error["loc"])
         message = error["msg"].removeprefix("Value error, ")
+        if error["type"].startswith("datetime"):
+            message = "give a time in ISO 8601, such as 2025-01-31 or 2025-01-31T12:00:00+01:00"
         if error["type"] == "extra_forbidden":
             sentences.append(f"{option} is no setting; see --help for those there are")
         elif not error["loc"] or isinstance(error["input"], dict):
