@@ -35,6 +35,16 @@ from tasks.features.standard import STANDARD
 from tasks.retries import RETRY
 
 _CODE = Path(__file__).parent
+_CURES = {
+    "drift": "if the change is meant, raise --thresholds.drift-fail",
+    "schema": "if the change is meant, give --allow-schema-change",
+    "nulls": "complete the source, or raise --thresholds.null-fail",
+    "rejected": "mend the rows in _rejected/, or raise --thresholds.rejected-fail",
+    "reference": "complete the dimension table, or raise --thresholds.orphan-fail",
+    "outliers": "look for wrong units in the source, or raise --thresholds.outlier-fail",
+    "ready": "see which features are missing or outlying, or lower --thresholds.ready-fail",
+    "freshness": "look why no newer events arrived, or raise --thresholds.fresh-fail-days",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +281,9 @@ def _rejected(version: JudgedVersion, failed: Sequence[JudgedVersion]) -> Manife
 
 
 def _why(failed: Sequence[JudgedVersion]) -> str:
-    """One sentence: which checks failed, and where to read more."""
+    """Which checks failed, what cures them, and where to read more."""
+    checks = [check for version in failed for check in version.manifest.gate.checks if check.verdict == "fail"]
+    cures = "; ".join(dict.fromkeys(_CURES[check.name] for check in checks if check.name in _CURES))
     causes = [
         f"{version.manifest.dataset}: {check.message.rstrip('.')} (asked for {check.bound})"
         for version in failed
@@ -280,7 +292,8 @@ def _why(failed: Sequence[JudgedVersion]) -> str:
     ]
     shown = "; ".join(causes[:3]) + (f"; and {len(causes) - 3} more" if len(causes) > 3 else "")
     reports = ", ".join(layout.join(version.reservation.uri, layout.REPORT_HTML) for version in failed)
-    return f"The quality gate failed, nothing was published. {shown}. Reports: {reports}"
+    cure = f" To go on: {cures}." if cures else ""
+    return f"The quality gate failed, nothing was published. {shown}.{cure} Reports: {reports}"
 
 
 def _published(root: str, manifest: Manifest) -> PublishedVersion:

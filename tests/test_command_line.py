@@ -330,3 +330,13 @@ def test_an_interrupted_run_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr("tasks.local_api.local_stack", interrupted)
     assert run_by_hand(ENTRY, FeatureStoreConfig, []) == 130
     assert capsys.readouterr().err == "interrupted: nothing more was published\n"
+
+
+def test_every_cure_of_a_failed_gate_names_an_option_that_exists() -> None:
+    from tasks.feature_store import _CURES
+    from tasks.features.config import Thresholds
+
+    options = {f"--thresholds.{name.replace('_', '-')}" for name in Thresholds.model_fields} | {"--allow-schema-change"}
+    named = {option for cure in _CURES.values() for option in re.findall(r"--[a-z.-]+[a-z]", cure)}
+    assert named
+    assert named <= options
