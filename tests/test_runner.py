@@ -15,7 +15,13 @@ import pytest
 import ray
 from prefect import flow, get_run_logger, task
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, LogFilter, LogFilterFlowRunId
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterName,
+    LogFilter,
+    LogFilterFlowRunId,
+)
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Crashed
 from prefect_ray.context import remote_options
@@ -231,7 +237,8 @@ def test_stopping_a_flow_by_hand_cancels_it_and_leaves_nothing_behind(stack: str
         assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 1}[number], errors
         assert number != signal.SIGINT or errors.rstrip().endswith("Stopped by hand (KeyboardInterrupt).")
         with get_client(sync_client=True) as client:
-            [run] = [run for run in client.read_flow_runs(limit=20) if run.name == names[number]]
+            named = FlowRunFilter(name=FlowRunFilterName(any_=[names[number]]))
+            [run] = client.read_flow_runs(flow_run_filter=named)
         assert run.state_name == "Cancelled", errors
         assert [run.state_name for run in task_runs(run.id)] == ["Cancelled"]
     assert started
