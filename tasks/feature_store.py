@@ -188,11 +188,9 @@ def publish_versions(judged: Sequence[JudgedVersion], root: str) -> list[Publish
     return [_published(root, manifest) for manifest in manifests]
 
 
-def run_record(attempt: int = 1) -> RunRecord:
+def run_record() -> RunRecord:
     """The current flow run, for the manifest."""
-    return RunRecord(
-        flow_run_id=str(flow_run.id), flow_run_name=flow_run.name, deployment=deployment.name, attempt=attempt
-    )
+    return RunRecord(flow_run_id=str(flow_run.id), flow_run_name=flow_run.name, deployment=deployment.name)
 
 
 def _definitions(config: FeatureStoreConfig) -> Definitions:
@@ -282,14 +280,14 @@ def _rejected(version: JudgedVersion, failed: Sequence[JudgedVersion]) -> Manife
 
 def _why(failed: Sequence[JudgedVersion]) -> str:
     """Which checks failed, what cures them, and where to read more."""
-    checks = [check for version in failed for check in version.manifest.gate.checks if check.verdict == "fail"]
-    cures = "; ".join(dict.fromkeys(_CURES[check.name] for check in checks if check.name in _CURES))
-    causes = [
-        f"{version.manifest.dataset}: {check.message.rstrip('.')} (asked for {check.bound})"
+    checks = [
+        (version.manifest.dataset, check)
         for version in failed
         for check in version.manifest.gate.checks
         if check.verdict == "fail"
     ]
+    causes = [f"{dataset}: {check.message.rstrip('.')} (asked for {check.bound})" for dataset, check in checks]
+    cures = "; ".join(dict.fromkeys(_CURES[check.name] for _, check in checks if check.name in _CURES))
     shown = "; ".join(causes[:3]) + (f"; and {len(causes) - 3} more" if len(causes) > 3 else "")
     reports = ", ".join(layout.join(version.reservation.uri, layout.REPORT_HTML) for version in failed)
     cure = f" To go on: {cures}." if cures else ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import polars as pl
 import yaml
@@ -164,8 +164,3 @@ def _expression(group: str, name: str, sql: str) -> pl.Expr:
         raise DefinitionError(
             f"feature group '{group}', feature '{name}': '{sql}' is no SQL expression: {fault}"
         ) from fault
-
-
-def as_plain(definitions: Definitions) -> dict[str, Any]:
-    """Definitions as plain values, for the manifest."""
-    return {"groups": {name: group.describe() for name, group in definitions.groups.items()}}

@@ -135,12 +135,10 @@ def _exchange_in_waves(job: Job, on_read: Progress, on_computed: Progress) -> Ex
 
     Reading a Parquet unit again takes a tenth of the time that its rows take to spill to disk and to come back.
     """
-    slots = job.buckets * len(job.plan.groups)
-    waves = _waves(job.plan, slots, object_store_bytes())
     notes: list[UnitNote] = []
     summaries: list[BucketSummary] = []
     tables: list[Any] = []
-    for wave in waves:
+    for wave in _waves(job.plan):
         done = exchange(
             len(job.units),
             len(wave),
@@ -157,16 +155,16 @@ def _exchange_in_waves(job: Job, on_read: Progress, on_computed: Progress) -> Ex
 
 def pieces_to_read(plan: FeaturePlan) -> int:
     """Pieces of files that the job will read, in all its waves."""
-    waves = _waves(plan, bucket_count(plan) * len(plan.groups), object_store_bytes())
-    return len(waves) * sum(1 for _ in _units(plan))
+    return len(_waves(plan)) * sum(1 for _ in _units(plan))
 
 
-def _waves(plan: FeaturePlan, slots: int, store_bytes: int) -> list[range]:
+def _waves(plan: FeaturePlan) -> list[range]:
     """Slots in turns, by the rows' estimated size on their way and the object store's."""
     kinds = {column.name: column.kind for column in plan.events.rows.columns}
     row_bytes = sum(PACKED_BYTES[kinds.get(name, "any")] for group in plan.groups for name in group.columns)
     volume = plan.events.table.estimated_rows() * row_bytes
-    count = -(-volume // max(1, int(STORE_SHARE * store_bytes)))
+    count = -(-volume // max(1, int(STORE_SHARE * object_store_bytes())))
+    slots = bucket_count(plan) * len(plan.groups)
     # Text is slow to parse again, and far too large data would be read too often: those spill instead.
     count = 1 if any(file.format == "csv" for file in plan.events.table.files) else min(count, MAX_WAVES, slots)
     bounds = [slots * wave // count for wave in range(count + 1)]

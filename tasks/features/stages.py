@@ -124,6 +124,9 @@ class Job:
 
         """
         unit = self.units[index]
+        if unit.group is not None and 0 not in wave and not self._slots_of(unit.group, wave):
+            # A dimension whose group is computed in another wave; wave 0 has counted its rows.
+            return UnitNote(Tally()), [pl.DataFrame()] * len(wave)
         kept, tally, rejected = read_and_judge(unit.source, unit.read)
         note = UnitNote(tally)
         if unit.group is None:
@@ -138,8 +141,8 @@ class Job:
                 note.without_entity[number] = kept.height - rows.height
             elif unit.group == number:
                 rows = kept
-            first = number * self.buckets
-            if wanted := range(max(first, wave.start), min(first + self.buckets, wave.stop)):
+            if wanted := self._slots_of(number, wave):
+                first = number * self.buckets
                 split = split_by_key(rows, planned.group.entity, self.buckets) if rows.height else [rows] * self.buckets
                 frames += split[wanted.start - first : wanted.stop - first]
         if rejected is not None and 0 in wave:
@@ -147,6 +150,11 @@ class Job:
                 entry = write_rejected(self.reservations[number], unit.source.name, unit.index, rejected)
                 note.rejected_files[number] = entry
         return note, frames
+
+    def _slots_of(self, group: int, wave: range) -> range:
+        """The slots of a group that are in the wave."""
+        first = group * self.buckets
+        return range(max(first, wave.start), min(first + self.buckets, wave.stop))
 
     def gather(self, wave: range, index: int, frames: list[pl.DataFrame]) -> tuple[BucketSummary, pa.Table]:
         """Compute the features of a bucket's entities, join their dimension rows, stamp and profile them."""

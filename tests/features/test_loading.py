@@ -12,7 +12,7 @@ import pytest
 from tasks.core.errors import DefinitionError
 from tasks.features.definitions import Column, Definitions
 from tasks.features.kernel import evaluate
-from tasks.features.loading import as_plain, load_definitions
+from tasks.features.loading import load_definitions
 from tasks.features.rows import TIME
 
 AS_OF = dt.datetime(2025, 1, 1, tzinfo=dt.UTC)
@@ -143,7 +143,7 @@ def test_a_sum_over_no_rows_is_null_as_in_sql(tmp_path: Path) -> None:
 
 
 def test_they_stand_in_the_manifest(definitions: Definitions) -> None:
-    assert as_plain(definitions)["groups"]["engagement"]["entity"] == "user"
+    assert definitions.groups["engagement"].describe()["entity"] == "user"
 
 
 def test_a_group_of_yaml_reads_the_standard_source(tmp_path: Path) -> None:
