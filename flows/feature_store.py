@@ -13,16 +13,15 @@ from prefect.runtime import flow_run
 
 from tasks.core import storage
 from tasks.feature_store import (
-    PublishedVersion,
     compute_features,
     plan_sources,
     prepare_sources,
     publish_versions,
     reserve_versions,
-    run_record,
     validate_features,
 )
 from tasks.features.config import FeatureStoreConfig
+from tasks.publication import PublishedVersion, run_record
 from tasks.retries import final_unless_transient
 from tasks.runner import ray_runner
 

@@ -81,12 +81,21 @@ def publish_report(dataset_key: str, markdown: str, checks: list[dict[str, Any]]
     if link is not None:
         markdown += f"\n\nFull report: [{link}]({link})\n" if clickable else f"\n\nFull report: `{link}`\n"
     create_markdown_artifact(_capped(markdown), key=f"{slug}-report", description=f"Validation of {dataset_key}")
-    rows = [json_safe(check) for check in checks[:MAX_TABLE_ROWS]]
-    left_out = len(checks) - len(rows)
-    description = f"Checks of {dataset_key}" + (f" (the first {len(rows)} of {len(checks)})" if left_out else "")
-    create_table_artifact(rows, key=f"{slug}-checks", description=description)
+    publish_table(f"{slug}-checks", checks, f"Checks of {dataset_key}")
     if link is not None and clickable:
         create_link_artifact(link, link_text="Full report", key=f"{slug}-link", description=f"Report of {dataset_key}")
+
+
+def publish_table(key: str, rows: list[dict[str, Any]], description: str) -> None:
+    """Show a table in the current flow or task run; of a long one the beginning, and a word that it goes on.
+
+    Raises:
+        ConfigError: the key is empty.
+        httpx.HTTPError: the API can't be reached or refuses the artifact.
+    """
+    shown = [json_safe(row) for row in rows[:MAX_TABLE_ROWS]]
+    left_out = f" (the first {len(shown)} of {len(rows)})" if len(rows) > len(shown) else ""
+    create_table_artifact(shown, key=artifact_slug(key), description=description + left_out)
 
 
 def json_safe(value: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import inspect
 import logging
 import os
 import re
@@ -116,7 +117,7 @@ def parse_arguments(
         values = source(parsed_args=given)()
     except SettingsError as fault:
         raise ConfigError(_explain_mapping(fault, vars(given))) from fault
-    merged = _merge(_read_file(file), values) if file else values
+    merged = _merge(_read_file(file), values, _nested(config_type)) if file else values
     try:
         return config_type.model_validate(merged), debug
     except ValidationError as fault:
@@ -186,11 +187,20 @@ def _read_file(path: str) -> dict[str, Any]:
     return content
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def _nested(config_type: type[BaseModel]) -> list[str]:
+    """Fields that hold settings of their own."""
+    fields = config_type.model_fields.items()
+    return [
+        name for name, field in fields if inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel)
+    ]
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any], nested: Sequence[str]) -> dict[str, Any]:
     """Values of `above` laid over `below`; only nested settings are merged, mappings of columns are replaced."""
     merged = {**below, **above}
-    if isinstance(below.get("thresholds"), dict) and isinstance(above.get("thresholds"), dict):
-        merged["thresholds"] = {**below["thresholds"], **above["thresholds"]}
+    for name in nested:
+        if isinstance(below.get(name), dict) and isinstance(above.get(name), dict):
+            merged[name] = {**below[name], **above[name]}
     return merged
 
 

@@ -6,19 +6,16 @@ What a task gives to the next is a small frozen value; what it makes stands on s
 from __future__ import annotations
 
 import datetime as dt
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
-from prefect.runtime import deployment, flow_run, task_run
+from prefect.runtime import task_run
 
-from tasks.artifacts import progress, publish_report
-from tasks.core import layout, storage, versions
-from tasks.core.errors import GateFailed
-from tasks.core.manifest import CheckResult, GateResult, Manifest, ReportDigest, RowBalance, RunRecord
+from tasks.artifacts import progress
+from tasks.core import layout, versions
+from tasks.core.manifest import GateResult, Manifest, RunRecord
 from tasks.core.metadata import write_versions_csv
 from tasks.core.provenance import code_digest, package_versions
 from tasks.core.report import Report
@@ -32,6 +29,7 @@ from tasks.features.plan import FeaturePlan, needs_sample, plan_features, with_u
 from tasks.features.sample import SAMPLE_AS_OF, write_sample
 from tasks.features.stages import CREATED, VERSION
 from tasks.features.standard import STANDARD
+from tasks.publication import JudgedVersion, PublishedVersion, publish, write_report
 from tasks.retries import RETRY
 
 _CODE = Path(__file__).parent
@@ -45,27 +43,6 @@ _CURES = {
     "ready": "see which features are missing or outlying, or lower --thresholds.ready-fail",
     "freshness": "look why no newer events arrived, or raise --thresholds.fresh-fail-days",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class JudgedVersion:
-    """A version that is written, judged and reported, and not yet committed."""
-
-    reservation: Reservation
-    manifest: Manifest
-
-
-@dataclass(frozen=True, slots=True)
-class PublishedVersion:
-    """A version that readers see."""
-
-    dataset: str
-    version: int
-    uri: str
-    report: str
-    verdict: str
-    rows: int
-    balances: tuple[RowBalance, ...]
 
 
 @task(name="prepare-sources", cache_policy=NO_CACHE, **RETRY)
@@ -178,19 +155,9 @@ def publish_versions(judged: Sequence[JudgedVersion], root: str) -> list[Publish
         VersionConflict: another publisher holds a version.
 
     """
-    failed = [version for version in judged if version.manifest.gate.verdict == "fail"]
-    if failed:
-        for version in judged:
-            versions.commit(version.reservation, _rejected(version, failed))
-        raise GateFailed(_why(failed))
-    manifests = [versions.commit(version.reservation, version.manifest) for version in judged]
-    write_versions_csv(root, [manifest.dataset for manifest in manifests])
-    return [_published(root, manifest) for manifest in manifests]
-
-
-def run_record() -> RunRecord:
-    """The current flow run, for the manifest."""
-    return RunRecord(flow_run_id=str(flow_run.id), flow_run_name=flow_run.name, deployment=deployment.name)
+    published = publish(judged, root, _CURES)
+    write_versions_csv(root, [version.dataset for version in published])
+    return published
 
 
 def _definitions(config: FeatureStoreConfig) -> Definitions:
@@ -258,50 +225,4 @@ def _write_report(
         definition=manifest.definition,
         identifiers=(manifest.definition["entity"], AS_OF, CREATED, VERSION),
     )
-    html_uri = layout.join(reservation.uri, layout.REPORT_HTML)
-    faces = {html_uri: report.to_html(), layout.join(reservation.uri, layout.REPORT_JSON): report.to_json()}
-    for uri, content in faces.items():
-        storage.write_bytes(uri, content)
-    publish_report(name, report.to_markdown(), report.checks_table(), html_uri)
-    html, json = (hashlib.sha256(content).hexdigest() for content in faces.values())
-    return manifest.model_copy(update={"report": ReportDigest(html_sha256=html, json_sha256=json)})
-
-
-def _rejected(version: JudgedVersion, failed: Sequence[JudgedVersion]) -> Manifest:
-    """The manifest of a version that isn't published, because it failed or because another of its run did."""
-    manifest = version.manifest
-    if version in failed:
-        return manifest
-    message = f"Not published, because {', '.join(other.manifest.dataset for other in failed)} of the same run failed."
-    check = CheckResult(name="same run", verdict="fail", bound="all groups pass", message=message)
-    gate = GateResult(verdict="fail", checks=(*manifest.gate.checks, check))
-    return manifest.model_copy(update={"status": "rejected", "gate": gate})
-
-
-def _why(failed: Sequence[JudgedVersion]) -> str:
-    """Which checks failed, what cures them, and where to read more."""
-    checks = [
-        (version.manifest.dataset, check)
-        for version in failed
-        for check in version.manifest.gate.checks
-        if check.verdict == "fail"
-    ]
-    causes = [f"{dataset}: {check.message.rstrip('.')} (asked for {check.bound})" for dataset, check in checks]
-    cures = "; ".join(dict.fromkeys(_CURES[check.name] for _, check in checks if check.name in _CURES))
-    shown = "; ".join(causes[:3]) + (f"; and {len(causes) - 3} more" if len(causes) > 3 else "")
-    reports = ", ".join(layout.join(version.reservation.uri, layout.REPORT_HTML) for version in failed)
-    cure = f" To go on: {cures}." if cures else ""
-    return f"The quality gate failed, nothing was published. {shown}.{cure} Reports: {reports}"
-
-
-def _published(root: str, manifest: Manifest) -> PublishedVersion:
-    uri = layout.version_uri(root, manifest.dataset, manifest.version)
-    return PublishedVersion(
-        dataset=manifest.dataset,
-        version=manifest.version,
-        uri=uri,
-        report=layout.join(uri, layout.REPORT_HTML),
-        verdict=manifest.gate.verdict,
-        rows=manifest.rows,
-        balances=manifest.balances,
-    )
+    return write_report(report, manifest, reservation)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,8 +16,9 @@ from tasks.command_line import FAILED, WRONG_ARGUMENTS, one_sentence, parse_argu
 from tasks.core import versions
 from tasks.core.errors import ConfigError, GateFailed, SourceError
 from tasks.core.manifest import RowBalance
-from tasks.feature_store import PublishedVersion
 from tasks.features.config import FeatureStoreConfig
+from tasks.publication import PublishedVersion
+from tests.processes import own_home, shell_environment
 
 ENTRY = "flows.feature_store:feature_store"
 Finished = subprocess.CompletedProcess[str]
@@ -36,15 +35,9 @@ def shell(prefect_home: Path, tmp_path: Path) -> Callable[..., Finished]:
 
     def run(*argv: str) -> Finished:
         home = tmp_path / "home"
-        if not home.exists():
-            home.mkdir()
-            if (database := prefect_home / "prefect.db").exists():
-                shutil.copy(database, home / "prefect.db")
-        environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
-        project = str(Path(__file__).parent.parent)
         return subprocess.run(
             [sys.executable, "-m", "flows.feature_store", *argv],
-            env={**environment, "PREFECT_HOME": str(home), "PYTHONPATH": project},
+            env=shell_environment(home if home.exists() else own_home(prefect_home, home)),
             cwd=tmp_path,
             capture_output=True,
             text=True,

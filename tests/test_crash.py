@@ -1,105 +1,42 @@
-"""A flow that is killed while it writes, and the same command again: one whole version, nothing of the dead run."""
+"""Flows that are killed while they write, and the same command again: one whole version, nothing of the dead run."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import pyarrow.parquet as pq
 import pytest
 
 from tasks.core import layout, storage, versions
 from tasks.core.manifest import Manifest
+from tasks.images.sample import write_sample
+from tests.processes import Command, own_home
 
 pytestmark = pytest.mark.slow
 
 DATASETS = ["feature-store/customer-features", "feature-store/product-features"]
+IMAGES = "training-datasets/images"
 OF_THE_RUN = ["feature_creation_date", "feature_version"]
-ENDED_BY_THEMSELVES = 20.0  # the API server, Ray and its workers notice within some seconds that the flow is gone
-OUTLIVE = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}  # Ray's own agents don't always
-
-
-@dataclass
-class Command:
-    """The flow as somebody starts it in a shell, and every process that it started."""
-
-    process: subprocess.Popen[str]
-    family: set[psutil.Process] = field(default_factory=set)
-
-    def look(self) -> None:
-        """Note the processes that are there now: once the flow is dead nobody can tell whose they were."""
-        try:
-            self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
-        except psutil.NoSuchProcess:
-            return
-
-    def finish(self) -> None:
-        output, errors = self.process.communicate(timeout=150)
-        assert self.process.returncode == 0, f"the run failed:\n{errors}\n{output}"
-
-    def kill_when(self, reached: Callable[[], bool]) -> None:
-        give_up = time.monotonic() + 120
-        while not reached():
-            assert self.process.poll() is None, f"the run ended first:\n{self.process.communicate()}"
-            assert time.monotonic() < give_up, "the run wrote nothing"
-            self.look()
-            time.sleep(0.01)
-        self.look()
-        os.kill(self.process.pid, signal.SIGKILL)
-        self.process.communicate()
-
-    def end_family(self) -> set[str]:
-        """Wait for what the flow left behind, end what is still there and give its names."""
-        names = {}
-        for process in self.family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                names[process] = process.name()
-        agents = [process for process, name in names.items() if name in OUTLIVE]
-        _, alive = psutil.wait_procs([process for process in names if process not in agents], ENDED_BY_THEMSELVES)
-        for process in (*alive, *agents):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        return {names[process] for process in alive}
+FEATURES = ["--rows-per-bucket", "1000", "--sample-transactions", "60000"]
 
 
 @pytest.fixture
-def start(prefect_home: Path, tmp_path: Path) -> Iterator[Callable[[Path], Command]]:
+def start(prefect_home: Path, tmp_path: Path) -> Iterator[Callable[..., Command]]:
+    """Start a flow by its module's name, with options."""
     started: list[Command] = []
 
-    def run(root: Path) -> Command:
-        home = tmp_path / f"home-{len(started)}"
-        home.mkdir()
-        if (database := prefect_home / "prefect.db").exists():
-            shutil.copy(database, home / "prefect.db")
-        environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
-        options = ["--root", str(root), "--rows-per-bucket", "1000", "--sample-transactions", "60000"]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "flows.feature_store", *options],
-            env={**environment, "PREFECT_HOME": str(home)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(Command(process))
+    def run(flow: str, *options: str) -> Command:
+        home = own_home(prefect_home, tmp_path / f"home-{len(started)}")
+        started.append(Command.start(f"flows.{flow}", options, home))
         return started[-1]
 
     yield run
     for command in started:
-        if command.process.poll() is None:
-            command.look()
-            command.process.kill()
-            command.process.communicate()
-        command.end_family()
+        command.stop()
 
 
 def features(root: Path, manifest: Manifest) -> pd.DataFrame:
@@ -107,16 +44,16 @@ def features(root: Path, manifest: Manifest) -> pd.DataFrame:
     return frame.drop(columns=OF_THE_RUN)
 
 
-def files(root: Path, dataset: str, version: int) -> set[str]:
+def files(root: str | Path, dataset: str, version: int) -> set[str]:
     base = layout.version_uri(str(root), dataset, version)
     return {info.uri.removeprefix(base + "/") for info in storage.list_files(base, include_hidden=True)}
 
 
-def test_a_run_killed_in_mid_write_is_made_good_by_the_next(start: Callable[[Path], Command], tmp_path: Path) -> None:
+def test_a_run_killed_in_mid_write_is_made_good_by_the_next(start: Callable[..., Command], tmp_path: Path) -> None:
     undisturbed, root = tmp_path / "undisturbed", tmp_path / "root"
-    start(undisturbed).finish()
+    start("feature_store", "--root", str(undisturbed), *FEATURES).finish()
 
-    killed = start(root)
+    killed = start("feature_store", "--root", str(root), *FEATURES)
     written = [root / dataset / "v1" for dataset in DATASETS]
     killed.kill_when(lambda: any([*version.glob("part-*"), *version.glob("_rejected/*")] for version in written))
     left = {dataset: files(root, dataset, 1) for dataset in DATASETS}
@@ -126,7 +63,7 @@ def test_a_run_killed_in_mid_write_is_made_good_by_the_next(start: Callable[[Pat
         assert versions.published_versions(str(root), dataset) == [], "a reader sees the killed run's files"
     assert killed.end_family() == set(), "the killed flow's Ray or API server goes on"
 
-    start(root).finish()
+    start("feature_store", "--root", str(root), *FEATURES).finish()
     for dataset in DATASETS:
         assert versions.published_versions(str(root), dataset) == [1], "the dead run's number wasn't taken over"
         manifest = versions.resolve(str(root), dataset)
@@ -142,3 +79,51 @@ def test_a_run_killed_in_mid_write_is_made_good_by_the_next(start: Callable[[Pat
         pd.testing.assert_frame_equal(features(root, manifest), features(undisturbed, whole), check_exact=True)
         visible = sum(pq.read_metadata(path).num_rows for path in (root / dataset / "v1").glob("*.parquet"))
         assert visible == manifest.rows == whole.rows
+
+
+def contents(manifest: Manifest) -> dict[str, str]:
+    """Digest of each file, by its name without the attempt."""
+    entries = (*manifest.files, *manifest.rejected_files, *manifest.side_files)
+    return {re.sub(r"-a\d+\.", ".", entry.path): entry.sha256 for entry in entries}
+
+
+def units(version: Path, pattern: str) -> set[int]:
+    """Numbers of the units of which there is a file."""
+    return {int(path.name.split("-")[1]) for path in version.glob(pattern)}
+
+
+def test_a_killed_augmentation_goes_on_where_it_was(start: Callable[..., Command], tmp_path: Path) -> None:
+    # One source for both roots: the rows name their files, so others would make other bytes.
+    source = write_sample(str(tmp_path / "source"), 600, 0)
+    options = ["--images-per-file", "16", "--augmentation.size", "64"]
+    options += [word for name, uri in source.items() for word in (f"--{name}", uri)]
+    undisturbed, root = str(tmp_path / "undisturbed"), str(tmp_path / "root")
+    start("image_augmentation", "--root", undisturbed, *options).finish()
+    whole = versions.resolve(undisturbed, IMAGES)
+
+    killed = start("image_augmentation", "--root", root, *options)
+    version = Path(layout.version_uri(root, IMAGES, 1))
+    killed.kill_when(lambda: len(units(version, "_work/unit-*")) >= 4)
+    assert killed.end_family() == set(), "the killed flow's Ray or API server goes on"
+    finished = units(version, "_work/unit-*")
+    begun = units(version, "split=*/part-*") - finished
+    assert len(begun) <= (os.cpu_count() or 1), "more units than there are workers are lost"
+    assert versions.published_versions(root, IMAGES) == [], "a reader sees the killed run's files"
+
+    told = start("image_augmentation", "--root", root, *options).finish()
+    [(taken, planned)] = re.findall(r"(\d+) of (\d+) units were there from an earlier attempt", told)
+    assert int(taken) == len(finished) < int(planned), "the kill came too late, or finished work was thrown away"
+    assert versions.published_versions(root, IMAGES) == [1], "the dead run's number wasn't taken over"
+    manifest = versions.resolve(root, IMAGES)
+    assert manifest.run.attempt == 2
+    versions.verify(root, manifest)
+    kept = [entry.path for entry in (*manifest.files, *manifest.rejected_files) if "-a1." in entry.path]
+    assert {int(path.split("/")[1].split("-")[1]) for path in kept} <= finished
+    assert kept, "nothing of what was finished is in the version"
+    assert contents(manifest) == contents(whole)
+    assert manifest.balances == whole.balances
+    assert manifest.profile == whole.profile
+    listed = {entry.path for entry in (*manifest.files, *manifest.rejected_files, *manifest.side_files)}
+    protocol = {layout.MANIFEST, layout.REPORT_HTML, layout.REPORT_JSON, layout.CLASS_SUMMARY}
+    protocol |= {layout.reservation_name(attempt) for attempt in (1, 2)}
+    assert files(root, IMAGES, 1) == listed | protocol, "orphans of the killed run, or files missing"

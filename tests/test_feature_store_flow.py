@@ -7,8 +7,6 @@ import io
 import os
 import random
 import re
-import shutil
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -35,12 +33,12 @@ from tasks.core import layout, storage, versions
 from tasks.core.errors import GateFailed, SourceError
 from tasks.core.manifest import Manifest
 from tasks.core.metadata import versions_table
-from tasks.feature_store import PublishedVersion
 from tasks.features.config import FeatureStoreConfig, Thresholds
 from tasks.features.sample import SAMPLE_AS_OF, sample_customers, sample_products, sample_transactions
-from tasks.local_api import _Ready
+from tasks.publication import PublishedVersion
 from tests.conftest import new_bucket
 from tests.features import oracle
+from tests.processes import own_home, prefect_server
 from tests.s3 import FAULTY
 from tests.test_runner import eventually, messages, run_id, task_runs
 
@@ -543,21 +541,8 @@ def test_parameters_as_a_deployment_gives_them(small: Run) -> None:
 
 def test_a_real_prefect_server(prefect_home: Path, tmp_path: Path) -> None:
     """In a process of its own: one process sends all its events to one server."""
-    home, root = tmp_path / "home", str(tmp_path / "root")
-    home.mkdir()
-    if (database := prefect_home / "prefect.db").exists():
-        shutil.copy(database, home / "prefect.db")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"],
-        env={**os.environ, "PREFECT_HOME": str(home)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        url = f"http://127.0.0.1:{port}/api"
-        _Ready(server, url)()
+    home, root = own_home(prefect_home, tmp_path / "home"), str(tmp_path / "root")
+    with prefect_server(home) as url:
         done = subprocess.run(
             [sys.executable, "-m", "flows.feature_store", "--root", root, "--groups", "product-features"],
             env={**os.environ, "PREFECT_HOME": str(home), "PREFECT_API_URL": url},
@@ -579,6 +564,3 @@ def test_a_real_prefect_server(prefect_home: Path, tmp_path: Path) -> None:
             with get_client(sync_client=True) as client:
                 assert client.read_flow_run(flow_run_id).state_name == "Completed"
         assert f"{url.removesuffix('/api')}/runs/flow-run/{flow_run_id}" in done.stderr, "where to look it up"
-    finally:
-        server.terminate()
-        server.wait(20)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 
 from tasks.core.errors import PipelineError
 from tasks.local_api import _client_settings, _Ready, local_api, local_stack
+from tests.processes import own_home, prefect_server, shell_environment
 
 RUN = """
 import json, sys
@@ -51,14 +51,9 @@ def start(prefect_home: Path, tmp_path: Path):
     started = []
 
     def run(script: str) -> "subprocess.Popen[str]":
-        home = tmp_path / str(len(started))
-        home.mkdir()
-        if (database := prefect_home / "prefect.db").exists():
-            shutil.copy(database, home / "prefect.db")
-        environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
         process = subprocess.Popen(
             [sys.executable, "-c", script],
-            env={**environment, "PREFECT_HOME": str(home)},
+            env=shell_environment(own_home(prefect_home, tmp_path / str(len(started)))),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -149,42 +144,24 @@ def test_a_server_that_ends_at_once_is_explained() -> None:
 
 def test_a_real_prefect_server(prefect_home: Path, ray_cluster: None, tmp_path: Path) -> None:
     """What flows do here also works against the server that people run, not only against the embedded one."""
-    import socket
-
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     from tasks.artifacts import publish_report, read_artifacts
     from tasks.runner import drain_api_queues, ray_runner
     from tests.test_runner import count_rows, messages
 
-    if (database := prefect_home / "prefect.db").exists():
-        shutil.copy(database, tmp_path / "prefect.db")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"],
-        env={**os.environ, "PREFECT_HOME": str(tmp_path)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        url = f"http://127.0.0.1:{port}/api"
-        _Ready(server, url)()
-        with temporary_settings({PREFECT_API_URL: url}):
-            from prefect import flow
+    with prefect_server(own_home(prefect_home, tmp_path)) as url, temporary_settings({PREFECT_API_URL: url}):
+        from prefect import flow
 
-            @flow(task_runner=ray_runner())
-            def counted() -> int:
-                rows = count_rows.submit(50).result()
-                publish_report("counted", "# 50 rows", [{"check": "rows", "figure": rows}])
-                return rows
+        @flow(task_runner=ray_runner())
+        def counted() -> int:
+            rows = count_rows.submit(50).result()
+            publish_report("counted", "# 50 rows", [{"check": "rows", "figure": rows}])
+            return rows
 
-            state = counted(return_state=True)
-            assert state.result() == 50
-            assert "counted 50: the last line of this task" in messages(state.state_details.flow_run_id)
-            keys = {artifact.key for artifact in read_artifacts(state.state_details.flow_run_id)}
-            assert keys == {"counted-report", "counted-checks"}
-            drain_api_queues()
-    finally:
-        server.terminate()
-        server.wait(20)
+        state = counted(return_state=True)
+        assert state.result() == 50
+        assert "counted 50: the last line of this task" in messages(state.state_details.flow_run_id)
+        keys = {artifact.key for artifact in read_artifacts(state.state_details.flow_run_id)}
+        assert keys == {"counted-report", "counted-checks"}
+        drain_api_queues()

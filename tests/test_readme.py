@@ -26,7 +26,7 @@ def commands() -> list[str]:
     for language, attributes, text in blocks():
         if language == "sh" and attributes == "install":
             # What comes before is the installation, which the environment of this test has behind it.
-            scripts += [text.split("&&")[1]] if "flows." in text else []
+            scripts += [text.split("&&", 1)[1]] if "flows." in text else []
         elif language == "sh":
             scripts.append(text)
         elif attributes.startswith("file="):
@@ -62,6 +62,9 @@ def test_commands_and_examples_work(tmp_path: Path) -> None:
     store = tmp_path / "data" / "feature-store"
     for published in ("customer-features/v1", "product-features/v2", "category-features/v1", "loyalty-features/v1"):
         assert (store / published / "_manifest.json").exists(), published
+    for published in ("images", "small", "blurred"):
+        assert (tmp_path / "data" / "training-datasets" / published / "v1" / "_manifest.json").exists(), published
+    assert "508 in, 503 out, 5 rejected" in whole
     assert "20,000 in, 19,856 out, 94 rejected" in whole
     assert "store-features v1: 457 rows" in whole
     assert (store / "metadata" / "feature_versions.csv").exists()
@@ -84,9 +87,11 @@ def test_files_that_are_named_exist(path: str) -> None:
 
 def test_options_that_are_named_exist() -> None:
     from tasks.features.config import FeatureStoreConfig
+    from tasks.images.config import ImageAugmentationConfig
 
-    known = {f"--{name.replace('_', '-')}" for name in FeatureStoreConfig.model_fields}
-    known |= {"--config", "--help", "--debug", "--thresholds"}
-    known |= {"--repartition", "--map-groups", "--large"}  # the benchmark's
+    fields = {**FeatureStoreConfig.model_fields, **ImageAugmentationConfig.model_fields}
+    known = {f"--{name.replace('_', '-')}" for name in fields}
+    known |= {"--config", "--help", "--debug"}
+    known |= {"--repartition", "--map-groups", "--large", "--memory"}  # the benchmarks'
     prose = BLOCK.sub("", README).replace("ruff format --check", "")
     assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= known

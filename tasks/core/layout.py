@@ -4,6 +4,8 @@
     {root}/{dataset}/v{N}/_reservation.json         who holds N
     {root}/{dataset}/v{N}/_manifest.json            the commit
     {root}/{dataset}/v{N}/_rejected/….parquet       rejected rows with a reason
+    {root}/{dataset}/v{N}/_originals/….parquet      what is known of each input, such as an image
+    {root}/{dataset}/v{N}/_work/….parquet           notes of finished work, for a later attempt; gone after the commit
     {root}/{dataset}/v{N}/_report.html, _report.json
 
 Names that begin with '_' are skipped by the directory readers of pyarrow, pandas, Spark and Ray.
@@ -22,6 +24,8 @@ MANIFEST = "_manifest.json"
 REPORT_HTML = "_report.html"
 REPORT_JSON = "_report.json"
 REJECTED = "_rejected"
+WORK = "_work"
+CLASS_SUMMARY = "_class_summary.csv"
 
 _VERSION = re.compile(r"v([1-9][0-9]*)")
 
@@ -65,3 +69,23 @@ def part_name(index: int, attempt: int) -> str:
 def rejected_name(source: str, index: int, attempt: int) -> str:
     """Name of a file of rejected rows, relative to the version's directory."""
     return f"{REJECTED}/{source}-{index:05d}-a{attempt}.parquet"
+
+
+def image_dataset(name: str) -> str:
+    """Dataset name of augmented images: 'images' → 'training-datasets/images'."""
+    return join(TRAINING_DATASETS, name)
+
+
+def split_directory(split: str) -> str:
+    """Directory of a split's data files within a version, as Hive-style partitions are named."""
+    return f"split={split}"
+
+
+def work_name(kind: str, index: int, attempt: int) -> str:
+    """Name of a note of finished work, relative to the version's directory."""
+    return f"{WORK}/{kind}-{index:05d}-a{attempt}.parquet"
+
+
+def side_name(name: str, attempt: int) -> str:
+    """Name of a file that tells more about a version, relative to its directory."""
+    return f"_{name}/{part_name(0, attempt)}"

@@ -160,6 +160,9 @@ class Manifest(Record):
     created_at: dt.datetime = Field(description="When the manifest was made, UTC.")
     files: tuple[FileEntry, ...] = Field(description="Data files: readers read exactly these.")
     rejected_files: tuple[FileEntry, ...] = Field(default=(), description="Files of rejected rows.")
+    side_files: tuple[FileEntry, ...] = Field(
+        default=(), description="Files that tell more about the version, such as its inputs one by one."
+    )
     columns: tuple[ColumnSpec, ...] = Field(description="Schema of the data files.")
     balances: tuple[RowBalance, ...] = Field(description="Row balances of the sources and of the entities.")
     profile: dict[str, ColumnProfile] = Field(description="Profile of each column.")

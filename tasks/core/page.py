@@ -23,6 +23,7 @@ WIDTH, HEIGHT = 236.0, 84.0  # drawing area of one small multiple, in CSS pixels
 _ROW = 19.0
 _LABEL = 94.0
 _FILES_SHOWN = 5
+_ROWS_SHOWN = 200
 _CHECKS_OPEN = 40  # with more, those that passed are folded away
 _BOX, _BOX_GAP = 58, 12
 
@@ -68,6 +69,7 @@ def render(report: Report) -> str:
         statistics=[(name, column, _quantiles(column)) for name, column in report.profile.items()],
         lineage=_lineage(report.inputs),
         files_shown=_FILES_SHOWN,
+        rows_shown=_ROWS_SHOWN,
         checks_open=_CHECKS_OPEN,
         timings=_timings(report.timings),
         settings=[(name, _json(value)) for name, value in _settings(report) if value],

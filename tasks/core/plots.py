@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +19,7 @@ FloatArray = npt.NDArray[np.float64]
 
 NOW_COLOUR = "#3b6fd4"
 BEFORE_COLOUR = "#d9822b"
+INK_COLOUR = "#767e8b"  # as far from white as from the dark page: what is drawn in it can be read on both
 _BINS = 28
 _LOG_RATIO = 1000.0
 _CATEGORIES = 6
@@ -95,8 +97,15 @@ def histogram_grid(drawn: Sequence[Distribution], limit: int = 12) -> bytes:
         axes = figure.add_subplot(lines, columns, index + 1)
         _draw(axes, one)
     figure.legend(handles=_legend(shown), loc="outside upper right", ncols=2, frameon=False, fontsize=8)
+    return png(figure, dpi=90)
+
+
+def png(figure: Any, dpi: float) -> bytes:
+    """A figure as PNG, the same bytes every time; letters that the font lacks become boxes without a warning."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=90, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
+        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -198,7 +207,7 @@ def _draw(axes: Any, one: Distribution) -> None:
         axes.barh(places, one.now, color=NOW_COLOUR, height=0.75)
         if one.before:
             axes.scatter(one.before, places, color=BEFORE_COLOUR, marker="|", s=90, linewidths=2, zorder=3)
-        axes.set_yticks(places, [_plain(short_name(label)) for label in one.labels])
+        axes.set_yticks(places, [plain(short_name(label)) for label in one.labels])
         axes.invert_yaxis()
         axes.set_xlim(0, one.peak * 1.08)
         axes.set_xticks([])
@@ -206,10 +215,10 @@ def _draw(axes: Any, one: Distribution) -> None:
         axes.bar(places, one.now, color=NOW_COLOUR, width=1.0 if one.layout == "range" else 0.8)
         if one.before:
             axes.stairs(one.before, np.arange(len(one.now) + 1), color=BEFORE_COLOUR, linewidth=1.5)
-        axes.set_xticks([place for place, _ in one.ticks], [_plain(label) for _, label in one.ticks])
+        axes.set_xticks([place for place, _ in one.ticks], [plain(label) for _, label in one.ticks])
         axes.set_ylim(0, one.peak * 1.08)
         axes.set_yticks([])
-    axes.set_title(_plain(shortened(one.column, 34)), fontsize=8.5, loc="left")
+    axes.set_title(plain(shortened(one.column, 34)), fontsize=8.5, loc="left")
     axes.tick_params(labelsize=7, length=0)
     for side in ("top", "right", "bottom", "left"):
         axes.spines[side].set_visible(False)
@@ -234,5 +243,6 @@ def short_name(label: str) -> str:
     return shortened(" ".join(label.split()), 12) or "(blank)"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Text as it is, for matplotlib."""
     return text.replace("$", r"\$")  # matplotlib reads mathematics between dollar signs

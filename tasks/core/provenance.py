@@ -7,7 +7,10 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("ray", "prefect", "prefect-ray", "polars", "pyarrow", "numpy", "pandas")
+PACKAGES = (
+    *("ray", "prefect", "prefect-ray", "polars", "pyarrow", "numpy", "pandas"),
+    *("numba", "pillow", "simplejpeg", "torch", "torchvision"),
+)
 
 
 def code_digest(*packages: Path, extra: str = "") -> str:

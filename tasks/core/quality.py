@@ -162,6 +162,81 @@ def check_ready_share(ready: int, total: int, warn_below: float, fail_below: flo
     return failed.model_copy(update={"verdict": "warn", "bound": f"≥ {number(warn_below)}"})
 
 
+def check_invalid_share(invalid: int, total: int, warn_above: float, fail_above: float) -> CheckResult:
+    """Share of written rows that failed their own validation, against two bounds in [0, 1]; 0 when there is no row."""
+    share = invalid / total if total else 0.0
+    message = f"{invalid:,} of {plural(total, 'row')} ({share:.2%}) failed validation."
+    return _at_most("invalid", None, share, (warn_above, fail_above), message)
+
+
+def check_leak(groups: int) -> CheckResult:
+    """Whether what belongs together is in one split; `groups` counts the groups that are in several."""
+    message = f"{plural(groups, 'group')} of rows that belong together are in several splits."
+    return _at_most("leak", None, groups, (0, 0), message if groups else "No group of rows is in several splits.")
+
+
+def check_split_sizes(sizes: Mapping[str, int], shares: Mapping[str, float], essential: str) -> list[CheckResult]:
+    """Whether each split that was asked for has rows, and no other; one result for each.
+
+    An empty split is a warning, as few rows may round to none; rows in a split that nobody asked for are a failure.
+
+    Args:
+        sizes: Rows by split; what is missing has none.
+        shares: Share of the rows that was asked for, by split.
+        essential: The split that can't be empty, such as 'train'.
+    """
+    results = []
+    for name in sorted({*sizes, *shares}, key=lambda name: (-shares.get(name, 0), name)):
+        size, asked = sizes.get(name, 0), shares.get(name, 0.0)
+        if not size and not asked:
+            continue
+        verdict: Verdict = "pass"
+        if not asked or (not size and name == essential):
+            verdict = "fail"
+        elif not size:
+            verdict = "warn"
+        message = f"Split {name} has {plural(size, 'row')}, where {asked:.1%} of all are asked for."
+        bound = "≥ 1" if asked else "= 0"
+        results.append(
+            CheckResult(name="split", column=name, verdict=verdict, figure=float(size), bound=bound, message=message)
+        )
+    return results
+
+
+def check_stratification(
+    column: str, counts: Mapping[str, Mapping[str, int]], shares: Mapping[str, float], spare_share: float = 0.01
+) -> CheckResult:
+    """Whether each class has its share in each split; warns where not, as what belongs together can't be parted.
+
+    Args:
+        column: What the classes are of.
+        counts: Rows by class and split.
+        shares: Share of the rows that was asked for, by split.
+        spare_share: A class may miss its share by this much of its rows, and by one row in any case.
+    """
+    worst, message, allowed = 0.0, f"Every {column} has its share in each split.", 1.0
+    for name, by_split in sorted(counts.items()):
+        total = sum(by_split.values())
+        spare = max(1.0, spare_share * total)
+        for split, asked in shares.items():
+            missed = abs(by_split.get(split, 0) - asked * total)
+            if missed / spare > worst / allowed:
+                worst, allowed = missed, spare
+                message = (
+                    f"{column} {name!r} has {by_split.get(split, 0):,} of its {plural(total, 'row')} in {split}, where "
+                    f"{number(asked * total)} would be its share."
+                )
+    verdict: Verdict = "pass" if worst <= allowed + 1e-9 else "warn"
+    return CheckResult(
+        name="stratification",
+        column=column,
+        verdict=verdict,
+        figure=worst,
+        bound=f"≤ {number(allowed)}",
+        message=message,
+    )
+
+
 def check_class_balance(column: str, counts: Sequence[tuple[str, int]], minimum_share: float) -> CheckResult:
     """Whether the rarest class has a large enough share; `counts` names every class with its rows.
 

@@ -6,9 +6,10 @@ import base64
 import datetime as dt
 import json
 import math
-from typing import Any
+import re
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tasks.core.manifest import (
     CheckResult,
@@ -25,8 +26,64 @@ from tasks.core.manifest import (
 from tasks.core.numerals import duration, number, plural, shortened
 
 MARKDOWN_BYTES = 190_000
+MARKDOWN_ROWS = 20
+MediaType = Literal["image/png", "image/webp", "image/jpeg"]
+_MARKS = {"image/png": rb"\x89PNG", "image/webp": rb"RIFF....WEBP", "image/jpeg": rb"\xff\xd8\xff"}
 _ORDER: dict[Verdict, int] = {"fail": 0, "warn": 1, "pass": 2}
 _SIGNS: dict[Verdict, str] = {"fail": "✖ FAIL", "warn": "▲ WARN", "pass": "✔ PASS"}
+
+
+class Picture(Record):
+    """A picture with what it shows, held within the report."""
+
+    title: str = Field(description="Heading of the picture.")
+    caption: str = Field(description="What is to be seen, in a sentence or two.")
+    media_type: MediaType = Field(description="Kind of its bytes.")
+    data: str = Field(description="Its bytes, base64.")
+
+    @classmethod
+    def of(cls, title: str, caption: str, media_type: MediaType, data: bytes) -> Picture:
+        """A picture from its bytes."""
+        return cls(title=title, caption=caption, media_type=media_type, data=base64.b64encode(data).decode())
+
+    @model_validator(mode="after")
+    def _kind_is_true(self) -> Picture:
+        try:
+            data = base64.b64decode(self.data, validate=True)
+        except ValueError as error:
+            raise ValueError(f"the data of picture '{self.title}' isn't base64: {error}") from error
+        if not re.match(_MARKS[self.media_type], data, re.DOTALL):
+            raise ValueError(f"picture '{self.title}' isn't {self.media_type}: it begins with {data[:8]!r}")
+        return self
+
+    @property
+    def uri(self) -> str:
+        """The picture as a data URI."""
+        return f"data:{self.media_type};base64,{self.data}"
+
+
+class DataTable(Record):
+    """A small table of figures and names."""
+
+    title: str = Field(description="Heading of the table.")
+    columns: tuple[str, ...] = Field(description="Name of each column.")
+    rows: tuple[tuple[str | float | int | None, ...], ...] = Field(description="Rows, as long as there are columns.")
+    note: str = Field(default="", description="A sentence below the table.")
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> DataTable:
+        for place, row in enumerate(self.rows):
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"row {place} of table '{self.title}' has {len(row)} cells for {len(self.columns)} columns"
+                )
+        return self
+
+    @property
+    def numeric(self) -> tuple[bool, ...]:
+        """Whether each column holds numbers, and nothing else but gaps."""
+        columns = [[row[place] for row in self.rows if row[place] is not None] for place in range(len(self.columns))]
+        return tuple(bool(cells) and not any(isinstance(cell, str) for cell in cells) for cells in columns)
 
 
 class Report(Record):
@@ -51,6 +108,8 @@ class Report(Record):
     definition: dict[str, Any] = Field(default_factory=dict, description="The declaration that was computed.")
     identifiers: tuple[str, ...] = Field(default=(), description="Columns that name or stamp a row: never drawn.")
     notes: tuple[str, ...] = Field(default=(), description="Sentences worth a reader's attention.")
+    pictures: tuple[Picture, ...] = Field(default=(), description="Pictures, the most telling first.")
+    tables: tuple[DataTable, ...] = Field(default=(), description="Tables, the most telling first.")
 
     @property
     def checks(self) -> list[CheckResult]:
@@ -86,8 +145,8 @@ class Report(Record):
     def to_markdown(self, html_uri: str | None = None, max_bytes: int = MARKDOWN_BYTES) -> str:
         """Summary for a Prefect artifact: the verdict and why, checks that failed or warned, pictures, rows, lineage.
 
-        What doesn't fit into `max_bytes` of UTF-8 is left out with a word saying so: first the pictures, then the end
-        of the text.
+        What doesn't fit into `max_bytes` of UTF-8 is left out with a word saying so: first pictures, from the last one
+        on, then the end of the text.
 
         Args:
             html_uri: where the full report lies, to link to.
@@ -101,14 +160,17 @@ class Report(Record):
             *(f"> {_text(note)}" for note in self.notes),
         ]
         serious = [check for check in self.checks if check.verdict != "pass"]
-        checks = _markdown_checks(serious, passed=len(self.checks) - len(serious))
-        tail = [*self._markdown_balances(), *self._markdown_lineage()]
-        picture = self._markdown_picture()
-        instead = ["*The pictures are left out, being too large here: see the full report.*"] if picture else []
-        for pictures in (picture, instead):
-            text = "\n\n".join([*head, *checks, *pictures, *tail]) + "\n"
-            if len(text.encode()) <= max_bytes:
-                return text
+        head += _markdown_checks(serious, passed=len(self.checks) - len(serious))
+        tail = [*self._markdown_balances(), *_markdown_tables(self.tables), *self._markdown_lineage()]
+        drawn = self._markdown_pictures()
+        parts = [[instead] for _, instead in drawn]
+        text = _page(head, parts, tail)
+        for place, (whole, _) in enumerate(drawn):
+            with_it = _page(head, [*parts[:place], whole, *parts[place + 1 :]], tail)
+            if len(with_it.encode()) <= max_bytes:
+                parts[place], text = whole, with_it
+        if len(text.encode()) <= max_bytes:
+            return text
         ending = "\n\n*The rest is left out here: see the full report.*\n"
         kept = text.encode()[: max_bytes - len(ending.encode())].decode(errors="ignore")
         return kept[: kept.rfind("\n")] + ending
@@ -151,14 +213,48 @@ class Report(Record):
         spent = f", {duration(sum(self.timings.values()))}" if self.timings else ""
         return ["## Made from", "\n".join(lines), f"By run {run}, attempt {self.run.attempt}{spent}."]
 
-    def _markdown_picture(self) -> list[str]:
+    def _markdown_pictures(self) -> list[tuple[list[str], str]]:
+        """What shows each picture, and what is said instead where there is no room for it; the first go first."""
         from tasks.core.plots import distributions, histogram_grid
 
+        shown = []
+        for picture in self.pictures:
+            title = _text(picture.title)
+            whole = [
+                f"## {title}",
+                f"![{title}]({picture.uri})",
+                *([_text(picture.caption)] if picture.caption else []),
+            ]
+            shown.append((whole, _left_out(f"picture “{title}” is")))
         drawn = distributions(self.drawable, self.previous_profile, self.gate.checks)
-        if not drawn:
-            return []
-        encoded = base64.b64encode(histogram_grid(drawn)).decode()
-        return ["## Distributions", f"![Distributions of the columns](data:image/png;base64,{encoded})"]
+        if drawn:
+            encoded = base64.b64encode(histogram_grid(drawn)).decode()
+            whole = ["## Distributions", f"![Distributions of the columns](data:image/png;base64,{encoded})"]
+            shown.append((whole, _left_out("picture “Distributions” is" if self.pictures else "pictures are")))
+        return shown
+
+
+def _left_out(what: str) -> str:
+    return f"*The {what} left out, being too large here: see the full report.*"
+
+
+def _page(head: list[str], parts: list[list[str]], tail: list[str]) -> str:
+    return "\n\n".join([*head, *(line for part in parts for line in part), *tail]) + "\n"
+
+
+def _markdown_tables(tables: tuple[DataTable, ...]) -> list[str]:
+    """Each table with its heading, and the first of its rows."""
+    parts = []
+    for table in tables:
+        shown = table.rows[:MARKDOWN_ROWS]
+        lines = [
+            "".join(f"| {_text(name)} " for name in table.columns) + "|",
+            "".join("|---:" if numeric else "|---" for numeric in table.numeric) + "|",
+            *("".join(f"| {_text(number(cell))} " for cell in row) + "|" for row in shown),
+        ]
+        more = f"and {plural(len(table.rows) - len(shown), 'more row')}" if len(table.rows) > len(shown) else ""
+        parts += [f"## {_text(table.title)}", "\n".join(lines), *(_text(word) for word in (more, table.note) if word)]
+    return parts
 
 
 def _markdown_checks(serious: list[CheckResult], passed: int) -> list[str]:

@@ -145,13 +145,13 @@ def write_bytes(uri: str, data: bytes | pa.Buffer) -> None:
             os.replace(temporary, uri)
         finally:
             Path(temporary).unlink(missing_ok=True)
-        _sync_directory(uri)
+        sync_directory(uri)
         return
     filesystem, path = s3_filesystem(uri)
     try:
         filesystem.pipe_file(path, bytes(data))
     except FileNotFoundError as error:
-        raise _no_bucket(uri) from error
+        raise no_bucket(uri) from error
 
 
 def put_if_absent(uri: str, data: bytes) -> bool:
@@ -188,7 +188,7 @@ def _create_local(path: str, data: bytes) -> bool:
         raise
     finally:
         Path(temporary).unlink(missing_ok=True)
-    _sync_directory(path)
+    sync_directory(path)
     return True
 
 
@@ -200,7 +200,7 @@ def _create_s3(uri: str, data: bytes) -> bool:
         except FileExistsError:
             return False
         except FileNotFoundError as error:
-            raise _no_bucket(uri) from error
+            raise no_bucket(uri) from error
         except OSError as error:
             code = _s3_error_code(error)
             if code in ("PreconditionFailed", "412"):
@@ -219,16 +219,15 @@ def _s3_error_code(error: BaseException) -> str:
     return str(response.get("Error", {}).get("Code", ""))
 
 
-def _no_bucket(uri: str) -> ConfigError:
+def no_bucket(uri: str) -> ConfigError:
+    """The error of writing to a bucket that isn't there."""
     bucket = uri.removeprefix("s3://").partition("/")[0]
     return ConfigError(f"can't write {uri!r}: bucket {bucket!r} doesn't exist; create it or correct the location")
 
 
 def _write_temporary(path: str, data: bytes | pa.Buffer) -> str:
     """Write to a hidden name beside `path`, flushed to the disk; give that name."""
-    parent, name = os.path.split(path)
-    os.makedirs(parent, exist_ok=True)
-    temporary = f"{parent}/.{name}.{uuid.uuid4().hex}.tmp"
+    temporary = temporary_name(path)
     try:
         with open(temporary, "xb") as file:
             file.write(data)
@@ -240,7 +239,14 @@ def _write_temporary(path: str, data: bytes | pa.Buffer) -> str:
     return temporary
 
 
-def _sync_directory(path: str) -> None:
+def temporary_name(path: str) -> str:
+    """A new hidden name beside `path`, whose directory is there afterwards."""
+    parent, name = os.path.split(path)
+    os.makedirs(parent, exist_ok=True)
+    return f"{parent}/.{name}.{uuid.uuid4().hex}.tmp"
+
+
+def sync_directory(path: str) -> None:
     """Make a new name survive a power cut, as fsync of the file alone doesn't."""
     descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
     try:
@@ -262,6 +268,8 @@ def delete(uri: str) -> None:
 def write_parquet(table: pa.Table, uri: str, **settings: Any) -> WrittenFile:
     """Write a table as one Parquet file, whole or not at all; the encoded file is held in memory once.
 
+    For files that are made piece by piece, or that are too large for that, see `stream.ParquetStream`.
+
     Args:
         table: Rows to write, one task's share of a version.
         uri: Name of the file.
@@ -271,15 +279,20 @@ def write_parquet(table: pa.Table, uri: str, **settings: Any) -> WrittenFile:
     Returns:
         Rows, bytes and digest of what was written.
     """
-    options = _PARQUET | settings
-    if options["compression"] == "zstd":
-        options.setdefault("compression_level", _ZSTD_LEVEL)
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, **options)
+    pq.write_table(table, sink, **parquet_options(settings))
     data = sink.getvalue()
     digest = hashlib.sha256(data).hexdigest()
     write_bytes(uri, data)
     return WrittenFile(normalise(uri), table.num_rows, data.size, digest)
+
+
+def parquet_options(settings: dict[str, Any]) -> dict[str, Any]:
+    """The project's own options of Parquet files, with what a caller wants otherwise."""
+    options = _PARQUET | settings
+    if options["compression"] == "zstd":
+        options.setdefault("compression_level", _ZSTD_LEVEL)
+    return options
 
 
 def sha256(uri: str) -> str:

@@ -94,10 +94,10 @@ def commit(reservation: Reservation, manifest: Manifest) -> Manifest:
     decided = _decided(reservation, data)
     if decided is None:
         ensure_newest(reservation)
-        _check_present(
-            reservation, (*manifest.files, *manifest.rejected_files) if published else manifest.rejected_files
-        )
-        discard_attempt_files(reservation)
+        kept = (*manifest.rejected_files, *manifest.side_files)
+        listed = (*manifest.files, *kept)
+        _check_present(reservation, listed if published else kept)
+        discard_attempt_files(reservation, keep=[file.path for file in listed])
         if not published:
             _delete(reservation, [file.path for file in manifest.files])
         decided = stored if storage.put_if_absent(uri, data) else _decided(reservation, data)
@@ -126,11 +126,15 @@ def _decided(reservation: Reservation, data: bytes) -> Manifest | None:
     )
 
 
-def discard_attempt_files(reservation: Reservation) -> list[str]:
+def discard_attempt_files(reservation: Reservation, keep: Sequence[str] = ()) -> list[str]:
     """Delete what earlier attempts have left, as far as they are known to be over; meant for the start of an attempt.
 
     An attempt is over when its process is gone, or when it was made by the same process as this one. What an attempt
     elsewhere has left stays until the commit: it may still be alive and publish first.
+
+    Args:
+        reservation: The newest attempt.
+        keep: Paths that this attempt has taken over, relative to the version's directory.
 
     Returns:
         Paths of the deleted files, relative to the version's directory.
@@ -142,6 +146,7 @@ def discard_attempt_files(reservation: Reservation) -> list[str]:
     earlier = chain[: reservation.attempt - 1]
     over = {link.attempt for link in earlier if link.owner == owner or link.owner.is_gone()}
     paths = [path for path in _paths(reservation) if _attempt_of(path) in over] if over else []
+    paths = [path for path in paths if path not in set(keep)]
     _delete(reservation, paths)
     return paths
 
@@ -158,7 +163,7 @@ def _attempt_of(path: str) -> int | None:
 
 def _orphans(reservation: Reservation, manifest: Manifest) -> list[str]:
     """Files of a committed version that belong to no reader: not listed, and not the protocol's or the report's."""
-    kept = {file.path for file in manifest.rejected_files}
+    kept = {file.path for file in (*manifest.rejected_files, *manifest.side_files)}
     if manifest.status == "published":
         kept |= {file.path for file in manifest.files}
     # A hidden name without an attempt may be another process's reservation on its way.
@@ -355,7 +360,8 @@ def verify(root: str, manifest: Manifest) -> None:
         CorruptVersion: a file is missing or differs; the message names it, and what was expected and found.
     """
     published = manifest.status == "published"
-    _verify_files(root, manifest, (*(manifest.files if published else ()), *manifest.rejected_files))
+    data = manifest.files if published else ()
+    _verify_files(root, manifest, (*data, *manifest.rejected_files, *manifest.side_files))
     if manifest.report is not None:
         base = layout.version_uri(storage.normalise(root), manifest.dataset, manifest.version)
         _verify_digest(layout.join(base, layout.REPORT_JSON), manifest.report.json_sha256)

@@ -12,20 +12,16 @@ and checks the balance, which the others don't. All sides' features are compared
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime as dt
 import os
-import shutil
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import duckdb
 import polars as pl
-import psutil
 
 from tasks.core import cluster
 from tasks.core.reservation import reserve
@@ -35,10 +31,11 @@ from tasks.features.pipeline import ComputedGroup, compute_groups
 from tasks.features.plan import plan_features, with_uris
 from tasks.features.standard import CUSTOMER_FEATURES, PRODUCT_FEATURES, STANDARD
 from tests.benchmarks.data import transactions
+from tests.benchmarks.turns import GIB, Side, median, ratio, round_name, scratch, take_turns, timed_with_memory
 
 AS_OF = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 CPUS = 2
-GIB = 2**30
+PREFIX = "feature-benchmark-"
 
 CUSTOMER_SQL = """
 copy (
@@ -196,7 +193,7 @@ def by_repartition(source: Path, target: Path) -> None:
 
 def compare(source: Path) -> None:
     """Fail unless our features are those of DuckDB, to 1e-9."""
-    with _scratch() as target:
+    with scratch(PREFIX) as target:
         computed = ours(source, target)
         by_duckdb(source, target)
         for group, result, file in zip((CUSTOMER_FEATURES, PRODUCT_FEATURES), computed, "cp", strict=True):
@@ -217,68 +214,11 @@ def compare(source: Path) -> None:
     print("features equal to 1e-9")
 
 
-def take_turns(sides: dict[str, Callable[[Path, Path], object]], source: Path, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each side, run in turns; the first round warms up and doesn't count.
-
-    map_groups isn't warmed up: it runs for minutes, so a second or two of starting don't show.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(repeats + 1):
-        for name, side in sides.items():
-            if turn == 0 and name == "map_groups":
-                continue
-            with _scratch() as target:
-                started = time.perf_counter()
-                side(source, target)
-                elapsed = time.perf_counter() - started
-            label = "warm-up" if turn == 0 else f"round {turn}"
-            print(f"  {label} {name:12s} {elapsed:7.2f} s", flush=True)
-            if turn:
-                seconds[name].append(elapsed)
-    return seconds
-
-
 def show(seconds: dict[str, list[float]], rows: int) -> None:
     """Medians, and our time as a ratio of each other side's, pair by pair."""
-    mine = seconds["ours"]
     for name, values in seconds.items():
-        ratios = [a / b for a, b in zip(mine, values, strict=True)]
-        print(
-            f"{name:12s} median {statistics.median(values):7.2f} s, "
-            f"{rows / statistics.median(values) / 1e6:5.2f} M rows/s, "
-            f"ours/{name} median {statistics.median(ratios):5.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
-        )
-
-
-class PeakMemory(threading.Thread):
-    """Largest proportional set size of this process and its children, sampled; shared memory counts once."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.bytes = 0
-        self._done = threading.Event()
-
-    def run(self) -> None:
-        while not self._done.wait(0.5):
-            total = 0
-            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-                with contextlib.suppress(psutil.Error):
-                    total += process.memory_full_info().pss
-            self.bytes = max(self.bytes, total)
-
-    def stop(self) -> int:
-        self._done.set()
-        self.join()
-        return self.bytes
-
-
-@contextlib.contextmanager
-def _scratch() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="feature-benchmark-"))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path)
+        speed = median(values, lambda middle: f"{rows / middle / 1e6:5.2f} M rows/s")
+        print(f"{name:12s} {speed}, ours/{name} {ratio(seconds['ours'], values)}")
 
 
 def large(directory: Path, repeats: int) -> None:
@@ -290,16 +230,11 @@ def large(directory: Path, repeats: int) -> None:
         for rows, source in sizes.items():
             if turn == 0 and rows > 10_000_000:
                 continue
-            memory = PeakMemory()
-            memory.start()
-            with _scratch() as target:
-                started = time.perf_counter()
-                ours(source, target)
-                elapsed = time.perf_counter() - started
-            peak = memory.stop() / GIB
-            label = "warm-up" if turn == 0 else f"round {turn}"
+            with scratch(PREFIX) as target:
+                elapsed, peak = timed_with_memory(partial(ours, source), target)
             print(
-                f"  {label} {rows:,} rows {elapsed:7.2f} s, {elapsed / rows * 1e9:5.0f} ns a row, peak {peak:.2f} GiB",
+                f"  {round_name(turn)} {rows:,} rows {elapsed:7.2f} s, {elapsed / rows * 1e9:5.0f} ns a row, "
+                f"peak {peak / GIB:.2f} GiB",
                 flush=True,
             )
             if turn:
@@ -328,14 +263,15 @@ def main() -> None:
     cluster.connect(num_cpus=CPUS, object_store_memory=2 * GIB)
     print(f"Ray started in {time.perf_counter() - started:.1f} s")
     compare(source)
-    sides: dict[str, Callable[[Path, Path], object]] = {"ours": ours}
+    sides: dict[str, Side] = {"ours": partial(ours, source)}
     if arguments.map_groups:
-        sides["map_groups"] = by_map_groups
+        sides["map_groups"] = partial(by_map_groups, source)
     elif arguments.repartition:
-        sides["repartition"] = by_repartition
+        sides["repartition"] = partial(by_repartition, source)
     else:
-        sides |= {"duckdb": by_duckdb, "polars": by_polars}
-    show(take_turns(sides, source, arguments.repeats), rows)
+        sides |= {"duckdb": partial(by_duckdb, source), "polars": partial(by_polars, source)}
+    # map_groups isn't warmed up: it runs for minutes, so a second or two of starting don't show.
+    show(take_turns(sides, arguments.repeats, prefix=PREFIX, cold={"map_groups"}), rows)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ def manifest_of(
     status: Status = "published",
     verdict: Verdict = "pass",
     rejected_files: tuple[FileEntry, ...] = (),
+    side_files: tuple[FileEntry, ...] = (),
     lost: int = 0,
     config: dict[str, object] | None = None,
 ) -> Manifest:
@@ -50,6 +51,7 @@ def manifest_of(
         created_at=dt.datetime.now(dt.UTC),
         files=tuple(files),
         rejected_files=rejected_files,
+        side_files=side_files,
         columns=(ColumnSpec(name="id", type="int64"), ColumnSpec(name="run", type="string")),
         balances=(RowBalance(name="transactions", rows_in=rows + lost, rows_out=rows),),
         profile={},

@@ -20,6 +20,8 @@ from tasks.core.quality import (
     check_drift,
     check_finite,
     check_freshness,
+    check_invalid_share,
+    check_leak,
     check_nulls,
     check_outlier_share,
     check_range,
@@ -28,6 +30,8 @@ from tasks.core.quality import (
     check_rejected_share,
     check_rows,
     check_schema,
+    check_split_sizes,
+    check_stratification,
     check_unique,
     gate,
 )
@@ -52,6 +56,11 @@ def numbers(
 
 def balance(rows_in: int, rows_out: int, rejected: int = 0) -> RowBalance:
     return RowBalance(name="transactions", rows_in=rows_in, rows_out=rows_out, rejected={"no key": rejected})
+
+
+def stratified(rows: dict[str, tuple[int, int]]) -> CheckResult:
+    counts = {name: {"train": train, "validation": validation} for name, (train, validation) in rows.items()}
+    return check_stratification("class_name", counts, {"train": 0.8, "validation": 0.2})
 
 
 TEXT = ColumnProfile(kind="string", count=3)
@@ -98,6 +107,21 @@ CASES: list[tuple[str, Callable[[], CheckResult], str]] = [
     ("few ready", lambda: check_ready_share(8, 10, 0.9, 0.5), "warn"),
     ("too few ready", lambda: check_ready_share(4, 10, 0.9, 0.5), "fail"),
     ("none to be ready", lambda: check_ready_share(0, 0, 0.0, 0.0), "fail"),
+    ("few invalid", lambda: check_invalid_share(1, 100, 0.01, 0.05), "pass"),
+    ("more invalid", lambda: check_invalid_share(2, 100, 0.01, 0.05), "warn"),
+    ("many invalid", lambda: check_invalid_share(6, 100, 0.01, 0.05), "fail"),
+    ("no row to be invalid", lambda: check_invalid_share(0, 0, 0, 0), "pass"),
+    ("groups are whole", lambda: check_leak(0), "pass"),
+    ("a group in two splits", lambda: check_leak(1), "fail"),
+    ("shares are kept", lambda: stratified({"cat": (8, 2), "dog": (80, 20)}), "pass"),
+    ("one row off", lambda: stratified({"cat": (9, 1), "dog": (79, 21)}), "pass"),
+    ("rounding", lambda: stratified({"cat": (3, 0), "dog": (1, 0), "bee": (0, 1)}), "pass"),
+    ("two rows off, of a hundred", lambda: stratified({"cat": (82, 18)}), "warn"),
+    ("two rows off, of a thousand", lambda: stratified({"cat": (802, 198)}), "pass"),
+    ("eleven rows off, of a thousand", lambda: stratified({"cat": (811, 189)}), "warn"),
+    ("the worse of two classes", lambda: stratified({"cat": (800, 200), "dog": (10, 0)}), "warn"),
+    ("few rows off weigh more in a small class", lambda: stratified({"cat": (8_090, 1_910), "dog": (5, 5)}), "warn"),
+    ("no class to share out", lambda: stratified({}), "pass"),
     ("balanced classes", lambda: check_class_balance("churned", [("no", 90), ("yes", 10)], 0.1), "pass"),
     ("a rare class", lambda: check_class_balance("churned", [("no", 91), ("yes", 9)], 0.1), "fail"),
     ("one class", lambda: check_class_balance("churned", [("no", 100)], 0.0), "fail"),
@@ -139,6 +163,44 @@ SENTENCES = [
 @pytest.mark.parametrize(("result", "message", "bound"), SENTENCES)
 def test_sentences(result: CheckResult, message: str, bound: str) -> None:
     assert (result.message, result.bound) == (message, bound)
+
+
+SPLITS: list[tuple[str, dict[str, int], dict[str, str]]] = [
+    # why, rows by split, verdicts; train is asked for 0.4, validation for 0.6, and test for none
+    ("all have rows", {"train": 4, "validation": 6}, {"train": "pass", "validation": "pass"}),
+    ("no validation", {"train": 4}, {"train": "pass", "validation": "warn"}),
+    ("nothing to train on", {"validation": 6}, {"train": "fail", "validation": "pass"}),
+    ("nothing at all", {}, {"train": "fail", "validation": "warn"}),
+    (
+        "an uncalled split",
+        {"train": 4, "validation": 6, "test": 1},
+        {"train": "pass", "validation": "pass", "test": "fail"},
+    ),
+    (
+        "an unknown split",
+        {"train": 4, "validation": 6, "dev": 1},
+        {"train": "pass", "validation": "pass", "dev": "fail"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("why", "sizes", "verdicts"), SPLITS, ids=[case[0] for case in SPLITS])
+def test_split_sizes(why: str, sizes: dict[str, int], verdicts: dict[str, str]) -> None:
+    results = check_split_sizes(sizes, {"train": 0.4, "validation": 0.6, "test": 0.0}, essential="train")
+    assert {result.column: result.verdict for result in results} == verdicts
+    assert all(result.message.endswith(".") and result.bound for result in results)
+
+
+def test_a_share_that_is_no_round_number_allows_one_row_too() -> None:
+    shares = {"train": 1 - 0.1 - 0.3, "validation": 0.1, "test": 0.3}  # 0.6000000000000001
+    counts = {"cat": {"train": 5, "validation": 1, "test": 4}}
+    assert check_stratification("class_name", counts, shares).verdict == "pass"
+
+
+def test_the_worst_class_is_named() -> None:
+    result = stratified({"cat": (9, 1), "dog": (60, 40), "bee": (79, 21)})
+    assert result.message == "class_name 'dog' has 60 of its 100 rows in train, where 80 would be its share."
+    assert (result.figure, result.bound) == (pytest.approx(20), "≤ 1")
 
 
 def test_schema() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from pydantic import ValidationError
 
 from tasks.core.manifest import CheckResult, GateResult, InputFile, InputRecord, RowBalance, RunRecord, Verdict
 from tasks.core.plots import distribution, distributions, histogram_grid
@@ -26,7 +27,7 @@ from tasks.core.quality import (
     check_rows,
     gate,
 )
-from tasks.core.report import Report
+from tasks.core.report import MARKDOWN_ROWS, DataTable, Picture, Report
 
 NASTY = "<script>alert('x')</script>"
 SIGNS = {"fail": "✖ FAIL", "warn": "▲ WARN", "pass": "✔ PASS"}
@@ -151,7 +152,7 @@ def test_json_keeps_a_figure_of_nan() -> None:
 class Page(HTMLParser):
     """Tags and attributes of a page."""
 
-    VOID = frozenset({"meta", "br"})
+    VOID = frozenset({"meta", "br", "img"})
 
     def __init__(self, html: bytes) -> None:
         super().__init__()
@@ -383,3 +384,136 @@ def test_the_picture_is_the_same_every_time() -> None:
     drawn = distributions(report().profile, report().previous_profile)
     assert histogram_grid(drawn) == histogram_grid(drawn)
     assert histogram_grid(distributions({"$x^2$ {": customers(300).columns()["constant"]}, {})).startswith(b"\x89PNG")
+
+
+PNG, WEBP, JPEG = b"\x89PNG\r\n\x1a\n", b"RIFF\x00\x01\x02\x03WEBPVP8 ", b"\xff\xd8\xff\xe0"
+
+
+def picture(title: str = "Sheet", size: int = 900) -> Picture:
+    return Picture.of(title, f"What {title} shows.", "image/png", PNG + bytes(size))
+
+
+def test_pictures_and_tables_survive_json() -> None:
+    table = DataTable(title="t", columns=("a", "b"), rows=(("x", 1), (None, 0.5), ("", 10**15)), note="n")
+    one = small(pictures=(picture(), Picture.of("w", "", "image/webp", WEBP)), tables=(table,))
+    again = Report.model_validate_json(one.to_json())
+    assert again == one
+    assert [[type(cell) for cell in row] for row in again.tables[0].rows] == [
+        [str, int],
+        [type(None), float],
+        [str, int],
+    ]
+    assert base64.b64decode(again.pictures[0].data) == PNG + bytes(900)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "complaint"),
+    [
+        ("image/svg+xml", base64.b64encode(PNG).decode(), "Input should be"),
+        ("image/png", base64.b64encode(JPEG).decode(), "isn't image/png"),
+        ("image/webp", base64.b64encode(b"RIFF\x00\x00\x00\x00WAVE").decode(), "isn't image/webp"),
+        ("image/jpeg", "", "isn't image/jpeg"),
+        ("image/png", base64.b64encode(PNG).decode() + '"><script>', "isn't base64"),
+        ("image/png", base64.b64encode(PNG).decode() + "\n", "isn't base64"),
+        ("image/png", "a", "isn't base64"),
+    ],
+)
+def test_what_is_no_picture_is_refused(kind: str, data: str, complaint: str) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        Picture.model_validate({"title": "Sheet", "caption": "", "media_type": kind, "data": data})
+
+
+def test_a_table_of_ragged_rows_is_refused() -> None:
+    with pytest.raises(ValidationError, match="row 1 of table 't' has 1 cells for 2 columns"):
+        DataTable(title="t", columns=("a", "b"), rows=((1, 2), (1,)))
+
+
+def test_html_shows_pictures_and_tables_after_the_checks() -> None:
+    table = DataTable(title="Rejected images", columns=("image", "bytes"), rows=(("a", 1_234_567), ("b", None)))
+    html = report().model_copy(update={"pictures": (picture("First"), picture("Second")), "tables": (table,)}).to_html()
+    text, page = html.decode(), Page(html)
+    assert page.open == []
+    sources = [value for name, value in page.attributes if name == "src"]
+    assert sources == [picture("First").uri, picture("Second").uri]
+    assert [value for name, value in page.attributes if name == "alt"] == [
+        "First: What First shows.",
+        "Second: What Second shows.",
+    ]
+    order = ["<h2>Checks<", ">First<", ">Second<", "<h2>Where the rows went<", "<h2>Rejected images<", "<h2>Lineage<"]
+    assert sorted(order, key=text.index) == order
+    assert '<td class="cell">a</td><td class="right">1,234,567</td>' in text
+    assert '<th>image</th><th class="right">bytes</th>' in text
+
+
+def test_a_report_without_pictures_has_no_place_for_them() -> None:
+    text = report().to_html().decode()
+    assert "<h2>Pictures</h2>" not in text
+    assert "<img" not in text
+
+
+def test_html_caps_the_rows_of_a_table() -> None:
+    table = DataTable(title="t", columns=("n",), rows=tuple((f"row{n}",) for n in range(230)))
+    text = small(tables=(table,)).to_html().decode()
+    assert text.count('<td class="cell">row') == 200
+    assert "and 30 more rows" in text
+    assert "more row" not in small(tables=(table.model_copy(update={"rows": table.rows[:200]}),)).to_html().decode()
+    assert "No rows." in small(tables=(table.model_copy(update={"rows": ()}),)).to_html().decode()
+
+
+def test_pictures_and_tables_are_escaped() -> None:
+    evil = f'"><img src=x onerror=alert(1)>{NASTY}|](javascript:x) ![y](z)'
+    shown = Picture.of(evil, evil, "image/png", PNG)
+    table = DataTable(title=evil, columns=(evil, "b"), rows=((evil, 1), ("c", evil)), note=evil)
+    one = small(pictures=(shown,), tables=(table,))
+    page = Page(one.to_html())
+    assert page.open == []
+    assert "script" not in page.tags
+    assert page.tags.count("img") == 1
+    assert [value for name, value in page.attributes if name == "src"] == [shown.uri]
+    assert not any(name.startswith("on") for name, _ in page.attributes)
+    text = one.to_markdown()
+    assert "<" not in text
+    assert text.count("](data:image/png;base64,") == 1
+    assert not re.search(r"(?<!\\)\]\((?!data:image/png)", text)
+    rows = [line for line in text[text.index('## "') :].splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {3}
+
+
+def test_markdown_tables_are_capped_and_aligned() -> None:
+    rows = tuple((f"image {n}", n * 1000, None) for n in range(50))
+    text = small(tables=(DataTable(title="Images", columns=("a", "b", "c"), rows=rows, note="So."),)).to_markdown()
+    lines = text[text.index("## Images") :].splitlines()
+    assert lines[2:5] == ["| a | b | c |", "|---|---:|---|", "| image 0 | 0 | – |"]
+    assert sum(line.startswith("| image") for line in lines) == MARKDOWN_ROWS
+    assert "and 30 more rows" in text
+    assert text.index("more rows") < text.index("So.")
+
+
+def drawn_and_dropped(text: str) -> tuple[list[str], list[str]]:
+    return re.findall(r"!\[(\w+)[^\]]*\]\(data", text), re.findall(r"The picture “(\w+)” is left out", text)
+
+
+def test_markdown_drops_the_last_pictures_first_and_says_each() -> None:
+    pictures = tuple(picture(name, 3_000) for name in ("A", "B", "C"))
+    one = report(pictures=pictures)
+    whole = one.to_markdown(max_bytes=10**7)
+    names = ["A", "B", "C", "Distributions"]
+    assert drawn_and_dropped(whole) == (names, [])
+    assert whole.index("## Checks") < whole.index("![A]") < whole.index("![Distributions") < whole.index("## Rows")
+    room = len(whole.encode())
+    for kept in (3, 2, 1, 0):
+        dropped = one.to_markdown(max_bytes=room - 1)
+        assert drawn_and_dropped(dropped) == (names[:kept], names[kept:])
+        room = len(dropped.encode())
+        assert one.to_markdown(max_bytes=room) == dropped
+
+
+def test_a_picture_too_large_takes_no_smaller_one_with_it() -> None:
+    text = small(pictures=(picture("Large", 300_000), picture("Little", 300))).to_markdown()
+    assert drawn_and_dropped(text) == (["Little"], ["Large"])
+    assert text.index("Large") < text.index("![Little]")
+
+
+def test_names_that_the_font_lacks_make_no_warning() -> None:
+    profile = profile_table(pa.table({"名前": ["猫", "犬", "猫"]})).columns()
+    assert histogram_grid(distributions(profile, {})).startswith(PNG)

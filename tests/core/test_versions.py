@@ -177,6 +177,43 @@ def test_a_retry_is_a_new_attempt_that_removes_what_the_first_left(root: str) ->
     }
 
 
+def test_a_later_attempt_may_take_over_files_of_an_earlier_one(root: str) -> None:
+    first = versions.reserve(root, DATASET, "run")
+    taken, left = write(first)
+    second = versions.reserve(root, DATASET, "run")
+    assert second.attempt == 2
+    own = second.entry(storage.write_parquet(table("run", 7), second.data_uri(7)))
+    manifest = versions.commit(second, manifest_of(second, [taken, own]))
+    assert versions.data_files(root, manifest) == [f"{second.uri}/{taken.path}", f"{second.uri}/{own.path}"]
+    versions.verify(root, manifest)
+    assert not storage.exists(f"{second.uri}/{left.path}")
+
+
+def test_side_files_stay_and_are_verified(root: str) -> None:
+    reservation = versions.reserve(root, DATASET, "run")
+    side, other = (f"{reservation.uri}/{layout.side_name(name, 1)}" for name in ("originals", "other"))
+    entry = reservation.entry(storage.write_parquet(table("run", 0), side))
+    storage.write_bytes(other, b"a note of the work")
+    manifest = versions.commit(reservation, manifest_of(reservation, write(reservation), side_files=(entry,)))
+    assert versions.resolve(root, DATASET).side_files == (entry,)
+    assert storage.exists(side)
+    assert not storage.exists(other)
+    versions.verify(root, manifest)
+    storage.write_bytes(side, b"altered")
+    with pytest.raises(CorruptVersion, match="originals"):
+        versions.verify(root, manifest)
+
+
+def test_a_missing_side_file_is_not_published(root: str) -> None:
+    reservation = versions.reserve(root, DATASET, "run")
+    uri = f"{reservation.uri}/{layout.side_name('originals', 1)}"
+    entry = reservation.entry(storage.write_parquet(table("run", 0), uri))
+    storage.delete(uri)
+    with pytest.raises(CorruptVersion, match=r"originals.*no such file"):
+        versions.commit(reservation, manifest_of(reservation, write(reservation), side_files=(entry,)))
+    assert versions.latest(root, DATASET) is None
+
+
 def test_an_older_attempt_cannot_commit_after_a_newer_one_began(root: str) -> None:
     zombie = versions.reserve(root, DATASET, "run")
     files = write(zombie)

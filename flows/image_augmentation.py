@@ -1,0 +1,59 @@
+"""The image-augmentation flow: images and labels → augmented, validated, split, versioned training images.
+
+Run it by hand with `python -m flows.image_augmentation --help`; deploy it as
+`flows.image_augmentation.image_augmentation`.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import sys
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from tasks.core import storage
+from tasks.image_augmentation import (
+    augment,
+    plan_run,
+    prepare_images,
+    publish_version,
+    reserve_version,
+    validate_images,
+)
+from tasks.images.config import ImageAugmentationConfig
+from tasks.publication import PublishedVersion, run_record
+from tasks.retries import final_unless_transient
+from tasks.runner import ray_runner
+
+DEFAULTS = ImageAugmentationConfig()
+
+
+def _run_name() -> str:
+    config = flow_run.parameters["config"]
+    source = config.images or "the sample"
+    return f"augment {source.rstrip('/').rpartition('/')[2]} {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M:%S}"
+
+
+@flow(name="image-augmentation", flow_run_name=_run_name, task_runner=ray_runner(), retries=1, retry_delay_seconds=5)
+def image_augmentation(config: ImageAugmentationConfig = DEFAULTS) -> list[PublishedVersion]:
+    """Augment labelled images, check and split them, and publish them as a new version.
+
+    Args:
+        config: What to read, augment, check and publish.
+
+    """
+    with final_unless_transient():
+        config = config.model_copy(update={"root": storage.normalise(config.root)})
+        sourced = prepare_images.submit(config).result()
+        reservation = reserve_version(sourced, str(flow_run.id))
+        plan = plan_run.submit(sourced, reservation).result()
+        augmented = augment.submit(plan, sourced).result()
+        judged = validate_images.submit(plan, augmented, sourced, run_record()).result()
+        return publish_version(judged, config.root)
+
+
+if __name__ == "__main__":
+    from tasks.command_line import run_by_hand
+
+    sys.exit(run_by_hand("flows.image_augmentation:image_augmentation", ImageAugmentationConfig))

@@ -1,0 +1,158 @@
+"""Parquet files that are written piece by piece, in the memory of one page, locally and on S3."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.core.location import is_s3, normalise, s3_filesystem
+from tasks.core.storage import MIB, WrittenFile, no_bucket, parquet_options, sync_directory, temporary_name
+
+_WRITEBACK = 8 * MIB
+
+
+class ParquetStream:
+    """Writes one Parquet file piece by piece, in memory of a page: each table becomes a row group (or several).
+
+    A context manager. The file appears under its name when the block ends well, whole; a block that fails leaves
+    nothing. Afterwards `written` describes the file.
+
+    Args:
+        uri: Name of the file.
+        schema: Schema of the tables to come.
+        settings: As `write_parquet`'s.
+
+    """
+
+    def __init__(self, uri: str, schema: pa.Schema, **settings: Any) -> None:
+        self._uri = normalise(uri)
+        self._sink: _Sink = _S3Sink(self._uri) if is_s3(self._uri) else _LocalSink(self._uri)
+        options = parquet_options(settings)
+        self._row_group_size = options.pop("row_group_size")
+        self._rows = 0
+        self._written: WrittenFile | None = None
+        try:
+            self._writer = pq.ParquetWriter(pa.PythonFile(self._sink, mode="w"), schema, **options)
+        except BaseException:
+            self._sink.discard()
+            raise
+
+    def write(self, table: pa.Table) -> None:
+        """Append a table's rows."""
+        self._writer.write_table(table, row_group_size=self._row_group_size)
+        self._rows += table.num_rows
+
+    @property
+    def written(self) -> WrittenFile:
+        """Rows, bytes and digest of the whole file."""
+        assert self._written is not None, "the file isn't finished"
+        return self._written
+
+    def __enter__(self) -> ParquetStream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            with contextlib.suppress(Exception):  # the first error is the one to be told
+                self._writer.close()
+            self._sink.discard()
+            return
+        try:
+            self._writer.close()
+            self._sink.commit()
+        except BaseException:
+            self._sink.discard()
+            raise
+        self._written = WrittenFile(self._uri, self._rows, self._sink.bytes, self._sink.digest.hexdigest())
+
+
+class _Sink:
+    """Where a stream's bytes go, counted and hashed on their way; pyarrow sees a Python file."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self._append(data)
+        self.bytes += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        """Called by pyarrow; `commit` or `discard` end the file."""
+
+    def _append(self, data: bytes) -> None:
+        raise NotImplementedError
+
+    def commit(self) -> None:
+        raise NotImplementedError
+
+    def discard(self) -> None:
+        raise NotImplementedError
+
+
+class _LocalSink(_Sink):
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._path = path
+        self._temporary = temporary_name(path)
+        self._file = open(self._temporary, "xb", buffering=0)  # noqa: SIM115 - `commit` and `discard` close it
+        self._flushed = 0
+
+    def _append(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            left = left[self._file.write(left) :]
+        if self.bytes - self._flushed >= _WRITEBACK:
+            # The kernel begins to write these pages out, so that the wait for the disk at the end is short.
+            self._start_writeback()
+
+    def _start_writeback(self) -> None:
+        if hasattr(os, "posix_fadvise"):
+            start, length = self._flushed, self.bytes - self._flushed
+            os.posix_fadvise(self._file.fileno(), start, length, os.POSIX_FADV_DONTNEED)
+        self._flushed = self.bytes
+
+    def commit(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._temporary, self._path)
+        sync_directory(self._path)
+
+    def discard(self) -> None:
+        self._file.close()
+        Path(self._temporary).unlink(missing_ok=True)
+
+
+class _S3Sink(_Sink):
+    def __init__(self, uri: str) -> None:
+        super().__init__()
+        self._uri = uri
+        filesystem, path = s3_filesystem(uri)
+        self._file = filesystem.open(path, "wb", autocommit=False)
+
+    def _append(self, data: bytes) -> None:
+        self._file.write(data)
+
+    def commit(self) -> None:
+        try:
+            self._file.close()
+            self._file.commit()
+        except FileNotFoundError as error:
+            raise no_bucket(self._uri) from error
+
+    def discard(self) -> None:
+        self._file.closed = True  # else its finaliser would upload what is there
+        self._file.discard()

@@ -1,0 +1,276 @@
+"""The image-augmentation flow's tasks. Thin: each names a step, reports progress and calls the pipeline.
+
+What a task gives to the next is a small frozen value; what it makes stands on storage.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from tasks.artifacts import progress, publish_table
+from tasks.core import layout, storage, versions
+from tasks.core.manifest import GateResult, Manifest, RunRecord
+from tasks.core.provenance import code_digest, package_versions
+from tasks.core.report import DataTable, Picture, Report
+from tasks.core.reservation import Reservation, reserve
+from tasks.images.config import ImageAugmentationConfig
+from tasks.images.gate import class_summary, judge_images, summary_csv
+from tasks.images.pictures import charts, contact_picture, reject_picture, reject_table
+from tasks.images.pipeline import AugmentedImages, augment_images
+from tasks.images.plan import ImagePlan, known_classes, plan_images
+from tasks.images.sample import write_sample
+from tasks.images.split import SPLITS
+from tasks.publication import JudgedVersion, PublishedVersion, publish, write_report
+from tasks.retries import RETRY
+
+_CODE = Path(__file__).parent
+_CURES = {
+    "rejected": "see _rejected/ for each image and its reason, or raise --thresholds.rejected-fail",
+    "invalid": "look at the contact sheet, or raise --thresholds.invalid-fail",
+    "ready": "look at the contact sheet, or lower --thresholds.ready-fail",
+    "drift": "if the change is meant, raise --thresholds.drift-fail",
+    "schema": "publish under another --name",
+    "rows": "see _rejected/: no image came through",
+}
+
+
+@task(name="prepare-images", cache_policy=NO_CACHE, **RETRY)
+def prepare_images(config: ImageAugmentationConfig) -> ImageAugmentationConfig:
+    """Make the sample if no images are given; the configuration with every URI spelled out."""
+    if config.images is not None:
+        return config
+    uris = write_sample(config.root, config.sample_images, config.seed)
+    get_run_logger().info("No images are given: using the sample in %s", uris["images"])
+    return config.model_copy(update=uris)
+
+
+@task(name="reserve-version", cache_policy=NO_CACHE, **RETRY)
+def reserve_version(config: ImageAugmentationConfig, run_id: str) -> Reservation:
+    """Reserve the next version; what an earlier attempt has left stays, because its finished files are taken over.
+
+    Called in the flow's own process, whose death frees the reservation.
+    """
+    return reserve(config.root, layout.image_dataset(config.name), run_id)
+
+
+@task(name="plan-images", cache_policy=NO_CACHE, **RETRY)
+def plan_run(config: ImageAugmentationConfig, reservation: Reservation) -> ImagePlan:
+    """List and label the images, give each class its id, and cut the work into units."""
+    plan = plan_images(config, reservation, versions.latest(reservation.root, reservation.dataset))
+    get_run_logger().info(
+        "%d images of %d classes, in %d units of up to %d",
+        plan.images,
+        len(plan.classes),
+        plan.units,
+        config.images_per_file,
+    )
+    return plan
+
+
+@task(name="augment-images", tags=["ray-data"], cache_policy=NO_CACHE, **RETRY)
+def augment(plan: ImagePlan, config: ImageAugmentationConfig) -> AugmentedImages:
+    """Augment, judge, write and split all images: the Ray job."""
+    logger = get_run_logger()
+    with progress("Augmenting", total=plan.images, unit="images") as done:
+        augmented = augment_images(plan, config, on_images=done)
+    if augmented.resumed_units:
+        logger.info("%d of %d units were there from an earlier attempt", augmented.resumed_units, plan.units)
+    logger.info(
+        "%d variants of %d images written in %d files",
+        augmented.images * config.augmentation.variants,
+        augmented.images,
+        len(augmented.files),
+    )
+    if augmented.like_group_count:
+        logger.info("%d groups of images that belong together share a split", augmented.like_group_count)
+    return augmented
+
+
+@task(name="validate-images", cache_policy=NO_CACHE, **RETRY)
+def validate_images(
+    plan: ImagePlan, augmented: AugmentedImages, config: ImageAugmentationConfig, run: RunRecord
+) -> JudgedVersion:
+    """Judge the dataset against its thresholds and the last version; write its report and show it in Prefect."""
+    reservation = augmented.reservation
+    previous = versions.latest(reservation.root, reservation.dataset)
+    counts = split_counts(plan, augmented)
+    variants = sum(entry.rows for entry in augmented.files)
+    gate = judge_images(
+        config,
+        schema=augmented.schema,
+        profile=augmented.profile,
+        balances=augmented.balances,
+        variants=variants,
+        passed=augmented.passed,
+        ready=augmented.ready,
+        class_counts={name: sum(by_split.values()) for name, by_split in counts.items()},
+        split_counts=counts,
+        leaking_groups=augmented.leaking_groups,
+        duplicate_ids=augmented.duplicate_ids,
+        previous=previous,
+    )
+    manifest = _manifest(plan, augmented, config=config, run=run, gate=gate, previous=previous)
+    summary = _summary(plan, augmented, config)
+    storage.write_bytes(layout.join(reservation.uri, layout.CLASS_SUMMARY), summary_csv(summary))
+    publish_table(f"{config.name}-classes", summary.to_pylist(), f"Classes and splits of {reservation.dataset}")
+    pictures = _pictures(augmented, config, counts)
+    report = _report(manifest, previous, augmented.timings, pictures, _tables(plan, augmented))
+    manifest = write_report(report, manifest, reservation)
+    log = get_run_logger()
+    (log.info if gate.verdict == "pass" else log.warning)("%s: verdict %s", reservation.dataset, gate.verdict)
+    return JudgedVersion(reservation, manifest)
+
+
+@task(name="publish-version", cache_policy=NO_CACHE, **RETRY)
+def publish_version(judged: JudgedVersion, root: str) -> list[PublishedVersion]:
+    """Commit the version.
+
+    Called in the flow's own process: a commit is a conditional write, safe to repeat, but not to run in two places.
+
+    Raises:
+        GateFailed: the gate failed the version; it is recorded as rejected.
+        VersionConflict: another publisher holds the version.
+
+    """
+    return publish([judged], root, _CURES)
+
+
+def split_counts(plan: ImagePlan, augmented: AugmentedImages) -> dict[str, dict[str, int]]:
+    """Augmented images by class, then split; a known class without any stands there with zeros."""
+    names = {number: name for name, number in plan.classes.items()}
+    counts: dict[str, dict[str, int]] = {name: defaultdict(int) for name in plan.classes}
+    for number, split in zip(augmented.class_ids.tolist(), augmented.splits.tolist(), strict=True):
+        counts[names[number]][SPLITS[split]] += 1
+    return {name: {split: by_split[split] for split in SPLITS if by_split[split]} for name, by_split in counts.items()}
+
+
+def _summary(plan: ImagePlan, augmented: AugmentedImages, config: ImageAugmentationConfig) -> Any:
+    names = sorted(plan.classes, key=plan.classes.__getitem__)
+    return class_summary(
+        class_names=names,
+        class_ids=augmented.class_ids,
+        splits=[SPLITS[split] for split in augmented.splits.tolist()],
+        mean_scores=augmented.mean_scores,
+        passed=augmented.passed_variants,
+        ready=augmented.ready_variants,
+        variants=config.augmentation.variants,
+    )
+
+
+def _manifest(
+    plan: ImagePlan,
+    augmented: AugmentedImages,
+    *,
+    config: ImageAugmentationConfig,
+    run: RunRecord,
+    gate: GateResult,
+    previous: Manifest | None,
+) -> Manifest:
+    reservation = augmented.reservation
+    augmentation = config.augmentation
+    definition = {
+        "classes": {**known_classes(previous), **plan.classes},
+        "image": {
+            "format": config.format,
+            "shape": [3, augmentation.size, augmentation.size],
+            "dimensions": ["channel", "height", "width"],
+            "normalised": config.format == "float32",
+        },
+        "normalise": {"mean": list(augmentation.mean), "std": list(augmentation.std), "scale": 255},
+        "splits": {name: int((augmented.splits == number).sum()) for number, name in enumerate(SPLITS)},
+        "variants": augmentation.variants,
+    }
+    return Manifest(
+        dataset=reservation.dataset,
+        version=reservation.version,
+        status="rejected" if gate.verdict == "fail" else "published",
+        created_at=dt.datetime.now(dt.UTC),
+        files=augmented.files,
+        rejected_files=augmented.rejected_files,
+        side_files=augmented.side_files,
+        columns=augmented.columns,
+        balances=augmented.balances,
+        profile=augmented.profile.columns(),
+        gate=gate,
+        inputs=plan.inputs,
+        config=config.model_dump(mode="json"),
+        definition=definition,
+        code_digest=code_digest(_CODE / "core", _CODE / "images"),
+        packages=package_versions(),
+        run=run.model_copy(update={"attempt": reservation.attempt}),
+    )
+
+
+def _report(
+    manifest: Manifest,
+    previous: Manifest | None,
+    timings: dict[str, float],
+    pictures: list[Picture],
+    tables: list[DataTable],
+) -> Report:
+    return Report(
+        dataset=manifest.dataset,
+        version=manifest.version,
+        status=manifest.status,
+        verdict=manifest.gate.verdict,
+        created_at=manifest.created_at,
+        title=f"{manifest.dataset.rpartition('/')[2]} v{manifest.version}",
+        rows=manifest.rows,
+        balances=manifest.balances,
+        gate=manifest.gate,
+        profile=manifest.profile,
+        previous_version=previous.version if previous else None,
+        previous_profile=previous.profile if previous else {},
+        inputs=manifest.inputs,
+        run=manifest.run,
+        config=manifest.config,
+        timings=timings,
+        definition=manifest.definition,
+        pictures=tuple(pictures),
+        tables=tuple(tables),
+    )
+
+
+def _pictures(
+    augmented: AugmentedImages, config: ImageAugmentationConfig, counts: dict[str, dict[str, int]]
+) -> list[Picture]:
+    found = [contact_picture(augmented.examples, config)]
+    found.append(reject_picture(augmented.rejected_files, augmented.reservation, config))
+    return [picture for picture in found if picture is not None] + charts(counts, augmented.sizes)
+
+
+def _tables(plan: ImagePlan, augmented: AugmentedImages) -> list[DataTable]:
+    tables = [_speed_table(plan, augmented)]
+    if augmented.like_groups:
+        rows = tuple(
+            (group.split, len(group.image_ids), ", ".join(group.image_ids[:10])) for group in augmented.like_groups
+        )
+        left_out = augmented.like_group_count - len(rows)
+        note = f"{left_out:,} more groups are in _originals/, column 'alike'." if left_out else ""
+        title = "Images that share a split: copies, near-duplicates, or of one group"
+        tables.append(DataTable(title=title, columns=("split", "images", "first of them"), rows=rows, note=note))
+    rejected = reject_table(augmented.balances[0].rejected, augmented.balances[0].rows_in)
+    return [*tables, *([rejected] if rejected is not None else [])]
+
+
+def _speed_table(plan: ImagePlan, augmented: AugmentedImages) -> DataTable:
+    total = sum(augmented.stage_seconds.values()) or 1.0
+    rows = tuple(
+        (stage, round(seconds, 2), round(seconds / total, 3), round(seconds / max(plan.images, 1) * 1000, 3))
+        for stage, seconds in sorted(augmented.stage_seconds.items(), key=lambda item: -item[1])
+    )
+    wall = augmented.timings["augment and write"]
+    note = f"Over all workers; the job took {wall:.1f} s: {plan.images / max(wall, 1e-9):,.0f} images a second"
+    note += f" ({augmented.resumed_units} of {plan.units} units taken over from an earlier attempt)."
+    return DataTable(
+        title="Where the time went",
+        columns=("stage", "seconds", "share", "milliseconds an image"),
+        rows=rows,
+        note=note,
+    )

@@ -1,0 +1,215 @@
+"""Configuration of the image-augmentation flow: the flow's parameter, the command line and the deployment's parameters.
+
+Credentials never stand here (Prefect stores parameters); storage takes them from the environment.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+Channel = Annotated[int, Field(ge=0, le=255)]
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
+def _names(value: object) -> object:
+    """Let 'a,b' stand for ['a', 'b'], as command lines have it."""
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+def _dataset_name(value: str) -> str:
+    if not _NAME.fullmatch(value) or re.fullmatch(r"v[0-9]+", value):
+        raise ValueError(f"'{value}' can't name a dataset; use lower case letters, digits, '.', '_' and '-'")
+    return value
+
+
+class Augmentation(BaseModel):
+    """What becomes of each image; the operations and their defaults are torchvision's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    variants: int = Field(default=3, ge=1, le=1000, description="Augmented variants of each image.")
+    size: int = Field(default=224, ge=8, le=4096, description="Height and width of each variant, pixels.")
+    scale: tuple[Positive, Positive] = Field(
+        default=(0.08, 1.0), description="RandomResizedCrop: bounds of the crop's share of the image's area."
+    )
+    ratio: tuple[Positive, Positive] = Field(
+        default=(3 / 4, 4 / 3), description="RandomResizedCrop: bounds of the crop's width by its height."
+    )
+    flip: Share = Field(default=0.5, description="RandomHorizontalFlip: probability.")
+    degrees: float = Field(
+        default=15.0, ge=0, le=180, description="RandomRotation: largest angle to either side, degrees."
+    )
+    brightness: float = Field(default=0.2, ge=0, le=100, description="ColorJitter: factor is drawn from 1 ± this.")
+    contrast: float = Field(default=0.2, ge=0, le=100, description="ColorJitter: factor is drawn from 1 ± this.")
+    saturation: float = Field(default=0.2, ge=0, le=100, description="ColorJitter: factor is drawn from 1 ± this.")
+    hue: float = Field(default=0.1, ge=0, le=0.5, description="ColorJitter: shift is drawn from ± this, turns.")
+    mean: tuple[float, float, float] = Field(
+        default=(0.485, 0.456, 0.406), description="Normalize: mean of each channel, of values in [0, 1]."
+    )
+    std: tuple[Positive, Positive, Positive] = Field(
+        default=(0.229, 0.224, 0.225), description="Normalize: standard deviation of each channel."
+    )
+    policy: str | None = Field(
+        default=None,
+        description="Import path of a torchvision.transforms.v2 transform of your own, 'package.module:name'; "
+        "it replaces every operation above, gets a uint8 image and must give 3 × size × size.",
+    )
+
+    @model_validator(mode="after")
+    def _bounds_ascend(self) -> Augmentation:
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name} = {low}, {high} descends; give the smaller bound first")
+        if self.scale[1] > 1:
+            raise ValueError(
+                f"scale = {self.scale[0]}, {self.scale[1]} asks for crops larger than the image; at most 1"
+            )
+        if self.policy is not None and not re.fullmatch(r"[\w.]+:[\w.]+", self.policy):
+            raise ValueError(f"policy = '{self.policy}' is no import path; write it like 'package.module:name'")
+        return self
+
+
+class ImageThresholds(BaseModel):
+    """Bounds of the row and dataset checks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    constant: float = Field(
+        default=2.0, ge=0, description="A variant is invalid if its pixels' standard deviation is below this, of 255."
+    )
+    low_contrast: float = Field(
+        default=10.0, ge=0, description="A variant has low contrast if its standard deviation is below this, of 255."
+    )
+    dark: float = Field(default=16.0, ge=0, le=255, description="A variant is dark if its mean is below this, of 255.")
+    bright: float = Field(
+        default=239.0, ge=0, le=255, description="A variant is bright if its mean is above this, of 255."
+    )
+    magnified: float = Field(
+        default=4.0, ge=1, description="A variant is magnified if its crop was enlarged by more than this, in area."
+    )
+    score: Share = Field(default=0.5, description="A variant is training-ready from this quality score on.")
+    rejected_warn: Share = Field(default=0.01, description="The gate warns above this share of rejected images.")
+    rejected_fail: Share = Field(default=0.2, description="The gate fails above this share of rejected images.")
+    invalid_warn: Share = Field(default=0.01, description="The gate warns above this share of invalid variants.")
+    invalid_fail: Share = Field(default=0.1, description="The gate fails above this share of invalid variants.")
+    ready_warn: Share = Field(default=0.8, description="The gate warns below this share of training-ready variants.")
+    ready_fail: Share = Field(default=0.0, description="The gate fails below this share of training-ready variants.")
+    balance_warn: Share = Field(
+        default=0.2, description="The gate warns if the rarest class has less than this share of an equal part."
+    )
+    drift_warn: float = Field(
+        default=0.1, ge=0, description="The gate warns above this drift (PSI) against the last published version."
+    )
+    drift_fail: float = Field(
+        default=1.0, ge=0, description="The gate fails above this drift (PSI) against the last published version."
+    )
+
+    @model_validator(mode="after")
+    def _warn_before_fail(self) -> ImageThresholds:
+        for name in ("rejected", "invalid", "drift"):
+            warn, fail = getattr(self, f"{name}_warn"), getattr(self, f"{name}_fail")
+            if warn > fail:
+                raise ValueError(f"{name}_warn = {warn} is above {name}_fail = {fail}; a warning must come first")
+        if self.ready_fail > self.ready_warn:
+            raise ValueError(
+                f"ready_fail = {self.ready_fail} is above ready_warn = {self.ready_warn}; a warning must come first"
+            )
+        return self
+
+
+class ImageAugmentationConfig(BaseModel):
+    """Augment labelled images, check and split them, and publish a version."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", title="Image augmentation")
+
+    root: str = Field(
+        default="data", min_length=1, description="Where datasets are kept: a directory or s3://bucket/prefix."
+    )
+    name: Annotated[str, AfterValidator(_dataset_name)] = Field(
+        default="images", description="Name of the dataset under training-datasets/."
+    )
+    images: str | None = Field(
+        default=None,
+        description="Directory or s3:// prefix of the images, with all below it. "
+        "If none is given, a small deterministic sample is made.",
+    )
+    labels: str | None = Field(
+        default=None,
+        description="CSV or Parquet file of labels. If none is given, the first directory below `images` is the class.",
+    )
+    id_column: str = Field(default="image_id", min_length=1, description="Column of the labels that names the image.")
+    class_column: str = Field(
+        default="class_name", min_length=1, description="Column of the labels that names the class."
+    )
+    group_column: str | None = Field(
+        default=None,
+        description="Column of the labels whose images must share a split, such as a patient or a scene.",
+    )
+    classes: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        default=(), description="Classes to take, separated by commas; any other is rejected (all, by default)."
+    )
+    augmentation: Augmentation = Field(
+        default_factory=Augmentation, description="What becomes of each image: torchvision's operations."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of every draw and of the split.")
+    validation_share: Share = Field(default=0.2, description="Share of the images in the validation split.")
+    test_share: Share = Field(default=0.0, description="Share of the images in the test split.")
+    near_duplicates: int | None = Field(
+        default=6,
+        ge=0,
+        le=16,
+        description="Images whose perceptual hashes differ in at most this many of 64 bits share a split "
+        "(none: only exact copies do).",
+    )
+    format: Literal["uint8", "float32", "jpeg", "webp"] = Field(
+        default="uint8",
+        description="How variants are stored: uint8 tensors, normalised float32 tensors, or compressed.",
+    )
+    quality: int = Field(default=95, ge=1, le=100, description="Quality of jpeg and webp.")
+    background: tuple[Channel, Channel, Channel] = Field(
+        default=(255, 255, 255), description="Colour behind transparent pixels: red, green, blue."
+    )
+    max_pixels: int = Field(
+        default=89_478_485, ge=1, description="Larger images are rejected as decompression bombs, pixels."
+    )
+    images_per_file: int = Field(
+        default=128, ge=1, le=100_000, description="Images that one task augments and writes together."
+    )
+    workers: Literal["tasks", "actors"] = Field(
+        default="tasks", description="Ray tasks, or a pool of actors that load a policy or a GPU once."
+    )
+    actors: int | None = Field(default=None, ge=1, description="Size of the pool of actors (one a CPU or GPU).")
+    num_gpus: float = Field(
+        default=0.0, ge=0, le=8, description="GPUs of each worker; above 0 the transforms run there, on batches."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where transforms run; auto is cuda with num_gpus, else the compiled CPU kernel."
+    )
+    thresholds: ImageThresholds = Field(
+        default_factory=ImageThresholds, description="Bounds of the row and dataset checks."
+    )
+    sample_images: int = Field(default=500, ge=10, le=1_000_000, description="Size of the sample, images.")
+
+    @model_validator(mode="after")
+    def _choices_agree(self) -> ImageAugmentationConfig:
+        if self.labels is not None and self.images is None:
+            raise ValueError("labels are given without images; give images too, or neither to use the sample")
+        if self.group_column is not None and self.labels is None:
+            raise ValueError(f"group_column = '{self.group_column}' is a column of the labels; give labels too")
+        if self.validation_share + self.test_share >= 1:
+            raise ValueError(
+                f"validation_share + test_share = {self.validation_share + self.test_share:g}: "
+                "nothing is left to train on; together they must stay below 1"
+            )
+        if self.device == "cuda" and not self.num_gpus:
+            raise ValueError("device = cuda needs num_gpus above 0, so that Ray gives the worker a GPU")
+        if self.num_gpus and self.device == "cpu":
+            raise ValueError(f"num_gpus = {self.num_gpus:g} with device = cpu would hold GPUs idle; leave one of them")
+        return self

@@ -1,0 +1,388 @@
+"""Encoded images to pixels: any bytes become 8-bit RGB, or a reason for their rejection. Pure, but for a buffer.
+
+What the pixels are:
+
+- Every format that Pillow opens, and of several frames or pages the first. Ordinary JPEGs are decoded by simplejpeg
+  (libjpeg-turbo), whose pixels are Pillow's to the bit; all else by Pillow.
+- The orientation in the EXIF or XMP block is applied. A block that can't be read turns nothing.
+- Transparent pixels are composited over the background, whether by an alpha channel, a palette or one clear colour.
+- Gray is replicated. Palette, CMYK, YCCK, YCbCr, LAB and HSV are converted as Pillow does. Colour profiles (ICC) are
+  left alone: numbers are taken as they stand.
+- 16-bit gray v becomes v / 257, rounded. 32-bit integers are clipped to 16 bits first.
+- Floats are taken to be in [0, 1] if the greatest is at most 2 (a filter may have overshot), else in [0, 255]; they
+  are clipped there and rounded. NaN becomes 0.
+
+What is rejected, and as what:
+
+- `empty_file`: there are no bytes.
+- `not_an_image`: the bytes are of no known image format; the detail says what they look like.
+- `unsupported`: an image whose format or variant can't be decoded here. Nothing is ever decoded by another program,
+  so PostScript is among them.
+- `too_many_pixels`: the header declares more than the limit; known before memory is taken.
+- `truncated`: the file ends before its picture does. A JPEG without its end mark counts as such: the rest of an
+  interrupted copy may be zeros, which decode as gray.
+- `corrupt`: anything else that the decoder refuses, and JPEGs whose compressed data is seen to be damaged, which Pillow
+  alone would pass with gray or garbled areas. Stray bytes before a JPEG's markers are no damage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import EpsImagePlugin, Image, ImageFile
+
+from tasks.images.appearance import appearance
+from tasks.images.jpeg_header import ORIENTATION_TAG, read_jpeg_header
+
+Reason = Literal["empty_file", "not_an_image", "unsupported", "too_many_pixels", "truncated", "corrupt"]
+REASONS: tuple[Reason, ...] = get_args(Reason)
+
+Pixels = npt.NDArray[np.uint8]
+
+# A larger picture's memory is let go with the picture, so that one giant doesn't burden a worker for life.
+_KEPT_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A picture: height × width × 4 bytes (red, green, blue, any), in C order; and the name of its format."""
+
+    pixels: Pixels
+    format: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Why bytes give no picture: a stable name, and a sentence for a person."""
+
+    reason: Reason
+    detail: str
+
+
+class Decoder:
+    """Decodes images one after the other into a buffer that it keeps: have one for each thread.
+
+    Where Pillow decodes, threads take turns, for its settings are the process's: its limit of pixels and its patience
+    with truncated files are set for the while, and put back.
+
+    Args:
+        max_pixels: Images with more are rejected.
+        background: What shows through transparent pixels: red, green, blue.
+
+    """
+
+    def __init__(self, max_pixels: int, background: tuple[int, int, int]) -> None:
+        self._max_pixels = max_pixels
+        self._background = background
+        self._kept: Pixels = np.empty(0, np.uint8)
+
+    def decode(self, data: bytes | memoryview) -> Decoded | Rejection:
+        """Decode an image, or say why not; no bytes make it raise.
+
+        The pixels are valid until the next call, which may overwrite them.
+        """
+        if not isinstance(data, bytes):
+            data = data.cast("B")  # Arrow's buffers are of signed bytes
+        if not len(data):
+            return Rejection("empty_file", "The file is empty.")
+        try:
+            found = self._decode_jpeg(data) if data[:3] == b"\xff\xd8\xff" else None
+            return found or self._decode_by_pillow(data)
+        except MemoryError:
+            return Rejection(
+                "too_many_pixels", "Decoding it takes more memory than there is; lower --max-pixels to say so sooner."
+            )
+
+    def _decode_jpeg(self, data: bytes | memoryview) -> Decoded | Rejection | None:
+        """The fast way for ordinary JPEGs; None for the others."""
+        header = read_jpeg_header(data)
+        if header is None:
+            return None
+        height, width = header.height, header.width
+        if height * width > self._max_pixels:
+            return _too_many(width, height, self._max_pixels)
+        if header.scans > _MAX_SCANS:
+            return Rejection("unsupported", f"This JPEG has {header.scans:,} scans, more than any encoder makes.")
+        orientation = _jpeg_orientation(data, self._max_pixels) if header.may_be_turned else 1
+        room = self._room(height * width * 4)
+        buffer = room if orientation == 1 else np.empty(height * width * 4, np.uint8)
+        colours = "CMYK" if header.inks == 4 else "RGBX"
+        try:
+            pixels = simplejpeg.decode_jpeg(data, colours, buffer=buffer, strict=True)  # refuses what libjpeg warns of
+        except ValueError as fault:
+            return _jpeg_damage(str(fault))
+        if header.inks == 4:
+            return None  # it is sound, but only Pillow knows what colours Adobe's inks are
+        if orientation != 1:
+            stored, pixels = pixels, _shaped(room, height, width, orientation)
+            _as_stored(pixels, orientation)[:] = stored.view(np.uint32)[..., 0]
+        return Decoded(pixels, "JPEG")
+
+    def _decode_by_pillow(self, data: bytes | memoryview) -> Decoded | Rejection:
+        with _pillow(self._max_pixels):
+            image = _identify(data, self._max_pixels)
+            if isinstance(image, Rejection):
+                return image
+            name = image.format or "nameless"
+            try:
+                width, height = image.size
+                if width * height > self._max_pixels:
+                    return _too_many(width, height, self._max_pixels)
+                _scale_clear_colour(image)
+                image.load()
+                return Decoded(self._painted(image), name)
+            except MemoryError:
+                raise
+            except Exception as fault:  # noqa: BLE001  # plugins raise whatever a malformed file leads them to
+                return _rejection(name, fault, data, self._max_pixels)
+
+    def _painted(self, image: Image.Image) -> Pixels:
+        width, height = image.size
+        orientation = _orientation(image)
+        pixels = _shaped(self._room(width * height * 4), height, width, orientation)
+        stored = _as_stored(pixels, orientation)
+        whole_range = _float_range(image) if image.mode == "F" else 0.0
+        for top, band in _bands(image):
+            raw = _rgb(band, self._background, whole_range).tobytes("raw", "RGBX")
+            stored[top : top + band.height] = np.frombuffer(raw, np.uint32).reshape(band.height, width)
+        return pixels
+
+    def _room(self, size: int) -> Pixels:
+        if size > _KEPT_BYTES:
+            return np.empty(size, np.uint8)
+        if size > self._kept.size:
+            self._kept = np.empty(min(_KEPT_BYTES, max(size, 2 * self._kept.size)), np.uint8)
+        return self._kept
+
+
+# --- JPEG ---
+
+# libjpeg's warnings of lost picture data (jerror.h); its others are of stray bytes, odd versions, a missing end.
+_DAMAGE = re.compile("Corrupt JPEG data: (premature end of data segment|bad (Huffman|arithmetic) code|found marker)")
+_NO_END = "Premature end of JPEG file"
+
+# Encoders make about ten. A small file with thousands would keep a worker for minutes.
+_MAX_SCANS = 100
+
+
+def _jpeg_orientation(data: bytes | memoryview, max_pixels: int) -> int:
+    with _pillow(max_pixels):
+        try:
+            with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+                return _orientation(image)
+        except Exception:  # noqa: BLE001  # the picture's decoder says what is wrong with the file
+            return 1
+
+
+def _jpeg_damage(said: str) -> Rejection | None:
+    """What simplejpeg's complaint means; None if Pillow is to judge."""
+    if _DAMAGE.match(said):
+        return Rejection("corrupt", f"The JPEG file is damaged: {said}.")
+    if said == _NO_END:
+        return Rejection("truncated", "The JPEG file ends before its picture does, or lacks its end mark.")
+    return None
+
+
+# --- orientation ---
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        found = image.getexif().get(ORIENTATION_TAG, 1)
+        return int(found) if found in range(2, 9) else 1
+    except Exception:  # noqa: BLE001  # a broken EXIF block turns nothing
+        return 1
+
+
+def _shaped(room: Pixels, height: int, width: int, orientation: int) -> Pixels:
+    """Room for a picture that is stored as height × width."""
+    if orientation >= 5:
+        height, width = width, height
+    return room[: height * width * 4].reshape(height, width, 4)
+
+
+def _as_stored(pixels: Pixels, orientation: int) -> npt.NDArray[np.uint32]:
+    """The pixels of an upright picture as words, where the stored picture has them."""
+    words = pixels.view(np.uint32)[..., 0]
+    if orientation in (5, 6, 7, 8):
+        words = words.T
+    if orientation in (3, 4, 6, 7):
+        words = words[::-1]
+    if orientation in (2, 3, 7, 8):
+        words = words[:, ::-1]
+    return words
+
+
+# --- Pillow ---
+
+_TURN = threading.Lock()
+
+
+@contextlib.contextmanager
+def _pillow(max_pixels: int) -> Iterator[None]:
+    """Pillow's settings as we need them, for the while."""
+    wanted = (
+        (Image, "MAX_IMAGE_PIXELS", max_pixels / 2),  # Pillow refuses what exceeds twice this, also within containers
+        (ImageFile, "LOAD_TRUNCATED_IMAGES", False),
+        (EpsImagePlugin, "gs_binary", False),  # PostScript is a program: it isn't run
+    )
+    with _TURN, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Image.init()
+        before = [(module, name, getattr(module, name)) for module, name, _ in wanted]
+        try:
+            for module, name, value in wanted:
+                setattr(module, name, value)
+            yield
+        finally:
+            for module, name, value in before:
+                setattr(module, name, value)
+
+
+def _identify(data: bytes | memoryview, max_pixels: int) -> ImageFile.ImageFile | Rejection:
+    """Image.open, but that the order of formats is fixed, and that a format's complaint is kept."""
+    stream = io.BytesIO(data)
+    prefix = bytes(data[:16])
+    complaint = None
+    for name in sorted(Image.OPEN, key=lambda name: (Image.OPEN[name][1] is None, name)):
+        factory, accept = Image.OPEN[name]
+        accepted = accept is None or _accepted(accept, prefix)
+        if isinstance(accepted, str):
+            complaint = Rejection("unsupported", f"{accepted}.")
+        if accepted is not True:
+            continue
+        try:
+            stream.seek(0)
+            return factory(stream, "")
+        except MemoryError:
+            raise
+        except Exception as fault:  # noqa: BLE001  # plugins raise whatever a malformed file leads them to
+            if accept is not None and complaint is None:
+                complaint = _rejection(name, fault, data, max_pixels)
+    look = appearance(data)
+    if look is not None:
+        return Rejection("unsupported" if look.is_image else "not_an_image", f"It looks like {look.what}.")
+    return complaint or Rejection("not_an_image", "The bytes are of no known image format.")
+
+
+def _accepted(accept: Callable[[bytes], bool | str], prefix: bytes) -> bool | str:
+    try:
+        accepted = accept(prefix)
+    except Exception:  # noqa: BLE001  # a file of a few bytes is too short for some
+        return False
+    return accepted if isinstance(accepted, str) else bool(accepted)
+
+
+def _scale_clear_colour(image: ImageFile.ImageFile) -> None:
+    """Bring a PNG's clear colour to 8 bits, as Pillow brings the pixels, but not it (PNG specification, tRNS)."""
+    clear = image.info.get("transparency")
+    if image.format == "PNG" and image.tile and clear is not None:
+        match image.tile[0].args:
+            case "L;2":
+                image.info["transparency"] = clear * 85
+            case "L;4":
+                image.info["transparency"] = clear * 17
+            case "RGB;16B":
+                image.info["transparency"] = tuple(value >> 8 for value in clear)
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The picture in pieces of about a million pixels, so that conversions don't hold several copies of it."""
+    rows = max(1, 2**20 // image.width)
+    if rows >= image.height:
+        yield 0, image
+        return
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _rgb(image: Image.Image, background: tuple[int, int, int], float_range: float) -> Image.Image:
+    """Convert any mode to RGB, composited over the background."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)
+        clear = image.info.get("transparency")
+        image = Image.fromarray(_eight_bits(values, float_range))
+        if clear is None:
+            return image.convert("RGB")
+        mask = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+        mask = image.getchannel("A")
+    else:
+        return image.convert("RGB")
+    canvas = Image.new("RGB", image.size, background)
+    canvas.paste(image.convert("RGB"), mask=mask)
+    return canvas
+
+
+def _float_range(image: Image.Image) -> float:
+    values = np.asarray(image)
+    return 1.0 if values.max(initial=0, where=np.isfinite(values)) <= 2 else 255.0
+
+
+def _eight_bits(values: npt.NDArray[np.generic], float_range: float) -> Pixels:
+    """Gray values of 16 or 32 bits in 8 bits."""
+    if values.dtype.kind == "f":
+        shares = np.nan_to_num(values, nan=0, posinf=np.inf, neginf=-np.inf).clip(0, float_range) / float_range
+        gray: Pixels = np.rint(shares * 255).astype(np.uint8)
+    else:
+        gray = ((np.clip(values, 0, 65535).astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return gray
+
+
+# --- reasons ---
+
+_EARLY = re.compile(
+    "truncated|incomplete|end of (data|file)|not enough (image )?data|requires a buffer|too small", re.I
+)
+_BEYOND_US = re.compile("unsupported|not supported|unimplemented|unknown|cannot (handle|find)|ghostscript|^mpeg", re.I)
+
+_ADDRESS = re.compile("<[^<>]* at 0x[0-9a-f]+>")  # it would differ from run to run
+
+
+def _too_many(width: int, height: int, max_pixels: int) -> Rejection:
+    return Rejection(
+        "too_many_pixels",
+        f"The image has {width:,} × {height:,} pixels, more than {max_pixels:,}; raise --max-pixels if it is no bomb.",
+    )
+
+
+def _rejection(name: str, fault: Exception, data: bytes | memoryview, max_pixels: int) -> Rejection:
+    """What it means that Pillow's decoder of a format raised."""
+    said = " ".join(_ADDRESS.sub("", str(fault)).split())[:200].rstrip(".") or type(fault).__name__
+    if isinstance(fault, Image.DecompressionBombError):
+        # Pillow's message has only the product of width and height.
+        checked = [frame.f_locals.get("size") for frame, _ in traceback.walk_tb(fault.__traceback__)][-1]
+        return _too_many(checked[0], checked[1], max_pixels) if checked else Rejection("too_many_pixels", f"{said}.")
+    if _EARLY.search(said) or _ends_early(name, data):
+        return Rejection("truncated", f"The {name} file ends before its picture does: {said}.")
+    if _BEYOND_US.search(f"{name}: {said}"):
+        return Rejection("unsupported", f"This variant of {name} can't be decoded here: {said}.")
+    return Rejection("corrupt", f"The {name} file is damaged: {said}.")
+
+
+def _ends_early(name: str, data: bytes | memoryview) -> bool:
+    """Whether a refused file lacks bytes, by its format's own account of its length."""
+    head, tail = bytes(data[:16]), bytes(data[-16:])
+    order: Literal["big", "little"] = "big" if head[:1] == b"M" else "little"
+    lacks = {
+        "BMP": int.from_bytes(head[2:6], "little") > len(data),
+        "GIF": not tail.rstrip(b"\0").endswith(b";"),
+        "JPEG": not tail.rstrip(b"\0").endswith(b"\xff\xd9"),
+        "JPEG2000": not tail.rstrip(b"\0").endswith(b"\xff\xd9"),
+        "PNG": b"IEND" not in bytes(data),
+        "TIFF": max(8, int.from_bytes(head[4:8], order) + 2) > len(data),
+        "WEBP": int.from_bytes(head[4:8], "little") + 8 > len(data),
+    }
+    return lacks.get(name, False)

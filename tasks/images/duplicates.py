@@ -1,0 +1,283 @@
+"""Which images are copies of one another, though their bytes differ: recompressed, resized, converted.
+
+Images whose perceptual hashes differ in few bits and whose colours agree are linked; what hangs together is a group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from tasks.images.fingerprint import SIGNATURE_BYTES
+
+UInt8Array = npt.NDArray[np.uint8]
+UInt64Array = npt.NDArray[np.uint64]
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+COLOUR_BOUND = 8  # mean absolute difference of signatures: copies of photographs stay below 3, others above 14
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio: Fibonacci hashing
+_MOST_BUCKET_BITS = 22
+_MOST_TABLES = 5000
+_SORT_COST, _PAIR_COST = 20.0, 2.0  # nanoseconds: to put a hash into a bucket, to compare two
+
+
+def similar_pairs(
+    hashes: UInt64Array,
+    signatures: UInt8Array,
+    max_bits: int,
+    part: int = 0,
+    parts: int = 1,
+    *,
+    valid: BoolArray | None = None,
+) -> Int64Array:
+    """Enough pairs of similar images to connect all that are connected by similar pairs.
+
+    Two images are similar if their hashes differ in at most `max_bits` bits and their signatures by at most
+    `COLOUR_BOUND` a byte on average. Every pair that is returned is similar, and the connected components of the
+    returned pairs, over all parts together, are exactly those of all similar pairs; but there are fewer pairs than
+    images in each part, even where 100,000 copies of one picture have 5 billion pairs.
+
+    Not all pairs are compared (pigeonhole principle; Norouzi, Punjani & Fleet 2012, "Fast search in Hamming space with
+    multi-index hashing"): of max_bits + k bands of bits, two similar hashes agree in k at least. So for each choice of
+    k bands there is a table, and only hashes that agree on its bands are compared (Manku, Jain & Das Sarma 2007,
+    "Detecting near-duplicates for web crawling"). k is the cheapest for this many hashes. An image is compared with
+    the members of a component only until one is similar, so that big clusters cost little. What costs a comparison
+    a pair are many images of one hash and different colours, and max_bits above 10 or so.
+
+    Args:
+        hashes: shape (n,).
+        signatures: shape (n, 48).
+        max_bits: 0 to 64.
+        part: this part of the work, in [0, parts).
+        parts: into how many parts the work is cut; each part gets all images.
+        valid: whether a hash means anything, shape (n,); images without are in no pair. All do, if none is given.
+
+    Returns:
+        Indices i < j of similar images; shape (fewer than n, 2).
+
+    """
+    count = len(hashes)
+    assert signatures.shape == (count, SIGNATURE_BYTES), f"{count} hashes, but signatures of {signatures.shape}"
+    assert 0 <= max_bits <= 64, f"hashes have 64 bits, of which {max_bits} can't differ"
+    assert 0 <= part < parts, f"there is no part {part} of {parts}"
+    assert count < 2**31, "indices are 32-bit"
+    hashes, signatures = np.ascontiguousarray(hashes), np.ascontiguousarray(signatures)
+    images = np.arange(count) if valid is None else np.flatnonzero(valid)
+    is_first, chain = _equal_images(images, hashes, signatures)
+    images = images[is_first]
+    hashes, signatures = hashes[images], signatures[images]
+
+    masks = _tables(len(images), max_bits, parts)
+    splits = math.ceil(4 * parts / len(masks))  # of each table, for parts of about one size
+    bucket_bits = min(max(len(images).bit_length(), 1), _MOST_BUCKET_BITS)
+    parent = np.arange(len(images), dtype=np.int32)
+    links = np.empty((len(images), 2), dtype=np.int32)
+    found = 0
+    for unit in range(part, len(masks) * splits, parts):
+        mask, split = masks[unit // splits], unit % splits
+        order, bounds = _buckets(hashes, mask, bucket_bits, split, splits)
+        found = _link_buckets(hashes, signatures, max_bits, order, bounds, parent, links, found)
+    pairs = images[links[:found]]
+    if part == 0:
+        pairs = np.concatenate([chain, pairs])
+    return np.sort(pairs, axis=1)
+
+
+def group_images(n: int, pairs: Iterable[Int64Array], exact: Int64Array | None = None) -> Int64Array:
+    """Connected components of images: a pure function of which images are linked, in whatever pairs.
+
+    Args:
+        n: number of images.
+        pairs: arrays of linked indices, each of shape (m, 2).
+        exact: index of the first image with the same bytes, shape (n,).
+
+    Returns:
+        The smallest index of the image's component; shape (n,).
+
+    """
+    parent = np.arange(n)
+    links = pairs if exact is None else (*pairs, np.stack([np.arange(n), exact], axis=1))
+    for some in links:
+        assert not some.size or (some.min() >= 0 and some.max() < n), f"a link to an image that isn't one of {n}"
+        _connect(parent, some)
+    _flatten(parent)
+    return parent
+
+
+def _equal_images(images: Int64Array, hashes: UInt64Array, signatures: UInt8Array) -> tuple[BoolArray, Int64Array]:
+    """Which of the images are the first of their hash and signature, and pairs that chain each other to one before."""
+    key = hashes[images]
+    words = signatures.view("<u8")
+    for word in range(words.shape[1]):
+        key = (key ^ words[images, word]) * _GOLDEN
+        key ^= key >> np.uint64(32)
+    order = np.argsort(key, kind="stable")
+    ordered = images[order]
+    before, after = ordered[:-1], ordered[1:]
+    # Equal keys nearly always mean equal images; where not, an image may count as first once more, which is harmless.
+    equal = (hashes[before] == hashes[after]) & (words[before] == words[after]).all(axis=1)
+    is_first = np.ones(len(images), dtype=np.bool_)
+    is_first[order[1:][equal]] = False
+    return is_first, np.stack([before[equal], after[equal]], axis=1)
+
+
+def _tables(count: int, max_bits: int, parts: int) -> UInt64Array:
+    """Bit masks; any two hashes within max_bits agree on all bits of at least one of them."""
+
+    def cost(chosen: int) -> float:
+        if not chosen:  # one table without bits: all pairs, and all in one part
+            return count * count / 2 * _PAIR_COST
+        bands = max_bits + chosen
+        alike = max(math.exp2(-64 * chosen / bands), 1 / min(max(count, 1), 1 << _MOST_BUCKET_BITS))
+        return math.comb(bands, chosen) * (count * _SORT_COST + count * count / 2 * alike * _PAIR_COST) / parts
+
+    choices = [k for k in range(5) if not k or (max_bits + k <= 64 and math.comb(max_bits + k, k) <= _MOST_TABLES)]
+    chosen = min(choices, key=cost)
+    bands = max_bits + chosen
+    # Each band takes every `bands`-th bit, so that all have some of the low frequencies, where pictures differ most.
+    band = [sum(1 << bit for bit in range(start, 64, bands)) for start in range(bands)]
+    return np.array([sum(choice) for choice in combinations(band, chosen)], dtype=np.uint64)
+
+
+@njit(cache=True, nogil=True)
+def _bucket(bits: np.uint64, mask: np.uint64, bucket_bits: int) -> np.int64:
+    return np.int64(((bits & mask) * _GOLDEN) >> np.uint64(64 - bucket_bits))
+
+
+@njit(cache=True, nogil=True)
+def _buckets(
+    hashes: UInt64Array, mask: np.uint64, bucket_bits: int, split: int, splits: int
+) -> tuple[Int32Array, Int64Array]:
+    """Hashes by bucket, of those buckets that are ours: their indices, and where each bucket begins."""
+    bounds = np.zeros((1 << bucket_bits) + 1, dtype=np.int64)
+    for i in range(len(hashes)):
+        bucket = _bucket(hashes[i], mask, bucket_bits)
+        if bucket % splits == split:
+            bounds[bucket + 1] += 1
+    bounds = np.cumsum(bounds)
+    ends = bounds.copy()
+    order = np.empty(bounds[-1], dtype=np.int32)
+    for i in range(len(hashes)):
+        bucket = _bucket(hashes[i], mask, bucket_bits)
+        if bucket % splits == split:
+            order[ends[bucket]] = i
+            ends[bucket] += 1
+    return order, bounds
+
+
+@njit(cache=True, nogil=True)
+def _link_buckets(  # noqa: PLR0917 - compiled functions take arguments by place
+    hashes: UInt64Array,
+    signatures: UInt8Array,
+    max_bits: int,
+    order: Int32Array,
+    bounds: Int64Array,
+    parent: Int32Array,
+    links: Int32Array,
+    found: int,
+) -> int:
+    """Link similar images of each bucket that aren't connected yet; appends to `links` and returns their number.
+
+    Within a bucket, the images seen so far stand in one linked list for each component. The next image walks each list
+    of another component than its own until it meets a similar one; then the lists become one.
+    """
+    most = 0
+    for bucket in range(len(bounds) - 1):
+        most = max(most, bounds[bucket + 1] - bounds[bucket])
+    local = np.empty(most, dtype=np.uint64)  # hashes of the bucket
+    after = np.empty(most, dtype=np.int32)  # next of the list, -1 at its end
+    head, tail = np.empty(most, dtype=np.int32), np.empty(most, dtype=np.int32)
+    root_of = np.empty(most, dtype=np.int32)
+    list_of = np.full(len(parent), -1, dtype=np.int32)  # by root
+    for bucket in range(len(bounds) - 1):
+        start, size = bounds[bucket], bounds[bucket + 1] - bounds[bucket]
+        if size < 2:
+            continue
+        lists = 0
+        for a in range(size):
+            image = order[start + a]
+            local[a] = hashes[image]
+            root = _root(parent, image)
+            own = list_of[root]
+            if own < 0:
+                own = lists
+                lists += 1
+                head[own], tail[own], after[a] = a, a, -1
+                root_of[own], list_of[root] = root, own
+            else:
+                after[a], head[own] = head[own], a
+            other = 0
+            while other < lists:
+                b = head[other] if other != own else np.int32(-1)
+                while b >= 0 and not (
+                    _differing_bits(local[a], local[b]) <= max_bits
+                    and _same_colours(signatures, image, order[start + b])
+                ):
+                    b = after[b]
+                if b < 0:
+                    other += 1
+                    continue
+                links[found, 0], links[found, 1] = image, order[start + b]
+                found += 1
+                # The other list joins ours, and the last list takes its place.
+                parent[root_of[other]] = root_of[own]
+                after[tail[own]], tail[own] = head[other], tail[other]
+                lists -= 1
+                if other < lists:
+                    head[other], tail[other], root_of[other] = head[lists], tail[lists], root_of[lists]
+                    list_of[root_of[other]] = other
+                    own = other if own == lists else own
+        for other in range(lists):
+            list_of[root_of[other]] = -1
+    return found
+
+
+@njit(cache=True, nogil=True)
+def _root(parent: npt.NDArray[Any], image: Any) -> Any:
+    """Root of an image's tree, with path halving (Tarjan & van Leeuwen 1984)."""
+    while parent[image] != image:
+        parent[image] = parent[parent[image]]
+        image = parent[image]
+    return image
+
+
+@njit(cache=True, nogil=True)
+def _connect(parent: Int64Array, links: Int64Array) -> None:
+    """Join the trees of linked images; a tree's root is its smallest index."""
+    for k in range(len(links)):
+        a, b = _root(parent, links[k, 0]), _root(parent, links[k, 1])
+        parent[max(a, b)] = min(a, b)
+
+
+@njit(cache=True, nogil=True)
+def _flatten(parent: Int64Array) -> None:
+    for i in range(len(parent)):  # a parent has the smaller index, so its own parent is its root by now
+        parent[i] = parent[parent[i]]
+
+
+@njit(cache=True, nogil=True)
+def _differing_bits(a: np.uint64, b: np.uint64) -> np.int64:
+    """Hamming distance; the compiler knows this for the machine's own instruction (Warren, "Hacker's Delight", 5-1)."""
+    x = a ^ b
+    x -= (x >> np.uint64(1)) & np.uint64(0x5555555555555555)
+    x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    x = (x + (x >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return np.int64((x * np.uint64(0x0101010101010101)) >> np.uint64(56))
+
+
+@njit(cache=True, nogil=True)
+def _same_colours(signatures: UInt8Array, a: int, b: int) -> bool:
+    one, other = signatures[a], signatures[b]
+    difference = np.uint16(0)  # at most 48 × 255; in this form it compiles to instructions on 16 bytes at once
+    for k in range(SIGNATURE_BYTES):
+        difference = np.uint16(difference + (max(one[k], other[k]) - min(one[k], other[k])))
+    return bool(difference <= COLOUR_BOUND * SIGNATURE_BYTES)

@@ -1,0 +1,294 @@
+"""What the quality gate asks of a version of augmented images, and its summary by class. Pure."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from tasks.core import quality
+from tasks.core.errors import InputError
+from tasks.core.manifest import CheckResult, ColumnProfile, GateResult, Manifest, RowBalance
+from tasks.core.numerals import plural
+from tasks.core.profile import ColumnPartial, TableProfile
+from tasks.core.sketch import TopValues
+from tasks.core.tensors import TENSOR
+from tasks.images.config import ImageAugmentationConfig
+from tasks.images.rows import ENCODED, IMAGE, LABEL, rows_schema
+from tasks.images.split import SPLITS
+
+CLASS = "class_name"
+SCORE = "data_quality_score"
+
+
+def judge_images(
+    config: ImageAugmentationConfig,
+    *,
+    schema: pa.Schema,
+    profile: TableProfile,
+    balances: Sequence[RowBalance],
+    variants: int,
+    passed: int,
+    ready: int,
+    class_counts: Mapping[str, int],
+    split_counts: Mapping[str, Mapping[str, int]],
+    leaking_groups: int,
+    duplicate_ids: int,
+    previous: Manifest | None,
+) -> GateResult:
+    """Judge what was written.
+
+    Against the last published version, a changed column warns where the configuration or the classes explain it: the
+    image column for another format, size or normalisation, the one-hot label for another number of classes. Any other
+    difference fails.
+
+    Args:
+        config: Thresholds and choices.
+        schema: Schema of the data files, with the metadata of its fields.
+        profile: Profile of the data files; the image and its label may be missing.
+        balances: Row balances of the images and of what they went through.
+        variants: Rows of the data files.
+        passed: Rows without a fatal issue.
+        ready: Training-ready rows.
+        class_counts: Images that were augmented, by class; a class that was known but has none counts as 0.
+        split_counts: The same images by class, then split.
+        leaking_groups: Groups of images that belong together and are in several splits.
+        duplicate_ids: Rows whose image_id another row has too.
+        previous: Manifest of the last published version, if there is one.
+    """
+    assert 0 <= ready <= passed <= variants, f"{ready} ready of {passed} passed of {variants}"
+    bounds = config.thresholds
+    columns = profile.columns()
+    classes = len(class_counts)
+    images = sum(class_counts.values())
+    shares = split_shares(config)
+    sizes: Counter[str] = Counter()
+    for by_split in split_counts.values():
+        sizes.update(by_split)
+    checks: list[CheckResult] = [quality.check_rows(profile.rows, 1)]
+    expected = {field.name: _described(field) for field in rows_schema(config, max(classes, 1))}
+    checks += quality.check_schema({field.name: _described(field) for field in schema}, expected)
+    checks.append(quality.check_unique("image_id", duplicate_ids))
+    accounts = [
+        RowBalance(name="variants", rows_in=images * config.augmentation.variants, rows_out=variants),
+        RowBalance(name="data files", rows_in=variants, rows_out=profile.rows),
+        RowBalance(name="splits", rows_in=images, rows_out=sizes.total()),
+    ]
+    checks += [quality.check_balance(balance) for balance in (*balances, *accounts)]
+    checks += [
+        quality.check_rejected_share(balance, bounds.rejected_warn, bounds.rejected_fail) for balance in balances
+    ]
+    checks.append(quality.check_invalid_share(variants - passed, variants, bounds.invalid_warn, bounds.invalid_fail))
+    checks.append(quality.check_ready_share(ready, variants, bounds.ready_warn, bounds.ready_fail))
+    if "class_id" in columns:
+        checks.append(quality.check_range("class_id", columns["class_id"], 0, classes - 1))
+    if SCORE in columns:
+        checks.append(quality.check_range(SCORE, columns[SCORE], 0, 1))
+    checks.append(_class_balance(config, class_counts))
+    checks.append(quality.check_leak(leaking_groups))
+    checks += quality.check_split_sizes(sizes, shares, essential=SPLITS[0])
+    checks.append(quality.check_stratification(CLASS, split_counts, shares))
+    if previous is not None:
+        checks += _against(previous, config, schema, profile, class_counts)
+    return quality.gate(checks)
+
+
+def split_shares(config: ImageAugmentationConfig) -> dict[str, float]:
+    """Share of the images that each split is asked to have."""
+    train = 1 - config.validation_share - config.test_share
+    return dict(zip(SPLITS, (train, config.validation_share, config.test_share), strict=True))
+
+
+def class_summary(
+    *,
+    class_names: Sequence[str],
+    class_ids: npt.NDArray[np.integer[Any]],
+    splits: Sequence[str] | npt.NDArray[Any] | pa.Array,
+    mean_scores: npt.NDArray[np.floating[Any]],
+    passed: npt.NDArray[np.integer[Any]],
+    ready: npt.NDArray[np.integer[Any]],
+    variants: int,
+    split_names: Sequence[str] = SPLITS,
+) -> pa.Table:
+    """One row for each class and split, in this order, also where there is no image; the images' order is no matter.
+
+    Args:
+        class_names: By class id.
+        class_ids: Class of each image, shape (n,).
+        splits: Name of each image's split.
+        mean_scores: Mean quality score of each image's variants.
+        passed: Variants of each image that passed validation.
+        ready: Variants of each image that are training-ready.
+        variants: Variants of each image.
+        split_names: Splits, in the order of the rows.
+
+    Returns:
+        class_id, class_name, split, originals, variants, mean_quality (null without images), passed, ready.
+
+    Raises:
+        InputError: a class id or a split that isn't among the names, or arrays of different lengths.
+    """
+    names = np.asarray(splits.to_pylist() if isinstance(splits, pa.Array) else splits, dtype=str)
+    lengths = {len(array) for array in (class_ids, names, mean_scores, passed, ready)}
+    if len(lengths) > 1:
+        raise InputError(f"figures of {sorted(lengths)} images; every array must have one for each image")
+    if len(class_ids) and not 0 <= class_ids.min() <= class_ids.max() < len(class_names):
+        raise InputError(f"class ids from {class_ids.min()} to {class_ids.max()}, where there are {len(class_names)}")
+    unknown = sorted(set(names.tolist()) - set(split_names))
+    if unknown:
+        raise InputError(f"{unknown[0]!r} is no split: they are {', '.join(split_names)}")
+    codes = np.zeros(len(names), dtype=np.int64)
+    for code, name in enumerate(split_names):
+        codes[names == name] = code
+    groups = class_ids.astype(np.int64) * len(split_names) + codes
+    order = np.lexsort((mean_scores, groups))  # one order of adding up, whatever the order of the images
+    rows = len(class_names) * len(split_names)
+
+    def total(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        return np.bincount(groups[order], weights=values[order], minlength=rows).astype(np.float64)
+
+    originals = np.bincount(groups, minlength=rows)
+    means = total(mean_scores.astype(np.float64)) / np.maximum(originals, 1)
+    return pa.table(
+        {
+            "class_id": pa.array(np.repeat(np.arange(len(class_names)), len(split_names)), pa.int32()),
+            "class_name": pa.array([name for name in class_names for _ in split_names], pa.string()),
+            "split": pa.array(list(split_names) * len(class_names), pa.string()),
+            "originals": pa.array(originals, pa.int64()),
+            "variants": pa.array(originals * variants, pa.int64()),
+            "mean_quality": pa.array(means, pa.float64(), mask=originals == 0),
+            "passed": pa.array(total(passed).astype(np.int64)),
+            "ready": pa.array(total(ready).astype(np.int64)),
+        }
+    )
+
+
+def summary_csv(summary: pa.Table) -> bytes:
+    """A summary as CSV (UTF-8, with a header, quoted where needed)."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")  # pyarrow's quotes every text
+    writer.writerow(summary.column_names)
+    writer.writerows(zip(*(column.to_pylist() for column in summary.columns), strict=True))
+    return text.getvalue().encode()
+
+
+def _described(field: pa.Field) -> str:
+    """Type of a column, with what its metadata says: 3 × 224² of uint8 and 3 × 112² of float32 are the same bytes."""
+    metadata = field.metadata or {}
+    return " ".join([str(field.type), *(metadata[key].decode() for key in (TENSOR, ENCODED) if key in metadata)])
+
+
+def _class_balance(config: ImageAugmentationConfig, counts: Mapping[str, int]) -> CheckResult:
+    # A class of earlier versions that is left out on purpose isn't missed.
+    judged = {name: count for name, count in counts.items() if count or not config.classes or name in config.classes}
+    share = config.thresholds.balance_warn / max(len(judged), 1)
+    check = quality.check_class_balance(CLASS, sorted(judged.items()), share)
+    intended = len(judged) > 1 or len(config.classes) == 1  # one class is a mistake unless somebody asked for it
+    return check.model_copy(update={"verdict": "warn"}) if check.verdict == "fail" and intended else check
+
+
+def _against(
+    previous: Manifest,
+    config: ImageAugmentationConfig,
+    schema: pa.Schema,
+    profile: TableProfile,
+    class_counts: Mapping[str, int],
+) -> list[CheckResult]:
+    checks = _compatibility(previous, config, schema)
+    warn_above, fail_above = config.thresholds.drift_warn, config.thresholds.drift_fail
+    if CLASS in previous.profile:
+        before = _per_image(previous.profile[CLASS], _choices(previous.config)["variants"] or 1)
+        if before.distinct == len(before.top_values):  # else it isn't known which classes there were
+            checks.append(_same_classes(previous.version, class_counts, before))
+        # Counted by image: the variants of one are no independent witnesses of what chance does.
+        names, counts = pa.array(list(class_counts), pa.string()), pa.array(list(class_counts.values()), pa.int64())
+        images = sum(class_counts.values())
+        partial = ColumnPartial("string", "string", images, 0, top=TopValues.of(names, counts))
+        checks.append(
+            quality.check_drift(
+                CLASS, TableProfile(images, {CLASS: partial}), before, warn_above=warn_above, fail_above=fail_above
+            )
+        )
+    if SCORE in previous.profile and SCORE in profile.partials:
+        checks.append(
+            quality.check_drift(SCORE, profile, previous.profile[SCORE], warn_above=warn_above, fail_above=fail_above)
+        )
+    return checks
+
+
+def _choices(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration, as a manifest has it, says of the pictures; None where it says nothing."""
+    augmentation = config.get("augmentation", {})
+    found = {name: augmentation.get(name) for name in ("size", "variants")} | {"format": config.get("format")}
+    for name in ("mean", "std"):
+        values = augmentation.get(name) if config.get("format") == "float32" else None
+        found[name] = values and tuple(values)
+    return found
+
+
+def _compatibility(previous: Manifest, config: ImageAugmentationConfig, schema: pa.Schema) -> list[CheckResult]:
+    """Whether readers of the last version can read this one."""
+    label = {column.name: column.type for column in previous.columns}.get(LABEL)
+    now, before = _choices(config.model_dump()), _choices(previous.config)
+    changed = [name for name in ("format", "size", "mean", "std") if before[name] != now[name] and before["format"]]
+    explained = {IMAGE: bool(changed), LABEL: label is not None}
+    results = []
+    for check in quality.check_schema(
+        {field.name: str(field.type) for field in schema}, {column.name: column.type for column in previous.columns}
+    ):
+        if check.verdict == "pass" or (changed and check.column == IMAGE):
+            continue
+        known = check.column is not None and explained.get(check.column, False) and check.column in schema.names
+        message = f"{check.message.rstrip('.')}, unlike v{previous.version}."
+        if not known:
+            message += " Publish it under another name, so that no reader breaks."
+        update = {"name": "compatibility", "verdict": "warn" if known else "fail", "message": message}
+        results.append(check.model_copy(update=update))
+    if changed:
+        words = "; ".join(f"{name} is {now[name]} and was {before[name]}" for name in changed)
+        message = f"Images are stored otherwise than in v{previous.version}: {words}."
+        results.append(
+            CheckResult(
+                name="compatibility", column=IMAGE, verdict="warn", figure=words, bound="as before", message=message
+            )
+        )
+    message = f"Columns and types are those of v{previous.version}."
+    good = CheckResult(
+        name="compatibility", verdict="pass", figure=float(len(schema)), bound="as before", message=message
+    )
+    return results or [good]
+
+
+def _same_classes(version: int, counts: Mapping[str, int], profile: ColumnProfile) -> CheckResult:
+    """Whether the classes that have images are those that had some."""
+    now, before = {name for name, count in counts.items() if count}, {name for name, _ in profile.top_values}
+    words = [
+        f"{plural(len(names), 'class', 'classes')} {what}: {', '.join(sorted(names)[:5])}{', …' * (len(names) > 5)}"
+        for what, names in (("appeared", now - before), ("vanished", before - now))
+        if names
+    ]
+    message = f"The classes are those of v{version}."
+    if words:
+        message = f"Since v{version}, {' and '.join(words)}."
+    return CheckResult(
+        name="classes",
+        column=CLASS,
+        verdict="warn" if words else "pass",
+        figure=float(len(now)),
+        bound="as before",
+        message=message,
+    )
+
+
+def _per_image(profile: ColumnProfile, variants: int) -> ColumnProfile:
+    """The profile of a column that is the same for all variants of an image, counted by image."""
+    top = tuple((value, count // variants) for value, count in profile.top_values)
+    return profile.model_copy(
+        update={"count": profile.count // variants, "nulls": profile.nulls // variants, "top_values": top}
+    )

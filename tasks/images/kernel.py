@@ -1,0 +1,319 @@
+"""The fused CPU kernel: one decoded image → K augmented variants, compiled by numba.
+
+    crop ─ resize along y ─ turn ─ resize along x ─ flip and rotate in one gather ─ colour operations by rows ─ uint8
+
+The operations and their rounding are torchvision's on uint8 tensors (`torchvision.transforms.v2.functional`):
+antialiased triangle resampling with a rounding to uint8 between the axes, nearest rotation with black corners, and
+colour operations that truncate to uint8 after each. What differs, and by how much, stands in the kernel's tests:
+resampling sums in float32 along y first (torch: int16 weights, x first), so a pixel may be one level off.
+
+Why it is fast: an image is decoded once; everything works on a few kilobytes that stay in the cache; resampling along
+x is done as resampling along y of the turned picture, which vectorises; colours are float32 rows, so that four
+operations cost one conversion from and to uint8. The GIL is released.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tasks.images.config import Augmentation
+from tasks.images.draws import Draws
+from tasks.images.resample import jit, resample_rows, triangle_weights, turn
+
+UInt8Array = npt.NDArray[np.uint8]
+FloatArray = npt.NDArray[np.float32]
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+_F = np.float32
+_RED, _GREEN, _BLUE = _F(0.2989), _F(0.587), _F(0.114)
+_ZERO, _ONE, _TWO, _THREE, _FOUR, _SIX = (_F(v) for v in (0, 1, 2, 3, 4, 6))
+_WHITE = _F(255)
+_STRETCH = _F((256 - 1e-3) / 255)  # torchvision's way from uint8 to [0, 1] and back
+_STRIP = 1024  # pixels that are coloured together: their float32 channels stay in the first-level cache
+_BLOCK = 1 << 15  # values whose squares add up to less than 2**32
+_FRACTION = 32  # bits of the rotation's fixed-point coordinates
+
+
+@dataclass(slots=True)
+class _Scratch:
+    """Buffers of one worker, large enough for the images seen so far."""
+
+    width: int
+    taps: int
+    row: FloatArray  # one resampled row, RGBX
+    upright: UInt8Array  # resampled along y, (size, width, RGBX)
+    turned: UInt8Array  # the same, (width, size, RGBX)
+    weights_y: FloatArray  # (size, taps)
+    weights_x: FloatArray
+
+
+class FusedEngine:
+    """Augments one image at a time on one core; one engine a thread.
+
+    Args:
+        augmentation: Size and largest angle; everything else comes with the draws.
+
+    """
+
+    def __init__(self, augmentation: Augmentation) -> None:
+        size = self.size = augmentation.size
+        # How far a corner is turned beyond the edge; without bounds checks the gather must find zeros there.
+        angle = math.radians(min(augmentation.degrees, 45.0))
+        self._margin = math.ceil((math.cos(angle) + math.sin(angle) - 1) * size / 2) + 2
+        side = size + 2 * self._margin
+        self._padded = np.zeros(side * side, np.uint32)
+        self._spans = np.empty((4, size), np.int64)
+        strip = size * max(1, _STRIP // size)
+        self._line = np.empty(strip, np.uint32)
+        self._rows = np.empty((3, strip), np.float32)
+        self._scratch = self._buffers(width=1024, taps=16)
+
+    def augment(self, pixels: UInt8Array, draws: Draws, first: int, out: UInt8Array, figures: FloatArray) -> None:
+        """Make the variants of one image.
+
+        Args:
+            pixels: RGBX, shape (height, width, 4), C-contiguous.
+            draws: Parameters; rows `first` to `first + K - 1` are this image's.
+            first: See above.
+            out: Receives the variants, shape (K, 3, size, size), RGB planes.
+            figures: Receives mean and standard deviation of each variant's values, shape (K, 2), of 255.
+
+        """
+        height, width, channels = pixels.shape
+        assert channels == 4, "the kernel takes RGBX"
+        assert out.shape[1:] == (3, self.size, self.size), f"out has the shape {out.shape}"
+        scratch = self._scratch_for(height, width)
+        last = first + len(out)
+        _augment(
+            pixels.reshape(height, width * 4),
+            draws.crop[first:last],
+            draws.flip[first:last],
+            draws.angle[first:last],
+            draws.jitter[first:last],
+            draws.order[first:last],
+            out,
+            figures,
+            self._padded,
+            self._margin,
+            self._spans,
+            self._line,
+            self._rows,
+            scratch.row,
+            scratch.upright,
+            scratch.turned,
+            scratch.weights_y,
+            scratch.weights_x,
+        )
+
+    def _scratch_for(self, height: int, width: int) -> _Scratch:
+        taps = 2 * math.ceil(max(height, width, self.size) / self.size) + 2
+        held = self._scratch
+        if width > held.width or taps > held.taps:
+            self._scratch = self._buffers(max(width, held.width), max(taps, held.taps))
+        return self._scratch
+
+    def _buffers(self, width: int, taps: int) -> _Scratch:
+        pixels = width * self.size * 4
+        return _Scratch(
+            width=width,
+            taps=taps,
+            row=np.empty(max(width, self.size) * 4, np.float32),
+            upright=np.empty(pixels, np.uint8),
+            turned=np.empty(pixels, np.uint8),
+            weights_y=np.empty((self.size, taps), np.float32),
+            weights_x=np.empty((self.size, taps), np.float32),
+        )
+
+
+@jit
+def _augment(
+    source, crop, flip, angle, jitter, order, out, figures,
+    padded, margin, spans, line, rows, row, upright, turned, weights_y, weights_x,
+):  # fmt: skip
+    size = out.shape[2]
+    for variant in range(out.shape[0]):
+        top, left, height, width = crop[variant]
+        triangle_weights(height, size, spans[0], spans[1], weights_y)
+        triangle_weights(width, size, spans[2], spans[3], weights_x)
+        resample_rows(source, top, left * 4, width * 4, spans[0], spans[1], weights_y, row, upright, 0, width * 4)
+        turn(upright.view(np.uint32), turned.view(np.uint32), size, width)
+        # The picture stands turned in the padded buffer too: one of its rows is a column x.
+        side = size + 2 * margin
+        start, step = margin * side + margin, side
+        if flip[variant]:
+            start, step = start + (size - 1) * side, -side
+        columns = turned[: width * size * 4].reshape(width, size * 4)
+        resample_rows(
+            columns, 0, 0, size * 4, spans[2], spans[3], weights_x, row, padded.view(np.uint8), start * 4, step * 4
+        )
+        figures[variant, 0], figures[variant, 1] = _rotate_and_colour(
+            padded, side, margin, angle[variant], jitter[variant], order[variant], line, rows,
+            out[variant].reshape(3, size * size),
+        )  # fmt: skip
+
+
+@jit
+def _rotate_and_colour(padded, side, margin, angle, jitter, order, line, rows, planes):
+    """Gather rotated rows and colour them, a strip of rows at a time; gives mean and deviation of all values."""
+    pixels = planes.shape[1]
+    size = int(math.sqrt(pixels))
+    strip = len(line)
+    gather = _rotation(size, margin, angle)
+    turn = 4
+    for k in range(4):
+        if order[k] == CONTRAST and jitter[CONTRAST] != _ONE:
+            turn = k
+    grey = 0
+    for start in range(0, pixels, strip):
+        count = min(strip, pixels - start)
+        red, green, blue = rows[0, :count], rows[1, :count], rows[2, :count]
+        for done in range(0, count, size):
+            _gather_row(padded, side, gather, (start + done) // size, line[done : done + size])
+        for x in range(count):
+            red[x] = _F(np.uint8(line[x]))
+        for x in range(count):
+            green[x] = _F(np.uint8(line[x] >> np.uint32(8)))
+        for x in range(count):
+            blue[x] = _F(np.uint8(line[x] >> np.uint32(16)))
+        for k in range(turn):
+            _colour(order[k], jitter, red, green, blue)
+        if turn < 4:
+            grey += _grey_sum(red, green, blue)
+        _store(red, green, blue, planes, start)
+    if turn < 4:
+        # Contrast needs the mean of the whole picture, so the strips are visited a second time.
+        factor = jitter[CONTRAST]
+        offset = _F(grey / pixels) * (_ONE - factor)
+        for start in range(0, pixels, strip):
+            count = min(strip, pixels - start)
+            for channel in range(3):
+                values, stored = rows[channel, :count], planes[channel, start : start + count]
+                for x in range(count):
+                    values[x] = _clipped(_F(stored[x]) * factor + offset)
+            red, green, blue = rows[0, :count], rows[1, :count], rows[2, :count]
+            for k in range(turn + 1, 4):
+                _colour(order[k], jitter, red, green, blue)
+            _store(red, green, blue, planes, start)
+    return _mean_and_deviation(planes)
+
+
+@jit
+def _rotation(size, margin, angle):
+    """Fixed-point steps and start of the gather: source = R(angle) · (x, y) about the centre, rounded to nearest."""
+    radians = math.radians(angle)
+    one = float(1 << _FRACTION)
+    cosine, sine = math.cos(radians), math.sin(radians)
+    half = (size - 1) / 2
+    x0 = (-half * cosine + half * sine + half + margin + 0.5) * one
+    y0 = (-half * sine - half * cosine + half + margin + 0.5) * one
+    return int(x0), int(y0), int(round(cosine * one)), int(round(sine * one))
+
+
+@jit
+def _gather_row(padded, side, gather, y, line):
+    x0, y0, cosine, sine = gather
+    x_at, y_at = x0 - y * sine, y0 + y * cosine
+    for x in range(len(line)):
+        line[x] = padded[np.uintp((x_at >> _FRACTION) * side + (y_at >> _FRACTION))]
+        x_at += cosine
+        y_at += sine
+
+
+@jit
+def _clipped(value):
+    """A value as uint8 holds it: within 0 and 255, without its fraction."""
+    value = value if value < _WHITE else _WHITE
+    value = value if value > _ZERO else _ZERO
+    return _F(np.int32(value))
+
+
+@jit
+def _grey(red, green, blue):
+    return np.int32(_RED * red + _GREEN * green + _BLUE * blue)
+
+
+@jit
+def _grey_sum(red, green, blue):
+    total = 0
+    for x in range(len(red)):
+        total += _grey(red[x], green[x], blue[x])
+    return total
+
+
+@jit
+def _colour(operation, jitter, red, green, blue):
+    factor = jitter[operation]
+    if operation == BRIGHTNESS and factor != _ONE:
+        for values in (red, green, blue):
+            for x in range(len(values)):
+                values[x] = _clipped(values[x] * factor)
+    elif operation == SATURATION and factor != _ONE:
+        rest = _ONE - factor
+        for x in range(len(red)):
+            offset = _F(_grey(red[x], green[x], blue[x])) * rest
+            red[x] = _clipped(red[x] * factor + offset)
+            green[x] = _clipped(green[x] * factor + offset)
+            blue[x] = _clipped(blue[x] * factor + offset)
+    elif operation == HUE and factor != _ZERO:
+        _shift_hue(red, green, blue, factor * _SIX)
+
+
+@jit
+def _shift_hue(red, green, blue, shift):
+    """RGB → HSV → RGB, the hue in sixths of a turn, without branches.
+
+    With V the largest and C the span of the channels, a channel is V - C · (how far its hue is away, within 0 and 1).
+    """
+    for x in range(len(red)):
+        r, g, b = red[x], green[x], blue[x]
+        high = r if r > g else g
+        high = high if high > b else b
+        low = r if r < g else g
+        low = low if low < b else b
+        span = high - low
+        inverse = _ONE / (span if span > _ZERO else _ONE)
+        if_green, if_blue = (b - r) * inverse + _TWO, (r - g) * inverse + _FOUR
+        hue = (g - b) * inverse if high == r else (if_green if high == g else if_blue)
+        hue = hue + shift
+        hue = hue + _SIX if hue < _ZERO else hue
+        hue = hue - _SIX if hue >= _SIX else hue
+        red[x] = _F(np.int32((high - span * _within(_TWO - abs(hue - _THREE))) * _STRETCH))
+        green[x] = _F(np.int32((high - span * _within(abs(hue - _TWO) - _ONE)) * _STRETCH))
+        blue[x] = _F(np.int32((high - span * _within(abs(hue - _FOUR) - _ONE)) * _STRETCH))
+
+
+@jit
+def _within(value):
+    """A value, at least 0 and at most 1."""
+    value = value if value < _ONE else _ONE
+    return value if value > _ZERO else _ZERO
+
+
+@jit
+def _store(red, green, blue, planes, start):
+    for channel, values in enumerate((red, green, blue)):
+        stored = planes[channel, start : start + len(values)]
+        for x in range(len(values)):
+            stored[x] = np.uint8(np.int32(values[x]))
+
+
+@jit
+def _mean_and_deviation(planes):
+    total, squares = 0, 0
+    for channel in range(3):
+        for start in range(0, planes.shape[1], _BLOCK):
+            values = planes[channel, start : start + _BLOCK]
+            few, many = np.uint32(0), np.uint32(0)  # of 32 bits, so that more of them fit a register
+            for x in range(len(values)):
+                value = np.uint32(values[x])
+                few = np.uint32(few + value)
+                many = np.uint32(many + np.uint32(value * value))
+            total += few
+            squares += many
+    mean = total / planes.size
+    return mean, math.sqrt(max(squares / planes.size - mean * mean, 0.0))

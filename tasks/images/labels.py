@@ -1,0 +1,340 @@
+r"""Which class each image has: the table of labels, joined to the files there are; each row used, or its reason.
+
+A label names its image by the file's path below the listed directory, with or without suffix; a label without '/'
+also by the bare file name, with or without suffix. The first of these four that any file answers to decides. Both
+sides are compared with '\' read as '/', spaces around and './' in front dropped, and accents composed (NFC); case
+matters. Around classes and groups spaces are dropped, too, and their accents composed.
+
+What becomes of odd labels:
+
+| label | becomes |
+|---|---|
+| CSV line with a wrong number of fields; control characters in a value, as after an open quote | `malformed_row` |
+| id or class null or blank | `null_id`, `null_class` |
+| names no file, or several | `no_image`, `ambiguous_image` |
+| its file is itself rejected | the file's reason: `duplicate_id`, `bad_name`, `not_a_file` |
+| two classes for one file, whatever the spelling of its id | all rejected, and the image: `conflicting_labels` |
+| one class, but two groups for one file (no group is one, too) | all rejected, and the image: `conflicting_groups` |
+| a class that isn't to be taken | rejected, and the image: `unknown_class` |
+| file, class and group of an earlier row | deduplicated |
+
+An image that is left without label is `unlabelled`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from unicodedata import normalize
+
+import polars as pl
+import pyarrow as pa
+
+from tasks.core.errors import CorruptVersion, SourceError
+from tasks.core.manifest import RowBalance
+from tasks.core.numerals import plural
+from tasks.images.label_file import LABELS, labels_record, read_labels
+from tasks.images.sources import (
+    LISTING,
+    NAMED,
+    REJECTED_IMAGES,
+    SUFFIX,
+    ImageListing,
+    as_frame,
+    as_table,
+    name_some,
+    shown,
+)
+
+__all__ = [
+    "IMAGES",
+    "LABELS",
+    "REJECTED_LABELS",
+    "Joined",
+    "assign_class_ids",
+    "folder_labels",
+    "join_labels",
+    "labels_record",
+    "read_labels",
+]
+
+_TEXT = pa.string()
+IMAGES = pa.schema([*LISTING, ("class_name", _TEXT), ("group", _TEXT)])
+REJECTED_LABELS = pa.schema(
+    [("row", pa.int64()), *((name, _TEXT) for name in ("image_id", "class_name", "reason", "detail"))]
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joined:
+    """Images with their class, and every row that has not come so far.
+
+    images: columns of `IMAGES`, in the listing's order. rejected_images: columns of `REJECTED_IMAGES`, sorted by uri.
+    rejected_labels: columns of `REJECTED_LABELS`, in the file's order; none without a labels file. label_balance is
+    None without a labels file.
+    """
+
+    images: pa.Table
+    rejected_images: pa.Table
+    rejected_labels: pa.Table
+    image_balance: RowBalance
+    label_balance: RowBalance | None
+
+
+def folder_labels(listing: ImageListing) -> pa.Table:
+    """Labels that a class-per-directory layout implies: the class is the first directory of the path.
+
+    Returns:
+        Columns of `LABELS`, in the listing's order; row is that of the listing, and image_id the path. Files at the top
+        have none.
+    """
+    frame = as_frame(listing.table).with_row_index("row").filter(pl.col("folder").is_not_null())
+    nothing = pl.lit(None, pl.String)
+    return as_table(frame.with_columns(image_id="path", class_name="folder", group=nothing, malformed=nothing), LABELS)
+
+
+def join_labels(listing: ImageListing, labels: pa.Table | None, allowed_classes: Sequence[str] = ()) -> Joined:
+    """Give each image its class, and each image and label that has to go its reason.
+
+    Args:
+        listing: The files there are.
+        labels: Columns of `LABELS`; None takes `folder_labels`.
+        allowed_classes: Classes to take; all if empty.
+
+    Raises:
+        SourceError: no image has a usable label; shows counts, and ids of both sides.
+    """
+    files = _files(listing)
+    if labels is None:
+        given = as_frame(folder_labels(listing)).with_columns(
+            pl.col("row").alias("file"), candidates=pl.lit(1, pl.UInt32), named=pl.lit(None, pl.String)
+        )
+    else:
+        given = as_frame(labels).with_columns(key=_key("image_id"))
+        matches = _match(given["key"].drop_nulls().unique(), files)
+        given = given.join(matches, on="key", how="left", maintain_order="left")
+    judged = _judge(given, files, {_composed(name) for name in allowed_classes})
+    used = judged.filter("used").select("file", "class_name", "group")
+    listed = as_frame(listing.table).with_row_index("file").cast({"file": pl.Int64})
+    images = listed.join(used, on="file", how="inner", maintain_order="left")
+    rejected = _without_label(listed.join(used, on="file", how="anti", maintain_order="left"), judged, labels is None)
+    rejected_images = pl.concat([as_frame(listing.rejected), rejected]).sort("uri", maintain_order=True)
+    bad = judged.filter(pl.col("reason").is_not_null())
+    joined = Joined(
+        images=as_table(images, IMAGES),
+        rejected_images=as_table(rejected_images, REJECTED_IMAGES),
+        rejected_labels=as_table(bad if labels is not None else bad.clear(), REJECTED_LABELS),
+        image_balance=RowBalance(
+            name="images",
+            rows_in=listing.files,
+            rows_out=images.height,
+            rejected=_counts(rejected_images["reason"]),
+            filtered=dict(listing.filtered),
+        ),
+        label_balance=None
+        if labels is None
+        else RowBalance(
+            name="labels",
+            rows_in=judged.height,
+            rows_out=used.height,
+            rejected=_counts(bad["reason"]),
+            deduplicated=judged.height - used.height - bad.height,
+        ),
+    )
+    if not images.height:
+        raise _nothing_left(listing, joined, judged)
+    return joined
+
+
+def _composed(text: str) -> str:
+    return normalize("NFC", text.strip())
+
+
+def _plain(column: str) -> pl.Expr:
+    text = pl.col(column).str.strip_chars().str.normalize("NFC")
+    return pl.when(text != "").then(text).alias(column)
+
+
+def _key(column: str) -> pl.Expr:
+    r"""The form in which a label's id and a file's name are compared; null if nothing is left."""
+    text = pl.col(column).str.replace_all("\\", "/", literal=True).str.strip_chars().str.normalize("NFC")
+    text = text.str.replace(r"^(\./)+", "")
+    return pl.when(text != "").then(text)
+
+
+def _files(listing: ImageListing) -> pl.DataFrame:
+    """Every candidate, those of the listing's table first, with what a label may call it, the first choice first."""
+    columns = ["path", "image_id", "reason"]
+    good = as_frame(listing.table).with_columns(reason=pl.lit(None, pl.String)).select(columns)
+    every = pl.concat([good, as_frame(listing.rejected).select(columns)]).with_row_index("file")
+    name = pl.col("by_path").str.replace(r"(?s)^.*/", "")
+    return (
+        every.cast({"file": pl.Int64})
+        .with_columns(by_path=_key("path"), by_id=_key("image_id"))
+        .with_columns(by_name=name, by_stem=name.str.replace(SUFFIX, "${1}"))
+    )
+
+
+def _match(keys: pl.Series, files: pl.DataFrame) -> pl.DataFrame:
+    """Find the files that labels call by their distinct keys.
+
+    Returns:
+        key, file (null if there are several), candidates, and named, the first of several; keys that no file answers
+        to are left out.
+    """
+    found = []
+    rest = pl.DataFrame({"key": keys})
+    for tier in ("by_path", "by_id", "by_name", "by_stem"):
+        if tier in ("by_name", "by_stem"):
+            rest = rest.filter(~pl.col("key").str.contains("/", literal=True))
+        answers = files.select("file", "path", key=tier).join(rest, on="key", how="semi")
+        counts = answers.group_by("key").agg(pl.first("file"), pl.len().alias("candidates"))
+        several = counts.filter(pl.col("candidates") > 1)
+        paths = answers.join(several, on="key", how="semi").group_by("key").agg(pl.col("path").sort().head(NAMED))
+        rows = paths.join(several, on="key").select("key", "path", "candidates").rows()
+        named = {key: name_some(some, total) for key, some, total in rows}
+        names = pl.DataFrame({"key": list(named), "named": list(named.values())}, schema_overrides=_NAMED)
+        alone = pl.when(pl.col("candidates") == 1).then("file").alias("file")
+        found.append(counts.with_columns(alone).join(names, on="key", how="left"))
+        rest = rest.join(counts, on="key", how="anti")
+    return pl.concat(found)
+
+
+_NAMED = {"key": pl.String, "named": pl.String}
+
+
+def _judge(given: pl.DataFrame, files: pl.DataFrame, allowed: set[str]) -> pl.DataFrame:
+    """Add reason and detail, null for labels that hold, and used: those that give an image its class."""
+    texts = ("image_id", "class_name", "group")
+    odd = pl.any_horizontal(
+        pl.col(name).str.strip_chars().str.contains(r"\p{Cc}").fill_null(value=False) for name in texts
+    )
+    why, path = pl.col("file_reason"), pl.col("path")
+    faults: list[tuple[pl.Expr, str | pl.Expr, str | pl.Expr]] = [
+        (pl.col("malformed").is_not_null(), "malformed_row", pl.format("wrong number of fields: {}", "malformed")),
+        (odd, "malformed_row", "a value has control characters: is a quote left open?"),
+        (pl.col("image_id").str.strip_chars().fill_null("") == "", "null_id", "no id"),
+        (pl.col("class_name").is_null(), "null_class", "no class"),
+        (pl.col("candidates").is_null(), "no_image", "no file has this path or name"),
+        (pl.col("candidates") > 1, "ambiguous_image", pl.format("may be {}", "named")),
+        (why.is_not_null(), why, pl.format("its file {} is rejected", path)),
+    ]
+    frame = given.join(
+        files.select("file", "path", file_reason="reason"), on="file", how="left", maintain_order="left"
+    ).with_columns(_plain("class_name"), _plain("group"))
+    frame = frame.with_columns(_first(faults, 1, "reason"), _first(faults, 2, "detail"))
+    conflicts = _conflicts(frame.filter(pl.col("reason").is_null()))
+    frame = frame.join(conflicts, on="file", how="left", maintain_order="left").with_columns(
+        reason=pl.coalesce("reason", "conflict"),
+        detail=pl.when(pl.col("reason").is_null()).then("among").otherwise("detail"),
+    )
+    if allowed:
+        unknown = pl.col("reason").is_null() & ~pl.col("class_name").is_in(sorted(allowed))
+        frame = frame.with_columns(
+            reason=pl.when(unknown).then(pl.lit("unknown_class")).otherwise("reason"),
+            detail=pl.when(unknown).then(pl.lit("not among the classes to take")).otherwise("detail"),
+        )
+    holds = pl.col("reason").is_null()
+    return frame.with_columns(used=holds & pl.when(holds).then("file").is_first_distinct())
+
+
+def _first(faults: Sequence[tuple[pl.Expr, str | pl.Expr, str | pl.Expr]], place: int, name: str) -> pl.Expr:
+    values = [(fault[0], fault[place]) for fault in faults]
+    cases = [pl.when(bad).then(pl.lit(value) if isinstance(value, str) else value) for bad, value in values]
+    return pl.coalesce(cases).alias(name)
+
+
+def _conflicts(labels: pl.DataFrame) -> pl.DataFrame:
+    """Files whose labels differ: file, conflict (the reason) and among."""
+    repeated = labels.filter(pl.len().over("file") > 1).group_by("file")
+    values = repeated.agg(pl.col("class_name", "group").unique().sort()).filter(
+        (pl.col("class_name").list.len() > 1) | (pl.col("group").list.len() > 1)
+    )
+    rows = [
+        (file, "conflicting_labels", name_some(classes))
+        if len(classes) > 1
+        else (file, "conflicting_groups", "groups " + name_some([str(group or "(none)") for group in groups]))
+        for file, classes, groups in values.rows()
+    ]
+    return pl.DataFrame(rows, schema={"file": pl.Int64, "conflict": pl.String, "among": pl.String}, orient="row")
+
+
+def _without_label(images: pl.DataFrame, judged: pl.DataFrame, by_folder: bool) -> pl.DataFrame:
+    """Columns of `REJECTED_IMAGES` for images that no label gives a class; the reason is that of a label of theirs."""
+    own = judged.filter(pl.col("reason").is_not_null() & pl.col("file").is_not_null())
+    lacks_class = ~pl.col("reason").is_in(["conflicting_labels", "conflicting_groups", "unknown_class"])
+    own = (
+        own.with_columns(lacks_class.alias("lacks"))
+        .sort("lacks", "row")
+        .unique("file", keep="first", maintain_order=True)
+        .select(
+            "file",
+            pl.when(pl.col("reason") != "conflicting_labels").then("class_name").alias("class_name"),
+            pl.when("lacks").then(pl.lit("unlabelled")).otherwise("reason").alias("reason"),
+            pl.when("lacks").then(pl.lit("its label: ") + pl.col("detail")).otherwise("detail").alias("detail"),
+        )
+    )
+    default = "it stands in no directory" if by_folder else "no label names it alone"
+    return (
+        images.join(own, on="file", how="left", maintain_order="left")
+        .with_columns(pl.col("reason").fill_null("unlabelled"), pl.col("detail").fill_null(default))
+        .select(REJECTED_IMAGES.names)
+    )
+
+
+def _counts(reasons: pl.Series) -> dict[str, int]:
+    return dict(sorted(reasons.value_counts().rows()))
+
+
+def _nothing_left(listing: ImageListing, joined: Joined, judged: pl.DataFrame) -> SourceError:
+    def counted(balance: RowBalance) -> str:
+        return ", ".join(f"{count:,} {reason}" for reason, count in balance.rejected.items()) or "none"
+
+    def quoted(column: pl.Series) -> str:
+        return ", ".join(f"'{shown(value)}'" for value in column.drop_nulls().head(NAMED)) or "none"
+
+    found = f"images '{listing.uri}': no image has a usable label. Images rejected: {counted(joined.image_balance)}."
+    ids = quoted(pl.concat([as_frame(table)["path"] for table in (listing.table, listing.rejected)]))
+    classes = judged["class_name"].drop_nulls().unique().sort()
+    if joined.label_balance is None:
+        cure = "Put each image into a directory that is named for its class, or give a file of labels."
+        found += f" Paths: {ids}; classes: {quoted(classes)}."
+    else:
+        found += f" Labels rejected: {counted(joined.label_balance)}."
+        found += f" Ids in the labels: {quoted(judged['image_id'])}; paths of the images: {ids}."
+        cure = "A label must name a path below the directory, or a file name, with or without suffix."
+    if set(joined.image_balance.rejected) & {"unknown_class"}:
+        number = plural(len(classes), "class", "classes")
+        cure = f"Correct the classes to take; the labels have {number}: {quoted(classes)}."
+    return SourceError(f"{found} {cure}")
+
+
+def assign_class_ids(names: Iterable[str], previous: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Number the classes so that a number means the same class in every version.
+
+    A class that was numbered before keeps its number, also while no image has it; new ones follow the highest number
+    so far, sorted by name.
+
+    Args:
+        names: Classes there are now, in any order and as often as may be.
+        previous: Numbers given so far, as the last version has them.
+
+    Returns:
+        Numbers by class, ascending.
+
+    Raises:
+        CorruptVersion: the previous numbers aren't distinct whole numbers from 0 on.
+    """
+    known = dict(previous or {})
+    for name, number in known.items():
+        if type(number) is not int or number < 0:
+            raise CorruptVersion(f"class '{name}' has the id {number!r}, which is no whole number from 0 on")
+    number, times = next(iter(Counter(known.values()).most_common(1)), (0, 0))
+    if times > 1:
+        same = [name for name in known if known[name] == number]
+        raise CorruptVersion(f"classes {name_some(same)} have the same id, {number}: ids must be distinct")
+    start = max(known.values(), default=-1) + 1
+    new = sorted(set(names) - known.keys())
+    known |= {name: start + position for position, name in enumerate(new)}
+    return dict(sorted(known.items(), key=lambda item: item[1]))

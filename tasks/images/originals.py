@@ -1,0 +1,258 @@
+"""What became of every image of a run: gathered from the units' notes, grouped by likeness, split, and written down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tasks.core import layout
+from tasks.core.hashing import stable_hash
+from tasks.core.manifest import FileEntry
+from tasks.core.profile import TableProfile, merge_profiles, profile_table
+from tasks.core.stream import ParquetStream
+from tasks.images.config import ImageAugmentationConfig
+from tasks.images.duplicates import group_images
+from tasks.images.plan import ImagePlan, read_unit
+from tasks.images.records import UnitNote, read_outcomes
+from tasks.images.split import SPLITS, split_images
+
+BoolArray = npt.NDArray[np.bool_]
+Int8Array = npt.NDArray[np.int8]
+Int64Array = npt.NDArray[np.int64]
+UInt64Array = npt.NDArray[np.uint64]
+UInt8Array = npt.NDArray[np.uint8]
+
+ORIGINALS = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("uri", pa.string()),
+        ("bytes", pa.int64()),
+        ("content_xxh3", pa.string()),
+        ("format", pa.string()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("class_name", pa.string()),
+        ("class_id", pa.int32()),
+        ("split", pa.string()),
+        ("alike", pa.string()),
+        ("perceptual_hash", pa.uint64()),
+        ("mean_score", pa.float32()),
+        ("passed", pa.int32()),
+        ("ready", pa.int32()),
+        ("issues", pa.list_(pa.string())),
+    ]
+)
+"""A row an augmented image. alike: id of the first image of its group, where it has company: images that share a
+split because they are copies of each other or belong to one group. passed, ready: numbers of its variants."""
+
+_FACTS = ("reason", "content", "hash", "structured", "colours", "height", "width")
+_JUDGED = ("reason", "scores", "passed", "ready", "issues")
+_PLANNED = ("key", "class_id", "linked", "split")
+
+
+@dataclass(slots=True, kw_only=True)
+class Gathered:
+    """Every image of the plan, in its order: about a hundred bytes each."""
+
+    key: UInt64Array
+    class_id: Int64Array
+    linked: Int64Array
+    planned_split: Int8Array
+    augmented: BoolArray
+    content: UInt64Array
+    """Hash of the file's contents."""
+    hash: UInt64Array
+    colours: UInt8Array
+    structured: BoolArray
+    height: npt.NDArray[np.int32]
+    width: npt.NDArray[np.int32]
+
+    def of_augmented(self, values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        """Values of the augmented images alone."""
+        return values[self.augmented]
+
+
+def gather(plan: ImagePlan, notes: Sequence[UnitNote], planned: Iterable[pa.Table]) -> Gathered:
+    """Bring the facts of all units together.
+
+    Args:
+        plan: The plan.
+        notes: A note a unit, in the units' order.
+        planned: Columns `key`, `class_id`, `linked`, `split` of the plan, unit by unit.
+
+    """
+    assert [note.unit for note in notes] == list(range(plan.units)), "a unit is missing"
+    rows = pa.concat_tables([table.select(_PLANNED) for table in planned])
+    outcomes = pa.concat_tables(read_outcomes(notes, _FACTS))
+    assert rows.num_rows == outcomes.num_rows == plan.images, "the notes don't belong to the plan"
+    augmented = outcomes["reason"].is_null().to_numpy()
+    colours = outcomes["colours"].fill_null(bytes(outcomes.schema.field("colours").type.byte_width)).combine_chunks()
+    width = colours.type.byte_width
+    return Gathered(
+        key=rows["key"].to_numpy(),
+        class_id=rows["class_id"].to_numpy().astype(np.int64),
+        linked=rows["linked"].to_numpy(),
+        planned_split=rows["split"].to_numpy(),
+        augmented=augmented,
+        content=stable_hash(outcomes["content"]),
+        hash=outcomes["hash"].fill_null(0).to_numpy(),
+        colours=np.frombuffer(colours.buffers()[1], np.uint8, len(colours) * width).reshape(-1, width),
+        structured=outcomes["structured"].fill_null(False).to_numpy(zero_copy_only=False),
+        height=outcomes["height"].fill_null(0).to_numpy(),
+        width=outcomes["width"].fill_null(0).to_numpy(),
+    )
+
+
+def settle(
+    found: Gathered, config: ImageAugmentationConfig, near: Callable[[Gathered], Iterable[Int64Array]]
+) -> tuple[Int64Array, Int8Array]:
+    """Group images that belong together, and split them.
+
+    Args:
+        found: The images.
+        config: Shares of the splits.
+        near: Finds pairs of near-duplicates, shape (pairs, 2), rows of the plan.
+
+    Returns:
+        For each image of the plan: the first image of its group, and its split; -1 for an image that was rejected.
+
+    """
+    pairs = [*near(found), _chained(found.linked, found.augmented), _chained(found.content, found.augmented)]
+    groups = group_images(len(found.key), pairs)
+    groups = np.where(found.augmented, groups, -1)
+    splits = np.full(len(groups), -1, np.int8)
+    good = found.augmented
+    splits[good] = split_images(
+        found.key[good], found.class_id[good], groups[good], config.validation_share, config.test_share
+    )
+    return groups, splits
+
+
+def _chained(values: npt.NDArray[np.generic], chosen: BoolArray) -> Int64Array:
+    """Link each chosen row with the next one of the same value, shape (pairs, 2)."""
+    rows = np.flatnonzero(chosen)
+    order = np.argsort(values[rows], kind="stable")
+    same = values[rows][order][1:] == values[rows][order][:-1]
+    return np.stack([rows[order[:-1]][same], rows[order[1:]][same]], axis=1).astype(np.int64)
+
+
+def moved_units(found: Gathered, splits: Int8Array, images_per_unit: int) -> list[int]:
+    """Units that hold an image which now belongs to another split than its file is for."""
+    moved = np.flatnonzero(found.augmented & (splits != found.planned_split))
+    return [int(unit) for unit in np.unique(moved // images_per_unit)]
+
+
+def wanted_splits(found: Gathered, splits: Int8Array, unit: slice) -> dict[str, Int8Array]:
+    """For each file of a unit, by the split it was planned for: where each of its images belongs, in its order."""
+    planned, now, augmented = found.planned_split[unit], splits[unit], found.augmented[unit]
+    return {SPLITS[number]: now[augmented & (planned == number)] for number in np.unique(planned[augmented]).tolist()}
+
+
+def leaking_groups(groups: Int64Array, written: Int8Array) -> int:
+    """Groups of images that stand in more than one split, as written."""
+    good = groups >= 0
+    pairs = np.unique(np.stack([groups[good], written[good].astype(np.int64)], axis=1), axis=0)
+    return int(len(pairs) - len(np.unique(pairs[:, 0])))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OriginalsFile:
+    """The table of originals, as written, and what it says in sum."""
+
+    entry: FileEntry
+    profile: TableProfile
+    """Of the data files' rows, without the images: as they follow from the originals."""
+    passed: int
+    ready: int
+    mean_scores: npt.NDArray[np.float32]
+    """Of each augmented image; so are the next two."""
+    passed_variants: npt.NDArray[np.int32]
+    ready_variants: npt.NDArray[np.int32]
+
+
+def write_originals(
+    plan: ImagePlan, notes: Sequence[UnitNote], groups: Int64Array, splits: Int8Array, names: Mapping[int, str]
+) -> OriginalsFile:
+    """Write one row an augmented image, and profile the variants' rows.
+
+    Args:
+        plan: The plan.
+        notes: A note a unit, in order.
+        groups: Group of each image of the plan.
+        splits: Split of each image of the plan.
+        names: Ids of the images that are the first of a group with company, by their row.
+
+    """
+    uri = layout.join(plan.reservation.uri, layout.side_name("originals", plan.reservation.attempt))
+    profiles, scores, passed, ready = [], [], [], []
+    start = 0
+    with ParquetStream(uri, ORIGINALS) as stream:
+        outcomes = read_outcomes(notes, [*_JUDGED, "content", "format", "height", "width", "hash"])
+        for number, noted in enumerate(outcomes):
+            rows = read_unit(plan.uri, number)
+            unit = slice(start, start + rows.num_rows)
+            start = unit.stop
+            good = noted["reason"].is_null()
+            judged = noted.filter(good)
+            mask = good.to_numpy()
+            rows = rows.filter(good)
+            if not rows.num_rows:
+                continue
+            split = pa.array([SPLITS[one] for one in splits[unit][mask].tolist()], pa.string())
+            scores.append(_row_means(judged["scores"]))
+            passed.append(judged["passed"].to_numpy())
+            ready.append(judged["ready"].to_numpy())
+            alike = pa.array([names.get(group) for group in groups[unit][mask].tolist()], pa.string())
+            columns = {name: rows[name] for name in ("image_id", "uri", "bytes", "class_name", "class_id")}
+            columns |= {name: judged[name] for name in ("format", "height", "width", "passed", "ready", "issues")}
+            columns |= {"content_xxh3": judged["content"], "perceptual_hash": judged["hash"]}
+            columns |= {"split": split, "alike": alike, "mean_score": pa.array(scores[-1])}
+            stream.write(pa.table({name: columns[name] for name in ORIGINALS.names}, schema=ORIGINALS))
+            profiles.append(_profile(rows, judged, split))
+    empty = pa.table({name: pa.array([], kind) for name, kind in _PROFILED.items()})
+    return OriginalsFile(
+        entry=plan.reservation.entry(stream.written),
+        profile=merge_profiles(profiles or [profile_table(empty)]),
+        passed=int(sum(part.sum() for part in passed)),
+        ready=int(sum(part.sum() for part in ready)),
+        mean_scores=np.concatenate(scores) if scores else np.empty(0, np.float32),
+        passed_variants=np.concatenate(passed) if passed else np.empty(0, np.int32),
+        ready_variants=np.concatenate(ready) if ready else np.empty(0, np.int32),
+    )
+
+
+_PROFILED = {
+    "class_id": pa.int32(),
+    "class_name": pa.string(),
+    "split": pa.string(),
+    "data_quality_score": pa.float32(),
+    "original_height": pa.int32(),
+    "original_width": pa.int32(),
+}
+
+
+def _profile(rows: pa.Table, judged: pa.Table, split: pa.Array) -> TableProfile:
+    """Profile of the variants' rows of some originals."""
+    lists = judged["scores"].combine_chunks()
+    parents = pc.list_parent_indices(lists)
+    columns = {
+        "class_id": rows["class_id"],
+        "class_name": rows["class_name"],
+        "split": split,
+        "original_height": judged["height"],
+        "original_width": judged["width"],
+    }
+    repeated = {name: column.take(parents) for name, column in columns.items()}
+    repeated["data_quality_score"] = pc.list_flatten(lists)
+    return profile_table(pa.table({name: repeated[name] for name in _PROFILED}))
+
+
+def _row_means(scores: pa.ChunkedArray) -> npt.NDArray[np.float32]:
+    lists = scores.combine_chunks()
+    flat = pc.list_flatten(lists).to_numpy()
+    return np.asarray(flat.reshape(len(lists), -1).mean(axis=1), np.float32)

@@ -1,0 +1,364 @@
+"""The image-augmentation jobs on Ray: Ray Data augments units of images; near-duplicates are searched in parts.
+
+    plan ─ units ─ augment, write ─ notes ─┬─ near-duplicates ─ groups ─ splits ─ units whose split has changed
+                                           └─ originals, profile
+
+Each image is decoded once. What is its near-duplicate is known only when all are decoded, so its file may be the
+wrong split's by then: such units are written anew, which is copying. Nothing here is visible to readers until the
+version is committed.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+
+from tasks.core import layout, storage
+from tasks.core.cluster import cluster_cpus, data_context
+from tasks.core.errors import BalanceError
+from tasks.core.manifest import ColumnSpec, FileEntry, RowBalance
+from tasks.core.profile import TableProfile
+from tasks.core.reservation import Reservation
+from tasks.images.config import ImageAugmentationConfig
+from tasks.images.duplicates import similar_pairs
+from tasks.images.originals import (
+    Gathered,
+    gather,
+    leaking_groups,
+    moved_units,
+    settle,
+    wanted_splits,
+    write_originals,
+)
+from tasks.images.pictures import Example, choose_examples
+from tasks.images.plan import ImagePlan, read_unit
+from tasks.images.records import UnitNote, finished_units
+from tasks.images.rows import rows_schema
+from tasks.images.split import SPLITS
+from tasks.images.stages import ImageJob, augment_unit, resplit_unit
+
+PARTS_FROM = 200_000
+"""Images from which on the search for near-duplicates is worth dividing."""
+NAMED_GROUPS = 1000
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LikeGroup:
+    """Images that share a split because they belong together."""
+
+    image_ids: tuple[str, ...]
+    split: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AugmentedImages:
+    """What was written, and what is known of it; nothing is committed yet."""
+
+    reservation: Reservation
+    files: tuple[FileEntry, ...]
+    rejected_files: tuple[FileEntry, ...]
+    side_files: tuple[FileEntry, ...]
+    schema: pa.Schema
+    profile: TableProfile
+    balances: tuple[RowBalance, ...]
+    images: int
+    passed: int
+    ready: int
+    class_ids: npt.NDArray[np.int64]
+    """Of each augmented image; so are the next four."""
+    splits: npt.NDArray[np.int8]
+    mean_scores: npt.NDArray[np.float32]
+    passed_variants: npt.NDArray[np.int32]
+    ready_variants: npt.NDArray[np.int32]
+    sizes: npt.NDArray[np.int32]
+    """Height and width of each augmented image, shape (n, 2)."""
+    leaking_groups: int
+    duplicate_ids: int
+    like_groups: tuple[LikeGroup, ...]
+    """The first `NAMED_GROUPS` of them."""
+    like_group_count: int
+    examples: tuple[Example, ...]
+    resumed_units: int
+    moved_units: int
+    timings: dict[str, float]
+    stage_seconds: dict[str, float]
+    """Wall time of each stage, summed over all workers."""
+
+    @property
+    def columns(self) -> tuple[ColumnSpec, ...]:
+        """Schema of the data files, for the manifest."""
+        return tuple(ColumnSpec(name=f.name, type=str(f.type), nullable=f.nullable) for f in self.schema)
+
+
+def augment_images(
+    plan: ImagePlan, config: ImageAugmentationConfig, *, on_images: Progress = lambda _: None
+) -> AugmentedImages:
+    """Augment all images of a plan, split them, and write everything under the plan's reservation.
+
+    What an earlier attempt has finished is taken over.
+
+    Args:
+        plan: What to do.
+        config: How.
+        on_images: Called with the number of images done, as they are.
+
+    Raises:
+        BalanceError: images were lost or doubled on the way.
+        ConfigError: the policy can't be loaded, or gives something else than images.
+
+    """
+    job = ImageJob(
+        config=config,
+        reservation=plan.reservation,
+        plan_uri=plan.uri,
+        digests=plan.digests,
+        classes=max(plan.classes.values()) + 1,
+    )
+    started = time.monotonic()
+    finished = finished_units(plan)
+    on_images(sum(note.images for note in finished.values()))
+    todo = [unit for unit in range(plan.units) if unit not in finished]
+    notes = dict(finished)
+    for note in _augment(job, todo):
+        notes[note.unit] = note
+        on_images(note.images)
+    ordered = [notes[unit] for unit in range(plan.units)]
+    timings = {"augment and write": time.monotonic() - started}
+
+    started = time.monotonic()
+    found = gather(plan, ordered, (read_unit(plan.uri, unit) for unit in range(plan.units)))
+    groups, splits = settle(found, config, lambda images: _near_duplicates(images, config))
+    timings["find duplicates and split"] = time.monotonic() - started
+
+    started = time.monotonic()
+    moved = moved_units(found, splits, plan.images_per_unit)
+    files = {note.unit: note.files for note in ordered}
+    files |= _resplit(job, [ordered[unit] for unit in moved], found, splits)
+    timings["move to other splits"] = time.monotonic() - started
+
+    started = time.monotonic()
+    _check_files(files, splits, plan)
+    firsts, counts = np.unique(groups[groups >= 0], return_counts=True)
+    companies = firsts[counts > 1]
+    names = _names(plan, companies)
+    written = write_originals(plan, ordered, groups, splits, names)
+    timings["profile"] = time.monotonic() - started
+    good = found.augmented
+    return AugmentedImages(
+        reservation=plan.reservation,
+        files=tuple(entry for unit in sorted(files) for entry in files[unit].values()),
+        rejected_files=(*plan.rejected_files, *(n.rejected_file for n in ordered if n.rejected_file is not None)),
+        side_files=(written.entry,),
+        schema=_written_schema(plan, files) or rows_schema(config, job.classes),
+        profile=written.profile,
+        balances=_balances(plan, ordered),
+        images=int(good.sum()),
+        passed=written.passed,
+        ready=written.ready,
+        class_ids=found.class_id[good],
+        splits=splits[good],
+        mean_scores=written.mean_scores,
+        passed_variants=written.passed_variants,
+        ready_variants=written.ready_variants,
+        sizes=np.stack([found.height[good], found.width[good]], axis=1),
+        leaking_groups=leaking_groups(groups, splits),
+        duplicate_ids=len(found.key) - len(np.unique(found.key)),
+        like_groups=tuple(_like_groups(plan, groups, splits, companies[:NAMED_GROUPS])),
+        like_group_count=len(companies),
+        examples=tuple(_examples(plan, found, splits, written.mean_scores, files)),
+        resumed_units=len(finished),
+        moved_units=len(moved),
+        timings=timings,
+        stage_seconds=_stage_seconds(ordered),
+    )
+
+
+def _augment(job: ImageJob, units: Sequence[int]) -> Iterator[UnitNote]:
+    """Notes of the units as they are finished, in any order."""
+    yield from _mapped(_UnitMapper, (job,), units, job.config)
+
+
+def _mapped(
+    mapper: type[Any], arguments: tuple[Any, ...], items: Sequence[Any], config: ImageAugmentationConfig
+) -> Iterator[Any]:
+    """Run a mapper on each item in a Ray Data job, one item a block."""
+    if not items:
+        return
+    options: dict[str, Any] = {"batch_size": None, "num_cpus": 1, "fn_constructor_args": arguments}
+    if config.num_gpus:
+        options["num_gpus"] = config.num_gpus
+    if config.workers == "actors":
+        size = config.actors or max(1, _places(config))
+        options["compute"] = ray.data.ActorPoolStrategy(size=min(size, len(items)))
+    else:
+        instance = mapper(*arguments)
+        mapper = instance.__call__
+        del options["fn_constructor_args"]
+    with data_context():
+        blocks = [pa.table({"item": pa.array([pickle.dumps(item)], pa.large_binary())}) for item in items]
+        dataset = ray.data.from_arrow(blocks).map_batches(mapper, batch_format="pyarrow", **options)
+        # What comes back was made by our own tasks a moment ago, so it may be unpickled.
+        for row in dataset.iter_rows():
+            yield pickle.loads(row["made"])  # noqa: S301
+
+
+def _places(config: ImageAugmentationConfig) -> int:
+    """Workers that the cluster has room for."""
+    if config.num_gpus:
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        return int(resources.get("GPU", 0) / config.num_gpus)
+    return cluster_cpus()
+
+
+class _UnitMapper:
+    def __init__(self, job: ImageJob) -> None:
+        self._job = job
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return _packed(augment_unit(self._job, unit) for unit in _unpacked(block))
+
+
+class _ResplitMapper:
+    def __init__(self, job: ImageJob) -> None:
+        self._job = job
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return _packed((note.unit, resplit_unit(self._job, note, wanted)) for note, wanted in _unpacked(block))
+
+
+def _packed(values: Iterator[Any]) -> pa.Table:
+    return pa.table({"made": pa.array([pickle.dumps(value) for value in values], pa.large_binary())})
+
+
+def _unpacked(block: pa.Table) -> Iterator[Any]:
+    yield from (pickle.loads(item) for item in block["item"].to_pylist())  # noqa: S301 - made by the driver
+
+
+def _near_duplicates(found: Gathered, config: ImageAugmentationConfig) -> list[npt.NDArray[np.int64]]:
+    """Pairs of near-duplicates among the augmented images, rows of the plan; in parts where they are many."""
+    if config.near_duplicates is None:
+        return []
+    valid = found.augmented & found.structured
+    arguments = (found.hash, found.colours, config.near_duplicates)
+    if len(found.key) < PARTS_FROM:
+        return [similar_pairs(*arguments, valid=valid)]
+    parts = 2 * cluster_cpus()
+    shared = [ray.put(value) for value in (*arguments, valid)]
+    search: Any = _pairs_of_part
+    return list(ray.get([search.remote(part, parts, *shared) for part in range(parts)]))
+
+
+@ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
+def _pairs_of_part(part: int, parts: int, *arguments: Any) -> npt.NDArray[np.int64]:
+    hashes, colours, bits, valid = arguments
+    return similar_pairs(hashes, colours, bits, part, parts, valid=valid)
+
+
+def _resplit(
+    job: ImageJob, notes: Sequence[UnitNote], found: Gathered, splits: npt.NDArray[np.int8]
+) -> dict[int, dict[str, FileEntry]]:
+    """New files of the units that hold images of another split by now."""
+    per_unit = job.config.images_per_file
+    items = [
+        (note, wanted_splits(found, splits, slice(note.unit * per_unit, (note.unit + 1) * per_unit))) for note in notes
+    ]
+    return dict(_mapped(_ResplitMapper, (job,), items, job.config.model_copy(update={"num_gpus": 0.0})))
+
+
+def _check_files(files: Mapping[int, Mapping[str, FileEntry]], splits: npt.NDArray[np.int8], plan: ImagePlan) -> None:
+    """Each unit's files must hold as many rows of each split as its images give."""
+    for unit, entries in files.items():
+        own = splits[unit * plan.images_per_unit : (unit + 1) * plan.images_per_unit]
+        for number, split in enumerate(SPLITS):
+            expected = int((own == number).sum()) * plan.variants
+            rows = entries[split].rows if split in entries else 0
+            if rows != expected:
+                raise BalanceError(f"unit {unit}, split {split}: {expected} variants were made, {rows} were written")
+
+
+def _written_schema(plan: ImagePlan, files: Mapping[int, Mapping[str, FileEntry]]) -> pa.Schema | None:
+    """Schema of the first data file, as its readers see it."""
+    for unit in sorted(files):
+        for entry in files[unit].values():
+            with storage.open_input(layout.join(plan.reservation.uri, entry.path)) as source:
+                return pq.ParquetFile(source).schema_arrow
+    return None
+
+
+def _balances(plan: ImagePlan, notes: Sequence[UnitNote]) -> tuple[RowBalance, ...]:
+    """The plan's balances, with what decoding rejected, each checked."""
+    images, *others = plan.balances
+    rejected = Counter(images.rejected)
+    for note in notes:
+        rejected.update(note.rejected)
+    images = images.model_copy(
+        update={"rows_out": sum(note.augmented for note in notes), "rejected": dict(sorted(rejected.items()))}
+    )
+    for balance in (images, *others):
+        balance.check()
+    return (images, *others)
+
+
+def _names(plan: ImagePlan, rows: npt.NDArray[np.int64]) -> dict[int, str]:
+    """Image ids of some rows of the plan."""
+    per_unit = plan.images_per_unit
+    names: dict[int, str] = {}
+    for unit in np.unique(rows // per_unit).tolist():
+        own = rows[rows // per_unit == unit]
+        ids = read_unit(plan.uri, unit)["image_id"].take(pa.array(own - unit * per_unit)).to_pylist()
+        names |= dict(zip(own.tolist(), ids, strict=True))
+    return names
+
+
+def _like_groups(
+    plan: ImagePlan,
+    groups: npt.NDArray[np.int64],
+    splits: npt.NDArray[np.int8],
+    firsts: npt.NDArray[np.int64],
+) -> Iterator[LikeGroup]:
+    members = np.flatnonzero(np.isin(groups, firsts))
+    names = _names(plan, members)
+    for first in firsts.tolist():
+        own = members[groups[members] == first]
+        yield LikeGroup(image_ids=tuple(names[row] for row in own.tolist()), split=SPLITS[splits[first]])
+
+
+def _examples(
+    plan: ImagePlan,
+    found: Gathered,
+    splits: npt.NDArray[np.int8],
+    scores: npt.NDArray[np.float32],
+    files: Mapping[int, Mapping[str, FileEntry]],
+) -> Iterator[Example]:
+    good = np.flatnonzero(found.augmented)
+    for row in good[choose_examples(found.key[good], found.class_id[good], scores)].tolist():
+        unit, place = divmod(row, plan.images_per_unit)
+        planned = read_unit(plan.uri, unit).slice(place, 1).to_pylist()[0]
+        split = SPLITS[splits[row]]
+        yield Example(
+            image_id=planned["image_id"],
+            uri=planned["uri"],
+            class_name=planned["class_name"],
+            split=split,
+            file=layout.join(plan.reservation.uri, files[unit][split].path),
+        )
+
+
+def _stage_seconds(notes: Sequence[UnitNote]) -> dict[str, float]:
+    total: Counter[str] = Counter()
+    for note in notes:
+        total.update(note.seconds)
+    return dict(total)

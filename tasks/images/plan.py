@@ -1,0 +1,179 @@
+"""What a run will do: every image with its label, class id and split, in units that one task augments and writes.
+
+The plan is a Parquet file in the reserved version's directory, one row group a unit, so that a task reads only its
+own share and the driver holds nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.core import layout, storage
+from tasks.core.hashing import stable_hash
+from tasks.core.manifest import FileEntry, InputRecord, Manifest, RowBalance
+from tasks.core.provenance import code_digest, package_versions
+from tasks.core.reservation import Reservation
+from tasks.core.stream import ParquetStream
+from tasks.images.config import ImageAugmentationConfig
+from tasks.images.draws import image_keys
+from tasks.images.duplicates import group_images
+from tasks.images.label_file import labels_record, read_labels
+from tasks.images.labels import Joined, assign_class_ids, join_labels
+from tasks.images.sources import content_groups, list_images
+from tasks.images.split import SPLITS, split_images
+
+Int64Array = npt.NDArray[np.int64]
+
+PLAN = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("uri", pa.string()),
+        ("path", pa.string()),
+        ("bytes", pa.int64()),
+        ("stamp", pa.string()),
+        ("class_name", pa.string()),
+        ("class_id", pa.int32()),
+        ("key", pa.uint64()),
+        ("linked", pa.int64()),
+        ("split", pa.int8()),
+    ]
+)
+"""A row an image. key: of its draws and its place in the split. linked: number of the first image that is known to
+belong with it, by contents or by the group column. split: as far as near-duplicates aren't known yet."""
+
+# Settings that change no byte of a unit's files, but for what they do to the plan's own rows.
+_ELSEWHERE = {"root", "name", "images", "labels", "near_duplicates", "workers", "actors", "sample_images"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImagePlan:
+    """A planned run; the images themselves stand in the file at `uri`."""
+
+    reservation: Reservation
+    uri: str
+    images: int
+    images_per_unit: int
+    variants: int
+    digests: tuple[str, ...]
+    """Of each unit: equal digests give equal files."""
+    classes: dict[str, int]
+    balances: tuple[RowBalance, ...]
+    rejected_files: tuple[FileEntry, ...]
+    inputs: tuple[InputRecord, ...]
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return len(self.digests)
+
+
+def plan_images(config: ImageAugmentationConfig, reservation: Reservation, previous: Manifest | None) -> ImagePlan:
+    """List and label the images, and write the plan under the reservation.
+
+    Args:
+        config: What to take. `images` must be given.
+        reservation: The version to be written.
+        previous: Manifest of the last published version: its classes keep their ids.
+
+    Raises:
+        SourceError: images or labels are missing or unreadable, or don't belong together.
+
+    """
+    assert config.images is not None, "the sample is made before"
+    listing = list_images(config.images)
+    labels = (
+        read_labels(config.labels, config.id_column, config.class_column, config.group_column)
+        if (config.labels)
+        else None
+    )
+    joined = join_labels(listing, labels, config.classes)
+    classes = assign_class_ids(joined.images["class_name"].unique().to_pylist(), known_classes(previous))
+    rows = _rows(joined.images, classes, config)
+    inputs = [listing.record()]
+    if config.labels and labels is not None:
+        inputs.append(labels_record(config.labels, labels.num_rows))
+    uri = layout.join(reservation.uri, layout.work_name("plan", 0, reservation.attempt))
+    job = _job_digest(config, classes)
+    digests = []
+    with ParquetStream(uri, PLAN, row_group_size=config.images_per_file) as stream:
+        for start in range(0, rows.num_rows, config.images_per_file):
+            unit = rows.slice(start, config.images_per_file)
+            digests.append(_unit_digest(unit, job))
+            stream.write(unit)
+    return ImagePlan(
+        reservation=reservation,
+        uri=uri,
+        images=rows.num_rows,
+        images_per_unit=config.images_per_file,
+        variants=config.augmentation.variants,
+        digests=tuple(digests),
+        classes=classes,
+        balances=(joined.image_balance, *([joined.label_balance] if joined.label_balance is not None else [])),
+        rejected_files=tuple(_write_rejected(joined, reservation)),
+        inputs=tuple(inputs),
+    )
+
+
+def known_classes(manifest: Manifest | None) -> dict[str, int]:
+    """Class ids of a version by name, as its manifest keeps them."""
+    return dict(manifest.definition.get("classes", {})) if manifest is not None else {}
+
+
+def read_unit(uri: str, unit: int) -> pa.Table:
+    """One unit's rows of the plan."""
+    with storage.open_input(uri) as source:
+        return pq.ParquetFile(source).read_row_group(unit)
+
+
+def _rows(images: pa.Table, classes: Mapping[str, int], config: ImageAugmentationConfig) -> pa.Table:
+    keys = image_keys(images["image_id"].to_pylist(), config.seed)
+    linked = group_images(len(keys), _group_links(images["group"]), content_groups(images))
+    names = images["class_name"].combine_chunks().dictionary_encode()
+    ids = np.array([classes[name] for name in names.dictionary.to_pylist()], np.int32)[names.indices.to_numpy()]
+    splits = split_images(keys, ids.astype(np.int64), linked, config.validation_share, config.test_share)
+    columns = {name: images[name] for name in ("image_id", "uri", "path", "bytes", "stamp", "class_name")}
+    return pa.table({**columns, "class_id": ids, "key": keys, "linked": linked, "split": splits}, schema=PLAN)
+
+
+def _group_links(groups: pa.ChunkedArray) -> list[Int64Array]:
+    """Pairs that link each image of a group with the next one, shape (pairs, 2)."""
+    given = np.flatnonzero(groups.is_valid().to_numpy())
+    hashes = stable_hash(groups)[given]
+    order = np.argsort(hashes, kind="stable")
+    same = hashes[order][1:] == hashes[order][:-1]
+    return [np.stack([given[order[:-1]][same], given[order[1:]][same]], axis=1).astype(np.int64)]
+
+
+def _job_digest(config: ImageAugmentationConfig, classes: Mapping[str, int]) -> str:
+    package = Path(__file__).parent
+    settings = config.model_dump_json(exclude=_ELSEWHERE)
+    libraries = sorted(package_versions().items())
+    extra = f"{settings}\n{len(classes)}\n{libraries}\n{len(SPLITS)}"
+    return code_digest(package, package.parent / "core", extra=extra)
+
+
+def _unit_digest(unit: pa.Table, job: str) -> str:
+    digest = hashlib.blake2b(job.encode(), digest_size=16)
+    sink = pa.BufferOutputStream()
+    # `linked` counts rows of the whole plan; the splits that follow from it are what the files depend on.
+    with pa.ipc.new_stream(sink, PLAN.remove(PLAN.get_field_index("linked"))) as writer:
+        writer.write_table(unit.drop_columns(["linked"]).combine_chunks())
+    digest.update(sink.getvalue())
+    return digest.hexdigest()
+
+
+def _write_rejected(joined: Joined, reservation: Reservation) -> list[FileEntry]:
+    """Keep what the listing and the labels rejected, each with its reason."""
+    entries = []
+    for source, rows in (("files", joined.rejected_images), ("labels", joined.rejected_labels)):
+        if rows.num_rows:
+            entries.append(reservation.entry(storage.write_parquet(rows, reservation.rejected_uri(source, 0))))
+    return entries

@@ -1,0 +1,335 @@
+"""Contact sheets: originals beside their variants, and what was rejected.
+
+Sheets are WebP on a transparent ground, with text in a grey that reads on light and dark pages. The text lies in the
+alpha channel, which WebP keeps without blur, at any quality.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from tasks.core.numerals import plural, shortened
+from tasks.core.plots import INK_COLOUR
+from tasks.images.charts import one_line, split_colours
+
+if TYPE_CHECKING:
+    from PIL import Image as PIL_Image
+    from PIL import ImageFont as PIL_ImageFont
+
+ByteArray = npt.NDArray[np.uint8]
+
+SIDE = 112
+SCALE = 2.0
+SHEET_BYTES = 120_000
+SIDES = (16, 256)
+
+_ISSUE_COLOUR = "#b3261e"
+_WIDTH = 1000  # of a sheet, CSS pixels; one wide row may be wider
+_GAP, _STEP, _LINE = 5, 22, 20  # between variants, from the original to them, and of a line of text, CSS pixels
+_BLOCK_GAP = 28
+_TILE_GAP = 12
+_CAPTION, _SMALL, _SMALL_LINE = 12.5, 11, 15
+_QUALITIES = (85, 76, 67, 58, 49, 40, 31, 22, 13)
+_ALPHA_QUALITY = 30  # a dozen levels are enough for the edges of letters, and save a third of their bytes
+_VARIANTS_SHOWN = 12
+_ROWS_SHOWN, _REJECTS_SHOWN = 60, 40
+_WEBP_SIDE = 16_383
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SheetRow:
+    """One original and what became of it.
+
+    Attributes:
+        image_id: name of the original.
+        class_name: its class.
+        split: its split.
+        original: its pixels, uint8, (height, width, 3 or more); a thumbnail will do.
+        variants: pixels of each variant, likewise.
+        issues: names of what is wrong with each variant, one text or several; none at all if nothing is.
+        note: a sentence about the original.
+    """
+
+    image_id: str
+    class_name: str
+    split: str
+    original: ByteArray
+    variants: Sequence[ByteArray]
+    issues: Sequence[str | Sequence[str]] = ()
+    note: str = ""
+
+
+def thumbnail(pixels: ByteArray, side: int) -> ByteArray:
+    """A picture made to fit into side × side by averaging; smaller ones stay as they are.
+
+    Args:
+        pixels: uint8, (height, width, 3 or more); only the first three channels count.
+        side: most pixels of either side.
+
+    Returns:
+        uint8, (height, width, 3).
+    """
+    return np.asarray(_fitted(pixels, side, enlarge=False))
+
+
+def contact_sheet(rows: Sequence[SheetRow], side: int = SIDE, max_bytes: int = SHEET_BYTES) -> bytes:
+    """Originals with their variants beside them, as WebP; variants with issues have a border and the issue's name.
+
+    Everything is drawn for a screen of two pixels a CSS pixel. What is larger than `max_bytes` is drawn again with
+    lower quality, then smaller, and only then without the last rows. What isn't shown is counted in words.
+
+    Args:
+        rows: What to show, in this order: at most 60 originals with 12 variants each.
+        side: Height and width of each picture, 16 to 256 CSS pixels.
+        max_bytes: Most bytes of the result, unless a single row has more.
+    """
+    assert SIDES[0] <= side <= SIDES[1], f"side = {side} isn't within {SIDES}"
+    shown = min(len(rows), _ROWS_SHOWN)
+    while True:
+        for scale in (SCALE, 1.5, 1.0):
+            canvas = _contacts(rows[:shown], side, scale, left_out=len(rows) - shown)
+            if max(canvas.alpha.size) > _WEBP_SIDE:
+                continue
+            data = _smallest(canvas, max_bytes)
+            if len(data) <= max_bytes or (shown <= 1 and scale == 1):
+                return data
+        shown = shown * 3 // 4
+
+
+def reject_sheet(
+    items: Sequence[tuple[str, str, ByteArray | None]], side: int = SIDE, max_bytes: int = SHEET_BYTES // 2
+) -> bytes:
+    """Rejected images with their reasons, as WebP; a grey tile stands for what can't be decoded.
+
+    Args:
+        items: Name, reason, and pixels or a thumbnail, uint8, (height, width, 3 or more), of each: at most 40 show.
+        side: Height and width of each picture, 16 to 256 CSS pixels.
+        max_bytes: Most bytes of the result, unless a single tile has more.
+    """
+    assert SIDES[0] <= side <= SIDES[1], f"side = {side} isn't within {SIDES}"
+    shown = min(len(items), _REJECTS_SHOWN)
+    while True:
+        for scale in (SCALE, 1.0):
+            data = _smallest(_rejects(items[:shown], side, scale, left_out=len(items) - shown), max_bytes)
+            if len(data) <= max_bytes or (shown <= 1 and scale == 1):
+                return data
+        shown = shown * 3 // 4
+
+
+class _Canvas:
+    """A transparent ground to put pictures and text on, measured in CSS pixels."""
+
+    def __init__(self, width: float, height: float, scale: float) -> None:
+        from PIL import Image, ImageDraw
+
+        self.scale = scale
+        size = (max(self.at(width), 1), max(self.at(height), 1))
+        self.colour = Image.new("RGB", size, INK_COLOUR)
+        self.alpha = Image.new("L", size, 0)
+        self._paint, self._cover = ImageDraw.Draw(self.colour), ImageDraw.Draw(self.alpha)
+
+    def at(self, length: float) -> int:
+        return round(length * self.scale)
+
+    def box(self, place: tuple[float, float, float, float], colour: str, opacity: int = 255) -> None:
+        """A rectangle with round corners, at x and y, of so much width and height."""
+        x, y, width, height = place
+        corners = (self.at(x), self.at(y), self.at(x + width) - 1, self.at(y + height) - 1)
+        self._paint.rectangle(corners, fill=colour)
+        self._cover.rounded_rectangle(corners, radius=self.at(min(5, height / 2)), fill=opacity)
+
+    def picture(self, pixels: ByteArray, x: float, y: float, side: float, border: str | None = None) -> None:
+        """A picture in the middle of a square, in a border if a colour is given for one."""
+        image = _fitted(pixels, self.at(side), enlarge=True)
+        left, top = self.at(x) + (self.at(side) - image.width) // 2, self.at(y) + (self.at(side) - image.height) // 2
+        self.colour.paste(image, (left, top))
+        place = (left, top, left + image.width - 1, top + image.height - 1)
+        self._cover.rounded_rectangle(place, radius=min(self.at(5), *(length // 2 for length in image.size)), fill=255)
+        if border is not None:
+            self._paint.rectangle(place, outline=border, width=self.at(3))
+
+    def text(
+        self,
+        text: str,
+        x: float,
+        y: float,
+        width: float,
+        *,
+        bold: bool = False,
+        size: float = _CAPTION,
+    ) -> float:
+        """A line of text, shortened to fit; gives its width."""
+        font = _font(self.at(size), bold)
+        text = _fit(text, font, self.at(width))
+        self._cover.text((self.at(x), self.at(y)), text, font=font, fill=255)
+        return font.getlength(text) / self.scale
+
+    def lines(self, text: str, x: float, y: float, width: float, *, most: int) -> None:
+        """Small text on at most so many lines, the last one shortened to fit."""
+        wrapped = _wrapped(text, _font(self.at(_SMALL), bold=False), self.at(width), most)
+        for place, words in enumerate(wrapped):
+            self.text(words, x, y + place * _SMALL_LINE, width, size=_SMALL)
+
+    def chip(self, text: str, x: float, y: float, width: float, colour: str) -> None:
+        """White text on a coloured bar."""
+        font = _font(self.at(_SMALL), bold=True)
+        self.box((x, y, width, 17), colour)
+        self._paint.text(
+            (self.at(x + 5), self.at(y + 1.5)), _fit(text, font, self.at(width - 8)), font=font, fill="white"
+        )
+
+    def encoded(self, quality: int) -> bytes:
+        from PIL import Image
+
+        buffer = io.BytesIO()
+        image = Image.merge("RGBA", (*self.colour.split(), self.alpha))
+        image.save(buffer, "WEBP", quality=quality, alpha_quality=_ALPHA_QUALITY, method=5)
+        return buffer.getvalue()
+
+
+def _contacts(rows: Sequence[SheetRow], side: int, scale: float, left_out: int) -> _Canvas:
+    """The rows, two or more beside each other where they are short."""
+    most = max((min(len(row.variants), _VARIANTS_SHOWN) for row in rows), default=0)
+    block = max(side + (_STEP - _GAP + most * (side + _GAP) if most else 0), 2 * side, 160)
+    columns = max(1, (_WIDTH + _BLOCK_GAP) // (block + _BLOCK_GAP))
+    pitch = (_WIDTH - block) / (columns - 1) if columns > 1 else 0
+    lines = [rows[start : start + columns] for start in range(0, len(rows), columns)]
+    heights = [_LINE * (2 if any(row.note for row in line) else 1) + side + 14 for line in lines]
+    words = f"and {plural(left_out, 'more original')}" if left_out else "" if rows else "No images to show."
+    canvas = _Canvas(max(_WIDTH, block), sum(heights) + (_LINE + 4 if words else 0), scale)
+    canvas.text(words, 0, sum(heights) + 2, 300)
+    colours = split_colours({row.split for row in rows})
+    y = 0
+    for line, height in zip(lines, heights, strict=True):
+        for column, row in enumerate(line):
+            _contact(canvas, row, (column * pitch, y, block, height - 14), side, colours[row.split])
+        y += height
+    return canvas
+
+
+def _contact(canvas: _Canvas, row: SheetRow, place: tuple[float, float, float, float], side: int, dot: str) -> None:
+    """One row: a heading, perhaps a note, and the pictures at the bottom of its place (x, y, width, height)."""
+    x, y, block, height = place
+    top = y + height - side
+    split_width = min(96.0, block / 3)
+    font = _font(canvas.at(_CAPTION), bold=False)
+    split = _fit(row.split, font, canvas.at(split_width - 14))
+    start = x + block - font.getlength(split) / canvas.scale
+    if split:
+        canvas.box((start - 14, y + 4.5, 9, 9), dot)
+        canvas.text(split, start, y, split_width)
+    room = start - 22 - x
+    used = canvas.text(row.class_name, x, y, room * 0.62, bold=True)
+    hidden = len(row.variants) - _VARIANTS_SHOWN
+    more = f" · {_VARIANTS_SHOWN} of {plural(len(row.variants), 'variant')}" if hidden > 0 else ""
+    canvas.text(row.image_id + more, x + used + 8, y, room - used - 8)
+    if row.note:
+        canvas.text(row.note, x, y + _LINE - 2, block)
+    canvas.picture(row.original, x, top, side)
+    for index, pixels in enumerate(row.variants[:_VARIANTS_SHOWN]):
+        left = x + side + _STEP + index * (side + _GAP)
+        issues = _joined(row.issues[index]) if index < len(row.issues) else ""
+        canvas.picture(pixels, left, top, side, border=_ISSUE_COLOUR if issues else None)
+        if issues:
+            canvas.chip(issues, left, top + side - 17, side, _ISSUE_COLOUR)
+    if row.variants:
+        canvas.text("›", x + side + 7, top + side / 2 - 15, 12, size=22)
+
+
+def _rejects(items: Sequence[tuple[str, str, ByteArray | None]], side: int, scale: float, left_out: int) -> _Canvas:
+    """Tiles with names and reasons below them; the reason stands in the tile where there is no picture."""
+    pitch, height = side + _TILE_GAP, side + _LINE + 2 * _SMALL_LINE + 10
+    columns = max(1, (_WIDTH + _TILE_GAP) // pitch)
+    below = -(-len(items) // columns) * height
+    words = f"and {left_out:,} more" if left_out else "" if items else "Nothing was rejected."
+    canvas = _Canvas(max(_WIDTH, side), below + (_LINE + 4 if words else 0), scale)
+    for index, (name, reason, pixels) in enumerate(items):
+        x, y = index % columns * pitch, index // columns * height
+        canvas.text(name, x, y + side + 2, side, bold=True)
+        if pixels is not None:
+            canvas.picture(pixels, x, y, side)
+            canvas.lines(reason, x, y + side + _LINE, side, most=2)
+        else:
+            canvas.box((x, y, side, side), INK_COLOUR, opacity=50)
+            canvas.lines(reason, x + 8, y + 8, side - 16, most=max(1, (side - 12) // _SMALL_LINE))
+    canvas.text(words, 0, below + 2, 300)
+    return canvas
+
+
+def _smallest(canvas: _Canvas, max_bytes: int) -> bytes:
+    """The canvas in the best of the qualities that keeps to the bound, or else in the lowest one."""
+    good, bad = len(_QUALITIES) - 1, -1
+    best = canvas.encoded(_QUALITIES[good])
+    if len(best) > max_bytes:
+        return best
+    while good - bad > 1:
+        middle = (good + bad) // 2
+        data = canvas.encoded(_QUALITIES[middle])
+        if len(data) <= max_bytes:
+            good, best = middle, data
+        else:
+            bad = middle
+    return best
+
+
+def _fitted(pixels: ByteArray, side: int, *, enlarge: bool) -> PIL_Image.Image:
+    from PIL import Image
+
+    assert pixels.ndim == 3, f"pixels have shape {pixels.shape}, not (height, width, channels)"
+    assert pixels.shape[2] >= 3, f"pixels have {pixels.shape[2]} channels, not 3 or more"
+    assert pixels.dtype == np.uint8, f"pixels are {pixels.dtype}, not uint8"
+    image = Image.fromarray(np.ascontiguousarray(pixels[..., :3]))
+    ratio = side / max(image.size)
+    if ratio == 1 or (ratio > 1 and not enlarge):
+        return image
+    size = (max(1, round(image.width * ratio)), max(1, round(image.height * ratio)))
+    # Few pixels are shown as what they are.
+    method = Image.Resampling.NEAREST if ratio >= 4 else Image.Resampling.BICUBIC
+    return image.resize(size, method, reducing_gap=3.0)
+
+
+@cache
+def _font(pixels: int, bold: bool) -> PIL_ImageFont.FreeTypeFont:
+    """The font that comes with matplotlib, which has more letters than Pillow's."""
+    import matplotlib
+    from PIL import ImageFont
+
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", name)
+    return ImageFont.truetype(str(path), pixels, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _fit(text: str, font: PIL_ImageFont.FreeTypeFont, width: float) -> str:
+    """As much of a text, its middle left out, as is at most so many pixels wide."""
+    text = one_line(text, 200)
+    fitting = text
+    for length in range(len(text) - 1, 0, -1):
+        if font.getlength(fitting) <= width:
+            return fitting
+        fitting = shortened(text, length)
+    return fitting if font.getlength(fitting) <= width else ""
+
+
+def _wrapped(text: str, font: PIL_ImageFont.FreeTypeFont, width: float, most: int) -> Iterator[str]:
+    """Lines of words, at most so many; the last one has whatever is left."""
+    words = one_line(text, 200).split()
+    for line in range(most):
+        count = 1
+        while count < len(words) and (line == most - 1 or font.getlength(" ".join(words[: count + 1])) <= width):
+            count += 1
+        if words:
+            yield " ".join(words[:count])
+        words = words[count:]
+
+
+def _joined(issues: str | Sequence[str]) -> str:
+    names = issues.split(",") if isinstance(issues, str) else issues
+    return ", ".join(name.strip().replace("_", " ") for name in names)

@@ -1,0 +1,293 @@
+"""What image files there are: one row a file, with the id by which labels and splits know it.
+
+Only names and sizes are looked at. Whether a file holds an image is found when it is decoded, so every file is a
+candidate, whatever its suffix, except for those that are evidently something else (`NOT_IMAGES`).
+
+What becomes of odd files:
+
+| file | becomes |
+|---|---|
+| name, or directory on the way to it, that begins with '.' or '_' | not listed, not counted |
+| suffix of a table, text, program, archive or array (`NOT_IMAGES`, in any case) | filtered, `not_image_suffix` |
+| name that isn't UTF-8, has control characters, or is longer than 1,024 characters | rejected, `bad_name` |
+| pipe, socket or device | rejected, `not_a_file` |
+| same name but for the suffix: x.png and x.jpg | all rejected, `duplicate_id` |
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+
+from tasks.core import storage
+from tasks.core.errors import SourceError
+from tasks.core.manifest import InputFile, InputRecord
+from tasks.core.numerals import plural
+from tasks.core.transient import is_transient
+
+Int64Array = npt.NDArray[np.int64]
+
+LISTING = pa.schema(
+    [
+        ("uri", pa.string()),
+        ("path", pa.string()),
+        ("image_id", pa.string()),
+        ("bytes", pa.int64()),
+        ("stamp", pa.string()),
+        ("folder", pa.string()),
+    ]
+)
+REJECTED_IMAGES = pa.schema(
+    [(name, pa.string()) for name in ("uri", "path", "image_id", "class_name", "reason", "detail")]
+)
+
+NOT_IMAGES = (
+    *(".csv", ".tsv", ".parquet", ".json", ".jsonl", ".txt", ".md", ".xml", ".yaml", ".yml", ".html", ".htm"),
+    *(".py", ".zip", ".tar", ".gz", ".npy", ".npz", ".mat", ".pdf"),
+)
+NOT_IMAGE_SUFFIX = "not_image_suffix"
+LONGEST_PATH = 1024
+NAMED = 3  # names that a message lists before it says 'and n more'
+
+# The character before the dot keeps a name that is all suffix ('.png') from becoming nothing.
+SUFFIX = r"([^/])\.[^./]*$"
+
+_PIECE = 8 * 2**20
+_UNSHOWABLE = re.compile(r"[\ud800-\udfff\x00-\x1f\x7f-\x9f]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageListing:
+    """The image files below a location.
+
+    uri: what was listed. base: that to which paths are relative, with '/' at its end. table: columns of `LISTING`, a
+    row a candidate, sorted by uri, with unique image ids. rejected: columns of `REJECTED_IMAGES`, sorted by uri.
+    filtered: files left out by intent, by reason.
+    """
+
+    uri: str
+    base: str
+    table: pa.Table
+    rejected: pa.Table
+    filtered: Mapping[str, int]
+
+    @property
+    def files(self) -> int:
+        """Every file that was found: candidates, rejected and filtered."""
+        candidates: int = self.table.num_rows + self.rejected.num_rows
+        return candidates + sum(self.filtered.values())
+
+    def record(self) -> InputRecord:
+        """What the manifest says of this input: all candidates as one entry, with a digest of the listing.
+
+        The digest is over path, size and stamp (modification time or ETag) of each candidate: a million files have a
+        million fingerprints of their own, which the version's rows carry, not its manifest.
+        """
+        lines = as_frame(self.table).select(pl.concat_str("path", "bytes", "stamp", separator="\t")).to_series()
+        digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=32).hexdigest()
+        total = int(np.sum(self.table["bytes"].to_numpy(), dtype=np.int64))
+        entry = InputFile(uri=self.uri, bytes=total, fingerprint=f"listing-blake2b:{digest}")
+        return InputRecord(name="images", uri=self.uri, rows=self.table.num_rows, files=(entry,))
+
+
+def list_images(uri: str) -> ImageListing:
+    """List the image files below a directory or S3 prefix; a glob or a single file may be given too.
+
+    Paths are relative to the directory; to the part before the first wildcard for a glob ('data/2024-*/x' → 'data');
+    to its directory for a single file. image_id is the path without its last suffix ('cats/1.jpg' → 'cats/1', 'a.b.png'
+    → 'a.b'); folder is the path's first directory, null for a file at the top.
+
+    Raises:
+        SourceError: nothing is there, it can't be listed, or no file of it can be an image.
+    """
+    root = storage.normalise(uri)
+    infos = _list(root)
+    base = _base(root, infos)
+    images = [info for info in infos if not info.uri.lower().endswith(NOT_IMAGES)]
+    if not images:
+        raise SourceError(
+            f"images '{shown(uri)}': none of its {plural(len(infos), 'file')} can be an image, "
+            f"such as {shown(infos[0].uri)}; give the directory or prefix of the images"
+        )
+    names = [info.uri for info in images]
+    frame = pl.DataFrame(
+        {
+            "uri": [shown(name) for name in names],
+            "path": [shown(name[len(base) :]) for name in names],
+            "bytes": pl.Series([info.bytes for info in images], dtype=pl.Int64),
+            "stamp": [info.stamp for info in images],
+            "class_name": pl.Series([None] * len(images), dtype=pl.String),
+            "reason": pl.Series([_fault(info, len(base)) for info in images], dtype=pl.String),
+        }
+    ).with_columns(
+        pl.col("path").str.replace(SUFFIX, "${1}").alias("image_id"),
+        pl.col("path").str.extract(r"^([^/]+)/").alias("folder"),
+    )
+    kept, rejected = _set_duplicates_apart(frame.filter(pl.col("reason").is_null()))
+    odd = frame.filter(pl.col("reason").is_not_null()).with_columns(detail=pl.col("reason").replace_strict(_DETAILS))
+    rejected = pl.concat([rejected, odd.select(rejected.columns)]).sort("uri", "path")
+    filtered = {NOT_IMAGE_SUFFIX: len(infos) - len(images)} if len(infos) > len(images) else {}
+    return ImageListing(
+        uri=shown(root),
+        base=shown(base),
+        table=as_table(kept, LISTING),
+        rejected=as_table(rejected, REJECTED_IMAGES),
+        filtered=filtered,
+    )
+
+
+def shown(text: str) -> str:
+    r"""Text fit for UTF-8 and for one line: bytes that weren't UTF-8 and control characters become '\xff'."""
+    if text.isprintable():  # most names: several times as fast as the search
+        return text
+    return _UNSHOWABLE.sub(lambda match: f"\\x{ord(match[0]) & 0xFF:02x}", text)
+
+
+def name_some(names: Sequence[str], total: int | None = None) -> str:
+    """The first names, and how many there are besides."""
+    more = (len(names) if total is None else total) - len(names[:NAMED])
+    return ", ".join(names[:NAMED]) + (f" and {more:,} more" if more else "")
+
+
+def as_table(frame: pl.DataFrame, schema: pa.Schema) -> pa.Table:
+    """A frame as an Arrow table of exactly this schema."""
+    return frame.select(schema.names).to_arrow(compat_level=pl.CompatLevel.oldest()).cast(schema)
+
+
+def as_frame(table: pa.Table) -> pl.DataFrame:
+    """An Arrow table as a frame."""
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def _list(root: str) -> list[storage.FileInfo]:
+    try:
+        infos = storage.list_files(root)
+        there = bool(infos) or storage.exists(root)
+    except OSError as fault:
+        if is_transient(fault):
+            raise
+        raise SourceError(
+            f"images '{shown(root)}' can't be listed: {fault}; correct the location, or the rights or links in it"
+        ) from fault
+    if infos:
+        return infos
+    if there:
+        cause, cure = "no file is in it or below (names that begin with '.' or '_' don't count)", "put images there"
+    elif glob.has_magic(root):
+        cause, cure = "nothing matches", "correct the pattern"
+    else:
+        cause, cure = "nothing is there", "correct the location"
+    raise SourceError(f"images '{shown(root)}': {cause}; {cure}, or give another directory, glob or s3:// prefix")
+
+
+def _base(root: str, infos: Sequence[storage.FileInfo]) -> str:
+    below = root.rstrip("/") + "/"
+    if infos[0].uri.startswith(below):
+        return below
+    if infos[0].uri != root:  # a glob, as the place itself isn't there
+        root = re.split(r"[*?\[]", root, maxsplit=1)[0]
+    return root.rpartition("/")[0] + "/"
+
+
+_DETAILS = {
+    "bad_name": f"the name isn't UTF-8, has control characters, or is longer than {LONGEST_PATH:,} characters; rename",
+    "not_a_file": "a pipe, a socket or a device; remove it",
+}
+
+
+def _fault(info: storage.FileInfo, start: int) -> str | None:
+    """Why a file can't be a candidate; `start` is where its relative path begins."""
+    if len(info.uri) - start > LONGEST_PATH or (not info.uri.isprintable() and _UNSHOWABLE.search(info.uri)):
+        return "bad_name"
+    # Whoever opened a pipe would wait for ever. They all claim to be empty, so that few files are asked.
+    if not info.bytes and not storage.is_s3(info.uri) and not Path(info.uri).is_file():
+        return "not_a_file"
+    return None
+
+
+def _set_duplicates_apart(frame: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Rows with an id of their own, and the others with columns of `REJECTED_IMAGES`."""
+    unique = frame["image_id"].is_unique()
+    shared = frame.filter(~unique)
+    names = shared.group_by("image_id").agg(pl.col("path").sort().head(NAMED).alias("names"), pl.len().alias("total"))
+    details = [f"the id of {name_some(row['names'], row['total'])}; keep one of them" for row in names.to_dicts()]
+    named = names.select("image_id", pl.Series("detail", details, dtype=pl.String))
+    rejected = shared.join(named, on="image_id", how="left").with_columns(reason=pl.lit("duplicate_id"))
+    return frame.filter(unique), rejected.select(REJECTED_IMAGES.names)
+
+
+def content_groups(table: pa.Table) -> Int64Array:
+    """For each row of a listing, the first row with the same contents (its own number where there is none before it).
+
+    On a local disk files are compared by a digest, and only those are read whose size another has too. On S3 nothing
+    is read: files are alike if size and ETag are, so copies that were uploaded in parts, or encrypted with KMS, go
+    unnoticed here (the search for near duplicates finds them).
+
+    Args:
+        table: Columns uri, bytes and stamp, as in `LISTING`; its files all on S3 or all local.
+    """
+    uris = table["uri"].to_pylist()
+    if uris and storage.is_s3(uris[0]):
+        return first_alike(as_frame(table).select("bytes", "stamp"))
+    rows = same_size_rows(table["bytes"].to_numpy())
+    return group_by_digest(table.num_rows, rows, digest_files(uris[row] for row in rows.tolist()))
+
+
+def same_size_rows(sizes: Int64Array) -> Int64Array:
+    """Rows, ascending, whose size another row has too: only those can be copies."""
+    return np.flatnonzero(pl.Series(sizes).is_duplicated().to_numpy()).astype(np.int64)
+
+
+def digest_files(uris: Iterable[str]) -> list[str | None]:
+    """blake2b of each file's contents, hexadecimal; None where a file is gone or may not be read.
+
+    Whoever decodes that file says what is wrong with it; a fault that may pass is raised, to be tried again.
+    """
+    return [_digest(uri) for uri in uris]
+
+
+def _digest(uri: str) -> str | None:
+    digest = hashlib.blake2b(digest_size=32)
+    try:
+        with storage.open_input(uri) as file:
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+    except OSError as fault:
+        if is_transient(fault):
+            raise
+        return None
+    return digest.hexdigest()
+
+
+def group_by_digest(rows_in_all: int, rows: Int64Array, digests: Sequence[str | None]) -> Int64Array:
+    """First row with the same contents, for each of `rows_in_all` rows.
+
+    Args:
+        rows_in_all: Rows of the listing.
+        rows: Those that were read, ascending; any other is alike to none.
+        digests: Their digests in the same order; one that is None is alike to none.
+    """
+    groups = np.arange(rows_in_all, dtype=np.int64)
+    read = pl.DataFrame({"row": rows, "digest": pl.Series(digests, dtype=pl.String)}).drop_nulls()
+    known = read["row"].to_numpy()
+    groups[known] = known[first_alike(read.select("digest"))]
+    return groups
+
+
+def first_alike(keys: pl.DataFrame) -> Int64Array:
+    """For each row, the first row that is equal to it in every column."""
+    numbered = keys.select(pl.struct(keys.columns).alias("key")).with_row_index("row")
+    first = numbered.select(pl.col("row").min().over("key").cast(pl.Int64)).to_series()
+    numbers: Int64Array = first.to_numpy()
+    return numbers

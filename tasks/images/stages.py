@@ -1,0 +1,318 @@
+"""What happens to one unit of images, in a Ray task or actor; nothing here knows Ray.
+
+bytes ─ decode ─ fingerprint ─ K variants ─ judge ─ rows ─ one file a split ─ note
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+
+from tasks.core import layout, storage
+from tasks.core.manifest import FileEntry
+from tasks.core.reservation import Reservation
+from tasks.core.stream import ParquetStream
+from tasks.core.tensors import parquet_settings
+from tasks.core.transient import is_transient
+from tasks.images.config import ImageAugmentationConfig
+from tasks.images.decode import Decoded, Decoder, Rejection
+from tasks.images.engines import Engine, UInt8Array, make_engine
+from tasks.images.fingerprint import perceptual_hash
+from tasks.images.plan import read_unit
+from tasks.images.records import OUTCOMES, UnitNote, note_uri, write_note
+from tasks.images.rows import Originals, build_rows, rows_schema
+from tasks.images.scoring import Scored, score
+from tasks.images.sources import REJECTED_IMAGES
+from tasks.images.split import SPLITS
+
+IMAGES_AT_ONCE = 16
+"""Images that are decoded, then augmented, then written together: their pixels stay in the processor's cache."""
+BYTES_AT_ONCE = 64 << 20
+"""Of decoded pixels, or of variants: large ones are fewer at once."""
+PAGE_BYTES = 1 << 20
+READ_AHEAD = 16
+UNREADABLE = "unreadable"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageJob:
+    """What every task needs to know."""
+
+    config: ImageAugmentationConfig
+    reservation: Reservation
+    plan_uri: str
+    digests: tuple[str, ...]
+    classes: int
+
+
+@dataclass(slots=True)
+class Worker:
+    """What a process keeps from one unit to the next."""
+
+    engine: Engine
+    decoders: list[Decoder]
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What becomes of one image."""
+
+    reason: str | None = None
+    detail: str | None = None
+    content: str | None = None
+    format: str | None = None
+    height: int | None = None
+    width: int | None = None
+    hash: int | None = None
+    structured: bool | None = None
+    colours: bytes | None = None
+    scores: list[float] | None = None
+    passed: int | None = None
+    ready: int | None = None
+    issues: list[str] | None = None
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Wall time by stage: each `lap` goes to the stage that has just ended."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] += now - self.last
+        self.last = now
+
+
+@lru_cache(maxsize=1)
+def worker_for(config: ImageAugmentationConfig) -> Worker:
+    """This process's worker; loaded once, as long as the configuration stays the same."""
+    decoders = [Decoder(config.max_pixels, config.background) for _ in range(IMAGES_AT_ONCE)]
+    return Worker(make_engine(config), decoders)
+
+
+def augment_unit(job: ImageJob, unit: int) -> UnitNote:
+    """Augment and write one unit.
+
+    Returns:
+        Its note, which also stands beside the data.
+
+    Raises:
+        OSError: the store fails in a way that may pass; an image that can't be read at all is rejected instead.
+
+    """
+    planned = read_unit(job.plan_uri, unit)
+    clock = _Clock()
+    outcomes = [_Outcome() for _ in range(planned.num_rows)]
+    splits = planned["split"].to_numpy()
+    files = {}
+    for number in np.unique(splits):
+        rows = np.flatnonzero(splits == number)
+        uri = job.reservation.data_uri(unit, layout.split_directory(SPLITS[number]))
+        entry = _augment_split(job, uri, planned.take(rows), [outcomes[row] for row in rows], clock)
+        if entry is not None:
+            files[SPLITS[number]] = entry
+    table = pa.table({name: [getattr(one, name) for one in outcomes] for name in OUTCOMES.names}, schema=OUTCOMES)
+    reasons = pc.value_counts(table["reason"].drop_null()).to_pylist()
+    note = UnitNote(
+        unit=unit,
+        uri=note_uri(job.reservation, unit),
+        digest=job.digests[unit],
+        images=planned.num_rows,
+        augmented=table["reason"].null_count,
+        rejected={entry["values"]: entry["counts"] for entry in reasons},
+        files=files,
+        rejected_file=_write_rejected(job, unit, planned, table),
+        seconds=dict(clock.seconds),
+    )
+    write_note(note, table)
+    return note
+
+
+def _augment_split(
+    job: ImageJob, uri: str, planned: pa.Table, outcomes: Sequence[_Outcome], clock: _Clock
+) -> FileEntry | None:
+    """Write the file of one split's images to `uri`; None if none of them can be decoded."""
+    worker = worker_for(job.config)
+    keys = planned["key"].to_numpy()
+    stream: ParquetStream | None = None
+    try:
+        for rows, images in _decoded(worker, planned["uri"].to_pylist(), outcomes, job.config, clock):
+            made, measured, magnification = worker.engine.variants(images, keys[rows])
+            clock.lap("augment")
+            chunk = planned.take(rows)
+            originals = Originals(
+                ids=chunk["image_id"].combine_chunks(),
+                uris=chunk["uri"].combine_chunks(),
+                class_ids=chunk["class_id"].to_numpy(),
+                class_names=chunk["class_name"].combine_chunks(),
+            )
+            variants = job.config.augmentation.variants
+            scored = score(
+                measured, magnification, np.repeat(originals.class_ids, variants), job.classes, job.config.thresholds
+            )
+            _note_scores([outcomes[row] for row in rows], scored, variants)
+            table = build_rows(job.config, made, originals, scored, job.classes)
+            clock.lap("judge")
+            if stream is None:
+                stream = open_rows(job, uri)
+            stream.write(table)
+            clock.lap("write")
+    except BaseException as error:
+        if stream is not None:
+            stream.__exit__(type(error), error, error.__traceback__)
+        raise
+    if stream is None:
+        return None
+    stream.__exit__(None, None, None)
+    clock.lap("write")
+    return job.reservation.entry(stream.written)
+
+
+def open_rows(job: ImageJob, uri: str) -> ParquetStream:
+    """A file of rows, open for writing."""
+    schema = rows_schema(job.config, job.classes)
+    # Pages that fit the processor's cache, looked at after each row: they pass from buffer to buffer on their way, and
+    # 16 images are written in half the time that one large page takes.
+    pages = {"data_page_size": PAGE_BYTES, "write_batch_size": 1}
+    return ParquetStream(uri, schema, **parquet_settings(schema) | pages)
+
+
+def _decoded(
+    worker: Worker, uris: Sequence[str], outcomes: Sequence[_Outcome], config: ImageAugmentationConfig, clock: _Clock
+) -> Iterator[tuple[npt.NDArray[np.int64], list[UInt8Array]]]:
+    """Decoded images, some at a time, with their rows; what can't be decoded gets its reason."""
+    augmentation = config.augmentation
+    variant_bytes = augmentation.variants * augmentation.size**2 * 3 * (4 if config.format == "float32" else 1)
+    most = max(1, min(IMAGES_AT_ONCE, BYTES_AT_ONCE // variant_bytes))
+    rows: list[int] = []
+    images: list[UInt8Array] = []
+    for row, data in enumerate(_contents(uris)):
+        clock.lap("read")
+        outcome = outcomes[row]
+        if isinstance(data, OSError):
+            outcome.reason, outcome.detail = UNREADABLE, f"The file can't be read: {data}."
+            continue
+        decoded = worker.decoders[len(images)].decode(data)
+        if isinstance(decoded, Rejection):
+            outcome.reason, outcome.detail = decoded.reason, decoded.detail
+            clock.lap("decode")
+            continue
+        clock.lap("decode")
+        _note_picture(outcome, data, decoded)
+        clock.lap("fingerprint")
+        rows.append(row)
+        images.append(decoded.pixels)
+        if len(images) == most or sum(pixels.nbytes for pixels in images) > BYTES_AT_ONCE:
+            yield np.array(rows), images
+            rows, images = [], []
+    if images:
+        yield np.array(rows), images
+
+
+def _contents(uris: Sequence[str]) -> Iterator[bytes | OSError]:
+    """Contents of each file, in order; from S3 some are read ahead."""
+    if not uris or not storage.is_s3(uris[0]):
+        yield from map(_content, uris)
+        return
+    ahead: deque[Future[bytes | OSError]] = deque()
+    with ThreadPoolExecutor(READ_AHEAD) as readers:
+        for uri in uris:
+            ahead.append(readers.submit(_content, uri))
+            if len(ahead) == READ_AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _content(uri: str) -> bytes | OSError:
+    try:
+        return storage.read_bytes(uri)
+    except OSError as error:
+        if is_transient(error):
+            raise
+        return error
+
+
+def _note_picture(outcome: _Outcome, data: bytes, decoded: Decoded) -> None:
+    outcome.content = xxhash.xxh3_128_hexdigest(data)
+    outcome.format = decoded.format
+    outcome.height, outcome.width = decoded.pixels.shape[:2]
+    outcome.hash, colours, outcome.structured = perceptual_hash(decoded.pixels)
+    outcome.colours = colours.tobytes()
+
+
+def _note_scores(outcomes: Sequence[_Outcome], scored: Scored, variants: int) -> None:
+    scores, passed, ready = (a.reshape(-1, variants) for a in (scored.score, scored.passed, scored.ready))
+    issues = scored.issues.to_pylist()
+    for number, outcome in enumerate(outcomes):
+        own = issues[number * variants : (number + 1) * variants]
+        outcome.scores = scores[number].tolist()
+        outcome.passed, outcome.ready = int(passed[number].sum()), int(ready[number].sum())
+        outcome.issues = sorted({issue for some in own for issue in some})
+
+
+def _write_rejected(job: ImageJob, unit: int, planned: pa.Table, outcomes: pa.Table) -> FileEntry | None:
+    bad = outcomes["reason"].is_valid()
+    if not pc.any(bad).as_py():
+        return None
+    columns: dict[str, Any] = {name: planned[name] for name in ("uri", "path", "image_id", "class_name")}
+    columns |= {name: outcomes[name] for name in ("reason", "detail")}
+    rows = pa.table(columns).filter(bad).cast(REJECTED_IMAGES)
+    return job.reservation.entry(storage.write_parquet(rows, job.reservation.rejected_uri("images", unit)))
+
+
+def resplit_unit(job: ImageJob, note: UnitNote, wanted: dict[str, npt.NDArray[np.int8]]) -> dict[str, FileEntry]:
+    """Write a unit's rows anew, each to the split that it belongs to now; the old files stay until the commit.
+
+    Args:
+        job: What was done.
+        note: The unit.
+        wanted: For each file of the note, by its split: the split of each of its images, in the file's order.
+
+    Returns:
+        The new files, by split.
+
+    """
+    streams: dict[int, ParquetStream] = {}
+    number = len(job.digests) + note.unit  # names of its own: the old files may be needed by another attempt
+    try:
+        for split, entry in note.files.items():
+            per_row = np.repeat(wanted[split], job.config.augmentation.variants)
+            done = 0
+            for rows in _row_groups(layout.join(job.reservation.uri, entry.path)):
+                own = per_row[done : done + rows.num_rows]
+                done += rows.num_rows
+                for target in np.unique(own):
+                    if target not in streams:
+                        directory = layout.split_directory(SPLITS[target])
+                        streams[target] = open_rows(job, job.reservation.data_uri(number, directory))
+                    streams[target].write(rows.filter(pa.array(own == target)))
+            assert done == len(per_row), f"{entry.path} has {done} rows, its note has {len(per_row)}"
+    except BaseException as error:
+        for stream in streams.values():
+            stream.__exit__(type(error), error, error.__traceback__)
+        raise
+    for stream in streams.values():
+        stream.__exit__(None, None, None)
+    return {SPLITS[target]: job.reservation.entry(stream.written) for target, stream in sorted(streams.items())}
+
+
+def _row_groups(uri: str) -> Iterator[pa.Table]:
+    with storage.open_input(uri) as source:
+        file = pq.ParquetFile(source)
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group)

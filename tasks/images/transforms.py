@@ -1,0 +1,353 @@
+"""The torch engines: drawn parameters applied by torchvision's operations on any device, and policies of your own.
+
+`TorchEngine` gives what `torchvision.transforms.v2.functional` gives for the same parameters, on uint8 tensors. A GPU
+spends most of its time waiting if each variant brings its own sixty small operations, so only the crops are resized
+one by one (each has its own size); all that follows works on many variants at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tasks.core.errors import ConfigError
+from tasks.images import colours
+from tasks.images.config import Augmentation
+from tasks.images.draws import Draws, policy_seeds
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+UInt8Array = npt.NDArray[np.uint8]
+FloatArray = npt.NDArray[np.float32]
+
+# Variants worked on together have so many pixels: on a GPU enough to keep it busy, on a CPU what its cache holds.
+_PIXELS_AT_ONCE = {"cuda": 1 << 22, "cpu": 1 << 18}
+# torch's antialiasing on CUDA keeps its weights in shared memory, which from about 60 : 1 on doesn't hold them
+# (pytorch/vision issue 7671).
+_STEEPEST_ON_GPU = 32
+
+
+class TorchEngine:
+    """Augments images with torch on one device; loaded once per worker.
+
+    The results on a CPU are those of torchvision's own functions bit by bit, whatever the batch. On a GPU resizing is
+    done in float32 where CPUs use 16-bit weights, so a pixel may be a level off before the colour operations.
+    """
+
+    def __init__(self, augmentation: Augmentation, device: str = "cpu") -> None:
+        """Load torch.
+
+        Raises:
+            ConfigError: there is no such device.
+
+        """
+        import torch
+
+        self._variants = augmentation.variants
+        self._size = size = augmentation.size
+        self._device = _device(device)
+        self._pinned = self._device.type == "cuda"
+        self._at_once = max(1, _PIXELS_AT_ONCE["cuda" if self._pinned else "cpu"] // (size * size))
+        # As torchvision's `_affine_grid` has it: pixel centres around the middle of the image.
+        axis = torch.linspace((1.0 - size) * 0.5, (size - 1.0) * 0.5, steps=size, device=self._device)
+        y, x = torch.meshgrid(axis, axis, indexing="ij")
+        self._centres = torch.stack((x, y, torch.ones_like(x)), dim=-1).view(1, size * size, 3)
+
+    def apply(self, images: Sequence[UInt8Array], draws: Draws) -> UInt8Array:
+        """Variants of the images, (n, 3, size, size), in the order of the draws.
+
+        Args:
+            images: m oriented originals, each (height, width, 3 or more), RGB first.
+            draws: n = m × variants rows, image by image.
+
+        """
+        import torch
+
+        count = len(draws.flip)
+        assert count == len(images) * self._variants, "draws and images don't belong together"
+        shape = (count, 3, self._size, self._size)
+        with torch.inference_mode():
+            variants = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
+            crops = self._crops(images, draws)
+            for start in range(0, count, self._at_once):
+                rows = slice(start, min(start + self._at_once, count))
+                batch = torch.stack([next(crops) for _ in range(rows.start, rows.stop)])
+                batch = self._flip(batch, draws.flip[rows])
+                batch = self._rotate(batch, draws.angle[rows])
+                batch = self._adjust(batch, draws.jitter[rows], draws.order[rows])
+                variants[rows].copy_(batch, non_blocking=True)
+            if self._pinned:
+                torch.cuda.current_stream(self._device).synchronize()
+        return variants.numpy()
+
+    def _crops(self, images: Sequence[UInt8Array], draws: Draws) -> Iterator[Tensor]:
+        """Each variant's crop, resized: (3, size, size)."""
+        from torchvision.transforms.v2 import functional
+
+        for number, image in enumerate(images):
+            host = _copied(image, pinned=self._pinned)
+            there = host.to(self._device, non_blocking=True)
+            for row in range(number * self._variants, (number + 1) * self._variants):
+                top, left, height, width = draws.crop[row].tolist()
+                steep = self._pinned and max(height, width) > _STEEPEST_ON_GPU * self._size
+                pixels = (host if steep else there)[:, :, :3].permute(2, 0, 1)
+                crop = functional.resized_crop(
+                    pixels, top, left, height, width, [self._size, self._size], antialias=True
+                )
+                yield crop.to(self._device)
+
+    def _flip(self, batch: Tensor, flip: npt.NDArray[np.bool_]) -> Tensor:
+        rows = self._rows(flip)
+        return batch if rows is None else batch.index_copy_(0, rows, batch[rows].flip(-1))
+
+    def _rotate(self, batch: Tensor, angles: FloatArray) -> Tensor:
+        """Rotate around the middle, by the nearest pixel, black beyond the corners, as `functional.rotate` does."""
+        import torch
+        from torch.nn.functional import grid_sample
+
+        degrees = np.array([angle % 360 for angle in angles.tolist()])
+        for quarters in (1, 2, 3):
+            rows = self._rows(degrees == 90 * quarters)
+            if rows is not None:
+                batch.index_copy_(0, rows, torch.rot90(batch[rows], quarters, (-2, -1)))
+        others = degrees % 90 != 0
+        rows = self._rows(others)
+        if rows is None:
+            return batch
+        matrices = [_inverse_rotation(degree) for degree in degrees[others].tolist()]
+        theta = torch.tensor(matrices, dtype=torch.float32).to(self._device).transpose(1, 2)
+        theta = theta.div(torch.tensor([0.5 * self._size] * 2, device=self._device))
+        # One product each: a product of a whole batch may round otherwise, and move a pixel.
+        grid = torch.cat([torch.bmm(self._centres, one) for one in torch.split(theta, 1)])
+        grid = grid.view(-1, self._size, self._size, 2)
+        rotated = grid_sample(batch[rows].float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
+        return batch.index_copy_(0, rows, rotated.to(torch.uint8))
+
+    def _adjust(self, batch: Tensor, jitter: FloatArray, order: UInt8Array) -> Tensor:
+        """Each variant's colour operations in its own order, those of a kind at once."""
+        import torch
+
+        operations = ((colours.brightness, 1), (colours.contrast, 1), (colours.saturation, 1), (colours.hue, 0))
+        for step in range(4):
+            for number, (operation, neutral) in enumerate(operations):
+                chosen = (order[:, step] == number) & (jitter[:, number] != neutral)
+                rows = self._rows(chosen)
+                if rows is not None:
+                    factors = torch.from_numpy(jitter[chosen, number]).to(self._device).view(-1, 1, 1, 1)
+                    batch.index_copy_(0, rows, operation(batch[rows], factors))
+        return batch
+
+    def _rows(self, chosen: npt.NDArray[np.bool_]) -> Tensor | None:
+        import torch
+
+        return torch.from_numpy(np.flatnonzero(chosen)).to(self._device) if chosen.any() else None
+
+
+class PolicyEngine:
+    """Augments images with a transform of the user's own; loaded once per worker.
+
+    Each variant starts from the whole oriented original, with the generators of torch, numpy and Python seeded by its
+    key, so that it depends on nothing else. These generators belong to the whole process: call it from one thread.
+    """
+
+    def __init__(self, policy: str, augmentation: Augmentation, device: str = "cpu") -> None:
+        """Load torch and the policy.
+
+        Raises:
+            ConfigError: there is no such device, or no such policy.
+
+        """
+        import torch
+
+        self._policy = policy
+        self._device = _device(device)
+        self._pinned = self._device.type == "cuda"
+        self._variants = augmentation.variants
+        self._size = augmentation.size
+        self._transform = load_policy(policy)
+        if isinstance(self._transform, torch.nn.Module):
+            self._transform.to(self._device)
+
+    def apply(self, images: Sequence[UInt8Array], keys: npt.NDArray[np.uint64]) -> UInt8Array | FloatArray:
+        """Variants of the images, (m × variants, 3, size, size), image by image; uint8, or float32 of any range.
+
+        Args:
+            images: m oriented originals, each (height, width, 3 or more), RGB first.
+            keys: (m,) from `draws.image_keys`.
+
+        Raises:
+            ConfigError: the policy gave something else.
+
+        """
+        from torchvision import tv_tensors
+
+        assert len(keys) == len(images), "keys and images don't belong together"
+        seeds = policy_seeds(keys, self._variants)
+        out: npt.NDArray[Any] | None = None
+        for number, image in enumerate(images):
+            pixels = _copied(image, pinned=self._pinned).to(self._device, non_blocking=True)
+            original = pixels[:, :, :3].permute(2, 0, 1).contiguous()
+            for row in range(number * self._variants, (number + 1) * self._variants):
+                # A copy, as a policy may write into its input.
+                variant = self._variant(tv_tensors.Image(original.clone()), int(seeds[row]))
+                if out is None:
+                    out = np.empty((len(seeds), *variant.shape), variant.dtype)
+                if out.dtype != variant.dtype:
+                    raise ConfigError(
+                        f"policy '{self._policy}' gives {out.dtype} for some variants and {variant.dtype} for others; "
+                        "end it with v2.ToDtype(torch.uint8, scale=True)"
+                    )
+                out[row] = variant
+        return np.empty((0, 3, self._size, self._size), np.uint8) if out is None else out
+
+    def _variant(self, original: Any, seed: int) -> npt.NDArray[Any]:
+        import torch
+
+        with _seeded(seed, self._device), torch.no_grad():
+            try:
+                made = self._transform(original)
+            except Exception as error:
+                error.add_note(f"in policy '{self._policy}', given {_described(original)}")
+                raise
+        shape = (3, self._size, self._size)
+        fits = isinstance(made, torch.Tensor) and tuple(made.shape) == shape
+        if not fits or not (made.dtype == torch.uint8 or made.is_floating_point()):
+            raise ConfigError(
+                f"policy '{self._policy}' made {_described(made)} of {_described(original)}; "
+                f"it must give a tensor of uint8 or floats, {' × '.join(map(str, shape))}, "
+                f"as with v2.RandomResizedCrop({self._size}) in it"
+            )
+        kept = made if made.dtype == torch.uint8 else made.float()
+        found: npt.NDArray[Any] = kept.as_subclass(torch.Tensor).cpu().numpy()
+        return found
+
+
+def load_policy(path: str) -> Callable[..., Any]:
+    """The transform that an import path names: 'package.module:name'.
+
+    It may name the transform, a function of one image, or a class or function without arguments that gives one.
+
+    Args:
+        path: As in the configuration; it is imported, which runs its module.
+
+    Raises:
+        ConfigError: it can't be imported, isn't there, or is no transform.
+
+    """
+    module_name, _, name = path.partition(":")
+    try:
+        found = importlib.import_module(module_name)
+    except Exception as error:  # whatever the module's own code raises
+        raise ConfigError(
+            f"policy = '{path}': can't import '{module_name}': {type(error).__name__}: {error}; "
+            "check its name, that it is on the path of every worker, and that it can be imported by itself"
+        ) from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ConfigError(f"policy = '{path}': '{module_name}' has no '{name}'; check the name")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ConfigError(
+            f"policy = '{path}' is {_described(found)}, no transform; name a torchvision.transforms.v2 transform, "
+            "a function of one image, or a class or function without arguments that gives one of these"
+        )
+    if not (inspect.isclass(found) or inspect.isroutine(found) or isinstance(found, partial)):
+        return found
+    return _made_by(found, path)
+
+
+def _made_by(found: Callable[..., Any], path: str) -> Callable[..., Any]:
+    """The transform that a class or function is, or gives when called without arguments."""
+    try:
+        signature = inspect.signature(found)
+    except ValueError:  # compiled functions may not tell
+        return found
+    if not inspect.isclass(found):
+        if _accepts(signature, 1) and not _accepts(signature, 0):
+            return found
+        if any(each.kind is each.VAR_POSITIONAL for each in signature.parameters.values()):
+            return found
+    if not _accepts(signature, 0):
+        cure = "give an instance" if inspect.isclass(found) else "give a function of the image alone"
+        raise ConfigError(f"policy = '{path}' needs arguments {signature}; {cure}, by another name in its module")
+    try:
+        made = found()
+    except Exception as error:
+        raise ConfigError(
+            f"policy = '{path}': calling it failed: {type(error).__name__}: {error}; it must give a transform"
+        ) from error
+    if not callable(made):
+        raise ConfigError(f"policy = '{path}' gave {_described(made)}, no transform; return the transform")
+    return made  # type: ignore[no-any-return]
+
+
+def _accepts(signature: inspect.Signature, count: int) -> bool:
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
+        return False
+    return True
+
+
+@contextmanager
+def _seeded(seed: int, device: Any) -> Iterator[None]:
+    """Seed the generators of torch, numpy and Python for a while, then put them back."""
+    import torch
+
+    python, legacy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device = '{name}' can't be used here: {str(error).splitlines()[0]}; "
+            "take 'cpu', or a machine with that device and a torch built for it"
+        ) from error
+    return device
+
+
+def _copied(image: UInt8Array, *, pinned: bool) -> Tensor:
+    """A tensor of the image's own memory: torch takes no read-only or mirrored arrays, and a GPU copies from pinned."""
+    import torch
+
+    copy = torch.empty(image.shape, dtype=torch.uint8, pin_memory=pinned)
+    copy.numpy()[...] = image
+    return copy
+
+
+def _described(value: object) -> str:
+    """Type and, for tensors and arrays, element type and shape."""
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    kind = f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
+    return kind if shape is None or dtype is None else f"{kind} of {dtype}, {' × '.join(map(str, shape)) or 'a scalar'}"
+
+
+def _inverse_rotation(degrees: float) -> list[list[float]]:
+    """From a pixel of the result to where it comes from, around the middle, (2, 3); degrees are counter-clockwise."""
+    angle = math.radians(-degrees)
+    cosine, sine = math.cos(angle), math.sin(angle)
+    return [[cosine, sine, 0.0], [-sine, cosine, 0.0]]

@@ -1,0 +1,116 @@
+"""The end of every flow: the report of a version that was judged, and its commit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from prefect.runtime import deployment, flow_run
+
+from tasks.artifacts import publish_report
+from tasks.core import layout, storage, versions
+from tasks.core.errors import GateFailed
+from tasks.core.manifest import CheckResult, GateResult, Manifest, ReportDigest, RowBalance, RunRecord
+from tasks.core.report import Report
+from tasks.core.reservation import Reservation
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedVersion:
+    """A version that is written, judged and reported, and not yet committed."""
+
+    reservation: Reservation
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedVersion:
+    """A version that readers see."""
+
+    dataset: str
+    version: int
+    uri: str
+    report: str
+    verdict: str
+    rows: int
+    balances: tuple[RowBalance, ...]
+
+
+def run_record() -> RunRecord:
+    """The current flow run, for the manifest."""
+    return RunRecord(flow_run_id=str(flow_run.id), flow_run_name=flow_run.name, deployment=deployment.name)
+
+
+def write_report(report: Report, manifest: Manifest, reservation: Reservation) -> Manifest:
+    """Write the report's two files beside the data and its artifacts to Prefect; the manifest with their digests."""
+    name = manifest.dataset.rpartition("/")[2]
+    html_uri = layout.join(reservation.uri, layout.REPORT_HTML)
+    faces = {html_uri: report.to_html(), layout.join(reservation.uri, layout.REPORT_JSON): report.to_json()}
+    for uri, content in faces.items():
+        storage.write_bytes(uri, content)
+    publish_report(name, report.to_markdown(), report.checks_table(), html_uri)
+    html, json = (hashlib.sha256(content).hexdigest() for content in faces.values())
+    return manifest.model_copy(update={"report": ReportDigest(html_sha256=html, json_sha256=json)})
+
+
+def publish(judged: Sequence[JudgedVersion], root: str, cures: Mapping[str, str]) -> list[PublishedVersion]:
+    """Commit all versions of a run, or none.
+
+    Args:
+        judged: The versions.
+        root: Root of the store.
+        cures: What a user can do about a check that failed, by the check's name.
+
+    Raises:
+        GateFailed: the gate failed a version; it is recorded as rejected, and nothing is published.
+        VersionConflict: another publisher holds a version.
+
+    """
+    failed = [version for version in judged if version.manifest.gate.verdict == "fail"]
+    if failed:
+        for version in judged:
+            versions.commit(version.reservation, _rejected(version, failed))
+        raise GateFailed(_why(failed, cures))
+    manifests = [versions.commit(version.reservation, version.manifest) for version in judged]
+    return [_published(root, manifest) for manifest in manifests]
+
+
+def _rejected(version: JudgedVersion, failed: Sequence[JudgedVersion]) -> Manifest:
+    """The manifest of a version that isn't published, because it failed or because another of its run did."""
+    manifest = version.manifest
+    if version in failed:
+        return manifest
+    message = f"Not published, because {', '.join(other.manifest.dataset for other in failed)} of the same run failed."
+    check = CheckResult(name="same run", verdict="fail", bound="all groups pass", message=message)
+    gate = GateResult(verdict="fail", checks=(*manifest.gate.checks, check))
+    return manifest.model_copy(update={"status": "rejected", "gate": gate})
+
+
+def _why(failed: Sequence[JudgedVersion], cures: Mapping[str, str]) -> str:
+    """Which checks failed, what cures them, and where to read more."""
+    checks = [
+        (version.manifest.dataset, check)
+        for version in failed
+        for check in version.manifest.gate.checks
+        if check.verdict == "fail"
+    ]
+    causes = [f"{dataset}: {check.message.rstrip('.')} (asked for {check.bound})" for dataset, check in checks]
+    known = "; ".join(dict.fromkeys(cures[check.name] for _, check in checks if check.name in cures))
+    shown = "; ".join(causes[:3]) + (f"; and {len(causes) - 3} more" if len(causes) > 3 else "")
+    reports = ", ".join(layout.join(version.reservation.uri, layout.REPORT_HTML) for version in failed)
+    cure = f" To go on: {known}." if known else ""
+    return f"The quality gate failed, nothing was published. {shown}.{cure} Reports: {reports}"
+
+
+def _published(root: str, manifest: Manifest) -> PublishedVersion:
+    uri = layout.version_uri(root, manifest.dataset, manifest.version)
+    return PublishedVersion(
+        dataset=manifest.dataset,
+        version=manifest.version,
+        uri=uri,
+        report=layout.join(uri, layout.REPORT_HTML),
+        verdict=manifest.gate.verdict,
+        rows=manifest.rows,
+        balances=manifest.balances,
+    )

@@ -1,0 +1,333 @@
+"""Ways to make three variants of each picture on two cores, ours and others', each in processes of its own.
+
+All decode a picture once and do the same operations with the same bounds: a random crop resized to 224 × 224, a flip,
+a rotation with black corners, brightness, contrast, saturation and hue. Where they differ, none is slowed by it:
+
+| | pictures come from | resizing | hue | variants |
+|---|---|---|---|---|
+| ours | memory | antialiased | HSV | uint8, planes |
+| torchvision on PIL images, by a DataLoader | files | antialiased | HSV | float32 or uint8, planes, in batches |
+| albumentations | memory | area where it shrinks, else linear; or always linear | HSV | uint8, pixel by pixel |
+| DALI | files | antialiased | a matrix on YIQ | uint8, pixel by pixel, in batches |
+"""
+
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from tasks.images.config import Augmentation, ImageAugmentationConfig
+
+PROCESSES = 2
+BATCH = 16
+SETTINGS = Augmentation()
+
+Work = Callable[[Path | None], int]
+"""Makes the variants of all its pictures, writes them if there is a directory, and gives their number."""
+Maker = Callable[[Sequence[str]], Work]
+"""Loads what the work on these files needs; called in the process that works."""
+
+
+class CannotRun(Exception):
+    """A library is missing, or doesn't work on this machine."""
+
+
+class Workers:
+    """Processes that share pictures, each with the same work, started once and kept; a context manager.
+
+    Args:
+        make: Makes the work of a process, which imports its module to find it.
+        paths: The pictures.
+        processes: Number of processes; the first of n gets the pictures 0, n, 2n, and so on.
+
+    Raises:
+        CannotRun: the work can't be made.
+
+    """
+
+    def __init__(self, make: Maker, paths: Sequence[str], processes: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pictures = len(paths)
+        self._processes = []
+        self._connections: list[Connection] = []
+        for number in range(processes):
+            ours, theirs = context.Pipe()
+            # Not a daemon: those may not have workers of their own, as a DataLoader has.
+            process = context.Process(target=_serve, args=(theirs, make, paths[number::processes]))
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)
+        try:
+            for connection in self._connections:
+                _answer(connection)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, target: Path | None = None) -> None:
+        """Make all variants once, and write them if a directory is given."""
+        for connection in self._connections:
+            connection.send(target)
+        made = sum([_answer(connection) for connection in self._connections])
+        expected = self._pictures * SETTINGS.variants
+        assert made == expected, f"{made:,} variants were made of {self._pictures:,} pictures, not {expected:,}"
+
+    def close(self) -> None:
+        """End the processes."""
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.join(20)
+            if process.is_alive():
+                process.terminate()
+                process.join()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _answer(connection: Connection) -> int:
+    try:
+        answer = connection.recv()
+    except EOFError:
+        raise CannotRun("its process has died") from None
+    if isinstance(answer, str):
+        raise CannotRun(answer)
+    return int(answer)
+
+
+def _serve(connection: Connection, make: Maker, paths: Sequence[str]) -> None:
+    try:
+        work = make(paths)
+        connection.send(0)
+        while True:
+            try:
+                target = connection.recv()
+            except EOFError:  # the other side has closed
+                return
+            connection.send(work(target))
+    except ModuleNotFoundError as error:
+        connection.send(f"{error.name} isn't installed")
+    except Exception:  # noqa: BLE001 - whatever it is, the one who asked is to know
+        connection.send(traceback.format_exc())
+
+
+def kernel(paths: Sequence[str]) -> Work:
+    """Our decoder and engine, called as the flow calls them, and nothing else."""
+    from tasks.images.decode import Decoded, Decoder
+    from tasks.images.draws import image_keys
+    from tasks.images.engines import make_engine
+    from tasks.images.stages import IMAGES_AT_ONCE
+
+    config = ImageAugmentationConfig(augmentation=SETTINGS)
+    engine = make_engine(config)
+    decoders = [Decoder(config.max_pixels, config.background) for _ in range(IMAGES_AT_ONCE)]
+    keys = image_keys([Path(path).stem for path in paths], config.seed)
+    contents = _contents(paths)
+
+    def work(target: Path | None) -> int:
+        made = 0
+        file = None if target is None else os.open(target / f"{os.getpid()}.raw", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        for first in range(0, len(contents), IMAGES_AT_ONCE):
+            some = slice(first, first + IMAGES_AT_ONCE)
+            images = []
+            for decoder, data in zip(decoders, contents[some], strict=False):  # the last chunk may be smaller
+                decoded = decoder.decode(data)
+                assert isinstance(decoded, Decoded), f"a picture was rejected: {decoded}"
+                images.append(decoded.pixels)
+            variants = engine.variants(images, keys[some])[0]
+            if file is not None:
+                _write(file, memoryview(variants).cast("B"))
+            made += len(variants)
+        if file is not None:
+            os.fsync(file)
+            os.close(file)
+        return made
+
+    return work
+
+
+def _write(file: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(file, data) :]
+
+
+def _contents(paths: Sequence[str]) -> list[bytes]:
+    return [Path(path).read_bytes() for path in paths]
+
+
+class _PilPictures:
+    """A map-style dataset, as torchvision's documentation shows it, but for its three variants of each picture."""
+
+    def __init__(self, paths: Sequence[str], as_float: bool) -> None:
+        from torchvision import transforms
+
+        self._paths = paths
+        self._transform = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(SETTINGS.size, SETTINGS.scale, SETTINGS.ratio),
+                transforms.RandomHorizontalFlip(SETTINGS.flip),
+                transforms.RandomRotation(SETTINGS.degrees),
+                transforms.ColorJitter(SETTINGS.brightness, SETTINGS.contrast, SETTINGS.saturation, SETTINGS.hue),
+                *(
+                    [transforms.ToTensor(), transforms.Normalize(SETTINGS.mean, SETTINGS.std)]
+                    if as_float
+                    else [transforms.PILToTensor()]
+                ),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, number: int) -> Any:
+        import torch
+        from PIL import Image
+
+        with Image.open(self._paths[number]) as file:
+            image = file.convert("RGB")
+        return torch.stack([self._transform(image) for _ in range(SETTINGS.variants)])
+
+
+def torch_loader(paths: Sequence[str], as_float: bool) -> Work:
+    """A DataLoader whose two workers open, decode and transform; torch gives each of them one thread."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    torch.set_num_threads(1)
+    loader: Any = DataLoader(
+        _PilPictures(paths, as_float), batch_size=BATCH, num_workers=PROCESSES, persistent_workers=True
+    )
+
+    def work(_: Path | None) -> int:
+        made = 0
+        for batch in loader:
+            assert batch.dtype == (torch.float32 if as_float else torch.uint8)
+            made += batch.shape[0] * batch.shape[1]
+        return made
+
+    return work
+
+
+def albumentations(paths: Sequence[str], antialias: bool) -> Work:
+    """Compose on arrays, by OpenCV on one thread; decoded by simplejpeg, which is faster than OpenCV.
+
+    Both albumentations and AlbumentationsX will do, whichever is installed.
+    """
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else it asks the network whether there is a newer one
+    import albumentations as A  # noqa: N812 - its documentation's name for it
+    import cv2
+    import simplejpeg
+
+    cv2.setNumThreads(0)
+    # AlbumentationsX has other names for arguments; it warns of those that it doesn't know, and ignores them.
+    named_ranges = "brightness_range" in inspect.signature(A.ColorJitter).parameters
+    spreads = {name: getattr(SETTINGS, name) for name in ("brightness", "contrast", "saturation")}
+    bounds = {name: (1 - spread, 1 + spread) for name, spread in spreads.items()}
+    bounds["hue"] = (-SETTINGS.hue, SETTINGS.hue)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        transform = A.Compose(
+            [
+                A.RandomResizedCrop(
+                    (SETTINGS.size, SETTINGS.size),
+                    scale=SETTINGS.scale,
+                    ratio=SETTINGS.ratio,
+                    interpolation=cv2.INTER_LINEAR,
+                    area_for_downscale="image" if antialias else None,
+                ),
+                A.HorizontalFlip(p=SETTINGS.flip),
+                A.Rotate(
+                    **{"angle_range" if named_ranges else "limit": (-SETTINGS.degrees, SETTINGS.degrees)},
+                    interpolation=cv2.INTER_NEAREST,
+                    border_mode=cv2.BORDER_CONSTANT,
+                    fill=0,
+                    p=1,
+                ),
+                A.ColorJitter(**{f"{name}_range" if named_ranges else name: b for name, b in bounds.items()}, p=1),
+            ],
+            **({"telemetry": False} if "telemetry" in inspect.signature(A.Compose).parameters else {}),
+        )
+    contents = _contents(paths)
+    shape = (SETTINGS.size, SETTINGS.size, 3)
+
+    def work(_: Path | None) -> int:
+        made = 0
+        for data in contents:
+            image = simplejpeg.decode_jpeg(data, "RGB")
+            for _ in range(SETTINGS.variants):
+                variant = transform(image=image)["image"]
+                assert variant.shape == shape
+                made += 1
+        return made
+
+    return work
+
+
+def dali(paths: Sequence[str]) -> Work:
+    """A DALI pipeline without a GPU: one process, two threads, batches made ahead of their use, as is its default."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    count = len(paths)
+    assert not count % BATCH, f"DALI would fill the last batch up: {count} pictures are no multiple of {BATCH}"
+    uniform, degrees = fn.random.uniform, SETTINGS.degrees
+
+    @pipeline_def(batch_size=BATCH, num_threads=PROCESSES, device_id=None, seed=0)
+    def pipeline() -> Any:
+        files, _ = fn.readers.file(files=list(paths))
+        images = fn.decoders.image(files, device="cpu", output_type=types.RGB)
+        made = []
+        for _ in range(SETTINGS.variants):
+            variants = fn.random_resized_crop(
+                images, size=SETTINGS.size, random_area=SETTINGS.scale, random_aspect_ratio=SETTINGS.ratio
+            )
+            variants = fn.flip(variants, horizontal=fn.random.coin_flip(probability=SETTINGS.flip))
+            variants = fn.rotate(
+                variants,
+                angle=uniform(range=(-degrees, degrees)),
+                keep_size=True,
+                fill_value=0.0,
+                interp_type=types.INTERP_NN,
+            )
+            spreads = {name: getattr(SETTINGS, name) for name in ("brightness", "contrast", "saturation")}
+            factors = {name: uniform(range=(1 - spread, 1 + spread)) for name, spread in spreads.items()}
+            turn = 360 * SETTINGS.hue
+            made.append(fn.color_twist(variants, hue=uniform(range=(-turn, turn)), **factors))
+        return tuple(made)
+
+    built = pipeline()
+    built.build()
+    built.run()  # what can't run here is known at once
+
+    def work(_: Path | None) -> int:
+        made = 0
+        for _ in range(count // BATCH):
+            for variants in built.run():
+                shape = variants.shape()
+                assert shape[0] == (SETTINGS.size, SETTINGS.size, 3)
+                made += len(shape)
+        return made
+
+    return work
+
+
+OTHERS: dict[str, tuple[Maker, int]] = {
+    "torch": (partial(torch_loader, as_float=True), 1),
+    "torch-uint8": (partial(torch_loader, as_float=False), 1),
+    "albumentations": (partial(albumentations, antialias=True), PROCESSES),
+    "albumentations-linear": (partial(albumentations, antialias=False), PROCESSES),
+    "dali": (dali, 1),
+}
+"""Each way but ours: what makes its work, and how many processes share it; the loader and DALI divide it themselves."""

@@ -1,0 +1,123 @@
+"""Processes of their own for tests: a flow as somebody starts it in a shell, its end by force, and a Prefect server."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from tasks.local_api import _Ready
+
+PROJECT = Path(__file__).parents[1]
+ENDED_BY_THEMSELVES = 20.0  # the API server, Ray and its workers notice within some seconds that the flow is gone
+OUTLIVE = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}  # Ray's own agents don't always
+
+
+def own_home(prefect_home: Path, home: Path) -> Path:
+    """Make a Prefect home for one process, with a database that is migrated if there is one (which saves 10 s)."""
+    home.mkdir(parents=True, exist_ok=True)
+    if (database := prefect_home / "prefect.db").exists():
+        shutil.copy(database, home / "prefect.db")
+    return home
+
+
+def shell_environment(home: Path) -> dict[str, str]:
+    """This process's environment with a Prefect home of its own and, as in a fresh shell, without an API address."""
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    return {**environment, "PREFECT_HOME": str(home), "PYTHONPATH": str(PROJECT)}
+
+
+@dataclass
+class Command:
+    """A flow as somebody starts it in a shell, and every process that it started."""
+
+    process: subprocess.Popen[str]
+    family: set[psutil.Process] = field(default_factory=set)
+
+    @classmethod
+    def start(cls, module: str, options: Sequence[str], home: Path) -> Command:
+        """Start `python -m module` with some options."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *options],
+            env=shell_environment(home),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        return cls(process)
+
+    def look(self) -> None:
+        """Note the processes that are there now: once the flow is dead nobody can tell whose they were."""
+        try:
+            self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
+        except psutil.NoSuchProcess:
+            return
+
+    def finish(self) -> str:
+        """Wait for a good end; what the flow wrote to stderr."""
+        output, errors = self.process.communicate(timeout=150)
+        assert self.process.returncode == 0, f"the run failed:\n{errors}\n{output}"
+        return errors
+
+    def kill_when(self, reached: Callable[[], bool]) -> None:
+        """Kill the flow's own process as soon as something is so."""
+        give_up = time.monotonic() + 120
+        while not reached():
+            assert self.process.poll() is None, f"the run ended first:\n{self.process.communicate()}"
+            assert time.monotonic() < give_up, "the run wrote nothing"
+            self.look()
+            time.sleep(0.01)
+        self.look()
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+
+    def end_family(self) -> set[str]:
+        """Wait for what the flow left behind, end what is still there and give its names."""
+        names = {}
+        for process in self.family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                names[process] = process.name()
+        agents = [process for process, name in names.items() if name in OUTLIVE]
+        _, alive = psutil.wait_procs([process for process in names if process not in agents], ENDED_BY_THEMSELVES)
+        for process in (*alive, *agents):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        return {names[process] for process in alive}
+
+    def stop(self) -> None:
+        """End whatever is left, for the end of a test."""
+        if self.process.poll() is None:
+            self.look()
+            self.process.kill()
+            self.process.communicate()
+        self.end_family()
+
+
+@contextlib.contextmanager
+def prefect_server(home: Path) -> Iterator[str]:
+    """The server that people run, `prefect server start`, in a process of its own; yields its API's address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"],
+        env={**os.environ, "PREFECT_HOME": str(home)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        url = f"http://127.0.0.1:{port}/api"
+        _Ready(server, url)()
+        yield url
+    finally:
+        server.terminate()
+        server.wait(20)
