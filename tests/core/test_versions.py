@@ -24,7 +24,7 @@ from tasks.core import layout, storage, versions
 from tasks.core.errors import BalanceError, ConfigError, CorruptVersion, GateFailed, VersionConflict, VersionNotFound
 from tasks.core.manifest import Manifest, ReportDigest
 from tests.core import publishing
-from tests.core.publishing import DATASET, PARTS, ROWS, manifest_of, publish, write
+from tests.core.publishing import DATASET, PARTS, ROWS, manifest_of, publish, table, write
 
 SPAWN = multiprocessing.get_context("spawn")
 ELSEWHERE = versions.Owner(host="other", boot_id="other boot", pid=1, process_start="1")
