@@ -24,23 +24,21 @@ import pytest
 import ray
 import yaml
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import FlowRun, State, TaskRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.feature_store import feature_store
 from tasks.artifacts import read_artifacts
 from tasks.core import layout, storage, versions
 from tasks.core.errors import GateFailed, SourceError
-from tasks.core.manifest import Manifest
 from tasks.core.metadata import versions_table
 from tasks.features.config import FeatureStoreConfig, Thresholds
 from tasks.features.sample import SAMPLE_AS_OF, sample_customers, sample_products, sample_transactions
-from tasks.publication import PublishedVersion
 from tests.conftest import new_bucket
 from tests.features import oracle
 from tests.processes import own_home, prefect_server
+from tests.runs import Run, assert_nothing_published, assert_whole
 from tests.s3 import FAULTY
-from tests.test_runner import eventually, messages, run_id, task_runs
+from tests.test_runner import eventually, messages, task_runs
 
 pytestmark = pytest.mark.usefixtures("stack")
 
@@ -52,23 +50,8 @@ SMALL = 2_000
 
 
 @dataclass(frozen=True)
-class Run:
-    """A flow run that has ended."""
-
-    root: str
-    state: State
-
-    @property
-    def published(self) -> list[PublishedVersion]:
-        return self.state.result()
-
-    @property
-    def id(self) -> UUID:
-        return run_id(self.state)
-
-    def manifest(self, dataset: str) -> Manifest:
-        number = next(version.version for version in self.published if version.dataset == dataset)
-        return versions.resolve(self.root, dataset, number)
+class FeatureRun(Run):
+    """A run of this flow that has ended."""
 
     def features(self, dataset: str) -> pd.DataFrame:
         """The features alone, by entity."""
@@ -76,29 +59,20 @@ class Run:
         frame = table.to_pandas()
         return frame.drop(columns=OF_THE_RUN).sort_values(frame.columns[0], ignore_index=True)
 
-    def flow_run(self) -> FlowRun:
-        with get_client(sync_client=True) as client:
-            return client.read_flow_run(self.id)
 
-    def tasks(self) -> dict[str, TaskRun]:
-        """Task runs by name, once all of them have reached the API."""
-        runs = eventually(lambda: task_runs(self.id), lambda runs: all(run.state.is_final() for run in runs))
-        return {run.name: run for run in runs}
-
-
-def start(root: str, **settings: object) -> Run:
+def start(root: str, **settings: object) -> FeatureRun:
     config = FeatureStoreConfig(root=root, **{"sample_transactions": SMALL, **settings})
-    return Run(root, feature_store(config, return_state=True))
+    return FeatureRun(root, feature_store(config, return_state=True))
 
 
-def completed(root: str, **settings: object) -> Run:
+def completed(root: str, **settings: object) -> FeatureRun:
     run = start(root, **settings)
     assert run.state.is_completed(), run.state.message
     return run
 
 
 @pytest.fixture(scope="module", params=["local", "s3"])
-def twice(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+def twice(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[FeatureRun]:
     """The default sample, two times into the same root."""
     if request.param == "local":
         root = str(tmp_path_factory.mktemp("flow") / "root")
@@ -108,7 +82,7 @@ def twice(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def small(tmp_path_factory: pytest.TempPathFactory) -> FeatureRun:
     """A small sample on the local disk."""
     return completed(str(tmp_path_factory.mktemp("small")))
 
@@ -136,31 +110,6 @@ def usable(transactions: pd.DataFrame, products: pd.DataFrame) -> pd.DataFrame:
     return rows.merge(products[["product_id", "category"]], on="product_id", how="left")
 
 
-def assert_whole(run: Run, dataset: str) -> Manifest:
-    """A version is what its manifest says, and nothing else stands in its directory."""
-    manifest = run.manifest(dataset)
-    versions.verify(run.root, manifest)
-    base = layout.version_uri(run.root, dataset, manifest.version)
-    found = {info.uri.removeprefix(base + "/") for info in storage.list_files(base, include_hidden=True)}
-    listed = {file.path for file in (*manifest.files, *manifest.rejected_files)}
-    protocol = {layout.MANIFEST, layout.REPORT_HTML, layout.REPORT_JSON, *reservations(manifest)}
-    assert found == listed | protocol, f"{dataset}: other files than the manifest lists: {found ^ (listed | protocol)}"
-    assert manifest.run.flow_run_id == str(run.id)
-    assert manifest.rows == sum(pq.read_metadata(storage.open_input(uri)).num_rows for uri in data(run, dataset))
-    for balance in manifest.balances:
-        assert balance.missing == 0, f"{dataset}: {balance.name} doesn't balance: {balance}"
-    assert manifest.balances[-1].rows_out == manifest.rows
-    return manifest
-
-
-def reservations(manifest: Manifest) -> set[str]:
-    return {layout.reservation_name(attempt) for attempt in range(1, manifest.run.attempt + 1)}
-
-
-def data(run: Run, dataset: str) -> list[str]:
-    return versions.data_files(run.root, run.manifest(dataset))
-
-
 def assert_same(left: pd.DataFrame, right: pd.DataFrame, why: str) -> None:
     """Equal to the last bit, not only about."""
     assert list(left.columns) == list(right.columns), why
@@ -171,22 +120,15 @@ def assert_same(left: pd.DataFrame, right: pd.DataFrame, why: str) -> None:
         assert np.array_equal(one, other), f"{why}: {name} differs"
 
 
-def assert_nothing_published(root: str) -> None:
-    for dataset in BOTH:
-        assert versions.published_versions(root, dataset) == [], f"{dataset} has a published version"
-        for number in versions.version_numbers(root, dataset):
-            files = storage.list_files(layout.version_uri(root, dataset, number))
-            assert files == [], f"{dataset} v{number} shows data to readers that just open the directory: {files}"
-
-
 # What a run publishes
 
 
-def test_two_runs_publish_two_whole_versions_of_both_groups(twice: list[Run]) -> None:
+def test_two_runs_publish_two_whole_versions_of_both_groups(twice: list[FeatureRun]) -> None:
     for number, run in enumerate(twice, 1):
         assert [(version.dataset, version.version) for version in run.published] == [(name, number) for name in BOTH]
         for version in run.published:
             manifest = assert_whole(run, version.dataset)
+            assert manifest.balances[-1].rows_out == manifest.rows
             assert (version.rows, version.verdict) == (manifest.rows, manifest.gate.verdict)
             assert storage.exists(version.report), "the report isn't where the flow says"
             assert version.uri == layout.version_uri(run.root, version.dataset, number)
@@ -195,7 +137,7 @@ def test_two_runs_publish_two_whole_versions_of_both_groups(twice: list[Run]) ->
         assert_same(twice[0].features(dataset), twice[1].features(dataset), f"{dataset} v1 and v2 of the same input")
 
 
-def test_the_published_features_are_those_of_a_brute_force(twice: list[Run]) -> None:
+def test_the_published_features_are_those_of_a_brute_force(twice: list[FeatureRun]) -> None:
     run = twice[0]
     base = layout.sample(run.root, "feature-store", "20000-0")
     transactions = pd.read_parquet(f"{base}/transactions")
@@ -220,7 +162,7 @@ def test_the_published_features_are_those_of_a_brute_force(twice: list[Run]) -> 
                 assert found[name].to_list() == expected[name].to_list(), f"{dataset}: {name} differs"
 
 
-def test_rejected_rows_are_kept_with_their_reasons(twice: list[Run]) -> None:
+def test_rejected_rows_are_kept_with_their_reasons(twice: list[FeatureRun]) -> None:
     run = twice[0]
     raw = pd.read_parquet(layout.sample(run.root, "feature-store", "20000-0") + "/transactions")
     expected = {
@@ -249,7 +191,7 @@ def test_rejected_rows_are_kept_with_their_reasons(twice: list[Run]) -> None:
         assert balances["transactions"].rows_in == len(raw) == 20_000
 
 
-def test_any_reader_opens_a_version_as_it_is(twice: list[Run]) -> None:
+def test_any_reader_opens_a_version_as_it_is(twice: list[FeatureRun]) -> None:
     run = twice[0]
     for dataset in BOTH:
         uri = layout.version_uri(run.root, dataset, 1)
@@ -264,7 +206,7 @@ def test_any_reader_opens_a_version_as_it_is(twice: list[Run]) -> None:
             assert (len(found), found.columns) == (manifest.rows, columns), "DuckDB"
 
 
-def test_the_table_of_versions_is_derived_from_the_manifests(twice: list[Run]) -> None:
+def test_the_table_of_versions_is_derived_from_the_manifests(twice: list[FeatureRun]) -> None:
     root = twice[0].root
     content = storage.read_bytes(layout.join(root, layout.METADATA))
     table = pacsv.read_csv(io.BytesIO(content))
@@ -281,7 +223,7 @@ def test_the_table_of_versions_is_derived_from_the_manifests(twice: list[Run]) -
 # What the API shows of it
 
 
-def test_the_api_has_the_artifacts_of_a_run(twice: list[Run]) -> None:
+def test_the_api_has_the_artifacts_of_a_run(twice: list[FeatureRun]) -> None:
     artifacts = read_artifacts(twice[0].id)
     by_key = {artifact.key: artifact for artifact in artifacts if artifact.key}
     groups = ("customer-features", "product-features")
@@ -301,7 +243,7 @@ def test_the_api_has_the_artifacts_of_a_run(twice: list[Run]) -> None:
     assert re.search(r"Computing features: 2 of 2 buckets.*; done / Reading .*: 3 of 3 pieces of files.*; done", told)
 
 
-def test_the_api_has_logs_names_and_tags_of_the_tasks_on_ray(twice: list[Run]) -> None:
+def test_the_api_has_logs_names_and_tags_of_the_tasks_on_ray(twice: list[FeatureRun]) -> None:
     run = twice[1]
     lines = messages(run.id)
     for dataset in BOTH:
@@ -322,7 +264,7 @@ def test_the_api_has_logs_names_and_tags_of_the_tasks_on_ray(twice: list[Run]) -
 
 
 @pytest.mark.parametrize("twice", ["local"], indirect=True)
-def test_how_the_work_is_cut_changes_no_bit(twice: list[Run]) -> None:
+def test_how_the_work_is_cut_changes_no_bit(twice: list[FeatureRun]) -> None:
     reference = twice[0]
     for rows in (1_000, 5_000):
         run = completed(reference.root, sample_transactions=20_000, rows_per_bucket=rows)
@@ -331,7 +273,7 @@ def test_how_the_work_is_cut_changes_no_bit(twice: list[Run]) -> None:
             assert_same(run.features(dataset), reference.features(dataset), f"{dataset}, {rows} rows a bucket")
 
 
-def test_the_number_of_cpus_changes_no_bit(small: Run) -> None:
+def test_the_number_of_cpus_changes_no_bit(small: FeatureRun) -> None:
     @ray.remote(num_cpus=1)
     class Idler:
         """Holds a CPU."""
@@ -352,7 +294,7 @@ def test_the_number_of_cpus_changes_no_bit(small: Run) -> None:
 # Joins and definitions
 
 
-def test_without_customers_nothing_is_joined(small: Run, tmp_path: Path) -> None:
+def test_without_customers_nothing_is_joined(small: FeatureRun, tmp_path: Path) -> None:
     tables = sample()
     del tables["customers"]
     run = completed(str(tmp_path), **put(str(tmp_path), tables), as_of=SAMPLE_AS_OF)
@@ -369,7 +311,7 @@ def test_without_customers_nothing_is_joined(small: Run, tmp_path: Path) -> None
     assert_same(both[names], joined[names], "features with and without a join")
 
 
-def test_a_left_join_keeps_the_orphans_and_an_inner_join_rejects_them(small: Run) -> None:
+def test_a_left_join_keeps_the_orphans_and_an_inner_join_rejects_them(small: FeatureRun) -> None:
     left = completed(small.root, join="left", groups=("customer-features",))
     rows, inner = left.features(CUSTOMERS), small.features(CUSTOMERS)
     orphans = small.manifest(CUSTOMERS).balances[-1].rejected["no_customers_row"]
@@ -383,7 +325,7 @@ def test_a_left_join_keeps_the_orphans_and_an_inner_join_rejects_them(small: Run
     assert str(orphans) in check.message, check.message
 
 
-def test_refunds_count_or_are_rejected_by_choice(small: Run) -> None:
+def test_refunds_count_or_are_rejected_by_choice(small: FeatureRun) -> None:
     refunds = int((sample()["transactions"]["amount"] < 0).sum())
     run = completed(small.root, negative_amounts="reject", groups=("product-features",))
     told = run.manifest(PRODUCTS).balances[0].rejected["negative_amount"]
@@ -446,7 +388,7 @@ def test_a_failed_gate_publishes_nothing_of_any_group(tmp_path: Path) -> None:
     assert "GateFailed" in str(run.state.message)
     assert run.flow_run().run_count == 1, "bad data was tried again"
     assert {task.run_count for task in run.tasks().values()} == {1}
-    assert_nothing_published(root)
+    assert_nothing_published(root, BOTH)
     for dataset in BOTH:
         manifest = versions.read_manifest(root, dataset, 1)
         assert (manifest.status, manifest.gate.verdict) == ("rejected", "fail")
@@ -468,7 +410,7 @@ def test_one_bad_group_keeps_the_other_back(tmp_path: Path) -> None:
     with pytest.raises(GateFailed, match="customer-features") as caught:
         run.state.result()
     assert "product-features:" not in str(caught.value), "the group that passed is blamed"
-    assert_nothing_published(root)
+    assert_nothing_published(root, BOTH)
     other = versions.read_manifest(root, PRODUCTS, 1)
     assert other.status == "rejected"
     assert other.gate.checks[-1].message == f"Not published, because {CUSTOMERS} of the same run failed."
@@ -508,14 +450,14 @@ def test_a_file_that_turns_out_to_be_damaged_fails_at_once(tmp_path: Path) -> No
     assert f"{path} can't be read as parquet" in str(run.state.message)
     assert run.flow_run().run_count == 1
     assert {task.run_count for task in run.tasks().values()} == {1}
-    assert_nothing_published(root)
+    assert_nothing_published(root, BOTH)
     assert versions.version_numbers(root, CUSTOMERS) == [1], "reserved, and its process is alive still"
     good = completed(root)
     assert {version.version for version in good.published} == {2}
     assert_whole(good, CUSTOMERS)
 
 
-def test_a_busy_store_is_asked_again(s3_url: str, small: Run) -> None:
+def test_a_busy_store_is_asked_again(s3_url: str, small: FeatureRun) -> None:
     """The store answers 503 to reads of the computing task for longer than its client tries by itself."""
     run = completed(new_bucket(s3_url, FAULTY))
     counts = {name: task.run_count for name, task in run.tasks().items()}
@@ -531,9 +473,9 @@ def test_a_busy_store_is_asked_again(s3_url: str, small: Run) -> None:
 # Other servers, other callers
 
 
-def test_parameters_as_a_deployment_gives_them(small: Run) -> None:
+def test_parameters_as_a_deployment_gives_them(small: FeatureRun) -> None:
     parameters = {"root": small.root, "sample_transactions": SMALL, "groups": ["product-features"]}
-    run = Run(small.root, feature_store(parameters, return_state=True))  # type: ignore[arg-type]
+    run = FeatureRun(small.root, feature_store(parameters, return_state=True))  # type: ignore[arg-type]
     assert run.state.is_completed(), run.state.message
     assert run.flow_run().name.startswith("features of the sample ")
     assert_same(run.features(PRODUCTS), small.features(PRODUCTS), "from plain values")

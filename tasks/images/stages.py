@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from tasks.images.config import ImageAugmentationConfig
 from tasks.images.decode import Decoded, Decoder, Rejection
 from tasks.images.engines import Engine, UInt8Array, make_engine
 from tasks.images.fingerprint import perceptual_hash
+from tasks.images.jpeg_header import read_jpeg_header
 from tasks.images.plan import read_unit
 from tasks.images.records import OUTCOMES, UnitNote, note_uri, write_note
 from tasks.images.rows import Originals, build_rows, rows_schema
@@ -38,9 +40,9 @@ from tasks.images.sources import REJECTED_IMAGES
 from tasks.images.split import SPLITS
 
 IMAGES_AT_ONCE = 16
-"""Images that are decoded, then augmented, then written together: their pixels stay in the processor's cache."""
+"""Images that are drawn, judged and written together; a row group of a file."""
 BYTES_AT_ONCE = 64 << 20
-"""Of decoded pixels, or of variants: large ones are fewer at once."""
+"""Of variants: of large ones there are fewer at once."""
 PAGE_BYTES = 1 << 20
 READ_AHEAD = 16
 UNREADABLE = "unreadable"
@@ -100,8 +102,9 @@ class _Clock:
 @lru_cache(maxsize=1)
 def worker_for(config: ImageAugmentationConfig) -> Worker:
     """This process's worker; loaded once, as long as the configuration stays the same."""
-    decoders = [Decoder(config.max_pixels, config.background) for _ in range(IMAGES_AT_ONCE)]
-    return Worker(make_engine(config), decoders)
+    engine = make_engine(config)
+    count = IMAGES_AT_ONCE if engine.keeps else 1
+    return Worker(engine, [Decoder(config.max_pixels, config.background) for _ in range(count)])
 
 
 def augment_unit(job: ImageJob, unit: int) -> UnitNote:
@@ -150,10 +153,16 @@ def _augment_split(
     keys = planned["key"].to_numpy()
     stream: ParquetStream | None = None
     try:
-        for rows, images in _decoded(worker, planned["uri"].to_pylist(), outcomes, job.config, clock):
-            made, measured, magnification = worker.engine.variants(images, keys[rows])
+        for first, contents in _chunks(_contents(planned["uri"].to_pylist()), job.config):
+            own = outcomes[first : first + len(contents)]
+            images = _decoded(worker, contents, own, clock)
+            sizes = [_expected_size(data) for data in contents]
+            made, measured, magnification = worker.engine.variants(images, keys[first : first + len(own)], sizes)
             clock.lap("augment")
-            chunk = planned.take(rows)
+            if not len(made):
+                continue
+            augmented = [outcome for outcome in own if outcome.reason is None]
+            chunk = planned.slice(first, len(own)).filter(pa.array([outcome.reason is None for outcome in own]))
             originals = Originals(
                 ids=chunk["image_id"].combine_chunks(),
                 uris=chunk["uri"].combine_chunks(),
@@ -164,7 +173,7 @@ def _augment_split(
             scored = score(
                 measured, magnification, np.repeat(originals.class_ids, variants), job.classes, job.config.thresholds
             )
-            _note_scores([outcomes[row] for row in rows], scored, variants)
+            _note_scores(augmented, scored, variants)
             table = build_rows(job.config, made, originals, scored, job.classes)
             clock.lap("judge")
             if stream is None:
@@ -191,36 +200,45 @@ def open_rows(job: ImageJob, uri: str) -> ParquetStream:
     return ParquetStream(uri, schema, **parquet_settings(schema) | pages)
 
 
-def _decoded(
-    worker: Worker, uris: Sequence[str], outcomes: Sequence[_Outcome], config: ImageAugmentationConfig, clock: _Clock
-) -> Iterator[tuple[npt.NDArray[np.int64], list[UInt8Array]]]:
-    """Decoded images, some at a time, with their rows; what can't be decoded gets its reason."""
+def _chunks(
+    contents: Iterator[bytes | OSError], config: ImageAugmentationConfig
+) -> Iterator[tuple[int, list[bytes | OSError]]]:
+    """Some files' contents at a time, with the number of the first."""
     augmentation = config.augmentation
     variant_bytes = augmentation.variants * augmentation.size**2 * 3 * (4 if config.format == "float32" else 1)
     most = max(1, min(IMAGES_AT_ONCE, BYTES_AT_ONCE // variant_bytes))
-    rows: list[int] = []
-    images: list[UInt8Array] = []
-    for row, data in enumerate(_contents(uris)):
-        clock.lap("read")
-        outcome = outcomes[row]
+    first = 0
+    while chunk := list(islice(contents, most)):
+        yield first, chunk
+        first += len(chunk)
+
+
+def _expected_size(data: bytes | OSError) -> tuple[int, int]:
+    """Height and width of an ordinary JPEG; (1, 1) for anything else, which is only known once it is decoded."""
+    header = None if isinstance(data, OSError) else read_jpeg_header(data)
+    return (1, 1) if header is None or header.may_be_turned else (header.height, header.width)
+
+
+def _decoded(
+    worker: Worker, contents: Sequence[bytes | OSError], outcomes: Sequence[_Outcome], clock: _Clock
+) -> Iterator[UInt8Array | None]:
+    """Pixels of each file, decoded when they are asked for; None for one that is rejected, whose reason is noted."""
+    clock.lap("read")
+    for number, (data, outcome) in enumerate(zip(contents, outcomes, strict=True)):
         if isinstance(data, OSError):
             outcome.reason, outcome.detail = UNREADABLE, f"The file can't be read: {data}."
+            yield None
             continue
-        decoded = worker.decoders[len(images)].decode(data)
+        decoded = worker.decoders[number % len(worker.decoders)].decode(data)
+        clock.lap("decode")
         if isinstance(decoded, Rejection):
             outcome.reason, outcome.detail = decoded.reason, decoded.detail
-            clock.lap("decode")
+            yield None
             continue
-        clock.lap("decode")
         _note_picture(outcome, data, decoded)
         clock.lap("fingerprint")
-        rows.append(row)
-        images.append(decoded.pixels)
-        if len(images) == most or sum(pixels.nbytes for pixels in images) > BYTES_AT_ONCE:
-            yield np.array(rows), images
-            rows, images = [], []
-    if images:
-        yield np.array(rows), images
+        yield decoded.pixels
+        clock.lap("augment")
 
 
 def _contents(uris: Sequence[str]) -> Iterator[bytes | OSError]:

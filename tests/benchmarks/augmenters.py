@@ -13,6 +13,7 @@ a rotation with black corners, brightness, contrast, saturation and hue. Where t
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import multiprocessing
 import os
@@ -118,10 +119,10 @@ def _serve(connection: Connection, make: Maker, paths: Sequence[str]) -> None:
             except EOFError:  # the other side has closed
                 return
             connection.send(work(target))
-    except ModuleNotFoundError as error:
-        connection.send(f"{error.name} isn't installed")
-    except Exception:  # noqa: BLE001 - whatever it is, the one who asked is to know
-        connection.send(traceback.format_exc())
+    except Exception as error:  # noqa: BLE001 - whatever it is, the one who asked is to know
+        missing = isinstance(error, ModuleNotFoundError)
+        with contextlib.suppress(BrokenPipeError):  # unless another process has failed already
+            connection.send(f"{error.name} isn't installed" if missing else traceback.format_exc())
 
 
 def kernel(paths: Sequence[str]) -> Work:

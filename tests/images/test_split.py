@@ -303,6 +303,42 @@ def test_the_last_group_of_a_class_goes_to_train(seed: int) -> None:
     assert sorted(splits[[20, 26]].tolist()) == [TRAIN, VALIDATION]
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_a_split_without_a_share_stays_empty_though_all_others_are_full(seed: int) -> None:
+    """Class 0 is full in train, class 1 in validation; to group 3, which has both, test would seem the least full."""
+    groups = np.repeat([0, 1, 2, 3, 4, 5], [30, 25, 20, 2, 1, 1])
+    classes = np.repeat([2, 1, 2, 0, 0, 1, 0, 1], [30, 20, 5, 20, 1, 1, 1, 1])
+    keys = np.random.default_rng(seed).integers(0, 2**64, 79, dtype=np.uint64)
+    assert TEST not in split_images(keys, classes, groups, 0.5, 0.0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_class_without_a_larger_group_in_train_keeps_a_single_image_there(seed: int) -> None:
+    """Class 1 has four images in a group, for which only validation or test has room, and one by itself."""
+    groups = np.concatenate([np.repeat([0, 1], [60, 24]), np.arange(2, 23)])
+    classes = np.repeat([0, 1, 0, 1], [60, 4, 40, 1])
+    keys = np.random.default_rng(seed).integers(0, 2**64, 105, dtype=np.uint64)
+    splits = split_images(keys, classes, groups, 0.3, 0.3)
+    assert splits[60] in (VALIDATION, TEST)
+    assert splits[104] == TRAIN
+
+
+@pytest.mark.parametrize("size", range(2, 14))
+@pytest.mark.parametrize("shares", SHARES)
+def test_classes_of_one_size(size: int, shares: Shares) -> None:
+    """All have the same remainder, and only some are rounded up."""
+    for classes in range(1, 9):
+        keys = np.random.default_rng(classes).integers(0, 2**64, classes * size, dtype=np.uint64).tolist()
+        rows = [(key, group % classes, group) for group, key in enumerate(keys)]
+        assert splits_of(rows, shares) == plain_split(rows, shares)
+
+
+@pytest.mark.parametrize(("sizes", "shares"), [([24], (0.3, 0.1)), ([31, 23, 11], (0.15, 0.15)), ([30], (0.1, 0.1))])
+def test_halves_are_halves_whatever_the_floats_say(sizes: list[int], shares: Shares) -> None:
+    rows = [(7919 * group % 101, c, group) for group, c in enumerate(np.repeat(range(len(sizes)), sizes).tolist())]
+    assert splits_of(rows, shares) == plain_split(rows, shares)
+
+
 def test_the_table_of_the_rules_is_true() -> None:
     doc = split.__doc__ or ""
     sizes = [int(size) for size in re.findall(r"\d+", doc.split("images of a single class")[1].split("\n")[0])]
