@@ -156,7 +156,7 @@ def _augment_split(
         for first, contents in _chunks(_contents(planned["uri"].to_pylist()), job.config):
             own = outcomes[first : first + len(contents)]
             images = _decoded(worker, contents, own, clock)
-            sizes = [_expected_size(data) for data in contents]
+            sizes = [expected_size(data) for data in contents]
             made, measured, magnification = worker.engine.variants(images, keys[first : first + len(own)], sizes)
             clock.lap("augment")
             if not len(made):
@@ -213,7 +213,7 @@ def _chunks(
         first += len(chunk)
 
 
-def _expected_size(data: bytes | OSError) -> tuple[int, int]:
+def expected_size(data: bytes | OSError) -> tuple[int, int]:
     """Height and width of an ordinary JPEG; (1, 1) for anything else, which is only known once it is decoded."""
     header = None if isinstance(data, OSError) else read_jpeg_header(data)
     return (1, 1) if header is None or header.may_be_turned else (header.height, header.width)

@@ -25,6 +25,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from tasks.images.config import Augmentation, ImageAugmentationConfig
 
 PROCESSES = 2
@@ -130,25 +133,26 @@ def kernel(paths: Sequence[str]) -> Work:
     from tasks.images.decode import Decoded, Decoder
     from tasks.images.draws import image_keys
     from tasks.images.engines import make_engine
-    from tasks.images.stages import IMAGES_AT_ONCE
+    from tasks.images.stages import IMAGES_AT_ONCE, expected_size
 
     config = ImageAugmentationConfig(augmentation=SETTINGS)
     engine = make_engine(config)
-    decoders = [Decoder(config.max_pixels, config.background) for _ in range(IMAGES_AT_ONCE)]
+    decoder = Decoder(config.max_pixels, config.background)
     keys = image_keys([Path(path).stem for path in paths], config.seed)
     contents = _contents(paths)
+
+    def pixels(data: bytes) -> npt.NDArray[np.uint8]:
+        decoded = decoder.decode(data)
+        assert isinstance(decoded, Decoded), f"a picture was rejected: {decoded}"
+        return decoded.pixels
 
     def work(target: Path | None) -> int:
         made = 0
         file = None if target is None else os.open(target / f"{os.getpid()}.raw", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         for first in range(0, len(contents), IMAGES_AT_ONCE):
             some = slice(first, first + IMAGES_AT_ONCE)
-            images = []
-            for decoder, data in zip(decoders, contents[some], strict=False):  # the last chunk may be smaller
-                decoded = decoder.decode(data)
-                assert isinstance(decoded, Decoded), f"a picture was rejected: {decoded}"
-                images.append(decoded.pixels)
-            variants = engine.variants(images, keys[some])[0]
+            sizes = [expected_size(data) for data in contents[some]]
+            variants = engine.variants(map(pixels, contents[some]), keys[some], sizes)[0]
             if file is not None:
                 _write(file, memoryview(variants).cast("B"))
             made += len(variants)
