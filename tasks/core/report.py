@@ -25,7 +25,7 @@ from tasks.core.manifest import (
 )
 from tasks.core.numerals import duration, number, plural, shortened
 
-MARKDOWN_BYTES = 190_000
+MARKDOWN_BYTES = 400_000
 MARKDOWN_ROWS = 20
 MediaType = Literal["image/png", "image/webp", "image/jpeg"]
 _MARKS = {"image/png": rb"\x89PNG", "image/webp": rb"RIFF....WEBP", "image/jpeg": rb"\xff\xd8\xff"}
