@@ -307,7 +307,9 @@ def test_the_summary_of_classes_is_a_recount_of_the_rows(sample: ImageRun) -> No
         ready=("is_training_ready", "sum"),
     )
     found = summary.set_index(["class_id", "class_name", "split"])
-    pd.testing.assert_frame_equal(found[found["originals"] > 0], counted, check_dtype=False, check_index_type=False, rtol=1e-6)
+    pd.testing.assert_frame_equal(
+        found[found["originals"] > 0], counted, check_dtype=False, check_index_type=False, rtol=1e-6
+    )
     empty = found[found["originals"] == 0]
     assert empty.drop(columns="mean_quality").eq(0).all(axis=None)
     assert empty["mean_quality"].isna().all()
