@@ -84,7 +84,7 @@ def test_a_run_killed_in_mid_write_is_made_good_by_the_next(start: Callable[...,
 def contents(manifest: Manifest) -> dict[str, str]:
     """Digest of each file, by its name without the attempt."""
     entries = (*manifest.files, *manifest.rejected_files, *manifest.side_files)
-    return {re.sub(r"-a\d+\.", ".", entry.path): entry.sha256 for entry in entries}
+    return {re.sub(r"-a\d+\.", ".", entry.path): entry.digest for entry in entries}
 
 
 def units(version: Path, pattern: str) -> set[int]:

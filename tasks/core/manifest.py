@@ -8,8 +8,9 @@ from __future__ import annotations
 import datetime as dt
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tasks.core.digests import PATTERN
 from tasks.core.errors import BalanceError
 
 MANIFEST_FORMAT = 1
@@ -31,7 +32,18 @@ class FileEntry(Record):
     path: str = Field(description="Path relative to the version's directory.")
     rows: Count = Field(description="Number of rows.")
     bytes: Count = Field(description="Size in bytes.")
-    sha256: str = Field(description="SHA-256 of the file's bytes, hexadecimal.")
+    digest: str = Field(
+        pattern=f"^{PATTERN}$", description="Digest of the file's bytes, hexadecimal, behind its method: 'blake3:…'."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_name(cls, value: Any) -> Any:
+        """Manifests made before there was a choice of methods say 'sha256'."""
+        if isinstance(value, dict) and "sha256" in value:
+            value = dict(value)
+            value["digest"] = f"sha256:{value.pop('sha256')}"
+        return value
 
 
 class ColumnSpec(Record):

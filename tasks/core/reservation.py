@@ -81,7 +81,7 @@ class Reservation(Record):
         prefix = self.uri + "/"
         assert written.uri.startswith(prefix), f"{written.uri} is not in {self.uri}"
         path = written.uri.removeprefix(prefix)
-        return FileEntry(path=path, rows=written.rows, bytes=written.bytes, sha256=written.sha256)
+        return FileEntry(path=path, rows=written.rows, bytes=written.bytes, digest=written.digest)
 
 
 def current_owner() -> Owner:

@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tasks.core.digests import METHOD, Digest, digest
 from tasks.core.errors import ConfigError
 from tasks.core.listing import FileInfo, list_directories, list_files
 from tasks.core.location import arrow_filesystem, is_s3, normalise, s3_filesystem
@@ -32,6 +33,7 @@ __all__ = [
     "WrittenFile",
     "arrow_filesystem",
     "delete",
+    "digest_of",
     "exists",
     "fingerprint",
     "is_s3",
@@ -42,7 +44,6 @@ __all__ = [
     "put_if_absent",
     "read_bytes",
     "read_many",
-    "sha256",
     "write_bytes",
     "write_parquet",
 ]
@@ -61,12 +62,12 @@ _CONFLICT_TRIES = 6
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """A Parquet file that was written: its size and the SHA-256 (hexadecimal) of exactly its bytes."""
+    """A Parquet file that was written: its size and the digest of exactly its bytes."""
 
     uri: str
     rows: int
     bytes: int
-    sha256: str
+    digest: str
 
 
 def open_input(uri: str) -> pa.NativeFile:
@@ -282,9 +283,8 @@ def write_parquet(table: pa.Table, uri: str, **settings: Any) -> WrittenFile:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, **parquet_options(settings))
     data = sink.getvalue()
-    digest = hashlib.sha256(data).hexdigest()
     write_bytes(uri, data)
-    return WrittenFile(normalise(uri), table.num_rows, data.size, digest)
+    return WrittenFile(normalise(uri), table.num_rows, data.size, digest(data))
 
 
 def parquet_options(settings: dict[str, Any]) -> dict[str, Any]:
@@ -295,13 +295,17 @@ def parquet_options(settings: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def sha256(uri: str) -> str:
-    """SHA-256 of a file's bytes, hexadecimal, read in pieces."""
-    digest = hashlib.sha256()
+def digest_of(uri: str, like: str = f"{METHOD}:") -> str:
+    """Digest of a file's bytes, read in pieces, by the method of another digest.
+
+    Raises:
+        InputError: the method isn't known here.
+    """
+    made = Digest(like)
     with open_input(uri) as file:
         while piece := file.read(8 * MIB):
-            digest.update(piece)
-    return digest.hexdigest()
+            made.update(piece)
+    return str(made)
 
 
 def fingerprint(info: FileInfo) -> str:
@@ -314,14 +318,14 @@ def fingerprint(info: FileInfo) -> str:
     """
     if is_s3(info.uri):
         return f"etag:{info.stamp}"
-    digest = hashlib.blake2b(digest_size=32)
+    found = hashlib.blake2b(digest_size=32)
     with open_input(info.uri) as file:
         if info.bytes <= SAMPLE_ABOVE:
             while piece := file.read(8 * MIB):
-                digest.update(piece)
-            return f"blake2b:{digest.hexdigest()}"
-        digest.update(f"{info.bytes} {info.stamp}".encode())
+                found.update(piece)
+            return f"blake2b:{found.hexdigest()}"
+        found.update(f"{info.bytes} {info.stamp}".encode())
         for offset in (0, (info.bytes - MIB) // 2, info.bytes - MIB):
             file.seek(offset)
-            digest.update(file.read(MIB))
-    return f"sampled-blake2b:{digest.hexdigest()}"
+            found.update(file.read(MIB))
+    return f"sampled-blake2b:{found.hexdigest()}"

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tasks.core.digests import Digest
+from tasks.core.disk import NewFile
 from tasks.core.location import is_s3, normalise, s3_filesystem
-from tasks.core.storage import MIB, WrittenFile, no_bucket, parquet_options, sync_directory, temporary_name
-
-_WRITEBACK = 8 * MIB
+from tasks.core.storage import WrittenFile, no_bucket, parquet_options, sync_directory, temporary_name
 
 
 class ParquetStream:
@@ -69,7 +67,7 @@ class ParquetStream:
         except BaseException:
             self._sink.discard()
             raise
-        self._written = WrittenFile(self._uri, self._rows, self._sink.bytes, self._sink.digest.hexdigest())
+        self._written = WrittenFile(self._uri, self._rows, self._sink.bytes, str(self._sink.digest))
 
 
 class _Sink:
@@ -79,7 +77,7 @@ class _Sink:
 
     def __init__(self) -> None:
         self.bytes = 0
-        self.digest = hashlib.sha256()
+        self.digest = Digest()
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
@@ -108,32 +106,18 @@ class _LocalSink(_Sink):
         super().__init__()
         self._path = path
         self._temporary = temporary_name(path)
-        self._file = open(self._temporary, "xb", buffering=0)  # noqa: SIM115 - `commit` and `discard` close it
-        self._flushed = 0
+        self._file = NewFile(self._temporary)
 
     def _append(self, data: bytes) -> None:
-        left = memoryview(data)
-        while left:
-            left = left[self._file.write(left) :]
-        if self.bytes - self._flushed >= _WRITEBACK:
-            # The kernel begins to write these pages out, so that the wait for the disk at the end is short.
-            self._start_writeback()
-
-    def _start_writeback(self) -> None:
-        if hasattr(os, "posix_fadvise"):
-            start, length = self._flushed, self.bytes - self._flushed
-            os.posix_fadvise(self._file.fileno(), start, length, os.POSIX_FADV_DONTNEED)
-        self._flushed = self.bytes
+        self._file.append(memoryview(data).cast("B"))
 
     def commit(self) -> None:
-        os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._temporary, self._path)
         sync_directory(self._path)
 
     def discard(self) -> None:
-        self._file.close()
-        Path(self._temporary).unlink(missing_ok=True)
+        self._file.discard()
 
 
 class _S3Sink(_Sink):

@@ -318,7 +318,7 @@ def read_table(
         dataset: Dataset name.
         version: Version number, or 'latest'.
         columns: Columns to read, in this order; None reads all.
-        verify: Whether to compare every file's SHA-256 first. Without it, sizes and row counts are compared.
+        verify: Whether to compare every file's digest first. Without it, sizes and row counts are compared.
 
     Raises:
         VersionNotFound: as `resolve`.
@@ -364,8 +364,8 @@ def verify(root: str, manifest: Manifest) -> None:
     _verify_files(root, manifest, (*data, *manifest.rejected_files, *manifest.side_files))
     if manifest.report is not None:
         base = layout.version_uri(storage.normalise(root), manifest.dataset, manifest.version)
-        _verify_digest(layout.join(base, layout.REPORT_JSON), manifest.report.json_sha256)
-        _verify_digest(layout.join(base, layout.REPORT_HTML), manifest.report.html_sha256)
+        _verify_digest(layout.join(base, layout.REPORT_JSON), f"sha256:{manifest.report.json_sha256}")
+        _verify_digest(layout.join(base, layout.REPORT_HTML), f"sha256:{manifest.report.html_sha256}")
 
 
 def _verify_files(root: str, manifest: Manifest, files: Sequence[FileEntry]) -> None:
@@ -376,7 +376,7 @@ def _verify_files(root: str, manifest: Manifest, files: Sequence[FileEntry]) -> 
         uri = layout.join(base, file.path)
         if uri in sizes:
             _compare(uri, "bytes", file.bytes, sizes[uri])
-        _verify_digest(uri, file.sha256)
+        _verify_digest(uri, file.digest)
 
     with ThreadPoolExecutor(max_workers=8) as pool:
         list(pool.map(verify_file, files))
@@ -384,7 +384,7 @@ def _verify_files(root: str, manifest: Manifest, files: Sequence[FileEntry]) -> 
 
 def _verify_digest(uri: str, expected: str) -> None:
     try:
-        _compare(uri, "SHA-256", expected, storage.sha256(uri))
+        _compare(uri, "digests", expected, storage.digest_of(uri, expected))
     except FileNotFoundError as error:
         raise CorruptVersion(f"{uri} is missing, but its manifest lists it: {_CURE}") from error
 

@@ -39,7 +39,7 @@ from tasks.images.scoring import Scored, score
 from tasks.images.sources import REJECTED_IMAGES
 from tasks.images.split import SPLITS
 
-IMAGES_AT_ONCE = 16
+IMAGES_AT_ONCE = 32
 """Images that are drawn, judged and written together; a row group of a file."""
 BYTES_AT_ONCE = 64 << 20
 """Of variants: of large ones there are fewer at once."""
@@ -195,7 +195,7 @@ def open_rows(job: ImageJob, uri: str) -> ParquetStream:
     """A file of rows, open for writing."""
     schema = rows_schema(job.config, job.classes)
     # Pages that fit the processor's cache, looked at after each row: they pass from buffer to buffer on their way, and
-    # 16 images are written in half the time that one large page takes.
+    # some images are written in half the time that one large page takes.
     pages = {"data_page_size": PAGE_BYTES, "write_batch_size": 1}
     return ParquetStream(uri, schema, **parquet_settings(schema) | pages)
 

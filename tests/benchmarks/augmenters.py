@@ -129,7 +129,8 @@ def _serve(connection: Connection, make: Maker, paths: Sequence[str]) -> None:
 
 
 def kernel(paths: Sequence[str]) -> Work:
-    """Our decoder and engine, called as the flow calls them, and nothing else."""
+    """Our decoder and engine, called as the flow calls them, and nothing else; written as the flow writes, if asked."""
+    from tasks.core.disk import NewFile
     from tasks.images.decode import Decoded, Decoder
     from tasks.images.draws import image_keys
     from tasks.images.engines import make_engine
@@ -148,25 +149,19 @@ def kernel(paths: Sequence[str]) -> Work:
 
     def work(target: Path | None) -> int:
         made = 0
-        file = None if target is None else os.open(target / f"{os.getpid()}.raw", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        file = None if target is None else NewFile(str(target / f"{os.getpid()}.raw"))
         for first in range(0, len(contents), IMAGES_AT_ONCE):
             some = slice(first, first + IMAGES_AT_ONCE)
             sizes = [expected_size(data) for data in contents[some]]
             variants = engine.variants(map(pixels, contents[some]), keys[some], sizes)[0]
             if file is not None:
-                _write(file, memoryview(variants).cast("B"))
+                file.append(memoryview(variants).cast("B"))
             made += len(variants)
         if file is not None:
-            os.fsync(file)
-            os.close(file)
+            file.close()
         return made
 
     return work
-
-
-def _write(file: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(file, data) :]
 
 
 def _contents(paths: Sequence[str]) -> list[bytes]:

@@ -7,7 +7,8 @@ The JPEGs of DIR are repeated until there are enough; without --images they are 
 run, and medians and ratios are printed; each has two processes, started before, with all their imports.
 
 - kernel: our decoder and compiled kernel on pictures in memory, in two plain processes that do nothing else.
-- kernel+write: the same, and each process writes its variants, raw, to a file, which is on the disk at the end.
+- kernel+write: the same, and each process writes its variants, raw, to a file, past the page cache as the flow does,
+  and it is on the disk at the end.
 - flow: the jobs from the listing to the last file of the version, on Ray. It also reads the pictures, fingerprints
   them, judges, scores, hashes and writes their variants as Parquet, finds near-duplicates, splits and profiles.
 - torch, torch-uint8: a DataLoader with two workers, PIL and torchvision; normalised float32, or as ours uint8.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 import stat
@@ -14,6 +13,7 @@ import pyarrow.csv as pacsv
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -252,7 +252,7 @@ def test_parquet_digest_and_size_are_those_of_the_stored_bytes(root: str) -> Non
     written = storage.write_parquet(TABLE, join(root, "part.parquet"))
     data = storage.read_bytes(join(root, "part.parquet"))
     assert (written.rows, written.bytes) == (3, len(data))
-    assert written.sha256 == hashlib.sha256(data).hexdigest() == storage.sha256(written.uri)
+    assert written.digest == f"blake3:{blake3(data).hexdigest()}" == storage.digest_of(written.uri)
     assert written.uri == storage.normalise(join(root, "part.parquet"))
     with storage.open_input(written.uri) as source:
         assert pq.read_table(source).equals(TABLE)
@@ -270,7 +270,7 @@ def test_parquet_settings_reach_the_file(tmp_path: Path) -> None:
 
 def test_the_same_table_gives_the_same_bytes(tmp_path: Path) -> None:
     first, second = (storage.write_parquet(TABLE, str(tmp_path / name)) for name in "ab")
-    assert first.sha256 == second.sha256
+    assert first.digest == second.digest
 
 
 def test_open_input_serves_csv(root: str) -> None:

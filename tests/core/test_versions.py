@@ -533,7 +533,9 @@ def flip_byte(uri: str) -> None:
 def test_a_changed_byte_is_found_by_its_digest(root: str) -> None:
     manifest = publish(root, "run")
     flip_byte(versions.data_files(root, manifest)[1])
-    message = rf"part-00001-a1.parquet: SHA-256 differ.*expected {manifest.files[1].sha256}, found [0-9a-f]{{64}}"
+    message = (
+        rf"part-00001-a1.parquet: digests differ.*expected {manifest.files[1].digest}, found blake3:[0-9a-f]{{64}}"
+    )
     with pytest.raises(CorruptVersion, match=message):
         versions.verify(root, manifest)
     with pytest.raises(CorruptVersion, match=message):
@@ -572,13 +574,13 @@ def test_a_changed_report_is_found(root: str) -> None:
     reservation = versions.reserve(root, DATASET, "run")
     for name in (layout.REPORT_JSON, layout.REPORT_HTML):
         storage.write_bytes(layout.join(reservation.uri, name), b"report")
-    digest = storage.sha256(layout.join(reservation.uri, layout.REPORT_JSON))
+    digest = storage.digest_of(layout.join(reservation.uri, layout.REPORT_JSON), "sha256:").partition(":")[2]
     manifest = manifest_of(reservation, write(reservation)).model_copy(
         update={"report": ReportDigest(json_sha256=digest, html_sha256=digest)}
     )
     versions.verify(root, versions.commit(reservation, manifest))
     storage.write_bytes(layout.join(reservation.uri, layout.REPORT_HTML), b"other")
-    with pytest.raises(CorruptVersion, match=r"_report.html: SHA-256 differ"):
+    with pytest.raises(CorruptVersion, match=r"_report.html: digests differ"):
         versions.verify(root, manifest)
 
 

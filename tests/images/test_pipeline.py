@@ -227,7 +227,7 @@ def attempt_after(config: ImageAugmentationConfig, run_id: str) -> tuple[ImagePl
 
 def digests(augmented: AugmentedImages) -> dict[str, str]:
     """SHA-256 of each data file, by its name without the attempt."""
-    return {entry.path.rpartition("-a")[0]: entry.sha256 for entry in augmented.files}
+    return {entry.path.rpartition("-a")[0]: entry.digest for entry in augmented.files}
 
 
 def notes(reservation: Reservation) -> list[Path]:
