@@ -158,6 +158,7 @@ def summary(result: Sequence[Any]) -> str:
             if balance.deduplicated:
                 parts.append(f"{balance.deduplicated:,} deduplicated")
             lines.append(f"  balance  {balance.name}: {', '.join(parts)}")
+        lines += [f"  {word:8s} {text}" for word, text in version.notes]
     return "\n".join(lines)
 
 
@@ -236,9 +237,10 @@ def _quiet_failures(debug: bool) -> Iterator[None]:
     if debug:
         yield
         return
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO")
+    import prefect.main  # noqa: F401 - sets logging up: before, there is no console to put a filter on
     from prefect.settings import PREFECT_API_URL
 
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO")
     # The page of an embedded server is gone when somebody wants to open it.
     left_out = _TOLD_ONCE if PREFECT_API_URL.value() else (*_TOLD_ONCE, "View at ")
 

@@ -204,25 +204,6 @@ def _write_report(
     manifest: Manifest, reservation: Reservation, previous: Manifest | None, timings: dict[str, float]
 ) -> Manifest:
     """Write the report's two files beside the data and its artifacts to Prefect; the manifest with their digests."""
-    name = manifest.dataset.rpartition("/")[2]
-    report = Report(
-        dataset=manifest.dataset,
-        version=manifest.version,
-        status=manifest.status,
-        verdict=manifest.gate.verdict,
-        created_at=manifest.created_at,
-        title=f"{name} v{manifest.version}",
-        rows=manifest.rows,
-        balances=manifest.balances,
-        gate=manifest.gate,
-        profile=manifest.profile,
-        previous_version=previous.version if previous else None,
-        previous_profile=previous.profile if previous else {},
-        inputs=manifest.inputs,
-        run=manifest.run,
-        config=manifest.config,
-        timings=timings,
-        definition=manifest.definition,
-        identifiers=(manifest.definition["entity"], AS_OF, CREATED, VERSION),
-    )
+    identifiers = (manifest.definition["entity"], AS_OF, CREATED, VERSION)
+    report = Report.of(manifest, previous, timings=timings, identifiers=identifiers)
     return write_report(report, manifest, reservation)

@@ -119,8 +119,13 @@ def validate_images(
     summary = _summary(plan, augmented, config)
     storage.write_bytes(layout.join(reservation.uri, layout.CLASS_SUMMARY), summary_csv(summary))
     publish_table(f"{config.name}-classes", summary.to_pylist(), f"Classes and splits of {reservation.dataset}")
-    pictures = _pictures(augmented, config, counts)
-    report = _report(manifest, previous, augmented.timings, pictures, _tables(plan, augmented))
+    report = Report.of(
+        manifest,
+        previous,
+        timings=augmented.timings,
+        pictures=tuple(_pictures(augmented, config, counts)),
+        tables=tuple(_tables(plan, augmented)),
+    )
     manifest = write_report(report, manifest, reservation)
     log = get_run_logger()
     (log.info if gate.verdict == "pass" else log.warning)("%s: verdict %s", reservation.dataset, gate.verdict)
@@ -204,36 +209,6 @@ def _manifest(
         code_digest=code_digest(_CODE / "core", _CODE / "images"),
         packages=package_versions(),
         run=run.model_copy(update={"attempt": reservation.attempt}),
-    )
-
-
-def _report(
-    manifest: Manifest,
-    previous: Manifest | None,
-    timings: dict[str, float],
-    pictures: list[Picture],
-    tables: list[DataTable],
-) -> Report:
-    return Report(
-        dataset=manifest.dataset,
-        version=manifest.version,
-        status=manifest.status,
-        verdict=manifest.gate.verdict,
-        created_at=manifest.created_at,
-        title=f"{manifest.dataset.rpartition('/')[2]} v{manifest.version}",
-        rows=manifest.rows,
-        balances=manifest.balances,
-        gate=manifest.gate,
-        profile=manifest.profile,
-        previous_version=previous.version if previous else None,
-        previous_profile=previous.profile if previous else {},
-        inputs=manifest.inputs,
-        run=manifest.run,
-        config=manifest.config,
-        timings=timings,
-        definition=manifest.definition,
-        pictures=tuple(pictures),
-        tables=tuple(tables),
     )
 
 

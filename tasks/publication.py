@@ -35,6 +35,8 @@ class PublishedVersion:
     verdict: str
     rows: int
     balances: tuple[RowBalance, ...]
+    notes: tuple[tuple[str, str], ...] = ()
+    """What else the one who ran the flow wants to know, each with a word that says what it is."""
 
 
 def run_record() -> RunRecord:
@@ -73,7 +75,7 @@ def publish(judged: Sequence[JudgedVersion], root: str, cures: Mapping[str, str]
             versions.commit(version.reservation, _rejected(version, failed))
         raise GateFailed(_why(failed, cures))
     manifests = [versions.commit(version.reservation, version.manifest) for version in judged]
-    return [_published(root, manifest) for manifest in manifests]
+    return [published(root, manifest) for manifest in manifests]
 
 
 def _rejected(version: JudgedVersion, failed: Sequence[JudgedVersion]) -> Manifest:
@@ -103,7 +105,8 @@ def _why(failed: Sequence[JudgedVersion], cures: Mapping[str, str]) -> str:
     return f"The quality gate failed, nothing was published. {shown}.{cure} Reports: {reports}"
 
 
-def _published(root: str, manifest: Manifest) -> PublishedVersion:
+def published(root: str, manifest: Manifest) -> PublishedVersion:
+    """A committed version, as flows give it to their callers."""
     uri = layout.version_uri(root, manifest.dataset, manifest.version)
     return PublishedVersion(
         dataset=manifest.dataset,

@@ -105,7 +105,7 @@ def connect(
     local = options["address"] == "local"
     with (
         _sigterm_handler_kept(),
-        _environment(worker_env(env) if local else {}),
+        environment(worker_env(env) if local else {}),
         explained_versions(options["address"]),
     ):
         _plain_worker_output(local)
@@ -210,7 +210,8 @@ def _object_store_bytes() -> int | None:
 
 
 @contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Generator[None]:
+def environment(variables: Mapping[str, str]) -> Generator[None]:
+    """Variables of this process's environment for a while."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

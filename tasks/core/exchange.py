@@ -64,19 +64,25 @@ def exchange(
     scattered: list[Any] = [
         _scatter_unit.options(num_returns=buckets + 1).remote(scatter_ref, unit, buckets) for unit in range(units)
     ]
-    notes = _collect([refs[0] for refs in scattered], on_note)
+    notes = collect([refs[0] for refs in scattered], on_note)
     gathered: list[Any] = [
         _gather_bucket.remote(gather_ref, bucket, *(refs[bucket + 1] for refs in scattered))
         for bucket in range(buckets)
     ]
     # From here on only the gathering tasks hold the packed rows, so each is freed when its task is done.
     del scattered
-    summaries = _collect([summary for summary, _ in gathered], on_summary)
+    summaries = collect([summary for summary, _ in gathered], on_summary)
     return Exchanged(notes, summaries, [table for _, table in gathered])
 
 
-def _collect(refs: Sequence[ray.ObjectRef[Any]], on_result: Callable[[Any], None]) -> list[Any]:
-    """Results in the order of refs; each is shown to `on_result` as soon as it is there."""
+def collect(refs: Sequence[ray.ObjectRef[Any]], on_result: Callable[[Any], None]) -> list[Any]:
+    """Results of tasks in the order of refs; each is shown to `on_result` as soon as it is there.
+
+    Raises:
+        PipelineError: what a task raised on purpose; those that were still to run are cancelled.
+        RayTaskError: a task failed otherwise, likewise.
+
+    """
     results: dict[ray.ObjectRef[Any], Any] = {}
     waiting = list(refs)
     try:

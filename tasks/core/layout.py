@@ -8,6 +8,8 @@
     {root}/{dataset}/v{N}/_work/….parquet           notes of finished work, for a later attempt; gone after the commit
     {root}/{dataset}/v{N}/_report.html, _report.json
 
+    {root}/training-runs/{name}/{run}/…             checkpoints, records and the report of a training
+
 Names that begin with '_' are skipped by the directory readers of pyarrow, pandas, Spark and Ray.
 """
 
@@ -18,6 +20,7 @@ import re
 FEATURE_STORE = "feature-store"
 TRAINING_READY = f"{FEATURE_STORE}/training-ready"
 TRAINING_DATASETS = "training-datasets"
+STREAMING_READY = f"{TRAINING_DATASETS}/streaming-ready"
 METADATA = f"{FEATURE_STORE}/metadata/feature_versions.csv"
 
 MANIFEST = "_manifest.json"
@@ -74,6 +77,16 @@ def rejected_name(source: str, index: int, attempt: int) -> str:
 def image_dataset(name: str) -> str:
     """Dataset name of augmented images: 'images' → 'training-datasets/images'."""
     return join(TRAINING_DATASETS, name)
+
+
+def streaming_dataset(name: str) -> str:
+    """Dataset name of a streaming-ready copy: 'images' → 'training-datasets/streaming-ready/images'."""
+    return join(STREAMING_READY, name)
+
+
+def training_runs(root: str, name: str) -> str:
+    """Directory of the trainings on a streaming-ready copy, one directory a run."""
+    return join(root, "training-runs", name)
 
 
 def split_directory(split: str) -> str:

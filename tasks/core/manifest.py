@@ -191,3 +191,10 @@ class Manifest(Record):
     def rows(self) -> int:
         """Number of rows in the data files."""
         return sum(file.rows for file in self.files)
+
+    def as_input(self, uri: str) -> InputRecord:
+        """This version as the input of another; `uri` is its directory."""
+        files = tuple(
+            InputFile(uri=f"{uri}/{file.path}", bytes=file.bytes, fingerprint=file.digest) for file in self.files
+        )
+        return InputRecord(name=self.dataset, uri=uri, version=self.version, rows=self.rows, files=files)

@@ -246,3 +246,32 @@ def short_name(label: str) -> str:
 def plain(text: str) -> str:
     """Text as it is, for matplotlib."""
     return text.replace("$", r"\$")  # matplotlib reads mathematics between dollar signs
+
+
+def wide_figure(height: float, columns: int = 1) -> tuple[Any, Any]:
+    """A transparent figure as wide as the report, and its axes; an inch of it is 100 CSS pixels there."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.8, height), layout="constrained", facecolor="none")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for one in axes:
+        one.set_facecolor("none")
+        one.tick_params(colors=INK_COLOUR, labelsize=9, length=0)
+        one.xaxis.label.set_color(INK_COLOUR)
+        one.yaxis.label.set_color(INK_COLOUR)
+        for side in ("top", "right", "bottom", "left"):
+            one.spines[side].set_visible(False)
+    return figure, axes if columns > 1 else axes[0]
+
+
+def compact_png(figure: Any) -> bytes:
+    """A figure as PNG in 64 colours, a third of the bytes: charts have few colours, the rest are edges of letters."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(png(figure, dpi=150))) as image:
+        few = image.convert("RGBA").quantize(64, method=Image.Quantize.FASTOCTREE)
+    buffer = io.BytesIO()
+    few.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

@@ -17,6 +17,7 @@ from tasks.core.manifest import (
     Count,
     GateResult,
     InputRecord,
+    Manifest,
     Record,
     RowBalance,
     RunRecord,
@@ -110,6 +111,37 @@ class Report(Record):
     notes: tuple[str, ...] = Field(default=(), description="Sentences worth a reader's attention.")
     pictures: tuple[Picture, ...] = Field(default=(), description="Pictures, the most telling first.")
     tables: tuple[DataTable, ...] = Field(default=(), description="Tables, the most telling first.")
+
+    @classmethod
+    def of(cls, manifest: Manifest, previous: Manifest | None, title: str | None = None, **more: Any) -> Report:
+        """The report of a version by its manifest.
+
+        Args:
+            manifest: The version's.
+            previous: That of the version it is compared with.
+            title: Heading of the page; the last part of the dataset's name and the version, if none is given.
+            more: Further fields, or others than the manifest's.
+
+        """
+        fields: dict[str, Any] = {
+            "dataset": manifest.dataset,
+            "version": manifest.version,
+            "status": manifest.status,
+            "verdict": manifest.gate.verdict,
+            "created_at": manifest.created_at,
+            "title": title or f"{manifest.dataset.rpartition('/')[2]} v{manifest.version}",
+            "rows": manifest.rows,
+            "balances": manifest.balances,
+            "gate": manifest.gate,
+            "profile": manifest.profile,
+            "previous_version": previous.version if previous else None,
+            "previous_profile": previous.profile if previous else {},
+            "inputs": manifest.inputs,
+            "run": manifest.run,
+            "config": manifest.config,
+            "definition": manifest.definition,
+        }
+        return cls(**{**fields, **more})
 
     @property
     def checks(self) -> list[CheckResult]:

@@ -9,12 +9,11 @@ import datetime as dt
 from typing import Annotated, Literal
 from zoneinfo import available_timezones
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from tasks.core.settings import Names, Share
 from tasks.features.definitions import JoinHow
 from tasks.features.rows import EpochUnit
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def _utc(value: dt.datetime) -> dt.datetime:
@@ -25,11 +24,6 @@ def _known_timezone(value: str) -> str:
     if value != "UTC" and value not in available_timezones():
         raise ValueError(f"'{value}' is no IANA time zone; give one such as UTC or Europe/Berlin")
     return value
-
-
-def _names(value: object) -> object:
-    """Let 'a,b' stand for ['a', 'b'], as command lines have it."""
-    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
 Time = Annotated[dt.datetime, AfterValidator(_utc)]
@@ -136,7 +130,7 @@ class FeatureStoreConfig(BaseModel):
     definitions: str | None = Field(
         default=None, description="Python or YAML file that declares feature groups or sources of your own."
     )
-    groups: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+    groups: Names = Field(
         default=(), description="Feature groups to compute, separated by commas (all that are declared, by default)."
     )
     as_of: Time | None = Field(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tasks.core.numerals import number, plural, shortened
-from tasks.core.plots import BEFORE_COLOUR, INK_COLOUR, NOW_COLOUR, plain, png
+from tasks.core.plots import BEFORE_COLOUR, INK_COLOUR, NOW_COLOUR, compact_png, plain, wide_figure
 
 SPLIT_COLOURS = {"train": NOW_COLOUR, "validation": BEFORE_COLOUR, "test": "#2f9e78"}
 CLASSES_SHOWN = 30
@@ -32,7 +31,7 @@ def class_balance_chart(counts: Mapping[str, Mapping[str, int]]) -> bytes:
     shown, others = largest[:CLASSES_SHOWN], largest[CLASSES_SHOWN:]
     colours = split_colours({split for splits in counts.values() for split in splits})
     legend = -(-len(colours) // _SPLITS_A_LINE)
-    figure, axes = _figure(height=0.45 + 0.25 * legend + 0.27 * max(len(shown), 1) + (0.25 if others else 0))
+    figure, axes = wide_figure(height=0.45 + 0.25 * legend + 0.27 * max(len(shown), 1) + (0.25 if others else 0))
     left = np.zeros(len(shown))
     for split, colour in colours.items():
         widths = np.array([counts[name].get(split, 0) for name in shown], float)
@@ -55,7 +54,7 @@ def class_balance_chart(counts: Mapping[str, Mapping[str, int]]) -> bytes:
         names = [plain(one_line(split, 30)) or "(blank)" for split in colours]
         style = {"frameon": False, "labelcolor": INK_COLOUR, "fontsize": 9.5}
         figure.legend(patches, names, loc="outside upper left", ncols=_SPLITS_A_LINE, **style)
-    return _compact(png(figure, dpi=150))
+    return compact_png(figure)
 
 
 def size_chart(heights: npt.ArrayLike, widths: npt.ArrayLike) -> bytes:
@@ -66,7 +65,7 @@ def size_chart(heights: npt.ArrayLike, widths: npt.ArrayLike) -> bytes:
         widths: Width of each image, pixels, in the same order.
     """
     size = np.stack([np.asarray(widths, float).ravel(), np.asarray(heights, float).ravel()])
-    figure, (sizes, areas) = _figure(height=3.0, columns=2)
+    figure, (sizes, areas) = wide_figure(height=3.0, columns=2)
     if size.shape[1]:
         _draw_sizes(sizes, size)
         _draw_areas(areas, size.prod(axis=0) / 1e6)
@@ -78,7 +77,7 @@ def size_chart(heights: npt.ArrayLike, widths: npt.ArrayLike) -> bytes:
     sizes.set_ylabel("height, pixels")
     areas.set_xlabel("megapixels")
     areas.set_ylabel("images")
-    return _compact(png(figure, dpi=150))
+    return compact_png(figure)
 
 
 def split_colours(splits: set[str]) -> dict[str, str]:
@@ -94,35 +93,6 @@ def one_line(text: str, longest: int) -> str:
     """Text as one short line of characters that can be printed."""
     printable = "".join(character if character.isprintable() else "·" for character in " ".join(text.split()))
     return shortened(printable, longest)
-
-
-def _figure(height: float, columns: int = 1) -> tuple[Any, Any]:
-    """A transparent figure as wide as the report, and its axes; an inch of it is 100 CSS pixels there."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.8, height), layout="constrained", facecolor="none")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for one in axes:
-        one.set_facecolor("none")
-        one.tick_params(colors=INK_COLOUR, labelsize=9, length=0)
-        one.xaxis.label.set_color(INK_COLOUR)
-        one.yaxis.label.set_color(INK_COLOUR)
-        for side in ("top", "right", "bottom", "left"):
-            one.spines[side].set_visible(False)
-    return figure, axes if columns > 1 else axes[0]
-
-
-def _compact(data: bytes) -> bytes:
-    """A PNG in 64 colours, a third of the bytes: charts have few colours, and the rest are edges of letters."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as image:
-        few = image.convert("RGBA").quantize(64, method=Image.Quantize.FASTOCTREE)
-    buffer = io.BytesIO()
-    few.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def _draw_sizes(axes: Any, size: npt.NDArray[np.float64]) -> None:

@@ -8,24 +8,12 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Share = Annotated[float, Field(ge=0, le=1)]
+from tasks.core.settings import DatasetName, Names, Seed, Share
+
 Positive = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Channel = Annotated[int, Field(ge=0, le=255)]
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
-
-
-def _names(value: object) -> object:
-    """Let 'a,b' stand for ['a', 'b'], as command lines have it."""
-    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
-
-
-def _dataset_name(value: str) -> str:
-    if not _NAME.fullmatch(value) or re.fullmatch(r"v[0-9]+", value):
-        raise ValueError(f"'{value}' can't name a dataset; use lower case letters, digits, '.', '_' and '-'")
-    return value
 
 
 class Augmentation(BaseModel):
@@ -132,9 +120,7 @@ class ImageAugmentationConfig(BaseModel):
     root: str = Field(
         default="data", min_length=1, description="Where datasets are kept: a directory or s3://bucket/prefix."
     )
-    name: Annotated[str, AfterValidator(_dataset_name)] = Field(
-        default="images", description="Name of the dataset under training-datasets/."
-    )
+    name: DatasetName = Field(default="images", description="Name of the dataset under training-datasets/.")
     images: str | None = Field(
         default=None,
         description="Directory or s3:// prefix of the images, with all below it. "
@@ -152,13 +138,13 @@ class ImageAugmentationConfig(BaseModel):
         default=None,
         description="Column of the labels whose images must share a split, such as a patient or a scene.",
     )
-    classes: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+    classes: Names = Field(
         default=(), description="Classes to take, separated by commas; any other is rejected (all, by default)."
     )
     augmentation: Augmentation = Field(
         default_factory=Augmentation, description="What becomes of each image: torchvision's operations."
     )
-    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of every draw and of the split.")
+    seed: Seed = Field(default=0, description="Seed of every draw and of the split.")
     validation_share: Share = Field(default=0.2, description="Share of the images in the validation split.")
     test_share: Share = Field(default=0.0, description="Share of the images in the test split.")
     near_duplicates: int | None = Field(
