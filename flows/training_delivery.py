@@ -1,0 +1,64 @@
+"""The training-delivery flow: a published version → a streaming-ready copy → tensors in N training workers.
+
+Run it by hand with `python -m flows.training_delivery --help`; deploy it as
+`flows.training_delivery.training_delivery`.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import sys
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from tasks.core import storage
+from tasks.delivery.config import DeliveryConfig
+from tasks.publication import PublishedVersion, run_record
+from tasks.retries import final_unless_transient
+from tasks.runner import ray_runner
+from tasks.training_delivery import (
+    committed_version,
+    find_source,
+    publish_version,
+    reserve_version,
+    train_model,
+    validate_copy,
+    write_copy,
+)
+
+DEFAULTS = DeliveryConfig()
+
+
+def _run_name() -> str:
+    config = flow_run.parameters["config"]
+    return f"deliver {config.dataset.rpartition('/')[2]} {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M:%S}"
+
+
+@flow(name="training-delivery", flow_run_name=_run_name, task_runner=ray_runner(), retries=1, retry_delay_seconds=5)
+def training_delivery(config: DeliveryConfig = DEFAULTS) -> list[PublishedVersion]:
+    """Write a streaming-ready copy of a published version, publish it, and train on it.
+
+    Args:
+        config: What to deliver, how, and what to train.
+
+    """
+    with final_unless_transient():
+        config = config.model_copy(update={"root": storage.normalise(config.root)})
+        source = find_source.submit(config).result()
+        reservation = reserve_version(config, str(flow_run.id))
+        if reservation.committed:  # a retry: only the training is left to do
+            version = committed_version(reservation)
+        else:
+            copy = write_copy.submit(source, config, reservation).result()
+            judged = validate_copy.submit(source, copy, config, run_record()).result()
+            version = publish_version(judged, config.root)
+        if config.training.enabled:
+            version = train_model.submit(version, config, run_record()).result()
+        return [version]
+
+
+if __name__ == "__main__":
+    from tasks.command_line import run_by_hand
+
+    sys.exit(run_by_hand("flows.training_delivery:training_delivery", DeliveryConfig))

@@ -1,0 +1,158 @@
+"""Samples as blocks, and blocks as files: the streaming-ready format, as it is written.
+
+A row of a file is a block of `block_size` samples. Its tensors are raw bytes, so that a reader maps the file into
+memory and picks samples by their address; the tail of a file's last block is zeros. `batch_id` is the XXH3-128 of the
+block's tensors in the schema's order: its name and its checksum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import xxhash
+
+from tasks.core.storage import WrittenFile
+from tasks.core.stream import ParquetStream
+from tasks.core.tensors import is_tensor, parquet_settings, tensor_array, tensor_field, tensor_spec
+
+AnyArray = npt.NDArray[Any]
+
+FEATURES, IMAGE, LABEL, SAMPLE_ID = "features", "image", "label", "sample_id"
+SIZE, WIDTH, CHECKSUM = "batch_size", "feature_count", "batch_id"
+DIMENSIONS = ("channel", "height", "width")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockFormat:
+    """What a block holds.
+
+    Attributes:
+        kind: 'table', or 'images', whose blocks are one image each and have no axis for it.
+        shape: of a sample's values: (features,), or (3, height, width).
+        label: element type of the labels; None without labels.
+        block_size: samples of a block.
+    """
+
+    kind: Literal["table", "images"]
+    shape: tuple[int, ...]
+    label: Literal["int64", "float32"] | None
+    block_size: int
+
+    @property
+    def values(self) -> str:
+        """Name of the column of the samples' values."""
+        return FEATURES if self.kind == "table" else IMAGE
+
+    @property
+    def dtype(self) -> str:
+        """Element type of the samples' values."""
+        return "float32" if self.kind == "table" else "uint8"
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of a sample's tensors."""
+        label = np.dtype(self.label).itemsize if self.label else 0
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize + label + 8
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Schema of the data files."""
+        axes = (self.block_size,) if self.kind == "table" else ()
+        names = ("sample", "feature") if self.kind == "table" else DIMENSIONS
+        fields = [tensor_field(self.values, (*axes, *self.shape), self.dtype, names)]
+        if self.label is not None:
+            fields.append(tensor_field(LABEL, axes, self.label))
+        fields += [
+            tensor_field(SAMPLE_ID, axes, "int64"),
+            pa.field(SIZE, pa.int32(), nullable=False),
+            pa.field(WIDTH, pa.int32(), nullable=False),
+            pa.field(CHECKSUM, pa.string(), nullable=False),
+        ]
+        return pa.schema(fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Some samples: float32 or uint8 (n, *shape); int64 or float32 (n,), or None; int64 (n,)."""
+
+    values: AnyArray
+    labels: AnyArray | None
+    ids: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, index: npt.NDArray[np.int64]) -> Samples:
+        """Some of them, copied."""
+        return Samples(self.values[index], None if self.labels is None else self.labels[index], self.ids[index])
+
+
+def pick(parts: Sequence[Samples], index: npt.NDArray[np.int64]) -> Samples:
+    """Some samples of several parts, copied; they are numbered through all parts, of which one or more has some."""
+    starts = np.cumsum([0, *(len(part) for part in parts)])
+    owner = np.searchsorted(starts, index, side="right") - 1
+    like = next(part for part in parts if len(part))
+    values = np.empty((len(index), *like.values.shape[1:]), like.values.dtype)
+    labels = None if like.labels is None else np.empty(len(index), like.labels.dtype)
+    ids = np.empty(len(index), np.int64)
+    for number in np.unique(owner).tolist():
+        own = np.flatnonzero(owner == number)
+        found = parts[number].take(index[own] - starts[number])
+        values[own], ids[own] = found.values, found.ids
+        if labels is not None:
+            labels[own] = found.labels
+    return Samples(values, labels, ids)
+
+
+def block_table(samples: Samples, form: BlockFormat) -> pa.Table:
+    """Samples as whole blocks, the last one filled up with zeros."""
+    count = len(samples)
+    blocks = -(-count // form.block_size)
+    schema = form.schema
+    tensors = {form.values: samples.values, LABEL: samples.labels, SAMPLE_ID: samples.ids}
+    arrays: list[pa.Array] = []
+    hashers = [xxhash.xxh3_128() for _ in range(blocks)]
+    for field in schema:
+        if not is_tensor(field):
+            continue
+        column, spec = tensors[field.name], tensor_spec(field)
+        assert column is not None, f"samples without {field.name}"
+        whole = np.ascontiguousarray(column, spec.stored)
+        if count < blocks * form.block_size:
+            whole = np.zeros((blocks * form.block_size, *column.shape[1:]), spec.stored)
+            whole[:count] = column
+        for raw, hasher in zip(whole.reshape(blocks, -1).view(np.uint8), hashers, strict=True):
+            hasher.update(raw.data)
+        arrays.append(tensor_array(whole.reshape(blocks, *spec.shape)))
+    sizes = np.full(blocks, form.block_size, np.int32)
+    sizes[-1] = count - (blocks - 1) * form.block_size
+    width = form.shape[0] if form.kind == "table" else 0
+    arrays += [
+        pa.array(sizes),
+        pa.array(np.full(blocks, width, np.int32)),
+        pa.array([hasher.hexdigest() for hasher in hashers], pa.string()),
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def write_samples(uri: str, parts: Sequence[Samples], order: npt.NDArray[np.int64], form: BlockFormat) -> WrittenFile:
+    """Write samples of some parts in an order, one or more, as one file, in the memory of a row group.
+
+    Args:
+        uri: Name of the file.
+        parts: The samples; they are numbered through all parts.
+        order: Which to write, in this order.
+        form: What a block holds.
+    """
+    schema = form.schema
+    settings = parquet_settings(schema)
+    step = settings["row_group_size"] * form.block_size
+    with ParquetStream(uri, schema, **settings) as stream:
+        for start in range(0, len(order), step):
+            stream.write(block_table(pick(parts, order[start : start + step]), form))
+    return stream.written

@@ -1,0 +1,186 @@
+"""Configuration of the training-delivery flow: the flow's parameter, the command line and the deployment's parameters.
+
+Credentials never stand here (Prefect stores parameters); storage takes them from the environment.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from tasks.core.settings import DatasetName, Names, Seed, Share
+
+
+def _import_path(value: str) -> str:
+    if not re.fullmatch(r"[\w.]+:[\w.]+", value):
+        raise ValueError(f"'{value}' is no import path; write it like 'package.module:name'")
+    return value
+
+
+class TrainingConfig(BaseModel):
+    """What is trained on the streaming-ready version, and in how many workers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    enabled: bool = Field(default=True, description="Train after publishing; without it, only the copy is made.")
+    function: Annotated[str, AfterValidator(_import_path)] | None = Field(
+        default=None,
+        description="Import path of a training function of your own, 'package.module:name', of one TrainingRun "
+        "(an MLP for tables and a small CNN for images, by default).",
+    )
+    epochs: int = Field(default=10, ge=1, le=100_000, description="Passes over the train split.")
+    batch_size: int = Field(default=32, ge=1, le=1_000_000, description="Samples in a batch of each worker.")
+    learning_rate: float = Field(
+        default=1e-2,
+        gt=0,
+        le=100,
+        description="Highest learning rate of AdamW, reached after three tenths of the training; then it falls to 0.",
+    )
+    weight_decay: float = Field(default=0.01, ge=0, le=100, description="Weight decay of AdamW.")
+    hidden: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = Field(
+        default=(128, 64), description="Sizes of the MLP's hidden layers, units."
+    )
+    width: int = Field(default=16, ge=1, le=1024, description="Channels of the CNN's first layer.")
+    workers: int = Field(default=2, ge=1, le=4096, description="Workers that share each epoch.")
+    cpus_per_worker: float = Field(
+        default=0.5,
+        gt=0,
+        le=1024,
+        description="CPUs that each worker holds; below 1 leaves some to others.",
+    )
+    use_gpu: bool = Field(default=False, description="Whether each worker gets a GPU.")
+    max_failures: int = Field(
+        default=2, ge=0, le=1000, description="Times that the training goes on from its last checkpoint."
+    )
+    checkpoint_every_steps: int | None = Field(
+        default=None, ge=1, description="Also save a checkpoint after so many steps (at the end of each epoch only)."
+    )
+    remainder: Literal["pad", "drop"] = Field(
+        default="pad", description="The last, incomplete step of an epoch: pad it with masked samples, or drop it."
+    )
+    seed: Seed = Field(default=0, description="Seed of the model's weights and of the epochs' orders.")
+    cache_dir: str | None = Field(
+        default=None, description="Directory that keeps files of S3 on each node (below the temporary one, by default)."
+    )
+    cache_gigabytes: float = Field(default=20.0, gt=0, le=1e6, description="Limit of the cache of a node, 10⁹ bytes.")
+
+
+class DeliveryThresholds(BaseModel):
+    """Bounds of the quality gate."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    minimum_samples: int = Field(default=1, ge=1, description="The gate fails below so many samples to train on.")
+    missing_warn: Share = Field(default=0.1, description="The gate warns above this share of nulls in a feature.")
+    missing_fail: Share = Field(default=0.5, description="The gate fails above this share of nulls in a feature.")
+    rejected_warn: Share = Field(default=0.01, description="The gate warns above this share of rejected rows.")
+    rejected_fail: Share = Field(default=0.2, description="The gate fails above this share of rejected rows.")
+    balance_warn: Share = Field(
+        default=0.2, description="The gate warns if the rarest class has less than this share of an equal part."
+    )
+    drift_warn: float = Field(
+        default=0.1, ge=0, description="The gate warns above this drift (PSI) against the last published version."
+    )
+    drift_fail: float = Field(
+        default=1.0, ge=0, description="The gate fails above this drift (PSI) against the last published version."
+    )
+
+    @model_validator(mode="after")
+    def _warn_before_fail(self) -> DeliveryThresholds:
+        for name in ("missing", "rejected", "drift"):
+            warn, fail = getattr(self, f"{name}_warn"), getattr(self, f"{name}_fail")
+            if warn > fail:
+                raise ValueError(f"{name}_warn = {warn} is above {name}_fail = {fail}; a warning must come first")
+        return self
+
+
+class DeliveryConfig(BaseModel):
+    """Make a streaming-ready copy of a published version, deliver it to PyTorch workers, and train."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", title="Training delivery")
+
+    root: str = Field(
+        default="data", min_length=1, description="Where datasets are kept: a directory or s3://bucket/prefix."
+    )
+    dataset: str = Field(
+        default="feature-store/customer-features",
+        min_length=1,
+        description="Published dataset to deliver: features, or images such as training-datasets/images.",
+    )
+    version: Annotated[int, Field(ge=1)] | Literal["latest"] = Field(
+        default="latest", description="Version of the dataset: a number, or 'latest'."
+    )
+    name: DatasetName | None = Field(
+        default=None,
+        description="Name of the copy under training-datasets/streaming-ready/ (the dataset's last part, by default).",
+    )
+    target: str | None = Field(
+        default=None,
+        description="Column to learn (column 'target' if there is one, or the class of images).",
+    )
+    target_kind: Literal["auto", "class", "number"] = Field(
+        default="auto",
+        description="Whether the target is a class or a number; auto takes text, booleans and whole numbers of at "
+        "most 50 different values for classes.",
+    )
+    entity: str | None = Field(
+        default=None,
+        description="Column whose equal values share a split (the feature group's entity, or an image's original).",
+    )
+    features: Names = Field(
+        default=(),
+        description="Columns or patterns such as 'total_*', separated by commas (columns that begin with feature_ if "
+        "there are any, else all but identifiers, times, quality columns and the target).",
+    )
+    exclude: Names = Field(default=(), description="Columns or patterns that are no features, separated by commas.")
+    ready_only: bool = Field(default=True, description="Leave out rows that aren't marked as training-ready.")
+    nulls: Literal["mean", "zero", "reject"] = Field(
+        default="mean",
+        description="What stands for a missing number (null, NaN or infinite): the train split's mean or zero, with "
+        "a column <name>_missing beside it; or reject the row.",
+    )
+    max_categories: int = Field(
+        default=32,
+        ge=1,
+        le=1024,
+        description="Most frequent values of a text column that get a 0/1 column each; the rest share one.",
+    )
+    validation_share: Share = Field(
+        default=0.2, description="Share of the entities in the validation split; images keep the split that they have."
+    )
+    test_share: Share = Field(default=0.0, description="Share of the entities in the test split.")
+    seed: Seed = Field(default=0, description="Seed of the split and of the samples' order.")
+    batch_size: int = Field(
+        default=1000,
+        ge=1,
+        le=1_000_000,
+        description="Rows of a table in a stored block; an image is a block itself.",
+    )
+    file_megabytes: float = Field(
+        default=128.0, gt=0, le=2000, description="Size that a file has about, MiB; a task needs some times its memory."
+    )
+    allow_schema_change: bool = Field(
+        default=False, description="Publish although features or the label are others than in the last version."
+    )
+    thresholds: DeliveryThresholds = Field(
+        default_factory=DeliveryThresholds, description="Bounds of the quality gate."
+    )
+    training: TrainingConfig = Field(default_factory=TrainingConfig, description="What is trained, and how.")
+
+    @model_validator(mode="after")
+    def _choices_agree(self) -> DeliveryConfig:
+        if self.validation_share + self.test_share >= 1:
+            raise ValueError(
+                f"validation_share + test_share = {self.validation_share + self.test_share:g}: "
+                "nothing is left to train on; together they must stay below 1"
+            )
+        if self.target is not None and self.target in (*self.features, self.entity):
+            raise ValueError(f"target = '{self.target}' is also a feature or the entity; a model would only copy it")
+        return self
+
+    @property
+    def dataset_name(self) -> str:
+        """Name of the copy under training-datasets/streaming-ready/."""
+        return self.name or self.dataset.rstrip("/").rpartition("/")[2]

@@ -1,0 +1,72 @@
+"""What the manifest says of a streaming-ready version: enough to read it, and to encode new rows alike. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from tasks.core.hashing import stable_hash
+from tasks.core.profile import ColumnPartial, TableProfile
+from tasks.core.sketch import DistinctSketch, TopValues
+from tasks.delivery.label import Label
+from tasks.delivery.stages import Shuffle, UnitNote, WrittenBucket
+
+NORMALISE_IMAGES: dict[str, Any] = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "scale": 255}
+"""ImageNet's, for images whose version says nothing."""
+
+
+def describe(shuffle: Shuffle, written: Sequence[WrittenBucket], samples: dict[str, int]) -> dict[str, Any]:
+    """`manifest.definition` of the version: JSON.
+
+    Args:
+        shuffle: What was planned.
+        written: What was written.
+        samples: Samples by split, without empty ones.
+    """
+    source, form = shuffle.source, shuffle.form
+    described: dict[str, Any] = {
+        "kind": form.kind,
+        "block_size": form.block_size,
+        "seed": shuffle.config.seed,
+        "samples": samples,
+        "file_samples": {made.entry.path: made.samples for made in written},
+        "entity": source.entity,
+        "keys": list(source.keys),
+        "label": shuffle.label.describe() if shuffle.label else None,
+        "source": {"dataset": source.manifest.dataset, "version": source.manifest.version},
+    }
+    if shuffle.encoder is None:
+        image = {"shape": list(form.shape), "dtype": form.dtype}
+        return described | {"image": image, "normalise": _image_constants(shuffle)}
+    features = [feature.describe() for feature in shuffle.encoder.features]
+    return described | {
+        "feature_count": len(features),
+        "features": features,
+        "normalise": shuffle.encoder.normalise(),
+    }
+
+
+def named_profile(profile: TableProfile, label: Label | None, notes: Sequence[UnitNote]) -> TableProfile:
+    """The profile of the train split's features and target, in which a class goes by its name, whatever its type."""
+    if label is None or label.kind != "class":
+        return profile
+    counts = TopValues.merge_all([note.labels[0] for note in notes if note.labels])  # of the train split
+    named = dict(zip(label.values, label.classes, strict=True))
+    classes = {named[value]: rows for value, rows in (counts.counts or {}).items()}
+    rows = sum(classes.values())
+    top = TopValues(dict(sorted(classes.items())), counts.capacity, counts.longest)
+    distinct = DistinctSketch.of(stable_hash(pa.array(list(classes), pa.string())))
+    partial = ColumnPartial("string", "string", rows, 0, top=top, distinct=distinct)
+    return TableProfile(profile.rows, {**profile.partials, label.column: partial})
+
+
+def _image_constants(shuffle: Shuffle) -> dict[str, Any]:
+    """Those of the source; of one or more channels."""
+    channels = shuffle.form.shape[0]
+    found: dict[str, Any] = shuffle.source.manifest.definition.get("normalise") or NORMALISE_IMAGES
+    if len(found["mean"]) != channels:
+        return {"mean": [0.0] * channels, "std": [1.0] * channels, "scale": 255}
+    std = [float(value) or 1.0 for value in found["std"]]
+    return {"mean": list(found["mean"]), "std": std, "scale": found.get("scale", 255)}

@@ -1,0 +1,387 @@
+"""The files of a version's split, as one long row of samples that can be gathered from.
+
+Files on a local disk are mapped into memory as they are. Those of S3 come through the cache, when they are first
+needed or somewhat before; only those that are needed soon stay mapped, so that the cache can let go of the others.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from tasks.core import layout, storage, versions
+from tasks.core.errors import ConfigError, CorruptVersion
+from tasks.core.manifest import FileEntry, Manifest
+from tasks.core.tensors import TensorSpec
+from tasks.delivery.cache import FileCache
+from tasks.delivery.kernel import BAD, GOOD, Places, blocks_of, fetch, files_of, gather, unknown_blocks
+from tasks.delivery.mapped import CURE, MappedFile
+
+AnyArray = npt.NDArray[Any]
+IntArray = npt.NDArray[np.int64]
+OnCorrupt = Literal["raise", "skip"]
+
+_NEAR_ENTRIES = 1 << 20
+_DOWNLOADS = 4  # at a time
+_FETCH_BYTES = 1 << 18  # of a chunk that is fetched as a whole; of smaller ones the operating system reads enough ahead
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A published streaming-ready version.
+
+    Attributes:
+        root: Root of the store.
+        manifest: Everything known about the version.
+    """
+
+    root: str
+    manifest: Manifest
+
+    @property
+    def uri(self) -> str:
+        """Directory of the version."""
+        return layout.version_uri(self.root, self.manifest.dataset, self.manifest.version)
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """What its samples are: kind, sizes, features, label, constants to normalise by."""
+        return self.manifest.definition
+
+    def files(self, split: str) -> list[tuple[FileEntry, int]]:
+        """Files of a split and the number of samples in each, in the manifest's order.
+
+        Raises:
+            ConfigError: there is no such split, or it has no samples.
+        """
+        inside = layout.split_directory(split) + "/"
+        counts = self.definition["file_samples"]
+        found = [(entry, int(counts[entry.path])) for entry in self.manifest.files if entry.path.startswith(inside)]
+        if not sum(count for _, count in found):
+            names = [name for name, count in self.definition["samples"].items() if count]
+            raise ConfigError(f"{self.uri} has no samples in split {split!r}: use " + " or ".join(map(repr, names)))
+        return found
+
+
+def open_version(uri: str) -> Version:
+    """Find a streaming-ready version by its directory, or the latest one by that of its dataset.
+
+    Raises:
+        ConfigError: the place isn't one of streaming-ready datasets.
+        VersionNotFound: there is no such published version.
+        CorruptVersion: its manifest can't be read.
+    """
+    uri = storage.normalise(uri)
+    above, _, last = uri.rpartition("/")
+    number = layout.parse_version(last)
+    directory = uri if number is None else above
+    root, found, name = directory.rpartition(f"/{layout.TRAINING_DATASETS}/")
+    if not found or not name:
+        raise ConfigError(
+            f"{uri!r} is no streaming-ready version: name …/{layout.TRAINING_DATASETS}/streaming-ready/<name>/vN, or "
+            "without vN for the latest one"
+        )
+    dataset = layout.join(layout.TRAINING_DATASETS, name)
+    manifest = versions.resolve(root, dataset, "latest" if number is None else number)
+    if not {"kind", "block_size", "samples", "file_samples", "normalise"} <= manifest.definition.keys():
+        raise ConfigError(
+            f"{layout.version_uri(root, dataset, manifest.version)} isn't streaming-ready; "
+            "make a streaming-ready copy of it with the training-delivery flow"
+        )
+    return Version(root, manifest)
+
+
+class Shards:
+    """The samples of a split by their numbers, in the order of the manifest's files.
+
+    One thread at a time may use it.
+
+    Args:
+        version: The version.
+        split: The split.
+        cache: Where files of S3 are kept; not used for local ones.
+        on_corrupt: 'raise' on damage, or 'skip' the samples that are concerned.
+        verify: Whether the checksum of each block is looked at before its first use.
+
+    Attributes:
+        samples: number of samples, the damaged ones included.
+        columns: what there is to gather of each sample, by name.
+        sample_bytes: bytes of all columns of a sample.
+        remote: whether its files come through the cache.
+        skipped_files: number of files left out.
+
+    Raises:
+        ConfigError: as `Version.files`.
+        CorruptVersion: a file is missing, or differs from its manifest or from what it should be like.
+
+    """
+
+    def __init__(
+        self,
+        version: Version,
+        split: str,
+        cache: FileCache | None = None,
+        on_corrupt: OnCorrupt = "raise",
+        verify: bool = True,
+    ) -> None:
+        self._version, self._cache, self._skip = version, cache, on_corrupt == "skip"
+        self._files = version.files(split)
+        self._block_size = int(version.definition["block_size"])
+        self.remote = storage.is_s3(version.uri)
+        self.columns = _columns(version.definition)
+        self.sample_bytes = sum(spec.width for spec in self.columns.values())
+        counts = np.array([count for _, count in self._files], np.int64)
+        self.samples = int(counts.sum())
+        self.skipped_files = 0
+        blocks = np.array([entry.rows for entry, _ in self._files], np.int64)
+        self._block_starts = np.concatenate([[0], np.cumsum(blocks)])
+        self._status = np.zeros(self._block_starts[-1], np.uint8)
+        self._unknown = np.empty(0, np.int64)
+        self._unchecked = len(self._status) if verify else 0
+        self._read = np.empty(0, np.bool_)  # chunks that were fetched, once and for all
+        self._stays = sum(entry.bytes for entry, _ in self._files) < _memory() // 2
+        self._picked: tuple[str, ...] = ()
+        self._widths = np.empty(0, np.int64)
+        self._mapped: dict[int, MappedFile] = {}
+        self._bad: set[int] = set()
+        self._damaged = False
+        self._coming: dict[int, Future[MappedFile]] = {}
+        self._stop, self._halt = threading.Event(), np.zeros(1, np.uint8)
+        self._pool = ThreadPoolExecutor(_DOWNLOADS if self.remote else 1, "fetch")
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
+        self._near, self._shift = _near(self._starts)
+        self._check_sizes()
+        if not self.remote:
+            for file in range(len(self._files)):
+                self._map(file)
+        self._tabulate()
+
+    def close(self) -> None:
+        """End what is being fetched."""
+        self._stop.set()
+        self._halt[0] = 1
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def usable(self, index: IntArray) -> npt.NDArray[np.bool_] | None:
+        """Which of some samples can be gathered, (n,); None for all of them.
+
+        Files that they are in are mapped afterwards, and their blocks are checked.
+
+        Raises:
+            CorruptVersion: some are damaged, and they aren't to be skipped.
+        """
+        if self.remote:
+            self._require(self._files_of(index))
+        if self._unchecked or self._damaged:
+            blocks = np.empty(len(index), np.int64)
+            blocks_of(self._places, index, blocks)
+            if self._unchecked:
+                self._check_blocks(blocks)
+            if self._damaged:
+                good: npt.NDArray[np.bool_] = self._status[blocks] != BAD
+                return None if good.all() else good
+        return None
+
+    def gather(self, index: IntArray, out: Mapping[str, AnyArray]) -> None:
+        """Copy the values of some columns of usable samples.
+
+        Args:
+            index: (n,) samples that are usable.
+            out: Where to, by column: C-contiguous, (n, *shape).
+        """
+        self.pick(tuple(out))
+        to = np.array([values.__array_interface__["data"][0] for values in out.values()], np.int64)
+        gather(self._places, index, self._addresses, self._widths, to)
+
+    def pick(self, names: tuple[str, ...]) -> None:
+        """Say which columns will be gathered."""
+        if names != self._picked:
+            self._picked = names
+            self._widths = np.array([self.columns[name].width for name in names], np.int64)
+            self._pick()
+
+    def soon(self, firsts: IntArray, chunk: int) -> None:
+        """Tell which samples will be needed, so that they are there then.
+
+        Remote files are downloaded, and others needn't stay mapped. Local ones are read ahead at their first use.
+
+        Args:
+            firsts: First samples of chunks.
+            chunk: Samples of a chunk.
+        """
+        if not self.remote:
+            self._read_ahead(firsts, chunk)
+            return
+        lasts = np.minimum(firsts + chunk, self.samples) - 1
+        wanted = self._files_of(np.concatenate([firsts, lasts]))
+        for file in wanted:
+            if file not in self._mapped and file not in self._bad and file not in self._coming:
+                self._coming[file] = self._pool.submit(self._open, file)
+        dropped = self._mapped.keys() - set(wanted)
+        for file in dropped:
+            del self._mapped[file]
+        if dropped:
+            self._tabulate()
+
+    def _read_ahead(self, firsts: IntArray, chunk: int) -> None:
+        if chunk * self.sample_bytes < _FETCH_BYTES or self._bad:
+            return
+        if not len(self._read):
+            self._read = np.zeros(-(-self.samples // chunk), np.bool_)
+        fresh = firsts[~self._read[firsts // chunk]]
+        self._read[firsts // chunk] = self._stays
+        self._pool.submit(fetch, self._places, fresh, chunk, self._addresses, self._widths, self._halt)
+
+    def _files_of(self, index: IntArray) -> list[int]:
+        seen = np.zeros(len(self._files), np.uint8)
+        files_of(self._places, index, seen)
+        return [int(file) for file in np.flatnonzero(seen)]
+
+    def _require(self, files: Sequence[int]) -> None:
+        """Map some files that may not be yet."""
+        missing = [file for file in files if file not in self._mapped and file not in self._bad]
+        for file in missing:
+            self._map(file)
+        if missing:
+            self._tabulate()
+
+    def _map(self, file: int) -> None:
+        if file in self._bad:
+            return
+        try:
+            coming = self._coming.pop(file, None)
+            self._mapped[file] = self._open(file) if coming is None else coming.result()
+        except CorruptVersion as error:
+            self._leave_out(file, error)
+
+    def _leave_out(self, file: int, error: CorruptVersion) -> None:
+        """Skip a file, or raise what is wrong with it."""
+        if not self._skip:
+            raise error
+        self._bad.add(file)
+        self._damaged = True
+        self.skipped_files += 1
+        self._status[self._block_starts[file] : self._block_starts[file + 1]] = BAD
+
+    def _open(self, file: int) -> MappedFile:
+        entry, count = self._files[file]
+        uri = layout.join(self._version.uri, entry.path)
+        with self._open_bytes(uri, entry) as opened:
+            mapped = MappedFile(opened, uri)
+        blocks = -(-count // self._block_size)
+        if not entry.rows == mapped.blocks == blocks:
+            raise CorruptVersion(
+                f"{uri} has {mapped.blocks} blocks, its manifest says {entry.rows}, and {count} samples in blocks of "
+                f"{self._block_size} make {blocks}: {CURE}"
+            )
+        for name, spec in self.columns.items():
+            width = mapped.columns[name].spec.width if name in mapped.columns else None
+            if width != spec.width * self._block_size:
+                raise CorruptVersion(f"{uri}: column {name!r} isn't as its manifest says ({width} bytes): {CURE}")
+        return mapped
+
+    def _open_bytes(self, uri: str, entry: FileEntry) -> BinaryIO:
+        if not self.remote:
+            return Path(uri).open("rb")
+        assert self._cache is not None, "a remote version needs a cache"
+        return self._cache.open(uri, entry, self._stop)
+
+    def _check_sizes(self) -> None:
+        """Compare all files' sizes with the manifest, by one listing."""
+        base = self._version.uri
+        directories = {layout.join(base, entry.path.rpartition("/")[0]) for entry, _ in self._files}
+        sizes = {info.uri: info.bytes for place in directories for info in storage.list_files(place)}
+        for file, (entry, _) in enumerate(self._files):
+            uri = layout.join(base, entry.path)
+            if sizes.get(uri) == entry.bytes:
+                continue
+            if uri in sizes:
+                problem = f"{uri}: bytes differ from its manifest: expected {entry.bytes}, found {sizes[uri]}"
+            else:
+                problem = f"{uri} is missing, but its manifest lists it"
+            self._leave_out(file, CorruptVersion(f"{problem}: {CURE}"))
+
+    def _check_blocks(self, blocks: IntArray) -> None:
+        if len(self._unknown) < len(blocks):
+            self._unknown = np.empty(len(blocks), np.int64)
+        for block in self._unknown[: unknown_blocks(blocks, self._status, self._unknown)]:
+            file = int(np.searchsorted(self._block_starts, block, side="right")) - 1
+            within = int(block - self._block_starts[file])
+            try:
+                if not self._mapped[file].is_intact(within):
+                    raise CorruptVersion(
+                        f"{self._mapped[file].name}: block {within} has not the checksum that stands beside it: {CURE}"
+                    )
+                self._status[block] = GOOD
+                self._unchecked -= 1
+            except CorruptVersion:
+                if self._cache is not None and self.remote:
+                    self._cache.discard(self._files[file][0])
+                if not self._skip:
+                    raise
+                self._status[block] = BAD
+                self._damaged = True
+
+    def _tabulate(self) -> None:
+        """Make the tables of where samples are, of the files that are mapped now."""
+        groups, starts, sizes = [0], [np.empty(0, np.int64)], []
+        for file in range(len(self._files)):
+            mapped = self._mapped.get(file)
+            groups.append(groups[-1] + (len(mapped.starts) - 1 if mapped else 0))
+            sizes.append(int(mapped.starts[1]) * self._block_size if mapped else 1)
+            if mapped is not None:
+                starts.append(self._starts[file] + mapped.starts[:-1] * self._block_size)
+        self._places = Places(
+            files=self._starts,
+            near=self._near,
+            shift=self._shift,
+            groups=np.array(groups, np.int64),
+            size=np.array(sizes, np.int64),
+            starts=np.concatenate(starts),
+            blocks=self._block_starts,
+            block_size=self._block_size,
+        )
+        self._pick()
+
+    def _pick(self) -> None:
+        """Make the table of where the values of the picked columns are, (columns, row groups)."""
+        self._addresses = np.empty((len(self._picked), len(self._places.starts)), np.int64)
+        for row, name in zip(self._addresses, self._picked, strict=True):
+            for file, mapped in self._mapped.items():
+                first, end = self._places.groups[file : file + 2]
+                row[first:end] = mapped.address + mapped.columns[name].offsets
+
+
+def _memory() -> int:
+    """Bytes of the machine's memory, in which the operating system keeps what was read."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _columns(definition: dict[str, Any]) -> dict[str, TensorSpec]:
+    """What a sample consists of."""
+    columns = {}
+    if definition["kind"] == "table":
+        columns["features"] = TensorSpec((int(definition["feature_count"]),), "float32")
+    else:
+        image = definition["image"]
+        columns["image"] = TensorSpec(tuple(map(int, image["shape"])), str(image["dtype"]))
+    if definition["label"] is not None:
+        columns["label"] = TensorSpec((), "int64" if definition["label"]["kind"] == "class" else "float32")
+    return {**columns, "sample_id": TensorSpec((), "int64")}
+
+
+def _near(starts: IntArray) -> tuple[npt.NDArray[np.int32], int]:
+    """File of every 2**shift-th sample, and shift: where a search for a sample's file begins."""
+    samples, shift = int(starts[-1]), 0
+    while samples >> shift > _NEAR_ENTRIES:
+        shift += 1
+    first = np.arange(0, samples, 1 << shift)
+    return (np.searchsorted(starts, first, side="right") - 1).astype(np.int32), shift

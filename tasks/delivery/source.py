@@ -1,0 +1,329 @@
+"""The version that is to be delivered, looked at before any work starts: its kind, columns, files and splits.
+
+Everything that can be wrong with a source as a whole is found here, with an error that names the column and the cure;
+what can be wrong with a row is found in `stages`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import re
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyarrow.types as pt
+
+from tasks.core import layout, storage, versions
+from tasks.core.errors import ConfigError, CorruptVersion
+from tasks.core.manifest import InputRecord, Manifest
+from tasks.core.tensors import TensorSpec, is_tensor, tensor_spec
+from tasks.delivery.blocks import IMAGE
+from tasks.delivery.config import DeliveryConfig
+from tasks.delivery.keys import SPLITS
+
+READY = "is_training_ready"
+TARGET, CLASS_ID = "target", "class_id"
+IMAGE_ID, ORIGINAL_ID = "image_id", "original_image_id"
+TIMES = ("event_timestamp", "event_time", "timestamp", "as_of")
+"""Columns that tell rows of one entity apart."""
+UNIT_BYTES = 64 << 20
+
+USUAL_TARGETS = {"customer-features": "spending_trend", "product-features": "performance_tier"}
+"""What is learned of the project's own feature groups if nothing is asked for, so that they can be tried at once. Both
+follow from other features of the same row: an example of how, not of what, to learn."""
+
+_RECORDS = {
+    "missing_ratio",
+    "outlier_ratio",
+    "data_quality_score",
+    "validation_passed",
+    READY,
+    "feature_version",
+    "feature_creation_date",
+}
+_IDENTIFIER = re.compile(r"(.*_)?(id|uuid|key)|file_path|index", re.IGNORECASE)
+_READERS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A data file: rows of each row group, and the number of its split, if its directory names one."""
+
+    uri: str
+    row_groups: tuple[int, ...]
+    split: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What one task reads: row groups of some files, in their order."""
+
+    index: int
+    pieces: tuple[tuple[SourceFile, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A published version and what is taken of it.
+
+    Attributes:
+        root: Root of the store.
+        manifest: Everything known about the version.
+        kind: 'table' or 'images'.
+        files: Its data files.
+        schema: Arrow schema of the data files.
+        features: Columns that become features; none of images.
+        target: Column that becomes the label, if any.
+        entity: Column whose equal values share a split.
+        keys: Columns whose values name a sample; the first is hashed, the others are mixed in.
+        ready: Column that says which rows may be used, if it is asked.
+        image: Shape and element type of the images.
+        classes: Names of the classes by id, if the version knows them.
+    """
+
+    root: str
+    manifest: Manifest
+    kind: Literal["table", "images"]
+    files: tuple[SourceFile, ...]
+    schema: pa.Schema
+    features: tuple[str, ...]
+    target: str | None
+    entity: str
+    keys: tuple[str, ...]
+    ready: str | None
+    image: TensorSpec | None = None
+    classes: tuple[str, ...] | None = None
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that are looked at, without the images."""
+        names = [*self.keys, self.entity, self.ready, self.target, *self.features]
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in memory, about."""
+        return 16 * len(self.columns) + (self.image.width if self.image else 0)
+
+    def record(self) -> InputRecord:
+        """What the manifest says of this input."""
+        return self.manifest.as_input(layout.version_uri(self.root, self.manifest.dataset, self.manifest.version))
+
+
+def find_source(config: DeliveryConfig) -> Source:
+    """Find the version that the configuration names, and decide what is taken of it.
+
+    Raises:
+        VersionNotFound: there is no such published version.
+        CorruptVersion: its manifest or a file can't be read.
+        ConfigError: a column isn't there or can't be used, or there is no target to train on.
+    """
+    root = storage.normalise(config.root)
+    manifest = versions.resolve(root, config.dataset, config.version)
+    files, schema = _look(root, manifest)
+    name = f"{manifest.dataset} v{manifest.version}"
+    images = "image" in manifest.definition or (IMAGE in schema.names and is_tensor(schema.field(IMAGE)))
+    image = _image(schema, name) if images else None
+    entity = config.entity or (ORIGINAL_ID if images else manifest.definition.get("entity"))
+    if entity is None:
+        raise ConfigError(
+            f"{name} doesn't say what its rows are about: name the column whose rows must share a split with "
+            f"--entity, one of {', '.join(schema.names)}"
+        )
+    times = [column for column in TIMES if column in schema.names and column != entity]
+    keys = [IMAGE_ID] if images else [entity, *times]
+    for column in (entity, *keys):
+        _check_column(column, schema, name, "entity" if column == entity else "key")
+    target = _target(config, schema, name, images)
+    return Source(
+        root=root,
+        manifest=manifest,
+        kind="images" if images else "table",
+        files=files,
+        schema=schema,
+        features=() if images else _features(config, schema, name, {entity, *keys[1:]}, target),
+        target=target,
+        entity=entity,
+        keys=tuple(keys),
+        ready=READY if config.ready_only and READY in schema.names else None,
+        image=image,
+        classes=_classes(manifest) if images and target == CLASS_ID else None,
+    )
+
+
+def read_units(source: Source, unit_bytes: int | None = None) -> list[Unit]:
+    """Cut the files into units of about so many bytes in memory (`UNIT_BYTES`), whole row groups each."""
+    limit = max(1, (unit_bytes or UNIT_BYTES) // source.row_bytes)
+    units: list[Unit] = []
+    pieces: list[tuple[SourceFile, tuple[int, ...]]] = []
+    rows = 0
+    for file in source.files:
+        groups: list[int] = []
+        for group, count in enumerate(file.row_groups):
+            if rows and rows + count > limit:
+                pieces += [(file, tuple(groups))] if groups else []
+                units.append(Unit(len(units), tuple(pieces)))
+                pieces, groups, rows = [], [], 0
+            groups.append(group)
+            rows += count
+        pieces += [(file, tuple(groups))] if groups else []
+    return [*units, Unit(len(units), tuple(pieces))] if pieces else units
+
+
+def read_pieces(unit: Unit, columns: Sequence[str]) -> Iterator[tuple[SourceFile, pa.Table]]:
+    """The rows of a unit, one table a piece.
+
+    Raises:
+        CorruptVersion: a file is missing or can't be read.
+    """
+    for file, groups in unit.pieces:
+        with _explained(file.uri), storage.open_input(file.uri) as opened:
+            yield file, pq.ParquetFile(opened).read_row_groups(list(groups), columns=list(columns), use_threads=False)
+
+
+@contextlib.contextmanager
+def _explained(uri: str) -> Generator[None]:
+    """Name the file in what reading it raises."""
+    cure = "publish a new version from the same sources, or restore the file from a copy"
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CorruptVersion(f"{uri} is missing, but its manifest lists it: {cure}") from error
+    except pa.ArrowInvalid as error:
+        raise CorruptVersion(f"{uri} can't be read as Parquet ({error}): {cure}") from error
+
+
+def _look(root: str, manifest: Manifest) -> tuple[tuple[SourceFile, ...], pa.Schema]:
+    """The files' row groups, and the first one's schema, from their footers."""
+    uris = versions.data_files(root, manifest)
+
+    def footer(uri: str) -> tuple[SourceFile, pa.Schema]:
+        with _explained(uri), storage.open_input(uri) as opened:
+            file = pq.ParquetFile(opened)
+            rows = tuple(file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups))
+            return SourceFile(uri, rows, _split_of(uri)), file.schema_arrow
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = list(pool.map(footer, uris))
+    return tuple(file for file, _ in found), found[0][1]
+
+
+def _split_of(uri: str) -> int | None:
+    directory = uri.split("/")[-2]
+    names = {layout.split_directory(split): number for number, split in enumerate(SPLITS)}
+    return names.get(directory)
+
+
+def _image(schema: pa.Schema, name: str) -> TensorSpec:
+    _check_column(IMAGE, schema, name, "image")
+    field = schema.field(IMAGE)
+    spec = tensor_spec(field) if is_tensor(field) else None
+    if spec is None or spec.dtype != "uint8" or len(spec.shape) != 3:
+        stored = f"{spec.dtype} tensors of shape {spec.shape}" if spec else f"{field.type} (compressed)"
+        raise ConfigError(
+            f"{name} holds its images as {stored}; only uint8 tensors of (channel, height, width) can be delivered: "
+            "publish them anew with `python -m flows.image_augmentation --format uint8`"
+        )
+    return spec
+
+
+def _classes(manifest: Manifest) -> tuple[str, ...] | None:
+    known = manifest.definition.get("classes")
+    if not isinstance(known, dict) or not known:
+        return None
+    names = {int(number): str(name) for name, number in known.items()}
+    return tuple(names.get(number, str(number)) for number in range(max(names) + 1))
+
+
+def _target(config: DeliveryConfig, schema: pa.Schema, name: str, images: bool) -> str | None:
+    usual = CLASS_ID if images else TARGET
+    target = config.target or (usual if usual in schema.names else None)
+    if target is None and config.training.enabled:
+        example = USUAL_TARGETS.get(config.dataset.rpartition("/")[2])
+        target = example if example in schema.names else None
+    if target is not None:
+        _check_column(target, schema, name, "target")
+        kind = schema.field(target).type
+        if not (_is_number(kind) or pt.is_boolean(kind) or is_text(kind)):
+            raise ConfigError(
+                f"target = '{target}' is {kind}: only text, booleans and numbers can be learned; derive one of them"
+            )
+        if config.target_kind == "number" and is_text(kind):
+            raise ConfigError(f"target = '{target}' is {kind}, no number: leave target_kind = auto, or convert it")
+        if config.target_kind == "class" and not (is_text(kind) or pt.is_boolean(kind) or pt.is_integer(kind)):
+            raise ConfigError(f"target = '{target}' is {kind}: only text, booleans and whole numbers can be classes")
+    elif config.training.enabled:
+        likely = [field.name for field in schema if is_text(field.type) and field.name not in _RECORDS]
+        names = ", ".join(likely or [field.name for field in schema if _is_feature(field.type)])
+        raise ConfigError(
+            f"{name} has no column '{usual}' to learn: name one with --target, such as {names}; or make the copy "
+            "alone with --no-training.enabled"
+        )
+    return target
+
+
+def _features(
+    config: DeliveryConfig, schema: pa.Schema, name: str, taken: set[str], target: str | None
+) -> tuple[str, ...]:
+    """Names of the columns that become features, in the schema's order."""
+    usable = {field.name for field in schema if _is_feature(field.type)} - {target}
+    excluded = _matching(config.exclude, schema.names, schema, name, "exclude")
+    if config.features:
+        chosen = _matching(config.features, sorted(usable - taken), schema, name, "features")
+        for column in config.features:
+            if column in schema.names and column not in usable:
+                raise ConfigError(
+                    f"features: column '{column}' is {schema.field(column).type}: only numbers, booleans and text can "
+                    "be features; derive one of them, such as the days before as_of of a date"
+                )
+    else:
+        chosen = {column for column in usable - taken - _RECORDS if not _IDENTIFIER.fullmatch(column)}
+        chosen = {column for column in chosen if column.startswith("feature_")} or chosen
+    found = tuple(column for column in schema.names if column in chosen - excluded)
+    if not found:
+        raise ConfigError(
+            f"{name} has no features: of its columns {', '.join(schema.names)} none is left; name some with --features"
+        )
+    return found
+
+
+def _matching(patterns: Sequence[str], known: Sequence[str], schema: pa.Schema, name: str, option: str) -> set[str]:
+    """Columns that patterns name; a plain name may be any column."""
+    found: set[str] = set()
+    for pattern in patterns:
+        matches = [column for column in known if fnmatchcase(column, pattern)]
+        if not matches and pattern in schema.names:
+            matches = [pattern]
+        if not matches:
+            _check_column(pattern, schema, name, option)
+        found.update(matches)
+    return found
+
+
+def _check_column(column: str, schema: pa.Schema, name: str, option: str) -> None:
+    if column not in schema.names:
+        close = difflib.get_close_matches(column, schema.names, n=3, cutoff=0.5)
+        cure = "did you mean " + " or ".join(map(repr, close)) + "?" if close else "it has " + ", ".join(schema.names)
+        raise ConfigError(f"{option}: {name} has no column '{column}'; {cure}")
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column holds text, as it is or by dictionary."""
+    if pt.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pt.is_integer(kind) or pt.is_floating(kind) or pt.is_decimal(kind))
+
+
+def _is_feature(kind: pa.DataType) -> bool:
+    # A column without any value has Arrow's null type.
+    return _is_number(kind) or bool(pt.is_boolean(kind) or pt.is_null(kind)) or is_text(kind)

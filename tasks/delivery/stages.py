@@ -1,0 +1,362 @@
+"""The stages of the delivery job, as each task runs them. Pure, but for the files they read and write.
+
+- look: a unit is read and judged; its train rows are profiled, its keys are hashed, its rejected rows are written.
+- check: the hashes of a part of their range, of all units: which keys are repeated, which entities in several splits.
+- scatter: a unit is read again, encoded, and cut into buckets by random keys.
+- gather: a bucket, of all units, is sorted by random key and written as a file.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tasks.core import layout, storage
+from tasks.core.hashing import stable_hash
+from tasks.core.manifest import ColumnSpec, FileEntry, RowBalance
+from tasks.core.partition import split_by_key
+from tasks.core.profile import TableProfile
+from tasks.core.reservation import Reservation
+from tasks.core.sketch import TopValues
+from tasks.core.tensors import to_numpy
+from tasks.delivery.blocks import IMAGE, BlockFormat, Samples, write_samples
+from tasks.delivery.columns import is_missing, profile_features
+from tasks.delivery.config import DeliveryConfig
+from tasks.delivery.encoding import Encoder
+from tasks.delivery.keys import (
+    SPLITS,
+    Repeats,
+    SplitArray,
+    UInt64Array,
+    bucket_of,
+    entity_splits,
+    find_repeats,
+    random_keys,
+    sample_ids,
+    sample_keys,
+    split_entities,
+)
+from tasks.delivery.label import Label, label_counts
+from tasks.delivery.source import Source, Unit, read_pieces
+
+NOT_READY = "not_training_ready"
+REASON, FILE, ROW = "reason", "source_file", "source_row"
+
+
+@dataclass(slots=True, kw_only=True)
+class UnitNote:
+    """What is known of a unit after the first look.
+
+    Attributes:
+        unit: Its number.
+        rows: Rows read.
+        filtered: Rows left out by intent, by reason.
+        rejected: Rows rejected, by reason.
+        rejected_file: Where they are.
+        samples: Rows that became samples, by split.
+        labels: Values of a target that may be classes, by split; without such a target, none.
+        profile: Of the features, and of the target's numbers, in the train split.
+    """
+
+    unit: int
+    rows: int
+    filtered: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+    rejected_file: FileEntry | None = None
+    samples: npt.NDArray[np.int64]
+    labels: list[TopValues] | None
+    profile: TableProfile
+
+    @property
+    def left_out(self) -> int:
+        """Rows that become no sample."""
+        return self.filtered.total() + self.rejected.total()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """What was found in a part of the hashes: repeated keys by unit, entities by split, and those in several."""
+
+    repeats: dict[int, Repeats] = field(default_factory=dict)
+    entities: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(SPLITS), np.int64))
+    leaking: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenBucket:
+    """A file, and what is in it.
+
+    Attributes:
+        entry: The file.
+        split: Number of its split.
+        samples: Number of samples.
+        class_counts: Samples of each class, by class id; None without classes.
+        duplicate_ids: Samples whose id another sample has, too.
+    """
+
+    entry: FileEntry
+    split: int
+    samples: int
+    class_counts: npt.NDArray[np.int64] | None
+    duplicate_ids: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamingReady:
+    """What was written, and what is known of it; nothing is committed yet.
+
+    Attributes:
+        files: data files, in the order of their splits' samples.
+        profile: of the source's features and of the label, in the train split.
+        definition: `manifest.definition`.
+        samples: by split.
+        class_counts: samples by split, then class; empty without classes.
+        entities: different entities by split.
+        leaking_entities: entities that are in several splits.
+        repeated_keys: rows whose entity (and time) an earlier row has, too.
+        duplicate_ids: samples whose id another one has, too.
+        timings: seconds of each stage.
+    """
+
+    reservation: Reservation
+    files: tuple[FileEntry, ...]
+    rejected_files: tuple[FileEntry, ...]
+    schema: pa.Schema
+    profile: TableProfile
+    balances: tuple[RowBalance, ...]
+    definition: dict[str, Any]
+    samples: dict[str, int]
+    class_counts: dict[str, dict[str, int]]
+    entities: dict[str, int]
+    leaking_entities: int
+    repeated_keys: int
+    duplicate_ids: int
+    timings: dict[str, float]
+
+    @property
+    def columns(self) -> tuple[ColumnSpec, ...]:
+        """Schema of the data files, for the manifest."""
+        return tuple(ColumnSpec(name=f.name, type=str(f.type), nullable=f.nullable) for f in self.schema)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Rows of a unit that become samples, with their splits and entities; and those that don't."""
+
+    rows: pa.Table
+    splits: SplitArray
+    entities: UInt64Array
+    read: int
+    reasons: Counter[str]
+    rejected: pa.Table
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """The first look at all units; `parts` parts of the hashes are checked one by one."""
+
+    config: DeliveryConfig
+    source: Source
+    reservation: Reservation
+    units: tuple[Unit, ...]
+    parts: int
+
+    def scatter(self, index: int) -> tuple[UnitNote, list[pl.DataFrame]]:
+        """Read and judge a unit; its note, and its keys and its entities in parts."""
+        loaded = load(self.units[index], self.source, self.config, self.source.columns)
+        target = self.source.target
+        labels, profiled = None, list(self.source.features)
+        if target is not None:
+            column = loaded.rows[target]
+            counts = [
+                label_counts(column.filter(pa.array(loaded.splits == split)), self.config.target_kind)
+                for split in range(len(SPLITS))
+            ]
+            labels = [found for found in counts if found is not None] or None
+            profiled = list(dict.fromkeys([*profiled, target]))
+        note = UnitNote(
+            unit=index,
+            rows=loaded.read,
+            filtered=Counter({NOT_READY: loaded.reasons[NOT_READY]} if loaded.reasons[NOT_READY] else {}),
+            rejected=Counter({reason: rows for reason, rows in loaded.reasons.items() if reason != NOT_READY}),
+            samples=np.bincount(loaded.splits, minlength=len(SPLITS)),
+            labels=labels,
+            profile=profile_features(loaded.rows, profiled, loaded.splits == 0),
+        )
+        if loaded.rejected.num_rows:
+            uri = self.reservation.rejected_uri("rows", index)
+            note.rejected_file = self.reservation.entry(storage.write_parquet(loaded.rejected, uri))
+        keys = pl.DataFrame({"key": self._keys(loaded.rows), "row": np.arange(loaded.rows.num_rows)})
+        entities = pl.DataFrame({"key": loaded.entities, "split": loaded.splits.astype(np.int64)}).unique()
+        return note, [*split_by_key(keys, "key", self.parts), *split_by_key(entities, "key", self.parts)]
+
+    def gather(self, part: int, frames: list[pl.DataFrame]) -> tuple[Checked, pa.Table]:
+        """Check a part of the keys, or, behind those, of the entities."""
+        rows = pl.concat(frames)
+        hashes = rows["key"].to_numpy()
+        if part < self.parts:
+            units = np.repeat(np.arange(len(frames)), [len(frame) for frame in frames])
+            found = Checked(repeats=find_repeats(hashes, units, rows["row"].to_numpy()))
+        else:
+            entities, leaking = split_entities(hashes, rows["split"].to_numpy().astype(np.int8))
+            found = Checked(entities=entities, leaking=leaking)
+        return found, pa.table({})
+
+    def _keys(self, rows: pa.Table) -> UInt64Array:
+        return sample_keys([rows[name] for name in self.source.keys])
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """One file to be: a part of the range of random keys of a split."""
+
+    split: int
+    part: int
+    parts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shuffle:
+    """The second pass: encode all units, and bring the samples of each bucket together."""
+
+    config: DeliveryConfig
+    source: Source
+    reservation: Reservation
+    units: tuple[Unit, ...]
+    form: BlockFormat
+    encoder: Encoder | None
+    label: Label | None
+    buckets: tuple[Bucket, ...]
+    """By split, then part."""
+
+    def scatter(self, index: int, repeats: Repeats, wave: range) -> list[Samples]:
+        """Samples of a unit, for each bucket of a wave."""
+        columns = self.source.columns + ([IMAGE] if self.source.image else [])
+        loaded = load(self.units[index], self.source, self.config, columns)
+        ids = sample_ids(sample_keys([loaded.rows[name] for name in self.source.keys]), repeats)
+        label = None if self.label is None else self.label.encode(loaded.rows[self.label.column])
+        values = to_numpy(loaded.rows, IMAGE) if self.encoder is None else self.encoder.encode(loaded.rows)
+        samples = Samples(values, label, ids)
+        number = self._bucket_numbers(loaded.splits, random_keys(ids, self.config.seed))
+        order = np.argsort(number, kind="stable")
+        bounds = np.searchsorted(number[order], [*wave, wave.stop])
+        return [samples.take(order[start:end]) for start, end in pairwise(bounds.tolist())]
+
+    def _bucket_numbers(self, splits: SplitArray, keys: UInt64Array) -> npt.NDArray[np.int64]:
+        numbers = np.empty(len(keys), np.int64)
+        firsts = {bucket.split: number for number, bucket in enumerate(self.buckets) if bucket.part == 0}
+        for split, first in firsts.items():
+            own = splits == split
+            numbers[own] = first + bucket_of(keys[own], self.buckets[first].parts)
+        return numbers
+
+    def gather(self, number: int, parts: Sequence[Samples]) -> WrittenBucket | None:
+        """Write a bucket's samples by their random keys; None if there are none."""
+        ids = np.concatenate([part.ids for part in parts])
+        if not len(ids):
+            return None
+        bucket = self.buckets[number]
+        keys = random_keys(ids, self.config.seed)
+        order = np.argsort(keys, kind="stable")
+        uri = self.reservation.data_uri(bucket.part, layout.split_directory(SPLITS[bucket.split]))
+        written = write_samples(uri, parts, order, self.form)
+        counts = None
+        if self.label is not None and self.label.kind == "class":
+            labels = np.concatenate([part.labels for part in parts if part.labels is not None])
+            counts = np.bincount(labels, minlength=len(self.label.classes))
+        return WrittenBucket(
+            entry=self.reservation.entry(written),
+            split=bucket.split,
+            samples=len(ids),
+            class_counts=counts,
+            duplicate_ids=int(np.count_nonzero(np.diff(keys[order]) == 0)),  # the keys are a bijection of the ids
+        )
+
+
+def plan_buckets(samples: npt.NDArray[np.int64], form: BlockFormat, file_bytes: float) -> tuple[Bucket, ...]:
+    """As many buckets a split as its samples need: of whatever cluster, the same."""
+    a_file = max(1, int(file_bytes // form.sample_bytes))
+    parts = [-(-int(count) // a_file) for count in samples]
+    return tuple(Bucket(split, part, count) for split, count in enumerate(parts) for part in range(count))
+
+
+def load(unit: Unit, source: Source, config: DeliveryConfig, columns: Sequence[str]) -> Loaded:
+    """Read a unit, judge its rows, and give each of the good ones its split.
+
+    Args:
+        unit: The unit.
+        source: What it is of.
+        config: Which rows are wanted; shares and seed of the splits.
+        columns: Columns to read, at least `source.columns`.
+    """
+    tables, splits, places = [], [], []
+    for file, table in read_pieces(unit, columns):
+        tables.append(table.select(columns))
+        splits.append(np.full(table.num_rows, -1 if file.split is None else file.split, np.int8))
+        places.append((file, table.num_rows))
+    rows = pa.concat_tables(tables)
+    codes, reasons = judge(rows, source, config)
+    counts = Counter({reasons[code]: int(count) for code, count in enumerate(np.bincount(codes)) if code and count})
+    good = codes == 0
+    rejected = _rejected_rows(rows, codes, reasons, unit, source)
+    kept = rows if good.all() else rows.filter(pa.array(good))
+    entities = stable_hash(kept[source.entity])
+    found = np.concatenate(splits)[good]
+    drawn = entity_splits(entities, config.seed, config.validation_share, config.test_share)
+    return Loaded(kept, np.where(found < 0, drawn, found), entities, rows.num_rows, counts, rejected)
+
+
+def judge(rows: pa.Table, source: Source, config: DeliveryConfig) -> tuple[npt.NDArray[np.int16], list[str]]:
+    """Why each row is left out, as a position among the reasons; 0 is none. The first reason counts."""
+    codes, reasons = np.zeros(rows.num_rows, np.int16), [""]
+
+    def mark(bad: npt.NDArray[np.bool_], reason: str) -> None:
+        codes[bad & (codes == 0)] = len(reasons)
+        reasons.append(reason)
+
+    if source.ready is not None:
+        mark(~pc.fill_null(rows[source.ready], False).to_numpy(), NOT_READY)
+    for name in dict.fromkeys([source.entity, source.keys[0]]):
+        mark(rows[name].is_null().to_numpy(), f"null_{name}")
+    if source.target is not None:
+        mark(is_missing(rows[source.target]), f"null_{source.target}")
+    if config.nulls == "reject":
+        for name in source.features:
+            mark(is_missing(rows[name]), f"null_{name}")
+    return codes, reasons
+
+
+def _rejected_rows(
+    rows: pa.Table, codes: npt.NDArray[np.int16], reasons: Sequence[str], unit: Unit, source: Source
+) -> pa.Table:
+    """The rejected rows as they were, with the reason and their place; without images."""
+    filtered = reasons.index(NOT_READY) if NOT_READY in reasons else 0
+    rejected = np.flatnonzero((codes > 0) & (codes != filtered))
+    table = rows.select(source.columns).take(pa.array(rejected))
+    files, numbers = _places(unit, rejected)
+    added = {
+        REASON: pa.array([reasons[code] for code in codes[rejected]], pa.string()),
+        FILE: pa.array(files, pa.string()),
+        ROW: pa.array(numbers),
+    }
+    for name, values in added.items():
+        table = table.append_column(name, values)
+    return table
+
+
+def _places(unit: Unit, rows: npt.NDArray[np.int64]) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """File of some rows of a unit, and their numbers in it."""
+    counts = [sum(file.row_groups[group] for group in groups) for file, groups in unit.pieces]
+    before = [sum(file.row_groups[: groups[0]]) for file, groups in unit.pieces]
+    starts = np.cumsum([0, *counts])
+    piece = np.searchsorted(starts, rows, side="right") - 1
+    return [unit.pieces[p][0].uri for p in piece.tolist()], rows - starts[piece] + np.array(before, np.int64)[piece]

@@ -1,0 +1,381 @@
+"""The loader: a published version as batches for one of some workers, in an order that anybody can compute again.
+
+    with TrainingStream("s3://bucket/data/training-datasets/streaming-ready/customers", batch_size=1024) as stream:
+        for epoch in range(10):
+            for batch in stream:                                # {"features": …, "label": …, "sample_id": …, "mask": …}
+                …
+                checkpoint = {…, "stream": stream.state_dict()}
+
+What it promises:
+
+- Over all workers each sample comes exactly once an epoch, and each worker gets as many batches as the others.
+- The order depends on the version, the seed and the epoch alone. Which worker gets what follows from their number.
+- A state is the place of all workers together: any of them can save it, and any number of workers can go on from it,
+  without losing or repeating a sample.
+- A batch belongs to whoever got it: nothing writes to it later.
+
+It runs in Ray Train's workers, under torchrun, and alone; it needs neither Ray nor, for numpy, PyTorch.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tasks.core.errors import ConfigError, InputError, PipelineError
+from tasks.core.tensors import TensorSpec
+from tasks.delivery.cache import FileCache
+from tasks.delivery.order import ORDER, EpochOrder, Remainder, Sizes, batch_count, step_count
+from tasks.delivery.placement import Constants, Placement, placement
+from tasks.delivery.prefetch import Prefetch
+from tasks.delivery.shards import OnCorrupt, Shards, open_version
+from tasks.delivery.world import place_in_world
+
+Batch = dict[str, Any]
+
+MASK = "mask"
+_MASK_SPEC = TensorSpec((), "bool")
+_SEED_LIMIT = 1 << 63
+
+
+@dataclass(slots=True)
+class StreamStats:
+    """What a stream has handed out since it was opened.
+
+    Attributes:
+        batches: batches of this worker.
+        samples: real samples in them.
+        bytes_read: bytes gathered for them, as they are stored.
+        wait_seconds: time in which the consumer waited for a batch.
+        seconds: time of iterations, waiting included, up to when a batch was last asked for or given.
+        cache_hits: files of S3 that were in the cache.
+        cache_misses: files that had to be downloaded.
+        cache_bytes_read: their bytes.
+        skipped_samples: samples of this worker that were left out, as they were damaged.
+        skipped_files: files left out as a whole.
+    """
+
+    batches: int = 0
+    samples: int = 0
+    bytes_read: int = 0
+    wait_seconds: float = 0.0
+    seconds: float = 0.0
+    cache_hits: int = 0
+    cache_misses: int = 0
+    cache_bytes_read: int = 0
+    skipped_samples: int = 0
+    skipped_files: int = 0
+
+
+class _Made(NamedTuple):
+    """A batch on its way from the thread that makes it to the consumer."""
+
+    placed: Any
+    samples: int
+    bytes: int
+    skipped: int
+
+
+class TrainingStream:
+    """Batches of one split of a streaming-ready version for one worker.
+
+    An iteration gives the rest of the current epoch, and then moves on to the next one. Of two iterations at the same
+    time only the later one goes on.
+
+    Args:
+        uri: Directory of a version (…/v3), or of a dataset for its latest version.
+        batch_size: Samples of a batch of each worker.
+        split: 'train', 'validation' or 'test'.
+        seed: Decides on the order, together with the epoch; in [0, 2**63).
+        rank: Number of this worker from 0; None: as Ray Train, torch.distributed or torchrun says, else 0.
+        world_size: Number of workers, likewise.
+        shuffle: Without, each epoch has the order of the files (which is random by itself, but always the same).
+        remainder: What is left at the end of an epoch: 'pad' repeats the epoch's first samples to fill all workers'
+            last batches, and gives a boolean column 'mask' with each batch, False for the repeated ones; 'drop' leaves
+            out what doesn't fill a batch for each worker.
+        columns: Some of 'features' or 'image', 'label', 'sample_id'; None: all that there are.
+        normalise: Whether inputs become (x - mean) / std with the version's own constants, and pixels x / 255 before.
+        dtype: Element type of the inputs, of torch, of numpy or by its name: float32, float16, bfloat16, float64. None:
+            float32 if they are normalised, else as they are stored.
+        channels_last: Images lie in memory pixel by pixel, in tensors of the same shape.
+        device: Where batches go; None: the current GPU if there is one, else the CPU.
+        on_corrupt: 'raise' on damaged or missing data, or 'skip' the samples concerned: batches have fewer samples.
+        verify: Whether each block's checksum is looked at before its first use in this process.
+        prefetch: Batches that are made ahead in a thread; 0: none, and no thread.
+        cache_dir: Where files of S3 are kept; None: in the user's cache directory.
+        cache_bytes: Bytes of all files kept there; None: 50 GB.
+        as_numpy: Arrays instead of tensors, for any other library.
+
+    Raises:
+        ConfigError: an argument can't be used, or it is no streaming-ready version.
+        VersionNotFound: there is no such published version.
+        CorruptVersion: a file is missing or differs from the manifest, here or while iterating.
+
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        *,
+        batch_size: int,
+        split: str = "train",
+        seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        shuffle: bool = True,
+        remainder: Remainder = "pad",
+        columns: Sequence[str] | None = None,
+        normalise: bool = True,
+        dtype: Any = None,
+        channels_last: bool = False,
+        device: Any = None,
+        on_corrupt: OnCorrupt = "raise",
+        verify: bool = True,
+        prefetch: int = 4,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int | None = None,
+        as_numpy: bool = False,
+    ) -> None:
+        _check(batch_size=batch_size, seed=seed, prefetch=prefetch, remainder=remainder, on_corrupt=on_corrupt)
+        self.rank, self.world_size = place_in_world(rank, world_size)
+        version = open_version(uri)
+        self.definition = version.definition
+        self._batch_size, self._seed, self._shuffle, self._remainder = batch_size, seed, shuffle, remainder
+        self._prefetch = prefetch
+        constants = Constants(version.definition, normalise, dtype, channels_last)
+        # Of the batches one is made, some wait, one is used, and one more may be held beside it.
+        self._placement = placement(constants, device, as_numpy, prefetch + 4)
+        self._cache = FileCache(cache_dir, cache_bytes) if version.uri.startswith("s3://") else None
+        self._shards = Shards(version, split, self._cache, on_corrupt, verify)
+        self._columns = _picked(columns, list(self._shards.columns))
+        self._shards.pick(tuple(self._columns))
+        self._sizes = Sizes.of(self._shards.sample_bytes)
+        self._batches = batch_count(self._shards.samples, batch_size, remainder)
+        self._identity = {
+            "dataset": version.manifest.dataset,
+            "version": version.manifest.version,
+            "split": split,
+            "samples": self._shards.samples,
+            "seed": seed,
+            "batch_size": batch_size,
+            "shuffle": shuffle,
+            "remainder": remainder,
+            "order": ORDER,
+        }
+        self._epoch = self._consumed = self._moves = 0
+        self._counts = StreamStats()
+        self._making: Any = None
+        self._closed = False
+        if not len(self):
+            raise ConfigError(
+                f"split {split!r} has {self._shards.samples} samples, less than a batch of {batch_size} for each of "
+                f"{self.world_size} workers, and remainder = 'drop' leaves them out: use 'pad', or smaller batches"
+            )
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that an iteration would go on with, from 0."""
+        return self._epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch."""
+        if not 0 <= epoch < _SEED_LIMIT:
+            raise ConfigError(f"epoch = {epoch}: epochs are counted from 0")
+        self._move(epoch, 0)
+
+    def __len__(self) -> int:
+        """Batches of this worker in a whole epoch."""
+        return step_count(self._batches, self.world_size, self._remainder)
+
+    @property
+    def stats(self) -> StreamStats:
+        """What has been handed out so far."""
+        cached = self._cache.counts if self._cache is not None else None
+        return replace(
+            self._counts,
+            skipped_files=self._shards.skipped_files,
+            **({"cache_hits": cached.hits, "cache_misses": cached.misses} if cached else {}),
+            **({"cache_bytes_read": cached.bytes_read} if cached else {}),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place of all workers after the batch that was handed out last: plain values, the same in each worker."""
+        return {**self._identity, "epoch": self._epoch, "batches": self._consumed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a place, saved by any worker of any number of them.
+
+        Raises:
+            InputError: it is a place in something else, or in another order; each difference is named.
+        """
+        missing = [name for name in (*self._identity, "epoch", "batches") if name not in state]
+        if missing:
+            raise InputError(f"the state lacks {', '.join(missing)}: give what state_dict() of a TrainingStream gave")
+        differences = [
+            f"{name} {state[name]!r} (here {value!r})" for name, value in self._identity.items() if state[name] != value
+        ]
+        if differences:
+            raise InputError(
+                f"the state belongs to another stream: {', '.join(differences)}; open the stream as it was when the "
+                "state was saved (rank, world_size, prefetch and device may differ)"
+            )
+        self._move(int(state["epoch"]), int(state["batches"]))
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The rest of the current epoch."""
+        if self._closed:
+            raise PipelineError("the stream is closed: open another one")
+        self._stop_making()
+        self._moves += 1
+        move, epoch, first = self._moves, self._epoch, self._consumed
+        steps = step_count(self._batches, self.world_size, self._remainder, first)
+        counts, place, clock = self._counts, self._placement, time.perf_counter
+        asked, before = clock(), counts.seconds
+        started = asked
+        with closing(self._made(epoch, first, steps)) as made:
+            self._making = made
+            for step in range(1, steps + 1):
+                one = next(made)
+                batch = place.receive(one.placed)
+                self._consumed = min(first + step * self.world_size, self._batches)
+                _count(counts, one, clock() - asked)
+                counts.seconds = before + clock() - started
+                del one
+                yield batch
+                del batch  # else its memory couldn't be used again while the next one is waited for
+                if move != self._moves:
+                    raise PipelineError(
+                        "this iteration can't go on: the stream was moved, closed or iterated over anew meanwhile; "
+                        "begin a new iteration"
+                    )
+                asked = clock()
+                counts.seconds = before + asked - started
+        self._move(epoch + 1, 0)
+
+    def close(self) -> None:
+        """End iterations and downloads; what was handed out stays valid."""
+        self._closed = True
+        self._moves += 1
+        self._shards.close()
+        self._stop_making()
+
+    def __enter__(self) -> TrainingStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _move(self, epoch: int, consumed: int) -> None:
+        self._epoch, self._consumed = epoch, consumed
+        self._moves += 1
+
+    def _made(self, epoch: int, first: int, steps: int) -> Any:
+        """The batches of this worker from a place on, an iterator that can be closed."""
+        numbers = range(first + self.rank, first + self.rank + steps * self.world_size, self.world_size)
+        masked = self._remainder == "pad"
+        order = EpochOrder(self._shards.samples, self._sizes, self._seed, epoch, self._shuffle)
+        # Not a method: the thread mustn't keep the stream from being collected.
+        items = _make(
+            self._shards,
+            self._placement,
+            order,
+            columns=self._columns,
+            numbers=numbers,
+            batch_size=self._batch_size,
+            masked=masked,
+        )
+        return Prefetch(items, self._prefetch) if self._prefetch else items
+
+    def _stop_making(self) -> None:
+        """End the thread of an iteration that may still be under way: only one at a time may use the shards."""
+        if self._making is not None:
+            self._making.close()
+            self._making = None
+
+
+def _count(counts: StreamStats, made: _Made, waited: float) -> None:
+    counts.batches += 1
+    counts.samples += made.samples
+    counts.bytes_read += made.bytes
+    counts.wait_seconds += waited
+    counts.skipped_samples += made.skipped
+
+
+def _make(
+    shards: Shards,
+    place: Placement,
+    order: EpochOrder,
+    *,
+    columns: Sequence[str],
+    numbers: range,
+    batch_size: int,
+    masked: bool,
+) -> Iterator[_Made]:
+    """Make the batches with some numbers."""
+    reached = -1
+    for number in numbers:
+        start = number * batch_size
+        window = order.window_at(min(start, order.samples - 1))
+        if window != reached:
+            # A region is what a node needs of a remote version at a time; from a disk a window ahead will do.
+            ahead = order.sizes.region if shards.remote else order.sizes.window * (1 if reached >= 0 else 2)
+            shards.soon(order.chunks_from(window + (not shards.remote and reached >= 0), ahead), order.sizes.chunk)
+            reached = window
+        index = order.take(start, batch_size)
+        real = min(max(order.samples - start, 0), batch_size)
+        kept, good = real, shards.usable(index)
+        if good is not None:
+            index, kept = index[good], int(np.count_nonzero(good[:real]))
+        yield _gathered(shards, place, columns=columns, index=index, real=kept, skipped=real - kept, masked=masked)
+
+
+def _gathered(
+    shards: Shards,
+    place: Placement,
+    *,
+    columns: Sequence[str],
+    index: npt.NDArray[np.int64],
+    real: int,
+    skipped: int,
+    masked: bool,
+) -> _Made:
+    """One batch of samples, the first of which are real."""
+    gathered = {name: place.buffer(shards.columns[name], len(index)) for name in columns}
+    shards.gather(index, gathered)
+    size = sum(values.nbytes for values in gathered.values())
+    if masked:
+        mask = place.buffer(_MASK_SPEC, len(index))
+        mask[:real], mask[real:] = True, False
+        gathered[MASK] = mask
+    return _Made(place.place(gathered), real, size, skipped)
+
+
+def _picked(columns: Sequence[str] | None, there: list[str]) -> list[str]:
+    if columns is None:
+        return there
+    if isinstance(columns, str) or not columns or not set(columns) <= set(there):
+        raise ConfigError(f"columns = {columns!r}: give a list of some of {', '.join(map(repr, there))}")
+    return list(dict.fromkeys(columns))
+
+
+def _check(*, batch_size: int, seed: int, prefetch: int, remainder: str, on_corrupt: str) -> None:
+    if batch_size < 1:
+        raise ConfigError(f"batch_size = {batch_size}: a batch has at least one sample")
+    if not 0 <= seed < _SEED_LIMIT:
+        raise ConfigError(f"seed = {seed}: use one from 0 to 2**63 - 1")
+    if prefetch < 0:
+        raise ConfigError(f"prefetch = {prefetch}: use 0 for none, or the number of batches to make ahead")
+    if remainder not in ("pad", "drop"):
+        raise ConfigError(f"remainder = {remainder!r}: use 'pad' or 'drop'")
+    if on_corrupt not in ("raise", "skip"):
+        raise ConfigError(f"on_corrupt = {on_corrupt!r}: use 'raise' or 'skip'")

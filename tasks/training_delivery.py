@@ -1,0 +1,200 @@
+"""The training-delivery flow's tasks. Thin: each names a step, reports progress and calls the pipeline.
+
+What a task gives to the next is a small frozen value; what it makes stands on storage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+from pathlib import Path
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from tasks.artifacts import progress, publish_report, publish_table
+from tasks.core import layout, storage, versions
+from tasks.core.manifest import GateResult, Manifest, RunRecord
+from tasks.core.provenance import code_digest, package_versions
+from tasks.core.report import Report
+from tasks.core.reservation import Reservation, reserve
+from tasks.delivery.config import DeliveryConfig
+from tasks.delivery.gate import judge_copy
+from tasks.delivery.monitoring import TrainingResult, epoch_table, training_pictures, worker_table
+from tasks.delivery.outcome import headline, judge_training
+from tasks.delivery.pipeline import write_streaming_ready
+from tasks.delivery.source import Source
+from tasks.delivery.source import find_source as find
+from tasks.delivery.stages import StreamingReady
+from tasks.delivery.training import train_version
+from tasks.publication import JudgedVersion, PublishedVersion, publish, published, write_report
+from tasks.retries import RETRY
+
+_CODE = Path(__file__).parent
+_CURES = {
+    "drift": "if the change is meant, raise --thresholds.drift-fail",
+    "schema": "if the change is meant, give --allow-schema-change",
+    "nulls": "complete the source, or raise --thresholds.missing-fail",
+    "rejected": "see _rejected/ for each row and its reason, or raise --thresholds.rejected-fail",
+    "rows": "see _rejected/ and the balance: too few rows came through",
+}
+
+
+@task(name="find-source", cache_policy=NO_CACHE, **RETRY)
+def find_source(config: DeliveryConfig) -> Source:
+    """Find the published version and decide what is taken of it."""
+    source = find(config)
+    get_run_logger().info(
+        "%s v%d: %s rows, %s; target %s",
+        source.manifest.dataset,
+        source.manifest.version,
+        f"{source.manifest.rows:,}",
+        "images" if source.kind == "images" else f"{len(source.features)} features",
+        source.target or "none",
+    )
+    return source
+
+
+@task(name="reserve-version", cache_policy=NO_CACHE, **RETRY)
+def reserve_version(config: DeliveryConfig, run_id: str) -> Reservation:
+    """Reserve the next version of the copy; what an earlier attempt left is removed.
+
+    Called in the flow's own process, whose death frees the reservation.
+    """
+    reservation = reserve(config.root, layout.streaming_dataset(config.dataset_name), run_id)
+    if not reservation.committed:
+        versions.discard_attempt_files(reservation)
+    return reservation
+
+
+@task(name="write-copy", tags=["ray-data"], cache_policy=NO_CACHE, **RETRY)
+def write_copy(source: Source, config: DeliveryConfig, reservation: Reservation) -> StreamingReady:
+    """Encode, shuffle and write the streaming-ready copy: the Ray job."""
+    with progress("Delivering", total=source.manifest.rows, unit="rows") as done:
+        copy = write_streaming_ready(config, source, reservation, on_rows=done)
+    get_run_logger().info(
+        "%s samples written in %d files (%s)",
+        f"{sum(copy.samples.values()):,}",
+        len(copy.files),
+        ", ".join(f"{split}: {count:,}" for split, count in copy.samples.items()),
+    )
+    return copy
+
+
+@task(name="validate-copy", cache_policy=NO_CACHE, **RETRY)
+def validate_copy(source: Source, copy: StreamingReady, config: DeliveryConfig, run: RunRecord) -> JudgedVersion:
+    """Judge the copy against its thresholds and the last version; write its report and show it in Prefect."""
+    reservation = copy.reservation
+    previous = versions.latest(reservation.root, reservation.dataset)
+    gate = judge_copy(config, copy, previous)
+    manifest = _manifest(source, copy, config=config, run=run, gate=gate)
+    title = f"{config.dataset_name} v{manifest.version}, streaming-ready"
+    report = Report.of(manifest, previous, title, rows=_samples(manifest), timings=copy.timings)
+    manifest = write_report(report, manifest, reservation)
+    log = get_run_logger()
+    (log.info if gate.verdict == "pass" else log.warning)("%s: verdict %s", reservation.dataset, gate.verdict)
+    return JudgedVersion(reservation, manifest)
+
+
+@task(name="publish-version", cache_policy=NO_CACHE, **RETRY)
+def publish_version(judged: JudgedVersion, root: str) -> PublishedVersion:
+    """Commit the copy.
+
+    Called in the flow's own process: a commit is a conditional write, safe to repeat, but not to run in two places.
+
+    Raises:
+        GateFailed: the gate failed the version; it is recorded as rejected.
+        VersionConflict: another publisher holds the version.
+
+    """
+    [version] = publish([judged], root, _CURES)
+    return dataclasses.replace(version, rows=_samples(judged.manifest))
+
+
+def committed_version(reservation: Reservation) -> PublishedVersion:
+    """The version that this run has published in an earlier attempt."""
+    manifest = versions.resolve(reservation.root, reservation.dataset, reservation.version)
+    return dataclasses.replace(published(reservation.root, manifest), rows=_samples(manifest))
+
+
+def _samples(manifest: Manifest) -> int:
+    """Samples of a copy; a row of a table's copy is a block of them."""
+    return sum(manifest.definition["samples"].values())
+
+
+@task(name="train-model", tags=["ray-train"], cache_policy=NO_CACHE, **RETRY)
+def train_model(version: PublishedVersion, config: DeliveryConfig, run: RunRecord) -> PublishedVersion:
+    """Train on the copy through Ray Train, and report; tried again, it goes on from its last checkpoint."""
+    logger = get_run_logger()
+    runs = layout.training_runs(config.root, config.dataset_name)
+    result = train_version(version.uri, config.training, runs, f"v{version.version}-{run.flow_run_id}")
+    for epoch in result.epochs:
+        figures = (f"{name.replace('_', ' ')} {value:.6g}" for name, value in epoch.items() if name != "epoch")
+        logger.info("Epoch %d: %s", epoch["epoch"], ", ".join(figures))
+    gate = _report_training(version, config, run, result)
+    lines = headline(result)
+    for word, text in lines:
+        logger.info("%s: %s", word, text)
+    (logger.info if gate.verdict == "pass" else logger.warning)("Training: verdict %s", gate.verdict)
+    report = layout.join(result.run_uri, layout.REPORT_HTML)
+    return dataclasses.replace(version, notes=(*lines, ("curves", report)))
+
+
+def _report_training(
+    version: PublishedVersion, config: DeliveryConfig, run: RunRecord, result: TrainingResult
+) -> GateResult:
+    """Write the training's report beside its checkpoints, and show it in Prefect."""
+    manifest = versions.resolve(config.root, version.dataset, version.version)
+    training = config.training
+    gate = judge_training(result, manifest.definition, training.epochs, training.remainder)
+    workers = worker_table(result.workers)
+    report = Report.of(
+        manifest,
+        None,
+        title=f"Training on {config.dataset_name} v{version.version}",
+        verdict=gate.verdict,
+        created_at=dt.datetime.now(dt.UTC),
+        rows=_samples(manifest),
+        balances=(),
+        gate=gate,
+        profile={},
+        inputs=(manifest.as_input(version.uri),),
+        run=run,
+        config=training.model_dump(mode="json"),
+        definition={},
+        timings={"training": result.seconds},
+        pictures=tuple(training_pictures(result.epochs, result.workers)),
+        tables=(epoch_table(result.epochs, result.workers), workers),
+    )
+    html = layout.join(result.run_uri, layout.REPORT_HTML)
+    storage.write_bytes(html, report.to_html())
+    storage.write_bytes(layout.join(result.run_uri, layout.REPORT_JSON), report.to_json())
+    name = f"{config.dataset_name}-training"
+    publish_report(name, report.to_markdown(), report.checks_table(), html)
+    rows = [dict(zip(workers.columns, row, strict=True)) for row in workers.rows]
+    publish_table(f"{name}-workers", rows, workers.note or "What each worker's stream delivered.")
+    return gate
+
+
+def _manifest(
+    source: Source, copy: StreamingReady, *, config: DeliveryConfig, run: RunRecord, gate: GateResult
+) -> Manifest:
+    reservation = copy.reservation
+    return Manifest(
+        dataset=reservation.dataset,
+        version=reservation.version,
+        status="rejected" if gate.verdict == "fail" else "published",
+        created_at=dt.datetime.now(dt.UTC),
+        files=copy.files,
+        rejected_files=copy.rejected_files,
+        columns=copy.columns,
+        balances=copy.balances,
+        profile=copy.profile.columns(),
+        gate=gate,
+        inputs=(source.record(),),
+        config=config.model_dump(mode="json"),
+        definition=copy.definition,
+        code_digest=code_digest(_CODE / "core", _CODE / "delivery"),
+        packages=package_versions(),
+        run=run.model_copy(update={"attempt": reservation.attempt}),
+    )

@@ -1,0 +1,187 @@
+"""A small writer of streaming-ready versions, for the tests of what reads them."""
+
+from __future__ import annotations
+
+import datetime as dt
+import itertools
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import xxhash
+
+from tasks.core import storage, versions
+from tasks.core.hashing import stable_hash
+from tasks.core.layout import join, split_directory
+from tasks.core.manifest import ColumnSpec, GateResult, Manifest, RowBalance, RunRecord
+from tasks.core.stream import ParquetStream
+from tasks.core.tensors import parquet_settings, tensor_array, tensor_field
+
+DATASET = "training-datasets/streaming-ready/toys"
+FEATURES = 3
+SHAPE = (3, 4, 5)
+
+Columns = dict[str, npt.NDArray[Any]]
+
+
+def table_samples(count: int, seed: int = 0, features: int = FEATURES) -> Columns:
+    """Rows of a table with two classes."""
+    draw = np.random.default_rng(seed)
+    return {
+        "features": draw.normal(5, 3, (count, features)).astype(np.float32),
+        "label": draw.integers(0, 2, count),
+        "sample_id": _ids(count, seed),
+    }
+
+
+def image_samples(count: int, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> Columns:
+    """Images of noise with four classes."""
+    draw = np.random.default_rng(seed)
+    return {
+        "image": draw.integers(0, 256, (count, *shape), np.uint8),
+        "label": draw.integers(0, 4, count),
+        "sample_id": _ids(count, seed),
+    }
+
+
+def _ids(count: int, seed: int) -> npt.NDArray[np.int64]:
+    return stable_hash(pa.array(range(count)), seed).view(np.int64)
+
+
+def blocks_of(samples: Columns, block_size: int, *, whole: bool) -> pa.Table:
+    """Samples as blocks; `whole` values have no axis for the samples of a block."""
+    count = len(samples["sample_id"])
+    blocks = -(-count // block_size)
+    fields, arrays = [], []
+    payload = [b""] * blocks
+    for name, values in samples.items():
+        padded = np.zeros((blocks * block_size, *values.shape[1:]), values.dtype)
+        padded[:count] = values
+        held = padded if whole else padded.reshape(blocks, block_size, *values.shape[1:])
+        fields.append(tensor_field(name, held.shape[1:], held.dtype))
+        arrays.append(tensor_array(held))
+        payload = [before + held[block].tobytes() for block, before in enumerate(payload)]
+    sizes = np.full(blocks, block_size, np.int32)
+    sizes[-1] = count - (blocks - 1) * block_size
+    width = samples["features"].shape[1] if "features" in samples else 0
+    fields += [
+        pa.field("batch_size", pa.int32(), nullable=False),
+        pa.field("feature_count", pa.int32(), nullable=False),
+        pa.field("batch_id", pa.string(), nullable=False),
+    ]
+    ids = [xxhash.xxh3_128_hexdigest(one) for one in payload]
+    arrays += [pa.array(sizes), pa.array([width] * blocks, pa.int32()), pa.array(ids, pa.string())]
+    return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+
+
+def publish(
+    root: str,
+    splits: dict[str, Sequence[Columns]],
+    *,
+    block_size: int = 1,
+    group_blocks: int | None = None,
+    dataset: str = DATASET,
+    **settings: Any,
+) -> str:
+    """Publish a version; its URI.
+
+    Args:
+        root: Root of the store.
+        splits: Samples of each file of each split.
+        block_size: Samples of a block; those of images have 1.
+        group_blocks: Blocks in a row group; None: as in production.
+        dataset: Dataset name.
+        settings: Options of Parquet that differ.
+
+    """
+    run_id = uuid.uuid4().hex
+    reservation = versions.reserve(root, dataset, run_id)
+    entries, file_samples = [], {}
+    kind = "table" if any("features" in file for files in splits.values() for file in files) else "images"
+    for split, files in splits.items():
+        for index, samples in enumerate(files):
+            table = blocks_of(samples, block_size, whole=kind == "images")
+            uri = reservation.data_uri(index, split_directory(split))
+            with ParquetStream(uri, table.schema, **{**parquet_settings(table.schema), **settings}) as stream:
+                step = group_blocks or table.num_rows
+                for start in range(0, table.num_rows, step):
+                    stream.write(table.slice(start, step))
+            entries.append(reservation.entry(stream.written))
+            file_samples[entries[-1].path] = len(samples["sample_id"])
+    rows = sum(entry.rows for entry in entries)
+    first = next(iter(splits.values()))[0]
+    manifest = Manifest(
+        dataset=dataset,
+        version=reservation.version,
+        status="published",
+        created_at=dt.datetime.now(dt.UTC),
+        files=tuple(entries),
+        columns=tuple(ColumnSpec(name=field.name, type=str(field.type), nullable=False) for field in table.schema),
+        balances=(RowBalance(name="samples", rows_in=rows, rows_out=rows),),
+        profile={},
+        gate=GateResult(verdict="pass", checks=()),
+        inputs=(),
+        config={},
+        definition={
+            "kind": kind,
+            "block_size": block_size,
+            "seed": 0,
+            "samples": {name: sum(len(file["sample_id"]) for file in files) for name, files in splits.items()},
+            "file_samples": file_samples,
+            "label": {"column": "label", "kind": "class", "classes": ["a", "b", "c", "d"]}
+            if "label" in first
+            else None,
+            "normalise": _normalise(first),
+            **(
+                {"feature_count": first["features"].shape[1], "features": []}
+                if kind == "table"
+                else {"image": {"shape": list(first["image"].shape[1:]), "dtype": "uint8"}}
+            ),
+        },
+        code_digest="0",
+        packages={},
+        run=RunRecord(flow_run_id=run_id, attempt=reservation.attempt),
+    )
+    versions.commit(reservation, manifest)
+    return reservation.uri
+
+
+def _normalise(first: Columns) -> dict[str, Any]:
+    """Constants of the first file, as stand-ins for those of a whole split."""
+    if "features" in first:
+        values, axes, scale = first["features"].astype(np.float64), (0,), {}
+    else:
+        values, axes, scale = first["image"] / 255, (0, 2, 3), {"scale": 255}
+    std = values.std(axis=axes)
+    return {"mean": values.mean(axis=axes).tolist(), "std": np.where(std > 0, std, 1).tolist(), **scale}
+
+
+def cut(samples: Columns, *sizes: int) -> list[Columns]:
+    """Samples of some files, of so many samples each."""
+    bounds = np.cumsum([0, *sizes])
+    assert bounds[-1] == len(samples["sample_id"])
+    return [{name: v[a:b] for name, v in samples.items()} for a, b in itertools.pairwise(bounds)]
+
+
+def table_version(root: str, *sizes: int, seed: int = 0, block_size: int = 10, **options: Any) -> str:
+    """A table whose train split has files of so many samples."""
+    files = cut(table_samples(sum(sizes), seed), *sizes)
+    return publish(root, {"train": files}, block_size=block_size, **{"group_blocks": 3, **options})
+
+
+def image_version(root: str, *sizes: int, seed: int = 0, **options: Any) -> str:
+    """Images whose train split has files of so many samples."""
+    files = cut(image_samples(sum(sizes), seed), *sizes)
+    return publish(root, {"train": files}, **{"group_blocks": 7, **options})
+
+
+def damage(version: str, path: str, at: int, by: bytes = b"\xff") -> None:
+    """Change one byte of a local file."""
+    name = join(version, path)
+    data = bytearray(storage.read_bytes(name))
+    data[at] ^= by[0]
+    with open(name, "wb") as file:
+        file.write(data)

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import fcntl
+import mmap
+import multiprocessing
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from tasks.core import storage
+from tasks.core.digests import digest
+from tasks.core.errors import ConfigError, CorruptVersion
+from tasks.core.manifest import FileEntry
+from tasks.delivery.cache import FileCache, default_directory
+
+
+def put(root: str, name: str, data: bytes) -> tuple[str, FileEntry]:
+    """A file in the store and what a manifest says of it."""
+    uri = f"{root}/{name}"
+    storage.write_bytes(uri, data)
+    return uri, FileEntry(path=name, rows=1, bytes=len(data), digest=digest(data))
+
+
+def kept(cache: FileCache) -> list[str]:
+    """Contents of the files in the cache, by their first byte."""
+    return sorted(path.read_bytes()[:1].decode() for path in cache.directory.glob("[!.]*.parquet"))
+
+
+def test_a_file_is_downloaded_once_and_found_then(s3_root: str, tmp_path: Path) -> None:
+    uri, entry = put(s3_root, "a", b"a" * 1000)
+    cache, another = FileCache(tmp_path / "cache"), FileCache(tmp_path / "cache")
+    for user in (cache, cache, another):
+        with user.open(uri, entry) as file:
+            assert file.read() == b"a" * 1000 or user is cache
+    assert (cache.counts.hits, cache.counts.misses, cache.counts.bytes_read) == (1, 1, 1000)
+    assert (another.counts.hits, another.counts.misses, another.counts.bytes_read) == (1, 0, 0)
+    storage.delete(uri)
+    another.open(uri, entry).close()
+
+
+def test_the_same_bytes_are_kept_once(s3_root: str, tmp_path: Path) -> None:
+    cache = FileCache(tmp_path)
+    for name in ("v1", "v2"):
+        cache.open(*put(s3_root, name, b"same")).close()
+    assert (cache.counts.hits, cache.counts.misses) == (1, 1)
+
+
+def test_what_was_used_longest_ago_goes_first(s3_root: str, tmp_path: Path) -> None:
+    files = {name: put(s3_root, name, name.encode() * 100) for name in "abcd"}
+    cache = FileCache(tmp_path, limit=300)
+    for moment, name in enumerate("abcabd"):
+        cache.open(*files[name]).close()
+        for path in tmp_path.glob("[!.]*.parquet"):  # clocks of file systems are coarse
+            if path.read_bytes()[:1] == name.encode():
+                os.utime(path, (moment, moment))
+    assert kept(cache) == ["a", "b", "d"]
+
+
+def test_a_file_in_use_stays_also_if_only_its_mapping_is_open(s3_root: str, tmp_path: Path) -> None:
+    files = {name: put(s3_root, name, name.encode() * 100) for name in "abc"}
+    cache = FileCache(tmp_path, limit=200)
+    with cache.open(*files["a"]) as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    for name in "bc":
+        cache.open(*files[name]).close()
+    assert kept(cache) == ["a", "c"]
+    mapped.close()
+    cache.open(*files["b"]).close()
+    assert kept(cache) == ["b", "c"]
+
+
+def test_files_in_use_may_exceed_the_limit_for_a_while(s3_root: str, tmp_path: Path) -> None:
+    files = {name: put(s3_root, name, name.encode() * 100) for name in "abc"}
+    cache = FileCache(tmp_path, limit=150)
+    with cache.open(*files["a"]), cache.open(*files["b"]):
+        assert kept(cache) == ["a", "b"]
+    cache.open(*files["c"]).close()
+    assert kept(cache) == ["c"]
+
+
+@pytest.mark.parametrize("change", [b"b" * 1000, b"a" * 999, b"a" * 1001], ids=["altered", "shorter", "longer"])
+def test_a_download_that_differs_is_refused_and_leaves_nothing(s3_root: str, tmp_path: Path, change: bytes) -> None:
+    uri, entry = put(s3_root, "a", b"a" * 1000)
+    storage.write_bytes(uri, change)
+    cache = FileCache(tmp_path)
+    with pytest.raises(CorruptVersion, match=r"/a differs from its manifest: expected 1000 bytes of blake3:.*found"):
+        cache.open(uri, entry)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
+    storage.write_bytes(uri, b"a" * 1000)
+    cache.open(uri, entry).close()
+
+
+def test_a_missing_file_is_named(s3_root: str, tmp_path: Path) -> None:
+    uri, entry = put(s3_root, "a", b"a")
+    storage.delete(uri)
+    with pytest.raises(CorruptVersion, match="/a is missing, but its manifest lists it"):
+        FileCache(tmp_path).open(uri, entry)
+
+
+def test_a_cached_file_that_was_cut_or_discarded_is_downloaded_again(s3_root: str, tmp_path: Path) -> None:
+    uri, entry = put(s3_root, "a", b"a" * 100)
+    cache = FileCache(tmp_path)
+    cache.open(uri, entry).close()
+    (path,) = tmp_path.glob("[!.]*.parquet")
+    path.write_bytes(b"a")
+    with cache.open(uri, entry):
+        assert path.read_bytes() == b"a" * 100
+    cache.discard(entry)
+    cache.open(uri, entry).close()
+    assert cache.counts.misses == 3
+
+
+def test_what_a_dead_process_left_is_removed(s3_root: str, tmp_path: Path) -> None:
+    uri, entry = put(s3_root, "a", b"a")
+    dead, alive = tmp_path / ".x.dead.tmp", tmp_path / ".x.alive.tmp"
+    dead.write_bytes(b"x" * 100)
+    alive.write_bytes(b"x" * 100)
+    with alive.open() as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        FileCache(tmp_path).open(uri, entry).close()
+    assert not dead.exists()
+    assert alive.exists()
+
+
+def test_a_download_can_be_stopped(s3_root: str, tmp_path: Path) -> None:
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(InterruptedError, match="stopped"):
+        FileCache(tmp_path).open(*put(s3_root, "a", b"a"), stop)
+    assert list(tmp_path.glob("*.parquet")) == []
+
+
+def use(directory: str, files: list[tuple[str, FileEntry]], start, result) -> None:
+    cache = FileCache(directory)
+    start.wait(60)
+    for uri, entry in files:
+        with cache.open(uri, entry) as file:
+            assert os.fstat(file.fileno()).st_size == entry.bytes
+    result.put((cache.counts.hits, cache.counts.misses))
+
+
+def test_two_processes_at_once_download_each_file_once(s3_root: str, tmp_path: Path) -> None:
+    files = [put(s3_root, str(number), bytes([number]) * 200_000) for number in range(8)]
+    context = multiprocessing.get_context("spawn")
+    start, result = context.Barrier(2), context.Queue()
+    arguments = (str(tmp_path), files, start, result)
+    processes = [context.Process(target=use, args=arguments) for _ in range(2)]
+    for process in processes:
+        process.start()
+    counts = [result.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert [sum(column) for column in zip(*counts, strict=True)] == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit": 0}, "cache_bytes = 0 leaves no room"),
+        ({"limit": 2}, r"cache_bytes = 2 is less than one file of the version \(.*/a: 3 bytes\)"),
+        ({"directory": "/proc/nowhere"}, "cache_dir = '/proc/nowhere' can't be used"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(s3_root: str, tmp_path: Path, options, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FileCache(**{"directory": tmp_path, **options}).open(*put(s3_root, "a", b"aaa"))
+
+
+def test_the_default_directory_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert default_directory() == Path("/caches/training-data-pipelines")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_directory() == Path.home() / ".cache" / "training-data-pipelines"

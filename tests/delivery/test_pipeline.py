@@ -1,0 +1,332 @@
+"""The job on a real Ray: the same bytes for any division of the work, a global random order, and nothing lost."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pytest
+
+from tasks.core import layout, versions
+from tasks.core.errors import BalanceError, ConfigError, CorruptVersion
+from tasks.core.hashing import stable_hash
+from tasks.core.manifest import GateResult, Manifest, RunRecord
+from tasks.core.reservation import reserve
+from tasks.delivery import pipeline
+from tasks.delivery.gate import judge_copy
+from tasks.delivery.keys import entity_splits, random_keys
+from tasks.delivery.pipeline import write_streaming_ready
+from tasks.delivery.source import find_source
+from tasks.delivery.stages import StreamingReady
+from tests.delivery.sources import (
+    FEATURES,
+    IMAGES,
+    configured,
+    publish,
+    publish_customers,
+    publish_pictures,
+    read_blocks,
+    read_samples,
+)
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def deliver(root: str, unit_bytes: int | None = None, **settings: Any) -> StreamingReady:
+    config = configured(root, **settings)
+    reservation = reserve(root, layout.streaming_dataset(config.dataset_name), uuid.uuid4().hex)
+    return write_streaming_ready(config, find_source(config), reservation, unit_bytes=unit_bytes)
+
+
+def digests(made: StreamingReady) -> dict[str, str]:
+    return {entry.path: entry.digest for entry in made.files}
+
+
+def kept_rows(table: pa.Table) -> pa.Table:
+    """Customers that become samples."""
+    good = [
+        bool(ready) and target is not None
+        for ready, target in zip(table["is_training_ready"].to_pylist(), table["target"].to_pylist(), strict=True)
+    ]
+    return table.filter(pa.array(good))
+
+
+def ids_of(table: pa.Table) -> npt.NDArray[np.int64]:
+    keys = stable_hash(table["customer_id"])
+    return stable_hash(pa.array(keys ^ stable_hash(table["as_of"], 1))).view(np.int64)
+
+
+def test_every_row_is_accounted_for_and_every_sample_is_what_it_was(root: str) -> None:
+    table = publish_customers(root)
+    done: list[int] = []
+    config = configured(root, batch_size=64)
+    reservation = reserve(root, layout.streaming_dataset("customer-features"), "run")
+    made = write_streaming_ready(config, find_source(config), reservation, on_rows=done.append)
+    assert sum(done) == 900
+    (balance,) = made.balances
+    kept = kept_rows(table)
+    ready = sum(map(bool, table["is_training_ready"].to_pylist()))
+    assert (balance.rows_in, balance.rows_out, balance.filtered) == (
+        900,
+        kept.num_rows,
+        {"not_training_ready": 900 - ready},
+    )
+    assert balance.rejected == {"null_target": ready - kept.num_rows}
+    assert sum(entry.rows for entry in made.rejected_files) == ready - kept.num_rows
+    rows = {sample: row for row, sample in enumerate(ids_of(kept).tolist())}
+    seen = 0
+    for split, wanted in enumerate(("train", "validation")):
+        samples = read_samples(reservation.uri, made.files, wanted)
+        assert len(samples["sample_id"]) == made.samples[wanted] == made.definition["samples"][wanted]
+        seen += len(samples["sample_id"])
+        own = kept.take([rows[sample] for sample in samples["sample_id"].tolist()])
+        assert set(entity_splits(stable_hash(own["customer_id"]), 0, 0.2, 0.0).tolist()) == {split}
+        classes = made.definition["label"]["classes"]
+        assert [classes[number] for number in samples["label"].tolist()] == own["target"].to_pylist()
+        names = [feature["name"] for feature in made.definition["features"]]
+        cities = samples["features"][:, names.index("city=Oslo")]
+        assert cities.tolist() == [city == "Oslo" for city in own["city"].to_pylist()]
+        visits = samples["features"][:, names.index("visits")].tolist()
+        pairs = zip(visits, own["visits"].to_pylist(), strict=True)
+        assert all(found == was for found, was in pairs if was is not None)
+        counted = {name: int((samples["label"] == number).sum()) for number, name in enumerate(classes)}
+        assert made.class_counts[wanted] == counted
+    assert seen == kept.num_rows
+    assert made.entities == made.samples
+    assert (made.leaking_entities, made.repeated_keys, made.duplicate_ids) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("settings", [{"file_megabytes": 0.005}, {"file_megabytes": 0.001, "dataset": IMAGES}])
+def test_the_bytes_are_the_same_however_the_work_is_divided(
+    tmp_path: Any, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roots = [str(tmp_path / name) for name in ("one", "two", "three")]
+    for root, groups in zip(roots, (50, 1000, 17), strict=True):
+        publish_customers(root, files=1 if groups == 1000 else 3, row_group=groups)
+        publish_pictures(root)
+    first = deliver(roots[0], **settings)
+    assert len(first.files) > 5
+    few = deliver(roots[1], unit_bytes=1, **settings)
+    monkeypatch.setattr(pipeline, "STORE_SHARE", 1e-4)  # several waves
+    monkeypatch.setattr(pipeline, "KEYS_PER_PART", 100)  # several parts
+    many = deliver(roots[2], unit_bytes=3000, **settings)
+    for other in (few, many):
+        assert digests(other) == digests(first)
+        assert other.definition == first.definition
+        assert other.profile.columns() == first.profile.columns()
+        assert (other.balances, other.class_counts, other.entities) == (
+            first.balances,
+            first.class_counts,
+            first.entities,
+        )
+
+
+def test_the_order_is_a_random_permutation_of_the_whole_split_whatever_the_files(tmp_path: Any) -> None:
+    root = str(tmp_path)
+    table = publish_customers(root, rows=3000, row_group=100)
+    whole = deliver(root, ready_only=False)
+    cut = deliver(root, ready_only=False, file_megabytes=0.01)
+    assert (len(whole.files), len(cut.files) > 10) == (2, True)
+    orders = [read_samples(made.reservation.uri, made.files, "train")["sample_id"] for made in (whole, cut)]
+    assert orders[0].tolist() == orders[1].tolist()
+    keys = random_keys(orders[0], 0)
+    assert (np.diff(keys.astype(object)) > 0).all()
+    place = {sample: row for row, sample in enumerate(ids_of(table).tolist())}
+    rows = np.array([place[sample] for sample in orders[0].tolist()])
+    moved = np.abs(np.argsort(np.argsort(rows)) - np.arange(len(rows))).mean() / len(rows)
+    assert moved == pytest.approx(1 / 3, abs=0.02)  # of a uniform permutation
+    assert np.corrcoef(rows, np.arange(len(rows)))[0, 1] == pytest.approx(0, abs=0.07)
+    other = deliver(root, ready_only=False, seed=1)
+    again = read_samples(other.reservation.uri, other.files, "train")["sample_id"]
+    common = [sample for sample in again.tolist() if sample in set(orders[0].tolist())]
+    ranks = {sample: rank for rank, sample in enumerate(orders[0].tolist())}
+    assert np.corrcoef([ranks[sample] for sample in common], range(len(common)))[0, 1] == pytest.approx(0, abs=0.07)
+
+
+def test_images_keep_their_split_pixels_and_classes(root: str) -> None:
+    tables = publish_pictures(root)
+    made = deliver(root, dataset=IMAGES)
+    assert (made.definition["block_size"], made.definition["image"]) == (1, {"shape": [3, 4, 5], "dtype": "uint8"})
+    assert made.definition["normalise"] == {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2], "scale": 255}
+    assert made.definition["label"]["classes"] == ["cat", "dog", "owl"]
+    for split, table in tables.items():
+        kept = table.filter(table["is_training_ready"])
+        samples = read_samples(made.reservation.uri, made.files, split)
+        rows = {sample: row for row, sample in enumerate(stable_hash(kept["image_id"]).view(np.int64).tolist())}
+        own = kept.take([rows[sample] for sample in samples["sample_id"].tolist()])
+        assert len(own) == len(kept) == made.samples[split]
+        assert samples["label"].tolist() == own["class_id"].to_pylist()
+        assert [image.tobytes() for image in samples["image"]] == own["image"].to_pylist()
+        assert made.entities[split] == len(kept["original_image_id"].unique())
+    assert judge_copy(configured(root, dataset=IMAGES), made, None).verdict == "pass"
+
+
+def test_an_image_whose_variants_are_in_two_splits_is_found(tmp_path: Any) -> None:
+    tables = publish_pictures(str(tmp_path / "first"), train=12, validation=0)
+    table = tables["train"]
+    files = [("split=train", table.slice(0, 11)), ("split=validation", table.slice(11))]
+    publish(str(tmp_path / "second"), IMAGES, files, {"image": {}, "classes": {"a": 0, "b": 1, "c": 2}})
+    made = deliver(str(tmp_path / "second"), dataset=IMAGES)
+    assert made.leaking_entities == 1
+    assert judge_copy(configured("x"), made, None).verdict == "fail"
+
+
+def test_rows_of_one_entity_share_a_split_and_those_of_one_key_are_told_apart(tmp_path: Any) -> None:
+    root = str(tmp_path)
+    rows = 2000
+    days = np.arange(rows) // 300  # each entity has rows of some days, and several of the same one
+    table = pa.table(
+        {
+            "k": np.arange(rows) % 150,
+            "timestamp": pa.array(days * 86_400_000_000, pa.timestamp("us")),
+            "x": np.arange(rows, dtype=np.float64),
+            "target": np.arange(rows) % 2,
+        }
+    )
+    publish(root, FEATURES, [("", table.slice(0, 900)), ("", table.slice(900))], {"entity": "k"}, row_group=70)
+    made = deliver(root, unit_bytes=5000)
+    assert made.repeated_keys == rows - len({*zip(table["k"].to_pylist(), days.tolist(), strict=True)})
+    assert made.repeated_keys > 0
+    assert (made.duplicate_ids, made.leaking_entities, sum(made.entities.values())) == (0, 0, 150)
+    entities: dict[str, set[int]] = {}
+    ids: list[int] = []
+    for split in ("train", "validation"):
+        samples = read_samples(made.reservation.uri, made.files, split)
+        ids += samples["sample_id"].tolist()
+        entities[split] = {int(x) % 150 for x in samples["features"][:, 0].tolist()}
+        runs = np.abs(np.diff(samples["features"][:, 0] % 150)) == 0
+        assert runs.mean() < 0.05  # rows of an entity aren't neighbours
+    assert not entities["train"] & entities["validation"]
+    assert len(set(ids)) == rows
+    assert digests(deliver(root)) == digests(made)
+
+
+@pytest.mark.parametrize("nulls", ["reject", "zero"])
+def test_missing_features_are_rejected_or_filled(tmp_path: Any, nulls: str) -> None:
+    root = str(tmp_path)
+    publish_customers(root)
+    made = deliver(root, nulls=nulls)
+    (balance,) = made.balances
+    names = [feature["name"] for feature in made.definition["features"]]
+    if nulls == "reject":
+        assert {"null_visits", "null_spent", "null_member", "null_city"} < set(balance.rejected)
+        assert not [name for name in names if name.endswith("_missing")]
+        assert sum(entry.rows for entry in made.rejected_files) == sum(balance.rejected.values())
+    else:
+        assert set(balance.rejected) == {"null_target"}
+        filled = next(feature for feature in made.definition["features"] if feature["name"] == "spent")
+        assert filled["fill"] == 0
+        assert "spent_missing" in names
+
+
+def test_a_copy_without_a_label_and_one_with_numbers(tmp_path: Any) -> None:
+    root = str(tmp_path)
+    table = publish_customers(root)
+    numbers = deliver(root, target="spent")
+    label = numbers.definition["label"]
+    samples = read_samples(numbers.reservation.uri, numbers.files, "train")
+    assert samples["label"].dtype == np.float32
+    assert (label["kind"], label["mean"]) == ("number", pytest.approx(samples["label"].mean(), rel=1e-5))
+    assert label["std"] == pytest.approx(samples["label"].astype(float).std(ddof=1))
+    bare = pa.table({name: table[name] for name in ("customer_id", "spent")})
+    publish(root, "feature-store/bare", [("", bare)], {"entity": "customer_id"})
+    made = deliver(root, dataset="feature-store/bare", training={"enabled": False})
+    assert made.definition["label"] is None
+    assert made.schema.names == ["features", "sample_id", "batch_size", "feature_count", "batch_id"]
+    assert judge_copy(configured(root), made, None).verdict == "pass"
+
+
+def test_only_the_last_block_of_a_file_is_filled_up(tmp_path: Any) -> None:
+    root = str(tmp_path)
+    publish_customers(root)
+    made = deliver(root, batch_size=32, file_megabytes=0.005)
+    assert len(made.files) > 5
+    for entry, table in zip(made.files, read_blocks(made.reservation.uri, made.files), strict=True):
+        sizes = table["batch_size"].to_pylist()
+        assert sizes[:-1] == [32] * (len(sizes) - 1)
+        assert 1 <= sizes[-1] <= 32
+        assert made.definition["file_samples"][entry.path] == sum(sizes)
+
+
+def test_nothing_to_train_on_is_written_and_judged(tmp_path: Any) -> None:
+    root = str(tmp_path)
+    table = publish_customers(root, rows=40)
+    none = table.set_column(table.column_names.index("is_training_ready"), "is_training_ready", pa.array([False] * 40))
+    publish(root, "feature-store/none", [("", none)], {"entity": "customer_id"})
+    made = deliver(root, dataset="feature-store/none", exclude="city")
+    assert (made.files, made.balances[0].filtered) == ((), {"not_training_ready": 40})
+    assert judge_copy(configured(root), made, None).verdict == "fail"
+
+
+def test_errors_of_the_workers_come_as_they_were_raised(tmp_path: Any) -> None:
+    root = str(tmp_path)
+    tables = publish_pictures(root)
+    table = tables["train"]
+    odd = table.set_column(3, "class_id", pa.array([7] * len(table), pa.int32()))
+    publish(root, IMAGES, [("split=train", odd)], {"image": {}, "classes": {"a": 0, "b": 1}})
+    with pytest.raises(ValueError, match="'7', which is none of the version's classes"):
+        deliver(root, dataset=IMAGES)
+    config = configured(root, dataset=IMAGES, version=1)
+    source = find_source(config)
+    (tmp_path / IMAGES / "v1" / "split=train" / "part-00000-a1.parquet").unlink()
+    with pytest.raises(CorruptVersion, match=r"part-00000-a1.parquet is missing"):
+        write_streaming_ready(config, source, reserve(root, "copy", "run"))
+
+
+def test_a_version_that_has_lost_rows_is_not_delivered(tmp_path: Any) -> None:
+    root = str(tmp_path)
+    publish_customers(root)
+    config = configured(root)
+    source = find_source(config)
+    object.__setattr__(source, "files", source.files[:2])
+    with pytest.raises(BalanceError, match="has 900 rows, 600 were read"):
+        write_streaming_ready(config, source, reserve(root, "copy", "run"))
+
+
+def test_a_text_of_too_many_values_is_refused(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = str(tmp_path)
+    texts = pa.table(
+        {"k": range(70_000), "t": [str(n) for n in range(70_000)], "target": [n % 2 for n in range(70_000)]}
+    )
+    publish(root, FEATURES, [("", texts)], {"entity": "k"})
+    with pytest.raises(ConfigError, match="--exclude t"):
+        deliver(root, validation_share=0)
+
+
+def test_a_reader_of_the_format_finds_every_sample_once(tmp_path: Any) -> None:
+    from tasks.delivery.stream import TrainingStream
+
+    root = str(tmp_path)
+    publish_customers(root)
+    made = deliver(root, file_megabytes=0.01, batch_size=32)
+    reservation = made.reservation
+    manifest = Manifest(
+        dataset=reservation.dataset,
+        version=reservation.version,
+        status="published",
+        created_at="2025-01-01T00:00:00Z",
+        files=made.files,
+        rejected_files=made.rejected_files,
+        columns=made.columns,
+        balances=made.balances,
+        profile=made.profile.columns(),
+        gate=GateResult(verdict="pass", checks=()),
+        inputs=(find_source(configured(root)).record(),),
+        config={},
+        definition=made.definition,
+        code_digest="0",
+        packages={},
+        run=RunRecord(flow_run_id=reservation.run_id, attempt=reservation.attempt),
+    )
+    versions.commit(reservation, manifest)
+    expected = read_samples(reservation.uri, made.files, "train")
+    with TrainingStream(reservation.uri, batch_size=50, normalise=False, remainder="pad") as stream:
+        batches = list(stream)
+    ids = np.concatenate([batch["sample_id"][batch["mask"]].numpy() for batch in batches])
+    features = np.concatenate([batch["features"][batch["mask"]].numpy() for batch in batches])
+    assert sorted(ids.tolist()) == sorted(expected["sample_id"].tolist())
+    rows = {sample: row for row, sample in enumerate(expected["sample_id"].tolist())}
+    np.testing.assert_array_equal(features, expected["features"][[rows[sample] for sample in ids.tolist()]])

@@ -1,0 +1,145 @@
+"""What is taken of a version, and what is said where it can't be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from tasks.core import layout
+from tasks.core.errors import ConfigError, CorruptVersion, VersionNotFound
+from tasks.delivery.source import find_source, read_pieces, read_units
+from tests.delivery import sources
+from tests.delivery.sources import FEATURES, IMAGES, configured, customers, publish, publish_customers, publish_pictures
+
+ALONE = {"training": {"enabled": False}}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = str(tmp_path_factory.mktemp("shop"))
+    publish_customers(root, rows=300, files=3, row_group=40)
+    publish_pictures(root)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("settings", "features"),
+    [
+        # neither the entity, the target, times, quality columns nor feature_version
+        ({}, ("visits", "spent", "member", "city")),
+        ({"exclude": "c*,spent"}, ("visits", "member")),
+        ({"features": "city,vis*"}, ("visits", "city")),
+        (
+            {"features": "*", "exclude": "feature_version"},
+            ("visits", "spent", "member", "city", "is_training_ready", "data_quality_score"),
+        ),
+        ({"features": "customer_id,city"}, ("customer_id", "city")),
+        ({"target": "city"}, ("visits", "spent", "member")),
+    ],
+)
+def test_features_are_chosen(shop: str, settings: dict[str, Any], features: tuple[str, ...]) -> None:
+    if settings.get("target") == "city":
+        features = (*features, "target")
+    source = find_source(configured(shop, **settings))
+    assert set(source.features) == set(features)
+    assert (source.kind, source.entity, source.keys) == ("table", "customer_id", ("customer_id", "as_of"))
+    assert source.target == settings.get("target", "target")
+    assert source.ready == "is_training_ready"
+
+
+def test_columns_that_begin_with_feature_are_all_there_is_if_there_are_some(tmp_path: Path) -> None:
+    table = pa.table({"k": [1], "feature_a": [1.0], "other": [2.0], "feature_version": ["v1"], "feature_day": ["x"]})
+    publish(str(tmp_path), FEATURES, [("", table)], {"entity": "k"})
+    assert find_source(configured(str(tmp_path), **ALONE)).features == ("feature_a", "feature_day")
+
+
+def test_images_are_known_by_their_tensors_and_keep_their_classes_and_splits(shop: str) -> None:
+    source = find_source(configured(shop, dataset=IMAGES))
+    assert (source.kind, source.target, source.entity, source.keys, source.features) == (
+        "images",
+        "class_id",
+        "original_image_id",
+        ("image_id",),
+        (),
+    )
+    assert source.image is not None
+    assert source.image.shape == (3, 4, 5)
+    assert source.classes == ("cat", "dog", "owl")
+    assert [file.split for file in source.files] == [0, 0, 1, 1]
+    assert source.record().version == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"features": "vistis"}, "did you mean 'visits'"),
+        ({"exclude": "town"}, "has no column 'town'"),
+        ({"target": "targt"}, "did you mean 'target'"),
+        ({"entity": "customer"}, "did you mean 'customer_id'"),
+        ({"features": "since"}, "'since' is date32.*derive one"),
+        ({"target": "since"}, "only text, booleans and numbers can be learned"),
+        ({"target_kind": "number"}, "no number"),
+        ({"target": "spent", "target_kind": "class"}, "can be classes"),
+        ({"exclude": "*"}, "has no features"),
+    ],
+)
+def test_a_column_that_cannot_be_used_is_named_with_the_cure(shop: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        find_source(configured(shop, **settings))
+
+
+def test_without_a_target_there_is_nothing_to_train_on(tmp_path: Path) -> None:
+    publish(str(tmp_path), FEATURES, [("", customers(10).drop_columns("target"))], {"entity": "customer_id"})
+    with pytest.raises(ConfigError, match="--target, such as city; or make the copy alone"):
+        find_source(configured(str(tmp_path)))
+    assert find_source(configured(str(tmp_path), **ALONE)).target is None
+
+
+def test_a_table_that_does_not_say_its_entity_needs_one(tmp_path: Path) -> None:
+    publish(str(tmp_path), FEATURES, [("", customers(10))], {})
+    with pytest.raises(ConfigError, match="--entity"):
+        find_source(configured(str(tmp_path)))
+    assert find_source(configured(str(tmp_path), entity="city")).entity == "city"
+
+
+def test_images_that_are_stored_otherwise_are_refused_with_the_cure(tmp_path: Path) -> None:
+    publish_pictures(str(tmp_path / "a"), dtype="float32")
+    with pytest.raises(ConfigError, match=r"float32 tensors.*--format uint8"):
+        find_source(configured(str(tmp_path / "a"), dataset=IMAGES))
+    table = pa.table({"image_id": ["x"], "original_image_id": ["x"], "image": [b"jpeg"], "class_id": [0]})
+    publish(str(tmp_path / "b"), IMAGES, [("split=train", table)], {"image": {"format": "jpeg"}})
+    with pytest.raises(ConfigError, match=r"compressed.*--format uint8"):
+        find_source(configured(str(tmp_path / "b"), dataset=IMAGES))
+
+
+def test_a_version_that_is_not_there_is_named(shop: str) -> None:
+    with pytest.raises(VersionNotFound, match="did you mean 'feature-store/customer-features'"):
+        find_source(configured(shop, dataset="feature-store/customers-features"))
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 5_000, 20_000, 10**9])
+def test_units_are_all_rows_once_in_the_files_order(shop: str, unit_bytes: int) -> None:
+    source = find_source(configured(shop))
+    units = read_units(source, unit_bytes)
+    assert [unit.index for unit in units] == list(range(len(units)))
+    rows = [table for unit in units for _, table in read_pieces(unit, ["customer_id"])]
+    assert pa.concat_tables(rows)["customer_id"].to_pylist() == customers(300)["customer_id"].to_pylist()
+    if unit_bytes == 1:
+        assert len(units) == 9  # three row groups in each file
+    sizes = [sum(sum(file.row_groups[g] for g in groups) for file, groups in unit.pieces) for unit in units]
+    assert max(sizes) <= max(40, unit_bytes // source.row_bytes)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_file_that_is_damaged_is_named(tmp_path: Path, damage: str) -> None:
+    publish_customers(str(tmp_path), rows=30, files=2)
+    path = Path(layout.version_uri(str(tmp_path), FEATURES, 1)) / "part-00001-a1.parquet"
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CorruptVersion, match=r"part-00001-a1.parquet"):
+        find_source(sources.configured(str(tmp_path)))

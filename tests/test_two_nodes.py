@@ -1,0 +1,85 @@
+"""Delivery and training on a Ray cluster of two nodes, joined by RAY_ADDRESS: nothing in the code changes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flows.feature_store import feature_store
+from tasks.core import layout, storage, versions
+from tasks.core.report import Report
+from tasks.delivery.loops import TrainingRun, train
+from tasks.features.config import FeatureStoreConfig
+from tests.processes import PROJECT, own_home, shell_environment
+
+pytestmark = pytest.mark.slow
+
+_CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 150 * 2**20})
+cluster.add_node(num_cpus=1, object_store_memory=150 * 2**20)
+cluster.wait_for_nodes()
+print(cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+def train_and_say_where(run: TrainingRun) -> None:
+    """The usual training, by workers that leave the name of their node."""
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    assert run.run_uri is not None
+    storage.write_bytes(layout.join(run.run_uri, f"node-{run.rank}"), node.encode())
+    train(run)
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    """A head and a second node of one CPU each, in processes of their own."""
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "RAY_AUTH_MODE": "disabled"}
+    with subprocess.Popen(
+        [sys.executable, "-c", _CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        found = next((line.strip() for line in lines if line.strip().rpartition(":")[2].isdecimal()), None)
+        assert found, "the cluster didn't start"
+        yield found
+        process.communicate("", timeout=60)
+
+
+def test_a_cluster_of_two_nodes(stack: str, address: str, prefect_home: Path, tmp_path: Path) -> None:
+    root = str(tmp_path / "root")
+    feature_store(FeatureStoreConfig(root=root, sample_transactions=4000))
+    options = ["--root", root, "--target", "spending_trend", "--no-ready-only", "--training.epochs", "2"]
+    options += ["--training.workers", "2", "--training.cpus-per-worker", "1", "--training.batch-size", "32"]
+    options += ["--training.function", "tests.test_two_nodes:train_and_say_where"]
+    environment = shell_environment(own_home(prefect_home, tmp_path / "home")) | {"RAY_ADDRESS": address}
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.training_delivery", *options],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, f"after {time.monotonic() - started:.0f} s:\n{done.stdout}\n{done.stderr}"
+    assert versions.published_versions(root, "training-datasets/streaming-ready/customer-features") == [1]
+    runs = layout.training_runs(root, "customer-features")
+    [name] = storage.list_directories(runs)
+    nodes = {storage.read_bytes(layout.join(runs, name, f"node-{rank}")) for rank in (0, 1)}
+    assert len(nodes) == 2, "both workers were on one node"
+    report = Report.model_validate_json(storage.read_bytes(layout.join(runs, name, layout.REPORT_JSON)))
+    assert {check.name: check.verdict for check in report.gate.checks}["consumed"] == "pass"
