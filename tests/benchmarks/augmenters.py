@@ -13,15 +13,11 @@ a rotation with black corners, brightness, contrast, saturation and hue. Where t
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import multiprocessing
 import os
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tasks.images.config import Augmentation, ImageAugmentationConfig
+from tests.benchmarks.workers import Workers
 
 PROCESSES = 2
 BATCH = 16
@@ -40,15 +37,11 @@ Maker = Callable[[Sequence[str]], Work]
 """Loads what the work on these files needs; called in the process that works."""
 
 
-class CannotRun(Exception):
-    """A library is missing, or doesn't work on this machine."""
-
-
-class Workers:
-    """Processes that share pictures, each with the same work, started once and kept; a context manager.
+class Augmenters(Workers):
+    """Processes that share pictures, each with the same work; a context manager.
 
     Args:
-        make: Makes the work of a process, which imports its module to find it.
+        make: Makes the work of a process.
         paths: The pictures.
         processes: Number of processes; the first of n gets the pictures 0, n, 2n, and so on.
 
@@ -58,74 +51,14 @@ class Workers:
     """
 
     def __init__(self, make: Maker, paths: Sequence[str], processes: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        super().__init__([partial(make, paths[number::processes]) for number in range(processes)])
         self._pictures = len(paths)
-        self._processes = []
-        self._connections: list[Connection] = []
-        for number in range(processes):
-            ours, theirs = context.Pipe()
-            # Not a daemon: those may not have workers of their own, as a DataLoader has.
-            process = context.Process(target=_serve, args=(theirs, make, paths[number::processes]))
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._connections.append(ours)
-        try:
-            for connection in self._connections:
-                _answer(connection)
-        except BaseException:
-            self.close()
-            raise
 
     def run(self, target: Path | None = None) -> None:
         """Make all variants once, and write them if a directory is given."""
-        for connection in self._connections:
-            connection.send(target)
-        made = sum([_answer(connection) for connection in self._connections])
+        made = sum(self.ask(target))
         expected = self._pictures * SETTINGS.variants
         assert made == expected, f"{made:,} variants were made of {self._pictures:,} pictures, not {expected:,}"
-
-    def close(self) -> None:
-        """End the processes."""
-        for connection in self._connections:
-            connection.close()
-        for process in self._processes:
-            process.join(20)
-            if process.is_alive():
-                process.terminate()
-                process.join()
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-
-def _answer(connection: Connection) -> int:
-    try:
-        answer = connection.recv()
-    except EOFError:
-        raise CannotRun("its process has died") from None
-    if isinstance(answer, str):
-        raise CannotRun(answer)
-    return int(answer)
-
-
-def _serve(connection: Connection, make: Maker, paths: Sequence[str]) -> None:
-    try:
-        work = make(paths)
-        connection.send(0)
-        while True:
-            try:
-                target = connection.recv()
-            except EOFError:  # the other side has closed
-                return
-            connection.send(work(target))
-    except Exception as error:  # noqa: BLE001 - whatever it is, the one who asked is to know
-        missing = isinstance(error, ModuleNotFoundError)
-        with contextlib.suppress(BrokenPipeError):  # unless another process has failed already
-            connection.send(f"{error.name} isn't installed" if missing else traceback.format_exc())
 
 
 def kernel(paths: Sequence[str]) -> Work:

@@ -29,9 +29,10 @@ from pathlib import Path
 
 import simplejpeg
 
-from tests.benchmarks.augmenters import BATCH, OTHERS, PROCESSES, SETTINGS, CannotRun, Workers, kernel
+from tests.benchmarks.augmenters import BATCH, OTHERS, PROCESSES, SETTINGS, Augmenters, kernel
 from tests.benchmarks.data import originals, pictures
 from tests.benchmarks.turns import GIB, Side, machine, median, ratio, round_name, scratch, take_turns, timed_with_memory
+from tests.benchmarks.workers import CannotRun
 
 PREFIX = "image-benchmark-"
 KERNEL, WRITE, FLOW = "kernel", "kernel+write", "flow"
@@ -111,14 +112,14 @@ def start_processes(paths: Sequence[str], chosen: Collection[str], stack: ExitSt
     """The chosen sides but for the flow, ready to run until the stack is left; what can't run says why."""
     sides: dict[str, Side] = {}
     if KERNEL in chosen or WRITE in chosen:
-        ours = stack.enter_context(Workers(kernel, paths, PROCESSES))
+        ours = stack.enter_context(Augmenters(kernel, paths, PROCESSES))
         sides |= {KERNEL: lambda _: ours.run()} if KERNEL in chosen else {}
         sides |= {WRITE: ours.run} if WRITE in chosen else {}
     for name, (make, processes) in OTHERS.items():
         if name not in chosen:
             continue
         try:
-            workers = stack.enter_context(Workers(make, paths, processes))
+            workers = stack.enter_context(Augmenters(make, paths, processes))
         except CannotRun as fault:
             print(f"{name} is left out: {fault}")
             continue
