@@ -64,6 +64,9 @@ def test_commands_and_examples_work(tmp_path: Path) -> None:
         assert (store / published / "_manifest.json").exists(), published
     for published in ("images", "small", "blurred"):
         assert (tmp_path / "data" / "training-datasets" / published / "v1" / "_manifest.json").exists(), published
+    for published in ("customer-features", "images"):
+        copy = tmp_path / "data" / "training-datasets" / "streaming-ready" / published
+        assert (copy / "v1" / "_manifest.json").exists(), published
     assert "508 in, 503 out, 5 rejected" in whole
     assert "20,000 in, 19,856 out, 94 rejected" in whole
     assert "store-features v1: 457 rows" in whole
@@ -86,10 +89,12 @@ def test_files_that_are_named_exist(path: str) -> None:
 
 
 def test_options_that_are_named_exist() -> None:
+    from tasks.delivery.config import DeliveryConfig
     from tasks.features.config import FeatureStoreConfig
     from tasks.images.config import ImageAugmentationConfig
 
-    fields = {**FeatureStoreConfig.model_fields, **ImageAugmentationConfig.model_fields}
+    flows = (FeatureStoreConfig, ImageAugmentationConfig, DeliveryConfig)
+    fields = {name: field for flow in flows for name, field in flow.model_fields.items()}
     known = {f"--{name.replace('_', '-')}" for name in fields}
     known |= {"--config", "--help", "--debug"}
     known |= {"--repartition", "--map-groups", "--large", "--memory"}  # the benchmarks'
