@@ -5,14 +5,18 @@ What a task gives to the next is a small frozen value; what it makes stands on s
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import datetime as dt
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.artifacts import progress, publish_report, publish_table
+from tasks.artifacts import Progress, progress, publish_report, publish_table
 from tasks.core import layout, storage, versions
 from tasks.core.manifest import GateResult, Manifest, RunRecord
 from tasks.core.provenance import code_digest, package_versions
@@ -26,10 +30,11 @@ from tasks.delivery.pipeline import write_streaming_ready
 from tasks.delivery.source import Source
 from tasks.delivery.source import find_source as find
 from tasks.delivery.stages import StreamingReady
-from tasks.delivery.training import train_version
+from tasks.delivery.training import read_records, train_version
 from tasks.publication import JudgedVersion, PublishedVersion, publish, published, write_report
 from tasks.retries import RETRY
 
+LOOK_SECONDS = 2.0
 _CODE = Path(__file__).parent
 _CURES = {
     "drift": "if the change is meant, raise --thresholds.drift-fail",
@@ -127,7 +132,11 @@ def train_model(version: PublishedVersion, config: DeliveryConfig, run: RunRecor
     """Train on the copy through Ray Train, and report; tried again, it goes on from its last checkpoint."""
     logger = get_run_logger()
     runs = layout.training_runs(config.root, config.dataset_name)
-    result = train_version(version.uri, config.training, runs, f"v{version.version}-{run.flow_run_id}")
+    name = f"v{version.version}-{run.flow_run_id}"
+    with progress("Training", total=config.training.epochs, unit="epochs") as done:
+        with _epochs_counted(layout.join(runs, name), done):
+            result = train_version(version.uri, config.training, runs, name)
+        done(len(result.epochs) - done.done)
     for epoch in result.epochs:
         figures = (f"{name.replace('_', ' ')} {value:.6g}" for name, value in epoch.items() if name != "epoch")
         logger.info("Epoch %d: %s", epoch["epoch"], ", ".join(figures))
@@ -138,6 +147,26 @@ def train_model(version: PublishedVersion, config: DeliveryConfig, run: RunRecor
     (logger.info if gate.verdict == "pass" else logger.warning)("Training: verdict %s", gate.verdict)
     report = layout.join(result.run_uri, layout.REPORT_HTML)
     return dataclasses.replace(version, notes=(*lines, ("curves", report)))
+
+
+@contextmanager
+def _epochs_counted(run_uri: str, done: Progress) -> Generator[None]:
+    """Count the epochs of a training that is under way, by what its workers have reported."""
+    stop = threading.Event()
+
+    def count() -> None:
+        while not stop.wait(LOOK_SECONDS):
+            with suppress(Exception):  # a count that comes late is no reason to end a training
+                done(len(read_records(run_uri)[0]) - done.done)
+
+    # A thread has no run of its own, and progress is shown in the current one.
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(count,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _report_training(

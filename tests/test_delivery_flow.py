@@ -130,7 +130,8 @@ def test_it_trained_on_every_sample(tables: DeliveryRun) -> None:
 
 
 def test_the_api_has_the_artifacts_of_a_run(tables: DeliveryRun) -> None:
-    by_key = {artifact.key: artifact for artifact in read_artifacts(tables.id) if artifact.key}
+    artifacts = read_artifacts(tables.id)
+    by_key = {artifact.key: artifact for artifact in artifacts if artifact.key}
     assert set(by_key) >= {
         "customer-features-report",
         "customer-features-checks",
@@ -142,6 +143,9 @@ def test_the_api_has_the_artifacts_of_a_run(tables: DeliveryRun) -> None:
     rows = json.loads(str(by_key["customer-features-training-workers"].data))
     assert [row["worker"] for row in rows] == [0, 1]
     assert sum(row["samples"] for row in rows) == 4 * tables.record().definition["samples"]["train"]
+    told = [str(artifact.description) for artifact in artifacts if artifact.type == "progress"]
+    assert any(re.search(r"Delivering: (\d+) of \1 rows.*; done", one) for one in told), told
+    assert any(re.search(r"Training: 4 of 4 epochs.*; done", one) for one in told), told
     lines = messages(tables.id)
     assert any(line.startswith("Epoch 3: train loss") for line in lines), lines
 
