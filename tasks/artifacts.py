@@ -188,7 +188,8 @@ class Progress:
     def _sentence(self) -> str:
         of_total = f" of {self.total:,}" if self.total is not None else ""
         rate = self.done / max(time.monotonic() - self._started, 1e-3)
-        return f"{self.title}: {self.done:,}{of_total} {self.unit}, {rate:,.0f} a second"
+        slow = f"{rate:.2g}" if rate < 10 else f"{rate:,.0f}"
+        return f"{self.title}: {self.done:,}{of_total} {self.unit}, {slow} a second"
 
 
 @contextmanager

@@ -44,9 +44,17 @@ def run_record() -> RunRecord:
     return RunRecord(flow_run_id=str(flow_run.id), flow_run_name=flow_run.name, deployment=deployment.name)
 
 
-def write_report(report: Report, manifest: Manifest, reservation: Reservation) -> Manifest:
-    """Write the report's two files beside the data and its artifacts to Prefect; the manifest with their digests."""
-    name = manifest.dataset.rpartition("/")[2]
+def write_report(report: Report, manifest: Manifest, reservation: Reservation, name: str | None = None) -> Manifest:
+    """Write the report's two files beside the data and its artifacts to Prefect; the manifest with their digests.
+
+    Args:
+        report: The report.
+        manifest: The version's.
+        reservation: Where it is written.
+        name: What the artifacts' keys begin with; the last part of the dataset's name, if none is given.
+
+    """
+    name = name or manifest.dataset.rpartition("/")[2]
     html_uri = layout.join(reservation.uri, layout.REPORT_HTML)
     faces = {html_uri: report.to_html(), layout.join(reservation.uri, layout.REPORT_JSON): report.to_json()}
     for uri, content in faces.items():

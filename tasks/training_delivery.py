@@ -95,7 +95,8 @@ def validate_copy(source: Source, copy: StreamingReady, config: DeliveryConfig, 
     manifest = _manifest(source, copy, config=config, run=run, gate=gate)
     title = f"{config.dataset_name} v{manifest.version}, streaming-ready"
     report = Report.of(manifest, previous, title, rows=_samples(manifest), timings=copy.timings)
-    manifest = write_report(report, manifest, reservation)
+    # The source's own report has its name.
+    manifest = write_report(report, manifest, reservation, f"{config.dataset_name}-streaming")
     log = get_run_logger()
     (log.info if gate.verdict == "pass" else log.warning)("%s: verdict %s", reservation.dataset, gate.verdict)
     return JudgedVersion(reservation, manifest)

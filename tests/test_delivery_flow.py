@@ -133,8 +133,8 @@ def test_the_api_has_the_artifacts_of_a_run(tables: DeliveryRun) -> None:
     artifacts = read_artifacts(tables.id)
     by_key = {artifact.key: artifact for artifact in artifacts if artifact.key}
     assert set(by_key) >= {
-        "customer-features-report",
-        "customer-features-checks",
+        "customer-features-streaming-report",
+        "customer-features-streaming-checks",
         "customer-features-training-report",
         "customer-features-training-workers",
     }

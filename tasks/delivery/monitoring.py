@@ -136,18 +136,19 @@ def throughput(workers: Sequence[WorkerEpoch]) -> dict[int, float]:
 
 
 def worker_table(workers: Sequence[WorkerEpoch]) -> DataTable:
-    """A row for each worker, over all epochs; the verdict stands below."""
+    """A row for each worker, over all epochs but for the wait share, which leaves out the first; the verdict below."""
     rows = []
     for worker in sorted({one.worker for one in workers}):
         own = [one for one in workers if one.worker == worker]
         samples, seconds = sum(one.samples for one in own), sum(one.seconds for one in own)
-        waited = sum(one.wait_seconds for one in own)
+        later = [one for one in _steady(workers) if one.worker == worker]
+        waited = sum(one.wait_seconds for one in later) / max(sum(one.seconds for one in later), 1e-9)
         rows.append(
             (
                 worker,
                 samples,
                 round(samples / max(seconds, 1e-9), 1),
-                round(waited / max(seconds, 1e-9), 4),
+                round(waited, 4),
                 round(sum(one.bytes_read for one in own) / _MB, 3),
                 sum(one.cache_hits for one in own),
                 sum(one.cache_misses for one in own),

@@ -42,7 +42,7 @@ EPOCHS = [
 ]
 
 
-def test_each_worker_has_a_row_over_all_epochs() -> None:
+def test_each_worker_has_a_row_over_all_epochs_whose_wait_share_leaves_out_the_first() -> None:
     table = worker_table(WORKERS)
     assert table.columns == (
         "worker",
@@ -54,7 +54,7 @@ def test_each_worker_has_a_row_over_all_epochs() -> None:
         "cache misses",
         "skipped",
     )
-    assert table.rows == ((0, 2000, 500.0, 0.5, 10.0, 1, 2, 3), (1, 1500, 300.0, 0.04, 10.0, 2, 0, 0))
+    assert table.rows == ((0, 2000, 500.0, 0.05, 10.0, 1, 2, 3), (1, 1500, 300.0, 0.1, 10.0, 2, 0, 0))
     assert "compute-bound" in table.note
 
 
