@@ -104,7 +104,7 @@ def connect(
     options = init_options(num_cpus=num_cpus, object_store_memory=object_store_memory, env=env)
     local = options["address"] == "local"
     with (
-        _sigterm_handler_kept(),
+        handler_kept(signal.SIGTERM),
         environment(worker_env(env) if local else {}),
         explained_versions(options["address"]),
     ):
@@ -225,13 +225,14 @@ def environment(variables: Mapping[str, str]) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _sigterm_handler_kept() -> Generator[None]:
+def handler_kept(number: int) -> Generator[None]:
+    """Restore the process's handler of a signal afterwards: Ray replaces some and leaves its own behind."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
-    handler = signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(number)
     try:
         yield
     finally:
         if handler is not None:
-            signal.signal(signal.SIGTERM, handler)
+            signal.signal(number, handler)

@@ -7,7 +7,6 @@ the run goes on.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import io
 import json
@@ -15,9 +14,8 @@ import logging
 import os
 import signal
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ import ray.train
 import torch
 
 from tasks.core import layout, storage
-from tasks.core.cluster import connect, environment
+from tasks.core.cluster import connect, environment, handler_kept
 from tasks.core.errors import ConfigError, PipelineError
 from tasks.delivery.config import TrainingConfig
 from tasks.delivery.loops import Send, State, TrainingRun, open_run
@@ -243,7 +241,7 @@ def _fit(uri: str, definition: Mapping[str, Any], config: TrainingConfig, run_ur
     # Ray Train reads its settings from the environment of the process that calls it; what is set there stays.
     wanted = {**_ENVIRONMENT, **(_LOCAL_ENVIRONMENT if local else {})}
     missing = {name: value for name, value in wanted.items() if name not in os.environ}
-    with environment(missing), _interrupt_handler_kept():
+    with environment(missing), handler_kept(signal.SIGINT):
         try:
             return trainer.fit()
         except api.TrainingFailedError as error:
@@ -326,17 +324,3 @@ def _trainer(local: bool) -> Any:
             return [one for one in made if not isinstance(one, PlacementGroupCleanerCallback)]
 
     return LocalTrainer
-
-
-@contextlib.contextmanager
-def _interrupt_handler_kept() -> Generator[None]:
-    """Ray Train replaces the SIGINT handler and leaves its own behind."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield
-        return
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        if handler is not None:
-            signal.signal(signal.SIGINT, handler)
