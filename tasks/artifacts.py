@@ -98,6 +98,17 @@ def publish_table(key: str, rows: list[dict[str, Any]], description: str) -> Non
     create_table_artifact(shown, key=artifact_slug(key), description=description + left_out)
 
 
+def publish_cluster(nodes: list[dict[str, Any]], dashboard: str | None) -> None:
+    """Show the Ray cluster that the current run works on: its nodes, and a link to its dashboard.
+
+    Raises:
+        httpx.HTTPError: the API can't be reached or refuses the artifact.
+    """
+    publish_table("ray-cluster", nodes, "Nodes of the Ray cluster as the run began.")
+    if dashboard is not None:
+        create_link_artifact(dashboard, link_text="Ray dashboard", key="ray-dashboard", description="Ray's dashboard.")
+
+
 def json_safe(value: Any) -> Any:
     """A value that JSON and the UI's table can show; the UI shows no table at all if one cell is infinite.
 

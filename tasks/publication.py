@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from prefect.events import emit_event
 from prefect.runtime import deployment, flow_run
 
 from tasks.artifacts import publish_report
@@ -14,6 +15,9 @@ from tasks.core.errors import GateFailed
 from tasks.core.manifest import CheckResult, GateResult, Manifest, ReportDigest, RowBalance, RunRecord
 from tasks.core.report import Report
 from tasks.core.reservation import Reservation
+
+PUBLISHED = "training-data.version.published"
+"""Event of a version that readers see; automations and deployment triggers start from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,35 @@ def publish(judged: Sequence[JudgedVersion], root: str, cures: Mapping[str, str]
             versions.commit(version.reservation, _rejected(version, failed))
         raise GateFailed(_why(failed, cures))
     manifests = [versions.commit(version.reservation, version.manifest) for version in judged]
+    for manifest in manifests:
+        announce(root, manifest)
     return [published(root, manifest) for manifest in manifests]
+
+
+def announce(root: str, manifest: Manifest) -> None:
+    """Tell Prefect of a committed version, so that what waits for it starts.
+
+    Sent after the commit, and again by a retry that finds its version committed: what it starts must not mind. An API
+    that can't be reached costs the event, not the version.
+    """
+    uri = layout.version_uri(root, manifest.dataset, manifest.version)
+    emit_event(
+        event=PUBLISHED,
+        resource={
+            "prefect.resource.id": f"training-data.dataset.{manifest.dataset.replace('/', '.')}",
+            "prefect.resource.name": f"{manifest.dataset} v{manifest.version}",
+            "training-data.kind": layout.kind(manifest.dataset),
+        },
+        payload={
+            "root": root,
+            "dataset": manifest.dataset,
+            "version": manifest.version,
+            "uri": uri,
+            "report": layout.join(uri, layout.REPORT_HTML),
+            "rows": manifest.rows,
+            "verdict": manifest.gate.verdict,
+        },
+    )
 
 
 def _rejected(version: JudgedVersion, failed: Sequence[JudgedVersion]) -> Manifest:

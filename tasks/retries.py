@@ -13,6 +13,7 @@ from uuid import UUID
 import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.exceptions import CrashedRun
 from prefect.runtime import flow_run
 from prefect.tasks import Task, exponential_backoff
@@ -39,6 +40,11 @@ RAY_LOSSES = (
     OutOfMemoryError,
     WorkerCrashedError,
 )
+API_LOSSES = (
+    ConcurrencySlotAcquisitionError,  # a task that starts while the API is away
+    CrashedRun,
+    httpx.TransportError,
+)
 
 
 def worth_retrying(error: BaseException) -> bool:
@@ -50,7 +56,7 @@ def worth_retrying(error: BaseException) -> bool:
     chain = list(causes(error))
     if any(isinstance(link, PipelineError) for link in chain):
         return False
-    if any(isinstance(link, (*RAY_LOSSES, CrashedRun, httpx.TransportError)) for link in chain):
+    if any(isinstance(link, (*RAY_LOSSES, *API_LOSSES)) for link in chain):
         return True
     # `is_transient` follows ordinary causes itself, but not into what Ray carried from a worker.
     carried = [link.cause for link in chain if isinstance(link, RayTaskError)]

@@ -28,12 +28,30 @@ from prefect_ray import RayTaskRunner
 from prefect_ray.context import RemoteOptionsContext, remote_options
 from prefect_ray.task_runners import PrefectRayFuture
 
-from tasks.artifacts import show_progress
-from tasks.core.cluster import connect
+from tasks.artifacts import publish_cluster, show_progress
+from tasks.core.cluster import cluster_address, connect, dashboard_url, nodes
 
 DRAIN_SECONDS = 10.0  # for the logs and events of one task at its end; usually about 0.1
 CANCEL_GRACE_SECONDS = 3.0  # a cancelled task may write its last logs before its worker is killed
+API_PATIENCE_SECONDS = 300.0  # a server's restart with its migrations takes a minute
 EVENT_DELAY_SECONDS = 2.0  # a task run is in the API only once the worker's first event has arrived
+
+
+def await_api(patience: float = API_PATIENCE_SECONDS) -> None:
+    """Wait while the API is away, up to `patience` seconds; then whatever needs it says so itself.
+
+    A task that starts asks the API for its concurrency slots, and would fail if the server is just being restarted.
+    """
+    url = PREFECT_API_URL.value()
+    give_up = time.monotonic() + patience
+    while url:
+        try:
+            httpx.get(f"{url}/health", timeout=5)
+            return
+        except httpx.TransportError:
+            if time.monotonic() > give_up:
+                return
+            time.sleep(1)
 
 
 def ray_runner(task_options: Mapping[str, Any] | None = None) -> "RayJobRunner":
@@ -184,12 +202,15 @@ class RayJobRunner(RayTaskRunner):  # type: ignore[misc]  # prefect_ray is untyp
         task = kwargs["task"] if "task" in kwargs else args[0]
         future = RayJobFuture(submitted.task_run_id, submitted.wrapped_future, task, flow_run)
         if not self._futures and flow_run is not None:
+            if cluster_address() is not None:
+                publish_cluster(nodes(), dashboard_url())
             self._terminal.enter_context(show_progress(flow_run.id))
         self._futures.append(future)
         return future
 
     @staticmethod
     def _run_prefect_task(*upstream: Any, **kwargs: Any) -> Any:
+        await_api()
         try:
             return RayTaskRunner._run_prefect_task(*upstream, **kwargs)
         finally:

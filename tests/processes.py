@@ -22,6 +22,18 @@ PROJECT = Path(__file__).parents[1]
 ENDED_BY_THEMSELVES = 20.0  # the API server, Ray and its workers notice within some seconds that the flow is gone
 OUTLIVE = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}  # Ray's own agents don't always
 
+_CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 150 * 2**20})
+cluster.add_node(num_cpus=1, object_store_memory=150 * 2**20)
+cluster.wait_for_nodes()
+print(cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
 
 def own_home(prefect_home: Path, home: Path) -> Path:
     """Make a Prefect home for one process, with a database that is migrated if there is one (which saves 10 s)."""
@@ -104,18 +116,43 @@ class Command:
 
 
 @contextlib.contextmanager
-def prefect_server(home: Path) -> Iterator[str]:
-    """The server that people run, `prefect server start`, in a process of its own; yields its API's address."""
+def two_nodes() -> Iterator[str]:
+    """A Ray cluster of a head and a second node, of one CPU each, in processes of their own; yields its address."""
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "RAY_AUTH_MODE": "disabled"}
+    with subprocess.Popen(
+        [sys.executable, "-c", _CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        found = next((line.strip() for line in lines if line.strip().rpartition(":")[2].isdecimal()), None)
+        assert found, "the cluster didn't start"
+        try:
+            yield found
+        finally:
+            process.communicate("", timeout=60)
+
+
+@contextlib.contextmanager
+def prefect_server(home: Path, *, ui: bool = False, **settings: str) -> Iterator[str]:
+    """The server that people run, `prefect server start`, in a process of its own; yields its API's address.
+
+    Args:
+        home: Its Prefect home.
+        ui: Whether it serves the UI too.
+        settings: Further variables of its environment.
+
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api"
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     server = subprocess.Popen(
-        [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"],
-        env={**os.environ, "PREFECT_HOME": str(home)},
+        command if ui else [*command, "--no-ui"],
+        env={**os.environ, "PREFECT_HOME": str(home), "PREFECT_SERVER_UI_API_URL": url, **settings},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
-        url = f"http://127.0.0.1:{port}/api"
         _Ready(server, url)()
         yield url
     finally:

@@ -191,6 +191,9 @@ def test_every_setting_is_described_and_no_configuration_can_be_changed() -> Non
     assert {"FeatureStoreConfig", "Thresholds"} <= {model.__name__ for model in models}
     assert undescribed_fields(models) == []
     assert unbound_config(models) == []
+    for model in models:  # the form in Prefect's UI, whatever its database makes of the order
+        fields = model.model_json_schema()["properties"]
+        assert [fields[name]["position"] for name in model.model_fields] == list(range(len(fields))), model.__name__
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import httpx
 import pytest
 import ray
 from prefect import flow, task
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from ray.exceptions import (
     NodeDiedError,
     ObjectLostError,
@@ -47,6 +48,7 @@ def wrapped(error: BaseException, cause: BaseException) -> BaseException:
         (OutOfMemoryError("killed for memory"), True),
         (ObjectLostError("ab" * 28, None, ""), True),
         (httpx.ConnectError("the API restarts"), True),
+        (carried(ConcurrencySlotAcquisitionError("the API is away")), True),  # as a task starts
         (ConnectionResetError("the store hung up"), True),
         (carried(ConnectionResetError("the store hung up")), True),
         (carried(ValueError("a bug on a worker")), False),  # judged by its cause

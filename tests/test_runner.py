@@ -1,11 +1,15 @@
 """The runner's repairs, each against a real API server and a real Ray."""
 
+import contextvars
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
@@ -23,12 +27,13 @@ from prefect.client.schemas.filters import (
     LogFilterFlowRunId,
 )
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Crashed
 from prefect_ray.context import remote_options
 
 from tasks.core.cluster import cluster_address, data_context, explained_versions, init_options
 from tasks.core.errors import ConfigError
-from tasks.runner import RayJobRunner, ray_runner
+from tasks.runner import RayJobRunner, await_api, ray_runner
 
 T = TypeVar("T")
 pytestmark = pytest.mark.usefixtures("stack")
@@ -311,3 +316,30 @@ def test_settings_of_a_job_fit_the_cluster_and_come_back() -> None:
     with data_context(cpus=64) as inside:
         assert inside.op_resource_reservation_enabled
     assert context.op_resource_reservation_enabled == before
+
+
+def test_a_task_waits_while_the_api_is_away() -> None:
+    asked: list[str] = []
+
+    class Back(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}):
+        await_api(patience=0)  # gives up, and leaves the error to whoever needs the API
+        waiting = threading.Thread(target=contextvars.copy_context().run, args=(await_api,))
+        waiting.start()
+        time.sleep(0.3)
+        assert waiting.is_alive()
+        with HTTPServer(("127.0.0.1", port), Back) as server:
+            server.timeout = 10
+            server.handle_request()
+        waiting.join(10)
+    assert asked == ["/api/health"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -16,21 +15,9 @@ from tasks.core import layout, storage, versions
 from tasks.core.report import Report
 from tasks.delivery.loops import TrainingRun, train
 from tasks.features.config import FeatureStoreConfig
-from tests.processes import PROJECT, own_home, shell_environment
+from tests.processes import own_home, shell_environment, two_nodes
 
 pytestmark = pytest.mark.slow
-
-_CLUSTER = """
-import sys
-from ray.cluster_utils import Cluster
-
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 150 * 2**20})
-cluster.add_node(num_cpus=1, object_store_memory=150 * 2**20)
-cluster.wait_for_nodes()
-print(cluster.address, flush=True)
-sys.stdin.read()
-cluster.shutdown()
-"""
 
 
 def train_and_say_where(run: TrainingRun) -> None:
@@ -46,16 +33,8 @@ def train_and_say_where(run: TrainingRun) -> None:
 @pytest.fixture
 def address() -> Iterator[str]:
     """A head and a second node of one CPU each, in processes of their own."""
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "RAY_AUTH_MODE": "disabled"}
-    with subprocess.Popen(
-        [sys.executable, "-c", _CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdout is not None
-        lines = iter(process.stdout.readline, "")
-        found = next((line.strip() for line in lines if line.strip().rpartition(":")[2].isdecimal()), None)
-        assert found, "the cluster didn't start"
+    with two_nodes() as found:
         yield found
-        process.communicate("", timeout=60)
 
 
 def test_a_cluster_of_two_nodes(stack: str, address: str, prefect_home: Path, tmp_path: Path) -> None:

@@ -143,6 +143,31 @@ def object_store_bytes() -> int:
     return int(resources.get("object_store_memory", 0))
 
 
+def dashboard_url() -> str | None:
+    """Web address of the cluster's dashboard, or None where it has none."""
+    node = ray._private.worker._global_node
+    found = getattr(node, "webui_url", None) if node is not None else None
+    return f"http://{found}" if found and not found.startswith("http") else found or None
+
+
+def nodes() -> list[dict[str, Any]]:
+    """The cluster's nodes and what each has: CPUs, GPUs, memory and object store (GiB)."""
+    found = []
+    for node in ray.nodes():  # type: ignore[no-untyped-call]
+        resources = node["Resources"]
+        found.append(
+            {
+                "node": node["NodeManagerAddress"],
+                "alive": node["Alive"],
+                "CPUs": resources.get("CPU", 0),
+                "GPUs": resources.get("GPU", 0),
+                "memory GiB": round(resources.get("memory", 0) / 2**30, 1),
+                "object store GiB": round(resources.get("object_store_memory", 0) / 2**30, 1),
+            }
+        )
+    return sorted(found, key=lambda node: (not node["alive"], str(node["node"])))
+
+
 @contextlib.contextmanager
 def data_context(cpus: int | None = None) -> Iterator[Any]:
     """Ray Data's settings for one job, restored afterwards; yields the DataContext.

@@ -43,6 +43,17 @@ def feature_dataset(group: str) -> str:
     return join(FEATURE_STORE, group)
 
 
+def kind(dataset: str) -> str:
+    """What a dataset is, by its name: 'features', 'training-set', 'images' or 'streaming-copy'; else 'other'."""
+    kinds = {
+        TRAINING_READY: "training-set",
+        FEATURE_STORE: "features",
+        STREAMING_READY: "streaming-copy",
+        TRAINING_DATASETS: "images",
+    }
+    return next((name for prefix, name in kinds.items() if dataset.startswith(f"{prefix}/")), "other")
+
+
 def sample(root: str, flow: str, name: str) -> str:
     """Directory of a flow's sample input."""
     return join(root, "samples", flow, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -19,6 +19,12 @@ def _dataset_name(value: str) -> str:
     if not _NAME.fullmatch(value) or re.fullmatch(r"v[0-9]+", value):
         raise ValueError(f"'{value}' can't name a dataset; use lower case letters, digits, '.', '_' and '-'")
     return value
+
+
+def in_order(schema: dict[str, Any]) -> None:
+    """Number the fields of a model's JSON schema, by which Prefect's form sorts them (PostgreSQL forgets the order)."""
+    for position, field in enumerate(schema.get("properties", {}).values()):
+        field["position"] = position
 
 
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from tasks.core.settings import DatasetName, Names, Seed, Share
+from tasks.core.settings import DatasetName, Names, Seed, Share, in_order
 
 
 def _import_path(value: str) -> str:
@@ -22,7 +22,7 @@ def _import_path(value: str) -> str:
 class TrainingConfig(BaseModel):
     """What is trained on the streaming-ready version, and in how many workers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=in_order)
 
     enabled: bool = Field(default=True, description="Train after publishing; without it, only the copy is made.")
     function: Annotated[str, AfterValidator(_import_path)] | None = Field(
@@ -71,7 +71,7 @@ class TrainingConfig(BaseModel):
 class DeliveryThresholds(BaseModel):
     """Bounds of the quality gate."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=in_order)
 
     minimum_samples: int = Field(default=1, ge=1, description="The gate fails below so many samples to train on.")
     missing_warn: Share = Field(default=0.1, description="The gate warns above this share of nulls in a feature.")
@@ -100,7 +100,7 @@ class DeliveryThresholds(BaseModel):
 class DeliveryConfig(BaseModel):
     """Make a streaming-ready copy of a published version, deliver it to PyTorch workers, and train."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", title="Training delivery")
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=in_order, title="Training delivery")
 
     root: str = Field(
         default="data", min_length=1, description="Where datasets are kept: a directory or s3://bucket/prefix."

@@ -11,7 +11,7 @@ from zoneinfo import available_timezones
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from tasks.core.settings import Names, Share
+from tasks.core.settings import Names, Share, in_order
 from tasks.features.definitions import JoinHow
 from tasks.features.rows import EpochUnit
 
@@ -32,7 +32,7 @@ Time = Annotated[dt.datetime, AfterValidator(_utc)]
 class Thresholds(BaseModel):
     """Bounds of the row and dataset checks."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=in_order)
 
     missing: Share = Field(
         default=0.1, description="A row is training-ready below this share of missing feature values."
@@ -96,7 +96,7 @@ class Thresholds(BaseModel):
 class FeatureStoreConfig(BaseModel):
     """Compute customer and product features (and your own) from transactions, check them and publish a version."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", title="Feature store")
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=in_order, title="Feature store")
 
     root: str = Field(
         default="data", min_length=1, description="Where datasets are kept: a directory or s3://bucket/prefix."

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tasks.core.settings import DatasetName, Names, Seed, Share
+from tasks.core.settings import DatasetName, Names, Seed, Share, in_order
 
 Positive = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Channel = Annotated[int, Field(ge=0, le=255)]
@@ -19,7 +19,7 @@ Channel = Annotated[int, Field(ge=0, le=255)]
 class Augmentation(BaseModel):
     """What becomes of each image; the operations and their defaults are torchvision's."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=in_order)
 
     variants: int = Field(default=3, ge=1, le=1000, description="Augmented variants of each image.")
     size: int = Field(default=224, ge=8, le=4096, description="Height and width of each variant, pixels.")
@@ -67,7 +67,7 @@ class Augmentation(BaseModel):
 class ImageThresholds(BaseModel):
     """Bounds of the row and dataset checks."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=in_order)
 
     constant: float = Field(
         default=2.0, ge=0, description="A variant is invalid if its pixels' standard deviation is below this, of 255."
@@ -115,7 +115,7 @@ class ImageThresholds(BaseModel):
 class ImageAugmentationConfig(BaseModel):
     """Augment labelled images, check and split them, and publish a version."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", title="Image augmentation")
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=in_order, title="Image augmentation")
 
     root: str = Field(
         default="data", min_length=1, description="Where datasets are kept: a directory or s3://bucket/prefix."
