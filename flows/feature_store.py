@@ -1,6 +1,7 @@
-"""The feature-store flow: transactions, customers, products → versioned features.
+"""The feature-store flow: transactions, customers, products → versioned features → models' training sets.
 
-Run it by hand with `python -m flows.feature_store --help`; deploy it as `flows.feature_store.feature_store`.
+Run it by hand with `python -m flows.feature_store --help`; deploy it as `flows.feature_store.feature_store`. What is
+in the store is shown and changed by commands: `python -m flows.feature_store list`, `… --help` of each.
 """
 
 from __future__ import annotations
@@ -21,9 +22,17 @@ from tasks.feature_store import (
     validate_features,
 )
 from tasks.features.config import FeatureStoreConfig
-from tasks.publication import PublishedVersion, run_record
+from tasks.open_lineage import LINEAGE_HOOKS
+from tasks.publication import PublishedVersion, committed_version, run_record
 from tasks.retries import final_unless_transient
 from tasks.runner import ray_runner
+from tasks.training_sets import (
+    build_set,
+    plan_training_sets,
+    publish_training_sets,
+    reserve_training_sets,
+    validate_set,
+)
 
 DEFAULTS = FeatureStoreConfig()
 
@@ -31,36 +40,67 @@ DEFAULTS = FeatureStoreConfig()
 def _run_name() -> str:
     config = flow_run.parameters["config"]
     source = config.transactions or config.definitions or "the sample"
-    return f"features of {source.rstrip('/').rpartition('/')[2]} {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M:%S}"
+    what = "features of" if config.compute else "training sets from"
+    return f"{what} {source.rstrip('/').rpartition('/')[2]} {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M:%S}"
 
 
-@flow(name="feature-store", flow_run_name=_run_name, task_runner=ray_runner(), retries=1, retry_delay_seconds=5)
+@flow(
+    name="feature-store",
+    flow_run_name=_run_name,
+    task_runner=ray_runner(),
+    retries=1,
+    retry_delay_seconds=5,
+    **LINEAGE_HOOKS,
+)
 def feature_store(config: FeatureStoreConfig = DEFAULTS) -> list[PublishedVersion]:
-    """Compute features of customers and products, check them, and publish them as new versions.
+    """Compute features, check and publish them as new versions; build the training sets of the models that read them.
 
     Args:
-        config: What to read, compute, check and publish.
+        config: What to read, compute, check, join and publish.
 
     """
     with final_unless_transient():
         started = flow_run.scheduled_start_time or dt.datetime.now(dt.UTC)
         config = config.model_copy(update={"root": storage.normalise(config.root)})
         sourced = prepare_sources.submit(config).result()
-        plans = plan_sources.submit(sourced, started).result()
-        reserved = reserve_versions(plans, config.root, str(flow_run.id))
-        computed = [
-            compute_features.submit(plan, sourced, reservations, started)
-            for plan, reservations in zip(plans, reserved, strict=True)
-        ]
-        judged = [
-            validate_features.submit(plan, number, group, sourced, run_record())
-            for plan, groups in zip(plans, computed, strict=True)
-            for number, group in enumerate(groups.result())
-        ]
-        return publish_versions([version.result() for version in judged], config.root)
+        features = _features(sourced, started) if config.compute else []
+        training_sets = _training_sets(sourced, started) if config.models is not None else []
+        return [*features, *training_sets]
+
+
+def _features(config: FeatureStoreConfig, started: dt.datetime) -> list[PublishedVersion]:
+    plans = plan_sources.submit(config, started).result()
+    reserved = reserve_versions(plans, config.root, str(flow_run.id))
+    groups = [reservation for own in reserved for reservation in own]
+    if all(reservation.committed for reservation in groups):  # an earlier attempt of this run got further than here
+        return [committed_version(reservation) for reservation in groups]
+    computed = [
+        compute_features.submit(plan, config, reservations, started)
+        for plan, reservations in zip(plans, reserved, strict=True)
+    ]
+    judged = [
+        validate_features.submit(plan, number, group, config, run_record())
+        for plan, groups in zip(plans, computed, strict=True)
+        for number, group in enumerate(groups.result())
+    ]
+    return publish_versions([version.result() for version in judged], config.root)
+
+
+def _training_sets(config: FeatureStoreConfig, started: dt.datetime) -> list[PublishedVersion]:
+    plans = plan_training_sets.submit(config, started).result()
+    reserved = reserve_training_sets(plans, config.root, str(flow_run.id))
+    built = [build_set.submit(plan, reservation) for plan, reservation in zip(plans, reserved, strict=True)]
+    judged = [
+        validate_set.submit(plan, computed.result(), config, run_record())
+        for plan, computed in zip(plans, built, strict=True)
+    ]
+    return publish_training_sets([version.result() for version in judged], config.root)
 
 
 if __name__ == "__main__":
     from tasks.command_line import run_by_hand
+    from tasks.serving import commands
 
+    if sys.argv[1:] and not sys.argv[1].startswith("-"):
+        sys.exit(commands.run(sys.argv[1:]))
     sys.exit(run_by_hand("flows.feature_store:feature_store", FeatureStoreConfig))

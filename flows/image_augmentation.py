@@ -22,6 +22,7 @@ from tasks.image_augmentation import (
     validate_images,
 )
 from tasks.images.config import ImageAugmentationConfig
+from tasks.open_lineage import LINEAGE_HOOKS
 from tasks.publication import PublishedVersion, run_record
 from tasks.retries import final_unless_transient
 from tasks.runner import ray_runner
@@ -35,7 +36,14 @@ def _run_name() -> str:
     return f"augment {source.rstrip('/').rpartition('/')[2]} {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M:%S}"
 
 
-@flow(name="image-augmentation", flow_run_name=_run_name, task_runner=ray_runner(), retries=1, retry_delay_seconds=5)
+@flow(
+    name="image-augmentation",
+    flow_run_name=_run_name,
+    task_runner=ray_runner(),
+    retries=1,
+    retry_delay_seconds=5,
+    **LINEAGE_HOOKS,
+)
 def image_augmentation(config: ImageAugmentationConfig = DEFAULTS) -> list[PublishedVersion]:
     """Augment labelled images, check and split them, and publish them as a new version.
 

@@ -14,11 +14,12 @@ from prefect.runtime import flow_run
 
 from tasks.core import storage
 from tasks.delivery.config import DeliveryConfig
+from tasks.open_lineage import LINEAGE_HOOKS
 from tasks.publication import PublishedVersion, run_record
 from tasks.retries import final_unless_transient
 from tasks.runner import ray_runner
 from tasks.training_delivery import (
-    committed_version,
+    committed_copy,
     find_source,
     publish_version,
     reserve_version,
@@ -35,7 +36,14 @@ def _run_name() -> str:
     return f"deliver {config.dataset.rpartition('/')[2]} {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M:%S}"
 
 
-@flow(name="training-delivery", flow_run_name=_run_name, task_runner=ray_runner(), retries=1, retry_delay_seconds=5)
+@flow(
+    name="training-delivery",
+    flow_run_name=_run_name,
+    task_runner=ray_runner(),
+    retries=1,
+    retry_delay_seconds=5,
+    **LINEAGE_HOOKS,
+)
 def training_delivery(config: DeliveryConfig = DEFAULTS) -> list[PublishedVersion]:
     """Write a streaming-ready copy of a published version, publish it, and train on it.
 
@@ -48,7 +56,7 @@ def training_delivery(config: DeliveryConfig = DEFAULTS) -> list[PublishedVersio
         source = find_source.submit(config).result()
         reservation = reserve_version(config, str(flow_run.id))
         if reservation.committed:  # a retry: only the training is left to do
-            version = committed_version(reservation)
+            version = committed_copy(reservation)
         else:
             copy = write_copy.submit(source, config, reservation).result()
             judged = validate_copy.submit(source, copy, config, run_record()).result()

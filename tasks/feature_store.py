@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -15,19 +16,21 @@ from prefect.runtime import task_run
 
 from tasks.artifacts import progress
 from tasks.core import layout, versions
-from tasks.core.manifest import GateResult, Manifest, RunRecord
+from tasks.core.manifest import GateResult, Manifest, Partition, RunRecord
 from tasks.core.metadata import write_versions_csv
 from tasks.core.provenance import code_digest, package_versions
 from tasks.core.report import Report
 from tasks.core.reservation import Reservation, reserve
+from tasks.core.times import expand
 from tasks.features.config import FeatureStoreConfig
-from tasks.features.definitions import AS_OF, Definitions
+from tasks.features.definitions import AS_OF, Definitions, FeatureGroup
 from tasks.features.gate import judge_group
+from tasks.features.incremental import with_state
 from tasks.features.loading import load_definitions
+from tasks.features.parts import CREATED, VERSION
 from tasks.features.pipeline import ComputedGroup, bucket_count, compute_groups, pieces_to_read
 from tasks.features.plan import FeaturePlan, needs_sample, plan_features, with_uris
 from tasks.features.sample import SAMPLE_AS_OF, write_sample
-from tasks.features.stages import CREATED, VERSION
 from tasks.features.standard import STANDARD
 from tasks.publication import JudgedVersion, PublishedVersion, publish, write_report
 from tasks.retries import RETRY
@@ -48,27 +51,39 @@ _CURES = {
 @task(name="prepare-sources", cache_policy=NO_CACHE, **RETRY)
 def prepare_sources(config: FeatureStoreConfig) -> FeatureStoreConfig:
     """Make the sample if no source is given; the configuration with every URI spelled out."""
-    if not needs_sample(_definitions(config), config):
+    if not needs_sample(declared(config), config):
         return config
     uris = write_sample(config.root, config.sample_transactions, config.seed)
     get_run_logger().info("No transactions are given: using the sample in %s", uris["transactions"])
-    return config.model_copy(update={**uris, "as_of": config.as_of or SAMPLE_AS_OF})
+    return config.model_copy(update={**uris, "as_of": config.as_of or (SAMPLE_AS_OF.isoformat(),)})
 
 
 @task(name="plan-features", cache_policy=NO_CACHE, **RETRY)
 def plan_sources(config: FeatureStoreConfig, started: dt.datetime) -> list[FeaturePlan]:
     """Look at all sources and decide what is read, joined and computed."""
-    plans = plan_features(with_uris(_definitions(config), config), config, config.as_of or started)
+    plans = plan_features(with_uris(declared(config), config), config, expand(config.as_of) or (started,))
+    if config.incremental:
+        plans = [with_state(plan, config.root) for plan in plans]
     for plan in plans:
-        get_run_logger().info(
-            "%s: %d files, about %d rows; computing %s as of %s",
-            plan.events.name,
-            len(plan.events.table.files),
-            plan.events.table.estimated_rows(),
-            ", ".join(planned.group.name for planned in plan.groups),
-            plan.as_of.isoformat(),
-        )
+        _log_plan(plan)
     return plans
+
+
+def _log_plan(plan: FeaturePlan) -> None:
+    table = plan.read_table
+    times = [moment.isoformat() for moment in plan.as_of]
+    get_run_logger().info(
+        "%s: reading %d of %d files, about %d rows; computing %s as of %s",
+        plan.events.name,
+        len(table.files),
+        len(plan.events.table.files),
+        table.estimated_rows(),
+        ", ".join(planned.group.name for planned in plan.groups),
+        times[0] if len(times) == 1 else f"{len(times)} times, {times[0]} to {times[-1]}",
+    )
+    for planned, state in zip(plan.groups, plan.states, strict=False):
+        if state.parent is not None:
+            get_run_logger().info("%s: %d events are kept by v%d", planned.group.name, state.rows, state.parent)
 
 
 @task(name="reserve-versions", cache_policy=NO_CACHE, **RETRY)
@@ -134,8 +149,9 @@ def validate_features(
         unmatched=computed.unmatched,
         ready=computed.ready,
         newest_event=computed.newest_event,
-        as_of=plan.as_of,
+        as_of=plan.as_of[-1],
         previous=previous,
+        times=plan.as_of,
     )
     manifest = _manifest(plan, number, computed, config=config, run=run, gate=gate)
     manifest = _write_report(manifest, reservation, previous, computed.timings)
@@ -160,7 +176,8 @@ def publish_versions(judged: Sequence[JudgedVersion], root: str) -> list[Publish
     return published
 
 
-def _definitions(config: FeatureStoreConfig) -> Definitions:
+def declared(config: FeatureStoreConfig) -> Definitions:
+    """The standard definitions, with those of the configuration's file over them; sources as they are declared."""
     return STANDARD if config.definitions is None else load_definitions(config.definitions).over(STANDARD)
 
 
@@ -178,7 +195,11 @@ def _manifest(
     sources = [plan.events, *(lookup.dimension for lookup in plan.lookups)]
     sources += [planned.dimension] if planned.dimension is not None else []
     tables = {source.name: source.table for source in sources}
-    inputs = tuple(table.record(balances[name].rows_in if name in balances else None) for name, table in tables.items())
+    prints = {plan.events.name: plan.fingerprints}
+    inputs = tuple(
+        table.record(balances[name].rows_in if name in balances else None, prints.get(name, ()))
+        for name, table in tables.items()
+    )
     parts = [_CODE / "core", _CODE / "features"]
     return Manifest(
         dataset=reservation.dataset,
@@ -187,17 +208,32 @@ def _manifest(
         created_at=dt.datetime.now(dt.UTC),
         files=computed.files,
         rejected_files=computed.rejected_files,
+        side_files=computed.side_files,
         columns=computed.columns,
+        partition=Partition(key=planned.group.entity, buckets=bucket_count(plan)),
+        as_of=plan.as_of,
         balances=computed.balances,
         profile=computed.profile.columns(),
         gate=gate,
         inputs=inputs,
-        config={**config.model_dump(mode="json"), "as_of": plan.as_of.isoformat()},
-        definition=planned.group.describe(),
+        config={**config.model_dump(mode="json"), "as_of": _as_of(config, plan)},
+        definition=_definition(planned.group, computed),
         code_digest=code_digest(*parts, extra=planned.group.digest()),
         packages=package_versions(),
         run=run.model_copy(update={"attempt": reservation.attempt}),
     )
+
+
+def _as_of(config: FeatureStoreConfig, plan: FeaturePlan) -> list[str]:
+    """The times as they were asked for, or the start of the run."""
+    return list(config.as_of) or [moment.isoformat() for moment in plan.as_of]
+
+
+def _definition(group: FeatureGroup, computed: ComputedGroup) -> dict[str, Any]:
+    """The declaration, and what only this version has: its newest event, and the events that it keeps."""
+    newest = computed.newest_event.isoformat() if computed.newest_event is not None else None
+    state = {"state": dict(computed.state)} if computed.state is not None else {}
+    return {**group.describe(), "newest_event": newest, **state}
 
 
 def _write_report(

@@ -157,3 +157,8 @@ def published(root: str, manifest: Manifest) -> PublishedVersion:
         rows=manifest.rows,
         balances=manifest.balances,
     )
+
+
+def committed_version(reservation: Reservation) -> PublishedVersion:
+    """The version that this run has published in an earlier attempt."""
+    return published(reservation.root, versions.resolve(reservation.root, reservation.dataset, reservation.version))

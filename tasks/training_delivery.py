@@ -31,7 +31,7 @@ from tasks.delivery.source import Source
 from tasks.delivery.source import find_source as find
 from tasks.delivery.stages import StreamingReady
 from tasks.delivery.training import read_records, train_version
-from tasks.publication import JudgedVersion, PublishedVersion, publish, published, write_report
+from tasks.publication import JudgedVersion, PublishedVersion, committed_version, publish, write_report
 from tasks.retries import RETRY
 
 LOOK_SECONDS = 2.0
@@ -117,10 +117,10 @@ def publish_version(judged: JudgedVersion, root: str) -> PublishedVersion:
     return dataclasses.replace(version, rows=_samples(judged.manifest))
 
 
-def committed_version(reservation: Reservation) -> PublishedVersion:
-    """The version that this run has published in an earlier attempt."""
+def committed_copy(reservation: Reservation) -> PublishedVersion:
+    """The copy that this run has published in an earlier attempt."""
     manifest = versions.resolve(reservation.root, reservation.dataset, reservation.version)
-    return dataclasses.replace(published(reservation.root, manifest), rows=_samples(manifest))
+    return dataclasses.replace(committed_version(reservation), rows=_samples(manifest))
 
 
 def _samples(manifest: Manifest) -> int:

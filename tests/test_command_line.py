@@ -168,7 +168,7 @@ WRONG = [
     (["--rows-per-bucket", "10"], "--rows-per-bucket = '10': input should be greater than or equal to 1000"),
     (["--join", "outer"], "--join = 'outer': input should be 'inner' or 'left'"),
     (["--epoch-unit", "h"], "--epoch-unit = 'h': input should be 's', 'ms', 'us' or 'ns'"),
-    (["--as-of", "yesterday"], "--as-of = 'yesterday': give a time in ISO 8601, such as 2025-01-31"),
+    (["--as-of", "yesterday"], "'yesterday' is no time; write ISO 8601 such as 2024-12-31"),
     (["--timezone", "Mars/Olympus"], "'Mars/Olympus' is no IANA time zone; give one such as UTC or Europe/Berlin"),
     (["--transaction-columns", "{bad"], "--transaction-columns = '{bad': give a JSON mapping such as"),
     (["--product-columns", "7"], "--product-columns = '7': give a JSON mapping such as"),

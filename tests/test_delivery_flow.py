@@ -23,7 +23,7 @@ from tasks.delivery.stream import TrainingStream
 from tasks.delivery.training import read_state
 from tasks.features.config import FeatureStoreConfig
 from tasks.images.config import Augmentation, ImageAugmentationConfig
-from tasks.training_delivery import committed_version
+from tasks.training_delivery import committed_copy
 from tests.conftest import new_bucket
 from tests.runs import Run, assert_whole
 from tests.test_runner import messages
@@ -154,8 +154,8 @@ def test_a_run_that_is_tried_again_takes_its_version_as_it_is(tables: DeliveryRu
     again = versions.reserve(tables.root, FEATURES, str(tables.id))
     assert again.committed
     [version] = tables.published
-    assert committed_version(again).uri == version.uri
-    assert committed_version(again).rows == version.rows
+    assert committed_copy(again).uri == version.uri
+    assert committed_copy(again).rows == version.rows
 
 
 @local

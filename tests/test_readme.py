@@ -36,6 +36,7 @@ def commands() -> list[str]:
     return scripts
 
 
+@pytest.mark.slow
 def test_commands_and_examples_work(tmp_path: Path) -> None:
     (tmp_path / "deployments").symlink_to(ROOT / "deployments")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "RAY_"))}
@@ -67,6 +68,9 @@ def test_commands_and_examples_work(tmp_path: Path) -> None:
     for published in ("customer-features", "images"):
         copy = tmp_path / "data" / "training-datasets" / "streaming-ready" / published
         assert (copy / "v1" / "_manifest.json").exists(), published
+    for published in ("churn", "revenue"):
+        assert (store / "training-ready" / published / "v1" / "_manifest.json").exists(), published
+    assert (store / "product-features" / "v2" / "_withdrawn.json").exists()
     assert "508 in, 503 out, 5 rejected" in whole
     assert "20,000 in, 19,856 out, 94 rejected" in whole
     assert "store-features v1: 457 rows" in whole
@@ -97,6 +101,7 @@ def test_options_that_are_named_exist() -> None:
     fields = {name: field for flow in flows for name, field in flow.model_fields.items()}
     known = {f"--{name.replace('_', '-')}" for name in fields}
     known |= {"--config", "--help", "--debug"}
+    known |= {"--redis", "--force", "--yes", "--no-compute", "--label-thresholds"}  # the commands', and flags
     known |= {"--repartition", "--map-groups", "--large", "--memory"}  # the benchmarks'
     prose = BLOCK.sub("", README).replace("ruff format --check", "")
     assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= known

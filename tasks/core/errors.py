@@ -7,6 +7,7 @@ PipelineError
 │   └── DefinitionError                   a feature-group or mapping file that can't be used
 ├── GateFailed                            the quality gate refused the data; nothing was published
 ├── BalanceError                          rows vanished or appeared: in ≠ out + rejected + filtered + deduplicated
+├── LeakFound                             the output changed when a row from the future was added
 ├── VersionNotFound (also LookupError)    no such published version
 ├── VersionConflict                       another publisher holds or has committed this version
 └── CorruptVersion                        a published file is missing or differs from its manifest
@@ -41,6 +42,10 @@ class GateFailed(PipelineError):
 
 class BalanceError(PipelineError):
     """Rows vanished or appeared between input and output."""
+
+
+class LeakFound(PipelineError):
+    """The output changed when a row from the future was added: features tell what they couldn't know."""
 
 
 class VersionNotFound(PipelineError, LookupError):

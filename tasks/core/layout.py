@@ -3,6 +3,7 @@
     {root}/{dataset}/v{N}/part-00000-a1.parquet     data (a1: first attempt)
     {root}/{dataset}/v{N}/_reservation.json         who holds N
     {root}/{dataset}/v{N}/_manifest.json            the commit
+    {root}/{dataset}/v{N}/_withdrawn.json           readers pass it over; the data stays
     {root}/{dataset}/v{N}/_rejected/….parquet       rejected rows with a reason
     {root}/{dataset}/v{N}/_originals/….parquet      what is known of each input, such as an image
     {root}/{dataset}/v{N}/_work/….parquet           notes of finished work, for a later attempt; gone after the commit
@@ -24,6 +25,7 @@ STREAMING_READY = f"{TRAINING_DATASETS}/streaming-ready"
 METADATA = f"{FEATURE_STORE}/metadata/feature_versions.csv"
 
 MANIFEST = "_manifest.json"
+WITHDRAWN = "_withdrawn.json"
 REPORT_HTML = "_report.html"
 REPORT_JSON = "_report.json"
 REJECTED = "_rejected"
@@ -41,6 +43,11 @@ def join(base: str, *parts: str) -> str:
 def feature_dataset(group: str) -> str:
     """Dataset name of a feature group: 'customer-features' → 'feature-store/customer-features'."""
     return join(FEATURE_STORE, group)
+
+
+def training_ready_dataset(model: str) -> str:
+    """Dataset name of a model's training set: 'churn' → 'feature-store/training-ready/churn'."""
+    return join(TRAINING_READY, model)
 
 
 def kind(dataset: str) -> str:

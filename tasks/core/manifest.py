@@ -121,6 +121,13 @@ class CheckResult(Record):
     message: str = Field(description="One sentence for a person.")
 
 
+class Partition(Record):
+    """How the rows of a version are spread over its files."""
+
+    key: str = Field(description="Column whose stable hash, modulo `buckets`, is the number of a row's bucket.")
+    buckets: int = Field(ge=1, description="Number of buckets, a power of two; bucket b is the file part-<b>.")
+
+
 class GateResult(Record):
     """The verdict of the quality gate: the worst of its checks."""
 
@@ -176,6 +183,10 @@ class Manifest(Record):
         default=(), description="Files that tell more about the version, such as its inputs one by one."
     )
     columns: tuple[ColumnSpec, ...] = Field(description="Schema of the data files.")
+    partition: Partition | None = Field(default=None, description="How the rows are spread over the files, if by key.")
+    as_of: tuple[dt.datetime, ...] = Field(
+        default=(), description="Times (UTC, ascending) that a feature version holds the features of."
+    )
     balances: tuple[RowBalance, ...] = Field(description="Row balances of the sources and of the entities.")
     profile: dict[str, ColumnProfile] = Field(description="Profile of each column.")
     gate: GateResult = Field(description="The quality gate's verdict.")

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from tasks.core.lineage_picture import place
 from tasks.core.manifest import CheckResult, ColumnProfile, InputRecord, RowBalance
-from tasks.core.numerals import duration, number, plural, share, shortened
+from tasks.core.numerals import plural, share, shortened
 from tasks.core.plots import Distribution, distributions, short_name
+from tasks.core.templates import template
 
 if TYPE_CHECKING:
     from tasks.core.report import Report
@@ -58,7 +58,7 @@ def render(report: Report) -> str:
     drift = {check.column: check for check in report.gate.checks if check.name == "drift"}
     drawn = distributions(report.drawable, report.previous_profile, report.gate.checks)
     counted = {verdict: sum(c.verdict == verdict for c in report.checks) for verdict in ("fail", "warn", "pass")}
-    html: str = _template().render(
+    html: str = template("report.html.j2").render(
         report=report,
         counted=counted,
         rejected=sum(sum(balance.rejected.values()) for balance in report.balances),
@@ -67,6 +67,7 @@ def render(report: Report) -> str:
         undrawn=[name for name in report.profile if name not in {one.column for one in drawn}],
         compared=any(one.before for one in drawn),
         statistics=[(name, column, _quantiles(column)) for name, column in report.profile.items()],
+        picture=place(report.lineage) if report.lineage is not None else None,
         lineage=_lineage(report.inputs),
         files_shown=_FILES_SHOWN,
         rows_shown=_ROWS_SHOWN,
@@ -75,17 +76,6 @@ def render(report: Report) -> str:
         settings=[(name, _json(value)) for name, value in _settings(report) if value],
     )
     return html
-
-
-@cache
-def _template() -> Any:
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(number=number, share=share, duration=duration, plural=plural, shortened=shortened)
-    return environment.from_string(files("tasks.core").joinpath("report.html.j2").read_text(encoding="utf-8"))
 
 
 def _panel(one: Distribution, check: CheckResult | None) -> Panel:

@@ -58,21 +58,21 @@ def check_schema(actual: Mapping[str, str], expected: Mapping[str, str]) -> list
 def check_rows(count: int, minimum: int) -> CheckResult:
     """Whether there are enough rows."""
     message = f"{plural(count, 'row')}, where at least {minimum:,} are asked for."
-    return _at_least("rows", None, count, minimum, message)
+    return at_least("rows", None, count, minimum, message)
 
 
 def check_nulls(column: str, profile: ColumnProfile, warn_above: float, fail_above: float) -> CheckResult:
     """Share of nulls in a column, against two bounds in [0, 1]; 0 when there is no row."""
     share = profile.nulls / profile.count if profile.count else 0.0
     message = f"{profile.nulls:,} of {plural(profile.count, 'row')} ({share:.2%}) have no {column}."
-    return _at_most("nulls", column, share, (warn_above, fail_above), message)
+    return at_most("nulls", column, share, (warn_above, fail_above), message)
 
 
 def check_finite(column: str, profile: ColumnProfile) -> CheckResult:
     """Whether a column is free of NaN and infinities."""
     odd = profile.nans + profile.infinities
     message = f"{column} holds {profile.nans:,} NaN and {plural(profile.infinities, 'infinity', 'infinities')}."
-    return _at_most("finite", column, odd, (0, 0), message)
+    return at_most("finite", column, odd, (0, 0), message)
 
 
 def check_range(
@@ -111,14 +111,14 @@ def check_range(
 def check_unique(key: str, duplicates: int) -> CheckResult:
     """Whether a key is unique; `duplicates` counts the rows beyond the first of each key."""
     message = f"{plural(duplicates, 'row')} repeat the {key} of another." if duplicates else f"Every {key} is unique."
-    return _at_most("unique", key, duplicates, (0, 0), message)
+    return at_most("unique", key, duplicates, (0, 0), message)
 
 
 def check_reference(column: str, missing: int, total: int, warn_above: float, fail_above: float) -> CheckResult:
     """Share of rows whose reference leads nowhere, against two bounds in [0, 1]; 0 when there is no row."""
     share = missing / total if total else 0.0
     message = f"{missing:,} of {plural(total, 'row')} ({share:.2%}) refer to a {column} that doesn't exist."
-    return _at_most("reference", column, share, (warn_above, fail_above), message)
+    return at_most("reference", column, share, (warn_above, fail_above), message)
 
 
 def check_balance(balance: RowBalance) -> CheckResult:
@@ -142,21 +142,21 @@ def check_rejected_share(balance: RowBalance, warn_above: float, fail_above: flo
     rejected = sum(balance.rejected.values())
     share = rejected / balance.rows_in if balance.rows_in else 0.0
     message = f"{balance.name}: {rejected:,} of {plural(balance.rows_in, 'row')} ({share:.2%}) were rejected."
-    return _at_most("rejected", balance.name, share, (warn_above, fail_above), message)
+    return at_most("rejected", balance.name, share, (warn_above, fail_above), message)
 
 
 def check_outlier_share(column: str, outliers: int, total: int, warn_above: float, fail_above: float) -> CheckResult:
     """Share of values that were judged outliers, against two bounds in [0, 1]; 0 when there is no value."""
     share = outliers / total if total else 0.0
     message = f"{outliers:,} of {plural(total, 'value')} ({share:.2%}) of {column} are outliers."
-    return _at_most("outliers", column, share, (warn_above, fail_above), message)
+    return at_most("outliers", column, share, (warn_above, fail_above), message)
 
 
 def check_ready_share(ready: int, total: int, warn_below: float, fail_below: float) -> CheckResult:
     """Whether a large enough share of rows is ready for training, by two bounds in [0, 1]; fails without any row."""
     share = ready / total if total else math.nan
     message = f"{ready:,} of {plural(total, 'row')} ({share:.2%}) are ready for training."
-    failed = _at_least("ready", None, share, fail_below, message)
+    failed = at_least("ready", None, share, fail_below, message)
     if failed.verdict == "fail" or share >= warn_below:
         return failed
     return failed.model_copy(update={"verdict": "warn", "bound": f"≥ {number(warn_below)}"})
@@ -166,13 +166,13 @@ def check_invalid_share(invalid: int, total: int, warn_above: float, fail_above:
     """Share of written rows that failed their own validation, against two bounds in [0, 1]; 0 when there is no row."""
     share = invalid / total if total else 0.0
     message = f"{invalid:,} of {plural(total, 'row')} ({share:.2%}) failed validation."
-    return _at_most("invalid", None, share, (warn_above, fail_above), message)
+    return at_most("invalid", None, share, (warn_above, fail_above), message)
 
 
 def check_leak(groups: int) -> CheckResult:
     """Whether what belongs together is in one split; `groups` counts the groups that are in several."""
     message = f"{plural(groups, 'group')} of rows that belong together are in several splits."
-    return _at_most("leak", None, groups, (0, 0), message if groups else "No group of rows is in several splits.")
+    return at_most("leak", None, groups, (0, 0), message if groups else "No group of rows is in several splits.")
 
 
 def check_split_sizes(sizes: Mapping[str, int], shares: Mapping[str, float], essential: str) -> list[CheckResult]:
@@ -245,10 +245,10 @@ def check_class_balance(column: str, counts: Sequence[tuple[str, int]], minimum_
     total = sum(count for _, count in counts)
     if len(counts) < 2 or not total:
         message = f"{column} has {plural(len(counts), 'class', 'classes')}: nothing can be learned from fewer than two."
-        return _at_least("class balance", column, math.nan, minimum_share, message)
+        return at_least("class balance", column, math.nan, minimum_share, message)
     rarest, rows = min(counts, key=lambda pair: (pair[1], pair[0]))
     message = f"The rarest {column}, {rarest!r}, has {rows:,} of {plural(total, 'row')} ({rows / total:.2%})."
-    return _at_least("class balance", column, rows / total, minimum_share, message)
+    return at_least("class balance", column, rows / total, minimum_share, message)
 
 
 def check_drift(
@@ -259,8 +259,9 @@ def check_drift(
     warn_above: float = 0.1,
     fail_above: float = 0.25,
     minimum_rows: int = 200,
+    against: str = "the last version",
 ) -> CheckResult:
-    """Population stability index of a column against an earlier version (see `tasks.core.drift`).
+    """Population stability index of a column against an earlier version, or other rows (see `tasks.core.drift`).
 
     A bound below what chance explains once in a thousand times is raised to that, so that small samples don't cry
     wolf: with 20 bins and 2,500 rows on either side that is 0.035. Columns of dates or other kinds, columns with too
@@ -276,7 +277,7 @@ def check_drift(
         return CheckResult(name="drift", column=column, verdict=verdict, bound=bound, message=message)
 
     if partial.kind != before.kind:
-        return unjudged("fail", f"{column} is {partial.kind}, where the last version had {before.kind}.")
+        return unjudged("fail", f"{column} is {partial.kind}, where {against} had {before.kind}.")
     if min(partial.count, before.count) < minimum_rows:
         sizes = f"{partial.count:,} rows now and {before.count:,} before"
         return unjudged("pass", f"Drift of {column} isn't judged: {sizes}, where {minimum_rows:,} are needed.")
@@ -294,9 +295,9 @@ def check_drift(
     new, old = binned(partial, before)
     index = population_stability_index(new, old)
     chance = chance_index(partial.count, before.count, len(new))
-    message = f"PSI of {column} against the last version is {index:.3f} over {plural(len(new), 'bin')}"
+    message = f"PSI of {column} against {against} is {index:.3f} over {plural(len(new), 'bin')}"
     message += f"; chance explains up to {chance:.3f}." if chance > warn_above else "."
-    return _at_most("drift", column, index, (max(warn_above, chance), max(fail_above, chance)), message)
+    return at_most("drift", column, index, (max(warn_above, chance), max(fail_above, chance)), message)
 
 
 def check_freshness(
@@ -311,20 +312,21 @@ def check_freshness(
         fail_after_days: age in days above which it fails.
     """
     if newest is None:
-        return _at_most("freshness", None, math.nan, (warn_after_days, fail_after_days), "There is no newest record.")
+        return at_most("freshness", None, math.nan, (warn_after_days, fail_after_days), "There is no newest record.")
     moment = _utc(dt.datetime.fromisoformat(newest if isinstance(newest, str) else newest.isoformat()))
     age = (_utc(as_of) - moment).total_seconds() / 86_400
     message = (
         f"The newest record is of {moment:%Y-%m-%d %H:%M} UTC, {age:,.1f} days before {_utc(as_of):%Y-%m-%d %H:%M}."
     )
-    result = _at_most("freshness", None, age, (warn_after_days, fail_after_days), message)
+    result = at_most("freshness", None, age, (warn_after_days, fail_after_days), message)
     if age < 0:
         message = f"The newest record is of {moment:%Y-%m-%d %H:%M} UTC, after {_utc(as_of):%Y-%m-%d %H:%M}."
         return result.model_copy(update={"verdict": "warn", "message": message})
     return result
 
 
-def _at_most(name: str, column: str | None, figure: float, bounds: tuple[float, float], message: str) -> CheckResult:
+def at_most(name: str, column: str | None, figure: float, bounds: tuple[float, float], message: str) -> CheckResult:
+    """A figure against two bounds, above which it warns and fails; NaN fails."""
     warn_above, fail_above = bounds
     verdict: Verdict = "pass"
     if not figure <= fail_above:  # so spelled that NaN fails
@@ -336,7 +338,8 @@ def _at_most(name: str, column: str | None, figure: float, bounds: tuple[float, 
     return CheckResult(name=name, column=column, verdict=verdict, figure=figure, bound=bound, message=message)
 
 
-def _at_least(name: str, column: str | None, figure: float, minimum: float, message: str) -> CheckResult:
+def at_least(name: str, column: str | None, figure: float, minimum: float, message: str) -> CheckResult:
+    """A figure against a bound, below which it fails; NaN fails."""
     verdict: Verdict = "pass" if figure >= minimum else "fail"
     return CheckResult(
         name=name, column=column, verdict=verdict, figure=figure, bound=f"≥ {number(minimum)}", message=message

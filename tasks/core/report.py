@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from tasks.core.lineage import Lineage
 from tasks.core.manifest import (
     CheckResult,
     ColumnProfile,
@@ -103,6 +104,7 @@ class Report(Record):
     previous_version: int | None = Field(default=None, description="Version that the data is compared with.")
     previous_profile: dict[str, ColumnProfile] = Field(default_factory=dict, description="Profile of that version.")
     inputs: tuple[InputRecord, ...] = Field(default=(), description="What the version was made from.")
+    lineage: Lineage | None = Field(default=None, description="All that it was made from, back to the sources.")
     run: RunRecord = Field(description="The run that made it.")
     config: dict[str, Any] = Field(default_factory=dict, description="The full configuration of the run.")
     timings: dict[str, float] = Field(default_factory=dict, description="Seconds that each stage took.")
@@ -243,7 +245,11 @@ class Report(Record):
             lines.append(f"- **{_text(one.name)}**{version}: {_text(one.uri)}{rows}{files}")
         run = _text(self.run.flow_run_name or self.run.flow_run_id)
         spent = f", {duration(sum(self.timings.values()))}" if self.timings else ""
-        return ["## Made from", "\n".join(lines), f"By run {run}, attempt {self.run.attempt}{spent}."]
+        parts = ["## Made from", "\n".join(lines), f"By run {run}, attempt {self.run.attempt}{spent}."]
+        if self.lineage is not None:
+            tree = "\n".join(shortened(line, 400) for line in self.lineage.to_text().splitlines())
+            parts += ["## Lineage", "```text\n" + tree.replace("`", "'") + "\n```"]
+        return parts
 
     def _markdown_pictures(self) -> list[tuple[list[str], str]]:
         """What shows each picture, and what is said instead where there is no room for it; the first go first."""

@@ -1,4 +1,4 @@
-"""The commit protocol and the readers: a version exists from the moment its manifest does, whole or not at all.
+"""The commit protocol: a version exists from the moment its manifest does, whole or not at all.
 
     reserve → write files → validate → commit → read
                                          │
@@ -11,18 +11,24 @@ deleted only after the decision, when it can't publish any more; files of dead a
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tasks.core import layout, storage
-from tasks.core.errors import ConfigError, CorruptVersion, GateFailed, VersionConflict, VersionNotFound
+from tasks.core.errors import CorruptVersion, GateFailed, VersionConflict
 from tasks.core.manifest import FileEntry, Manifest
+from tasks.core.reading import (
+    committed_manifests,
+    data_files,
+    latest,
+    list_datasets,
+    live_manifests,
+    published_versions,
+    read_manifest,
+    read_table,
+    resolve,
+    verify,
+)
 from tasks.core.reservation import (
     Attempt,
     Owner,
@@ -30,7 +36,6 @@ from tasks.core.reservation import (
     attempts,
     current_owner,
     ensure_newest,
-    find_manifest,
     parse_manifest,
     reserve,
     version_numbers,
@@ -49,6 +54,7 @@ __all__ = [
     "ensure_newest",
     "latest",
     "list_datasets",
+    "live_manifests",
     "published_versions",
     "read_manifest",
     "read_table",
@@ -59,7 +65,6 @@ __all__ = [
 ]
 
 _ATTEMPT = re.compile(r"-a([0-9]+)\.")
-_CURE = "publish a new version from the same sources, or restore the file from a copy"
 
 
 def commit(reservation: Reservation, manifest: Manifest) -> Manifest:
@@ -188,207 +193,3 @@ def _check_present(reservation: Reservation, files: Sequence[FileEntry]) -> None
             raise CorruptVersion(
                 f"{uri}: {file.bytes} bytes expected, found {found}; nothing was published: run again to write it anew"
             )
-
-
-def read_manifest(root: str, dataset: str, version: int) -> Manifest:
-    """Manifest of a committed version, published or rejected.
-
-    Raises:
-        VersionNotFound: the version isn't committed; the message names those that are published.
-        CorruptVersion: the manifest is cut short, altered, another version's, or of a format unknown here.
-    """
-    root = storage.normalise(root)
-    manifest = find_manifest(root, dataset, version)
-    if manifest is None:
-        raise _not_found(root, dataset, f"{dataset} has no version v{version} under {root}")
-    return manifest
-
-
-def committed_manifests(root: str, dataset: str) -> list[Manifest]:
-    """Manifests of all committed versions, published and rejected, by ascending version.
-
-    Raises:
-        CorruptVersion: as `read_manifest`.
-    """
-    root = storage.normalise(root)
-    uris = {
-        layout.join(layout.version_uri(root, dataset, version), layout.MANIFEST): version
-        for version in version_numbers(root, dataset)
-    }
-    contents = storage.read_many(uris)
-    return [parse_manifest(uri, contents[uri], dataset, version) for uri, version in uris.items() if uri in contents]
-
-
-def published_versions(root: str, dataset: str) -> list[int]:
-    """Numbers of the published versions, ascending."""
-    return [manifest.version for manifest in committed_manifests(root, dataset) if manifest.status == "published"]
-
-
-def latest(root: str, dataset: str) -> Manifest | None:
-    """Manifest of the highest published version, or None when there is none."""
-    root = storage.normalise(root)
-    for version in reversed(version_numbers(root, dataset)):
-        manifest = find_manifest(root, dataset, version)
-        if manifest is not None and manifest.status == "published":
-            return manifest
-    return None
-
-
-def resolve(root: str, dataset: str, version: int | Literal["latest"] = "latest") -> Manifest:
-    """Manifest of a published version.
-
-    Raises:
-        VersionNotFound: there is no such version, or the gate rejected it; the message names those that there are.
-        CorruptVersion: as `read_manifest`.
-    """
-    root = storage.normalise(root)
-    if version == "latest":
-        newest = latest(root, dataset)
-        if newest is None:
-            raise _not_found(root, dataset, f"{dataset} has no published version under {root}")
-        return newest
-    manifest = read_manifest(root, dataset, version)
-    if manifest.status != "published":
-        report = layout.join(layout.version_uri(root, dataset, version), layout.REPORT_HTML)
-        cause = f"{dataset} v{version} was rejected by the quality gate (see {report})"
-        raise _not_found(root, dataset, cause)
-    return manifest
-
-
-def _not_found(root: str, dataset: str, cause: str) -> VersionNotFound:
-    published = published_versions(root, dataset)
-    if published:
-        names = ", ".join(f"v{version}" for version in published)
-        return VersionNotFound(f"{cause}; published: {names}; name one of them or 'latest'")
-    known = list_datasets(root)
-    close = difflib.get_close_matches(dataset, known, n=3, cutoff=0.5)
-    if dataset in known:
-        cure = "run the flow that publishes it"
-    elif close:
-        cure = "did you mean " + " or ".join(repr(name) for name in close) + "?"
-    elif known:
-        cure = "datasets there: " + ", ".join(repr(name) for name in known)
-    else:
-        cure = "there are no datasets; run the flow that publishes it, or correct the root"
-    return VersionNotFound(f"{cause}; {cure}")
-
-
-def list_datasets(root: str) -> list[str]:
-    """Names of all datasets under a root that have a version, published or not, sorted."""
-    root = storage.normalise(root)
-    found: list[str] = []
-    pending = [""]
-    while pending:
-        dataset = pending.pop()
-        names = storage.list_directories(layout.join(root, dataset) if dataset else root)
-        if dataset and any(layout.parse_version(name) is not None for name in names):
-            found.append(dataset)
-        pending.extend(
-            layout.join(dataset, name) if dataset else name
-            for name in names
-            if layout.parse_version(name) is None and not name.startswith(("_", "."))
-        )
-    return sorted(found)
-
-
-def data_files(root: str, manifest: Manifest) -> list[str]:
-    """URIs of exactly the files that make up a published version, in the manifest's order.
-
-    Raises:
-        VersionNotFound: the gate rejected the version, so that it has no data.
-    """
-    root = storage.normalise(root)
-    if manifest.status != "published":
-        raise _not_found(root, manifest.dataset, f"{manifest.dataset} v{manifest.version} was rejected")
-    base = layout.version_uri(root, manifest.dataset, manifest.version)
-    return [layout.join(base, file.path) for file in manifest.files]
-
-
-def read_table(
-    root: str,
-    dataset: str,
-    version: int | Literal["latest"] = "latest",
-    columns: Sequence[str] | None = None,
-    verify: bool = False,
-) -> pa.Table:
-    """Read a published version into memory: the files that its manifest lists, in that order, and no others.
-
-    Args:
-        root: Root of the store.
-        dataset: Dataset name.
-        version: Version number, or 'latest'.
-        columns: Columns to read, in this order; None reads all.
-        verify: Whether to compare every file's digest first. Without it, sizes and row counts are compared.
-
-    Raises:
-        VersionNotFound: as `resolve`.
-        ConfigError: a column isn't in the version.
-        CorruptVersion: a file is missing or differs from the manifest.
-    """
-    manifest = resolve(root, dataset, version)
-    known = [column.name for column in manifest.columns]
-    for column in columns or ():
-        if column not in known:
-            close = difflib.get_close_matches(column, known, n=1) or known
-            raise ConfigError(
-                f"{dataset} v{manifest.version} has no column {column!r}: use " + " or ".join(map(repr, close))
-            )
-    if verify:
-        _verify_files(root, manifest, manifest.files)
-    uris = data_files(root, manifest)
-    tables = [_read_file(uri, file, columns) for uri, file in zip(uris, manifest.files, strict=True)]
-    return pa.concat_tables(tables)
-
-
-def _read_file(uri: str, expected: FileEntry, columns: Sequence[str] | None) -> pa.Table:
-    try:
-        with storage.open_input(uri) as source:
-            _compare(uri, "bytes", expected.bytes, source.size())
-            table = pq.ParquetFile(source).read(columns=None if columns is None else list(columns))
-    except FileNotFoundError as error:
-        raise CorruptVersion(f"{uri} is missing, but its manifest lists it: {_CURE}") from error
-    except pa.ArrowInvalid as error:
-        raise CorruptVersion(f"{uri} can't be read as Parquet ({error}): {_CURE}") from error
-    _compare(uri, "rows", expected.rows, table.num_rows)
-    return table if columns is None else table.select(list(columns))
-
-
-def verify(root: str, manifest: Manifest) -> None:
-    """Compare every file that a manifest lists with it, byte by byte: data, rejected rows and report.
-
-    Raises:
-        CorruptVersion: a file is missing or differs; the message names it, and what was expected and found.
-    """
-    published = manifest.status == "published"
-    data = manifest.files if published else ()
-    _verify_files(root, manifest, (*data, *manifest.rejected_files, *manifest.side_files))
-    if manifest.report is not None:
-        base = layout.version_uri(storage.normalise(root), manifest.dataset, manifest.version)
-        _verify_digest(layout.join(base, layout.REPORT_JSON), f"sha256:{manifest.report.json_sha256}")
-        _verify_digest(layout.join(base, layout.REPORT_HTML), f"sha256:{manifest.report.html_sha256}")
-
-
-def _verify_files(root: str, manifest: Manifest, files: Sequence[FileEntry]) -> None:
-    base = layout.version_uri(storage.normalise(root), manifest.dataset, manifest.version)
-    sizes = {info.uri: info.bytes for info in storage.list_files(base, include_hidden=True)}
-
-    def verify_file(file: FileEntry) -> None:
-        uri = layout.join(base, file.path)
-        if uri in sizes:
-            _compare(uri, "bytes", file.bytes, sizes[uri])
-        _verify_digest(uri, file.digest)
-
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        list(pool.map(verify_file, files))
-
-
-def _verify_digest(uri: str, expected: str) -> None:
-    try:
-        _compare(uri, "digests", expected, storage.digest_of(uri, expected))
-    except FileNotFoundError as error:
-        raise CorruptVersion(f"{uri} is missing, but its manifest lists it: {_CURE}") from error
-
-
-def _compare(uri: str, what: str, expected: object, found: object) -> None:
-    if found != expected:
-        raise CorruptVersion(f"{uri}: {what} differ from its manifest: expected {expected}, found {found}: {_CURE}")

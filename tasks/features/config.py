@@ -12,6 +12,7 @@ from zoneinfo import available_timezones
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from tasks.core.settings import Names, Share, in_order
+from tasks.core.times import Times
 from tasks.features.definitions import JoinHow
 from tasks.features.rows import EpochUnit
 
@@ -93,6 +94,47 @@ class Thresholds(BaseModel):
         return self
 
 
+class LabelThresholds(BaseModel):
+    """Bounds of the checks of a model's training set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=in_order)
+
+    leak_warn: Share = Field(
+        default=0.95,
+        description="The gate warns if a feature alone predicts the target better than this: area under the ROC curve "
+        "for two classes, share of the variance that its bins explain for a number.",
+    )
+    leak_fail: Share = Field(default=0.99, description="The gate fails if a feature alone predicts better than this.")
+    class_warn: Share = Field(default=0.02, description="The gate warns if a class has less than this share of rows.")
+    unmatched_warn: Share = Field(
+        default=0.2, description="The gate warns above this share of rows for which a group has no features in time."
+    )
+    unmatched_fail: Share = Field(
+        default=0.95, description="The gate fails above this share of rows for which a group has no features in time."
+    )
+    null_warn: Share = Field(default=0.3, description="The gate warns above this share of nulls in a feature.")
+    null_fail: Share = Field(default=1.0, description="The gate fails above this share of nulls in a feature.")
+    rejected_warn: Share = Field(default=0.01, description="The gate warns above this share of rejected spine rows.")
+    rejected_fail: Share = Field(default=0.2, description="The gate fails above this share of rejected spine rows.")
+    later_share: Share = Field(
+        default=0.2, description="Share of the rows, the latest by event time, that drift is judged on."
+    )
+    later_drift_warn: float = Field(
+        default=0.25, ge=0, description="The gate warns above this drift (PSI) of the latest rows against the others."
+    )
+    drift_warn: float = Field(
+        default=0.25, ge=0, description="The gate warns above this drift (PSI) against the last published version."
+    )
+
+    @model_validator(mode="after")
+    def _warn_before_fail(self) -> LabelThresholds:
+        for name in ("leak", "unmatched", "null", "rejected"):
+            warn, fail = getattr(self, f"{name}_warn"), getattr(self, f"{name}_fail")
+            if warn > fail:
+                raise ValueError(f"{name}_warn = {warn} is above {name}_fail = {fail}; a warning must come first")
+        return self
+
+
 class FeatureStoreConfig(BaseModel):
     """Compute customer and product features (and your own) from transactions, check them and publish a version."""
 
@@ -133,10 +175,26 @@ class FeatureStoreConfig(BaseModel):
     groups: Names = Field(
         default=(), description="Feature groups to compute, separated by commas (all that are declared, by default)."
     )
-    as_of: Time | None = Field(
+    as_of: Times = Field(
+        default=(),
+        description="Features cover all events up to this time, ISO 8601, UTC if it has no offset (the start of the "
+        "run by default; the sample has its own); several, separated by commas, or a range START/END/STEP such as "
+        "2024-01-31/2024-12-31/1mo, for a history.",
+    )
+    incremental: bool = Field(
+        default=False,
+        description="Keep the judged events beside the versions, so that the next run reads only new, changed or "
+        "late files.",
+    )
+    models: str | None = Field(
         default=None,
-        description="Features cover all events up to this time, ISO 8601, UTC if it has no offset "
-        "(the start of the run by default; the sample has its own).",
+        description="Python or YAML file that declares models, whose training sets are built and published.",
+    )
+    only_models: Names = Field(
+        default=(), description="Models to build, separated by commas (all of the file, by default)."
+    )
+    compute: bool = Field(
+        default=True, description="Compute and publish features; without, models are built from what is published."
     )
     timezone: Annotated[str, AfterValidator(_known_timezone)] = Field(
         default="UTC", description="IANA time zone of source times that have no offset."
@@ -157,6 +215,9 @@ class FeatureStoreConfig(BaseModel):
         default="inner",
         description="inner: an entity without a row in its dimension table is rejected; left: it stays, with nulls.",
     )
+    label_thresholds: LabelThresholds = Field(
+        default_factory=LabelThresholds, description="Bounds of the checks of models' training sets."
+    )
     thresholds: Thresholds = Field(default_factory=Thresholds, description="Bounds of the row and dataset checks.")
     rows_per_bucket: int = Field(
         default=2_000_000,
@@ -167,6 +228,13 @@ class FeatureStoreConfig(BaseModel):
         default=20_000, ge=100, le=100_000_000, description="Size of the sample, transactions."
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the sample.")
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> FeatureStoreConfig:
+        if self.models is None and (self.only_models or not self.compute):
+            what = "only_models is given" if self.only_models else "compute is off"
+            raise ValueError(f"{what} without models; give models, the file that declares them")
+        return self
 
     @model_validator(mode="after")
     def _tables_belong_together(self) -> FeatureStoreConfig:

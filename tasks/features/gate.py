@@ -12,8 +12,8 @@ from tasks.core.manifest import CheckResult, ColumnProfile, GateResult, Manifest
 from tasks.core.profile import TableProfile
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import AS_OF, FeatureGroup
+from tasks.features.parts import CREATED, VERSION
 from tasks.features.scoring import QUALITY_COLUMNS
-from tasks.features.stages import CREATED, VERSION
 
 NEVER_STALE = float("inf")
 
@@ -32,6 +32,7 @@ def judge_group(
     newest_event: dt.datetime | None,
     as_of: dt.datetime,
     previous: Manifest | None,
+    times: Sequence[dt.datetime] = (),
 ) -> GateResult:
     """Judge what was written for a group.
 
@@ -46,8 +47,9 @@ def judge_group(
         unmatched: Entities that found no dimension row.
         ready: Training-ready rows.
         newest_event: Time of the newest event that counted.
-        as_of: Time up to which events count.
+        as_of: Time up to which events count, the last of them.
         previous: Manifest of the last published version, if there is one.
+        times: All times that the version holds.
 
     """
     bounds = config.thresholds
@@ -61,7 +63,7 @@ def judge_group(
     checks += [
         quality.check_rejected_share(balance, bounds.rejected_warn, bounds.rejected_fail) for balance in balances[:-1]
     ]
-    if group.dimension is not None and len(balances) > 2:
+    if any(balance.name == group.dimension for balance in balances[:-1]):
         checks.append(
             quality.check_reference(group.entity, unmatched, entities.rows_in, bounds.orphan_warn, bounds.orphan_fail)
         )
@@ -77,7 +79,9 @@ def judge_group(
     if bounds.fresh_warn_days is not None or bounds.fresh_fail_days is not None:
         fail_after = bounds.fresh_fail_days or NEVER_STALE
         checks.append(quality.check_freshness(newest_event, as_of, bounds.fresh_warn_days or fail_after, fail_after))
-    if previous is not None:
+    if previous is not None and (other := _incomparable(times, previous)):
+        checks.append(other)
+    elif previous is not None:
         checks += [
             quality.check_drift(
                 name, profile, previous.profile[name], warn_above=bounds.drift_warn, fail_above=bounds.drift_fail
@@ -86,6 +90,19 @@ def judge_group(
             if name in previous.profile
         ]
     return quality.gate(checks)
+
+
+def _incomparable(times: Sequence[dt.datetime], previous: Manifest) -> CheckResult | None:
+    """Why drift against the last version says nothing; None where it does.
+
+    Features over all events grow with time: a history, or a day of the past, differs from today's snapshot by nature.
+    """
+    before = previous.as_of
+    if not times or not before or (len(times) == len(before) and times[-1] >= before[-1]):
+        return None
+    held = [f"{len(some)} as-of times up to {some[-1].date()}" for some in (times, before)]
+    message = f"Drift isn't judged: this version holds {held[0]}, v{previous.version} {held[1]}."
+    return CheckResult(name="drift", verdict="pass", bound="versions of like as-of times", message=message)
 
 
 def _expected_types(

@@ -7,7 +7,7 @@ the rows of an entity come in the order of the files, so that sums of floats don
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import polars as pl
@@ -43,17 +43,50 @@ def evaluate(group: FeatureGroup, events: pl.DataFrame, time: str, as_of: dt.dat
         DefinitionError: An expression can't be evaluated, or gives several values an entity.
 
     """
-    events = _with_as_of(group, events, as_of)
-    features = _aggregate(group, events, group.features, "")
+    plain = aggregate(group, events, as_of)
+    return complete(group, plain, events, as_of, lambda start: events.filter(pl.col(time) > start))
+
+
+def aggregate(group: FeatureGroup, events: pl.DataFrame, as_of: dt.datetime) -> pl.DataFrame:
+    """Compute the plain aggregations alone: a row an entity, in any order, as the expressions' own types."""
+    return _aggregate(group, _with_as_of(group.features, events, as_of), group.features, "")
+
+
+def complete(
+    group: FeatureGroup,
+    plain: pl.DataFrame,
+    events: pl.DataFrame,
+    as_of: dt.datetime,
+    after: Callable[[dt.datetime], pl.DataFrame],
+) -> pl.DataFrame:
+    """Add windows and derived features to the plain aggregations.
+
+    Args:
+        group: The declaration.
+        plain: What `aggregate` gives over all events up to as_of.
+        events: Events, for their types.
+        as_of: Time (UTC) up to which the rows reach.
+        after: The events after a time and up to as_of.
+
+    Returns:
+        As `evaluate`.
+
+    """
+    features = plain
     for window in group.windows:
-        inside = events.filter(pl.col(time) > as_of - dt.timedelta(days=window.days))
+        inside = _with_as_of(window.features, after(as_of - dt.timedelta(days=window.days)), as_of)
         suffix = f"_{window.days}d"
-        over_nothing = _over_no_rows(events, window.features, suffix)
+        over_nothing = _over_no_rows(_with_as_of(window.features, events.clear(), as_of), window.features, suffix)
         features = features.join(
             _aggregate(group, inside, window.features, suffix), on=group.entity, how="left", maintain_order="left"
         ).with_columns(pl.col(name).fill_null(value) for name, value in over_nothing.items() if value is not None)
     features = _derive(group, features, as_of)
     return _plain_types(features).sort(group.entity)
+
+
+def uses_as_of(features: Mapping[str, pl.Expr]) -> bool:
+    """Whether an expression looks at the as-of time, so that its value changes without any new event."""
+    return any(AS_OF in expression.meta.root_names() for expression in features.values())
 
 
 def join_dimension(group: FeatureGroup, features: pl.DataFrame, dimension: pl.DataFrame, how: JoinHow) -> JoinedRows:
@@ -83,11 +116,8 @@ def join_dimension(group: FeatureGroup, features: pl.DataFrame, dimension: pl.Da
 _GATHERED = "\x00gathered"
 
 
-def _with_as_of(group: FeatureGroup, events: pl.DataFrame, as_of: dt.datetime) -> pl.DataFrame:
-    expressions = [*group.features.values(), *(e for w in group.windows for e in w.features.values())]
-    if any(AS_OF in expression.meta.root_names() for expression in expressions):
-        return events.with_columns(pl.lit(as_of, TIME).alias(AS_OF))
-    return events
+def _with_as_of(features: Mapping[str, pl.Expr], events: pl.DataFrame, as_of: dt.datetime) -> pl.DataFrame:
+    return events.with_columns(pl.lit(as_of, TIME).alias(AS_OF)) if uses_as_of(features) else events
 
 
 def _aggregate(group: FeatureGroup, events: pl.DataFrame, features: Mapping[str, pl.Expr], suffix: str) -> pl.DataFrame:

@@ -12,12 +12,15 @@ from __future__ import annotations
 import datetime as dt
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -30,25 +33,20 @@ from tasks.core.exchange import Exchanged, exchange
 from tasks.core.manifest import ColumnSpec, FileEntry, RowBalance
 from tasks.core.profile import TableProfile, merge_profiles
 from tasks.core.reservation import Reservation
+from tasks.core.sketch import QuantileSketch
 from tasks.features.config import FeatureStoreConfig, Thresholds
+from tasks.features.parts import WrittenPart, feature_columns, write_part
 from tasks.features.plan import FeaturePlan, SourcePlan
-from tasks.features.scoring import fences
-from tasks.features.sources import ReadUnit, read_units
-from tasks.features.stages import (
-    PART,
-    BucketSummary,
-    Job,
-    Tally,
-    Unit,
-    UnitNote,
-    WrittenPart,
-    feature_columns,
-    read_and_judge,
-    unique_dimension_rows,
-    write_part,
-)
+from tasks.features.rows import AFTER_AS_OF
+from tasks.features.scoring import Fences, fences
+from tasks.features.sources import ReadUnit, SourceTable, read_units
+from tasks.features.stages import PART, Job, Unit, read_and_judge, unique_dimension_rows
+from tasks.features.tallies import BucketSummary, EventTally, Tally, UnitNote
 
 MAX_BUCKETS = 256
+SNAPSHOTS_PER_BUCKET = 8
+"""As-of times whose rows take about the memory that the events themselves take, with some ten events an entity."""
+
 MAX_WAVES = 8
 STORE_SHARE = 0.7
 """Of the object store that one wave's rows may take; Ray begins to spill at 0.8."""
@@ -57,15 +55,22 @@ PACKED_BYTES = {"key": 5, "time": 8, "number": 8, "category": 3, "any": 16}
 """Bytes that a value of each kind takes on its way, about."""
 
 Progress = Callable[[int], None]
+Sketches = dict[str, QuantileSketch]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputedGroup:
-    """What was written for one group, and what is known of it; nothing is committed yet."""
+    """What was written for one group, and what is known of it; nothing is committed yet.
+
+    entities, unmatched, ready: rows, so an entity counts once for each as-of time that it has features at.
+    side_files, state: the events that an incremental run has kept, and what the manifest's definition says of them.
+    """
 
     reservation: Reservation
     files: tuple[FileEntry, ...]
     rejected_files: tuple[FileEntry, ...]
+    side_files: tuple[FileEntry, ...]
+    state: Mapping[str, Any] | None
     schema: pa.Schema
     profile: TableProfile
     balances: tuple[RowBalance, ...]
@@ -84,8 +89,14 @@ class ComputedGroup:
 
 
 def bucket_count(plan: FeaturePlan) -> int:
-    """Buckets a group: so many that each holds about `rows_per_bucket` events, whatever the cluster's size."""
-    return max(1, min(MAX_BUCKETS, -(-plan.events.table.estimated_rows() // plan.rows_per_bucket)))
+    """Buckets a group: so many that each holds about `rows_per_bucket` events, whatever the cluster's size.
+
+    A power of two, so that the buckets of versions of different sizes lie within each other. A long history has more
+    of them, for the rows that come out.
+    """
+    rows = plan.events.table.estimated_rows() * max(1, len(plan.as_of) // SNAPSHOTS_PER_BUCKET)
+    wanted = max(1, min(MAX_BUCKETS, -(-rows // plan.rows_per_bucket)))
+    return 1 << (wanted - 1).bit_length()
 
 
 def compute_groups(
@@ -118,23 +129,42 @@ def compute_groups(
         plan, tuple(reservations), tuple(_units(plan)), buckets, tuple(_lookup_tables(plan)), config.join, created
     )
     started = time.monotonic()
-    done = _exchange_in_waves(job, on_read, on_computed)
+    quantiles: list[list[Sketches]] = [[] for _ in plan.groups]
+    done = _exchange_in_waves(job, quantiles, on_read, on_computed)
     compute_seconds = time.monotonic() - started
     computed = []
     for number in range(len(plan.groups)):
         own = slice(number * buckets, (number + 1) * buckets)
         started = time.monotonic()
-        group = _finish(job, number, done.notes, done.summaries[own], done.tables[own], thresholds=config.thresholds)
+        group = _finish(
+            job,
+            number,
+            done.notes,
+            done.summaries[own],
+            done.tables[own],
+            quantiles=quantiles[number],
+            thresholds=config.thresholds,
+        )
         timings = {"read and compute (all groups)": compute_seconds, "score and write": time.monotonic() - started}
         computed.append(replace(group, timings=timings))
     return computed
 
 
-def _exchange_in_waves(job: Job, on_read: Progress, on_computed: Progress) -> Exchanged[UnitNote, BucketSummary]:
+def _exchange_in_waves(
+    job: Job, quantiles: list[list[Sketches]], on_read: Progress, on_computed: Progress
+) -> Exchanged[UnitNote, BucketSummary]:
     """Exchange some slots at a time, so many that their rows stay within the object store, reading anew for each wave.
 
     Reading a Parquet unit again takes a tenth of the time that its rows take to spill to disk and to come back.
+    The quantiles of each group at each as-of time are added up as they come, since those of all buckets are large.
     """
+
+    def on_summary(summary: BucketSummary) -> None:
+        found, summary.quantiles = summary.quantiles, []
+        sums = quantiles[summary.group]
+        quantiles[summary.group] = [_merged(*pair) for pair in zip(sums, found, strict=True)] if sums else found
+        on_computed(1)
+
     notes: list[UnitNote] = []
     summaries: list[BucketSummary] = []
     tables: list[Any] = []
@@ -145,12 +175,16 @@ def _exchange_in_waves(job: Job, on_read: Progress, on_computed: Progress) -> Ex
             partial(job.scatter, wave),
             partial(job.gather, wave),
             on_note=lambda _: on_read(1),
-            on_summary=lambda _: on_computed(1),
+            on_summary=on_summary,
         )
         notes = notes or done.notes
         summaries += done.summaries
         tables += done.tables
     return Exchanged(notes, summaries, tables)
+
+
+def _merged(one: Sketches, other: Sketches) -> Sketches:
+    return {name: sketch.merge(other[name]) for name, sketch in one.items()}
 
 
 def pieces_to_read(plan: FeaturePlan) -> int:
@@ -162,27 +196,28 @@ def _waves(plan: FeaturePlan) -> list[range]:
     """Slots in turns, by the rows' estimated size on their way and the object store's."""
     kinds = {column.name: column.kind for column in plan.events.rows.columns}
     row_bytes = sum(PACKED_BYTES[kinds.get(name, "any")] for group in plan.groups for name in group.columns)
-    volume = plan.events.table.estimated_rows() * row_bytes
+    volume = plan.read_table.estimated_rows() * row_bytes
     count = -(-volume // max(1, int(STORE_SHARE * object_store_bytes())))
     slots = bucket_count(plan) * len(plan.groups)
     # Text is slow to parse again, and far too large data would be read too often: those spill instead.
-    count = 1 if any(file.format == "csv" for file in plan.events.table.files) else min(count, MAX_WAVES, slots)
+    count = 1 if any(file.format == "csv" for file in plan.read_table.files) else max(1, min(count, MAX_WAVES, slots))
     bounds = [slots * wave // count for wave in range(count + 1)]
     return [range(first, last) for first, last in pairwise(bounds)]
 
 
 def _units(plan: FeaturePlan) -> Iterator[Unit]:
-    for index, unit in enumerate(_read_units(plan.events, plan)):
-        yield Unit(plan.events, None, index, unit)
+    numbers = {file.info.uri: number for number, file in enumerate(plan.events.table.files)}
+    for index, unit in enumerate(_read_units(plan.events, plan, plan.read_table)):
+        yield Unit(plan.events, None, index, unit, numbers[unit.uri])
     for number, planned in enumerate(plan.groups):
         if planned.dimension is not None:
             for index, unit in enumerate(_read_units(planned.dimension, plan)):
                 yield Unit(planned.dimension, number, index, unit)
 
 
-def _read_units(source: SourcePlan, plan: FeaturePlan) -> list[ReadUnit]:
+def _read_units(source: SourcePlan, plan: FeaturePlan, table: SourceTable | None = None) -> list[ReadUnit]:
     """A unit has as many rows as a bucket, so that there are as few pieces to exchange as memory allows."""
-    return read_units(source.table, source.file_columns, plan.rows_per_bucket, source.categories)
+    return read_units(table or source.table, source.file_columns, plan.rows_per_bucket, source.categories)
 
 
 def _lookup_tables(plan: FeaturePlan) -> Iterator[pl.DataFrame]:
@@ -202,13 +237,14 @@ def _finish(
     summaries: Sequence[BucketSummary],
     tables: Sequence[Any],
     *,
+    quantiles: Sequence[Sketches],
     thresholds: Thresholds,
 ) -> ComputedGroup:
     """Score and write one group, and add up what its tasks reported."""
     planned, reservation = job.plan.groups[number], job.reservations[number]
     balances = _balances(job, number, notes, summaries)
     numbers = merge_profiles([summary.profile for summary in summaries])
-    bounds = fences(list(numbers.partials), numbers.quantiles)
+    bounds = _fences(job.plan.as_of, numbers, quantiles)
     write = partial(write_part, planned=planned, reservation=reservation, bounds=bounds, thresholds=thresholds)
     # Without a single entity there is still one file: a schema for the gate to judge.
     written = _write(tables, write) if balances[-1].rows_out else [write(ray.get(tables[0]).drop_columns([PART]), 0)]
@@ -218,13 +254,18 @@ def _finish(
             f"{reservation.dataset}: {entities.rows_out} entities were computed, "
             f"{sum(part.entry.rows for part in written)} were written"
         )
-    newest = [note.newest for note in notes if note.newest is not None]
+    newest = [summary.events.newest for summary in summaries if summary.events.newest is not None]
+    by_file = sum((summary.events.by_file for summary in summaries), Counter[int]())
     rejected = [note.rejected_files[number] for note in notes if number in note.rejected_files]
     rejected += [entry for summary in summaries for entry in summary.rejected_files]
     return ComputedGroup(
         reservation=reservation,
         files=tuple(part.entry for part in written),
         rejected_files=tuple(rejected),
+        side_files=tuple(summary.events.file for summary in summaries if summary.events.file is not None),
+        state=job.plan.states[number].record(by_file, len(job.plan.events.table.files), job.buckets)
+        if job.plan.states
+        else None,
         schema=written[0].schema,
         profile=_whole_profile(written, numbers),
         balances=balances,
@@ -236,6 +277,22 @@ def _finish(
         newest_event=max(newest) if newest else None,
         timings={},
     )
+
+
+def _fences(
+    as_of: Sequence[dt.datetime], numbers: TableProfile, quantiles: Sequence[Sketches]
+) -> dict[dt.datetime, dict[str, Fences]]:
+    """Fences of each as-of time, from its own rows: what is computed beside it makes no difference."""
+    if len(as_of) == 1:
+        return {as_of[0]: fences(list(numbers.partials), numbers.quantiles)}
+
+    def quantiles_of(sketches: Sketches, name: str, levels: Sequence[float]) -> npt.NDArray[np.float64]:
+        return sketches[name].quantiles(levels)
+
+    return {
+        moment: fences(list(sketches), partial(quantiles_of, sketches))
+        for moment, sketches in zip(as_of, quantiles, strict=True)
+    }
 
 
 def _whole_profile(written: Sequence[WrittenPart], numbers: TableProfile) -> TableProfile:
@@ -250,21 +307,26 @@ def _balances(
 ) -> tuple[RowBalance, ...]:
     """Balances of the events, the dimension and the entities of a group, each checked.
 
-    What the scattering tasks sent must have reached the gathering tasks, row for row.
+    What the scattering tasks sent must have reached the gathering tasks, row for row, and so must what earlier
+    versions have kept, which is a balance of its own.
     """
     planned = job.plan.groups[number]
     pairs = list(zip(job.units, notes, strict=True))
     events, entities = Tally(), Tally()
     for unit, note in pairs:
-        if unit.group is None:
+        if unit.group is None and job.plan.reads(number, unit.file):
             events.add(note.tally)
             if lost := note.without_entity[number]:
                 events.rows_out -= lost
                 events.filtered[f"null_{planned.group.entity}"] += lost
     for summary in summaries:
         entities.add(summary.entities)
+    arrived = [summary.events for summary in summaries]
+    _check_arrival(job.plan.events.name, events.rows_out, sum(tally.new for tally in arrived))
+    _filter_late(events, sum(tally.new_late for tally in arrived))
     balances = [events.balance(job.plan.events.name)]
-    _check_arrival(balances[0].name, events.rows_out, sum(summary.events for summary in summaries))
+    if job.plan.states and job.plan.states[number].links:
+        balances.append(_kept_balance(job, number, arrived))
     if planned.dimension is not None:
         read, kept = Tally(), Tally()
         for unit, note in pairs:
@@ -281,6 +343,23 @@ def _balances(
     for balance in balances:
         balance.check()
     return tuple(balances)
+
+
+def _kept_balance(job: Job, number: int, arrived: Sequence[EventTally]) -> RowBalance:
+    """Where the events went that earlier versions have kept."""
+    state, count = job.plan.states[number], sum(tally.kept for tally in arrived)
+    name = f"{job.plan.events.name} kept by v{state.parent}"
+    _check_arrival(name, state.rows, count)
+    kept = Tally(rows_in=count, rows_out=count)
+    _filter_late(kept, sum(tally.kept_late for tally in arrived))
+    return kept.balance(name)
+
+
+def _filter_late(tally: Tally, late: int) -> None:
+    """Count events after the last as-of time as filtered."""
+    if late:
+        tally.rows_out -= late
+        tally.filtered[AFTER_AS_OF] += late
 
 
 def _check_arrival(name: str, sent: int, arrived: int) -> None:

@@ -17,6 +17,7 @@ from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Column, Definitions, DimensionSource, EventSource, FeatureGroup
 from tasks.features.rows import ColumnPlan, KeyType, RowPlan
 from tasks.features.sources import SourceTable, check_columns, inspect
+from tasks.features.state import StatePlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,23 +63,47 @@ class GroupPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeaturePlan:
-    """Everything that the workers need to know. All groups of one event source are computed from one reading."""
+    """Everything that the workers need to know. All groups of one event source are computed from one reading.
+
+    as_of: times that features are computed as of, UTC, ascending. states, fingerprints: of an incremental run
+    (`incremental.with_state`), for each group and each file of the events; empty otherwise.
+    """
 
     events: SourcePlan
     time: str
-    as_of: dt.datetime
+    as_of: tuple[dt.datetime, ...]
     lookups: tuple[LookupPlan, ...]
     groups: tuple[GroupPlan, ...]
     rows_per_bucket: int
+    states: tuple[StatePlan, ...] = ()
+    fingerprints: tuple[str, ...] = ()
+
+    @property
+    def read_files(self) -> tuple[int, ...]:
+        """Numbers of the events' files to read: all, or in an incremental run those that are new to a group."""
+        if not self.states:
+            return tuple(range(len(self.events.table.files)))
+        return tuple(sorted(frozenset[int]().union(*(state.new for state in self.states))))
+
+    @property
+    def read_table(self) -> SourceTable:
+        """The events' files to read."""
+        return replace(self.events.table, files=tuple(self.events.table.files[number] for number in self.read_files))
+
+    def reads(self, group: int, file: int) -> bool:
+        """Whether a group takes the rows of a file from the file, not from an earlier version."""
+        return not self.states or file in self.states[group].new
 
 
-def plan_features(definitions: Definitions, config: FeatureStoreConfig, as_of: dt.datetime) -> list[FeaturePlan]:
+def plan_features(
+    definitions: Definitions, config: FeatureStoreConfig, as_of: Sequence[dt.datetime]
+) -> list[FeaturePlan]:
     """Plan the groups that the configuration asks for, one plan an event source.
 
     Args:
         definitions: Declared sources and groups; sources without a URI are not there.
         config: What the user asked for.
-        as_of: Time up to which events count, UTC.
+        as_of: Times up to which events count, UTC, ascending, at least one.
 
     Raises:
         DefinitionError: a group needs a source or column that is nowhere.
@@ -103,7 +128,7 @@ def _plan_source(
     groups: Sequence[FeatureGroup],
     dimensions: Mapping[str, DimensionSource],
     config: FeatureStoreConfig,
-    as_of: dt.datetime,
+    as_of: Sequence[dt.datetime],
 ) -> FeaturePlan:
     assert source.uri is not None
     events = inspect(source.name, source.uri)
@@ -127,7 +152,7 @@ def _plan_source(
         source=source.name,
         columns=columns,
         time=source.time,
-        as_of=as_of,
+        as_of=as_of[-1],
         earliest=config.earliest,
         timezone=config.timezone,
         epoch_unit=config.epoch_unit,
@@ -144,7 +169,7 @@ def _plan_source(
     return FeaturePlan(
         events=SourcePlan(table=events, rows=rows),
         time=source.time,
-        as_of=as_of,
+        as_of=tuple(as_of),
         lookups=lookups,
         groups=tuple(_plan_group(group, source, present, dimension_plan) for group in groups),
         rows_per_bucket=config.rows_per_bucket,

@@ -72,10 +72,14 @@ class SourceTable:
         """Rows, as far as the files say; a CSV file is taken to have 50 bytes a row."""
         return sum(f.info.bytes // 50 + 1 if f.rows is None else f.rows for f in self.files)
 
-    def record(self, rows: int | None) -> InputRecord:
-        """What the manifest says of this input; reads the files' fingerprints."""
+    def fingerprints(self) -> tuple[str, ...]:
+        """Fingerprint of each file, which on a local disk means to read it."""
         with ThreadPoolExecutor(_READERS) as pool:
-            prints = list(pool.map(lambda file: storage.fingerprint(file.info), self.files))
+            return tuple(pool.map(lambda file: storage.fingerprint(file.info), self.files))
+
+    def record(self, rows: int | None, fingerprints: Sequence[str] = ()) -> InputRecord:
+        """What the manifest says of this input; reads the files' fingerprints, unless they are given."""
+        prints = fingerprints or self.fingerprints()
         files = tuple(
             InputFile(uri=file.info.uri, bytes=file.info.bytes, fingerprint=fingerprint)
             for file, fingerprint in zip(self.files, prints, strict=True)

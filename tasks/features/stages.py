@@ -9,85 +9,29 @@ met them.
 from __future__ import annotations
 
 import datetime as dt
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from tasks.core import storage
-from tasks.core.manifest import FileEntry, RowBalance
+from tasks.core.manifest import FileEntry
 from tasks.core.partition import split_by_key
-from tasks.core.profile import TableProfile, profile_table
+from tasks.core.profile import merge_profiles, profile_table
 from tasks.core.reservation import Reservation
-from tasks.features.config import Thresholds
 from tasks.features.definitions import AS_OF, JoinHow
-from tasks.features.kernel import evaluate, join_dimension
+from tasks.features.history import evaluate_history
+from tasks.features.kernel import join_dimension
+from tasks.features.parts import CREATED, VERSION, by_time, numeric_features, sketches, to_arrow, write_rejected
 from tasks.features.plan import FeaturePlan, GroupPlan, SourcePlan
-from tasks.features.rows import REASON, TIME, judge
-from tasks.features.scoring import Fences, score_rows
-from tasks.features.sources import ReadUnit, read
+from tasks.features.rows import REASON, TIME, JudgedRows, judge
+from tasks.features.sources import RawRows, ReadUnit, read
+from tasks.features.state import FILE, ROW, in_order, read_kept, write_kept
+from tasks.features.tallies import BucketSummary, EventTally, Tally, UnitNote
 
-FILE, ROW, LINE = "_file", "_row", "_line"
-CREATED, VERSION = "feature_creation_date", "feature_version"
+LINE = "_line"
 MALFORMED = "malformed_row"
 PART = "\x00part"
-_NUMERIC = (pa.types.is_floating, pa.types.is_integer, pa.types.is_decimal)
-
-
-@dataclass(slots=True)
-class Tally:
-    """Row counts of one source in one unit; adds up over units."""
-
-    rows_in: int = 0
-    rows_out: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    filtered: Counter[str] = field(default_factory=Counter)
-    deduplicated: int = 0
-
-    def add(self, other: Tally) -> None:
-        """Add the counts of another."""
-        self.rows_in += other.rows_in
-        self.rows_out += other.rows_out
-        self.rejected += other.rejected
-        self.filtered += other.filtered
-        self.deduplicated += other.deduplicated
-
-    def balance(self, name: str) -> RowBalance:
-        """The counts as the manifest keeps them."""
-        return RowBalance(
-            name=name,
-            rows_in=self.rows_in,
-            rows_out=self.rows_out,
-            rejected=dict(sorted(self.rejected.items())),
-            filtered=dict(sorted(self.filtered.items())),
-            deduplicated=self.deduplicated,
-        )
-
-
-@dataclass(slots=True)
-class UnitNote:
-    """What a scatter task reports: its source's tally, and by group the rows without entity and the rejected file."""
-
-    tally: Tally
-    without_entity: dict[int, int] = field(default_factory=dict)
-    rejected_files: dict[int, FileEntry] = field(default_factory=dict)
-    newest: dt.datetime | None = None
-
-
-@dataclass(slots=True)
-class BucketSummary:
-    """What a gather task reports of its bucket."""
-
-    group: int
-    events: int
-    dimension: Tally
-    entities: Tally
-    duplicate_keys: int
-    unmatched: int
-    rejected_files: list[FileEntry]
-    profile: TableProfile
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +42,8 @@ class Unit:
     group: int | None
     index: int
     read: ReadUnit
+    file: int = 0
+    """Number of the events' file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,18 +73,19 @@ class Job:
         if unit.group is not None and 0 not in wave and not self._slots_of(unit.group, wave):
             # A dimension whose group is computed in another wave; wave 0 has counted its rows.
             return UnitNote(Tally()), [pl.DataFrame()] * len(wave)
-        kept, tally, rejected = read_and_judge(unit.source, unit.read)
+        numbered = bool(self.plan.states) and unit.group is None
+        kept, tally, rejected = read_and_judge(unit.source, unit.read, unit.file if numbered else None)
         note = UnitNote(tally)
         if unit.group is None:
-            note.newest = kept[self.plan.time].max()  # type: ignore[assignment]
-            for lookup, table in zip(self.plan.lookups, self.lookups, strict=True):
-                kept = kept.join(table, on=lookup.key, how="left", maintain_order="left")
+            kept = self._looked_up(kept)
         frames: list[pl.DataFrame] = []
         for number, planned in enumerate(self.plan.groups):
             rows = kept.clear()
             if unit.group is None:
-                rows = kept.select(planned.columns).filter(pl.col(planned.group.entity).is_not_null())
+                rows = self._of_group(kept, planned)
                 note.without_entity[number] = kept.height - rows.height
+                if not self.plan.reads(number, unit.file):
+                    rows = rows.clear()
             elif unit.group == number:
                 rows = kept
             if wanted := self._slots_of(number, wave):
@@ -146,10 +93,26 @@ class Job:
                 split = split_by_key(rows, planned.group.entity, self.buckets) if rows.height else [rows] * self.buckets
                 frames += split[wanted.start - first : wanted.stop - first]
         if rejected is not None and 0 in wave:
-            for number in range(len(self.plan.groups)) if unit.group is None else [unit.group]:
+            for number in self._readers(unit):
                 entry = write_rejected(self.reservations[number], unit.source.name, unit.index, rejected)
                 note.rejected_files[number] = entry
         return note, frames
+
+    def _readers(self, unit: Unit) -> list[int]:
+        """The groups that a unit is read for."""
+        if unit.group is not None:
+            return [unit.group]
+        return [number for number in range(len(self.plan.groups)) if self.plan.reads(number, unit.file)]
+
+    def _looked_up(self, events: pl.DataFrame) -> pl.DataFrame:
+        for lookup, table in zip(self.plan.lookups, self.lookups, strict=True):
+            events = events.join(table, on=lookup.key, how="left", maintain_order="left")
+        return events
+
+    def _of_group(self, events: pl.DataFrame, planned: GroupPlan) -> pl.DataFrame:
+        """The events that a group sees: its columns, and only where its entity is known."""
+        places = [FILE, ROW] if self.plan.states else []
+        return events.select([*planned.columns, *places]).filter(pl.col(planned.group.entity).is_not_null())
 
     def _slots_of(self, group: int, wave: range) -> range:
         """The slots of a group that are in the wave."""
@@ -160,8 +123,12 @@ class Job:
         """Compute the features of a bucket's entities, join their dimension rows, stamp and profile them."""
         number, part = divmod(wave[index], self.buckets)
         planned, reservation = self.plan.groups[number], self.reservations[number]
-        events = pl.concat([f for f, unit in zip(frames, self.units, strict=True) if unit.group is None])
-        features = evaluate(planned.group, events, self.plan.time, self.plan.as_of)
+        events, counts = self._events(number, part, frames)
+        snapshots = evaluate_history(planned.group, events, self.plan.time, self.plan.as_of)
+        features = pl.concat(
+            frame.with_columns(pl.lit(moment, TIME).alias(AS_OF))
+            for frame, moment in zip(snapshots, self.plan.as_of, strict=True)
+        )
         entities = Tally(rows_in=features.height)
         dimension = Tally()
         rejected_files: list[FileEntry] = []
@@ -177,69 +144,73 @@ class Job:
                     rejected_files.append(write_rejected(reservation, name, part, rejected))
         entities.rows_out = features.height
         stamped = features.with_columns(
-            pl.lit(self.plan.as_of, TIME).alias(AS_OF),
             pl.lit(self.created, TIME).alias(CREATED),
             pl.lit(f"v{reservation.version}").alias(VERSION),
         )
         table = to_arrow(stamped)
+        numbers = table.select([*numeric_features(table.schema, planned), AS_OF])
+        profiles = [profile_table(piece.drop_columns([AS_OF])) for piece in by_time(numbers, self.plan.as_of)]
+        several = len(self.plan.as_of) > 1
         summary = BucketSummary(
             group=number,
-            events=events.height,
+            events=counts,
             dimension=dimension,
             entities=entities,
-            duplicate_keys=features.height - features[planned.group.entity].n_unique(),
+            duplicate_keys=features.height - features.select(planned.group.entity, AS_OF).n_unique(),
             unmatched=unmatched,
             rejected_files=rejected_files,
-            profile=profile_table(table.select(numeric_features(table.schema, planned))),
+            profile=merge_profiles(profiles),
+            quantiles=[sketches(profile) for profile in profiles] if several else [],
         )
         return summary, table.append_column(PART, pa.array([part] * len(table), pa.int32()))
 
+    def _events(self, number: int, part: int, frames: list[pl.DataFrame]) -> tuple[pl.DataFrame, EventTally]:
+        """The events of a bucket that count, in the order of the files; an incremental run's new ones are kept."""
+        planned, time = self.plan.groups[number], self.plan.time
+        arrived = [f for f, unit in zip(frames, self.units, strict=True) if unit.group is None]
+        counts = EventTally(new=sum(frame.height for frame in arrived))
+        if not self.plan.states:
+            events = pl.concat(arrived)
+            counts.newest = events[time].max()  # type: ignore[assignment]
+            return events, counts
+        state = self.plan.states[number]
+        nothing = self._no_events(planned)
+        new = pl.concat([nothing, *arrived])
+        columns = {name: kind for name, kind in nothing.schema.items() if name != ROW or state.whole}
+        kept = read_kept(state.links, part, self.buckets, planned.group.entity, columns)
+        events = in_order([kept, new.select(list(columns))])
+        to_write = events if state.whole else new
+        if to_write.height:
+            table = to_arrow(to_write.with_columns(pl.col(pl.Categorical).cast(pl.String)))
+            counts.file = write_kept(table, self.reservations[number], part)
+            counts.by_file.update(dict(to_write[FILE].value_counts().iter_rows()))
+        counts.kept = kept.height
+        last = self.plan.as_of[-1]
+        counts.new_late, counts.kept_late = (int((frame[time] > last).sum()) for frame in (new, kept))
+        events = events.filter(pl.col(time) <= last).select(planned.columns)
+        counts.newest = events[time].max()  # type: ignore[assignment]
+        return events, counts
 
-@dataclass(frozen=True, slots=True)
-class WrittenPart:
-    """One data file as it was written; profile has the columns that weren't profiled for the fences before."""
-
-    entry: FileEntry
-    schema: pa.Schema
-    profile: TableProfile
-    ready: int
-
-
-def write_part(
-    table: pa.Table,
-    part: int,
-    *,
-    planned: GroupPlan,
-    reservation: Reservation,
-    bounds: Mapping[str, Fences],
-    thresholds: Thresholds,
-) -> WrittenPart:
-    """Score the rows of one part against the global fences and write them as one file."""
-    frame = pl.from_arrow(table)
-    assert isinstance(frame, pl.DataFrame)
-    scored = score_rows(
-        frame,
-        feature_columns(table.schema.names, planned),
-        bounds,
-        missing_below=thresholds.missing,
-        outliers_below=thresholds.outliers,
-        score_above=thresholds.score,
-    )
-    scored = scored.select(pl.exclude(AS_OF, CREATED, VERSION), AS_OF, CREATED, VERSION)
-    final = to_arrow(scored)
-    entry = reservation.entry(storage.write_parquet(final, reservation.data_uri(part)))
-    profiled = set(numeric_features(table.schema, planned))
-    rest = final.select([name for name in final.column_names if name not in profiled])
-    return WrittenPart(entry, final.schema, profile_table(rest), int(scored["is_training_ready"].sum()))
+    def _no_events(self, planned: GroupPlan) -> pl.DataFrame:
+        """An empty frame of a group's events."""
+        raw = pl.DataFrame(schema=dict.fromkeys(self.plan.events.file_columns, pl.String))
+        judged = judge(raw, self.plan.events.rows).kept
+        placed = judged.with_columns(pl.lit(0, pl.Int32).alias(FILE), pl.lit(0, pl.Int64).alias(ROW))
+        return self._of_group(self._looked_up(placed), planned)
 
 
-def read_and_judge(source: SourcePlan, unit: ReadUnit) -> tuple[pl.DataFrame, Tally, pl.DataFrame | None]:
-    """Read a unit of a source and judge its rows: those kept, the counts, and those rejected (None: none)."""
+def read_and_judge(
+    source: SourcePlan, unit: ReadUnit, file: int | None = None
+) -> tuple[pl.DataFrame, Tally, pl.DataFrame | None]:
+    """Read a unit of a source and judge its rows: those kept, the counts, and those rejected (None: none).
+
+    With the number of its file, the kept rows bear it (`FILE`) and their number in it (`ROW`).
+    """
     tally = Tally()
     kept, rejected = [], []
     for raw in read(unit):
         judged = judge(raw.frame, source.rows)
-        kept.append(judged.kept)
+        kept.append(judged.kept if file is None else _placed(judged, raw, file))
         tally.rows_in += raw.frame.height + len(raw.malformed)
         tally.rows_out += judged.kept.height
         tally.filtered.update(judged.filtered)
@@ -255,8 +226,17 @@ def read_and_judge(source: SourcePlan, unit: ReadUnit) -> tuple[pl.DataFrame, Ta
             lines = pl.DataFrame({LINE: list(raw.malformed)}, schema={LINE: pl.String})
             rejected.append(lines.with_columns(pl.lit(MALFORMED).alias(REASON), pl.lit(unit.uri).alias(FILE)))
     # An empty file, too, has typed columns.
-    frame = pl.concat(kept) if kept else judge(_no_rows(unit), source.rows).kept
-    return frame, tally, pl.concat(rejected, how="diagonal_relaxed") if rejected else None
+    if not kept:
+        nothing = RawRows(_no_rows(unit), 0)
+        judged = judge(nothing.frame, source.rows)
+        kept.append(judged.kept if file is None else _placed(judged, nothing, file))
+    return pl.concat(kept), tally, pl.concat(rejected, how="diagonal_relaxed") if rejected else None
+
+
+def _placed(judged: JudgedRows, raw: RawRows, file: int) -> pl.DataFrame:
+    """The kept rows with the file and the row that they stood in; nothing may have been filtered."""
+    rows = np.delete(np.arange(raw.first_row, raw.first_row + raw.frame.height), judged.rejected_rows.to_numpy())
+    return judged.kept.with_columns(pl.lit(file, pl.Int32).alias(FILE), pl.Series(ROW, rows, pl.Int64))
 
 
 def _no_rows(unit: ReadUnit) -> pl.DataFrame:
@@ -283,40 +263,3 @@ def unique_dimension_rows(rows: pl.DataFrame, key: str, tally: Tally) -> tuple[p
     tally.deduplicated = rows.height - distinct.height
     tally.rejected.update(conflicting[REASON].to_list())
     return kept, conflicting
-
-
-def feature_columns(names: Sequence[str], planned: GroupPlan) -> list[str]:
-    """The columns that are judged as features: the group's own and those of its dimension."""
-    dimension = [c.name for c in planned.dimension.rows.columns] if planned.dimension is not None else []
-    wanted = {*planned.group.feature_names, *dimension} - {planned.group.entity}
-    return [name for name in names if name in wanted]
-
-
-def numeric_features(schema: pa.Schema, planned: GroupPlan) -> list[str]:
-    """The features that have quantiles, and so fences."""
-    return [
-        name
-        for name in feature_columns(schema.names, planned)
-        if any(is_kind(schema.field(name).type) for is_kind in _NUMERIC)
-    ]
-
-
-def to_arrow(frame: pl.DataFrame) -> pa.Table:
-    """An Arrow table with the plain types that every Parquet reader knows."""
-    table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
-    plain = [
-        field.with_type(pa.string()) if pa.types.is_large_string(field.type) else field.with_type(field.type)
-        for field in table.schema
-    ]
-    return table.cast(pa.schema(plain))
-
-
-def write_rejected(reservation: Reservation, source: str, index: int, rows: pl.DataFrame) -> FileEntry:
-    """Keep rejected rows beside the version that they are missing from."""
-    return reservation.entry(
-        storage.write_parquet(to_arrow(_uncategorised(rows)), reservation.rejected_uri(source, index))
-    )
-
-
-def _uncategorised(frame: pl.DataFrame) -> pl.DataFrame:
-    return frame.with_columns(pl.col(pl.Categorical).cast(pl.String))

@@ -4,6 +4,7 @@
     python -m tests.benchmarks.feature_store --map-groups       1 million rows against Ray Data's map_groups (minutes)
     python -m tests.benchmarks.feature_store --repartition      10 million rows, Ray Data's keyed repartition
     python -m tests.benchmarks.feature_store --large            50 million rows, object store limited to 2 GB
+    python -m tests.benchmarks.feature_store --incremental      2 million rows and one more day: that day against all
 
 The sides take turns in one run, and medians and ratios are printed. Ours also judges each row, profiles, scores
 and checks the balance, which the others don't. All sides' features are compared once before anything is timed.
@@ -14,19 +15,24 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import os
+import shutil
 import statistics
 import tempfile
 import time
+import uuid
 from functools import partial
 from pathlib import Path
 
 import duckdb
 import polars as pl
 
-from tasks.core import cluster
+from tasks import feature_store
+from tasks.core import cluster, versions
+from tasks.core.manifest import GateResult, Manifest, RunRecord
 from tasks.core.reservation import reserve
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import FeatureGroup
+from tasks.features.incremental import with_state
 from tasks.features.pipeline import ComputedGroup, compute_groups
 from tasks.features.plan import plan_features, with_uris
 from tasks.features.standard import CUSTOMER_FEATURES, PRODUCT_FEATURES, STANDARD
@@ -86,7 +92,7 @@ copy (
 def ours(source: Path, target: Path) -> list[ComputedGroup]:
     """Both groups by the pipeline, on the Ray that is connected."""
     config = FeatureStoreConfig(root=str(target), transactions=str(source))
-    (plan,) = plan_features(with_uris(STANDARD, config), config, AS_OF)
+    (plan,) = plan_features(with_uris(STANDARD, config), config, (AS_OF,))
     reservations = [reserve(str(target), planned.group.name, "benchmark") for planned in plan.groups]
     return compute_groups(plan, config, reservations, AS_OF)
 
@@ -173,7 +179,7 @@ def by_repartition(source: Path, target: Path) -> None:
     import ray
 
     from tasks.features.kernel import evaluate
-    from tasks.features.stages import to_arrow
+    from tasks.features.parts import to_arrow
 
     with cluster.data_context() as context:
         context.shuffle_compression = "none"
@@ -243,6 +249,51 @@ def large(directory: Path, repeats: int) -> None:
     print(f"time a row: {small:.0f} ns at 10 million, {big:.0f} ns at 50 million, ratio {big / small:.2f}")
 
 
+def publish(source: Path, target: Path, *, incremental: bool) -> list[Manifest]:
+    """Both groups as the flow makes them, without a gate: planned, computed, and published with their inputs."""
+    config = FeatureStoreConfig(root=str(target), transactions=str(source), incremental=incremental)
+    (plan,) = plan_features(with_uris(STANDARD, config), config, (AS_OF,))
+    plan = with_state(plan, config.root) if incremental else plan
+    names = [f"feature-store/{planned.group.name}" for planned in plan.groups]
+    run = RunRecord(flow_run_id=uuid.uuid4().hex)  # a run that has published would be given its own version again
+    reservations = [reserve(config.root, name, run.flow_run_id) for name in names]
+    made = []
+    for number, group in enumerate(compute_groups(plan, config, reservations, AS_OF)):
+        manifest = feature_store._manifest(
+            plan,
+            number,
+            group,
+            config=config,
+            run=run,
+            gate=GateResult(verdict="pass", checks=()),
+        )
+        made.append(versions.commit(group.reservation, manifest))
+    return made
+
+
+def incremental(directory: Path, rows: int, repeats: int) -> None:
+    """One more day on top of a published version: reading that day alone, against reading all."""
+    cluster.connect(num_cpus=CPUS, object_store_memory=2 * GIB)
+    made = pl.read_parquet(f"{transactions(directory, rows)}/*.parquet").sort("timestamp")
+    last = made["timestamp"].max()
+    assert isinstance(last, dt.datetime)
+    new = made.filter(pl.col("timestamp") > last - dt.timedelta(days=1))
+    with scratch(PREFIX) as source, scratch(PREFIX) as store:
+        made.head(len(made) - len(new)).write_parquet(source / "year.parquet")
+        publish(source, store, incremental=True)
+        new.write_parquet(source / "day.parquet")  # sorts before what is there
+
+        def one_more_day(target: Path) -> None:
+            shutil.copytree(store, target, dirs_exist_ok=True, copy_function=os.link)
+            found.append(publish(source, target, incremental=True)[0])
+
+        found: list[Manifest] = []
+        sides: dict[str, Side] = {"day": one_more_day, "all": partial(publish, source, incremental=False)}
+        seconds = take_turns(sides, repeats, prefix=PREFIX)
+    read = next(balance.rows_in for balance in found[-1].balances if balance.name == "transactions")
+    print(f"{read:,} of {rows:,} rows are read; day/all {ratio(seconds['day'], seconds['all'])}")
+
+
 def main() -> None:
     """Run the comparison that the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -251,11 +302,15 @@ def main() -> None:
     parser.add_argument("--map-groups", action="store_true")
     parser.add_argument("--repartition", action="store_true")
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--incremental", action="store_true")
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()) / "feature-benchmark-data")
     arguments = parser.parse_args()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     if arguments.large:
         large(arguments.directory, arguments.repeats)
+        return
+    if arguments.incremental:
+        incremental(arguments.directory, int(arguments.rows or 2e6), arguments.repeats)
         return
     rows = int(arguments.rows or (1e6 if arguments.map_groups else 1e7))
     source = transactions(arguments.directory, rows)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from tasks.core.times import expand
 from tasks.features.config import FeatureStoreConfig, Thresholds
 
 UTC = dt.UTC
@@ -46,12 +47,13 @@ TIMES = [
 ]
 
 
-@pytest.mark.parametrize("field", ["as_of", "earliest"])
 @pytest.mark.parametrize(("given", "expected"), TIMES, ids=[str(case[0]) for case in TIMES])
-def test_times_become_utc(field: str, given: object, expected: dt.datetime) -> None:
-    found = getattr(FeatureStoreConfig(**{field: given}), field)
-    assert found == expected
-    assert found.tzinfo is UTC
+def test_times_become_utc(given: Any, expected: dt.datetime) -> None:
+    config = FeatureStoreConfig(as_of=given, earliest=given)
+    for found in (config.earliest, *expand(config.as_of)):
+        assert found == expected
+        assert found.tzinfo is UTC
+    assert config.as_of == (expected.isoformat(),)
 
 
 GROUPS = [
@@ -103,7 +105,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"sample_transactions": 100_000_001}, r"sample_transactions\s.*less than or equal to 100000000"),
     ({"seed": -1}, r"seed\s.*greater than or equal to 0"),
     ({"seed": 2**63}, r"seed\s.*less than 9223372036854775808"),
-    ({"as_of": "yesterday"}, r"as_of\s.*valid datetime"),
+    ({"as_of": "yesterday"}, r"as_of\s.*'yesterday' is no time; write ISO 8601"),
+    ({"earliest": "yesterday"}, r"earliest\s.*valid datetime"),
     ({"transaction_columns": ["amount"]}, r"transaction_columns\s.*valid dictionary"),
     ({"customers": "c"}, r"customers or products are given without transactions; give transactions too, or none"),
     ({"products": "p"}, r"customers or products are given without transactions"),

@@ -17,7 +17,7 @@ from tasks.core.profile import profile_table
 from tasks.features.config import FeatureStoreConfig, Thresholds
 from tasks.features.definitions import FeatureGroup
 from tasks.features.gate import judge_group
-from tasks.features.stages import CREATED, VERSION
+from tasks.features.parts import CREATED, VERSION
 
 AS_OF = dt.datetime(2025, 1, 1, tzinfo=dt.UTC)
 ROWS = 1_000
@@ -120,6 +120,30 @@ def test_good_data_pass_every_check() -> None:
         "freshness",
         "drift",
     }
+
+
+DAY = dt.timedelta(days=1)
+
+
+@pytest.mark.parametrize(
+    ("times", "before", "judged"),
+    [
+        ((AS_OF,), (AS_OF - DAY,), True),  # day by day
+        ((AS_OF,), (AS_OF,), True),
+        ((AS_OF,), (), True),  # the last version doesn't say
+        ((AS_OF - DAY, AS_OF), (AS_OF,), False),  # a history against a snapshot
+        ((AS_OF - DAY,), (AS_OF,), False),  # a day of the past, computed again
+        ((AS_OF,), (AS_OF - DAY, AS_OF), False),
+    ],
+)
+def test_drift_is_judged_between_versions_of_like_times(
+    times: tuple[dt.datetime, ...], before: tuple[dt.datetime, ...], judged: bool
+) -> None:
+    previous = published(data()).model_copy(update={"as_of": before})
+    checks = [check for check in judge(previous=previous, times=times).checks if check.name == "drift"]
+    assert any(check.column for check in checks) == judged
+    if not judged:
+        assert [check.message.partition(":")[0] for check in checks] == ["Drift isn't judged"]
 
 
 def gaps(share: float, values: Any) -> pa.Array:

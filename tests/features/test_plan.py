@@ -61,7 +61,7 @@ def plan(
             uris[name] = str(directory / f"{name}.parquet")
             pq.write_table(pa.table(table), uris[name])
     chosen = FeatureStoreConfig(**uris, **config)
-    (only,) = plan_features(with_uris((own or Definitions()).over(STANDARD), chosen), chosen, AS_OF)
+    (only,) = plan_features(with_uris((own or Definitions()).over(STANDARD), chosen), chosen, (AS_OF,))
     return only
 
 
@@ -75,7 +75,7 @@ def test_all_groups_are_computed_from_one_reading(tmp_path: Path) -> None:
     assert [group.dimension and group.dimension.name for group in planned.groups] == ["customers", "products"]
     assert planned.groups[0].columns == ("amount", "category", "customer_id", "product_id", "timestamp")
     assert planned.groups[1].columns == ("amount", "customer_id", "product_id", "timestamp")
-    assert (planned.as_of, planned.time, planned.rows_per_bucket) == (AS_OF, "timestamp", 5000)
+    assert (planned.as_of, planned.time, planned.rows_per_bucket) == ((AS_OF,), "timestamp", 5000)
     assert planned.events.categories == ("category",)
 
 
@@ -292,7 +292,7 @@ def test_every_file_is_asked_for_its_kind_of_time(tmp_path: Path) -> None:
         pq.write_table(pa.table(WITH_CATEGORY | {"timestamp": [time]}), tmp_path / f"{name}.parquet")
     config = FeatureStoreConfig(transactions=str(tmp_path))
     with pytest.raises(SourceError, match="holds integers"):
-        plan_features(with_uris(STANDARD, config), config, AS_OF)
+        plan_features(with_uris(STANDARD, config), config, (AS_OF,))
 
 
 def test_choices_reach_the_rows(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_one_plan_a_source(tmp_path: Path) -> None:
     group = FeatureGroup(name="engagement", entity="user", source="visits", dimension="users", features={"n": pl.len()})
     own = Definitions(events={"visits": visits}, dimensions={"users": users}, groups={"engagement": group})
     config = FeatureStoreConfig(transactions=str(tmp_path / "transactions.parquet"))
-    plans = plan_features(with_uris(own.over(STANDARD), config), config, AS_OF)
+    plans = plan_features(with_uris(own.over(STANDARD), config), config, (AS_OF,))
     assert [(one.events.name, len(one.groups)) for one in plans] == [("transactions", 2), ("visits", 1)]
     assert plans[1].groups[0].dimension is not None
     assert plans[1].groups[0].dimension.file_columns == ("user", "country")

@@ -1,0 +1,231 @@
+"""Which versions may go, and their deletion; what somebody still needs stays.
+
+A version stays if it is the latest live one, if a published version anywhere under the root was made from it, or if a
+version that stays continues its state. Its number is never given again: `prune` takes it over as an attempt of its
+own before it deletes anything, as a run takes over what another one has left (`reservation`).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tasks.core import layout, storage
+from tasks.core.errors import ConfigError, VersionConflict
+from tasks.core.listing import FileInfo
+from tasks.core.manifest import Manifest
+from tasks.core.reading import PRUNED, committed_manifests, list_datasets
+from tasks.core.reservation import Attempt, Owner, attempts, version_numbers
+from tasks.core.withdrawal import withdrawn
+
+State = Literal["published", "withdrawn", "rejected", "abandoned"]
+
+ABANDONED_AFTER = dt.timedelta(days=7)
+"""A version that a process elsewhere began and hasn't committed may be alive, but not for ever."""
+
+_NOBODY = Owner(host="", boot_id="", pid=0, process_start="")
+_ORDER: Mapping[State, int] = {"rejected": 0, "abandoned": 0, "withdrawn": 1, "published": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prunable:
+    """A version that may be deleted."""
+
+    dataset: str
+    version: int
+    state: State
+    created: dt.datetime
+    files: int
+    bytes: int
+    only_here: tuple[dt.datetime, ...] = ()
+    """As-of times that no version that stays holds: history is lost with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What may go, in the order of deletion, and why others stay that are old enough or too many."""
+
+    prunable: tuple[Prunable, ...]
+    held: Mapping[int, str] = field(default_factory=dict)
+
+
+def survey(
+    root: str,
+    dataset: str,
+    *,
+    keep: int | None = None,
+    older_than: dt.timedelta | None = None,
+    now: dt.datetime | None = None,
+) -> Survey:
+    """Find the versions of a dataset that may be deleted: rejected and abandoned ones first, then from the oldest.
+
+    Args:
+        root: Root of the store.
+        dataset: Dataset name.
+        keep: Live versions that stay, from the newest; None: by age alone. With neither bound no published version
+            goes, only rejected and abandoned ones.
+        older_than: What was made within this time stays, whatever it is; None: any age.
+        now: Time to count from; the clock's if none is given.
+
+    Raises:
+        ConfigError: `keep` is below 1, or `older_than` is negative.
+        CorruptVersion: a manifest can't be read.
+
+    """
+    if keep is not None and keep < 1:
+        raise ConfigError(f"keep = {keep}: at least the latest version stays; give 1 or more")
+    if older_than is not None and older_than < dt.timedelta(0):
+        raise ConfigError(f"older_than = {older_than}: give a time of 0 or more")
+    root = storage.normalise(root)
+    now = now or dt.datetime.now(dt.UTC)
+    manifests = {manifest.version: manifest for manifest in committed_manifests(root, dataset)}
+    taken_back = withdrawn(root, dataset)
+    states = {n: _state(manifest, n in taken_back) for n, manifest in manifests.items()}
+    created = {n: manifest.created_at for n, manifest in manifests.items()}
+    for number, since in _abandoned(root, dataset, manifests, now).items():
+        states[number], created[number] = "abandoned", since
+
+    live = [n for n in sorted(manifests) if states[n] == "published"]
+    spared = set(live[-(keep or 1) :])
+    if keep is None and older_than is None:
+        spared |= {n for n in states if states[n] in ("published", "withdrawn")}
+    wanted = {n for n in states if n not in spared and (older_than is None or created[n] < now - older_than)}
+    held = _held(root, dataset, manifests, states, wanted) if wanted else {}
+    wanted -= set(held)
+    kept = {moment for n in live if n not in wanted for moment in manifests[n].as_of}
+    found = []
+    for n in sorted(wanted, key=lambda n: (_ORDER[states[n]], n)):
+        files = _files(root, dataset, n)
+        lost = tuple(t for t in manifests[n].as_of if t not in kept) if states[n] == "published" else ()
+        size = sum(info.bytes for info in files)
+        found.append(
+            Prunable(
+                dataset=dataset,
+                version=n,
+                state=states[n],
+                created=created[n],
+                files=len(files),
+                bytes=size,
+                only_here=lost,
+            )
+        )
+    return Survey(tuple(found), held)
+
+
+def prunable(
+    root: str, dataset: str, *, keep: int | None = None, older_than: dt.timedelta | None = None
+) -> list[Prunable]:
+    """The versions that may be deleted, as `survey` finds them, in the order of deletion."""
+    return list(survey(root, dataset, keep=keep, older_than=older_than).prunable)
+
+
+def prune(root: str, chosen: Iterable[Prunable]) -> int:
+    """Delete versions: the manifest first, so that no reader sees a part, then all but the reservation.
+
+    Stopped half-way, it is finished by doing it again. A reader that has opened a version before may miss files.
+
+    Returns:
+        Bytes that were deleted.
+
+    Raises:
+        VersionConflict: somebody has begun a new attempt at one of them since.
+
+    """
+    root = storage.normalise(root)
+    deleted = 0
+    for version in chosen:
+        uri = layout.version_uri(root, version.dataset, version.version)
+        _take_over(root, version)
+        storage.delete(layout.join(uri, layout.MANIFEST))
+        for info in _files(root, version.dataset, version.version):
+            storage.delete(info.uri)
+        deleted += version.bytes
+    return deleted
+
+
+def _state(manifest: Manifest, taken_back: bool) -> State:
+    if manifest.status != "published":
+        return "rejected"
+    return "withdrawn" if taken_back else "published"
+
+
+def _abandoned(root: str, dataset: str, committed: Mapping[int, Manifest], now: dt.datetime) -> dict[int, dt.datetime]:
+    """Versions without a manifest that nobody works on and that have files, with the time of their last attempt."""
+    found = {}
+    for number in version_numbers(root, dataset):
+        if number in committed:
+            continue
+        chain = attempts(root, dataset, number)
+        if not chain:
+            continue  # a directory that isn't ours
+        last = chain[-1]
+        over = last.run_id == PRUNED or last.owner.is_gone() or last.created_at < now - ABANDONED_AFTER
+        # Without files there is nothing to gain, and a number that was pruned is done with.
+        if over and _files(root, dataset, number):
+            found[number] = last.created_at
+    return found
+
+
+def _held(
+    root: str, dataset: str, manifests: Mapping[int, Manifest], states: Mapping[int, State], wanted: set[int]
+) -> dict[int, str]:
+    """Versions that somebody needs, and who."""
+    held: dict[int, str] = {}
+    for other in list_datasets(root):
+        if other == dataset:
+            continue
+        for manifest in committed_manifests(root, other):
+            if manifest.status != "published":
+                continue
+            for record in manifest.inputs:
+                if record.name == dataset and record.version in wanted:
+                    held.setdefault(record.version, f"{other} v{manifest.version} was made from it")
+    # A chain of states: what a version that stays continues stays, and what that one continues.
+    staying = sorted(n for n in manifests if states[n] != "rejected" and (n not in wanted or n in held))
+    while staying:
+        number = staying.pop()
+        parent = state_parent(manifests[number].definition)
+        if parent in wanted and parent not in held:
+            held[parent] = f"v{number} continues its state"
+            staying.append(parent)
+    return held
+
+
+def state_parent(definition: Mapping[str, Any]) -> int | None:
+    """The version whose state a version continues, as an incremental run notes it; None: it stands alone."""
+    state = definition.get("state")
+    parent = state.get("parent") if isinstance(state, Mapping) else None
+    return parent if isinstance(parent, int) else None
+
+
+def _files(root: str, dataset: str, version: int) -> Sequence[FileInfo]:
+    """Files of a version that go with it: all but its reservations."""
+    uri = layout.version_uri(root, dataset, version)
+    found = storage.list_files(uri, include_hidden=True)
+    reserved = layout.reservation_name(1).removesuffix(".json")
+    return [info for info in found if not info.uri.rpartition("/")[2].startswith(reserved)]
+
+
+def _take_over(root: str, version: Prunable) -> None:
+    """Hold the number for ever: the newest attempt, of a run that never ends and never commits."""
+    chain = attempts(root, version.dataset, version.version)
+    if chain and chain[-1].run_id == PRUNED:
+        return
+    taken = version.state == "abandoned" and chain[-1].created_at != version.created
+    mark = Attempt(
+        run_id=PRUNED,
+        attempt=len(chain) + 1,
+        owner=_NOBODY,
+        created_at=dt.datetime.now(dt.UTC),
+        token=uuid.uuid4().hex,
+    )
+    uri = layout.version_uri(root, version.dataset, version.version)
+    data = mark.model_dump_json(indent=2).encode()
+    place = layout.join(uri, layout.reservation_name(mark.attempt))
+    if taken or (not storage.put_if_absent(place, data) and storage.read_bytes(place) != data):
+        raise VersionConflict(
+            f"{version.dataset} v{version.version} is being written again by another run; look again what may go"
+        )

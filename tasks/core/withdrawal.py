@@ -1,0 +1,82 @@
+"""Versions that are taken back: readers pass them over, and nothing that was published is rewritten.
+
+A withdrawal is one more record beside the manifest, made by put-if-absent: the first one stands. The data stays, so
+that what was made from it can still be explained; `retention` deletes it.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping
+
+from pydantic import Field, ValidationError
+
+from tasks.core import layout, storage
+from tasks.core.errors import CorruptVersion, VersionNotFound
+from tasks.core.manifest import Record
+from tasks.core.reservation import find_manifest, version_numbers
+
+
+class Withdrawal(Record):
+    """Why, when and by whom a version was withdrawn."""
+
+    reason: str = Field(description="Why readers must not use it, in words.")
+    when: dt.datetime = Field(description="When it was withdrawn, UTC.")
+    by: str = Field(description="Who withdrew it.")
+
+    def __str__(self) -> str:
+        return f"withdrawn by {self.by} at {self.when:%Y-%m-%d %H:%M} UTC: {self.reason}"
+
+
+def withdraw(root: str, dataset: str, version: int, reason: str, by: str) -> None:
+    """Let readers pass a published version over; 'latest' is then the one before. A second withdrawal is no error.
+
+    Raises:
+        VersionNotFound: the version isn't published.
+
+    """
+    root = storage.normalise(root)
+    manifest = find_manifest(root, dataset, version)
+    if manifest is None or manifest.status != "published":
+        known = ", ".join(f"v{number}" for number in version_numbers(root, dataset)) or "none"
+        state = "isn't published" if manifest is None else "was rejected by the quality gate: nobody reads it"
+        raise VersionNotFound(f"{dataset} v{version} {state}; name a published version to withdraw (of {known})")
+    record = Withdrawal(reason=reason, when=dt.datetime.now(dt.UTC), by=by)
+    storage.put_if_absent(withdrawal_uri(root, dataset, version), record.model_dump_json(indent=2).encode())
+
+
+def withdrawn(root: str, dataset: str) -> dict[int, Withdrawal]:
+    """The withdrawn versions of a dataset, ascending.
+
+    Raises:
+        CorruptVersion: a record can't be read as one.
+
+    """
+    root = storage.normalise(root)
+    uris = {version: withdrawal_uri(root, dataset, version) for version in version_numbers(root, dataset)}
+    return parse_withdrawals(uris, storage.read_many(uris.values()))
+
+
+def withdrawal_uri(root: str, dataset: str, version: int) -> str:
+    """Where the record of a version's withdrawal is, if it is withdrawn; `root` is normalised."""
+    return layout.join(layout.version_uri(root, dataset, version), layout.WITHDRAWN)
+
+
+def parse_withdrawals(uris: Mapping[int, str], contents: Mapping[str, bytes]) -> dict[int, Withdrawal]:
+    """Withdrawals by version, from the contents of those records that exist.
+
+    Raises:
+        CorruptVersion: a record can't be read as one.
+
+    """
+    found = {}
+    for version, uri in uris.items():
+        if uri in contents:
+            try:
+                found[version] = Withdrawal.model_validate_json(contents[uri])
+            except ValidationError as fault:
+                raise CorruptVersion(
+                    f"{uri} is no withdrawal ({fault.error_count()} errors in {len(contents[uri])} bytes): "
+                    "delete that file to publish the version again, or withdraw it anew after that"
+                ) from fault
+    return found

@@ -1,0 +1,154 @@
+"""What a run takes from the versions before it, decided before it starts, and how far a group has come."""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import json
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tasks.core import layout, storage
+from tasks.core.manifest import Manifest
+from tasks.core.versions import committed_manifests, live_manifests
+from tasks.features.plan import FeaturePlan, GroupPlan, SourcePlan
+from tasks.features.state import MAX_LINKS, StateLink, StatePlan, bucket_files
+
+_JUDGES = tuple(Path(__file__).with_name(name) for name in ("rows.py", "sources.py"))
+Prints = Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Watermark:
+    """How far a group's published versions reach: their latest as-of time, and their newest event."""
+
+    as_of: dt.datetime | None
+    newest_event: dt.datetime | None
+
+
+def watermark(root: str, dataset: str) -> Watermark:
+    """How far a feature group has come, by its published manifests; nothing else keeps account of it.
+
+    Args:
+        root: Root of the store.
+        dataset: Dataset name, such as 'feature-store/customer-features'.
+
+    """
+    manifests = live_manifests(root, dataset)
+    times = [moment for manifest in manifests for moment in as_of_times(manifest)]
+    newest = [text for manifest in manifests if (text := manifest.definition.get("newest_event")) is not None]
+    return Watermark(max(times, default=None), max(map(dt.datetime.fromisoformat, newest), default=None))
+
+
+def as_of_times(manifest: Manifest) -> tuple[dt.datetime, ...]:
+    """Times that a feature version holds; versions that don't list them say their only one in the configuration."""
+    earlier = manifest.config.get("as_of")
+    if manifest.as_of or not isinstance(earlier, str):
+        return manifest.as_of
+    moment = dt.datetime.fromisoformat(earlier)
+    return (moment.replace(tzinfo=dt.UTC) if moment.tzinfo is None else moment.astimezone(dt.UTC),)
+
+
+def with_state(plan: FeaturePlan, root: str) -> FeaturePlan:
+    """The plan of an incremental run: only files that no earlier version has kept the events of are read.
+
+    Args:
+        plan: The plan of a full run.
+        root: Root of the store.
+
+    Returns:
+        The plan with a state a group and the files' fingerprints. Later events are kept too, so that no row is
+        filtered by its time while it is read.
+
+    """
+    root = storage.normalise(root)
+    prints = plan.events.table.fingerprints()
+    lookups = {lookup.dimension.name: lookup.dimension.table.fingerprints() for lookup in plan.lookups}
+    states = tuple(_plan_state(plan, planned, root, prints, lookups) for planned in plan.groups)
+    events = replace(plan.events, rows=replace(plan.events.rows, as_of=None))
+    return replace(plan, events=events, fingerprints=prints, states=states)
+
+
+def _plan_state(plan: FeaturePlan, planned: GroupPlan, root: str, prints: Sequence[str], lookups: Prints) -> StatePlan:
+    digest = _digest(plan, planned, lookups)
+    uris = [file.info.uri for file in plan.events.table.files]
+    today = {file: number for number, file in enumerate(zip(uris, prints, strict=True))}
+    chain = _newest_chain(root, layout.feature_dataset(planned.group.name), digest)
+    links = tuple(link for manifest in chain if (link := _link(manifest, root, plan.events.name, today)).live)
+    kept = {number for link in links for number in link.live.values()}
+    return StatePlan(
+        digest=digest,
+        parent=chain[-1].version if links else None,
+        depth=len(chain) + 1 if links else 1,
+        links=links,
+        new=frozenset(range(len(uris))) - kept,
+        whole=len(chain) >= MAX_LINKS or not links,
+    )
+
+
+def _newest_chain(root: str, dataset: str, digest: str) -> list[Manifest]:
+    """Manifests of the newest published version with a state that fits, and of those it builds upon, oldest first."""
+    live = live_manifests(root, dataset)
+    # A version that was withdrawn since can't be built upon, but it may be a link of one that was before.
+    known = {manifest.version: manifest for manifest in committed_manifests(root, dataset)} if live else {}
+    for manifest in reversed(live):
+        chain: list[Manifest] = []
+        link: Manifest | None = manifest
+        while link is not None and link.definition.get("state", {}).get("digest") == digest:
+            chain.insert(0, link)
+            parent = link.definition["state"]["parent"]
+            if parent is None:
+                return chain
+            link = known.get(parent)  # None: it was pruned
+    return []
+
+
+def _link(manifest: Manifest, root: str, source: str, today: Mapping[tuple[str, str], int]) -> StateLink:
+    state: dict[str, Any] = manifest.definition["state"]
+    inputs = next(record for record in manifest.inputs if record.name == source).files
+    live, rows = {}, 0
+    for number, count in state["files"]:
+        file = inputs[number]
+        if (now := today.get((file.uri, file.fingerprint))) is not None:
+            live[number] = now
+            rows += count
+    uri = layout.version_uri(root, manifest.dataset, manifest.version)
+    return StateLink(
+        version=manifest.version,
+        buckets=state["buckets"],
+        files=bucket_files(uri, manifest.side_files),
+        live=live,
+        rows=rows,
+        complete=len(live) == len(state["files"]),
+    )
+
+
+def _digest(plan: FeaturePlan, planned: GroupPlan, lookups: Prints) -> str:
+    """Digest of all that decides which events are kept, and how they look; their files and the as-of times don't."""
+    used = [lookup for lookup in plan.lookups if set(lookup.columns) & set(planned.columns)]
+    wanted = {*planned.columns, *(lookup.key for lookup in used)}
+    parts = {
+        "entity": planned.group.entity,
+        "columns": planned.columns,
+        "events": _spelled(plan.events, wanted),
+        "lookups": [
+            [lookup.key, lookup.columns, _spelled(lookup.dimension), lookups[lookup.dimension.name]] for lookup in used
+        ],
+    }
+    found = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    for file in _JUDGES:
+        found.update(file.read_bytes())
+    return found.hexdigest()
+
+
+def _spelled(source: SourcePlan, wanted: Set[str] | None = None) -> list[object]:
+    """How rows are judged; columns that aren't wanted and that no row is rejected for make no difference."""
+    rows = source.rows
+    columns = [
+        (c.name, c.source_name, c.kind, c.required, c.key_type, None if c.dtype is None else str(c.dtype))
+        for c in rows.columns
+        if wanted is None or c.required or c.name in wanted or c.name in rows.reject_negative
+    ]
+    return [rows.time, columns, str(rows.earliest), rows.timezone, rows.epoch_unit, rows.reject_negative]

@@ -1,0 +1,126 @@
+"""The rows of a bucket as they are written: plain types, stamped, scored, one file. Pure, but for the files."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from tasks.core import storage
+from tasks.core.manifest import FileEntry
+from tasks.core.profile import TableProfile, profile_table
+from tasks.core.reservation import Reservation
+from tasks.core.sketch import QuantileSketch
+from tasks.features.config import Thresholds
+from tasks.features.definitions import AS_OF
+from tasks.features.plan import GroupPlan
+from tasks.features.scoring import Fences, score_rows
+
+CREATED, VERSION = "feature_creation_date", "feature_version"
+ROW_GROUP = 8192
+"""Rows of a row group: a look-up of one entity decodes one, and a hundred groups' statistics are soon searched."""
+
+_NUMERIC = (pa.types.is_floating, pa.types.is_integer, pa.types.is_decimal)
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenPart:
+    """One data file as it was written; profile has the columns that weren't profiled for the fences before."""
+
+    entry: FileEntry
+    schema: pa.Schema
+    profile: TableProfile
+    ready: int
+
+
+def write_part(
+    table: pa.Table,
+    part: int,
+    *,
+    planned: GroupPlan,
+    reservation: Reservation,
+    bounds: Mapping[dt.datetime, Mapping[str, Fences]],
+    thresholds: Thresholds,
+) -> WrittenPart:
+    """Score the rows of one part against the global fences of their as-of time and write them as one file.
+
+    Rows stand by entity and as_of, in row groups so small that a look-up of one entity reads little.
+    """
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    names = feature_columns(table.schema.names, planned)
+    snapshots = frame.partition_by(AS_OF, maintain_order=True) if frame.height else [frame]
+    scored = pl.concat(
+        score_rows(
+            rows,
+            names,
+            bounds[rows[AS_OF][0]] if rows.height else {},
+            missing_below=thresholds.missing,
+            outliers_below=thresholds.outliers,
+            score_above=thresholds.score,
+        )
+        for rows in snapshots
+    )
+    scored = scored.select(pl.exclude(AS_OF, CREATED, VERSION), AS_OF, CREATED, VERSION)
+    scored = scored.sort(planned.group.entity, AS_OF)
+    final = to_arrow(scored)
+    written = storage.write_parquet(final, reservation.data_uri(part), row_group_size=ROW_GROUP)
+    entry = reservation.entry(written)
+    profiled = set(numeric_features(table.schema, planned))
+    rest = final.select([name for name in final.column_names if name not in profiled])
+    return WrittenPart(entry, final.schema, profile_table(rest), int(scored["is_training_ready"].sum()))
+
+
+def by_time(table: pa.Table, as_of: Sequence[dt.datetime]) -> list[pa.Table]:
+    """A table whose rows stand in order of as_of, cut into one piece a time; some may have no row."""
+    ticks = table[AS_OF].cast(pa.int64()).to_numpy()
+    times = pa.array(as_of, table.schema.field(AS_OF).type).cast(pa.int64()).to_numpy()
+    ends = np.searchsorted(ticks, times, side="right").tolist()
+    return [table.slice(start, end - start) for start, end in pairwise([0, *ends])]
+
+
+def sketches(profile: TableProfile) -> dict[str, QuantileSketch]:
+    """Quantiles of all columns of a profile, each numeric."""
+    return {name: profile.sketch(name) for name in profile.partials}
+
+
+def feature_columns(names: Sequence[str], planned: GroupPlan) -> list[str]:
+    """The columns that are judged as features: the group's own and those of its dimension."""
+    dimension = [c.name for c in planned.dimension.rows.columns] if planned.dimension is not None else []
+    wanted = {*planned.group.feature_names, *dimension} - {planned.group.entity}
+    return [name for name in names if name in wanted]
+
+
+def numeric_features(schema: pa.Schema, planned: GroupPlan) -> list[str]:
+    """The features that have quantiles, and so fences."""
+    return [
+        name
+        for name in feature_columns(schema.names, planned)
+        if any(is_kind(schema.field(name).type) for is_kind in _NUMERIC)
+    ]
+
+
+def to_arrow(frame: pl.DataFrame) -> pa.Table:
+    """An Arrow table with the plain types that every Parquet reader knows."""
+    table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
+    plain = [
+        field.with_type(pa.string()) if pa.types.is_large_string(field.type) else field.with_type(field.type)
+        for field in table.schema
+    ]
+    return table.cast(pa.schema(plain))
+
+
+def write_rejected(reservation: Reservation, source: str, index: int, rows: pl.DataFrame) -> FileEntry:
+    """Keep rejected rows beside the version that they are missing from."""
+    return reservation.entry(
+        storage.write_parquet(to_arrow(_uncategorised(rows)), reservation.rejected_uri(source, index))
+    )
+
+
+def _uncategorised(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame.with_columns(pl.col(pl.Categorical).cast(pl.String))

@@ -1,0 +1,154 @@
+"""Judged events that are kept beside a version, so that a later run needn't read and judge their files again.
+
+    {version}/_events/part-<bucket>-a1.parquet    the bucket's new events, with the file and row that they stood in
+
+A version keeps the events of the files that it read itself; those of earlier files stay with earlier versions, so that
+the state of a version is a chain of links. An event is alive as long as its file is there unchanged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.core import layout, storage
+from tasks.core.hashing import stable_hash
+from tasks.core.manifest import FileEntry
+from tasks.core.reservation import Reservation
+
+DIRECTORY = "_events"
+FILE, ROW = "_file", "_row"
+MAX_LINKS = 16
+"""Links of a chain; then all events that are alive are written anew, in one."""
+
+_PART = re.compile(rf"{DIRECTORY}/part-([0-9]+)-a[0-9]+\.parquet")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateLink:
+    """The events that one version has kept.
+
+    buckets: number of them. files: URI by bucket; one without events has none. live: of the source files that the
+    version read those that are there unchanged, number in that version's inputs → number among the files of today.
+    rows: their events. complete: whether all of its files are.
+    """
+
+    version: int
+    buckets: int
+    files: Mapping[int, str]
+    live: Mapping[int, int]
+    rows: int
+    complete: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatePlan:
+    """Which events of a group are taken from where.
+
+    digest: what decides how events are read and judged; states of equal digests fit together. parent: version whose
+    state is built upon. depth: links of the chain, with the new one. new: numbers of the source files to read.
+    whole: write all events that are alive, not only the new ones, and begin a new chain.
+    """
+
+    digest: str
+    parent: int | None
+    depth: int
+    links: tuple[StateLink, ...]
+    new: frozenset[int]
+    whole: bool
+
+    @property
+    def rows(self) -> int:
+        """Events that earlier versions have kept and that are alive."""
+        return sum(link.rows for link in self.links)
+
+    def record(self, rows: Mapping[int, int], files: int, buckets: int) -> dict[str, object]:
+        """What the manifest's definition says of the version's own state.
+
+        Args:
+            rows: Events that were written, by the number of their source file.
+            files: Number of source files.
+            buckets: Number of buckets.
+
+        """
+        written = range(files) if self.whole else sorted(self.new)
+        return {
+            "digest": self.digest,
+            "parent": None if self.whole else self.parent,
+            "depth": 1 if self.whole else self.depth,
+            "buckets": buckets,
+            "files": [[number, rows.get(number, 0)] for number in written],
+        }
+
+
+def bucket_files(version_uri: str, side_files: Sequence[FileEntry]) -> dict[int, str]:
+    """URIs of a version's kept events, by bucket."""
+    found = ((_PART.fullmatch(file.path), file.path) for file in side_files)
+    return {int(match[1]): layout.join(version_uri, path) for match, path in found if match is not None}
+
+
+def read_kept(
+    links: Sequence[StateLink], bucket: int, buckets: int, entity: str, schema: Mapping[str, pl.DataType]
+) -> pl.DataFrame:
+    """Events of one of today's buckets that earlier versions have kept.
+
+    Args:
+        links: The chain.
+        bucket: Bucket of the entities.
+        buckets: Number of buckets, a power of two as every link's.
+        entity: Key column.
+        schema: Columns to give and their types, among them `FILE`: the number of the source file, as of today.
+
+    """
+    frames = [_read_link(link, bucket, buckets, entity, schema) for link in links if link.live]
+    return pl.concat([pl.DataFrame(schema=schema), *frames])
+
+
+def _read_link(
+    link: StateLink, bucket: int, buckets: int, entity: str, schema: Mapping[str, pl.DataType]
+) -> pl.DataFrame:
+    numbers = range(bucket, link.buckets, buckets) if link.buckets > buckets else [bucket % link.buckets]
+    texts = [name for name, dtype in schema.items() if dtype == pl.Categorical]
+    live = None if link.complete else [(FILE, "in", list(link.live))]
+    frames = []
+    for uri in (link.files[number] for number in numbers if number in link.files):
+        with storage.open_input(uri) as source:
+            table = pq.read_table(
+                source, columns=list(schema), filters=live, use_threads=False, read_dictionary=texts, pre_buffer=True
+            )
+        if link.buckets < buckets:
+            table = table.filter(pa.array(stable_hash(table[entity]) % np.uint64(buckets) == bucket))
+        frame = pl.from_arrow(table)
+        assert isinstance(frame, pl.DataFrame)
+        today = pl.col(FILE).replace_strict(dict(link.live), return_dtype=pl.Int32)
+        frames.append(frame.with_columns(today).cast(pl.Schema(schema)))
+    return pl.concat(frames) if frames else pl.DataFrame(schema=schema)
+
+
+def in_order(events: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """Each entity's events in the order of a full reading: by file, and by row in each.
+
+    Of one file an entity's events come from one frame, and there in their order, so that the rows' numbers needn't be
+    looked at.
+    """
+    together = pl.concat(events)
+    files = together[FILE].to_numpy()
+    if np.all(files[:-1] <= files[1:]):
+        return together
+    # A stable sort of 16-bit integers is a radix sort; more files than that are rare.
+    narrow = files.astype(np.uint16) if files.max() < 2**16 else files
+    return together[np.argsort(narrow, kind="stable")]
+
+
+def write_kept(events: pa.Table, reservation: Reservation, bucket: int) -> FileEntry:
+    """Keep a bucket's events beside the version."""
+    uri = reservation.data_uri(bucket, DIRECTORY)
+    plain = [name for name in events.column_names if name != ROW]
+    options = {"use_dictionary": plain, "column_encoding": {ROW: "DELTA_BINARY_PACKED"}}
+    return reservation.entry(storage.write_parquet(events, uri, **options))

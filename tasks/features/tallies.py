@@ -1,0 +1,86 @@
+"""What the tasks of the feature job count and report. Small values that add up."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections import Counter
+from dataclasses import dataclass, field
+
+from tasks.core.manifest import FileEntry, RowBalance
+from tasks.core.profile import TableProfile
+from tasks.core.sketch import QuantileSketch
+
+
+@dataclass(slots=True)
+class Tally:
+    """Row counts of one source in one unit; adds up over units."""
+
+    rows_in: int = 0
+    rows_out: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    filtered: Counter[str] = field(default_factory=Counter)
+    deduplicated: int = 0
+
+    def add(self, other: Tally) -> None:
+        """Add the counts of another."""
+        self.rows_in += other.rows_in
+        self.rows_out += other.rows_out
+        self.rejected += other.rejected
+        self.filtered += other.filtered
+        self.deduplicated += other.deduplicated
+
+    def balance(self, name: str) -> RowBalance:
+        """The counts as the manifest keeps them."""
+        return RowBalance(
+            name=name,
+            rows_in=self.rows_in,
+            rows_out=self.rows_out,
+            rejected=dict(sorted(self.rejected.items())),
+            filtered=dict(sorted(self.filtered.items())),
+            deduplicated=self.deduplicated,
+        )
+
+
+@dataclass(slots=True)
+class UnitNote:
+    """What a scatter task reports: its source's tally, and by group the rows without entity and the rejected file."""
+
+    tally: Tally
+    without_entity: dict[int, int] = field(default_factory=dict)
+    rejected_files: dict[int, FileEntry] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class EventTally:
+    """Events of a bucket: those that were read and, in an incremental run, those that earlier versions have kept.
+
+    new_late, kept_late: of these, after the last as-of time, so that they don't count (a run that isn't incremental
+    has filtered them before). newest: time of the newest that counts. file: where the new ones are kept; by_file:
+    how many are, by the number of their source file.
+    """
+
+    new: int = 0
+    new_late: int = 0
+    kept: int = 0
+    kept_late: int = 0
+    newest: dt.datetime | None = None
+    file: FileEntry | None = None
+    by_file: Counter[int] = field(default_factory=Counter)
+
+
+@dataclass(slots=True)
+class BucketSummary:
+    """What a gather task reports of its bucket; entities are counted once for each as-of time.
+
+    profile: of the numeric features; quantiles: theirs at each as-of time, where there are several.
+    """
+
+    group: int
+    events: EventTally
+    dimension: Tally
+    entities: Tally
+    duplicate_keys: int
+    unmatched: int
+    rejected_files: list[FileEntry]
+    profile: TableProfile
+    quantiles: list[dict[str, QuantileSketch]]

@@ -1,0 +1,256 @@
+"""What is in the store, as values for people and programs: datasets, their versions, and what one version holds."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tasks.core import layout, storage
+from tasks.core.errors import VersionNotFound
+from tasks.core.manifest import Manifest
+from tasks.core.reading import committed_manifests, list_datasets, live_manifests, resolve
+from tasks.core.withdrawal import withdrawn
+from tasks.features.definitions import AS_OF
+from tasks.features.scoring import QUALITY_COLUMNS
+from tasks.serving.definition import closest
+
+Kind = Literal["features", "training set", "streaming copy", "images", "other"]
+
+CREATED, VERSION = "feature_creation_date", "feature_version"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetSummary:
+    """One dataset: its latest live version, if it has one, and how many there are."""
+
+    name: str
+    dataset: str
+    kind: Kind
+    version: int | None
+    versions: int
+    rows: int | None
+    columns: int | None
+    as_of: dt.datetime | None
+    created: dt.datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionSummary:
+    """One committed version; note: why readers pass it over, if they do."""
+
+    version: int
+    status: Literal["published", "withdrawn", "rejected"]
+    created: dt.datetime
+    rows: int
+    bytes: int
+    as_of: tuple[dt.datetime, ...]
+    verdict: str
+    note: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColumnSummary:
+    """One column of a version, with its profile's main figures."""
+
+    name: str
+    type: str
+    declared: str
+    nulls: float | None
+    minimum: float | str | None
+    mean: float | None
+    maximum: float | str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """One version: where it is, what it was made from, and its columns."""
+
+    name: str
+    dataset: str
+    kind: Kind
+    version: int
+    uri: str
+    created: dt.datetime
+    rows: int
+    files: int
+    bytes: int
+    entity: str | None
+    partition: str | None
+    as_of: tuple[dt.datetime, ...]
+    verdict: str
+    run: str
+    inputs: tuple[str, ...]
+    columns: tuple[ColumnSummary, ...]
+
+
+def find_dataset(root: str, name: str, kind: Kind | None = None) -> str:
+    """Full name of a dataset, given that or its last part: 'customer-features' → 'feature-store/customer-features'.
+
+    Raises:
+        VersionNotFound: there is none of that name, or several end with it; the message names the closest.
+
+    """
+    known = [found for found in list_datasets(root) if kind is None or kind_of(found) == kind]
+    if name in known:
+        return name
+    matching = [found for found in known if short_name(found) == name]
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        raise VersionNotFound(f"several datasets are named '{name}'; give one of {', '.join(matching)}")
+    what = {"features": "feature group", None: "dataset"}.get(kind, kind)
+    if not known:
+        raise VersionNotFound(
+            f"no {what} '{name}' under {root}: nothing is there yet; run the flow, or correct the root"
+        )
+    raise VersionNotFound(f"no {what} '{name}' under {root}{closest(name, [short_name(found) for found in known])}")
+
+
+def short_name(dataset: str) -> str:
+    """Last part of a dataset's name."""
+    return dataset.rpartition("/")[2]
+
+
+def kind_of(dataset: str) -> Kind:
+    """What a dataset is, by its place."""
+    for prefix, kind in (
+        (layout.TRAINING_READY, "training set"),
+        (layout.FEATURE_STORE, "features"),
+        (layout.STREAMING_READY, "streaming copy"),
+        (layout.TRAINING_DATASETS, "images"),
+    ):
+        if dataset.startswith(f"{prefix}/"):
+            return kind  # type: ignore[return-value]
+    return "other"
+
+
+def summaries(root: str) -> list[DatasetSummary]:
+    """Every dataset under a root, by name."""
+    return [_summary(dataset, live_manifests(root, dataset)) for dataset in list_datasets(root)]
+
+
+def _summary(dataset: str, live: Sequence[Manifest]) -> DatasetSummary:
+    latest = live[-1] if live else None
+    return DatasetSummary(
+        name=short_name(dataset),
+        dataset=dataset,
+        kind=kind_of(dataset),
+        version=latest.version if latest else None,
+        versions=len(live),
+        rows=latest.rows if latest else None,
+        columns=len(latest.columns) if latest else None,
+        as_of=max((moment for manifest in live for moment in as_of_times(manifest)), default=None),
+        created=latest.created_at if latest else None,
+    )
+
+
+def version_summaries(root: str, dataset: str) -> list[VersionSummary]:
+    """Every committed version of a dataset, ascending."""
+    taken_back = withdrawn(root, dataset)
+    found = []
+    for manifest in committed_manifests(root, dataset):
+        withdrawal = taken_back.get(manifest.version)
+        failed = [check.message for check in manifest.gate.checks if check.verdict == "fail"]
+        note = str(withdrawal) if withdrawal else "; ".join(failed) if manifest.status == "rejected" else ""
+        found.append(
+            VersionSummary(
+                version=manifest.version,
+                status="withdrawn" if withdrawal else manifest.status,
+                created=manifest.created_at,
+                rows=manifest.rows,
+                bytes=sum(file.bytes for file in manifest.files),
+                as_of=as_of_times(manifest),
+                verdict=manifest.gate.verdict,
+                note=note,
+            )
+        )
+    return found
+
+
+def describe(root: str, dataset: str, version: int | None = None) -> Description:
+    """What a version holds; the latest live one if none is given.
+
+    Raises:
+        VersionNotFound: there is no such version, or readers pass it over.
+
+    """
+    root = storage.normalise(root)
+    manifest = resolve(root, dataset, "latest" if version is None else version)
+    by = manifest.partition
+    inputs = [
+        f"{record.name} v{record.version}" if record.version else f"{record.name} ({record.uri})"
+        for record in manifest.inputs
+    ]
+    return Description(
+        name=short_name(dataset),
+        dataset=dataset,
+        kind=kind_of(dataset),
+        version=manifest.version,
+        uri=layout.version_uri(root, dataset, manifest.version),
+        created=manifest.created_at,
+        rows=manifest.rows,
+        files=len(manifest.files),
+        bytes=sum(file.bytes for file in manifest.files),
+        entity=manifest.definition.get("entity"),
+        partition=f"{by.buckets} buckets by {by.key}" if by else None,
+        as_of=as_of_times(manifest),
+        verdict=manifest.gate.verdict,
+        run=manifest.run.flow_run_name or manifest.run.flow_run_id,
+        inputs=tuple(inputs),
+        columns=tuple(_columns(manifest)),
+    )
+
+
+def _columns(manifest: Manifest) -> list[ColumnSummary]:
+    declared = declarations(manifest)
+    found = []
+    for column in manifest.columns:
+        profile = manifest.profile.get(column.name)
+        found.append(
+            ColumnSummary(
+                name=column.name,
+                type=column.type,
+                declared=declared.get(column.name, ""),
+                nulls=profile.nulls / profile.count if profile and profile.count else None,
+                minimum=profile.minimum if profile else None,
+                mean=profile.mean if profile else None,
+                maximum=profile.maximum if profile else None,
+            )
+        )
+    return found
+
+
+def declarations(manifest: Manifest) -> dict[str, str]:
+    """How each feature of a group was declared, in words of the definition."""
+    definition: dict[str, Any] = manifest.definition
+    features = definition.get("features", {})
+    found: dict[str, str] = dict(features) if isinstance(features, dict) else {}
+    for window in definition.get("windows", ()):
+        days = window["days"]
+        found |= {f"{name}_{days}d": f"{text} over {days} days" for name, text in window["features"].items()}
+    return {**found, **definition.get("derived", {})}
+
+
+def feature_names(manifest: Manifest) -> list[str]:
+    """Columns of a feature version that are features: declared ones and its dimension's, in order."""
+    others = {manifest.definition.get("entity"), AS_OF, CREATED, VERSION, *QUALITY_COLUMNS}
+    return [column.name for column in manifest.columns if column.name not in others]
+
+
+def as_of_times(manifest: Manifest) -> tuple[dt.datetime, ...]:
+    """Times (UTC, ascending) that a version holds features of; one made before histories holds that of its run."""
+    if manifest.as_of:
+        return manifest.as_of
+    text = manifest.config.get("as_of")
+    return (dt.datetime.fromisoformat(text),) if isinstance(text, str) and text else ()
+
+
+def newest(manifests: Sequence[Manifest]) -> Manifest | None:
+    """The feature version to look up in: the newest of those that hold the newest as-of time; None of none.
+
+    It isn't always 'latest': a version that computes an old day again is later, and has old values.
+    """
+    first = dt.datetime.min.replace(tzinfo=dt.UTC)
+    return max(manifests, key=lambda m: (max(as_of_times(m), default=first), m.version), default=None)

@@ -1,0 +1,272 @@
+"""What a changed declaration would do: which features of what is published it changes, and which models it breaks.
+
+Nothing is computed. Two declarations of a feature are compared by their digests; what types they give is found by
+evaluating the new one on no rows.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import polars as pl
+
+from tasks.core import layout
+from tasks.core.errors import DefinitionError, VersionNotFound
+from tasks.core.manifest import Manifest
+from tasks.core.numerals import plural
+from tasks.core.reading import list_datasets, live_manifests, resolve
+from tasks.features.definitions import Definitions, EventSource, FeatureGroup
+from tasks.features.digests import feature_digests
+from tasks.features.kernel import evaluate
+from tasks.features.rows import TIME
+from tasks.serving.catalogue import as_of_times, feature_names
+from tasks.serving.definition import ALL, FeatureReference, Model, closest
+
+Status = Literal["new", "unchanged", "changed", "undeclared"]
+_MOMENT = dt.datetime(2000, 1, 1, tzinfo=dt.UTC)
+_TYPES: dict[str, pl.DataType] = {"number": pl.Float64(), "time": TIME, "category": pl.String()}
+_GUESSES: tuple[pl.DataType, ...] = (pl.Int64(), pl.Float64(), pl.String())
+_TEXT = {"large_string", "string_view"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupChange:
+    """What a declaration changes of a group.
+
+    status: 'undeclared' is published and not declared here: it stays as it is. version: the newest one that is
+    published, which it is compared with. retyped: feature → type now and then. recompute: times of the history whose
+    features are others from now on.
+    """
+
+    group: str
+    status: Status
+    version: int | None = None
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    redeclared: tuple[str, ...] = ()
+    retyped: Mapping[str, tuple[str, str]]
+    recompute: tuple[dt.datetime, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """What declarations change: of each group, and of each model what breaks (sentences) and what to know (notes)."""
+
+    groups: tuple[GroupChange, ...]
+    breaks: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def to_text(self) -> str:
+        """The changes in words."""
+        lines: list[str] = []
+        for change in self.groups:
+            compared = "" if change.version is None else f", against v{change.version}"
+            lines.append(f"{change.group}: {change.status}{compared}")
+            for what, names in (("+", change.added), ("-", change.removed), ("~", change.redeclared)):
+                lines += [f"  {what} {name}{_retyped(change, name)}" for name in names]
+            if change.recompute:
+                first, last = change.recompute[0], change.recompute[-1]
+                span = f"{first:%Y-%m-%d}" if first == last else f"{first:%Y-%m-%d} to {last:%Y-%m-%d}"
+                lines.append(f"  to compute again: {plural(len(change.recompute), 'as-of time')}, {span}")
+        lines += [f"breaks: {sentence}" for sentence in self.breaks]
+        lines += [f"note: {sentence}" for sentence in self.notes]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """A model by what it reads; trained: the newest version of its training set, if one is published."""
+
+    name: str
+    references: tuple[FeatureReference, ...]
+    trained: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What models' references are held against; published: live manifests of groups, oldest first, at least one."""
+
+    root: str
+    definitions: Definitions
+    published: Mapping[str, Sequence[Manifest]]
+    changes: Mapping[str, GroupChange]
+
+
+def plan_changes(root: str, definitions: Definitions, models: Mapping[str, Model]) -> Changes:
+    """Compare declarations with what is published.
+
+    Args:
+        root: Root of the store.
+        definitions: Groups and sources as they are to be.
+        models: Models as they are to be; those of published training sets are looked at too.
+
+    Raises:
+        CorruptVersion: a manifest can't be read.
+
+    """
+    datasets = list_datasets(root)
+    published = {name: live_manifests(root, layout.feature_dataset(name)) for name in _groups(datasets)}
+    published = {name: manifests for name, manifests in published.items() if manifests}
+    changes = {
+        name: _compare(group, published.get(name, []), definitions) for name, group in definitions.groups.items()
+    }
+    for name in published:
+        if name not in changes:
+            changes[name] = GroupChange(
+                group=name, status="undeclared", version=published[name][-1].version, retyped={}
+            )
+    known = _Known(root, definitions, published, changes)
+    breaks: list[str] = []
+    notes: list[str] = []
+    for reader in _readers(root, datasets, models):
+        for reference in reader.references:
+            broken, worth_knowing = _effect(reader, reference, known)
+            breaks += broken
+            notes += worth_knowing
+    return Changes(
+        groups=tuple(changes.values()), breaks=tuple(dict.fromkeys(breaks)), notes=tuple(dict.fromkeys(notes))
+    )
+
+
+def _groups(datasets: Sequence[str]) -> list[str]:
+    """Feature groups among datasets: directly under the feature store."""
+    under = [
+        name.removeprefix(layout.FEATURE_STORE + "/") for name in datasets if name.startswith(layout.FEATURE_STORE)
+    ]
+    return [name for name in under if "/" not in name]
+
+
+def _readers(root: str, datasets: Sequence[str], models: Mapping[str, Model]) -> list[_Reader]:
+    """Models of the file, and those of published training sets that it doesn't declare anew."""
+    readers = []
+    base = layout.TRAINING_READY + "/"
+    trained = {name.removeprefix(base): live_manifests(root, name) for name in datasets if name.startswith(base)}
+    for name in dict.fromkeys([*models, *trained]):
+        live = trained.get(name, [])
+        if name in models:
+            references = models[name].features
+        elif live:
+            references = tuple(FeatureReference.parse(text) for text in live[-1].definition.get("features", ()))
+        else:
+            continue
+        readers.append(_Reader(name, references, live[-1].version if live else None))
+    return readers
+
+
+def _compare(group: FeatureGroup, live: Sequence[Manifest], definitions: Definitions) -> GroupChange:
+    if not live:
+        return GroupChange(group=group.name, status="new", added=tuple(group.feature_names), retyped={})
+    newest = live[-1]
+    before, now = feature_digests(newest.definition), feature_digests(group.describe())
+    had = feature_names(newest)
+    has = [*now, *_dimension_columns(group, newest, definitions)]
+    added = tuple(name for name in has if name not in had)
+    removed = tuple(name for name in had if name not in has)
+    redeclared = tuple(name for name in now if name in had and now[name] != before.get(name))
+    types = _types(group, definitions.events.get(group.source), newest) if redeclared else {}
+    old = {column.name: _plain(column.type) for column in newest.columns}
+    retyped = {name: (types[name], old[name]) for name in redeclared if name in types and types[name] != old[name]}
+    moved = added or redeclared
+    return GroupChange(
+        group=group.name,
+        status="changed" if moved or removed else "unchanged",
+        version=newest.version,
+        added=added,
+        removed=removed,
+        redeclared=redeclared,
+        retyped=retyped,
+        recompute=tuple(sorted({moment for manifest in live for moment in as_of_times(manifest)})) if moved else (),
+    )
+
+
+def _dimension_columns(group: FeatureGroup, newest: Manifest, definitions: Definitions) -> list[str]:
+    """Columns that the dimension will bring: of the same one those that it brought, as its file decides them."""
+    if group.dimension is None:
+        return []
+    if group.dimension == newest.definition.get("dimension"):
+        declared = feature_digests(newest.definition)
+        return [name for name in feature_names(newest) if name not in declared]
+    source = definitions.dimensions.get(group.dimension)
+    return [] if source is None else [name for name in source.mapping or source.columns if name != source.key]
+
+
+def _types(group: FeatureGroup, source: EventSource | None, newest: Manifest) -> dict[str, str]:
+    """Type of each feature as far as the declaration decides it: what it gives on no rows, whatever columns are."""
+    if source is None:
+        return {}
+    types = {column.name: column.type for column in newest.columns}
+    key = pl.String() if _plain(types.get(group.entity, "int64")) == "string" else pl.Int64()
+    names = group.event_columns | {source.time}
+    kinds = {name: source.columns[name].kind if name in source.columns else "any" for name in names}
+    found: list[dict[str, str]] = []
+    for guess in _GUESSES:
+        schema = {name: key if name == group.entity else _TYPES.get(kind, guess) for name, kind in kinds.items()}
+        try:
+            frame = evaluate(group, pl.DataFrame(schema=schema), source.time, _MOMENT)
+        except (DefinitionError, pl.exceptions.PolarsError):
+            continue
+        found.append({field.name: _plain(str(field.type)) for field in frame.to_arrow().schema})
+    agreed = found[0] if found else {}
+    return {name: kind for name, kind in agreed.items() if all(other[name] == kind for other in found)}
+
+
+def _effect(reader: _Reader, reference: FeatureReference, known: _Known) -> tuple[list[str], list[str]]:
+    """Sentences about a reference of a model: what breaks, and what is worth knowing."""
+    group, feature = reference.group, reference.feature
+    who = f"model '{reader.name}' reads"
+    if group not in known.changes:
+        cure = closest(group, list(known.changes))
+        return [f"{who} '{group}', which is neither declared nor published{cure}"], []
+    if isinstance(reference.pin, int):
+        return _pinned(reader, reference, reference.pin, known.root), []
+    change, live = known.changes[group], known.published.get(group, ())
+    had = feature_names(live[-1]) if live else []
+    # 'group:*' takes what there is; what it took before is missed by the one who trained on it.
+    asked = [feature] if feature != ALL else had if reader.trained is not None else []
+    breaks = [f"{who} {group}:{name}, which {why}" for name in asked if (why := _broken(name, change, had, known))]
+    changed = [name for name in asked or had if name in change.redeclared and name not in change.retyped]
+    if not changed:
+        return breaks, []
+    what = ", ".join(f"{group}:{name}" for name in changed[:5]) + (" and more" if len(changed) > 5 else "")
+    cure = "compute the history again, or its times are without them"
+    return breaks, [f"{who} {what}, declared otherwise from now on: {cure}"]
+
+
+def _broken(name: str, change: GroupChange, had: Sequence[str], known: _Known) -> str:
+    """Why a feature can't be read any more as it was, with the cure; empty if it can."""
+    if name in change.removed:
+        return f"v{change.version} has and the declaration hasn't any more; keep it, or take it out of the model"
+    if name in change.retyped:
+        now, then = change.retyped[name]
+        return f"would be {now} instead of {then}; cast it in the declaration, or give the new one another name"
+    names = [*had, *change.added]
+    return "" if name in names or _may_come(change.group, known) else f"isn't declared{closest(name, names)}"
+
+
+def _may_come(name: str, known: _Known) -> bool:
+    """Whether the group has columns that nobody knows yet: those of a dimension that was never joined."""
+    group = known.definitions.groups.get(name)
+    return group is not None and group.dimension is not None and name not in known.published
+
+
+def _pinned(reader: _Reader, reference: FeatureReference, pin: int, root: str) -> list[str]:
+    try:
+        manifest = resolve(root, layout.feature_dataset(reference.group), pin)
+    except VersionNotFound as fault:
+        return [f"model '{reader.name}' reads {reference}: {fault}"]
+    names = feature_names(manifest)
+    if reference.feature in (ALL, *names):
+        return []
+    return [f"model '{reader.name}' reads {reference}, which that version hasn't{closest(reference.feature, names)}"]
+
+
+def _plain(kind: str) -> str:
+    """An Arrow type's name, with one name for text."""
+    return "string" if kind in _TEXT else kind
+
+
+def _retyped(change: GroupChange, name: str) -> str:
+    return f" ({change.retyped[name][1]} → {change.retyped[name][0]})" if name in change.retyped else ""

@@ -1,0 +1,139 @@
+"""What one asks of the store at a terminal, such as `python -m flows.feature_store get NAME KEY…`.
+
+Exit codes: 0 done, 1 not found or refused (one sentence on stderr, with the cure), 2 wrong arguments. Nothing here
+starts Ray or Prefect, and each command imports what it needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from tasks.core.errors import ConfigError, InputError, PipelineError
+
+PROG = "python -m flows.feature_store"
+FAILED, WRONG_ARGUMENTS = 1, 2
+
+Arguments = argparse.Namespace
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command; its answer goes to stdout.
+
+    Returns:
+        The exit code.
+
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        result: int = arguments.command(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        sys.stderr.close()
+        return 0
+    except InputError as fault:
+        return _complain(fault, WRONG_ARGUMENTS if isinstance(fault, ConfigError) else FAILED)
+    except PipelineError as fault:
+        return _complain(fault, FAILED)
+    except (ConnectionError, TimeoutError, OSError) as fault:
+        return _complain(fault, FAILED)
+    return result
+
+
+def _complain(fault: BaseException, code: int) -> int:
+    notes = "".join(f" ({note})" for note in getattr(fault, "__notes__", ()))
+    text = " ".join(str(fault).split()) or type(fault).__name__
+    print(f"error: {text}{notes}", file=sys.stderr)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and the closest command."""
+
+    def error(self, message: str) -> NoReturn:
+        close: list[str] = []
+        if "invalid choice: " in message:
+            given = message.partition("invalid choice: '")[2].partition("'")[0]
+            known = [name for action in self._subparsers._group_actions for name in action.choices or ()]  # type: ignore[union-attr]
+            close = difflib.get_close_matches(given, known, n=1)
+            message = f"no command is named '{given}'"
+            message += "" if close else f"; there are {', '.join(known)}"
+        cure = f"did you mean {close[0]}?" if close else f"see {self.prog} --help"
+        self.exit(WRONG_ARGUMENTS, f"error: {message}; {cure}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog=PROG, description="Ask what is in the store, look values up, compare, withdraw, prune.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, function: Callable[[Arguments], int], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.add_argument("--root", default="data", help="Root of the store, a path or s3:// (default: data).")
+        added.add_argument("--json", action="store_true", help="Answer in JSON, for programs.")
+        added.set_defaults(command=function)
+        return added
+
+    from tasks.serving import inspecting as look
+    from tasks.serving import keeping as keep
+
+    command("list", look.list_datasets, "Every dataset, with its latest version.")
+    describe = command("describe", look.describe, "What a dataset holds: versions, times, columns, origin.")
+    _name(describe)
+    _version(describe, "version", nargs="?", help="Version to describe, such as v3 (default: the latest).")
+    get = command("get", look.get, "The newest features of some entities.")
+    _name(get, "Feature group, such as customer-features.")
+    get.add_argument("keys", metavar="KEY", nargs="+", help="Keys of entities.")
+    get.add_argument("--features", metavar="A,B", help="Features to show (default: all).")
+    _version(get, "--version", help="Version to look up in (default: the one with the newest as-of time).")
+    get.add_argument("--redis", metavar="URL", help="Read what was exported to this Redis server.")
+    diff = command("diff", look.diff, "What differs between two versions.")
+    _name(diff)
+    _version(diff, "before", help="Earlier version, such as v1.")
+    _version(diff, "after", help="Later version, such as v2.")
+    command("watermarks", look.watermarks, "How far each feature group has come.")
+    lineage = command("lineage", look.lineage, "What a version was made from, back to the source files.")
+    _name(lineage)
+    _version(lineage, "version", nargs="?", help="Version (default: the latest).")
+    lineage.add_argument("--mermaid", action="store_true", help="As a Mermaid flowchart.")
+
+    plan = command("plan", keep.plan, "What changed definitions would compute again, and which models they break.")
+    plan.add_argument("--definitions", metavar="FILE", help="The changed definitions (.py, .yaml).")
+    plan.add_argument("--models", metavar="FILE", help="Models that read the store (.py, .yaml).")
+    plan.add_argument("--force", action="store_true", help="Exit with 0 although models break.")
+    rollback = command("rollback", keep.rollback, "Withdraw a version: readers get the one before; no data is changed.")
+    _name(rollback)
+    _version(rollback, "version", help="Version to withdraw, such as v3.")
+    rollback.add_argument("--reason", default="rolled back by hand", help="Why, for those who ask later.")
+    rollback.add_argument("--force", action="store_true", help="Also where no version is left to readers.")
+    prune = command("prune", keep.prune, "Delete versions; without --yes only show which. What is in use stays.")
+    _name(prune, nargs="?", text="Dataset (default: all of them).")
+    prune.add_argument("--keep", type=int, metavar="N", help="Live versions that stay, from the newest.")
+    prune.add_argument("--older-than", metavar="AGE", help="Only what is older, such as 90d, 12h or 4w.")
+    prune.add_argument("--yes", action="store_true", help="Delete.")
+    export = command("export", keep.export, "Write a group's newest values to Redis, for look-ups over the network.")
+    _name(export, "Feature group, such as customer-features.")
+    export.add_argument("--redis", metavar="URL", required=True, help="Server, such as redis://localhost:6379/0.")
+    return parser
+
+
+def _name(
+    parser: argparse.ArgumentParser, text: str = "Dataset, by its name or the last part of it.", **more: Any
+) -> None:
+    parser.add_argument("name", metavar="NAME", help=text, **more)
+
+
+def _version(parser: argparse.ArgumentParser, name: str, **more: Any) -> None:
+    parser.add_argument(name, metavar="vN", type=_number, **more)
+
+
+def _number(text: str) -> int:
+    digits = text.removeprefix("v")
+    if not digits.isdigit() or int(digits) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no version; write it as v3")
+    return int(digits)

@@ -1,0 +1,137 @@
+"""The commands that change the store, or say what a change would do: each prints its answer and gives the exit code."""
+
+from __future__ import annotations
+
+import datetime as dt
+import getpass
+import re
+import socket
+import sys
+from argparse import Namespace
+
+from tasks.core import retention
+from tasks.core.errors import ConfigError
+from tasks.core.numerals import plural
+from tasks.core.reading import list_datasets, live_manifests, resolve
+from tasks.core.withdrawal import withdraw, withdrawn
+from tasks.serving.catalogue import find_dataset, short_name
+from tasks.serving.tables import as_json, moment, moments, show, size
+
+_AGE = re.compile(r"([0-9]+(?:\.[0-9]+)?)([hdw])")
+_HOURS = {"h": 1, "d": 24, "w": 168}
+REFUSED = 1
+
+
+def rollback(arguments: Namespace) -> int:
+    """Withdraw a version."""
+    root, version = arguments.root, arguments.version
+    dataset = find_dataset(root, arguments.name)
+    before = withdrawn(root, dataset).get(version)
+    if before is None:
+        resolve(root, dataset, version)
+        left = [manifest.version for manifest in live_manifests(root, dataset) if manifest.version != version]
+        if not left and not arguments.force:
+            print(
+                f"error: v{version} is the only version of {dataset}, so that readers would find none; "
+                f"publish another one first, or give --force",
+                file=sys.stderr,
+            )
+            return REFUSED
+        withdraw(root, dataset, version, arguments.reason, f"{_user()}@{socket.gethostname()}")
+    latest = max((manifest.version for manifest in live_manifests(root, dataset)), default=None)
+    users = _made_from(root, dataset, version)
+    if arguments.json:
+        print(as_json({"dataset": dataset, "withdrawn": version, "latest": latest, "made_from_it": users}))
+        return 0
+    print(f"{dataset} v{version} was {before}" if before else f"{dataset} v{version} is withdrawn; its data stays")
+    print(f"latest is v{latest}" if latest else "no version is left to readers")
+    if users:
+        print(f"made from it, and still read: {', '.join(users)}; build them again, or withdraw them too")
+    return 0
+
+
+def prune(arguments: Namespace) -> int:
+    """Show or delete versions that may go."""
+    root = arguments.root
+    datasets = [find_dataset(root, arguments.name)] if arguments.name else list_datasets(root)
+    age = _age(arguments.older_than) if arguments.older_than else None
+    surveys = {name: retention.survey(root, name, keep=arguments.keep, older_than=age) for name in datasets}
+    chosen = [version for found in surveys.values() for version in found.prunable]
+    if arguments.yes:
+        retention.prune(root, chosen)
+    if arguments.json:
+        held = {name: found.held for name, found in surveys.items() if found.held}
+        print(as_json({"deleted": arguments.yes, "versions": chosen, "held": held}))
+        return 0
+    if chosen:
+        show(
+            ["DATASET", "VERSION", "STATE", "CREATED", "FILES", "SIZE", "HISTORY THAT NO OTHER VERSION HAS"],
+            [
+                (v.dataset, f"v{v.version}", v.state, moment(v.created), v.files, size(v.bytes), moments(v.only_here))
+                for v in chosen
+            ],
+            right=("FILES", "SIZE"),
+        )
+    for name, found in surveys.items():
+        for version, why in found.held.items():
+            print(f"{name} v{version} stays: {why}")
+    total = size(sum(version.bytes for version in chosen))
+    if not chosen:
+        print("nothing to delete" + ("" if arguments.keep or age else "; --keep N or --older-than AGE select more"))
+    elif arguments.yes:
+        print(f"deleted {plural(len(chosen), 'version')}, {total}")
+    else:
+        print(f"would delete {plural(len(chosen), 'version')}, {total}; give --yes to do it")
+    return 0
+
+
+def export(arguments: Namespace) -> int:
+    """Write a group's newest values to Redis."""
+    from tasks.serving.redis import export_latest
+
+    group = short_name(find_dataset(arguments.root, arguments.name, "features"))
+    rows = export_latest(arguments.root, group, arguments.redis)
+    print(as_json({"group": group, "rows": rows}) if arguments.json else f"{group}: {rows:,} entities are in Redis")
+    return 0
+
+
+def plan(arguments: Namespace) -> int:
+    """What changed definitions would do to the store and to models."""
+    from tasks.features.loading import load_definitions
+    from tasks.features.standard import STANDARD
+    from tasks.serving.changes import plan_changes
+    from tasks.serving.loading import load_models
+
+    definitions = load_definitions(arguments.definitions).over(STANDARD) if arguments.definitions else STANDARD
+    models = load_models(arguments.models) if arguments.models else {}
+    changes = plan_changes(arguments.root, definitions, models)
+    print(as_json(changes) if arguments.json else changes.to_text())
+    if changes.breaks and not arguments.force:
+        print("error: models would break; mend them first, or give --force", file=sys.stderr)
+        return REFUSED
+    return 0
+
+
+def _made_from(root: str, dataset: str, version: int) -> list[str]:
+    """Live versions of other datasets that were made from a version."""
+    return [
+        f"{other} v{manifest.version}"
+        for other in list_datasets(root)
+        if other != dataset
+        for manifest in live_manifests(root, other)
+        if any(record.name == dataset and record.version == version for record in manifest.inputs)
+    ]
+
+
+def _age(text: str) -> dt.timedelta:
+    match = _AGE.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(f"--older-than {text}: write a number of hours, days or weeks, such as 12h, 90d or 4w")
+    return dt.timedelta(hours=float(match[1]) * _HOURS[match[2]])
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return "unknown"

@@ -1,0 +1,206 @@
+"""A user's models, read from a Python or a YAML file.
+
+A Python file declares values of `Model` at module level. A YAML file says the same in words: labels by name, with their
+targets in SQL, and models that name a label or a table of their own; nothing in it is executed.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import runpy
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import polars as pl
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from tasks.core import storage
+from tasks.core.errors import DefinitionError
+from tasks.core.numerals import shortened
+from tasks.core.times import Times
+from tasks.serving.definition import FeatureReference, Label, Model, SpineSource, closest
+
+_SHOWN = 60
+
+
+def _days_as_text(value: object) -> object:
+    """YAML takes 2024-01-31 for a date; times are text here."""
+    if isinstance(value, list):
+        return [_days_as_text(part) for part in value]
+    return value.isoformat() if isinstance(value, dt.date) else value
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _LabelText(_Strict):
+    entity: str
+    at: Annotated[Times, BeforeValidator(_days_as_text)]
+    days: int
+    target: str
+    source: str = "transactions"
+    active_days: int | None = None
+
+
+class _SpineText(_Strict):
+    uri: str
+    columns: dict[str, str] = Field(default_factory=dict)
+
+
+class _ModelText(_Strict):
+    label: str | None = None
+    spine: _SpineText | None = None
+    entity: str | None = None
+    features: list[str]
+    ttl_days: float | None = None
+    strict: bool = False
+    known_at: bool = False
+
+
+class _File(_Strict):
+    labels: dict[str, _LabelText] = Field(default_factory=dict)
+    models: dict[str, _ModelText] = Field(default_factory=dict)
+
+
+_PARTS: dict[str, type[BaseModel]] = {"labels": _LabelText, "models": _ModelText}
+
+
+class _Once(yaml.SafeLoader):
+    """Names stand once in a mapping: of two, YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.MarkedYAMLError(problem=f"'{key.value}' stands twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def load_models(path: str) -> dict[str, Model]:
+    """Read a models file (local, or YAML anywhere that storage reaches): models by name, in order of declaration.
+
+    Raises:
+        DefinitionError: The file is missing, of another kind, or can't be used; says where and why.
+
+    """
+    if path.endswith((".yaml", ".yml")):
+        return _from_yaml(path)
+    if path.endswith(".py"):
+        return _from_python(path)
+    raise DefinitionError(f"models '{path}': give a .py, .yaml or .yml file")
+
+
+def select(models: Mapping[str, Model], names: Sequence[str]) -> list[Model]:
+    """The models of these names (all if none is named), in order of declaration.
+
+    Raises:
+        DefinitionError: A name is unknown.
+
+    """
+    for name in names:
+        if name not in models:
+            raise DefinitionError(f"no model is named '{name}'{closest(name, list(models))}")
+    return [model for name, model in models.items() if not names or name in names]
+
+
+def _from_python(path: str) -> dict[str, Model]:
+    if not Path(path).is_file():
+        raise DefinitionError(f"models '{path}': no such file (a Python file must be local)")
+    try:
+        values = list(runpy.run_path(path).values())
+    except DefinitionError as fault:
+        fault.add_note(f"in {path}")
+        raise
+    except Exception as fault:
+        raise DefinitionError(f"models '{path}' can't be run: {type(fault).__name__}: {fault}") from fault
+    found: dict[str, Model] = {}
+    for value in values:
+        if isinstance(value, Model) and found.setdefault(value.name, value) is not value:
+            raise DefinitionError(f"models '{path}' declares '{value.name}' twice; rename one of them")
+    if not found:
+        raise DefinitionError(f"models '{path}' declares nothing; assign a Model to a module-level name")
+    return found
+
+
+def _from_yaml(path: str) -> dict[str, Model]:
+    try:
+        content = yaml.load(storage.read_bytes(path), _Once)  # noqa: S506 — a SafeLoader
+    except FileNotFoundError as fault:
+        raise DefinitionError(f"models '{path}': no such file") from fault
+    except (yaml.YAMLError, UnicodeDecodeError) as fault:
+        raise DefinitionError(f"models '{path}' is no valid YAML: {fault}") from fault
+    try:
+        file = _File.model_validate(content or {})
+    except ValidationError as fault:
+        raise DefinitionError(f"models '{path}': {_first_mistake(fault)}") from fault
+    if not file.models:
+        raise DefinitionError(f"models '{path}' declares nothing; give models")
+    try:
+        labels = {name: _label(name, text) for name, text in file.labels.items()}
+        return {name: _model(name, text, labels) for name, text in file.models.items()}
+    except DefinitionError as fault:
+        raise DefinitionError(f"models '{path}': {fault}") from fault
+
+
+def _first_mistake(fault: ValidationError) -> str:
+    """Where it is, what is wrong, and what stands there; for an unknown field the closest known ones."""
+    first = fault.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    where = ".".join(place) or "the file"
+    if first["type"] == "extra_forbidden":
+        above: type[BaseModel] = _SpineText if "spine" in place[2:-1] else _PARTS[place[0]] if place[1:] else _File
+        return f"{where} is unknown{closest(place[-1], list(above.model_fields))}"
+    if first["type"] == "missing":
+        return f"{where} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message} (found {shortened(repr(first['input']), _SHOWN)})"
+
+
+def _label(name: str, text: _LabelText) -> Label:
+    try:
+        target = pl.sql_expr(text.target)
+    except pl.exceptions.PolarsError as fault:
+        raise DefinitionError(f"label '{name}': target '{text.target}' is no SQL expression: {fault}") from fault
+    return Label(name=name, **{**dict(text), "target": target})
+
+
+def _model(name: str, text: _ModelText, labels: Mapping[str, Label]) -> Model:
+    if (text.label is None) == (text.spine is None):
+        what = "has neither a label nor a spine" if text.label is None else "has a label and a spine"
+        raise DefinitionError(
+            f"model '{name}' {what}; give one of the two: label, a name under labels, or spine, the uri of a table"
+        )
+    spine: Label | SpineSource
+    if text.spine is not None:
+        spine = SpineSource(uri=text.spine.uri, columns=text.spine.columns)
+    else:
+        assert text.label is not None, "one of the two is given"
+        if text.label not in labels:
+            raise DefinitionError(
+                f"model '{name}' names the label '{text.label}', which isn't declared"
+                f"{closest(text.label, list(labels))}"
+            )
+        spine = labels[text.label]
+    entity = text.entity or (spine.entity if isinstance(spine, Label) else None)
+    if entity is None:
+        raise DefinitionError(f"model '{name}' has no entity; give the key column of its spine, such as customer_id")
+    return Model(
+        name=name,
+        entity=entity,
+        spine=spine,
+        features=tuple(_reference(name, reference) for reference in text.features),
+        ttl_days=text.ttl_days,
+        strict=text.strict,
+        known_at=text.known_at,
+    )
+
+
+def _reference(model: str, text: str) -> FeatureReference:
+    try:
+        return FeatureReference.parse(text)
+    except DefinitionError as fault:
+        raise DefinitionError(f"model '{model}': {fault}") from fault

@@ -1,0 +1,236 @@
+"""The newest feature values in Redis, for look-ups over the network in a fraction of a millisecond.
+
+    <group>              hash   version, as_of, entity, schema, export    written last: what readers go by
+    <group>:<entity>     hash   feature → text, _version, _export         one row; a null is a missing field
+    <group>/lock                one export at a time
+
+Export n stamps its rows with n and then says n in the group's own hash. A row with a lower stamp is of an entity that
+has no row any more: readers take it for missing, and the export deletes it at its end. A row is replaced as a whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import polars as pl
+import pyarrow as pa
+
+from tasks.core import layout, storage
+from tasks.core.errors import ConfigError, DefinitionError, InputError, VersionConflict, VersionNotFound
+from tasks.core.manifest import Manifest
+from tasks.core.reading import data_files, live_manifests
+from tasks.serving.catalogue import as_of_times, feature_names, newest
+from tasks.serving.definition import closest
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+ROWS_AT_ONCE = 500
+LOCK_SECONDS = 60
+
+_VERSION, _EXPORT = "_version", "_export"
+
+
+def connect(url: str) -> Redis:
+    """A client of a Redis server, such as redis://localhost:6379/0, that has answered.
+
+    Raises:
+        ConfigError: the client isn't installed, or the URL is none of Redis's.
+        ConnectionError: no server answers there.
+
+    """
+    try:
+        import redis
+    except ModuleNotFoundError as fault:
+        raise ConfigError("the Redis client isn't installed: pip install 'training-data-pipelines[redis]'") from fault
+    try:
+        client = redis.Redis.from_url(url)
+    except ValueError as fault:
+        raise ConfigError(f"no Redis URL: {fault}; give one such as redis://localhost:6379/0") from fault
+    try:
+        client.ping()
+    except redis.exceptions.RedisError as fault:  # its message has the host, and never the URL's password
+        raise ConnectionError(f"Redis doesn't answer ({fault}): start the server, or correct the URL") from fault
+    return client
+
+
+def export_latest(root: str, group: str, url: str, *, on_written: Callable[[int], None] | None = None) -> int:
+    """Write the newest values of every entity of a group; doing it again changes nothing.
+
+    Args:
+        root: Root of the store.
+        group: Feature group.
+        url: Redis server.
+        on_written: Told how many more rows were written.
+
+    Returns:
+        Rows written.
+
+    Raises:
+        VersionNotFound: the group has no published version.
+        VersionConflict: another export of the group is under way.
+
+    """
+    manifest = newest(live_manifests(root, layout.feature_dataset(group)))
+    if manifest is None:
+        raise VersionNotFound(f"feature group '{group}' has no published version under {root}; run the flow first")
+    client = connect(url)
+    from redis.exceptions import LockError
+
+    lock = client.lock(f"{group}/lock", timeout=LOCK_SECONDS, blocking=False)
+    if not lock.acquire():
+        raise VersionConflict(f"another export of '{group}' to Redis is under way; wait until it is over")
+    try:
+        number = int(client.hincrby(group, "begun", 1))
+        rows = 0
+        schema: pa.Schema | None = None
+        for table in _newest_rows(root, manifest):
+            schema = table.schema
+            for start in range(0, table.num_rows, ROWS_AT_ONCE):
+                piece = table.slice(start, ROWS_AT_ONCE)
+                _write(client, group, piece, {_VERSION: str(manifest.version), _EXPORT: str(number)})
+                lock.reacquire()
+                rows += piece.num_rows
+                if on_written is not None:
+                    on_written(piece.num_rows)
+        assert schema is not None, "a published version has a file"
+        client.hset(group, mapping=_header(manifest, schema, number))
+        _delete_gone(client, group, number)
+    except LockError as fault:
+        raise VersionConflict(f"the export of '{group}' was overtaken by another one; export again") from fault
+    finally:
+        with contextlib.suppress(LockError):  # it may have expired
+            lock.release()
+    return rows
+
+
+class RedisLookup:
+    """Look-ups in an exported group, with the same answers as `online.Lookup` on the version that was exported."""
+
+    def __init__(self, group: str, url: str) -> None:
+        """Read what was exported.
+
+        Raises:
+            VersionNotFound: the group wasn't exported to this server.
+
+        """
+        self._group = group
+        self._client = connect(url)
+        header = cast("Mapping[bytes, bytes]", self._client.hgetall(group))
+        if b"export" not in header:
+            raise VersionNotFound(
+                f"feature group '{group}' isn't in Redis: write it there first, "
+                f"with: python -m flows.feature_store export {group} --redis URL"
+            )
+        self.schema: pa.Schema = pa.ipc.read_schema(pa.py_buffer(header[b"schema"]))
+        self.entity = header[b"entity"].decode()
+        self.version = int(header[b"version"])
+        self.features: list[str] = json.loads(header[b"features"])
+
+    def rows(self, keys: Iterable[Any], columns: Sequence[str]) -> pa.Table:
+        """The values of some entities, one row a key in the order of the keys; nulls for a key without a row.
+
+        Raises:
+            DefinitionError: no such column was exported.
+            InputError: the keys aren't of the entity's type.
+
+        """
+        for name in columns:
+            if name not in self.schema.names:
+                raise DefinitionError(f"'{self._group}' in Redis has no '{name}'{closest(name, self.features)}")
+        kind = self.schema.field(self.entity).type
+        try:
+            array = keys if isinstance(keys, pa.Array | pa.ChunkedArray) else pa.array(list(keys))
+            texts = array.cast(kind).cast(pa.string()).to_pylist()
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as fault:
+            raise InputError(f"keys of '{self._group}' are of type {kind} ('{self.entity}'): {fault}") from fault
+        pipeline = self._client.pipeline(transaction=False)
+        pipeline.hget(self._group, "export")
+        for text in texts:
+            pipeline.hmget(f"{self._group}:{text}", [_EXPORT, *columns])
+        export, *found = pipeline.execute()
+        valid = [
+            row[0] is not None and int(row[0]) >= int(export) and text is not None
+            for row, text in zip(found, texts, strict=True)
+        ]
+        values = {
+            name: _typed(
+                [row[number] if there else None for row, there in zip(found, valid, strict=True)],
+                self.schema.field(name).type,
+            )
+            for number, name in enumerate(columns, start=1)
+        }
+        return pa.table(values, schema=pa.schema([self.schema.field(name) for name in columns]))
+
+
+def _newest_rows(root: str, manifest: Manifest) -> Iterator[pa.Table]:
+    """The last row of each entity, file by file; an entity is in one file, its rows by as_of."""
+    import pyarrow.parquet as pq
+
+    entity = manifest.definition["entity"]
+    columns = [entity, *feature_names(manifest)]
+    for uri in data_files(root, manifest):
+        with storage.open_input(uri) as source:
+            table = pq.ParquetFile(source).read(columns=columns).select(columns)
+        last = pl.Series(table[entity]).is_last_distinct()
+        yield table.filter(last.to_arrow())
+
+
+def _write(client: Redis, group: str, table: pa.Table, stamps: Mapping[Any, Any]) -> None:
+    entity = table.column_names[0]
+    texts = {name: _texts(table[name], name) for name in table.column_names}
+    pipeline = client.pipeline(transaction=True)
+    for number, key in enumerate(texts[entity]):
+        row: dict[Any, Any] = {name: values[number] for name, values in texts.items() if values[number] is not None}
+        pipeline.delete(f"{group}:{key}")
+        pipeline.hset(f"{group}:{key}", mapping={**row, **stamps})
+    pipeline.execute()
+
+
+def _texts(column: pa.ChunkedArray, name: str) -> list[str | None]:
+    try:
+        texts: list[str | None] = column.cast(pa.string()).to_pylist()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as fault:
+        raise InputError(f"'{name}' is of type {column.type}, which has no text: leave it out of the group") from fault
+    return texts
+
+
+def _typed(texts: list[bytes | None], kind: pa.DataType) -> pa.Array:
+    return pa.array([None if text is None else text.decode() for text in texts], pa.string()).cast(kind)
+
+
+def _header(manifest: Manifest, schema: pa.Schema, number: int) -> dict[Any, Any]:
+    return {
+        "entity": manifest.definition["entity"],
+        "version": manifest.version,
+        "as_of": max(moment.isoformat() for moment in as_of_times(manifest)) if as_of_times(manifest) else "",
+        "features": json.dumps(feature_names(manifest)),
+        "schema": schema.remove_metadata().serialize().to_pybytes(),
+        "exported_at": dt.datetime.now(dt.UTC).isoformat(),
+        "export": number,
+    }
+
+
+def _delete_gone(client: Redis, group: str, number: int) -> None:
+    """Delete the rows of entities that this export had none of."""
+    keys: list[bytes] = []
+    for key in client.scan_iter(match=f"{group}:*", count=1000):
+        keys.append(key)
+        if len(keys) == 1000:
+            _delete_older(client, keys, number)
+            keys = []
+    _delete_older(client, keys, number)
+
+
+def _delete_older(client: Redis, keys: Sequence[bytes], number: int) -> None:
+    pipeline = client.pipeline(transaction=False)
+    for key in keys:
+        pipeline.hget(key, _EXPORT)
+    stamps = pipeline.execute() if keys else []
+    old = [key for key, stamp in zip(keys, stamps, strict=True) if stamp is not None and int(stamp) < number]
+    if old:
+        client.delete(*old)

@@ -1,0 +1,198 @@
+"""Historical features for rows in memory, in this process: the point-in-time join bucket by bucket, in threads."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.types as pt
+
+from tasks.core import storage
+from tasks.core.errors import DefinitionError, InputError, SourceError
+from tasks.core.hashing import stable_hash
+from tasks.serving.asof import join_asof
+from tasks.serving.canary import plant
+from tasks.serving.definition import ALL, EVENT_TIME, FeatureReference, Pin, closest
+from tasks.serving.history import TIME, History, read_bucket, resolve_history
+
+BUCKETS = 16
+"""Pieces that are read and joined one by one: what is in memory is a sixteenth of the history for each thread."""
+
+FEW = 10_000
+"""Up to so many rows of a bucket, only the row groups that may have their entities are read."""
+
+_KEY = "\x00key"
+
+
+def retrieve(
+    root: str,
+    spine: pa.Table,
+    references: Sequence[FeatureReference],
+    *,
+    event_time: str = EVENT_TIME,
+    ttl_days: float | None = None,
+    strict: bool = False,
+    known_at: bool = False,
+    full_feature_names: bool = False,
+) -> pa.Table:
+    """Features as they were at each row's time.
+
+    Args:
+        root: Root of the store.
+        spine: Rows with the groups' entity keys and a time (UTC if it has no time zone).
+        references: Features; 'group:*' stands for all of the group.
+        event_time: Name of the time's column.
+        ttl_days: Features older than this are none.
+        strict: Whether as_of must be before the event time.
+        known_at: Whether only features count that had been computed by the event time.
+        full_feature_names: Whether each feature's column is named '<group>__<feature>', not only where names meet.
+
+    Returns:
+        The spine's columns, its rows in their order, and behind them the features' columns.
+
+    Raises:
+        DefinitionError: no such feature, or two columns would have the same name.
+        InputError: a key or a time is of the wrong type.
+        SourceError: the spine lacks a column.
+        VersionNotFound: no such group or version.
+        LeakFound: the join looked into the future.
+
+    """
+    if not references:
+        raise DefinitionError("no features are asked for; give some, such as customer-features:*")
+    root = storage.normalise(root)
+    asked: dict[tuple[str, Pin], list[str]] = {}
+    for ref in references:
+        asked.setdefault((ref.group, ref.pin), []).append(ref.feature)
+    histories = {key: resolve_history(root, key[0], features, key[1]) for key, features in asked.items()}
+    columns = _columns(references, histories, spine, full=full_feature_names)
+    times = _times(spine, event_time)
+    ttl = None if ttl_days is None else dt.timedelta(days=ttl_days)
+    found: dict[str, pa.ChunkedArray] = {}
+    for key, history in histories.items():
+        rows = pl.DataFrame({_KEY: _keys(spine, history), event_time: times}).rename({_KEY: history.entity})
+        features = _join(root, rows, history, event_time, ttl=ttl, strict=strict, known_at=known_at)
+        found |= {name: features[ref.feature] for name, ref in columns.items() if (ref.group, ref.pin) == key}
+    for name in columns:
+        spine = spine.append_column(name, found[name])
+    return spine
+
+
+def _columns(
+    references: Sequence[FeatureReference],
+    histories: dict[tuple[str, Pin], History],
+    spine: pa.Table,
+    *,
+    full: bool,
+) -> dict[str, FeatureReference]:
+    """Column of each feature, once, in the order in which they were asked for."""
+    spelled = list(
+        dict.fromkeys(
+            FeatureReference(ref.group, name, ref.pin)
+            for ref in references
+            for name in (histories[ref.group, ref.pin].features if ref.feature == ALL else [ref.feature])
+        )
+    )
+    features = [ref.feature for ref in spelled]
+    found: dict[str, FeatureReference] = {}
+    for ref in spelled:
+        name = f"{ref.group}__{ref.feature}" if full or features.count(ref.feature) > 1 else ref.feature
+        if name in found:
+            raise DefinitionError(f"'{found[name]}' and '{ref}' would both be the column '{name}'; leave one out")
+        if name in spine.column_names:
+            raise DefinitionError(
+                f"the rows have a column '{name}' already, as the feature '{ref}' is named; rename it, or ask for "
+                f"full_feature_names"
+            )
+        found[name] = ref
+    return found
+
+
+def _times(spine: pa.Table, event_time: str) -> pl.Series:
+    _check_column(spine, event_time, "the time of each row")
+    values = spine[event_time]
+    if not (pt.is_timestamp(values.type) or pt.is_date(values.type)):
+        raise InputError(
+            f"column '{event_time}' is of type {values.type}; give timestamps, such as those of pandas.to_datetime"
+        )
+    series = _series(values)
+    if series.dtype == pl.Date:
+        series = series.cast(pl.Datetime("us"))
+    zone = getattr(series.dtype, "time_zone", None)
+    return series.dt.replace_time_zone("UTC").cast(TIME) if zone is None else series.cast(TIME)
+
+
+def _keys(spine: pa.Table, history: History) -> pl.Series:
+    """The keys in the history's type, null where it can't have such a key."""
+    _check_column(spine, history.entity, f"the key of '{history.group}'")
+    values = spine[history.entity]
+    if pt.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    if pt.is_null(values.type):
+        values = values.cast(history.key_type)
+    series = _series(values)
+    wanted = _series(pa.array([], history.key_type)).dtype
+    if series.dtype == wanted:
+        return series
+    if not (series.dtype.is_numeric() and wanted.is_numeric()):
+        raise InputError(
+            f"column '{history.entity}' is of type {values.type}, the keys of '{history.group}' are of type "
+            f"{history.key_type}; convert the column"
+        )
+    # Whole numbers become floats where pandas has a missing one among them.
+    cast = series.cast(wanted, strict=False)
+    return cast.to_frame(_KEY).select(pl.when((cast == series).fill_null(value=False)).then(_KEY)).to_series()
+
+
+def _series(values: pa.Array | pa.ChunkedArray) -> pl.Series:
+    series = pl.from_arrow(values)
+    assert isinstance(series, pl.Series)
+    return series
+
+
+def _check_column(spine: pa.Table, name: str, what: str) -> None:
+    if name not in spine.column_names:
+        raise SourceError(f"the rows have no column '{name}', {what}{closest(name, spine.column_names)}")
+
+
+def _join(
+    root: str,
+    rows: pl.DataFrame,
+    history: History,
+    event_time: str,
+    *,
+    ttl: dt.timedelta | None,
+    strict: bool,
+    known_at: bool,
+) -> pa.Table:
+    """The history's features for each row, in the rows' order."""
+    keys = rows[history.entity].to_arrow(compat_level=pl.CompatLevel.oldest())
+    schema = pa.schema([pa.field(name, history.types[name]) for name in history.features])
+    # Versions without buckets would be read once for each.
+    buckets = BUCKETS if any(version.partition for version in history.versions) else 1
+    bucket = stable_hash(keys.cast(history.key_type)) % np.uint64(buckets)
+    order = np.argsort(bucket, kind="stable")
+    ends = np.cumsum(np.bincount(bucket.astype(np.int64), minlength=buckets))
+    ordered = rows[order]
+    parts = [ordered.slice(start, end - start) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def joined(number: int) -> pa.Table:
+        own = parts[number]
+        few = own[history.entity].drop_nulls() if own.height <= FEW else None
+        past = read_bucket(root, history, number, buckets, known_at=known_at, keys=few)
+        options: dict[str, Any] = {"entity": history.entity, "event_time": event_time, "ttl": ttl}
+        options |= {"strict": strict, "known_at": known_at}
+        found = join_asof(own, past, **options)
+        plant(own, past, found, **options)
+        features = past.select(history.features).to_arrow(compat_level=pl.CompatLevel.oldest()).cast(schema)
+        return features.take(pa.array(found, mask=found < 0))
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="retrieval") as pool:
+        tables = list(pool.map(joined, [number for number in range(buckets) if parts[number].height]))
+    return pa.concat_tables([schema.empty_table(), *tables]).take(pa.array(np.argsort(order)))

@@ -1,0 +1,81 @@
+"""A withdrawn version is passed over by every reader, and nothing that was published is changed."""
+
+from __future__ import annotations
+
+import pytest
+
+from tasks.core import layout, storage, versions, withdrawal
+from tasks.core.errors import CorruptVersion, VersionNotFound
+from tests.core.publishing import DATASET, manifest_of, publish, write
+
+
+def test_readers_pass_a_withdrawn_version_over(root: str) -> None:
+    for number in (1, 2, 3):
+        publish(root, f"run-{number}")
+    before = {info.uri: info.stamp for info in storage.list_files(storage.normalise(root), include_hidden=True)}
+    withdrawal.withdraw(root, DATASET, 3, "wrong currency", "anna")
+    newest = versions.latest(root, DATASET)
+    assert newest is not None
+    assert newest.version == versions.resolve(root, DATASET).version == 2
+    assert versions.published_versions(root, DATASET) == [1, 2]
+    assert [manifest.version for manifest in versions.live_manifests(root, DATASET)] == [1, 2]
+    assert [manifest.version for manifest in versions.committed_manifests(root, DATASET)] == [1, 2, 3]
+    assert versions.read_table(root, DATASET)["run"].unique().to_pylist() == ["run-2"]
+    with pytest.raises(
+        VersionNotFound, match=r"v3 was withdrawn by anna at 20.* UTC: wrong currency; published: v1, v2"
+    ):
+        versions.resolve(root, DATASET, 3)
+    after = {info.uri: info.stamp for info in storage.list_files(storage.normalise(root), include_hidden=True)}
+    added = layout.join(layout.version_uri(storage.normalise(root), DATASET, 3), layout.WITHDRAWN)
+    assert after == before | {added: after[added]}
+    assert publish(root, "run-4").version == 4, "the number isn't given again"
+
+
+def test_the_first_withdrawal_stands(root: str) -> None:
+    publish(root, "run")
+    withdrawal.withdraw(root, DATASET, 1, "first", "anna")
+    withdrawal.withdraw(root, DATASET, 1, "second", "ben")
+    assert {n: (w.reason, w.by) for n, w in withdrawal.withdrawn(root, DATASET).items()} == {1: ("first", "anna")}
+    assert versions.latest(root, DATASET) is None
+    with pytest.raises(VersionNotFound, match=r"has no published version"):
+        versions.resolve(root, DATASET)
+
+
+def test_only_a_published_version_can_be_withdrawn(tmp_path) -> None:
+    root = str(tmp_path)
+    publish(root, "run")
+    reservation = versions.reserve(root, DATASET, "rejected")
+    versions.commit(reservation, manifest_of(reservation, write(reservation), status="rejected", verdict="fail"))
+    with pytest.raises(VersionNotFound, match=r"v2 was rejected.*of v1, v2"):
+        withdrawal.withdraw(root, DATASET, 2, "why", "anna")
+    with pytest.raises(VersionNotFound, match=r"v7 isn't published"):
+        withdrawal.withdraw(root, DATASET, 7, "why", "anna")
+    assert withdrawal.withdrawn(root, DATASET) == {}
+    assert withdrawal.withdrawn(root, "feature-store/none") == {}
+
+
+def test_a_record_that_is_cut_short_is_no_leave_to_read(tmp_path) -> None:
+    """Whoever withdrew the version meant it: readers stop rather than go on."""
+    root = str(tmp_path)
+    publish(root, "run")
+    storage.write_bytes(layout.join(layout.version_uri(root, DATASET, 1), layout.WITHDRAWN), b'{"reason": "wro')
+    for reads in (versions.latest, versions.resolve, versions.live_manifests, withdrawal.withdrawn):
+        with pytest.raises(CorruptVersion, match=r"_withdrawn.json is no withdrawal"):
+            reads(root, DATASET)
+
+
+def test_manifests_that_are_known_are_not_read_again(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = str(tmp_path)
+    known = {manifest.version: manifest for manifest in (publish(root, "a"), publish(root, "b"))}
+    publish(root, "c")
+    withdrawal.withdraw(root, DATASET, 1, "why", "anna")
+    asked: list[str] = []
+    read_many = storage.read_many
+
+    def counted(uris):
+        asked.extend(uris)
+        return read_many(asked)
+
+    monkeypatch.setattr(storage, "read_many", counted)
+    assert [manifest.version for manifest in versions.live_manifests(root, DATASET, known)] == [2, 3]
+    assert [uri.split("/")[-2] for uri in asked if uri.endswith(layout.MANIFEST)] == ["v3"]

@@ -1,0 +1,105 @@
+"""What is exported to Redis is what the files say, also after an export that was stopped or repeated."""
+
+from __future__ import annotations
+
+import datetime as dt
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from tasks.core.errors import ConfigError, DefinitionError, InputError, VersionConflict, VersionNotFound
+from tasks.core.withdrawal import withdraw
+from tasks.serving.redis import RedisLookup, export_latest
+from tasks.serving.store import FeatureStore
+from tests.serving.feature_versions import ENTITY, GROUP, customers, days, publish_features
+from tests.serving.redis_server import redis_url  # noqa: F401 - a fixture
+
+redis = pytest.importorskip("redis", reason="the Redis client isn't installed")
+
+
+@pytest.fixture
+def url(request: pytest.FixtureRequest) -> str:
+    """The server, empty."""
+    found: str = request.getfixturevalue("redis_url")
+    redis.Redis.from_url(found).flushall()
+    return found
+
+
+def test_redis_answers_as_the_files_do(tmp_path: Path, url: str) -> None:
+    root = str(tmp_path)
+    frame = customers(range(1200), days(0, 1)).with_columns(
+        pl.when(pl.col(ENTITY) % 5 > 0).then(pl.col("total_spent") / 7).alias("total_spent"),
+        pl.when(pl.col(ENTITY) == 3).then(float("nan")).otherwise(float("inf")).alias("odd"),
+        pl.lit(dt.datetime(2024, 1, 1, 12, 0, 0, 1), pl.Datetime("us")).alias("seen"),
+        (pl.col(ENTITY) % 2 == 0).alias("even"),
+        pl.lit("ü:\n\"'\0 ").alias("text"),
+    )
+    publish_features(root, frame)
+    assert export_latest(root, GROUP, url) == 1200
+    store, rows = FeatureStore(root), {ENTITY: [3, 5, 7, None, 99_999, 7]}
+    found, expected = (store.get_online_features([f"{GROUP}:*"], rows, from_redis=u).to_arrow() for u in (url, None))
+    assert found.schema == expected.schema
+    assert found.drop_columns("odd") == expected.drop_columns("odd")
+    assert str(found["odd"].to_pylist()) == str(expected["odd"].to_pylist()) == "[nan, inf, inf, None, None, inf]"
+
+
+def test_an_export_can_be_repeated_and_takes_what_is_gone_away(tmp_path: Path, url: str) -> None:
+    root, client = str(tmp_path), redis.Redis.from_url(url)
+    publish_features(root, customers(range(10)))
+    for _ in range(2):
+        export_latest(root, GROUP, url)
+        assert len(client.keys(f"{GROUP}:*")) == 10
+    publish_features(root, customers(range(5, 12), days(1)))
+    export_latest(root, GROUP, url)
+    assert sorted(client.keys(f"{GROUP}:*")) == sorted(f"{GROUP}:{n}".encode() for n in range(5, 12))
+    assert client.hgetall(f"{GROUP}:7")[b"_version"] == b"2"
+    withdraw(root, "feature-store/customer-features", 2, "wrong", "anna")
+    export_latest(root, GROUP, url)
+    found = RedisLookup(GROUP, url)
+    assert found.version == 1
+    assert found.rows([4, 7, 11], ["total_spent"])["total_spent"].to_pylist() == [4000.0, 7000.0, None]
+
+
+def test_an_export_that_was_stopped_leaves_whole_rows_and_is_finished_by_the_next(tmp_path: Path, url: str) -> None:
+    root = str(tmp_path)
+    publish_features(root, customers(range(2000)), buckets=4)
+    export_latest(root, GROUP, url)
+    publish_features(root, customers(range(1000, 3000), days(1)), buckets=4)
+
+    def stop(rows: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_latest(root, GROUP, url, on_written=stop)
+    values = RedisLookup(GROUP, url).rows(range(2000), ["total_spent", "city"]).to_pylist()
+    assert all(row["total_spent"] in (key * 1000.0, key * 1000.0 + 1) for key, row in enumerate(values))
+    assert export_latest(root, GROUP, url) == 2000, "the lock of an export that was stopped is free again"
+    found = RedisLookup(GROUP, url).rows([999, 1000, 2999], ["total_spent"])
+    assert found["total_spent"].to_pylist() == [None, 1_000_001.0, 2_999_001.0]
+
+
+def test_one_export_at_a_time(tmp_path: Path, url: str) -> None:
+    publish_features(str(tmp_path), customers(range(10)))
+    with redis.Redis.from_url(url).lock(f"{GROUP}/lock", timeout=60), pytest.raises(VersionConflict, match="under way"):
+        export_latest(str(tmp_path), GROUP, url)
+
+
+def test_mistakes_are_named(tmp_path: Path, url: str) -> None:
+    root = str(tmp_path)
+    with pytest.raises(VersionNotFound, match="no published version"):
+        export_latest(root, GROUP, url)
+    with pytest.raises(VersionNotFound, match="isn't in Redis"):
+        RedisLookup(GROUP, url)
+    with pytest.raises(ConfigError, match="no Redis URL"):
+        RedisLookup(GROUP, "localhost")
+    with pytest.raises(ConnectionError, match=r"Redis doesn't answer .*correct the URL"):
+        RedisLookup(GROUP, "redis://:secret@127.0.0.1:1/0")
+    publish_features(root, customers(range(10)))
+    export_latest(root, GROUP, url)
+    with pytest.raises(DefinitionError, match="did you mean 'city'"):
+        RedisLookup(GROUP, url).rows([1], ["cty"])
+    with pytest.raises(InputError, match="are of type int64"):
+        RedisLookup(GROUP, url).rows(["x"], ["city"])
+    with pytest.raises(DefinitionError, match="is pinned, but Redis has its newest values only"):
+        FeatureStore(root).get_online_features([f"{GROUP}:city@v1"], {ENTITY: [1]}, from_redis=url)
