@@ -38,7 +38,11 @@ pytestmark = pytest.mark.slow
 
 IMAGES, COPY = "training-datasets/images", "training-datasets/streaming-ready/images"
 CUSTOMERS = "feature-store/customer-features"
-LARGE = {"sample_transactions": 2_000_000, "rows_per_bucket": 50_000}
+LARGE = {
+    "sample_transactions": 2_000_000,
+    "rows_per_bucket": 50_000,
+    "thresholds": {"drift_warn": 100, "drift_fail": 100},  # it is another sample than the small one's
+}
 SMALL_IMAGES = {"sample_images": 100, "augmentation": {"size": 32, "variants": 2}}
 
 
