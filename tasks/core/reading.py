@@ -148,13 +148,18 @@ def _not_found(root: str, dataset: str, cause: str) -> VersionNotFound:
 
 
 def list_datasets(root: str) -> list[str]:
-    """Names of all datasets under a root that have a version, published or not, sorted."""
+    """Names of all datasets under a root that have a version, published or not, sorted.
+
+    A store that lies within another, as root/other does, isn't looked into: it is a root of its own.
+    """
     root = storage.normalise(root)
     found: list[str] = []
     pending = [""]
     while pending:
         dataset = pending.pop()
         names = storage.list_directories(layout.join(root, dataset) if dataset else root)
+        if dataset and {layout.FEATURE_STORE, layout.TRAINING_DATASETS} & set(names):
+            continue
         if dataset and any(layout.parse_version(name) is not None for name in names):
             found.append(dataset)
         pending.extend(

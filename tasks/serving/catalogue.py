@@ -88,6 +88,8 @@ class Description:
 def find_dataset(root: str, name: str, kind: Kind | None = None) -> str:
     """Full name of a dataset, given that or its last part: 'customer-features' → 'feature-store/customer-features'.
 
+    A copy for streaming has the name of what it was made from, which is the one that is meant.
+
     Raises:
         VersionNotFound: there is none of that name, or several end with it; the message names the closest.
 
@@ -96,6 +98,7 @@ def find_dataset(root: str, name: str, kind: Kind | None = None) -> str:
     if name in known:
         return name
     matching = [found for found in known if short_name(found) == name]
+    matching = [found for found in matching if kind_of(found) != "streaming copy"] or matching
     if len(matching) == 1:
         return matching[0]
     if matching:

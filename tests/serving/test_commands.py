@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -83,6 +84,14 @@ def test_get_shows_values_with_all_their_digits(run: Run) -> None:
         {"customer_id": "3", "total_spent": 3001.0}
     ]
     assert run(f"get {GROUP} 1000")[0] == 1
+
+
+def test_a_streaming_copy_and_a_store_within_the_store_dont_take_the_name(run: Run, store: str) -> None:
+    base = Path(store)
+    for copy in ("training-datasets/streaming-ready", "other-store/feature-store"):
+        shutil.copytree(base / "feature-store" / GROUP / "v1", base / copy / GROUP / "v1")
+    assert "other-store/feature-store/" + GROUP not in versions.list_datasets(store)
+    assert run(f"describe {GROUP}")[0] == 0
 
 
 def test_diff_shows_what_changed(run: Run) -> None:
