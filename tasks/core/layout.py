@@ -33,6 +33,7 @@ WORK = "_work"
 CLASS_SUMMARY = "_class_summary.csv"
 
 _VERSION = re.compile(r"v([1-9][0-9]*)")
+_PART = re.compile(r"(?:^|/)part-([0-9]+)-a[0-9]+\.parquet$")
 
 
 def join(base: str, *parts: str) -> str:
@@ -85,6 +86,12 @@ def reservation_name(attempt: int) -> str:
 def part_name(index: int, attempt: int) -> str:
     """Name of a data file; it bears the attempt, so that a crashed attempt's files are never taken for ours."""
     return f"part-{index:05d}-a{attempt}.parquet"
+
+
+def part_number(path: str) -> int | None:
+    """Number of a data file, of which the path may be a URI; None where it has another name."""
+    match = _PART.search(path)
+    return int(match[1]) if match else None
 
 
 def rejected_name(source: str, index: int, attempt: int) -> str:

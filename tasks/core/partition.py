@@ -20,6 +20,11 @@ class Packed:
     narrowed: tuple[str, ...]
 
 
+def bucket_of(keys: pa.Array | pa.ChunkedArray, buckets: int) -> npt.NDArray[np.uint16]:
+    """Bucket of each key by its stable hash; `buckets` is at most 65,536."""
+    return (stable_hash(keys) % np.uint64(buckets)).astype(np.uint16)
+
+
 def split_by_key(frame: pl.DataFrame, key: str, buckets: int) -> list[pl.DataFrame]:
     """Split rows by a stable hash of their key; rows keep their order within a bucket.
 
@@ -34,8 +39,7 @@ def split_by_key(frame: pl.DataFrame, key: str, buckets: int) -> list[pl.DataFra
     """
     if buckets == 1:
         return [frame]
-    hashes = stable_hash(frame[key].to_arrow(compat_level=pl.CompatLevel.oldest()))
-    bucket = (hashes % np.uint64(buckets)).astype(np.uint16)
+    bucket = bucket_of(frame[key].to_arrow(compat_level=pl.CompatLevel.oldest()), buckets)
     # A stable sort of 16-bit integers is a radix sort: one pass, and the order of the rows stays.
     order = np.argsort(bucket, kind="stable")
     ends = np.cumsum(np.bincount(bucket, minlength=buckets))

@@ -41,7 +41,7 @@ from tasks.features.rows import AFTER_AS_OF
 from tasks.features.scoring import Fences, fences
 from tasks.features.sources import ReadUnit, SourceTable, read_units
 from tasks.features.stages import PART, Job, Unit, read_and_judge, unique_dimension_rows
-from tasks.features.tallies import BucketSummary, EventTally, Tally, UnitNote
+from tasks.features.tallies import BucketSummary, EventTally, Tally, UnitNote, check_arrival
 
 MAX_BUCKETS = 256
 SNAPSHOTS_PER_BUCKET = 8
@@ -322,7 +322,7 @@ def _balances(
     for summary in summaries:
         entities.add(summary.entities)
     arrived = [summary.events for summary in summaries]
-    _check_arrival(job.plan.events.name, events.rows_out, sum(tally.new for tally in arrived))
+    check_arrival(job.plan.events.name, events.rows_out, sum(tally.new for tally in arrived))
     _filter_late(events, sum(tally.new_late for tally in arrived))
     balances = [events.balance(job.plan.events.name)]
     if job.plan.states and job.plan.states[number].links:
@@ -334,7 +334,7 @@ def _balances(
                 read.add(note.tally)
         for summary in summaries:
             kept.add(summary.dimension)
-        _check_arrival(planned.dimension.name, read.rows_out, kept.rows_in)
+        check_arrival(planned.dimension.name, read.rows_out, kept.rows_in)
         read.rows_out = kept.rows_out
         read.rejected += kept.rejected
         read.deduplicated += kept.deduplicated
@@ -349,7 +349,7 @@ def _kept_balance(job: Job, number: int, arrived: Sequence[EventTally]) -> RowBa
     """Where the events went that earlier versions have kept."""
     state, count = job.plan.states[number], sum(tally.kept for tally in arrived)
     name = f"{job.plan.events.name} kept by v{state.parent}"
-    _check_arrival(name, state.rows, count)
+    check_arrival(name, state.rows, count)
     kept = Tally(rows_in=count, rows_out=count)
     _filter_late(kept, sum(tally.kept_late for tally in arrived))
     return kept.balance(name)
@@ -360,11 +360,6 @@ def _filter_late(tally: Tally, late: int) -> None:
     if late:
         tally.rows_out -= late
         tally.filtered[AFTER_AS_OF] += late
-
-
-def _check_arrival(name: str, sent: int, arrived: int) -> None:
-    if sent != arrived:
-        raise BalanceError(f"{name}: {sent} rows were sent to their entities, {arrived} arrived")
 
 
 def _write(tables: Sequence[Any], write: Callable[[pa.Table, int], WrittenPart]) -> list[WrittenPart]:

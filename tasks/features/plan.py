@@ -282,7 +282,7 @@ def _plan_dimension(
         )
     ]
     columns += [
-        ColumnPlan(name=ours, source_name=theirs, kind="any", dtype=_polars_type(table.type_of(theirs)))
+        ColumnPlan(name=ours, source_name=theirs, kind="any", dtype=polars_type(table.type_of(theirs)))
         for ours, theirs in wanted.items()
     ]
     return SourcePlan(table=table, rows=RowPlan(source=dimension.name, columns=tuple(columns)))
@@ -295,11 +295,12 @@ def _column(spec: Column, ours: str, theirs: str, events: SourceTable, keys: Map
         kind=spec.kind,
         required=spec.required,
         key_type=keys.get(ours, _key_type([events.type_of(theirs)])),
-        dtype=_polars_type(events.type_of(theirs)) if spec.kind == "any" else None,
+        dtype=polars_type(events.type_of(theirs)) if spec.kind == "any" else None,
     )
 
 
-def _polars_type(kind: pa.DataType) -> pl.DataType:
+def polars_type(kind: pa.DataType) -> pl.DataType:
+    """The type that Polars gives to a column of an Arrow type."""
     frame = pl.from_arrow(pa.schema([pa.field("x", kind)]).empty_table())
     assert isinstance(frame, pl.DataFrame)
     return frame.schema["x"]
@@ -310,20 +311,20 @@ def _check_time(events: SourceTable, column: str, config: FeatureStoreConfig) ->
         _check_time_type(events, column, kind, config)
 
 
+def is_readable_time(kind: pa.DataType) -> bool:
+    """Whether a column of this type can be read as times (integers only with a unit)."""
+    of_day = pa.types.is_time(kind) or pa.types.is_duration(kind)
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return text or pa.types.is_integer(kind) or pa.types.is_null(kind) or (pa.types.is_temporal(kind) and not of_day)
+
+
 def _check_time_type(events: SourceTable, column: str, kind: pa.DataType, config: FeatureStoreConfig) -> None:
     if pa.types.is_integer(kind) and config.epoch_unit is None:
         raise SourceError(
             f"{events.name}: the time column '{column}' holds integers ({kind}); say what they count since 1970: "
             f"--epoch-unit s, ms, us or ns"
         )
-    readable = (
-        pa.types.is_temporal,
-        pa.types.is_integer,
-        pa.types.is_string,
-        pa.types.is_large_string,
-        pa.types.is_null,
-    )
-    if not any(test(kind) for test in readable) or pa.types.is_time(kind) or pa.types.is_duration(kind):
+    if not is_readable_time(kind):
         raise SourceError(
             f"{events.name}: the time column '{column}' is of type {kind}; it must be a timestamp, date, "
             f"ISO 8601 text, or an integer with --epoch-unit"

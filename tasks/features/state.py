@@ -8,7 +8,6 @@ the state of a version is a chain of links. An event is alive as long as its fil
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,16 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.core import layout, storage
-from tasks.core.hashing import stable_hash
 from tasks.core.manifest import FileEntry
+from tasks.core.partition import bucket_of
 from tasks.core.reservation import Reservation
 
 DIRECTORY = "_events"
 FILE, ROW = "_file", "_row"
 MAX_LINKS = 16
 """Links of a chain; then all events that are alive are written anew, in one."""
-
-_PART = re.compile(rf"{DIRECTORY}/part-([0-9]+)-a[0-9]+\.parquet")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +86,9 @@ class StatePlan:
 
 def bucket_files(version_uri: str, side_files: Sequence[FileEntry]) -> dict[int, str]:
     """URIs of a version's kept events, by bucket."""
-    found = ((_PART.fullmatch(file.path), file.path) for file in side_files)
-    return {int(match[1]): layout.join(version_uri, path) for match, path in found if match is not None}
+    kept = [file.path for file in side_files if file.path.startswith(f"{DIRECTORY}/")]
+    numbered = ((layout.part_number(path), path) for path in kept)
+    return {number: layout.join(version_uri, path) for number, path in numbered if number is not None}
 
 
 def read_kept(
@@ -123,7 +121,7 @@ def _read_link(
                 source, columns=list(schema), filters=live, use_threads=False, read_dictionary=texts, pre_buffer=True
             )
         if link.buckets < buckets:
-            table = table.filter(pa.array(stable_hash(table[entity]) % np.uint64(buckets) == bucket))
+            table = table.filter(pa.array(bucket_of(table[entity], buckets) == bucket))
         frame = pl.from_arrow(table)
         assert isinstance(frame, pl.DataFrame)
         today = pl.col(FILE).replace_strict(dict(link.live), return_dtype=pl.Int32)

@@ -6,6 +6,7 @@ import datetime as dt
 from collections import Counter
 from dataclasses import dataclass, field
 
+from tasks.core.errors import BalanceError
 from tasks.core.manifest import FileEntry, RowBalance
 from tasks.core.profile import TableProfile
 from tasks.core.sketch import QuantileSketch
@@ -84,3 +85,9 @@ class BucketSummary:
     rejected_files: list[FileEntry]
     profile: TableProfile
     quantiles: list[dict[str, QuantileSketch]]
+
+
+def check_arrival(name: str, sent: int, arrived: int) -> None:
+    """Raise `BalanceError` unless all rows that were sent to their entities' buckets are there."""
+    if sent != arrived:
+        raise BalanceError(f"{name}: {sent} rows were sent to their entities, {arrived} arrived")

@@ -13,12 +13,12 @@ from tasks.core.manifest import Manifest
 from tasks.core.reading import committed_manifests, list_datasets, live_manifests, resolve
 from tasks.core.withdrawal import withdrawn
 from tasks.features.definitions import AS_OF
+from tasks.features.incremental import as_of_times
+from tasks.features.parts import CREATED, VERSION
 from tasks.features.scoring import QUALITY_COLUMNS
 from tasks.serving.definition import closest
 
 Kind = Literal["features", "training set", "streaming copy", "images", "other"]
-
-CREATED, VERSION = "feature_creation_date", "feature_version"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,16 +117,8 @@ def short_name(dataset: str) -> str:
 
 
 def kind_of(dataset: str) -> Kind:
-    """What a dataset is, by its place."""
-    for prefix, kind in (
-        (layout.TRAINING_READY, "training set"),
-        (layout.FEATURE_STORE, "features"),
-        (layout.STREAMING_READY, "streaming copy"),
-        (layout.TRAINING_DATASETS, "images"),
-    ):
-        if dataset.startswith(f"{prefix}/"):
-            return kind  # type: ignore[return-value]
-    return "other"
+    """What a dataset is, in words for people."""
+    return layout.kind(dataset).replace("-", " ")  # type: ignore[return-value]
 
 
 def summaries(root: str) -> list[DatasetSummary]:
@@ -240,14 +232,6 @@ def feature_names(manifest: Manifest) -> list[str]:
     """Columns of a feature version that are features: declared ones and its dimension's, in order."""
     others = {manifest.definition.get("entity"), AS_OF, CREATED, VERSION, *QUALITY_COLUMNS}
     return [column.name for column in manifest.columns if column.name not in others]
-
-
-def as_of_times(manifest: Manifest) -> tuple[dt.datetime, ...]:
-    """Times (UTC, ascending) that a version holds features of; one made before histories holds that of its run."""
-    if manifest.as_of:
-        return manifest.as_of
-    text = manifest.config.get("as_of")
-    return (dt.datetime.fromisoformat(text),) if isinstance(text, str) and text else ()
 
 
 def newest(manifests: Sequence[Manifest]) -> Manifest | None:

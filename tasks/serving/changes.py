@@ -20,9 +20,10 @@ from tasks.core.numerals import plural
 from tasks.core.reading import list_datasets, live_manifests, resolve
 from tasks.features.definitions import Definitions, EventSource, FeatureGroup
 from tasks.features.digests import feature_digests
+from tasks.features.incremental import as_of_times
 from tasks.features.kernel import evaluate
 from tasks.features.rows import TIME
-from tasks.serving.catalogue import as_of_times, feature_names
+from tasks.serving.catalogue import feature_names
 from tasks.serving.definition import ALL, FeatureReference, Model, closest
 
 Status = Literal["new", "unchanged", "changed", "undeclared"]

@@ -15,7 +15,9 @@ from tasks.core.drift import population_stability_index
 from tasks.core.manifest import ColumnProfile, Manifest
 from tasks.features.definitions import AS_OF
 from tasks.features.digests import feature_digests
-from tasks.serving.catalogue import CREATED, VERSION, as_of_times, declarations
+from tasks.features.incremental import as_of_times
+from tasks.features.parts import CREATED, VERSION
+from tasks.serving.catalogue import declarations
 
 Counts = npt.NDArray[np.int64]
 

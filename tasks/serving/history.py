@@ -11,30 +11,29 @@ newest version's is left out, with the reason.
 from __future__ import annotations
 
 import datetime as dt
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.core import layout, storage
 from tasks.core.errors import CorruptVersion, DefinitionError
-from tasks.core.hashing import stable_hash
 from tasks.core.manifest import Manifest, Partition
+from tasks.core.partition import bucket_of
 from tasks.core.reading import data_files, live_manifests, read_manifest, resolve
 from tasks.features.definitions import AS_OF
 from tasks.features.digests import feature_digests
-from tasks.serving.catalogue import CREATED, as_of_times, feature_names, find_dataset
+from tasks.features.incremental import as_of_times
+from tasks.features.parts import CREATED
+from tasks.serving.catalogue import feature_names, find_dataset
 from tasks.serving.definition import ALL, Pin, closest
 
 FROM, UNTIL = "_created", "_superseded"
 """Columns of when a row became known and when a newer version took its place (null: never)."""
 
 TIME = pl.Datetime("us", "UTC")
-_PART = re.compile(r"part-([0-9]+)-a[0-9]+\.parquet$")
 _BATCH = 1 << 18  # rows decoded at a time where most are another bucket's
 
 
@@ -50,6 +49,7 @@ class HistoryVersion:
     created: dt.datetime
     as_of: tuple[dt.datetime, ...]
     files: tuple[str, ...]
+    rows: int
     partition: Partition | None = None
     superseded: Mapping[dt.datetime, dt.datetime] = field(default_factory=dict)
 
@@ -161,6 +161,7 @@ def _versions(root: str, manifests: Sequence[Manifest]) -> tuple[HistoryVersion,
                 created=created,
                 as_of=times,
                 files=tuple(data_files(root, manifest)),
+                rows=manifest.rows,
                 partition=manifest.partition,
                 superseded={moment: newer[moment] for moment in times if moment in newer},
             )
@@ -288,8 +289,7 @@ def _groups(file: pq.ParquetFile, entity: str, keys: pl.Series) -> list[int]:
 
 
 def _own(table: pa.Table, history: History, bucket: int, buckets: int) -> pl.DataFrame:
-    hashes = stable_hash(table[history.entity])
-    return _frame(table).filter(pl.Series(hashes % np.uint64(buckets) == bucket))
+    return _frame(table).filter(pl.Series(bucket_of(table[history.entity], buckets) == bucket))
 
 
 def _frame(table: pa.Table) -> pl.DataFrame:
@@ -316,6 +316,6 @@ def _series(times: Iterable[dt.datetime]) -> pl.Series:
 
 
 def _number(uri: str) -> int:
-    match = _PART.search(uri)
-    assert match, f"{uri} isn't named as a part of a partitioned version"
-    return int(match[1])
+    number = layout.part_number(uri)
+    assert number is not None, f"{uri} isn't named as a part of a partitioned version"
+    return number

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import bisect
 import functools
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -25,10 +24,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tasks.core import storage
+from tasks.core import layout, storage
 from tasks.core.errors import CorruptVersion, DefinitionError, InputError
-from tasks.core.hashing import stable_hash
 from tasks.core.manifest import Manifest
+from tasks.core.partition import bucket_of
 from tasks.core.reading import data_files
 from tasks.serving.definition import closest
 
@@ -36,7 +35,6 @@ CACHE_BYTES = 256 * storage.MIB
 
 # Local reads are bound by decoding, which scales with cores; on S3 each waits for the network.
 _THREADS = 16
-_PART = re.compile(r"part-([0-9]+)-a[0-9]+\.parquet$")
 
 Place = tuple[int, int]
 """Number of a file and of a row group in it."""
@@ -70,7 +68,7 @@ class Lookup:
         self.entity: str = manifest.definition["entity"]
         self._uris = data_files(root, manifest)
         self._partition = manifest.partition if _is_by(manifest, self.entity) else None
-        self._file_of = {_bucket(file.path): index for index, file in enumerate(manifest.files)}
+        self._file_of = {layout.part_number(file.path): index for index, file in enumerate(manifest.files)}
         self._files: dict[int, _OpenFile] = {}
         self._cache = _Cache(cache_bytes)
 
@@ -138,7 +136,7 @@ class Lookup:
         if self._partition is None:
             files: Sequence[Iterable[int]] = [range(len(self._uris))] * len(values)
         else:
-            buckets = (stable_hash(distinct) % np.uint64(self._partition.buckets)).tolist()
+            buckets = bucket_of(distinct, self._partition.buckets).tolist()
             files = [[self._file_of[b]] if b in self._file_of else [] for b in buckets]
         self._open_all({index for some in files for index in some})
         for number, (value, some) in enumerate(zip(values, files, strict=True)):
@@ -190,11 +188,6 @@ class Lookup:
 
 def _is_by(manifest: Manifest, entity: str) -> bool:
     return manifest.partition is not None and manifest.partition.key == entity
-
-
-def _bucket(path: str) -> int:
-    match = _PART.search(path)
-    return int(match[1]) if match else -1
 
 
 def _open(uri: str, entity: str) -> _OpenFile:

@@ -23,7 +23,7 @@ import polars as pl
 import pyarrow as pa
 import ray
 
-from tasks.core.errors import BalanceError, SourceError
+from tasks.core.errors import SourceError
 from tasks.core.exchange import collect, exchange
 from tasks.core.manifest import ColumnSpec, FileEntry, RowBalance
 from tasks.core.profile import TableProfile, merge_profiles
@@ -31,7 +31,7 @@ from tasks.core.reservation import Reservation
 from tasks.core.sketch import QuantileSketch
 from tasks.features.sources import ReadUnit, read_units
 from tasks.features.stages import read_and_judge, unique_dimension_rows
-from tasks.features.tallies import Tally
+from tasks.features.tallies import Tally, check_arrival
 from tasks.serving.definition import EVENT_TIME
 from tasks.serving.history import History
 from tasks.serving.plan import TrainingSetPlan
@@ -202,7 +202,7 @@ def _label(job: Job, noted: Callable[[SpineNote], None], newest: Sequence[dt.dat
 
     done = exchange(len(job.units), buckets, partial(job.label_scatter, buckets), job.label_gather, on_note=noted_too)
     summaries: list[LabelledBucket] = done.summaries
-    _check_arrival(job.plan.source.name, sent.rows_out, sum(summary.events for summary in summaries))
+    check_arrival(job.plan.source.name, sent.rows_out, sum(summary.events for summary in summaries))
     finished = plan.finished(max(newest) if newest else None)
     if not finished:
         raise SourceError(
@@ -287,17 +287,12 @@ def _balances(
         assert plan.label is not None
         balances.append(labelled.rows.balance(f"label {plan.label.label.name}"))
     for turn in turns:
-        _check_arrival(balances[-1].name, balances[-1].rows_out, sum(bucket.rows for bucket in turn))
+        check_arrival(balances[-1].name, balances[-1].rows_out, sum(bucket.rows for bucket in turn))
     written = sum(bucket.file.rows for bucket in turns[-1] if bucket.file is not None)
     balances.append(RowBalance(name=plan.model.name, rows_in=balances[-1].rows_out, rows_out=written))
     for balance in balances:
         balance.check()
     return tuple(balances)
-
-
-def _check_arrival(name: str, sent: int, arrived: int) -> None:
-    if sent != arrived:
-        raise BalanceError(f"{name}: {sent} rows were sent to their entities, {arrived} arrived")
 
 
 def _matched(plan: TrainingSetPlan, turns: Sequence[Sequence[JoinedBucket]]) -> dict[str, int]:

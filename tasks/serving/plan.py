@@ -12,10 +12,8 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from tasks.core import layout
 from tasks.core.errors import DefinitionError
 from tasks.core.manifest import InputRecord, RowBalance
-from tasks.core.reading import read_manifest
 from tasks.core.times import expand
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Definitions
@@ -154,17 +152,12 @@ def plan_training_set(
         references=tuple(references),
         histories=tuple(histories),
         columns=dict(zip(names, map(str, references), strict=True)),
-        history_rows=sum(_rows(config.root, history) for history in histories),
+        history_rows=sum(version.rows for history in histories for version in history.versions),
         spine=spine,
         label=label,
         rows_per_bucket=config.rows_per_bucket,
         later_share=config.label_thresholds.later_share,
     )
-
-
-def _rows(root: str, history: History) -> int:
-    dataset = layout.feature_dataset(history.group)
-    return sum(read_manifest(root, dataset, version.version).rows for version in history.versions)
 
 
 def _key_types(model: Model, histories: list[History]) -> dict[str, KeyType | None]:

@@ -15,7 +15,7 @@ import pyarrow.types as pt
 
 from tasks.core import storage
 from tasks.core.errors import DefinitionError, InputError, SourceError
-from tasks.core.hashing import stable_hash
+from tasks.core.partition import bucket_of
 from tasks.serving.asof import join_asof
 from tasks.serving.canary import plant
 from tasks.serving.definition import ALL, EVENT_TIME, FeatureReference, Pin, closest
@@ -176,9 +176,9 @@ def _join(
     schema = pa.schema([pa.field(name, history.types[name]) for name in history.features])
     # Versions without buckets would be read once for each.
     buckets = BUCKETS if any(version.partition for version in history.versions) else 1
-    bucket = stable_hash(keys.cast(history.key_type)) % np.uint64(buckets)
+    bucket = bucket_of(keys.cast(history.key_type), buckets)
     order = np.argsort(bucket, kind="stable")
-    ends = np.cumsum(np.bincount(bucket.astype(np.int64), minlength=buckets))
+    ends = np.cumsum(np.bincount(bucket, minlength=buckets))
     ordered = rows[order]
     parts = [ordered.slice(start, end - start) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 

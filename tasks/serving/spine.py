@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import polars as pl
 import pyarrow as pa
 import pyarrow.types as pt
 
 from tasks.core.errors import SourceError
 from tasks.features.config import FeatureStoreConfig
-from tasks.features.plan import SourcePlan
+from tasks.features.plan import SourcePlan, is_readable_time, polars_type
 from tasks.features.rows import ColumnPlan, KeyType, RowPlan
 from tasks.features.sources import SourceTable, inspect
 from tasks.serving.definition import EVENT_TIME, TARGET, Model, SpineSource, closest
@@ -80,14 +79,7 @@ def _check_time(model: Model, table: SourceTable, column: str, config: FeatureSt
         where = f"the spine of model '{model.name}': the time column '{column}'"
         if pt.is_integer(kind) and config.epoch_unit is None:
             raise SourceError(f"{where} holds integers; say what they count since 1970: --epoch-unit s, ms, us or ns")
-        if not (
-            pt.is_timestamp(kind)
-            or pt.is_date(kind)
-            or pt.is_integer(kind)
-            or pt.is_string(kind)
-            or pt.is_large_string(kind)
-            or pt.is_null(kind)
-        ):
+        if not is_readable_time(kind):
             raise SourceError(f"{where} is of type {kind}; it must be a timestamp, date, ISO 8601 text, or integer")
 
 
@@ -105,6 +97,4 @@ def _target(source_name: str, kind: pa.DataType) -> ColumnPlan:
         return ColumnPlan(name=TARGET, source_name=source_name, kind="key", key_type="int64", required=True)
     if pt.is_string(kind) or pt.is_large_string(kind) or pt.is_dictionary(kind):
         return ColumnPlan(name=TARGET, source_name=source_name, kind="key", key_type="string", required=True)
-    frame = pl.from_arrow(pa.schema([pa.field("x", kind)]).empty_table())
-    assert isinstance(frame, pl.DataFrame)
-    return ColumnPlan(name=TARGET, source_name=source_name, kind="any", required=True, dtype=frame.schema["x"])
+    return ColumnPlan(name=TARGET, source_name=source_name, kind="any", required=True, dtype=polars_type(kind))

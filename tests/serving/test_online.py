@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from tasks.core import storage, versions
 from tasks.core.errors import CorruptVersion, DefinitionError, InputError
+from tasks.features.incremental import as_of_times
 from tasks.serving import online
-from tasks.serving.catalogue import as_of_times, newest
+from tasks.serving.catalogue import newest
 from tasks.serving.online import Lookup
 from tests.serving.feature_versions import ENTITY, customers, days, publish_features
 
