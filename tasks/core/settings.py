@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
@@ -25,6 +26,25 @@ def in_order(schema: dict[str, Any]) -> None:
     """Number the fields of a model's JSON schema, by which Prefect's form sorts them (PostgreSQL forgets the order)."""
     for position, field in enumerate(schema.get("properties", {}).values()):
         field["position"] = position
+
+
+def warn_before_fail(bounds: BaseModel, rising: Sequence[str], falling: Sequence[str] = ()) -> None:
+    """Raise `ValueError` where a gate would fail before it warns; a bound that is None is open.
+
+    Args:
+        bounds: Thresholds with fields such as drift_warn and drift_fail.
+        rising: Fields of bounds that more is worse for, such as 'drift', or 'fresh_{}_days' where the name goes on.
+        falling: Those that less is worse for.
+
+    """
+    for names, sign in ((rising, 1), (falling, -1)):
+        for name in names:
+            spelled = name if "{}" in name else f"{name}_{{}}"
+            warn, fail = (getattr(bounds, spelled.format(word)) for word in ("warn", "fail"))
+            if warn is not None and fail is not None and sign * warn > sign * fail:
+                pair = [f"{spelled.format(word)} = {value}" for word, value in (("warn", warn), ("fail", fail))]
+                first, second = pair if sign > 0 else pair[::-1]
+                raise ValueError(f"{first} is above {second}; a warning must come first")
 
 
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from tasks.core.settings import DatasetName, Names, Seed, Share, in_order
+from tasks.core.settings import DatasetName, Names, Seed, Share, in_order, warn_before_fail
 
 
 def _import_path(value: str) -> str:
@@ -90,10 +90,7 @@ class DeliveryThresholds(BaseModel):
 
     @model_validator(mode="after")
     def _warn_before_fail(self) -> DeliveryThresholds:
-        for name in ("missing", "rejected", "drift"):
-            warn, fail = getattr(self, f"{name}_warn"), getattr(self, f"{name}_fail")
-            if warn > fail:
-                raise ValueError(f"{name}_warn = {warn} is above {name}_fail = {fail}; a warning must come first")
+        warn_before_fail(self, ("missing", "rejected", "drift"))
         return self
 
 

@@ -11,7 +11,7 @@ from zoneinfo import available_timezones
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from tasks.core.settings import Names, Share, in_order
+from tasks.core.settings import Names, Share, in_order, warn_before_fail
 from tasks.core.times import Times
 from tasks.features.definitions import JoinHow
 from tasks.features.rows import EpochUnit
@@ -78,19 +78,8 @@ class Thresholds(BaseModel):
 
     @model_validator(mode="after")
     def _warn_before_fail(self) -> Thresholds:
-        for name in ("null", "rejected", "orphan", "drift", "outlier"):
-            warn, fail = getattr(self, f"{name}_warn"), getattr(self, f"{name}_fail")
-            if warn > fail:
-                raise ValueError(f"{name}_warn = {warn} is above {name}_fail = {fail}; a warning must come first")
-        days = self.fresh_warn_days, self.fresh_fail_days
-        if days[0] is not None and days[1] is not None and days[0] > days[1]:
-            raise ValueError(
-                f"fresh_warn_days = {days[0]} is above fresh_fail_days = {days[1]}; a warning must come first"
-            )
-        if self.ready_fail > self.ready_warn:
-            raise ValueError(
-                f"ready_fail = {self.ready_fail} is above ready_warn = {self.ready_warn}; a warning must come first"
-            )
+        rising = ("null", "rejected", "orphan", "drift", "outlier", "fresh_{}_days")
+        warn_before_fail(self, rising, falling=("ready",))
         return self
 
 
@@ -128,10 +117,7 @@ class LabelThresholds(BaseModel):
 
     @model_validator(mode="after")
     def _warn_before_fail(self) -> LabelThresholds:
-        for name in ("leak", "unmatched", "null", "rejected"):
-            warn, fail = getattr(self, f"{name}_warn"), getattr(self, f"{name}_fail")
-            if warn > fail:
-                raise ValueError(f"{name}_warn = {warn} is above {name}_fail = {fail}; a warning must come first")
+        warn_before_fail(self, ("leak", "unmatched", "null", "rejected"))
         return self
 
 

@@ -313,9 +313,15 @@ def _check_time(events: SourceTable, column: str, config: FeatureStoreConfig) ->
 
 def is_readable_time(kind: pa.DataType) -> bool:
     """Whether a column of this type can be read as times (integers only with a unit)."""
-    of_day = pa.types.is_time(kind) or pa.types.is_duration(kind)
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    return text or pa.types.is_integer(kind) or pa.types.is_null(kind) or (pa.types.is_temporal(kind) and not of_day)
+    readable = (
+        pa.types.is_timestamp,
+        pa.types.is_date,
+        pa.types.is_integer,
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_null,
+    )
+    return any(test(kind) for test in readable)
 
 
 def _check_time_type(events: SourceTable, column: str, kind: pa.DataType, config: FeatureStoreConfig) -> None:

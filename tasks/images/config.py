@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tasks.core.settings import DatasetName, Names, Seed, Share, in_order
+from tasks.core.settings import DatasetName, Names, Seed, Share, in_order, warn_before_fail
 
 Positive = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Channel = Annotated[int, Field(ge=0, le=255)]
@@ -101,14 +101,7 @@ class ImageThresholds(BaseModel):
 
     @model_validator(mode="after")
     def _warn_before_fail(self) -> ImageThresholds:
-        for name in ("rejected", "invalid", "drift"):
-            warn, fail = getattr(self, f"{name}_warn"), getattr(self, f"{name}_fail")
-            if warn > fail:
-                raise ValueError(f"{name}_warn = {warn} is above {name}_fail = {fail}; a warning must come first")
-        if self.ready_fail > self.ready_warn:
-            raise ValueError(
-                f"ready_fail = {self.ready_fail} is above ready_warn = {self.ready_warn}; a warning must come first"
-            )
+        warn_before_fail(self, ("rejected", "invalid", "drift"), falling=("ready",))
         return self
 
 
