@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import polars as pl
 import yaml
@@ -26,6 +26,8 @@ from tasks.features.definitions import (
     FeatureGroup,
     Window,
 )
+
+_WHAT = "definitions"
 
 
 class _Strict(BaseModel):
@@ -72,6 +74,51 @@ class _File(_Strict):
     groups: dict[str, _GroupText] = Field(default_factory=dict)
 
 
+def is_yaml(what: str, path: str) -> bool:
+    """Whether a file of declarations is YAML, and not Python.
+
+    Raises:
+        DefinitionError: It is neither.
+
+    """
+    if not path.endswith((".yaml", ".yml", ".py")):
+        raise DefinitionError(f"{what} '{path}': give a .py, .yaml or .yml file")
+    return not path.endswith(".py")
+
+
+def python_values(what: str, path: str) -> list[Any]:
+    """Run a user's Python file; the values of its module-level names.
+
+    Raises:
+        DefinitionError: It is missing, or fails; says which file and why.
+
+    """
+    if not Path(path).is_file():
+        raise DefinitionError(f"{what} '{path}': no such file (a Python file must be local)")
+    try:
+        return list(runpy.run_path(path).values())
+    except DefinitionError as fault:
+        fault.add_note(f"in {path}")
+        raise
+    except Exception as fault:
+        raise DefinitionError(f"{what} '{path}' can't be run: {type(fault).__name__}: {fault}") from fault
+
+
+def yaml_content(what: str, path: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+    """What a YAML file holds; an empty one an empty mapping. Nothing in it is executed.
+
+    Raises:
+        DefinitionError: It is missing, or no YAML.
+
+    """
+    try:
+        return yaml.load(storage.read_bytes(path), loader) or {}  # noqa: S506 - a SafeLoader
+    except FileNotFoundError as fault:
+        raise DefinitionError(f"{what} '{path}': no such file") from fault
+    except (yaml.YAMLError, UnicodeDecodeError) as fault:
+        raise DefinitionError(f"{what} '{path}' is no valid YAML: {fault}") from fault
+
+
 def load_definitions(path: str) -> Definitions:
     """Read a definitions file (local, or YAML anywhere that storage reaches).
 
@@ -79,23 +126,11 @@ def load_definitions(path: str) -> Definitions:
         DefinitionError: The file is missing, of another kind, or can't be used; says where and why.
 
     """
-    if path.endswith((".yaml", ".yml")):
-        return _from_yaml(path)
-    if path.endswith(".py"):
-        return _from_python(path)
-    raise DefinitionError(f"definitions '{path}': give a .py, .yaml or .yml file")
+    return _from_yaml(path) if is_yaml(_WHAT, path) else _from_python(path)
 
 
 def _from_python(path: str) -> Definitions:
-    if not Path(path).is_file():
-        raise DefinitionError(f"definitions '{path}': no such file (a Python file must be local)")
-    try:
-        values = list(runpy.run_path(path).values())
-    except DefinitionError as fault:
-        fault.add_note(f"in {path}")
-        raise
-    except Exception as fault:
-        raise DefinitionError(f"definitions '{path}' can't be run: {type(fault).__name__}: {fault}") from fault
+    values = python_values(_WHAT, path)
     found = Definitions(
         events={v.name: v for v in values if isinstance(v, EventSource)},
         dimensions={v.name: v for v in values if isinstance(v, DimensionSource)},
@@ -111,13 +146,7 @@ def _from_python(path: str) -> Definitions:
 
 def _from_yaml(path: str) -> Definitions:
     try:
-        content = yaml.safe_load(storage.read_bytes(path))
-    except FileNotFoundError as fault:
-        raise DefinitionError(f"definitions '{path}': no such file") from fault
-    except (yaml.YAMLError, UnicodeDecodeError) as fault:
-        raise DefinitionError(f"definitions '{path}' is no valid YAML: {fault}") from fault
-    try:
-        file = _File.model_validate(content or {})
+        file = _File.model_validate(yaml_content(_WHAT, path))
     except ValidationError as fault:
         first = fault.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"

@@ -7,22 +7,21 @@ targets in SQL, and models that name a label or a table of their own; nothing in
 from __future__ import annotations
 
 import datetime as dt
-import runpy
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import polars as pl
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from tasks.core import storage
 from tasks.core.errors import DefinitionError
 from tasks.core.numerals import shortened
 from tasks.core.times import Times
+from tasks.features.loading import is_yaml, python_values, yaml_content
 from tasks.serving.definition import FeatureReference, Label, Model, SpineSource, closest
 
 _SHOWN = 60
+_WHAT = "models"
 
 
 def _days_as_text(value: object) -> object:
@@ -87,11 +86,7 @@ def load_models(path: str) -> dict[str, Model]:
         DefinitionError: The file is missing, of another kind, or can't be used; says where and why.
 
     """
-    if path.endswith((".yaml", ".yml")):
-        return _from_yaml(path)
-    if path.endswith(".py"):
-        return _from_python(path)
-    raise DefinitionError(f"models '{path}': give a .py, .yaml or .yml file")
+    return _from_yaml(path) if is_yaml(_WHAT, path) else _from_python(path)
 
 
 def select(models: Mapping[str, Model], names: Sequence[str]) -> list[Model]:
@@ -108,17 +103,8 @@ def select(models: Mapping[str, Model], names: Sequence[str]) -> list[Model]:
 
 
 def _from_python(path: str) -> dict[str, Model]:
-    if not Path(path).is_file():
-        raise DefinitionError(f"models '{path}': no such file (a Python file must be local)")
-    try:
-        values = list(runpy.run_path(path).values())
-    except DefinitionError as fault:
-        fault.add_note(f"in {path}")
-        raise
-    except Exception as fault:
-        raise DefinitionError(f"models '{path}' can't be run: {type(fault).__name__}: {fault}") from fault
     found: dict[str, Model] = {}
-    for value in values:
+    for value in python_values(_WHAT, path):
         if isinstance(value, Model) and found.setdefault(value.name, value) is not value:
             raise DefinitionError(f"models '{path}' declares '{value.name}' twice; rename one of them")
     if not found:
@@ -127,14 +113,9 @@ def _from_python(path: str) -> dict[str, Model]:
 
 
 def _from_yaml(path: str) -> dict[str, Model]:
+    content = yaml_content(_WHAT, path, _Once)
     try:
-        content = yaml.load(storage.read_bytes(path), _Once)  # noqa: S506 — a SafeLoader
-    except FileNotFoundError as fault:
-        raise DefinitionError(f"models '{path}': no such file") from fault
-    except (yaml.YAMLError, UnicodeDecodeError) as fault:
-        raise DefinitionError(f"models '{path}' is no valid YAML: {fault}") from fault
-    try:
-        file = _File.model_validate(content or {})
+        file = _File.model_validate(content)
     except ValidationError as fault:
         raise DefinitionError(f"models '{path}': {_first_mistake(fault)}") from fault
     if not file.models:
