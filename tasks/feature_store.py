@@ -18,7 +18,7 @@ from tasks.artifacts import progress
 from tasks.core import layout, versions
 from tasks.core.manifest import GateResult, Manifest, Partition, RunRecord
 from tasks.core.metadata import write_versions_csv
-from tasks.core.provenance import code_digest, package_versions
+from tasks.core.provenance import code_digest
 from tasks.core.report import Report
 from tasks.core.reservation import Reservation, reserve
 from tasks.core.times import expand
@@ -32,7 +32,7 @@ from tasks.features.pipeline import ComputedGroup, bucket_count, compute_groups,
 from tasks.features.plan import FeaturePlan, needs_sample, plan_features, with_uris
 from tasks.features.sample import SAMPLE_AS_OF, write_sample
 from tasks.features.standard import STANDARD
-from tasks.publication import JudgedVersion, PublishedVersion, publish, write_report
+from tasks.publication import JudgedVersion, PublishedVersion, manifest_of, publish, write_report
 from tasks.retries import RETRY
 
 _CODE = Path(__file__).parent
@@ -190,7 +190,7 @@ def _manifest(
     run: RunRecord,
     gate: GateResult,
 ) -> Manifest:
-    planned, reservation = plan.groups[number], computed.reservation
+    planned = plan.groups[number]
     balances = {balance.name: balance for balance in computed.balances}
     sources = [plan.events, *(lookup.dimension for lookup in plan.lookups)]
     sources += [planned.dimension] if planned.dimension is not None else []
@@ -201,32 +201,23 @@ def _manifest(
         for name, table in tables.items()
     )
     parts = [_CODE / "core", _CODE / "features"]
-    return Manifest(
-        dataset=reservation.dataset,
-        version=reservation.version,
-        status="rejected" if gate.verdict == "fail" else "published",
-        created_at=dt.datetime.now(dt.UTC),
-        files=computed.files,
-        rejected_files=computed.rejected_files,
+    return manifest_of(
+        computed,
+        gate,
+        config.model_copy(update={"as_of": _as_of(config, plan)}),
+        run,
+        code_digest(*parts, extra=planned.group.digest()),
         side_files=computed.side_files,
-        columns=computed.columns,
         partition=Partition(key=planned.group.entity, buckets=bucket_count(plan)),
         as_of=plan.as_of,
-        balances=computed.balances,
-        profile=computed.profile.columns(),
-        gate=gate,
         inputs=inputs,
-        config={**config.model_dump(mode="json"), "as_of": _as_of(config, plan)},
         definition=_definition(planned.group, computed),
-        code_digest=code_digest(*parts, extra=planned.group.digest()),
-        packages=package_versions(),
-        run=run.model_copy(update={"attempt": reservation.attempt}),
     )
 
 
-def _as_of(config: FeatureStoreConfig, plan: FeaturePlan) -> list[str]:
+def _as_of(config: FeatureStoreConfig, plan: FeaturePlan) -> tuple[str, ...]:
     """The times as they were asked for, or the start of the run."""
-    return list(config.as_of) or [moment.isoformat() for moment in plan.as_of]
+    return config.as_of or tuple(moment.isoformat() for moment in plan.as_of)
 
 
 def _definition(group: FeatureGroup, computed: ComputedGroup) -> dict[str, Any]:

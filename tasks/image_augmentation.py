@@ -5,7 +5,6 @@ What a task gives to the next is a small frozen value; what it makes stands on s
 
 from __future__ import annotations
 
-import datetime as dt
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from tasks.artifacts import progress, publish_table
 from tasks.core import layout, storage, versions
 from tasks.core.manifest import GateResult, Manifest, RunRecord
-from tasks.core.provenance import code_digest, package_versions
+from tasks.core.provenance import code_digest
 from tasks.core.report import DataTable, Picture, Report
 from tasks.core.reservation import Reservation, reserve
 from tasks.images.config import ImageAugmentationConfig
@@ -26,7 +25,7 @@ from tasks.images.pipeline import AugmentedImages, augment_images
 from tasks.images.plan import ImagePlan, known_classes, plan_images
 from tasks.images.sample import write_sample
 from tasks.images.split import SPLITS
-from tasks.publication import JudgedVersion, PublishedVersion, publish, write_report
+from tasks.publication import JudgedVersion, PublishedVersion, manifest_of, publish, write_report
 from tasks.retries import RETRY
 
 _CODE = Path(__file__).parent
@@ -177,7 +176,6 @@ def _manifest(
     gate: GateResult,
     previous: Manifest | None,
 ) -> Manifest:
-    reservation = augmented.reservation
     augmentation = config.augmentation
     definition = {
         "classes": {**known_classes(previous), **plan.classes},
@@ -191,24 +189,15 @@ def _manifest(
         "splits": {name: int((augmented.splits == number).sum()) for number, name in enumerate(SPLITS)},
         "variants": augmentation.variants,
     }
-    return Manifest(
-        dataset=reservation.dataset,
-        version=reservation.version,
-        status="rejected" if gate.verdict == "fail" else "published",
-        created_at=dt.datetime.now(dt.UTC),
-        files=augmented.files,
-        rejected_files=augmented.rejected_files,
+    return manifest_of(
+        augmented,
+        gate,
+        config,
+        run,
+        code_digest(_CODE / "core", _CODE / "images"),
         side_files=augmented.side_files,
-        columns=augmented.columns,
-        balances=augmented.balances,
-        profile=augmented.profile.columns(),
-        gate=gate,
         inputs=plan.inputs,
-        config=config.model_dump(mode="json"),
         definition=definition,
-        code_digest=code_digest(_CODE / "core", _CODE / "images"),
-        packages=package_versions(),
-        run=run.model_copy(update={"attempt": reservation.attempt}),
     )
 
 

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from prefect.events import emit_event
 from prefect.runtime import deployment, flow_run
+from pydantic import BaseModel
 
 from tasks.artifacts import publish_report
 from tasks.core import layout, storage, versions
 from tasks.core.errors import GateFailed
-from tasks.core.manifest import CheckResult, GateResult, Manifest, ReportDigest, RowBalance, RunRecord
+from tasks.core.manifest import (
+    CheckResult,
+    ColumnSpec,
+    FileEntry,
+    GateResult,
+    Manifest,
+    ReportDigest,
+    RowBalance,
+    RunRecord,
+)
+from tasks.core.profile import TableProfile
+from tasks.core.provenance import package_versions
 from tasks.core.report import Report
 from tasks.core.reservation import Reservation
 
@@ -26,6 +40,34 @@ class JudgedVersion:
 
     reservation: Reservation
     manifest: Manifest
+
+
+class Written(Protocol):
+    """What a job says of the version that it wrote."""
+
+    @property
+    def reservation(self) -> Reservation:
+        """What it wrote under."""
+
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        """Data files."""
+
+    @property
+    def rejected_files(self) -> tuple[FileEntry, ...]:
+        """Files of rejected rows."""
+
+    @property
+    def columns(self) -> tuple[ColumnSpec, ...]:
+        """Schema of the data files."""
+
+    @property
+    def balances(self) -> tuple[RowBalance, ...]:
+        """Where the rows went."""
+
+    @property
+    def profile(self) -> TableProfile:
+        """Profile of the data files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +108,40 @@ def write_report(report: Report, manifest: Manifest, reservation: Reservation, n
     publish_report(name, report.to_markdown(), report.checks_table(), html_uri)
     html, json = (hashlib.sha256(content).hexdigest() for content in faces.values())
     return manifest.model_copy(update={"report": ReportDigest(html_sha256=html, json_sha256=json)})
+
+
+def manifest_of(
+    written: Written, gate: GateResult, config: BaseModel, run: RunRecord, code_digest: str, **more: Any
+) -> Manifest:
+    """The manifest of a version that is written and judged.
+
+    Args:
+        written: What the job wrote.
+        gate: The gate's verdict.
+        config: The run's configuration; credentials never stand in it.
+        run: The run.
+        code_digest: Digest of the code and the declaration that made it.
+        more: Further fields of the manifest: inputs always, and whatever the kind of dataset has.
+
+    """
+    reservation = written.reservation
+    return Manifest(
+        dataset=reservation.dataset,
+        version=reservation.version,
+        status="rejected" if gate.verdict == "fail" else "published",
+        created_at=dt.datetime.now(dt.UTC),
+        files=written.files,
+        rejected_files=written.rejected_files,
+        columns=written.columns,
+        balances=written.balances,
+        profile=written.profile.columns(),
+        gate=gate,
+        config=config.model_dump(mode="json"),
+        code_digest=code_digest,
+        packages=package_versions(),
+        run=run.model_copy(update={"attempt": reservation.attempt}),
+        **more,
+    )
 
 
 def publish(judged: Sequence[JudgedVersion], root: str, cures: Mapping[str, str]) -> list[PublishedVersion]:

@@ -19,7 +19,7 @@ from prefect.cache_policies import NO_CACHE
 from tasks.artifacts import Progress, progress, publish_report, publish_table
 from tasks.core import layout, storage, versions
 from tasks.core.manifest import GateResult, Manifest, RunRecord
-from tasks.core.provenance import code_digest, package_versions
+from tasks.core.provenance import code_digest
 from tasks.core.report import Report
 from tasks.core.reservation import Reservation, reserve
 from tasks.delivery.config import DeliveryConfig
@@ -31,7 +31,7 @@ from tasks.delivery.source import Source
 from tasks.delivery.source import find_source as find
 from tasks.delivery.stages import StreamingReady
 from tasks.delivery.training import read_records, train_version
-from tasks.publication import JudgedVersion, PublishedVersion, committed_version, publish, write_report
+from tasks.publication import JudgedVersion, PublishedVersion, committed_version, manifest_of, publish, write_report
 from tasks.retries import RETRY
 
 LOOK_SECONDS = 2.0
@@ -209,22 +209,12 @@ def _report_training(
 def _manifest(
     source: Source, copy: StreamingReady, *, config: DeliveryConfig, run: RunRecord, gate: GateResult
 ) -> Manifest:
-    reservation = copy.reservation
-    return Manifest(
-        dataset=reservation.dataset,
-        version=reservation.version,
-        status="rejected" if gate.verdict == "fail" else "published",
-        created_at=dt.datetime.now(dt.UTC),
-        files=copy.files,
-        rejected_files=copy.rejected_files,
-        columns=copy.columns,
-        balances=copy.balances,
-        profile=copy.profile.columns(),
-        gate=gate,
+    return manifest_of(
+        copy,
+        gate,
+        config,
+        run,
+        code_digest(_CODE / "core", _CODE / "delivery"),
         inputs=(source.record(),),
-        config=config.model_dump(mode="json"),
         definition=copy.definition,
-        code_digest=code_digest(_CODE / "core", _CODE / "delivery"),
-        packages=package_versions(),
-        run=run.model_copy(update={"attempt": reservation.attempt}),
     )

@@ -16,13 +16,13 @@ from tasks.core.errors import GateFailed
 from tasks.core.lineage import trace_manifest
 from tasks.core.manifest import GateResult, InputRecord, Manifest, Partition, RunRecord
 from tasks.core.metadata import write_versions_csv
-from tasks.core.provenance import code_digest, package_versions
+from tasks.core.provenance import code_digest
 from tasks.core.report import Report
 from tasks.core.reservation import Reservation, reserve
 from tasks.feature_store import declared
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.plan import with_uris
-from tasks.publication import JudgedVersion, PublishedVersion, publish, write_report
+from tasks.publication import JudgedVersion, PublishedVersion, manifest_of, publish, write_report
 from tasks.retries import RETRY
 from tasks.serving.definition import EVENT_TIME
 from tasks.serving.gate import judge_training_set
@@ -148,26 +148,17 @@ def publish_training_sets(judged: Sequence[JudgedVersion], root: str) -> list[Pu
 def _manifest(
     plan: TrainingSetPlan, computed: ComputedSet, *, config: FeatureStoreConfig, run: RunRecord, gate: GateResult
 ) -> Manifest:
-    reservation, model = computed.reservation, plan.model
+    model = plan.model
     parts = [_CODE / "core", _CODE / "features", _CODE / "serving"]
-    return Manifest(
-        dataset=reservation.dataset,
-        version=reservation.version,
-        status="rejected" if gate.verdict == "fail" else "published",
-        created_at=dt.datetime.now(dt.UTC),
-        files=computed.files,
-        rejected_files=computed.rejected_files,
-        columns=computed.columns,
+    return manifest_of(
+        computed,
+        gate,
+        config,
+        run,
+        code_digest(*parts, extra=model.digest()),
         partition=Partition(key=model.entity, buckets=bucket_count(plan)),
-        balances=computed.balances,
-        profile=computed.profile.columns(),
-        gate=gate,
-        inputs=(*_feature_inputs(plan, reservation.root), *plan.source_records(computed)),
-        config=config.model_dump(mode="json"),
+        inputs=(*_feature_inputs(plan, computed.reservation.root), *plan.source_records(computed)),
         definition={**model.describe(), "columns": plan.columns},
-        code_digest=code_digest(*parts, extra=model.digest()),
-        packages=package_versions(),
-        run=run.model_copy(update={"attempt": reservation.attempt}),
     )
 
 
