@@ -32,6 +32,7 @@ from prefect.states import AwaitingRetry, Cancelling
 from tasks.core import layout, storage, versions
 from tests.conftest import new_bucket
 from tests.processes import PROJECT, own_home, prefect_server, two_nodes
+from tests.test_readme import blocks
 from tests.test_runner import eventually
 
 pytestmark = pytest.mark.slow
@@ -145,9 +146,11 @@ WORK = ("worker", "start", "--pool", "training-data")
 
 
 def test_the_readme_shows_the_commands_that_are_run_here() -> None:
-    readme = (PROJECT / "README.md").read_text()
-    for words in (POOL, DEPLOY, WORK):
-        assert " ".join(words) in readme
+    [shown] = [text for language, kind, text in blocks() if (language, kind) == ("sh", "operate")]
+    export, *commands = shown.splitlines()
+    assert export.startswith("export PIPELINE_ROOT=")
+    run = [" ".join(("prefect", *words)) for words in (POOL, ("--no-prompt", *DEPLOY), WORK)]
+    assert commands == run
 
 
 def names(site: Site) -> list[str]:
