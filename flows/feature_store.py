@@ -19,11 +19,12 @@ from tasks.feature_store import (
     prepare_sources,
     publish_versions,
     reserve_versions,
+    unfinished,
     validate_features,
 )
 from tasks.features.config import FeatureStoreConfig
 from tasks.open_lineage import LINEAGE_HOOKS
-from tasks.publication import PublishedVersion, committed_version, run_record
+from tasks.publication import PublishedVersion, run_record
 from tasks.retries import final_unless_transient
 from tasks.runner import ray_runner
 from tasks.training_sets import (
@@ -71,36 +72,31 @@ def feature_store(config: FeatureStoreConfig = DEFAULTS) -> list[PublishedVersio
 def _features(config: FeatureStoreConfig, started: dt.datetime) -> list[PublishedVersion]:
     plans = plan_sources.submit(config, started).result()
     reserved = reserve_versions(plans, config.root, str(flow_run.id))
-    groups = [reservation for own in reserved for reservation in own]
-    if all(reservation.committed for reservation in groups):  # an earlier attempt of this run got further than here
-        return [committed_version(reservation) for reservation in groups]
-    computed = [
-        compute_features.submit(plan, config, reservations, started)
-        for plan, reservations in zip(plans, reserved, strict=True)
-    ]
+    committed = [one for own in reserved for one in own if one.committed]  # by an earlier attempt of this run
+    left = unfinished(plans, reserved)
+    computed = [compute_features.submit(plan, config, reservations, started) for plan, reservations in left]
     judged = [
         validate_features.submit(plan, number, group, config, run_record())
-        for plan, groups in zip(plans, computed, strict=True)
+        for (plan, _), groups in zip(left, computed, strict=True)
         for number, group in enumerate(groups.result())
     ]
-    return publish_versions([version.result() for version in judged], config.root)
+    return publish_versions([version.result() for version in judged], config.root, committed)
 
 
 def _training_sets(config: FeatureStoreConfig, started: dt.datetime) -> list[PublishedVersion]:
     plans = plan_training_sets.submit(config, started).result()
     reserved = reserve_training_sets(plans, config.root, str(flow_run.id))
-    built = [build_set.submit(plan, reservation) for plan, reservation in zip(plans, reserved, strict=True)]
+    committed = [reservation for reservation in reserved if reservation.committed]
+    left = [(plan, one) for plan, one in zip(plans, reserved, strict=True) if not one.committed]
+    built = [build_set.submit(plan, reservation) for plan, reservation in left]
     judged = [
         validate_set.submit(plan, computed.result(), config, run_record())
-        for plan, computed in zip(plans, built, strict=True)
+        for (plan, _), computed in zip(left, built, strict=True)
     ]
-    return publish_training_sets([version.result() for version in judged], config.root)
+    return publish_training_sets([version.result() for version in judged], config.root, committed)
 
 
 if __name__ == "__main__":
     from tasks.command_line import run_by_hand
-    from tasks.serving import commands
 
-    if sys.argv[1:] and not sys.argv[1].startswith("-"):
-        sys.exit(commands.run(sys.argv[1:]))
     sys.exit(run_by_hand("flows.feature_store:feature_store", FeatureStoreConfig))

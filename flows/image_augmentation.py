@@ -23,7 +23,7 @@ from tasks.image_augmentation import (
 )
 from tasks.images.config import ImageAugmentationConfig
 from tasks.open_lineage import LINEAGE_HOOKS
-from tasks.publication import PublishedVersion, run_record
+from tasks.publication import PublishedVersion, committed_version, run_record
 from tasks.retries import final_unless_transient
 from tasks.runner import ray_runner
 
@@ -55,6 +55,8 @@ def image_augmentation(config: ImageAugmentationConfig = DEFAULTS) -> list[Publi
         config = config.model_copy(update={"root": storage.normalise(config.root)})
         sourced = prepare_images.submit(config).result()
         reservation = reserve_version(sourced, str(flow_run.id))
+        if reservation.committed:  # an earlier attempt of this run got further than here
+            return [committed_version(reservation)]
         plan = plan_run.submit(sourced, reservation).result()
         augmented = augment.submit(plan, sourced).result()
         judged = validate_images.submit(plan, augmented, sourced, run_record()).result()

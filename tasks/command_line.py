@@ -38,6 +38,8 @@ _NO_DEFAULT = re.compile(r"\(default: (None|\(\))\)|\(default factory: dict\)")
 def run_by_hand(entry: str, config_type: type[BaseModel], argv: Sequence[str] | None = None) -> int:
     """Parse the arguments, run the flow on a local API and Ray (or those that the environment names), print the end.
 
+    A first argument that is no option is a command about the store (`commands`), not a run.
+
     Args:
         entry: The flow as 'module:name'. It is imported only once the arguments are right, which takes seconds.
         config_type: The flow's configuration model.
@@ -48,6 +50,11 @@ def run_by_hand(entry: str, config_type: type[BaseModel], argv: Sequence[str] | 
 
     """
     module, name = entry.split(":")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and not argv[0].startswith("-"):
+        from tasks import commands
+
+        return commands.run(argv, f"python -m {module}")
     try:
         config, debug = parse_arguments(config_type, argv, prog=f"python -m {module}")
     except InputError as fault:
@@ -135,6 +142,9 @@ class _Parser(argparse.ArgumentParser):
 def one_sentence(fault: BaseException) -> str:
     """What went wrong, in one sentence: our own error if one is among the causes, else the last line of the fault."""
     own = _own(fault)
+    if own is None and (lost := _lost_api(fault)) is not None:
+        url = os.environ.get("PREFECT_API_URL", "its address")
+        return f"the Prefect API at {url} can't be reached ({type(lost).__name__}); start it again, then run this again"
     text = str(own if own is not None else fault).strip() or type(fault).__name__
     notes = getattr(own, "__notes__", ())
     last = text.splitlines()[-1] if own is None else " ".join(text.split())
@@ -163,17 +173,28 @@ def summary(result: Sequence[Any]) -> str:
 
 
 def _own(fault: BaseException | None) -> PipelineError | None:
-    """The first of our own errors in a chain of causes; Ray and Prefect wrap what a worker raised."""
+    """The first of our own errors in a chain of causes."""
+    for link in _causes(fault):
+        for own in (getattr(link, "cause", None), link):  # what Ray carried is of its kind too, but with a traceback
+            if isinstance(own, PipelineError):
+                return own
+    return None
+
+
+def _lost_api(fault: BaseException | None) -> BaseException | None:
+    """The first error of a connection to Prefect's API, which nothing but Prefect's client raises."""
+    names = {"TransportError", "ConcurrencySlotAcquisitionError"}
+    return next((link for link in _causes(fault) if names & {kind.__name__ for kind in type(link).__mro__}), None)
+
+
+def _causes(fault: BaseException | None) -> Iterator[BaseException]:
+    """A chain of causes; Ray and Prefect wrap what a worker raised."""
     seen: set[int] = set()
     while fault is not None and id(fault) not in seen:
         seen.add(id(fault))
+        yield fault
         carried = getattr(fault, "cause", None)
-        if isinstance(carried, PipelineError):
-            return carried
-        if isinstance(fault, PipelineError):
-            return fault
         fault = carried if isinstance(carried, BaseException) else fault.__cause__ or fault.__context__
-    return None
 
 
 def _read_file(path: str) -> dict[str, Any]:

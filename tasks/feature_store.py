@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,25 @@ from tasks.core.provenance import code_digest
 from tasks.core.report import Report
 from tasks.core.reservation import Reservation, reserve
 from tasks.core.times import expand
+from tasks.features import loading
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import AS_OF, Definitions, FeatureGroup
 from tasks.features.gate import judge_group
 from tasks.features.incremental import with_state
-from tasks.features.loading import load_definitions
 from tasks.features.parts import CREATED, VERSION
 from tasks.features.pipeline import ComputedGroup, bucket_count, compute_groups, pieces_to_read
 from tasks.features.plan import FeaturePlan, needs_sample, plan_features, with_uris
 from tasks.features.sample import SAMPLE_AS_OF, write_sample
-from tasks.features.standard import STANDARD
-from tasks.publication import JudgedVersion, PublishedVersion, manifest_of, publish, write_report
+from tasks.features.self_test import self_test
+from tasks.publication import (
+    JudgedVersion,
+    PublishedVersion,
+    committed_version,
+    manifest_of,
+    proven,
+    publish,
+    write_report,
+)
 from tasks.retries import RETRY
 
 _CODE = Path(__file__).parent
@@ -101,6 +110,23 @@ def reserve_versions(plans: Sequence[FeaturePlan], root: str, run_id: str) -> li
     return reservations
 
 
+def unfinished(
+    plans: Sequence[FeaturePlan], reserved: Sequence[Sequence[Reservation]]
+) -> list[tuple[FeaturePlan, list[Reservation]]]:
+    """What is left to do: the plans without the groups that an earlier attempt of this run has published.
+
+    It was stopped between two commits. What it published stays as it is; the other groups are computed and follow.
+    """
+    left = []
+    for plan, own in zip(plans, reserved, strict=True):
+        numbers = [number for number, reservation in enumerate(own) if not reservation.committed]
+        groups = tuple(plan.groups[number] for number in numbers)
+        states = tuple(plan.states[number] for number in numbers) if plan.states else ()
+        if numbers:
+            left.append((replace(plan, groups=groups, states=states), [own[number] for number in numbers]))
+    return left
+
+
 def _compute_run_name() -> str:
     groups = task_run.parameters["plan"].groups
     return f"compute {', '.join(planned.group.name for planned in groups)}"
@@ -154,6 +180,8 @@ def validate_features(
         times=plan.as_of,
     )
     manifest = _manifest(plan, number, computed, config=config, run=run, gate=gate)
+    if config.self_test:
+        manifest = proven(manifest, lambda: self_test(reservation.root, manifest, config, previous))
     manifest = _write_report(manifest, reservation, previous, computed.timings)
     log = get_run_logger()
     (log.info if gate.verdict == "pass" else log.warning)("%s: verdict %s", reservation.dataset, gate.verdict)
@@ -161,24 +189,31 @@ def validate_features(
 
 
 @task(name="publish-versions", cache_policy=NO_CACHE, **RETRY)
-def publish_versions(judged: Sequence[JudgedVersion], root: str) -> list[PublishedVersion]:
+def publish_versions(
+    judged: Sequence[JudgedVersion], root: str, committed: Sequence[Reservation] = ()
+) -> list[PublishedVersion]:
     """Commit all versions of the run, or none.
 
     Called in the flow's own process: a commit is a conditional write, safe to repeat, but not to run in two places.
+
+    Args:
+        judged: The versions that this attempt has written.
+        root: Root of the store.
+        committed: Those that an earlier attempt of this run has published.
 
     Raises:
         GateFailed: the gate failed a group; its version is recorded as rejected, and nothing is published.
         VersionConflict: another publisher holds a version.
 
     """
-    published = publish(judged, root, _CURES)
-    write_versions_csv(root, [version.dataset for version in published])
+    published = [*map(committed_version, committed), *publish(judged, root, _CURES)]
+    write_versions_csv(root)
     return published
 
 
 def declared(config: FeatureStoreConfig) -> Definitions:
     """The standard definitions, with those of the configuration's file over them; sources as they are declared."""
-    return STANDARD if config.definitions is None else load_definitions(config.definitions).over(STANDARD)
+    return loading.declared(config.definitions)
 
 
 def _manifest(

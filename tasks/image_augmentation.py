@@ -24,8 +24,9 @@ from tasks.images.pictures import charts, contact_picture, reject_picture, rejec
 from tasks.images.pipeline import AugmentedImages, augment_images
 from tasks.images.plan import ImagePlan, known_classes, plan_images
 from tasks.images.sample import write_sample
+from tasks.images.self_test import self_test
 from tasks.images.split import SPLITS
-from tasks.publication import JudgedVersion, PublishedVersion, manifest_of, publish, write_report
+from tasks.publication import JudgedVersion, PublishedVersion, manifest_of, proven, publish, write_report
 from tasks.retries import RETRY
 
 _CODE = Path(__file__).parent
@@ -115,6 +116,8 @@ def validate_images(
         previous=previous,
     )
     manifest = _manifest(plan, augmented, config=config, run=run, gate=gate, previous=previous)
+    if config.self_test:
+        manifest = proven(manifest, lambda: self_test(reservation.root, manifest, config, previous))
     summary = _summary(plan, augmented, config)
     storage.write_bytes(layout.join(reservation.uri, layout.CLASS_SUMMARY), summary_csv(summary))
     publish_table(f"{config.name}-classes", summary.to_pylist(), f"Classes and splits of {reservation.dataset}")

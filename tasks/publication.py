@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from prefect import get_run_logger
 from prefect.events import emit_event
 from prefect.runtime import deployment, flow_run
 from pydantic import BaseModel
 
 from tasks.artifacts import publish_report
 from tasks.core import layout, storage, versions
+from tasks.core.conservation import check_written
 from tasks.core.errors import GateFailed
 from tasks.core.manifest import (
     CheckResult,
     ColumnSpec,
+    FaultResult,
     FileEntry,
     GateResult,
     Manifest,
@@ -29,6 +32,7 @@ from tasks.core.profile import TableProfile
 from tasks.core.provenance import package_versions
 from tasks.core.report import Report
 from tasks.core.reservation import Reservation
+from tasks.core.self_test import ITSELF, blind, failed, summary
 
 PUBLISHED = "training-data.version.published"
 """Event of a version that readers see; automations and deployment triggers start from it."""
@@ -99,8 +103,12 @@ def write_report(report: Report, manifest: Manifest, reservation: Reservation, n
         reservation: Where it is written.
         name: What the artifacts' keys begin with; the last part of the dataset's name, if none is given.
 
+    Raises:
+        VersionConflict: a newer attempt exists, whose report stands in the same place.
+
     """
     name = name or manifest.dataset.rpartition("/")[2]
+    versions.ensure_newest(reservation)
     html_uri = layout.join(reservation.uri, layout.REPORT_HTML)
     faces = {html_uri: report.to_html(), layout.join(reservation.uri, layout.REPORT_JSON): report.to_json()}
     for uri, content in faces.items():
@@ -123,8 +131,12 @@ def manifest_of(
         code_digest: Digest of the code and the declaration that made it.
         more: Further fields of the manifest: inputs always, and whatever the kind of dataset has.
 
+    Raises:
+        BalanceError: rows don't balance, or the files hold others than were reported.
+
     """
     reservation = written.reservation
+    check_written(reservation.dataset, reservation.uri, written.files, written.rejected_files, written.balances)
     return Manifest(
         dataset=reservation.dataset,
         version=reservation.version,
@@ -142,6 +154,26 @@ def manifest_of(
         run=run.model_copy(update={"attempt": reservation.attempt}),
         **more,
     )
+
+
+def proven(manifest: Manifest, self_test: Callable[[], tuple[FaultResult, ...]]) -> Manifest:
+    """The manifest with what its gate makes of injected faults; the gate's verdict stays what it is.
+
+    A self-test that can't be made costs no version: it is reported as failed.
+
+    Args:
+        manifest: The version's, written and judged.
+        self_test: Injects faults into a sample of the version, and judges each.
+
+    """
+    log = get_run_logger()
+    try:
+        results = self_test()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the version is whole and judged
+        results = (failed(error),)
+    unseen = blind(results)
+    (log.warning if unseen else log.info)("%s: self-test: %s", manifest.dataset, summary(results))
+    return manifest.model_copy(update={"self_test": results})
 
 
 def publish(judged: Sequence[JudgedVersion], root: str, cures: Mapping[str, str]) -> list[PublishedVersion]:
@@ -232,9 +264,25 @@ def published(root: str, manifest: Manifest) -> PublishedVersion:
         verdict=manifest.gate.verdict,
         rows=manifest.rows,
         balances=manifest.balances,
+        notes=_blindness(manifest),
     )
 
 
+def _blindness(manifest: Manifest) -> tuple[tuple[str, str], ...]:
+    """What the gate of a version doesn't notice, in a line for the one who ran the flow."""
+    unseen = blind(manifest.self_test)
+    if not unseen:
+        return ()
+    if ITSELF in unseen:
+        return (("blind", summary(manifest.self_test)),)
+    return (("blind", f"the gate doesn't notice these faults: {', '.join(unseen)}; the report says why"),)
+
+
 def committed_version(reservation: Reservation) -> PublishedVersion:
-    """The version that this run has published in an earlier attempt."""
-    return published(reservation.root, versions.resolve(reservation.root, reservation.dataset, reservation.version))
+    """The version that this run has published in an earlier attempt, which may have died before it told anybody.
+
+    Nothing may be written under such a reservation any more: it would stand among what readers see.
+    """
+    manifest = versions.resolve(reservation.root, reservation.dataset, reservation.version)
+    announce(reservation.root, manifest)
+    return published(reservation.root, manifest)

@@ -4,7 +4,6 @@ A task writes `@task(**RETRY)`. Transient faults (the store's 5xx and time-outs,
 worker killed for memory) are retried with growing delays; anything else fails at once: bad input stays bad.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +27,10 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from tasks.core.errors import ConfigError, PipelineError
+from tasks.core.errors import PipelineError
+from tasks.core.exchange import explained_loss
+from tasks.core.refusal import refusal, refused_credentials
+from tasks.core.settings import seconds_from_environment
 from tasks.core.transient import is_transient
 
 RAY_LOSSES = (
@@ -40,6 +42,7 @@ RAY_LOSSES = (
     OutOfMemoryError,
     WorkerCrashedError,
 )
+_LESS_AT_ONCE = "lower what a task holds at once (--images-per-file, --rows-per-bucket, --file-megabytes)"
 API_LOSSES = (
     ConcurrencySlotAcquisitionError,  # a task that starts while the API is away
     CrashedRun,
@@ -67,7 +70,13 @@ def worth_retrying(error: BaseException) -> bool:
 def final_unless_transient() -> Iterator[None]:
     """Around a flow's body: only what may pass another time starts the flow's own retries (Prefect has no condition).
 
-    A lost worker does; bad input and a failed gate end the run at once.
+    A lost worker does; bad input and a failed gate end the run at once. What libraries tell in a page of their own
+    becomes a sentence: that the store refused the credentials, or that a task's worker was killed for memory.
+
+    Raises:
+        CredentialsRefused: the store refused them to a library that reads on its own.
+        ResourceError: a task was lost for want of memory or disk.
+
     """
     try:
         yield
@@ -77,7 +86,18 @@ def final_unless_transient() -> Iterator[None]:
                 run = client.read_flow_run(UUID(str(flow_run.id)))
                 policy = run.empirical_policy.model_copy(update={"retries": 0})
                 client.update_flow_run(run.id, empirical_policy=policy)
-        raise
+        if any(isinstance(link, PipelineError) for link in causes(error)):
+            raise
+        told = _told(error)
+        if told is None:
+            raise
+        raise told from error
+
+
+def _told(error: BaseException) -> PipelineError | None:
+    """What a library's error means for the one who started the run, where that is known."""
+    refused = next((cause for link in causes(error) if (cause := refused_credentials(link))), None)
+    return refusal("the store", refused) if refused else explained_loss(error, _LESS_AT_ONCE)
 
 
 def retry_condition(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
@@ -101,21 +121,10 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         waiting.append(link.__cause__)
 
 
-def _first_delay() -> float:
-    text = os.environ.get("PIPELINE_RETRY_DELAY_SECONDS", "").strip() or "2"
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds <= 600:
-        raise ConfigError(f"PIPELINE_RETRY_DELAY_SECONDS must be a number of seconds from 0 to 600; it is {text!r}")
-    return seconds
-
-
 RETRY: dict[str, Any] = {
     "retries": 3,
     # 2, 4 and 8 s: the sleep holds the worker's process but, with num_cpus=0, no CPU of the cluster.
-    "retry_delay_seconds": exponential_backoff(_first_delay()),
+    "retry_delay_seconds": exponential_backoff(seconds_from_environment("PIPELINE_RETRY_DELAY_SECONDS", 2, most=600)),
     "retry_jitter_factor": 0.5,
     "retry_condition_fn": retry_condition,
 }

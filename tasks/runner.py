@@ -30,19 +30,24 @@ from prefect_ray.task_runners import PrefectRayFuture
 
 from tasks.artifacts import publish_cluster, show_progress
 from tasks.core.cluster import cluster_address, connect, dashboard_url, nodes
+from tasks.core.settings import seconds_from_environment
 
 DRAIN_SECONDS = 10.0  # for the logs and events of one task at its end; usually about 0.1
 CANCEL_GRACE_SECONDS = 3.0  # a cancelled task may write its last logs before its worker is killed
-API_PATIENCE_SECONDS = 300.0  # a server's restart with its migrations takes a minute
+API_PATIENCE_SECONDS = 300.0  # a server's restart with its migrations takes a minute; PIPELINE_API_PATIENCE_SECONDS
 EVENT_DELAY_SECONDS = 2.0  # a task run is in the API only once the worker's first event has arrived
 
 
-def await_api(patience: float = API_PATIENCE_SECONDS) -> None:
+def await_api(patience: float | None = None) -> None:
     """Wait while the API is away, up to `patience` seconds; then whatever needs it says so itself.
+
+    None: PIPELINE_API_PATIENCE_SECONDS, or 300.
 
     A task that starts asks the API for its concurrency slots, and would fail if the server is just being restarted.
     """
     url = PREFECT_API_URL.value()
+    if patience is None:
+        patience = seconds_from_environment("PIPELINE_API_PATIENCE_SECONDS", API_PATIENCE_SECONDS, most=86_400)
     give_up = time.monotonic() + patience
     while url:
         try:

@@ -27,11 +27,20 @@ from tasks.delivery.gate import judge_copy
 from tasks.delivery.monitoring import TrainingResult, epoch_table, training_pictures, worker_table
 from tasks.delivery.outcome import headline, judge_training
 from tasks.delivery.pipeline import write_streaming_ready
+from tasks.delivery.self_test import self_test
 from tasks.delivery.source import Source
 from tasks.delivery.source import find_source as find
 from tasks.delivery.stages import StreamingReady
 from tasks.delivery.training import read_records, train_version
-from tasks.publication import JudgedVersion, PublishedVersion, committed_version, manifest_of, publish, write_report
+from tasks.publication import (
+    JudgedVersion,
+    PublishedVersion,
+    committed_version,
+    manifest_of,
+    proven,
+    publish,
+    write_report,
+)
 from tasks.retries import RETRY
 
 LOOK_SECONDS = 2.0
@@ -93,6 +102,8 @@ def validate_copy(source: Source, copy: StreamingReady, config: DeliveryConfig, 
     previous = versions.latest(reservation.root, reservation.dataset)
     gate = judge_copy(config, copy, previous)
     manifest = _manifest(source, copy, config=config, run=run, gate=gate)
+    if config.self_test:
+        manifest = proven(manifest, lambda: self_test(source, manifest, config, previous))
     title = f"{config.dataset_name} v{manifest.version}, streaming-ready"
     report = Report.of(manifest, previous, title, rows=_samples(manifest), timings=copy.timings)
     # The source's own report has its name.
@@ -147,7 +158,7 @@ def train_model(version: PublishedVersion, config: DeliveryConfig, run: RunRecor
         logger.info("%s: %s", word, text)
     (logger.info if gate.verdict == "pass" else logger.warning)("Training: verdict %s", gate.verdict)
     report = layout.join(result.run_uri, layout.REPORT_HTML)
-    return dataclasses.replace(version, notes=(*lines, ("curves", report)))
+    return dataclasses.replace(version, notes=(*version.notes, *lines, ("curves", report)))
 
 
 @contextmanager
@@ -187,6 +198,7 @@ def _report_training(
         rows=_samples(manifest),
         balances=(),
         gate=gate,
+        self_test=(),
         profile={},
         inputs=(manifest.as_input(version.uri),),
         run=run,

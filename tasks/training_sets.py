@@ -22,13 +22,22 @@ from tasks.core.reservation import Reservation, reserve
 from tasks.feature_store import declared
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.plan import with_uris
-from tasks.publication import JudgedVersion, PublishedVersion, manifest_of, publish, write_report
+from tasks.publication import (
+    JudgedVersion,
+    PublishedVersion,
+    committed_version,
+    manifest_of,
+    proven,
+    publish,
+    write_report,
+)
 from tasks.retries import RETRY
 from tasks.serving.definition import EVENT_TIME
 from tasks.serving.gate import judge_training_set
 from tasks.serving.loading import load_models, select
 from tasks.serving.pipeline import ComputedSet, bucket_count, build_training_set, pieces_to_read
 from tasks.serving.plan import TrainingSetPlan, plan_training_set
+from tasks.serving.self_test import self_test
 
 _CODE = Path(__file__).parent
 _CURES = {
@@ -105,6 +114,8 @@ def validate_set(
     previous = versions.latest(reservation.root, reservation.dataset)
     gate = judge_training_set(plan.model, config, computed, previous)
     manifest = _manifest(plan, computed, config=config, run=run, gate=gate)
+    if config.self_test:
+        manifest = proven(manifest, lambda: self_test(reservation.root, manifest, config, previous))
     report = Report.of(
         manifest,
         previous,
@@ -121,24 +132,31 @@ def validate_set(
 
 
 @task(name="publish-training-sets", cache_policy=NO_CACHE, **RETRY)
-def publish_training_sets(judged: Sequence[JudgedVersion], root: str) -> list[PublishedVersion]:
+def publish_training_sets(
+    judged: Sequence[JudgedVersion], root: str, committed: Sequence[Reservation] = ()
+) -> list[PublishedVersion]:
     """Commit every training set that passed its gate; a model isn't held up by another one's data.
 
     Called in the flow's own process: a commit is a conditional write, safe to repeat, but not to run in two places.
+
+    Args:
+        judged: The training sets that this attempt has written.
+        root: Root of the store.
+        committed: Those that an earlier attempt of this run has published.
 
     Raises:
         GateFailed: the gate failed a training set; it is recorded as rejected, the others are published.
         VersionConflict: another publisher holds a version.
 
     """
-    published: list[PublishedVersion] = []
+    published = [committed_version(reservation) for reservation in committed]
     failed: list[GateFailed] = []
     for version in judged:
         try:
             published += publish([version], root, _CURES)
         except GateFailed as fault:
             failed.append(fault)
-    write_versions_csv(root, [version.reservation.dataset for version in judged])
+    write_versions_csv(root)
     if failed:
         beside = ", ".join(f"{version.dataset} v{version.version}" for version in published)
         raise GateFailed(" ".join(map(str, failed)) + (f" (published beside it: {beside})" if beside else ""))

@@ -30,6 +30,13 @@ import pytest
 import s3fs
 
 from tests.s3 import ENVIRONMENT, s3_endpoint
+from tests.tables import (  # noqa: F401 - hooks and a fixture
+    proven,
+    pytest_addoption,
+    pytest_deselected,
+    pytest_runtest_makereport,
+    pytest_sessionfinish,
+)
 
 
 @pytest.fixture(scope="session")

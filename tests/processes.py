@@ -20,6 +20,7 @@ from tasks.local_api import _Ready
 
 PROJECT = Path(__file__).parents[1]
 ENDED_BY_THEMSELVES = 20.0  # the API server, Ray and its workers notice within some seconds that the flow is gone
+PATIENCE = 300.0  # of a run that takes 15 s on an idle machine
 OUTLIVE = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}  # Ray's own agents don't always
 
 _CLUSTER = """
@@ -27,9 +28,9 @@ import sys
 from ray.cluster_utils import Cluster
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 150 * 2**20})
-cluster.add_node(num_cpus=1, object_store_memory=150 * 2**20)
+second = cluster.add_node(num_cpus=1, object_store_memory=150 * 2**20)
 cluster.wait_for_nodes()
-print(cluster.address, flush=True)
+print(cluster.address, second.all_processes["raylet"][0].process.pid, flush=True)
 sys.stdin.read()
 cluster.shutdown()
 """
@@ -57,11 +58,11 @@ class Command:
     family: set[psutil.Process] = field(default_factory=set)
 
     @classmethod
-    def start(cls, module: str, options: Sequence[str], home: Path) -> Command:
-        """Start `python -m module` with some options."""
+    def start(cls, module: str, options: Sequence[str], home: Path, **environment: str) -> Command:
+        """Start `python -m module` with some options, and what the environment has besides a shell's."""
         process = subprocess.Popen(
             [sys.executable, "-m", module, *options],
-            env=shell_environment(home),
+            env=shell_environment(home) | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -77,13 +78,19 @@ class Command:
 
     def finish(self) -> str:
         """Wait for a good end; what the flow wrote to stderr."""
-        output, errors = self.process.communicate(timeout=150)
+        output, errors = self.process.communicate(timeout=PATIENCE)
         assert self.process.returncode == 0, f"the run failed:\n{errors}\n{output}"
+        return errors
+
+    def fail(self) -> str:
+        """Wait for a bad end; what the flow wrote to stderr."""
+        output, errors = self.process.communicate(timeout=PATIENCE)
+        assert self.process.returncode not in (0, None), f"the run ended well:\n{errors}\n{output}"
         return errors
 
     def kill_when(self, reached: Callable[[], bool]) -> None:
         """Kill the flow's own process as soon as something is so."""
-        give_up = time.monotonic() + 120
+        give_up = time.monotonic() + 300
         while not reached():
             assert self.process.poll() is None, f"the run ended first:\n{self.process.communicate()}"
             assert time.monotonic() < give_up, "the run wrote nothing"
@@ -92,6 +99,15 @@ class Command:
         self.look()
         os.kill(self.process.pid, signal.SIGKILL)
         self.process.communicate()
+
+    def await_kill(self) -> None:
+        """Wait until the flow's own process has been killed by something that the test armed."""
+        give_up = time.monotonic() + 300
+        while self.process.poll() is None and time.monotonic() < give_up:
+            self.look()
+            time.sleep(0.01)
+        output = self.process.communicate() if self.process.poll() is not None else "it goes on"
+        assert self.process.poll() == -signal.SIGKILL, f"the run wasn't killed ({self.process.poll()}): {output}"
 
     def end_family(self) -> set[str]:
         """Wait for what the flow left behind, end what is still there and give its names."""
@@ -115,21 +131,46 @@ class Command:
         self.end_family()
 
 
+@dataclass(frozen=True)
+class TwoNodes:
+    """A Ray cluster of a head and a second node."""
+
+    address: str
+    raylet: int
+    """Process of the second node; its death is the node's."""
+
+    def kill_second(self) -> None:
+        """Kill the second node, with its object store; its workers follow by themselves."""
+        os.kill(self.raylet, signal.SIGKILL)
+
+
 @contextlib.contextmanager
-def two_nodes() -> Iterator[str]:
-    """A Ray cluster of a head and a second node, of one CPU each, in processes of their own; yields its address."""
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "RAY_AUTH_MODE": "disabled"}
+def cluster_of_two(**settings: str) -> Iterator[TwoNodes]:
+    """A Ray cluster of a head and a second node, of one CPU each, in processes of their own.
+
+    Args:
+        settings: Further variables of its environment.
+
+    """
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "RAY_AUTH_MODE": "disabled", **settings}
     with subprocess.Popen(
         [sys.executable, "-c", _CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
         assert process.stdout is not None
-        lines = iter(process.stdout.readline, "")
-        found = next((line.strip() for line in lines if line.strip().rpartition(":")[2].isdecimal()), None)
+        words = (line.split() for line in iter(process.stdout.readline, ""))
+        found = next((pair for pair in words if len(pair) == 2 and pair[0].rpartition(":")[2].isdecimal()), None)
         assert found, "the cluster didn't start"
         try:
-            yield found
+            yield TwoNodes(found[0], int(found[1]))
         finally:
             process.communicate("", timeout=60)
+
+
+@contextlib.contextmanager
+def two_nodes() -> Iterator[str]:
+    """As `cluster_of_two`; yields its address alone."""
+    with cluster_of_two() as cluster:
+        yield cluster.address
 
 
 @contextlib.contextmanager
@@ -144,6 +185,16 @@ def prefect_server(home: Path, *, ui: bool = False, **settings: str) -> Iterator
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    server = start_prefect_server(port, home, ui=ui, **settings)
+    try:
+        yield f"http://127.0.0.1:{port}/api"
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def start_prefect_server(port: int, home: Path, *, ui: bool = False, **settings: str) -> subprocess.Popen[bytes]:
+    """Start `prefect server start` on a port and wait until it answers; arguments as `prefect_server`'s."""
     url = f"http://127.0.0.1:{port}/api"
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     server = subprocess.Popen(
@@ -154,7 +205,8 @@ def prefect_server(home: Path, *, ui: bool = False, **settings: str) -> Iterator
     )
     try:
         _Ready(server, url)()
-        yield url
-    finally:
-        server.terminate()
-        server.wait(20)
+    except BaseException:
+        server.kill()
+        server.wait()
+        raise
+    return server

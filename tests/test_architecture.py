@@ -32,8 +32,9 @@ RAY_BESIDE_PIPELINES = (
     "tasks/delivery/training.py",
     "tasks/serving/store.py",
 )
-# A domain that builds on another: training sets are made of features, never the other way round.
-BUILDS_ON = {("serving", "features")}
+# A domain that builds on another: training sets are made of features, never the other way round; the audit is about
+# the datasets of all domains.
+BUILDS_ON = {("serving", "features"), *(("audit", domain) for domain in ("images", "features", "serving", "delivery"))}
 
 Sources = Mapping[str, str]
 

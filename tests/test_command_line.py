@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 from pydantic import BaseModel
 
@@ -201,7 +202,6 @@ def test_a_wrong_value_is_explained(argv: list[str], message: str, capsys: pytes
         (["--tresholds.null-warn", "0.1"], "--tresholds.null-warn 0.1; did you mean --thresholds.null-warn?"),
         (["--whatever"], "--whatever; see --help"),
         (["--see", "1"], "did you mean --seed?"),  # no abbreviations: they would change with every new setting
-        (["extra"], "extra; see --help"),
         (["--seed"], "argument --seed: expected one argument"),
     ],
 )
@@ -212,6 +212,12 @@ def test_an_unknown_option_is_named(argv: list[str], message: str, capsys: pytes
     told = capsys.readouterr().err
     assert message in told
     assert told.count("\n") == 1, "the usage pushes the message out of sight"
+
+
+def test_a_word_is_a_command_about_the_store(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run_by_hand(ENTRY, FeatureStoreConfig, ["extra"]) == WRONG_ARGUMENTS
+    assert "no command is named 'extra'" in capsys.readouterr().err
+    assert run_by_hand(ENTRY, FeatureStoreConfig, ["list", "--root", str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize(
@@ -236,7 +242,7 @@ def test_a_wrong_file_is_explained(text: str, message: str, tmp_path: Path) -> N
 # The end of a run
 
 
-def test_a_failure_is_one_sentence_with_its_notes() -> None:
+def test_a_failure_is_one_sentence_with_its_notes(monkeypatch: pytest.MonkeyPatch) -> None:
     fault = SourceError("x.parquet has no column\n 'amount'")
     fault.add_note("in groups.yaml")
     wrapped = RuntimeError("a worker failed")
@@ -244,6 +250,10 @@ def test_a_failure_is_one_sentence_with_its_notes() -> None:
     assert one_sentence(wrapped) == "x.parquet has no column 'amount' (in groups.yaml)"
     assert one_sentence(ValueError("first\nlast")) == "ValueError: last"
     assert one_sentence(ValueError()) == "ValueError: ValueError"
+    lost = RuntimeError("no slots")
+    lost.__cause__ = httpx.ConnectError("refused")
+    monkeypatch.setenv("PREFECT_API_URL", "http://away/api")
+    assert one_sentence(lost).startswith("the Prefect API at http://away/api can't be reached (ConnectError); start it")
     circle = RuntimeError("round")
     circle.__cause__ = circle
     assert one_sentence(circle) == "RuntimeError: round"

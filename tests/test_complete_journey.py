@@ -132,9 +132,11 @@ def test_stores_are_a_group_of_the_users_own(root: str, purchases: pd.DataFrame)
 
 def test_rows_balance_and_quality_is_that_of_pandas(root: str, purchases: pd.DataFrame) -> None:
     manifest = read_manifest(root, "feature-store/customer-features", 1)
-    transactions, customers, entities = manifest.balances
+    transactions, customers, products, entities = manifest.balances
     assert (transactions.rows_in, transactions.rows_out) == (len(purchases), len(purchases))
     assert (customers.rows_out, entities.rows_out) == (801, purchases.household_id.nunique())
+    assert (products.name, products.missing) == ("products", 0)
+    assert products.rows_out > 0
     found = table(root, "customer-features", "customer_id")
     stamps = ["as_of", "feature_creation_date", "feature_version"]
     scores = ["missing_ratio", "outlier_ratio", "data_quality_score", "is_training_ready"]

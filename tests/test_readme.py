@@ -56,7 +56,7 @@ def test_commands_and_examples_work(tmp_path: Path) -> None:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
             check=False,
         )
         assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
@@ -103,7 +103,14 @@ def test_options_that_are_named_exist() -> None:
     fields = {name: field for flow in flows for name, field in flow.model_fields.items()}
     known = {f"--{name.replace('_', '-')}" for name in fields}
     known |= {"--config", "--help", "--debug"}
-    known |= {"--redis", "--force", "--yes", "--no-compute", "--label-thresholds"}  # the commands', and flags
+    known |= {
+        "--redis",
+        "--force",
+        "--yes",
+        "--no-compute",
+        "--no-self-test",
+        "--label-thresholds",
+    }  # the commands', and flags
     known |= {"--repartition", "--map-groups", "--large", "--memory"}  # the benchmarks'
     prose = BLOCK.sub("", README).replace("ruff format --check", "")
     assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= known

@@ -21,7 +21,7 @@ from ray.exceptions import (
 
 from tasks.core.cluster import data_context
 from tasks.core.errors import BalanceError, ConfigError, GateFailed, SourceError
-from tasks.retries import RETRY, causes, retry_condition, worth_retrying
+from tasks.retries import RETRY, causes, final_unless_transient, retry_condition, worth_retrying
 
 
 def carried(cause: BaseException) -> RayTaskError:
@@ -99,6 +99,22 @@ def test_a_task_is_tried_again_only_for_transient_errors(
 
     assert once(return_state=True).is_completed() is completed
     assert len(seen) == calls
+
+
+def test_a_flow_tells_of_credentials_that_a_library_met_on_its_own(prefect_api: str) -> None:
+    @flow(retries=1)
+    def read() -> None:
+        with final_unless_transient():
+            raise RuntimeError("the job failed") from carried(
+                OSError(
+                    "AWS Error UNKNOWN (HTTP status 400) during GetObject operation: Unable to parse ExceptionName: "
+                    "ExpiredToken Message: The provided token has expired."
+                )
+            )
+
+    state = read(return_state=True)
+    assert state.is_failed()
+    assert "can't use the store: the credentials have expired; renew AWS_ACCESS_KEY_ID" in str(state.message)
 
 
 def raise_source_error(batch):

@@ -16,13 +16,17 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants
 
 from tasks.core.errors import ConfigError
+from tasks.core.spilled import delete_left_over
 
 NAMESPACE = "training-data"
 
@@ -31,11 +35,18 @@ NAMESPACE = "training-data"
 # It also is the memory back-pressure between operators: from this size on it costs little, and it stays on.
 RESERVATION_FROM_CPUS = 8
 
+LOST_WORKER_RETRIES = 3
+"""Times that Ray runs a task again whose worker has died; a task that kills each of its workers must end some time."""
+
+# Workers killed for memory are counted apart, and by Ray's default without end. The caller's setting goes first.
+_OOM_RETRIES = "RAY_task_oom_retries"
+
 _WORKER_ENV = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # their tokens would land in the task's log
     "POLARS_MAX_THREADS": "1",  # a worker holds one CPU; a thread pool per worker would fight over the same cores
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+_OF_THE_API = ("PREFECT_API_URL", "PIPELINE_API_PATIENCE_SECONDS")
 _SECRET_MARKS = ("KEY", "SECRET", "TOKEN", "PASSWORD", "AUTH")
 
 
@@ -45,19 +56,23 @@ def cluster_address() -> str | None:
 
 
 def worker_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The variables that every Ray worker needs; `PREFECT_API_URL` is passed on when the driver has it.
+    """The variables that every Ray worker needs; those of Prefect's API are passed on when the driver has them.
 
     Raises:
         ConfigError: `extra` names a credential, which would be readable in the dashboard of a remote cluster.
     """
-    api = {"PREFECT_API_URL": url} if (url := os.environ.get("PREFECT_API_URL")) else {}
+    api = {name: os.environ[name] for name in _OF_THE_API if os.environ.get(name)}
     for name in extra or {}:
         if any(mark in name.upper() for mark in _SECRET_MARKS):
             raise ConfigError(
                 f"{name} looks like a credential and can't be sent to Ray workers by runtime_env, which anybody "
                 "sees in Ray's dashboard; set it in the environment of the nodes instead"
             )
-    return {**_WORKER_ENV, **api, **(extra or {})}
+    return {**_WORKER_ENV, **_retries_for_memory(), **api, **(extra or {})}
+
+
+def _retries_for_memory() -> dict[str, str]:
+    return {_OOM_RETRIES: os.environ.get(_OOM_RETRIES, str(LOST_WORKER_RETRIES))}
 
 
 def init_options(
@@ -103,9 +118,11 @@ def connect(
         return False
     options = init_options(num_cpus=num_cpus, object_store_memory=object_store_memory, env=env)
     local = options["address"] == "local"
+    if local:
+        delete_left_over(Path(get_default_ray_temp_dir()))  # type: ignore[no-untyped-call]
     with (
         handler_kept(signal.SIGTERM),
-        environment(worker_env(env) if local else {}),
+        environment(worker_env(env) if local else _retries_for_memory()),
         explained_versions(options["address"]),
     ):
         _plain_worker_output(local)
@@ -196,7 +213,10 @@ def data_context(cpus: int | None = None) -> Iterator[Any]:
         handler.setLevel(logging.WARNING)
     log_once("ray_data_progress_manager_disabled")  # a warning that bars are off, in each worker: said by this call
     try:
-        yield context
+        with warnings.catch_warnings():
+            # `max_retries` has no other way to a job's tasks, and Ray Data's own is to try for ever.
+            warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+            yield context
     finally:
         for handler, level in zip(consoles, levels, strict=True):
             handler.setLevel(level)

@@ -1,4 +1,4 @@
-"""Large files on a local disk, past the page cache.
+"""Files on a local disk: whole under their names or not at all, large ones past the page cache; and full disks.
 
 What is written once and not read soon gains nothing from the page cache, and pays for it: the kernel must find a fresh
 page for each 4 KiB, copy into it, and write it out later, by then often against the wish of everybody who waits for
@@ -12,15 +12,21 @@ import contextlib
 import errno
 import mmap
 import os
+import shutil
 import sys
+import uuid
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+
+from tasks.core.errors import DiskFull, VersionConflict
 
 if sys.platform != "win32":
     import fcntl
 
 PIECE = 4 << 20
 """Bytes that are written at once; a multiple of every file system's block."""
+MIB = 1 << 20
 _BLOCK = 4096
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _SPARE: list[mmap.mmap] = []  # fresh memory costs as much as the copy into it, so buffers are kept
@@ -37,13 +43,19 @@ class NewFile:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._descriptor, self._direct = _create(path)
+        with told_if_full(path):
+            self._descriptor, self._direct = _create(path)
         self._buffer, self._filled = _buffer(), 0
         self._writing: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1)
 
     def append(self, data: memoryview) -> None:
-        """Append bytes; what can't be written is told by a later call, at the latest by `close`."""
+        """Append bytes; what can't be written is told by a later call, at the latest by `close`.
+
+        Raises:
+            DiskFull: there is no room for what an earlier call gave.
+
+        """
         while data:
             taken = min(len(data), PIECE - self._filled)
             self._buffer[self._filled : self._filled + taken] = data[:taken]
@@ -69,7 +81,7 @@ class NewFile:
             _give_back(full)
 
     def _write_all(self, data: memoryview) -> None:
-        with data:
+        with data, told_if_full(self._path):
             done = 0
             while done < len(data):
                 try:
@@ -91,7 +103,8 @@ class NewFile:
         """Write what is left, and return when everything is on the disk.
 
         Raises:
-            OSError: something couldn't be written; `discard` is still to be called.
+            DiskFull: there is no room; `discard` is still to be called.
+            OSError: something couldn't be written; likewise.
 
         """
         self._wait()
@@ -99,7 +112,8 @@ class NewFile:
         self._write_all(memoryview(self._buffer)[:whole])
         self._no_longer_direct()  # the end is no whole block
         self._write_all(memoryview(self._buffer)[whole : self._filled])
-        os.fsync(self._descriptor)
+        with told_if_full(self._path):
+            os.fsync(self._descriptor)
         self._end()
 
     def discard(self) -> None:
@@ -115,6 +129,39 @@ class NewFile:
             os.close(self._descriptor)
             self._descriptor = -1
             _give_back(self._buffer)
+
+
+@contextlib.contextmanager
+def told_if_full(path: str) -> Iterator[None]:
+    """Around what writes a file: that there is no room for it becomes a sentence with figures and a cure.
+
+    Args:
+        path: The file, or the directory, that is written.
+
+    Raises:
+        DiskFull: the disk is full, or a quota is used up.
+
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, DiskFull) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFull(_no_room(path, error)) from error
+
+
+def _no_room(path: str, error: OSError) -> str:
+    place = next(parent for parent in Path(os.path.abspath(path)).parents if parent.exists())
+    there = shutil.disk_usage(place)
+    figures = f"{there.free / MIB:,.1f} MiB of {there.total / MIB:,.1f} MiB are free"
+    if error.errno == errno.EDQUOT:
+        figures = f"the quota is used up, though {figures}"
+    elif not os.statvfs(place).f_favail:
+        figures += ", but no more files can be made"
+    return (
+        f"the disk is full: {os.path.basename(path)!r} can't be written to {str(place)!r}, where {figures}. Make room "
+        "there (old versions go by the command 'prune'), or put it on a larger disk or on S3, and start again"
+    )
 
 
 def _create(path: str) -> tuple[int, bool]:
@@ -140,3 +187,38 @@ def _buffer() -> mmap.mmap:
 def _give_back(buffer: mmap.mmap) -> None:
     if len(_SPARE) < _MOST_SPARE:
         _SPARE.append(buffer)
+
+
+def temporary_name(path: str) -> str:
+    """A new hidden name beside `path`, whose directory is there afterwards."""
+    parent, name = os.path.split(path)
+    with told_if_full(path):
+        os.makedirs(parent, exist_ok=True)
+    return f"{parent}/.{name}.{uuid.uuid4().hex}.tmp"
+
+
+def put_in_place(temporary: str, path: str) -> None:
+    """Give a finished file its name, for good.
+
+    Raises:
+        DiskFull: there is no room for the name.
+        VersionConflict: it is gone: a commit removes what other attempts have begun.
+    """
+    try:
+        with told_if_full(path):
+            os.replace(temporary, path)
+    except FileNotFoundError as error:
+        raise VersionConflict(
+            f"{path!r} was removed while it was written: another attempt has committed this version; "
+            "run again to publish a further one"
+        ) from error
+    sync_directory(path)
+
+
+def sync_directory(path: str) -> None:
+    """Make a new name survive a power cut, as fsync of the file alone doesn't."""
+    descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

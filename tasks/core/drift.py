@@ -59,7 +59,11 @@ def binned(now: ColumnPartial, before: ColumnProfile) -> tuple[Int64Array, Int64
     if now.quantiles is not None:
         edges, seen = ((), (0,)) if before.histogram is None else (before.histogram.edges, before.histogram.counts)
         if before.distinct_exact and before.distinct == len(seen):
-            seen = (0, *seen, 0)  # one bin a value: what lies beyond is new
+            # One bin a value: what lies beyond the first or the last is new, be it ever so near. The histogram's own
+            # outer edges leave room around them, in which a column of one value could move unnoticed.
+            seen = (0, *seen, 0)
+            low, high = float(before.minimum or 0.0), float(before.maximum or 0.0)
+            edges = (low, *edges[1:-1], float(np.nextafter(high, np.inf)))
         else:
             edges = edges[1:-1]
         new = now.quantiles.histogram([-np.inf, *edges, np.inf])

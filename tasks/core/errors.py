@@ -8,7 +8,11 @@ PipelineError
 ├── GateFailed                            the quality gate refused the data; nothing was published
 ├── BalanceError                          rows vanished or appeared: in ≠ out + rejected + filtered + deduplicated
 ├── LeakFound                             the output changed when a row from the future was added
+├── ResourceError                         a machine has too little room for the work; more room helps, a retry doesn't
+│   ├── DiskFull (also OSError)           no room, or no quota, where a file had to be written
+│   └── WorkersKilled                     a task's worker died at each of several tries, mostly for want of memory
 ├── VersionNotFound (also LookupError)    no such published version
+├── CredentialsRefused                    the store doesn't accept the credentials: expired, unknown or missing
 ├── VersionConflict                       another publisher holds or has committed this version
 └── CorruptVersion                        a published file is missing or differs from its manifest
 
@@ -48,8 +52,24 @@ class LeakFound(PipelineError):
     """The output changed when a row from the future was added: features tell what they couldn't know."""
 
 
+class ResourceError(PipelineError):
+    """A machine has too little room for the work."""
+
+
+class DiskFull(ResourceError, OSError):
+    """There is no room, or no quota, where a file had to be written."""
+
+
+class WorkersKilled(ResourceError):
+    """A task's worker died at each of several tries."""
+
+
 class VersionNotFound(PipelineError, LookupError):
     """No such published version."""
+
+
+class CredentialsRefused(PipelineError):
+    """The store doesn't accept the credentials: they have expired, or are unknown or missing."""
 
 
 class VersionConflict(PipelineError):

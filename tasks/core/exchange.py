@@ -10,16 +10,21 @@ has a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import ray
 import ray.exceptions
 
-from tasks.core.errors import PipelineError
+from tasks.core.cluster import LOST_WORKER_RETRIES
+from tasks.core.errors import BalanceError, DiskFull, PipelineError, WorkersKilled
 from tasks.core.partition import Packed, pack, unpack
 
 Note = TypeVar("Note")
@@ -28,11 +33,25 @@ Summary = TypeVar("Summary")
 
 @dataclass(frozen=True, slots=True)
 class Exchanged(Generic[Note, Summary]):
-    """What an exchange gives: a note a unit, a summary and a reference to an Arrow table a bucket, in order."""
+    """What an exchange gives: a note a unit, a summary and a reference to an Arrow table a bucket, in order.
+
+    carried: rows that went from each unit to each bucket, shape (units, buckets); rows: those of each table.
+    """
 
     notes: list[Note]
     summaries: list[Summary]
     tables: list[ray.ObjectRef[Any]]
+    carried: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted(Generic[Note]):
+    """What a task reports, and the rows that were counted around it."""
+
+    report: Note
+    moved: npt.NDArray[np.int64]
+    rows: int = 0
 
 
 def exchange(
@@ -55,6 +74,7 @@ def exchange(
         on_summary: Called in the driver with each bucket's summary as it is finished.
 
     Raises:
+        BalanceError: rows that were sent didn't arrive, or others did.
         PipelineError: what `scatter` or `gather` raised on purpose; the tasks that were still to run are cancelled.
         RayTaskError: they failed otherwise, likewise.
 
@@ -64,15 +84,38 @@ def exchange(
     scattered: list[Any] = [
         _scatter_unit.options(num_returns=buckets + 1).remote(scatter_ref, unit, buckets) for unit in range(units)
     ]
-    notes = collect([refs[0] for refs in scattered], on_note)
+    sent = collect([refs[0] for refs in scattered], lambda counted: on_note(counted.report))
     gathered: list[Any] = [
         _gather_bucket.remote(gather_ref, bucket, *(refs[bucket + 1] for refs in scattered))
         for bucket in range(buckets)
     ]
     # From here on only the gathering tasks hold the packed rows, so each is freed when its task is done.
     del scattered
-    summaries = collect([summary for summary, _ in gathered], on_summary)
-    return Exchanged(notes, summaries, [table for _, table in gathered])
+    arrived = collect([summary for summary, _ in gathered], lambda counted: on_summary(counted.report))
+    carried = _matrix([counted.moved for counted in sent], (units, buckets))
+    _check_carried(carried, _matrix([counted.moved for counted in arrived], (buckets, units)).T)
+    return Exchanged(
+        notes=[counted.report for counted in sent],
+        summaries=[counted.report for counted in arrived],
+        tables=[table for _, table in gathered],
+        carried=carried,
+        rows=np.array([counted.rows for counted in arrived], np.int64),
+    )
+
+
+def _matrix(rows: Sequence[npt.NDArray[np.int64]], shape: tuple[int, int]) -> npt.NDArray[np.int64]:
+    return np.array(rows, np.int64).reshape(shape)
+
+
+def _check_carried(sent: npt.NDArray[np.int64], arrived: npt.NDArray[np.int64]) -> None:
+    different = np.argwhere(sent != arrived)
+    if len(different):
+        unit, bucket = different[0].tolist()
+        raise BalanceError(
+            f"{int(sent.sum())} rows were sent, {int(arrived.sum())} arrived: {int((sent - arrived).sum()):+d} "
+            f"unaccounted for; unit {unit} sent {sent[unit, bucket]} rows to bucket {bucket}, where "
+            f"{arrived[unit, bucket]} arrived"
+        )
 
 
 def collect(refs: Sequence[ray.ObjectRef[Any]], on_result: Callable[[Any], None]) -> list[Any]:
@@ -93,7 +136,9 @@ def collect(refs: Sequence[ray.ObjectRef[Any]], on_result: Callable[[Any], None]
                 on_result(results[ref])
     except BaseException:
         for ref in waiting:
-            ray.cancel(ref, recursive=True)
+            # By force: what merely interrupts a worker in the middle of an import leaves half a module behind, and
+            # every later task of that worker fails for a reason of its own.
+            ray.cancel(ref, force=True, recursive=True)
         raise
     return [results[ref] for ref in refs]
 
@@ -108,15 +153,95 @@ def _get(ref: ray.ObjectRef[Any]) -> Any:
         raise
 
 
-@ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
+@contextlib.contextmanager
+def losses_explained(cure: str) -> Iterator[None]:
+    """Around a Ray job: what ends it for want of memory or disk becomes a sentence, and isn't tried again.
+
+    Ray has tried by itself `LOST_WORKER_RETRIES` times: what has then killed each worker will kill the next one, too.
+
+    Args:
+        cure: What the user can set so that a task needs less memory.
+
+    Raises:
+        WorkersKilled: each try of a task lost its worker.
+        DiskFull: Ray's object store is full, and so is the disk that it spills to.
+
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, PipelineError):
+            raise
+        ours = explained_loss(error, cure, f" at each of its {LOST_WORKER_RETRIES + 1} tries")
+        if ours is None:
+            raise
+        raise ours from error
+
+
+def explained_loss(error: BaseException, cure: str, often: str = "") -> PipelineError | None:
+    """What a user is told of a Ray job, or of a whole task, that ended for want of memory or disk; None otherwise.
+
+    Args:
+        error: What Ray raised.
+        cure: What the user can set so that a task needs less memory.
+        often: How often it happened.
+
+    """
+    return next(filter(None, (_explained(link, cure, often) for link in _links(error))), None)
+
+
+def _links(error: BaseException) -> Iterator[BaseException]:
+    """The error, what Ray carries in it, and what it was raised from."""
+    seen: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        link = waiting.pop()
+        if link is not None and link not in seen:
+            seen.append(link)
+            yield link
+            waiting += [link.__cause__, getattr(link, "cause", None)]
+
+
+def _explained(error: BaseException, cure: str, often: str) -> PipelineError | None:
+    more = f"{cure}, or give each node more memory, or fewer CPUs so that it runs fewer tasks at once"
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        found = re.search(r"was ([\d.]+ ?GB / [\d.]+ ?GB)", str(error))
+        used = f" ({found[1]} in use)" if found else ""
+        return WorkersKilled(
+            f"out of memory: Ray killed the worker of a task{often}, as its node had too little memory left{used}. "
+            f"To go on: {more}"
+        )
+    if isinstance(error, (ray.exceptions.WorkerCrashedError, *_ACTOR_LOSSES)):
+        return WorkersKilled(
+            f"the worker of a task died{often} without a word, as it does when the system kills it for want of memory "
+            f"(its kernel's log tells). To go on: {more}. If there was memory enough, Ray's logs say more: the files "
+            "python-core-worker-* in /tmp/ray/session_latest/logs of the node"
+        )
+    if isinstance(error, ray.exceptions.OutOfDiskError):
+        return DiskFull(
+            "Ray's object store is full, and so is the disk that it spills to (by default that of /tmp). Make room "
+            "there, name another directory in RAY_object_spilling_directory, or make the object store larger "
+            "(PIPELINE_OBJECT_STORE_BYTES), and start again"
+        )
+    return None
+
+
+_ACTOR_LOSSES = (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError)
+
+
+@ray.remote(num_cpus=1, max_retries=LOST_WORKER_RETRIES, scheduling_strategy="SPREAD")
 def _scatter_unit(scatter: Callable[[int], tuple[Any, list[pl.DataFrame]]], unit: int, buckets: int) -> list[Any]:
     note, frames = scatter(unit)
     assert len(frames) == buckets, f"unit {unit} gave {len(frames)} frames for {buckets} buckets"
-    return [note, *(pack(frame) for frame in frames)]
+    heights = np.array([frame.height for frame in frames], np.int64)
+    return [_Counted(note, heights), *(pack(frame) for frame in frames)]
 
 
-@ray.remote(num_cpus=1, num_returns=2, scheduling_strategy="SPREAD")
+@ray.remote(num_cpus=1, num_returns=2, max_retries=LOST_WORKER_RETRIES, scheduling_strategy="SPREAD")
 def _gather_bucket(
     gather: Callable[[int, list[pl.DataFrame]], tuple[Any, pa.Table]], bucket: int, *packed: Packed
-) -> tuple[Any, pa.Table]:
-    return gather(bucket, [unpack(rows) for rows in packed])
+) -> tuple[_Counted[Any], pa.Table]:
+    frames = [unpack(rows) for rows in packed]
+    heights = np.array([frame.height for frame in frames], np.int64)
+    summary, table = gather(bucket, frames)
+    return _Counted(summary, heights, table.num_rows), table

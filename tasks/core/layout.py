@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import re
 
+from tasks.core.errors import ConfigError
+
 FEATURE_STORE = "feature-store"
 TRAINING_READY = f"{FEATURE_STORE}/training-ready"
 TRAINING_DATASETS = "training-datasets"
@@ -34,11 +36,47 @@ CLASS_SUMMARY = "_class_summary.csv"
 
 _VERSION = re.compile(r"v([1-9][0-9]*)")
 _PART = re.compile(r"(?:^|/)part-([0-9]+)-a[0-9]+\.parquet$")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def join(base: str, *parts: str) -> str:
     """Join URI or path parts with single slashes."""
     return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def escape_of(path: str) -> str | None:
+    """How a path that was given or read might lead out of the directory it belongs to; None for one that can't.
+
+    Such a path consists of names: no scheme, no slash in front, behind or twice, no '.' or '..', no backslash, no
+    control characters, and nothing that s3fs takes for another object's version. A name may begin with a dot.
+    """
+    if not path:
+        return "is empty"
+    if "://" in path or path.startswith("/"):
+        return "is a place of its own"
+    if "\\" in path:
+        return "has a backslash"
+    if _CONTROL.search(path):
+        return "has control characters"
+    if "?versionId=" in path:
+        return "has '?versionId='"
+    odd = {"", ".", ".."} & set(path.split("/"))
+    return f"has a part {min(odd)!r}" if odd else None
+
+
+def dataset_uri(root: str, dataset: str) -> str:
+    """Directory of a dataset.
+
+    Raises:
+        ConfigError: the name would lead out of the root.
+    """
+    fault = escape_of(dataset)
+    if fault is not None:
+        raise ConfigError(
+            f"{dataset!r} can't name a dataset, as it {fault}: give its name below the root, such as "
+            f"'{FEATURE_STORE}/customer-features'"
+        )
+    return join(root, dataset)
 
 
 def feature_dataset(group: str) -> str:
@@ -68,8 +106,12 @@ def sample(root: str, flow: str, name: str) -> str:
 
 
 def version_uri(root: str, dataset: str, version: int) -> str:
-    """Directory of a version."""
-    return join(root, dataset, f"v{version}")
+    """Directory of a version.
+
+    Raises:
+        ConfigError: as `dataset_uri`.
+    """
+    return join(dataset_uri(root, dataset), f"v{version}")
 
 
 def parse_version(name: str) -> int | None:

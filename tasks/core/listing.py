@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tasks.core.location import is_s3, normalise, s3_filesystem
+from tasks.core.refusal import explains_refusals
 
 _HIDDEN = (".", "_")
 
@@ -24,8 +25,14 @@ class FileInfo:
     """Cheap mark of change: the ETag on S3, the modification time in ns on a local disk."""
 
 
+@explains_refusals
 def list_files(
-    uri: str, suffixes: Iterable[str] | None = None, *, recursive: bool = True, include_hidden: bool = False
+    uri: str,
+    suffixes: Iterable[str] | None = None,
+    *,
+    recursive: bool = True,
+    include_hidden: bool = False,
+    follow_links: bool = True,
 ) -> list[FileInfo]:
     """List files, sorted by URI.
 
@@ -36,19 +43,26 @@ def list_files(
         recursive: Whether to look below the first level of a directory.
         include_hidden: Whether to list names that begin with '.' or '_' and what is below them; names in `uri` itself
             are never hidden.
+        follow_links: Whether to look through symbolic links to directories; those who delete don't, and are given the
+            link itself.
 
     Returns:
         The files; [] when nothing is there or matches.
     """
     uri = normalise(uri)
-    list_below = _list_s3 if is_s3(uri) else _list_local
-    found = {info.uri: info for info in list_below(uri, recursive, include_hidden)}
+
+    def list_below(place: str) -> Iterator[FileInfo]:
+        if is_s3(place):
+            return _list_s3(place, recursive, include_hidden)
+        return _list_local(place, recursive, include_hidden, follow_links)
+
+    found = {info.uri: info for info in list_below(uri)}
     if not found and glob.has_magic(uri):
         base = re.split(r"[*?\[]", uri, maxsplit=1)[0].rpartition("/")[0]
         matches = _glob_s3(uri) if is_s3(uri) else glob.glob(uri, recursive=True, include_hidden=True)
         for match in matches:
             if include_hidden or not _is_hidden(match[len(base) :]):
-                found |= {info.uri: info for info in list_below(match, recursive, include_hidden)}
+                found |= {info.uri: info for info in list_below(match)}
     endings = None if suffixes is None else tuple(suffix.lower() for suffix in suffixes)
     return [found[name] for name in sorted(found) if endings is None or name.lower().endswith(endings)]
 
@@ -57,7 +71,7 @@ def _is_hidden(relative: str) -> bool:
     return any(part.startswith(_HIDDEN) for part in relative.split("/"))
 
 
-def _list_local(path: str, recursive: bool, include_hidden: bool) -> Iterator[FileInfo]:
+def _list_local(path: str, recursive: bool, include_hidden: bool, follow_links: bool) -> Iterator[FileInfo]:
     if Path(path).is_file():
         yield _local_info(path, os.stat(path))
         return
@@ -75,11 +89,11 @@ def _list_local(path: str, recursive: bool, include_hidden: bool) -> Iterator[Fi
         for entry in entries:
             if entry.name.startswith(_HIDDEN) and not include_hidden:
                 continue
-            if entry.is_dir():
+            if entry.is_dir(follow_symlinks=follow_links):
                 pending.extend([entry.path] if recursive else [])
                 continue
             try:
-                yield _local_info(entry.path, entry.stat())
+                yield _local_info(entry.path, entry.stat(follow_symlinks=follow_links))
             except FileNotFoundError:  # another process removed it since, or a link leads nowhere
                 continue
 
@@ -111,6 +125,7 @@ def _glob_s3(uri: str) -> list[str]:
         return []
 
 
+@explains_refusals
 def list_directories(uri: str) -> list[str]:
     """Names of the directories directly below a URI, sorted; [] when there are none."""
     uri = normalise(uri)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import datetime as dt
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from tasks.core import layout
 from tasks.core.digests import PATTERN
 from tasks.core.errors import BalanceError
 
@@ -17,6 +18,7 @@ MANIFEST_FORMAT = 1
 
 Verdict = Literal["pass", "warn", "fail"]
 Status = Literal["published", "rejected"]
+Outcome = Literal["refused", "warned", "blind", "not applicable"]
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -26,10 +28,17 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
+def _inside(path: str) -> str:
+    fault = layout.escape_of(path)
+    if fault is not None:
+        raise ValueError(f"{path!r} {fault}: a version's files are inside of its directory")
+    return path
+
+
 class FileEntry(Record):
     """One data file of a version."""
 
-    path: str = Field(description="Path relative to the version's directory.")
+    path: Annotated[str, AfterValidator(_inside)] = Field(description="Path relative to the version's directory.")
     rows: Count = Field(description="Number of rows.")
     bytes: Count = Field(description="Size in bytes.")
     digest: str = Field(
@@ -135,6 +144,18 @@ class GateResult(Record):
     checks: tuple[CheckResult, ...] = Field(description="Every check that was made.")
 
 
+class FaultResult(Record):
+    """What a gate made of one fault."""
+
+    fault: str = Field(description="Name of the fault.")
+    injected: str = Field(description="What was done to the sample, one sentence.")
+    outcome: Outcome = Field(
+        description="'refused' (a check failed), 'warned', 'blind' (no verdict changed) or 'not applicable'."
+    )
+    caught_by: tuple[str, ...] = Field(default=(), description="Checks whose verdict got worse, worst first.")
+    message: str = Field(description="One sentence for a person: the worst check's, or why nothing noticed.")
+
+
 class InputFile(Record):
     """One source file as it was when it was read."""
 
@@ -190,6 +211,9 @@ class Manifest(Record):
     balances: tuple[RowBalance, ...] = Field(description="Row balances of the sources and of the entities.")
     profile: dict[str, ColumnProfile] = Field(description="Profile of each column.")
     gate: GateResult = Field(description="The quality gate's verdict.")
+    self_test: tuple[FaultResult, ...] = Field(
+        default=(), description="What the gate made of faults that were injected into a sample of the version."
+    )
     report: ReportDigest | None = Field(default=None, description="Digests of the validation report.")
     inputs: tuple[InputRecord, ...] = Field(description="What it was made from.")
     config: dict[str, Any] = Field(description="The full configuration of the run (no credentials).")

@@ -49,8 +49,8 @@ def versions_table(root: str, datasets: Iterable[str]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-def write_versions_csv(root: str, datasets: Iterable[str]) -> str:
-    """Write `versions_table` as CSV to its place under the root, replacing the one before.
+def write_versions_csv(root: str) -> str:
+    """Write `versions_table` of all datasets of the feature store as CSV to its place, replacing the one before.
 
     Two flows that write at the same time may leave the table of the slower one; the next write completes it.
 
@@ -59,6 +59,8 @@ def write_versions_csv(root: str, datasets: Iterable[str]) -> str:
     """
     uri = layout.join(storage.normalise(root), layout.METADATA)
     sink = pa.BufferOutputStream()
+    store = layout.join(storage.normalise(root), layout.FEATURE_STORE)
+    datasets = [layout.join(layout.FEATURE_STORE, name) for name in versions.list_datasets(store)]
     pacsv.write_csv(versions_table(root, datasets), sink)
     storage.write_bytes(uri, sink.getvalue())
     return uri

@@ -14,6 +14,7 @@ from tasks.core.lineage_picture import place
 from tasks.core.manifest import CheckResult, ColumnProfile, InputRecord, RowBalance
 from tasks.core.numerals import plural, share, shortened
 from tasks.core.plots import Distribution, distributions, short_name
+from tasks.core.self_test_section import section
 from tasks.core.templates import template
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def render(report: Report) -> str:
     html: str = template("report.html.j2").render(
         report=report,
         counted=counted,
+        self_test=section(report.gate, report.self_test),
         rejected=sum(sum(balance.rejected.values()) for balance in report.balances),
         balances=[(balance, _segments(balance)) for balance in report.balances],
         panels=[_panel(one, drift.get(one.column)) for one in drawn],

@@ -243,8 +243,8 @@ def verify(root: str, manifest: Manifest) -> None:
     _verify_files(root, manifest, (*data, *manifest.rejected_files, *manifest.side_files))
     if manifest.report is not None:
         base = layout.version_uri(storage.normalise(root), manifest.dataset, manifest.version)
-        _verify_digest(layout.join(base, layout.REPORT_JSON), f"sha256:{manifest.report.json_sha256}")
-        _verify_digest(layout.join(base, layout.REPORT_HTML), f"sha256:{manifest.report.html_sha256}")
+        verify_digest(layout.join(base, layout.REPORT_JSON), f"sha256:{manifest.report.json_sha256}")
+        verify_digest(layout.join(base, layout.REPORT_HTML), f"sha256:{manifest.report.html_sha256}")
 
 
 def _verify_files(root: str, manifest: Manifest, files: Sequence[FileEntry]) -> None:
@@ -255,13 +255,19 @@ def _verify_files(root: str, manifest: Manifest, files: Sequence[FileEntry]) -> 
         uri = layout.join(base, file.path)
         if uri in sizes:
             _compare(uri, "bytes", file.bytes, sizes[uri])
-        _verify_digest(uri, file.digest)
+        verify_digest(uri, file.digest)
 
     with ThreadPoolExecutor(max_workers=8) as pool:
         list(pool.map(verify_file, files))
 
 
-def _verify_digest(uri: str, expected: str) -> None:
+def verify_digest(uri: str, expected: str) -> None:
+    """Compare a file with the digest that its manifest has of it.
+
+    Raises:
+        CorruptVersion: it is missing or differs; the message names it, and what was expected and found.
+
+    """
     try:
         _compare(uri, "digests", expected, storage.digest_of(uri, expected))
     except FileNotFoundError as error:

@@ -16,6 +16,7 @@ from tasks.core.manifest import (
     CheckResult,
     ColumnProfile,
     Count,
+    FaultResult,
     GateResult,
     InputRecord,
     Manifest,
@@ -26,6 +27,7 @@ from tasks.core.manifest import (
     Verdict,
 )
 from tasks.core.numerals import duration, number, plural, shortened
+from tasks.core.self_test_section import markdown as self_test_markdown
 
 MARKDOWN_BYTES = 400_000
 MARKDOWN_ROWS = 20
@@ -100,6 +102,9 @@ class Report(Record):
     rows: Count = Field(description="Rows in the data files.")
     balances: tuple[RowBalance, ...] = Field(default=(), description="Row balances of the sources and the entities.")
     gate: GateResult = Field(description="Every check that was made.")
+    self_test: tuple[FaultResult, ...] = Field(
+        default=(), description="What the gate made of faults that were injected into a sample of the version."
+    )
     profile: dict[str, ColumnProfile] = Field(default_factory=dict, description="Profile of each column.")
     previous_version: int | None = Field(default=None, description="Version that the data is compared with.")
     previous_profile: dict[str, ColumnProfile] = Field(default_factory=dict, description="Profile of that version.")
@@ -135,6 +140,7 @@ class Report(Record):
             "rows": manifest.rows,
             "balances": manifest.balances,
             "gate": manifest.gate,
+            "self_test": manifest.self_test,
             "profile": manifest.profile,
             "previous_version": previous.version if previous else None,
             "previous_profile": previous.profile if previous else {},
@@ -195,6 +201,7 @@ class Report(Record):
         ]
         serious = [check for check in self.checks if check.verdict != "pass"]
         head += _markdown_checks(serious, passed=len(self.checks) - len(serious))
+        head += self_test_markdown(self.gate, self.self_test, _text)
         tail = [*self._markdown_balances(), *_markdown_tables(self.tables), *self._markdown_lineage()]
         drawn = self._markdown_pictures()
         parts = [[instead] for _, instead in drawn]

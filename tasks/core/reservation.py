@@ -122,7 +122,7 @@ def reserve(root: str, dataset: str, run_id: str, owner: Owner | None = None) ->
 
 def version_numbers(root: str, dataset: str) -> list[int]:
     """Numbers of all versions that were ever begun, ascending, whether or not they were published."""
-    names = storage.list_directories(layout.join(root, dataset))
+    names = storage.list_directories(layout.dataset_uri(root, dataset))
     return sorted(version for name in names if (version := layout.parse_version(name)) is not None)
 
 
@@ -250,7 +250,7 @@ def parse_manifest(uri: str, data: bytes, dataset: str, version: int) -> Manifes
                 f"{uri} has format {raw['format']}, this release reads up to {MANIFEST_FORMAT}: use a newer release"
             )
         manifest = Manifest.model_validate_json(data)
-    except ValueError as error:  # also ValidationError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # also ValidationError and UnicodeDecodeError
         reason = str(error).splitlines()[0]
         raise CorruptVersion(f"{uri} can't be read as a manifest ({len(data)} bytes; {reason}): {cure}") from error
     if (manifest.dataset, manifest.version) != (dataset, version):
@@ -258,6 +258,8 @@ def parse_manifest(uri: str, data: bytes, dataset: str, version: int) -> Manifes
             f"{uri} is the manifest of {manifest.dataset} v{manifest.version}, "
             f"where that of {dataset} v{version} is expected: {cure}"
         )
+    if manifest.status == "published" and not manifest.files:
+        raise CorruptVersion(f"{uri} says that the version is published, and lists no data file: {cure}")
     return manifest
 
 

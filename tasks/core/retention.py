@@ -19,12 +19,16 @@ from tasks.core.listing import FileInfo
 from tasks.core.manifest import Manifest
 from tasks.core.reading import PRUNED, committed_manifests, list_datasets
 from tasks.core.reservation import Attempt, Owner, attempts, version_numbers
+from tasks.core.versions import attempt_of, orphans
 from tasks.core.withdrawal import withdrawn
 
 State = Literal["published", "withdrawn", "rejected", "abandoned"]
 
 ABANDONED_AFTER = dt.timedelta(days=7)
 """A version that a process elsewhere began and hasn't committed may be alive, but not for ever."""
+
+CUT_OFF_AFTER = dt.timedelta(days=1)
+"""No single file takes so long to write: a temporary one of this age was left by a process that was killed."""
 
 _NOBODY = Owner(host="", boot_id="", pid=0, process_start="")
 _ORDER: Mapping[State, int] = {"rejected": 0, "abandoned": 0, "withdrawn": 1, "published": 2}
@@ -146,6 +150,38 @@ def prune(root: str, chosen: Iterable[Prunable]) -> int:
     return deleted
 
 
+def leftovers(root: str, datasets: Iterable[str], now: dt.datetime | None = None) -> list[FileInfo]:
+    """Find files that runs have left that were killed: nobody reads them, and no later run comes across them.
+
+    - In committed versions, what the commit was about to tidy up.
+    - Everywhere below the root, on a local disk, temporary files that are older than `CUT_OFF_AFTER`.
+
+    Args:
+        root: Root of the store.
+        datasets: Datasets whose versions are looked into.
+        now: Time to count from; the clock's if none is given.
+
+    Raises:
+        CorruptVersion: a manifest can't be read.
+
+    """
+    root = storage.normalise(root)
+    found: dict[str, FileInfo] = {}
+    for dataset in datasets:
+        for manifest in committed_manifests(root, dataset):
+            uri = layout.version_uri(root, dataset, manifest.version)
+            # What somebody else has put there isn't ours to delete.
+            left = [path for path in orphans(uri, manifest) if attempt_of(path) or storage.is_temporary(path)]
+            gone = {layout.join(uri, path) for path in left}
+            listed = storage.list_files(uri, include_hidden=True) if gone else []
+            found |= {info.uri: info for info in listed if info.uri in gone}
+    if not storage.is_s3(root):  # which has no temporary files
+        oldest = ((now or dt.datetime.now(dt.UTC)) - CUT_OFF_AFTER).timestamp() * 1e9
+        below = [info for info in storage.list_files(root, include_hidden=True) if storage.is_temporary(info.uri)]
+        found |= {info.uri: info for info in below if float(info.stamp) < oldest}
+    return [found[uri] for uri in sorted(found)]
+
+
 def _state(manifest: Manifest, taken_back: bool) -> State:
     if manifest.status != "published":
         return "rejected"
@@ -204,7 +240,8 @@ def state_parent(definition: Mapping[str, Any]) -> int | None:
 def _files(root: str, dataset: str, version: int) -> Sequence[FileInfo]:
     """Files of a version that go with it: all but its reservations."""
     uri = layout.version_uri(root, dataset, version)
-    found = storage.list_files(uri, include_hidden=True)
+    # What a link leads to isn't the version's, and must never be deleted with it.
+    found = storage.list_files(uri, include_hidden=True, follow_links=False)
     reserved = layout.reservation_name(1).removesuffix(".json")
     return [info for info in found if not info.uri.rpartition("/")[2].startswith(reserved)]
 

@@ -1,12 +1,15 @@
-"""Types of fields that the configurations of several flows share."""
+"""Types of fields that the configurations of several flows share, and times that the environment sets."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+
+from tasks.core.errors import ConfigError
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
@@ -26,6 +29,28 @@ def in_order(schema: dict[str, Any]) -> None:
     """Number the fields of a model's JSON schema, by which Prefect's form sorts them (PostgreSQL forgets the order)."""
     for position, field in enumerate(schema.get("properties", {}).values()):
         field["position"] = position
+
+
+def seconds_from_environment(name: str, default: float, most: float) -> float:
+    """A time that a variable of the environment may set, seconds.
+
+    Args:
+        name: The variable.
+        default: What it is where the variable is unset or empty.
+        most: Its upper bound.
+
+    Raises:
+        ConfigError: it isn't a number from 0 to `most`.
+
+    """
+    text = os.environ.get(name, "").strip() or f"{default:g}"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= most:
+        raise ConfigError(f"{name} must be a number of seconds from 0 to {most:g}; it is {text!r}")
+    return seconds
 
 
 def warn_before_fail(bounds: BaseModel, rising: Sequence[str], falling: Sequence[str] = ()) -> None:

@@ -13,20 +13,22 @@ import errno
 import hashlib
 import os
 import random
+import re
 import time
-import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.core.digests import METHOD, Digest, digest
+from tasks.core.disk import MIB, put_in_place, sync_directory, temporary_name, told_if_full
 from tasks.core.errors import ConfigError
 from tasks.core.listing import FileInfo, list_directories, list_files
 from tasks.core.location import arrow_filesystem, is_s3, normalise, s3_filesystem
+from tasks.core.refusal import explains_refusals, refusals_explained
 
 __all__ = [
     "FileInfo",
@@ -37,6 +39,7 @@ __all__ = [
     "exists",
     "fingerprint",
     "is_s3",
+    "is_temporary",
     "list_directories",
     "list_files",
     "normalise",
@@ -48,7 +51,6 @@ __all__ = [
     "write_parquet",
 ]
 
-MIB = 1 << 20
 SAMPLE_ABOVE = 64 * MIB
 
 # Measured on 2 million feature rows (115 MB in Arrow): zstd-1 writes as fast as snappy (0.31 s against 0.32 s), reads
@@ -57,7 +59,11 @@ SAMPLE_ABOVE = 64 * MIB
 _PARQUET = {"compression": "zstd", "row_group_size": MIB}
 _ZSTD_LEVEL = 1
 
-_CONFLICT_TRIES = 6
+_TRIES = 6
+_BROKEN_OFF = frozenset({"ClientPayloadError", "IncompleteRead", "IncompleteReadError", "ResponseStreamingError"})
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+
+Contents = TypeVar("Contents")
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ class WrittenFile:
     digest: str
 
 
+@explains_refusals
 def open_input(uri: str) -> pa.NativeFile:
     """Open a file for random access, as pyarrow.parquet and pyarrow.csv take it.
 
@@ -80,6 +87,7 @@ def open_input(uri: str) -> pa.NativeFile:
     return filesystem.open_input_file(path)
 
 
+@explains_refusals
 def exists(uri: str) -> bool:
     """Whether there is a file or a directory (on S3: any key under the prefix)."""
     uri = normalise(uri)
@@ -94,6 +102,7 @@ def exists(uri: str) -> bool:
     return True
 
 
+@explains_refusals
 def read_bytes(uri: str) -> bytes:
     """Read a whole file.
 
@@ -104,7 +113,7 @@ def read_bytes(uri: str) -> bytes:
     if not is_s3(uri):
         return Path(uri).read_bytes()
     filesystem, path = s3_filesystem(uri)
-    data: bytes = filesystem.cat_file(path)
+    data: bytes = _read_whole(lambda: filesystem.cat_file(path, max_concurrency=1))
     return data
 
 
@@ -121,32 +130,59 @@ def read_many(uris: Iterable[str]) -> dict[str, bytes]:
             contents[uri] = Path(uri).read_bytes()
     remote = [uri for uri in wanted if is_s3(uri)]
     if remote:
-        filesystem, _ = s3_filesystem(remote[0])
-        # 'omit' would also leave out what merely failed, and a reservation that was missed would be taken twice.
-        answers = filesystem.cat([uri.removeprefix("s3://") for uri in remote], on_error="return")
-        for path, answer in answers.items():
-            if isinstance(answer, FileNotFoundError):
-                continue
-            if isinstance(answer, BaseException):
-                raise answer
-            contents[f"s3://{path}"] = answer
+        with refusals_explained(remote[0]):
+            contents |= _read_whole(lambda: _read_remote(remote))
     return contents
 
 
+def _read_remote(uris: list[str]) -> dict[str, bytes]:
+    filesystem, _ = s3_filesystem(uris[0])
+    # 'omit' would also leave out what merely failed, and a reservation that was missed would be taken twice. Without
+    # concurrency inside a file it isn't asked first how large the file is (or whether it's a directory).
+    paths = [uri.removeprefix("s3://") for uri in uris]
+    answers = filesystem.cat(paths, on_error="return", max_concurrency=1)
+    contents = {}
+    for path, answer in answers.items():
+        if isinstance(answer, FileNotFoundError):
+            continue
+        if isinstance(answer, BaseException):
+            raise answer
+        contents[f"s3://{path}"] = answer
+    return contents
+
+
+def _read_whole(read: Callable[[], Contents]) -> Contents:
+    """Read again what broke off in mid-body: the client below tries again only until the first byte has come."""
+    for attempt in range(1, _TRIES):
+        try:
+            return read()
+        except Exception as error:
+            if type(error).__name__ not in _BROKEN_OFF:
+                raise
+        _pause(attempt)
+    return read()
+
+
+def _pause(attempt: int) -> None:
+    time.sleep(random.uniform(0, 0.05 * 2**attempt))  # noqa: S311 - jitter, not a draw that reaches data
+
+
+@explains_refusals
 def write_bytes(uri: str, data: bytes | pa.Buffer) -> None:
     """Write a whole file, replacing what was there; a reader sees the old contents or the new, never a part.
 
     Raises:
         ConfigError: the bucket doesn't exist.
+        DiskFull: there is no room for it.
+        VersionConflict: another attempt to write the version has committed, and cleaned up what was begun here.
     """
     uri = normalise(uri)
     if not is_s3(uri):
         temporary = _write_temporary(uri, data)
         try:
-            os.replace(temporary, uri)
+            put_in_place(temporary, uri)
         finally:
             Path(temporary).unlink(missing_ok=True)
-        sync_directory(uri)
         return
     filesystem, path = s3_filesystem(uri)
     try:
@@ -155,6 +191,7 @@ def write_bytes(uri: str, data: bytes | pa.Buffer) -> None:
         raise no_bucket(uri) from error
 
 
+@explains_refusals
 def put_if_absent(uri: str, data: bytes) -> bool:
     """Create a file only where there is none, in one step for everybody who tries at the same time.
 
@@ -166,6 +203,7 @@ def put_if_absent(uri: str, data: bytes) -> bool:
 
     Raises:
         ConfigError: the bucket doesn't exist, or the local file system has no hard links.
+        DiskFull: there is no room for it.
     """
     uri = normalise(uri)
     return _create_s3(uri, data) if is_s3(uri) else _create_local(uri, data)
@@ -177,9 +215,13 @@ def _create_local(path: str, data: bytes) -> bool:
         return False
     temporary = _write_temporary(path, data)
     try:
-        os.link(temporary, path)
+        with told_if_full(path):
+            os.link(temporary, path)
     except FileExistsError:
         return False
+    except FileNotFoundError:
+        # Whoever decided this version tidied up behind it, and took our file for one of a dead process.
+        return _create_local(path, data)
     except OSError as error:
         if error.errno in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
             raise ConfigError(
@@ -195,7 +237,7 @@ def _create_local(path: str, data: bytes) -> bool:
 
 def _create_s3(uri: str, data: bytes) -> bool:
     filesystem, path = s3_filesystem(uri)
-    for attempt in range(1, _CONFLICT_TRIES + 1):
+    for attempt in range(1, _TRIES + 1):
         try:
             filesystem.pipe_file(path, data, mode="create")
         except FileExistsError:
@@ -204,14 +246,21 @@ def _create_s3(uri: str, data: bytes) -> bool:
             raise no_bucket(uri) from error
         except OSError as error:
             code = _s3_error_code(error)
-            if code in ("PreconditionFailed", "412"):
+            refused = code in ("PreconditionFailed", "412")
+            # Callers go on to read what is there: who says that there is something must have it.
+            if refused and exists(uri):
                 return False
             # S3 answers 409 while another conditional write of the same key is under way: only asking again tells.
-            if code not in ("ConditionalRequestConflict", "OperationAborted", "409") or attempt == _CONFLICT_TRIES:
+            if not refused and code not in ("ConditionalRequestConflict", "OperationAborted", "409"):
                 raise
-            time.sleep(random.uniform(0, 0.05 * 2**attempt))  # noqa: S311 - jitter, not a draw that reaches data
+            if attempt == _TRIES:
+                raise OSError(
+                    errno.EBUSY,
+                    f"can't create {uri!r}: the store has answered {code} {_TRIES} times, and has no such file",
+                ) from error
         else:
             return True
+        _pause(attempt)
     raise AssertionError("unreachable: the last try returns or raises")
 
 
@@ -230,7 +279,7 @@ def _write_temporary(path: str, data: bytes | pa.Buffer) -> str:
     """Write to a hidden name beside `path`, flushed to the disk; give that name."""
     temporary = temporary_name(path)
     try:
-        with open(temporary, "xb") as file:
+        with told_if_full(path), open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -240,22 +289,12 @@ def _write_temporary(path: str, data: bytes | pa.Buffer) -> str:
     return temporary
 
 
-def temporary_name(path: str) -> str:
-    """A new hidden name beside `path`, whose directory is there afterwards."""
-    parent, name = os.path.split(path)
-    os.makedirs(parent, exist_ok=True)
-    return f"{parent}/.{name}.{uuid.uuid4().hex}.tmp"
+def is_temporary(path: str) -> bool:
+    """Whether a file is one of `temporary_name`: on its way to its own name, or left by a process that was killed."""
+    return _TEMPORARY.fullmatch(os.path.basename(path)) is not None
 
 
-def sync_directory(path: str) -> None:
-    """Make a new name survive a power cut, as fsync of the file alone doesn't."""
-    descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
+@explains_refusals
 def delete(uri: str) -> None:
     """Delete a file; that it's gone already is no error."""
     uri = normalise(uri)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.core.digests import Digest
-from tasks.core.disk import NewFile
+from tasks.core.disk import NewFile, put_in_place, temporary_name
 from tasks.core.location import is_s3, normalise, s3_filesystem
-from tasks.core.storage import WrittenFile, no_bucket, parquet_options, sync_directory, temporary_name
+from tasks.core.refusal import refusals_explained
+from tasks.core.storage import WrittenFile, no_bucket, parquet_options
 
 
 class ParquetStream:
@@ -113,8 +113,7 @@ class _LocalSink(_Sink):
 
     def commit(self) -> None:
         self._file.close()
-        os.replace(self._temporary, self._path)
-        sync_directory(self._path)
+        put_in_place(self._temporary, self._path)
 
     def discard(self) -> None:
         self._file.discard()
@@ -125,15 +124,18 @@ class _S3Sink(_Sink):
         super().__init__()
         self._uri = uri
         filesystem, path = s3_filesystem(uri)
-        self._file = filesystem.open(path, "wb", autocommit=False)
+        with refusals_explained(uri):
+            self._file = filesystem.open(path, "wb", autocommit=False)
 
     def _append(self, data: bytes) -> None:
-        self._file.write(data)
+        with refusals_explained(self._uri):
+            self._file.write(data)
 
     def commit(self) -> None:
         try:
-            self._file.close()
-            self._file.commit()
+            with refusals_explained(self._uri):
+                self._file.close()
+                self._file.commit()
         except FileNotFoundError as error:
             raise no_bucket(self._uri) from error
 

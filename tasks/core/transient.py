@@ -44,6 +44,9 @@ _TRANSIENT_CODES = frozenset(
     }
 )
 
+# s3fs gives an error that it doesn't know errno EIO, and names the code in the text alone, which outlives pickling.
+_CODE_IN_TEXT = re.compile(r"An error occurred \((\w+)\) when calling")
+
 # pyarrow says everything in the text of an OSError: 'AWS Error SLOW_DOWN during …', 'AWS Error UNKNOWN (HTTP status
 # 503) during …', 'AWS Error NETWORK_CONNECTION during …: curlCode: 28, Timeout was reached'.
 _ARROW_ERROR = re.compile(r"AWS Error (\w+)(?: \(HTTP status (\d+)\))?")
@@ -89,12 +92,17 @@ def _verdict(error: BaseException) -> bool | None:
         code = str(response.get("Error", {}).get("Code", ""))
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         return code in _TRANSIENT_CODES or _is_transient_status(status if status is not None else code)
-    if isinstance(error, OSError):
-        match = _ARROW_ERROR.search(str(error))
-        if match:
-            return match[1] in _ARROW_TRANSIENT or _is_transient_status(match[2])
-        if error.errno in _TRANSIENT_ERRNO:
-            return True
+    return _told_by(error) if isinstance(error, OSError) else None
+
+
+def _told_by(error: OSError) -> bool | None:
+    """The verdict of an error whose number or text has to do: from pyarrow, or from s3fs in another process."""
+    if match := _ARROW_ERROR.search(str(error)):
+        return match[1] in _ARROW_TRANSIENT or _is_transient_status(match[2])
+    if error.errno in _TRANSIENT_ERRNO:
+        return True
+    if match := _CODE_IN_TEXT.search(str(error)):
+        return match[1] in _TRANSIENT_CODES or _is_transient_status(match[1])
     return None
 
 

@@ -45,6 +45,7 @@ __all__ = [
     "Attempt",
     "Owner",
     "Reservation",
+    "attempt_of",
     "attempts",
     "commit",
     "committed_manifests",
@@ -55,6 +56,7 @@ __all__ = [
     "latest",
     "list_datasets",
     "live_manifests",
+    "orphans",
     "published_versions",
     "read_manifest",
     "read_table",
@@ -103,11 +105,12 @@ def commit(reservation: Reservation, manifest: Manifest) -> Manifest:
         listed = (*manifest.files, *kept)
         _check_present(reservation, listed if published else kept)
         discard_attempt_files(reservation, keep=[file.path for file in listed])
+        _delete(reservation, _replaced(reservation, [file.path for file in listed]))
         if not published:
             _delete(reservation, [file.path for file in manifest.files])
         decided = stored if storage.put_if_absent(uri, data) else _decided(reservation, data)
         assert decided is not None, "a committed manifest is never removed"
-    _delete(reservation, _orphans(reservation, decided))
+    _delete(reservation, orphans(reservation.uri, decided))
     return decided
 
 
@@ -122,7 +125,7 @@ def _decided(reservation: Reservation, data: bytes) -> Manifest | None:
     same_run = manifest.run.flow_run_id == reservation.run_id
     if found == data or (same_run and (reservation.committed or manifest.run.attempt == reservation.attempt)):
         return manifest
-    mine = [path for path in _orphans(reservation, manifest) if _attempt_of(path) == reservation.attempt]
+    mine = [path for path in orphans(reservation.uri, manifest) if attempt_of(path) == reservation.attempt]
     _delete(reservation, mine)
     raise VersionConflict(
         f"{reservation.dataset} v{reservation.version} was committed by attempt {manifest.run.attempt} of run "
@@ -150,32 +153,53 @@ def discard_attempt_files(reservation: Reservation, keep: Sequence[str] = ()) ->
     owner = chain[reservation.attempt - 1].owner
     earlier = chain[: reservation.attempt - 1]
     over = {link.attempt for link in earlier if link.owner == owner or link.owner.is_gone()}
-    paths = [path for path in _paths(reservation) if _attempt_of(path) in over] if over else []
+    paths = [path for path in _paths(reservation.uri) if attempt_of(path) in over] if over else []
     paths = [path for path in paths if path not in set(keep)]
     _delete(reservation, paths)
     return paths
 
 
-def _paths(reservation: Reservation) -> list[str]:
-    found = storage.list_files(reservation.uri, include_hidden=True)
-    return [info.uri.removeprefix(reservation.uri + "/") for info in found]
+def _replaced(reservation: Reservation, listed: Sequence[str]) -> list[str]:
+    """Data files of this attempt that it doesn't list, as it has written others in their place.
+
+    They go before the manifest comes: a reader that just opens the directory would see their rows twice, and for ever
+    if this process were killed in between.
+    """
+    own = [path for path in _paths(reservation.uri) if attempt_of(path) == reservation.attempt]
+    return [path for path in own if path not in set(listed) and not path.startswith(("_", "."))]
 
 
-def _attempt_of(path: str) -> int | None:
+def _paths(uri: str) -> list[str]:
+    # What a link leads to isn't the version's, and must never be deleted with it.
+    found = storage.list_files(uri, include_hidden=True, follow_links=False)
+    return [info.uri.removeprefix(uri + "/") for info in found]
+
+
+def attempt_of(path: str) -> int | None:
+    """Number of the attempt that wrote a file of a version, which its name bears; None for any other file."""
     match = _ATTEMPT.search(path.rpartition("/")[2])
     return int(match[1]) if match else None
 
 
-def _orphans(reservation: Reservation, manifest: Manifest) -> list[str]:
-    """Files of a committed version that belong to no reader: not listed, and not the protocol's or the report's."""
+def orphans(uri: str, manifest: Manifest) -> list[str]:
+    """Files of a committed version that belong to no reader: not listed, and not the protocol's or the report's.
+
+    Args:
+        uri: Directory of the version.
+        manifest: Its manifest.
+
+    Returns:
+        Paths relative to the directory.
+    """
     kept = {file.path for file in (*manifest.rejected_files, *manifest.side_files)}
     if manifest.status == "published":
         kept |= {file.path for file in manifest.files}
-    # A hidden name without an attempt may be another process's reservation on its way.
+    # Of the temporary files one may be another process's reservation on its way, which is then written again.
     return [
         path
-        for path in _paths(reservation)
-        if path not in kept and (_attempt_of(path) is not None or not path.startswith(("_", ".")))
+        for path in _paths(uri)
+        if path not in kept
+        and (attempt_of(path) is not None or not path.startswith(("_", ".")) or storage.is_temporary(path))
     ]
 
 

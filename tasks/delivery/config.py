@@ -165,6 +165,9 @@ class DeliveryConfig(BaseModel):
     thresholds: DeliveryThresholds = Field(
         default_factory=DeliveryThresholds, description="Bounds of the quality gate."
     )
+    self_test: bool = Field(
+        default=True, description="Inject faults into a sample of the version, and report which its gate notices."
+    )
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="What is trained, and how.")
 
     @model_validator(mode="after")

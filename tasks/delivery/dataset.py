@@ -13,16 +13,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray.data
+import xxhash
 
 from tasks.core import layout, storage
-from tasks.core.errors import ConfigError
-from tasks.core.tensors import as_fixed_shape_tensors, tensor_array, tensor_field, to_numpy
-from tasks.delivery.shards import open_version
+from tasks.core.errors import ConfigError, CorruptVersion
+from tasks.core.tensors import as_fixed_shape_tensors, is_tensor, tensor_array, tensor_field, to_numpy
+from tasks.delivery.mapped import CHECKSUM, CURE
+from tasks.delivery.opening import misfits, open_version
 
 _REAL = "batch_size"
 
 
-def read_version(uri: str, split: str = "train", columns: Sequence[str] | None = None) -> ray.data.Dataset:
+def read_version(
+    uri: str, split: str = "train", columns: Sequence[str] | None = None, *, verify: bool = True
+) -> ray.data.Dataset:
     """Read the samples of a split: exactly the files that the manifest lists, a row for each sample.
 
     'features' and 'image' are Ray's tensors, as they are stored: not normalised (the constants are in the manifest's
@@ -32,10 +36,12 @@ def read_version(uri: str, split: str = "train", columns: Sequence[str] | None =
         uri: Directory of a version (…/v3), or of a dataset for its latest version.
         split: 'train', 'validation' or 'test'.
         columns: Some of them; None: all.
+        verify: Whether each block is compared with its checksum, for which all columns are read.
 
     Raises:
         ConfigError: it is no streaming-ready version, or there is no such split or column.
         VersionNotFound: there is no such published version.
+        CorruptVersion: a file is missing or has another size. (Within Ray's own error, a block that is damaged.)
     """
     version = open_version(uri)
     definition = version.definition
@@ -45,16 +51,31 @@ def read_version(uri: str, split: str = "train", columns: Sequence[str] | None =
     if not picked or not set(picked) <= set(there):
         raise ConfigError(f"columns = {columns!r}: give a list of some of {', '.join(map(repr, there))}")
     uris = [layout.join(version.uri, entry.path) for entry, _ in version.files(split)]
+    for _, fault in misfits(version, version.files(split)):
+        raise fault
     filesystem, _ = storage.arrow_filesystem(version.uri)
     paths = [storage.arrow_filesystem(uri)[1] for uri in uris]
     # The names of the directories say which split it is, and would become a column.
     blocks = ray.data.read_parquet(paths, filesystem=filesystem, partitioning=None)
-    take_apart = functools.partial(_samples, columns=picked, block_size=int(definition["block_size"]))
-    return blocks.select_columns([*picked, _REAL]).map_batches(take_apart, batch_format="pyarrow")
+    take_apart = functools.partial(_samples, columns=picked, block_size=int(definition["block_size"]), verify=verify)
+    read = [*there, CHECKSUM] if verify else picked
+    return blocks.select_columns([*read, _REAL]).map_batches(take_apart, batch_format="pyarrow")
 
 
-def _samples(blocks: pa.Table, columns: Sequence[str], block_size: int) -> pa.Table:
+def _verify(blocks: pa.Table) -> None:
+    tensors = [to_numpy(blocks, field.name) for field in blocks.schema if is_tensor(field)]
+    for row, expected in enumerate(blocks[CHECKSUM].to_pylist()):
+        hasher = xxhash.xxh3_128()
+        for values in tensors:
+            hasher.update(np.ascontiguousarray(values[row]).data)
+        if hasher.hexdigest() != expected:
+            raise CorruptVersion(f"block {expected} has not the checksum that stands beside it: {CURE}")
+
+
+def _samples(blocks: pa.Table, columns: Sequence[str], block_size: int, verify: bool) -> pa.Table:
     """One row a sample: blocks are taken apart, and what fills the last one up is left out."""
+    if verify:
+        _verify(blocks)
     real = np.arange(block_size) < np.asarray(blocks[_REAL])[:, None]
     fields: list[pa.Field] = []
     arrays: list[Any] = []

@@ -10,7 +10,7 @@ from tasks.core.manifest import CheckResult, GateResult, Manifest, Verdict
 from tasks.core.numerals import number, plural
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.keys import SPLITS
-from tasks.delivery.stages import StreamingReady
+from tasks.delivery.stages import NOT_READY, StreamingReady
 
 NAMED = 5
 
@@ -32,7 +32,7 @@ def judge_copy(config: DeliveryConfig, copy: StreamingReady, previous: Manifest 
     label = copy.definition["label"]
     label_column = None if label is None else label["column"]
     features = dict.fromkeys(feature["column"] for feature in copy.definition.get("features", ()))
-    checks: list[CheckResult] = [quality.check_rows(copy.samples["train"], bounds.minimum_samples)]
+    checks: list[CheckResult] = [_rows(copy, bounds.minimum_samples)]
     checks += _splits(config, copy)
     checks += [quality.check_balance(balance) for balance in copy.balances]
     checks += [
@@ -44,6 +44,9 @@ def judge_copy(config: DeliveryConfig, copy: StreamingReady, previous: Manifest 
         checks.append(_constants(copy.definition["features"]))
     if copy.class_counts:
         checks += _classes(config, copy)
+    elif label_column is not None and columns[label_column].std == 0:
+        message = f"{label_column} is {number(columns[label_column].mean or 0.0)} in every row: nothing can be learned."
+        checks.append(_check("target", label_column, ("fail", 0.0, "> 0"), message))
     if previous is not None:
         checks += _against(previous.version, previous.definition, copy.definition, config.allow_schema_change)
         checks += [
@@ -54,6 +57,17 @@ def judge_copy(config: DeliveryConfig, copy: StreamingReady, previous: Manifest 
             if name in previous.profile
         ]
     return quality.gate(checks)
+
+
+def _rows(copy: StreamingReady, minimum: int) -> CheckResult:
+    """Whether there is enough to train on; where nothing is left, where it went."""
+    check = quality.check_rows(copy.samples["train"], minimum)
+    gone = {reason: rows for balance in copy.balances for reason, rows in balance.filtered.items() if rows}
+    if sum(copy.samples.values()) or not gone:
+        return check
+    told = ", ".join(f"{plural(rows, 'row')} {reason}" for reason, rows in gone.items())
+    cure = "; take all rows with --no-ready-only" if NOT_READY in gone else ""
+    return check.model_copy(update={"message": f"No row is left: {told}{cure}."})
 
 
 def _splits(config: DeliveryConfig, copy: StreamingReady) -> list[CheckResult]:

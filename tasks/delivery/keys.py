@@ -57,10 +57,21 @@ def random_keys(ids: Int64Array, seed: int) -> UInt64Array:
     return stable_hash(pa.array(ids), seed * _PURPOSES + _ORDER)
 
 
+def split_draws(entities: UInt64Array, seed: int) -> npt.NDArray[np.float64]:
+    """Where in [0, 1) entities, given by their hashes, fall; the shares of the splits cut it from below."""
+    draws: npt.NDArray[np.float64] = stable_hash(pa.array(entities), seed * _PURPOSES + _SPLIT) / 2.0**64
+    return draws
+
+
 def entity_splits(entities: UInt64Array, seed: int, validation: float, test: float) -> SplitArray:
     """Number of the split (`SPLITS`) of entities, given by their hashes, for the shares that two splits have."""
-    draws = stable_hash(pa.array(entities), seed * _PURPOSES + _SPLIT) / 2.0**64
+    draws = split_draws(entities, seed)
     return np.select([draws < validation, draws < validation + test], [1, 2], 0).astype(np.int8)
+
+
+def repeated(ordered: UInt64Array) -> int:
+    """How many of some keys, in ascending order, equal the one before."""
+    return int(np.count_nonzero(np.diff(ordered) == 0))
 
 
 def bucket_of(keys: UInt64Array, buckets: int) -> npt.NDArray[np.uint32]:

@@ -23,24 +23,21 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import ray
 
-from tasks.core.cluster import object_store_bytes
+from tasks.core.cluster import LOST_WORKER_RETRIES, object_store_bytes
+from tasks.core.conservation import check_equal
 from tasks.core.errors import BalanceError
-from tasks.core.exchange import collect, exchange
+from tasks.core.exchange import collect, exchange, losses_explained
 from tasks.core.manifest import RowBalance
-from tasks.core.profile import TableProfile, merge_profiles
+from tasks.core.profile import merge_profiles
 from tasks.core.reservation import Reservation
-from tasks.core.sketch import TopValues
-from tasks.delivery.blocks import BlockFormat
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.definition import describe, named_profile
-from tasks.delivery.encoding import fit_encoder
+from tasks.delivery.fitting import class_counts, fit, samples_of
 from tasks.delivery.keys import SPLITS, Repeats, merge_repeats
-from tasks.delivery.label import Label, fit_label
 from tasks.delivery.source import Source, read_units
-from tasks.delivery.stages import Look, Shuffle, StreamingReady, UnitNote, WrittenBucket, plan_buckets
+from tasks.delivery.stages import Look, Shuffle, StreamingReady, UnitNote, WrittenBucket
 
 KEYS_PER_PART = 4_000_000
 """Hashes that one task checks, about."""
@@ -74,20 +71,24 @@ def write_streaming_ready(
     Raises:
         BalanceError: rows were lost or doubled on the way.
         ConfigError: the target or a feature can't be encoded.
-        CorruptVersion: a file of the source is missing or can't be read.
+        CorruptVersion: a file of the source is missing, can't be read, or differs from its manifest.
+        ResourceError: memory or disk are too small; it says what to do.
     """
     units = tuple(read_units(source, unit_bytes))
     started = time.monotonic()
     parts = max(1, min(MAX_PARTS, source.manifest.rows // KEYS_PER_PART))
     look = Look(config, source, reservation, units, parts)
-    seen = exchange(len(units), 2 * parts, look.scatter, look.gather, on_note=lambda note: on_rows(note.left_out))
-    looked = time.monotonic()
-    profile = merge_profiles([note.profile for note in seen.notes])
-    shuffle = _plan(look, seen.notes, profile)
-    repeats = merge_repeats(checked.repeats for checked in seen.summaries)
-    written = list(_write(shuffle, repeats, on_rows))
+    with losses_explained(f"lower --file-megabytes (it is {config.file_megabytes:g})"):
+        seen = exchange(len(units), 2 * parts, look.scatter, look.gather, on_note=lambda note: on_rows(note.left_out))
+        looked = time.monotonic()
+        profile = merge_profiles([note.profile for note in seen.notes])
+        shuffle = fit(look, seen.notes, profile)
+        made, keys = int(samples_of(seen.notes).sum()), int(seen.carried[:, :parts].sum())
+        check_equal(source.manifest.dataset, made, keys, "became samples, {} had their keys checked")
+        repeats = merge_repeats(checked.repeats for checked in seen.summaries)
+        written = list(_write(shuffle, repeats, on_rows))
     timings = {"look": looked - started, "shuffle and write": time.monotonic() - looked}
-    samples = dict(zip(SPLITS, _samples(seen.notes).tolist(), strict=True))
+    samples = dict(zip(SPLITS, samples_of(seen.notes).tolist(), strict=True))
     entities = np.sum([part.entities for part in seen.summaries], axis=0).tolist()
     return StreamingReady(
         reservation=reservation,
@@ -98,59 +99,12 @@ def write_streaming_ready(
         balances=(_balance(source, seen.notes, written),),
         definition=describe(shuffle, written, {split: count for split, count in samples.items() if count}),
         samples=samples,
-        class_counts=_class_counts(shuffle.label, written),
+        class_counts=class_counts(shuffle.label, written),
         entities=dict(zip(SPLITS, entities, strict=True)),
         leaking_entities=sum(part.leaking for part in seen.summaries),
         repeated_keys=sum(len(own.rows) for own in repeats.values()),
         duplicate_ids=sum(made.duplicate_ids for made in written),
         timings=timings,
-    )
-
-
-def _samples(notes: Sequence[UnitNote]) -> npt.NDArray[np.int64]:
-    """Samples of each split."""
-    counts: npt.NDArray[np.int64] = np.sum([note.samples for note in notes], axis=0)
-    return counts
-
-
-def _plan(look: Look, notes: Sequence[UnitNote], profile: TableProfile) -> Shuffle:
-    """Fit on the train split, and decide on the files."""
-    config, source = look.config, look.source
-    encoder = fit_encoder(profile, source.features, config) if source.kind == "table" else None
-    label = _label(config, source, notes, profile)
-    if encoder is not None:
-        shape: tuple[int, ...] = (len(encoder.features),)
-    else:
-        assert source.image is not None, "images have a shape"
-        shape = source.image.shape
-    form = BlockFormat(
-        kind=source.kind,
-        shape=shape,
-        label=label.dtype if label else None,
-        block_size=config.batch_size if source.kind == "table" else 1,
-    )
-    return Shuffle(
-        config=config,
-        source=source,
-        reservation=look.reservation,
-        units=look.units,
-        form=form,
-        encoder=encoder,
-        label=label,
-        buckets=plan_buckets(_samples(notes), form, config.file_megabytes * (1 << 20)),
-    )
-
-
-def _label(config: DeliveryConfig, source: Source, notes: Sequence[UnitNote], profile: TableProfile) -> Label | None:
-    if source.target is None:
-        return None
-    counts = [found for note in notes for found in note.labels or ()]
-    return fit_label(
-        source.target,
-        TopValues.merge_all(counts) if counts else None,
-        profile.partial(source.target),
-        source.classes,
-        config.target_kind,
     )
 
 
@@ -182,12 +136,12 @@ def _waves(shuffle: Shuffle) -> list[range]:
     return [range(first, last) for first, last in pairwise(bounds)]
 
 
-@ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
+@ray.remote(num_cpus=1, max_retries=LOST_WORKER_RETRIES, scheduling_strategy="SPREAD")
 def _scatter_unit(shuffle: Shuffle, unit: int, repeats: Repeats, wave: range) -> list[Any]:
     return [unit, *shuffle.scatter(unit, repeats, wave)]
 
 
-@ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
+@ray.remote(num_cpus=1, max_retries=LOST_WORKER_RETRIES, scheduling_strategy="SPREAD")
 def _gather_bucket(shuffle: Shuffle, bucket: int, *parts: Any) -> WrittenBucket | None:
     return shuffle.gather(bucket, parts)
 
@@ -211,19 +165,8 @@ def _balance(source: Source, notes: Sequence[UnitNote], written: Sequence[Writte
         filtered=dict(sorted(filtered.items())),
     )
     balance.check()
-    for split, wanted in enumerate(_samples(notes).tolist()):
+    for split, wanted in enumerate(samples_of(notes).tolist()):
         found = sum(made.samples for made in written if made.split == split)
         if found != wanted:
             raise BalanceError(f"{name}: {wanted} samples were meant for {SPLITS[split]}, {found} were written")
     return balance
-
-
-def _class_counts(label: Label | None, written: Sequence[WrittenBucket]) -> dict[str, dict[str, int]]:
-    if label is None or label.kind != "class":
-        return {}
-    counts = {}
-    for split, name in enumerate(SPLITS):
-        own = [made.class_counts for made in written if made.split == split and made.class_counts is not None]
-        if own:
-            counts[name] = dict(zip(label.classes, np.sum(own, axis=0).tolist(), strict=True))
-    return counts

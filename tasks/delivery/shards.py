@@ -10,20 +10,21 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from tasks.core import layout, storage, versions
-from tasks.core.errors import ConfigError, CorruptVersion
-from tasks.core.manifest import FileEntry, Manifest
-from tasks.core.tensors import TensorSpec
+from tasks.core import layout, storage
+from tasks.core.errors import CorruptVersion
+from tasks.core.manifest import FileEntry
 from tasks.delivery.cache import FileCache
 from tasks.delivery.kernel import BAD, GOOD, Places, blocks_of, fetch, files_of, gather, unknown_blocks
 from tasks.delivery.mapped import CURE, MappedFile
+from tasks.delivery.opening import Version, misfits, open_version, sample_columns
+
+__all__ = ["OnCorrupt", "Shards", "Version", "open_version"]
 
 AnyArray = npt.NDArray[Any]
 IntArray = npt.NDArray[np.int64]
@@ -32,71 +33,6 @@ OnCorrupt = Literal["raise", "skip"]
 _NEAR_ENTRIES = 1 << 20
 _DOWNLOADS = 4  # at a time
 _FETCH_BYTES = 1 << 18  # of a chunk that is fetched as a whole; of smaller ones the operating system reads enough ahead
-
-
-@dataclass(frozen=True, slots=True)
-class Version:
-    """A published streaming-ready version.
-
-    Attributes:
-        root: Root of the store.
-        manifest: Everything known about the version.
-    """
-
-    root: str
-    manifest: Manifest
-
-    @property
-    def uri(self) -> str:
-        """Directory of the version."""
-        return layout.version_uri(self.root, self.manifest.dataset, self.manifest.version)
-
-    @property
-    def definition(self) -> dict[str, Any]:
-        """What its samples are: kind, sizes, features, label, constants to normalise by."""
-        return self.manifest.definition
-
-    def files(self, split: str) -> list[tuple[FileEntry, int]]:
-        """Files of a split and the number of samples in each, in the manifest's order.
-
-        Raises:
-            ConfigError: there is no such split, or it has no samples.
-        """
-        inside = layout.split_directory(split) + "/"
-        counts = self.definition["file_samples"]
-        found = [(entry, int(counts[entry.path])) for entry in self.manifest.files if entry.path.startswith(inside)]
-        if not sum(count for _, count in found):
-            names = [name for name, count in self.definition["samples"].items() if count]
-            raise ConfigError(f"{self.uri} has no samples in split {split!r}: use " + " or ".join(map(repr, names)))
-        return found
-
-
-def open_version(uri: str) -> Version:
-    """Find a streaming-ready version by its directory, or the latest one by that of its dataset.
-
-    Raises:
-        ConfigError: the place isn't one of streaming-ready datasets.
-        VersionNotFound: there is no such published version.
-        CorruptVersion: its manifest can't be read.
-    """
-    uri = storage.normalise(uri)
-    above, _, last = uri.rpartition("/")
-    number = layout.parse_version(last)
-    directory = uri if number is None else above
-    root, found, name = directory.rpartition(f"/{layout.TRAINING_DATASETS}/")
-    if not found or not name:
-        raise ConfigError(
-            f"{uri!r} is no streaming-ready version: name …/{layout.TRAINING_DATASETS}/streaming-ready/<name>/vN, or "
-            "without vN for the latest one"
-        )
-    dataset = layout.join(layout.TRAINING_DATASETS, name)
-    manifest = versions.resolve(root, dataset, "latest" if number is None else number)
-    if not {"kind", "block_size", "samples", "file_samples", "normalise"} <= manifest.definition.keys():
-        raise ConfigError(
-            f"{layout.version_uri(root, dataset, manifest.version)} isn't streaming-ready; "
-            "make a streaming-ready copy of it with the training-delivery flow"
-        )
-    return Version(root, manifest)
 
 
 class Shards:
@@ -136,7 +72,7 @@ class Shards:
         self._files = version.files(split)
         self._block_size = int(version.definition["block_size"])
         self.remote = storage.is_s3(version.uri)
-        self.columns = _columns(version.definition)
+        self.columns = sample_columns(version.definition)
         self.sample_bytes = sum(spec.width for spec in self.columns.values())
         counts = np.array([count for _, count in self._files], np.int64)
         self.samples = int(counts.sum())
@@ -295,19 +231,8 @@ class Shards:
         return self._cache.open(uri, entry, self._stop)
 
     def _check_sizes(self) -> None:
-        """Compare all files' sizes with the manifest, by one listing."""
-        base = self._version.uri
-        directories = {layout.join(base, entry.path.rpartition("/")[0]) for entry, _ in self._files}
-        sizes = {info.uri: info.bytes for place in directories for info in storage.list_files(place)}
-        for file, (entry, _) in enumerate(self._files):
-            uri = layout.join(base, entry.path)
-            if sizes.get(uri) == entry.bytes:
-                continue
-            if uri in sizes:
-                problem = f"{uri}: bytes differ from its manifest: expected {entry.bytes}, found {sizes[uri]}"
-            else:
-                problem = f"{uri} is missing, but its manifest lists it"
-            self._leave_out(file, CorruptVersion(f"{problem}: {CURE}"))
+        for file, fault in misfits(self._version, self._files):
+            self._leave_out(file, fault)
 
     def _check_blocks(self, blocks: IntArray) -> None:
         if len(self._unknown) < len(blocks):
@@ -363,19 +288,6 @@ class Shards:
 def _memory() -> int:
     """Bytes of the machine's memory, in which the operating system keeps what was read."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _columns(definition: dict[str, Any]) -> dict[str, TensorSpec]:
-    """What a sample consists of."""
-    columns = {}
-    if definition["kind"] == "table":
-        columns["features"] = TensorSpec((int(definition["feature_count"]),), "float32")
-    else:
-        image = definition["image"]
-        columns["image"] = TensorSpec(tuple(map(int, image["shape"])), str(image["dtype"]))
-    if definition["label"] is not None:
-        columns["label"] = TensorSpec((), "int64" if definition["label"]["kind"] == "class" else "float32")
-    return {**columns, "sample_id": TensorSpec((), "int64")}
 
 
 def _near(starts: IntArray) -> tuple[npt.NDArray[np.int32], int]:

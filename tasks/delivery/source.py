@@ -21,8 +21,9 @@ import pyarrow.types as pt
 
 from tasks.core import layout, storage, versions
 from tasks.core.errors import ConfigError, CorruptVersion
-from tasks.core.manifest import InputRecord, Manifest
+from tasks.core.manifest import FileEntry, InputRecord, Manifest
 from tasks.core.tensors import TensorSpec, is_tensor, tensor_spec
+from tasks.core.transient import is_transient
 from tasks.delivery.blocks import IMAGE
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.keys import SPLITS
@@ -49,15 +50,17 @@ _RECORDS = {
 }
 _IDENTIFIER = re.compile(r"(.*_)?(id|uuid|key)|file_path|index", re.IGNORECASE)
 _READERS = 16
+_CURE = "publish a new version from the same sources, or restore the file from a copy"
 
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A data file: rows of each row group, and the number of its split, if its directory names one."""
+    """A data file: rows of each row group, the number of its split, if its directory names one, and its digest."""
 
     uri: str
     row_groups: tuple[int, ...]
     split: int | None
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,16 @@ def find_source(config: DeliveryConfig) -> Source:
         ConfigError: a column isn't there or can't be used, or there is no target to train on.
     """
     root = storage.normalise(config.root)
-    manifest = versions.resolve(root, config.dataset, config.version)
+    return source_of(config, root, versions.resolve(root, config.dataset, config.version))
+
+
+def source_of(config: DeliveryConfig, root: str, manifest: Manifest) -> Source:
+    """Decide what is taken of a version.
+
+    Raises:
+        CorruptVersion: a file of it can't be read.
+        ConfigError: as `find_source`.
+    """
     files, schema = _look(root, manifest)
     name = f"{manifest.dataset} v{manifest.version}"
     images = "image" in manifest.definition or (IMAGE in schema.names and is_tensor(schema.field(IMAGE)))
@@ -140,6 +152,16 @@ def find_source(config: DeliveryConfig) -> Source:
     keys = [IMAGE_ID] if images else [entity, *times]
     for column in (entity, *keys):
         _check_column(column, schema, name, "entity" if column == entity else "key")
+        if pt.is_nested(kind := schema.field(column).type):
+            raise ConfigError(
+                f"{name}: column '{column}' names its rows, but is {kind}: only numbers, text and times can; name "
+                f"another column with --entity, or publish it in another type"
+            )
+    if config.ready_only and READY in schema.names and not pt.is_boolean(schema.field(READY).type):
+        raise ConfigError(
+            f"{name}: column '{READY}' is {schema.field(READY).type}, no boolean: publish it as one, or take all rows "
+            f"with --no-ready-only"
+        )
     target = _target(config, schema, name, images)
     return Source(
         root=root,
@@ -184,33 +206,72 @@ def read_pieces(unit: Unit, columns: Sequence[str]) -> Iterator[tuple[SourceFile
     """
     for file, groups in unit.pieces:
         with _explained(file.uri), storage.open_input(file.uri) as opened:
-            yield file, pq.ParquetFile(opened).read_row_groups(list(groups), columns=list(columns), use_threads=False)
+            table = pq.ParquetFile(opened).read_row_groups(list(groups), columns=list(columns), use_threads=False)
+        yield (
+            file,
+            table.cast(_without_views(table.schema)) if any(map(pt.is_string_view, table.schema.types)) else table,
+        )
+
+
+def _without_views(schema: pa.Schema) -> pa.Schema:
+    """The schema with plain text for views of text, which Arrow can't take rows of."""
+    plain = [field.with_type(pa.large_string()) if pt.is_string_view(field.type) else field for field in schema]
+    return pa.schema(plain, schema.metadata)
+
+
+def check_digests(unit: Unit) -> None:
+    """Compare the files that begin in a unit with their manifest, byte by byte: in all units, each file once.
+
+    A column's pages bear no checksum, and pixels are stored raw: a changed byte would reach the model.
+
+    Raises:
+        CorruptVersion: a file is missing or differs.
+    """
+    for file, groups in unit.pieces:
+        if groups[0] == 0:
+            with _explained(file.uri):
+                found = storage.digest_of(file.uri, file.digest)
+            if found != file.digest:
+                raise CorruptVersion(
+                    f"{file.uri}: digests differ from its manifest: expected {file.digest}, found {found}: {_CURE}"
+                )
 
 
 @contextlib.contextmanager
 def _explained(uri: str) -> Generator[None]:
     """Name the file in what reading it raises."""
-    cure = "publish a new version from the same sources, or restore the file from a copy"
     try:
         yield
     except FileNotFoundError as error:
-        raise CorruptVersion(f"{uri} is missing, but its manifest lists it: {cure}") from error
+        raise CorruptVersion(f"{uri} is missing, but its manifest lists it: {_CURE}") from error
     except pa.ArrowInvalid as error:
-        raise CorruptVersion(f"{uri} can't be read as Parquet ({error}): {cure}") from error
+        raise CorruptVersion(f"{uri} can't be read as Parquet ({error}): {_CURE}") from error
+    except OSError as error:
+        # Arrow says of damaged pages what it says of a broken connection: only the latter may pass.
+        if is_transient(error):
+            raise
+        raise CorruptVersion(
+            f"{uri} can't be read, it may be damaged ({str(error).splitlines()[0]}): {_CURE}"
+        ) from error
 
 
 def _look(root: str, manifest: Manifest) -> tuple[tuple[SourceFile, ...], pa.Schema]:
     """The files' row groups, and the first one's schema, from their footers."""
     uris = versions.data_files(root, manifest)
 
-    def footer(uri: str) -> tuple[SourceFile, pa.Schema]:
+    def footer(uri: str, entry: FileEntry) -> tuple[SourceFile, pa.Schema]:
         with _explained(uri), storage.open_input(uri) as opened:
             file = pq.ParquetFile(opened)
             rows = tuple(file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups))
-            return SourceFile(uri, rows, _split_of(uri)), file.schema_arrow
+            for what, expected, there in (("bytes", entry.bytes, opened.size()), ("rows", entry.rows, sum(rows))):
+                if expected != there:
+                    raise CorruptVersion(
+                        f"{uri}: {what} differ from its manifest: expected {expected}, found {there}: {_CURE}"
+                    )
+            return SourceFile(uri, rows, _split_of(uri), entry.digest), file.schema_arrow
 
     with ThreadPoolExecutor(_READERS) as pool:
-        found = list(pool.map(footer, uris))
+        found = list(pool.map(footer, uris, manifest.files))
     return tuple(file for file, _ in found), found[0][1]
 
 

@@ -1,6 +1,7 @@
 """The stages of the delivery job, as each task runs them. Pure, but for the files they read and write.
 
-- look: a unit is read and judged; its train rows are profiled, its keys are hashed, its rejected rows are written.
+- look: a unit's files are compared with their manifest; it is read and judged; its train rows are profiled, its keys
+  are hashed, its rejected rows are written.
 - check: the hashes of a part of their range, of all units: which keys are repeated, which entities in several splits.
 - scatter: a unit is read again, encoded, and cut into buckets by random keys.
 - gather: a bucket, of all units, is sorted by random key and written as a file.
@@ -41,12 +42,13 @@ from tasks.delivery.keys import (
     entity_splits,
     find_repeats,
     random_keys,
+    repeated,
     sample_ids,
     sample_keys,
     split_entities,
 )
 from tasks.delivery.label import Label, label_counts
-from tasks.delivery.source import Source, Unit, read_pieces
+from tasks.delivery.source import Source, Unit, check_digests, read_pieces
 
 NOT_READY = "not_training_ready"
 REASON, FILE, ROW = "reason", "source_file", "source_row"
@@ -171,31 +173,14 @@ class Look:
     parts: int
 
     def scatter(self, index: int) -> tuple[UnitNote, list[pl.DataFrame]]:
-        """Read and judge a unit; its note, and its keys and its entities in parts."""
+        """Verify, read and judge a unit; its note, and its keys and its entities in parts."""
+        check_digests(self.units[index])
         loaded = load(self.units[index], self.source, self.config, self.source.columns)
-        target = self.source.target
-        labels, profiled = None, list(self.source.features)
-        if target is not None:
-            column = loaded.rows[target]
-            counts = [
-                label_counts(column.filter(pa.array(loaded.splits == split)), self.config.target_kind)
-                for split in range(len(SPLITS))
-            ]
-            labels = [found for found in counts if found is not None] or None
-            profiled = list(dict.fromkeys([*profiled, target]))
-        note = UnitNote(
-            unit=index,
-            rows=loaded.read,
-            filtered=Counter({NOT_READY: loaded.reasons[NOT_READY]} if loaded.reasons[NOT_READY] else {}),
-            rejected=Counter({reason: rows for reason, rows in loaded.reasons.items() if reason != NOT_READY}),
-            samples=np.bincount(loaded.splits, minlength=len(SPLITS)),
-            labels=labels,
-            profile=profile_features(loaded.rows, profiled, loaded.splits == 0),
-        )
+        note = note_of(index, loaded, self.source, self.config)
         if loaded.rejected.num_rows:
             uri = self.reservation.rejected_uri("rows", index)
             note.rejected_file = self.reservation.entry(storage.write_parquet(loaded.rejected, uri))
-        keys = pl.DataFrame({"key": self._keys(loaded.rows), "row": np.arange(loaded.rows.num_rows)})
+        keys = pl.DataFrame({"key": keys_of(loaded.rows, self.source), "row": np.arange(loaded.rows.num_rows)})
         entities = pl.DataFrame({"key": loaded.entities, "split": loaded.splits.astype(np.int64)}).unique()
         return note, [*split_by_key(keys, "key", self.parts), *split_by_key(entities, "key", self.parts)]
 
@@ -210,9 +195,6 @@ class Look:
             entities, leaking = split_entities(hashes, rows["split"].to_numpy().astype(np.int8))
             found = Checked(entities=entities, leaking=leaking)
         return found, pa.table({})
-
-    def _keys(self, rows: pa.Table) -> UInt64Array:
-        return sample_keys([rows[name] for name in self.source.keys])
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +224,7 @@ class Shuffle:
         """Samples of a unit, for each bucket of a wave."""
         columns = self.source.columns + ([IMAGE] if self.source.image else [])
         loaded = load(self.units[index], self.source, self.config, columns)
-        ids = sample_ids(sample_keys([loaded.rows[name] for name in self.source.keys]), repeats)
+        ids = sample_ids(keys_of(loaded.rows, self.source), repeats)
         label = None if self.label is None else self.label.encode(loaded.rows[self.label.column])
         values = to_numpy(loaded.rows, IMAGE) if self.encoder is None else self.encoder.encode(loaded.rows)
         samples = Samples(values, label, ids)
@@ -278,8 +260,36 @@ class Shuffle:
             split=bucket.split,
             samples=len(ids),
             class_counts=counts,
-            duplicate_ids=int(np.count_nonzero(np.diff(keys[order]) == 0)),  # the keys are a bijection of the ids
+            duplicate_ids=repeated(keys[order]),  # the keys are a bijection of the ids
         )
+
+
+def note_of(unit: int, loaded: Loaded, source: Source, config: DeliveryConfig) -> UnitNote:
+    """What is known of a unit's rows after the first look."""
+    target = source.target
+    labels, profiled = None, list(source.features)
+    if target is not None:
+        column = loaded.rows[target]
+        counts = [
+            label_counts(column.filter(pa.array(loaded.splits == split)), config.target_kind)
+            for split in range(len(SPLITS))
+        ]
+        labels = [found for found in counts if found is not None] or None
+        profiled = list(dict.fromkeys([*profiled, target]))
+    return UnitNote(
+        unit=unit,
+        rows=loaded.read,
+        filtered=Counter({NOT_READY: loaded.reasons[NOT_READY]} if loaded.reasons[NOT_READY] else {}),
+        rejected=Counter({reason: rows for reason, rows in loaded.reasons.items() if reason != NOT_READY}),
+        samples=np.bincount(loaded.splits, minlength=len(SPLITS)),
+        labels=labels,
+        profile=profile_features(loaded.rows, profiled, loaded.splits == 0),
+    )
+
+
+def keys_of(rows: pa.Table, source: Source) -> UInt64Array:
+    """Key of each row."""
+    return sample_keys([rows[name] for name in source.keys])
 
 
 def plan_buckets(samples: npt.NDArray[np.int64], form: BlockFormat, file_bytes: float) -> tuple[Bucket, ...]:
@@ -305,12 +315,35 @@ def load(unit: Unit, source: Source, config: DeliveryConfig, columns: Sequence[s
         places.append((file, table.num_rows))
     rows = pa.concat_tables(tables)
     codes, reasons = judge(rows, source, config)
+    rejected = _rejected_rows(rows, codes, reasons, unit, source)
+    return admit(rows, np.concatenate(splits), (codes, reasons), source, config, rejected=rejected)
+
+
+def admit(
+    rows: pa.Table,
+    given: SplitArray,
+    judged: tuple[npt.NDArray[np.int16], list[str]],
+    source: Source,
+    config: DeliveryConfig,
+    *,
+    rejected: pa.Table,
+) -> Loaded:
+    """The good ones of some rows, each with its split.
+
+    Args:
+        rows: The rows.
+        given: Splits that they have, -1 for those whose entity draws one.
+        judged: What `judge` gives.
+        source: What they are of.
+        config: Shares and seed of the splits.
+        rejected: The rejected ones, as they are kept.
+    """
+    codes, reasons = judged
     counts = Counter({reasons[code]: int(count) for code, count in enumerate(np.bincount(codes)) if code and count})
     good = codes == 0
-    rejected = _rejected_rows(rows, codes, reasons, unit, source)
     kept = rows if good.all() else rows.filter(pa.array(good))
     entities = stable_hash(kept[source.entity])
-    found = np.concatenate(splits)[good]
+    found = given[good]
     drawn = entity_splits(entities, config.seed, config.validation_share, config.test_share)
     return Loaded(kept, np.where(found < 0, drawn, found), entities, rows.num_rows, counts, rejected)
 
@@ -326,7 +359,7 @@ def judge(rows: pa.Table, source: Source, config: DeliveryConfig) -> tuple[npt.N
     if source.ready is not None:
         mark(~pc.fill_null(rows[source.ready], False).to_numpy(), NOT_READY)
     for name in dict.fromkeys([source.entity, source.keys[0]]):
-        mark(rows[name].is_null().to_numpy(), f"null_{name}")
+        mark(rows[name].is_null(nan_is_null=True).to_numpy(), f"null_{name}")
     if source.target is not None:
         mark(is_missing(rows[source.target]), f"null_{source.target}")
     if config.nulls == "reject":

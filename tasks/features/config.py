@@ -205,6 +205,9 @@ class FeatureStoreConfig(BaseModel):
         default_factory=LabelThresholds, description="Bounds of the checks of models' training sets."
     )
     thresholds: Thresholds = Field(default_factory=Thresholds, description="Bounds of the row and dataset checks.")
+    self_test: bool = Field(
+        default=True, description="Inject faults into a sample of the version, and report which its gate notices."
+    )
     rows_per_bucket: int = Field(
         default=2_000_000,
         ge=1_000,

@@ -13,9 +13,12 @@ from tasks.core.profile import TableProfile
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import AS_OF, FeatureGroup
 from tasks.features.parts import CREATED, VERSION
+from tasks.features.rows import AFTER_AS_OF
 from tasks.features.scoring import QUALITY_COLUMNS
 
 NEVER_STALE = float("inf")
+TAKEN_FOR_FINER = dt.datetime(1970, 3, 1, tzinfo=dt.UTC)
+"""Before this lie all counts of today in a unit a thousand times as coarse as the one that they are taken for."""
 
 
 def judge_group(
@@ -72,8 +75,11 @@ def judge_group(
         if pa.types.is_floating(schema.field(name).type):
             checks.append(quality.check_finite(name, columns[name]))
     checks += [
-        quality.check_range(name, columns[name], minimum, maximum) for name, (minimum, maximum) in group.bounds.items()
+        quality.check_range(name, columns[name], minimum, maximum)
+        for name, (minimum, maximum) in group.bounds.items()
+        if name in columns  # a missing one fails the schema
     ]
+    checks += _event_times(balances[0], newest_event, as_of, config)
     checks.append(_outliers(columns, features, profile.rows, config))
     checks.append(quality.check_ready_share(ready, profile.rows, bounds.ready_warn, bounds.ready_fail))
     if bounds.fresh_warn_days is not None or bounds.fresh_fail_days is not None:
@@ -90,6 +96,26 @@ def judge_group(
             if name in previous.profile
         ]
     return quality.gate(checks)
+
+
+def _event_times(
+    events: RowBalance, newest: dt.datetime | None, as_of: dt.datetime, config: FeatureStoreConfig
+) -> list[CheckResult]:
+    """What a wrong unit or zone makes of all event times; nothing where they may be right."""
+    late = events.filtered.get(AFTER_AS_OF, 0)
+    if late and not events.rows_out:
+        message = (
+            f"All {late} events lie after {as_of:%Y-%m-%d %H:%M} UTC: give a later --as-of, or look at --epoch-unit "
+            f"and --timezone."
+        )
+    elif config.epoch_unit not in (None, "s") and newest is not None and newest < TAKEN_FOR_FINER:
+        message = (
+            f"The newest event is of {newest:%Y-%m-%d}: counts of a coarser unit, such as seconds, seem to be taken "
+            f"for {config.epoch_unit}; give another --epoch-unit."
+        )
+    else:
+        return []
+    return [CheckResult(name="event times", verdict="fail", bound="up to as_of, and plausible", message=message)]
 
 
 def _incomparable(times: Sequence[dt.datetime], previous: Manifest) -> CheckResult | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tasks.core import layout, storage
 from tasks.core.manifest import Manifest
-from tasks.core.versions import committed_manifests, live_manifests
+from tasks.core.versions import committed_manifests, live_manifests, read_manifest
 from tasks.features.plan import FeaturePlan, GroupPlan, SourcePlan
 from tasks.features.state import MAX_LINKS, StateLink, StatePlan, bucket_files
 
@@ -86,6 +86,28 @@ def _plan_state(plan: FeaturePlan, planned: GroupPlan, root: str, prints: Sequen
         new=frozenset(range(len(uris))) - kept,
         whole=len(chain) >= MAX_LINKS or not links,
     )
+
+
+def kept_links(manifest: Manifest, root: str, source: str) -> tuple[StateLink, ...]:
+    """The events that an incremental version stands upon: its own, and those that it took from versions before it.
+
+    Args:
+        manifest: Its manifest; one without a state has no links.
+        root: Root of the store.
+        source: Name of the event source.
+
+    Raises:
+        VersionNotFound: a version that it built upon was pruned.
+
+    """
+    files = next(record for record in manifest.inputs if record.name == source).files
+    numbers = {(file.uri, file.fingerprint): number for number, file in enumerate(files)}
+    chain, link = list[Manifest](), manifest if "state" in manifest.definition else None
+    while link is not None:
+        chain.insert(0, link)
+        parent = link.definition["state"]["parent"]
+        link = None if parent is None else read_manifest(root, manifest.dataset, parent)
+    return tuple(_link(one, storage.normalise(root), source, numbers) for one in chain)
 
 
 def _newest_chain(root: str, dataset: str, digest: str) -> list[Manifest]:

@@ -7,6 +7,7 @@ expressions; nothing in it is executed. As in SQL, a SUM over no rows is null: C
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,8 +27,13 @@ from tasks.features.definitions import (
     FeatureGroup,
     Window,
 )
+from tasks.features.standard import STANDARD
 
 _WHAT = "definitions"
+
+_QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*\"""")
+_AMBIGUOUS = re.compile(r"[$\\`]|--|/\*")  # where a quote may be no quote
+_SUBQUERY = re.compile(r"\bselect\b|\(\s*(from|with|values|table)\b|\b(read|scan)_\w+\s*\(", re.IGNORECASE)
 
 
 class _Strict(BaseModel):
@@ -119,6 +125,16 @@ def yaml_content(what: str, path: str, loader: type[yaml.SafeLoader] = yaml.Safe
         raise DefinitionError(f"{what} '{path}' is no valid YAML: {fault}") from fault
 
 
+def declared(definitions: str | None) -> Definitions:
+    """The standard definitions, with those of a user's file, if there is one, over them; sources as they are declared.
+
+    Raises:
+        DefinitionError: as `load_definitions`.
+
+    """
+    return STANDARD if definitions is None else load_definitions(definitions).over(STANDARD)
+
+
 def load_definitions(path: str) -> Definitions:
     """Read a definitions file (local, or YAML anywhere that storage reaches).
 
@@ -186,10 +202,26 @@ def _expressions(group: str, features: dict[str, str]) -> dict[str, pl.Expr]:
     return {name: _expression(group, name, sql) for name, sql in features.items()}
 
 
-def _expression(group: str, name: str, sql: str) -> pl.Expr:
+def sql_expression(what: str, sql: str) -> pl.Expr:
+    """A user's SQL as an expression over the columns of its rows, and of nothing else.
+
+    Polars reads the files that a subquery names (`(SELECT x FROM read_csv('/etc/passwd'))`) while it parses, so these
+    are refused before.
+
+    Raises:
+        DefinitionError: It is no such expression; says where and why.
+
+    """
+    bare = sql if _AMBIGUOUS.search(sql) else _QUOTED.sub("''", sql)
+    if _SUBQUERY.search(bare):
+        raise DefinitionError(f"{what} '{sql}' has a subquery or names a file: write an expression over the columns")
     try:
         return pl.sql_expr(sql)
     except pl.exceptions.PolarsError as fault:
-        raise DefinitionError(
-            f"feature group '{group}', feature '{name}': '{sql}' is no SQL expression: {fault}"
-        ) from fault
+        raise DefinitionError(f"{what} '{sql}' is no SQL expression: {fault}") from fault
+    except UnicodeEncodeError as fault:  # half a character, as YAML's '\\ud800' is
+        raise DefinitionError(f"{what} {sql!a} has a character that is none: write it out") from fault
+
+
+def _expression(group: str, name: str, sql: str) -> pl.Expr:
+    return sql_expression(f"feature group '{group}', feature '{name}':", sql)

@@ -19,6 +19,7 @@ from tasks.core.sketch import QuantileSketch
 from tasks.features.config import Thresholds
 from tasks.features.definitions import AS_OF
 from tasks.features.plan import GroupPlan
+from tasks.features.rows import TIME
 from tasks.features.scoring import Fences, score_rows
 
 CREATED, VERSION = "feature_creation_date", "feature_version"
@@ -53,7 +54,27 @@ def write_part(
     """
     frame = pl.from_arrow(table)
     assert isinstance(frame, pl.DataFrame)
-    names = feature_columns(table.schema.names, planned)
+    final = to_arrow(scored_rows(frame, planned, bounds, thresholds))
+    written = storage.write_parquet(final, reservation.data_uri(part), row_group_size=ROW_GROUP)
+    entry = reservation.entry(written)
+    profiled = set(numeric_features(table.schema, planned))
+    rest = final.select([name for name in final.column_names if name not in profiled])
+    return WrittenPart(entry, final.schema, profile_table(rest), int(final["is_training_ready"].to_numpy().sum()))
+
+
+def stamped(features: pl.DataFrame, created: dt.datetime, version: int) -> pl.DataFrame:
+    """Features with when they were computed, and in which version they stand."""
+    return features.with_columns(pl.lit(created, TIME).alias(CREATED), pl.lit(f"v{version}").alias(VERSION))
+
+
+def scored_rows(
+    frame: pl.DataFrame,
+    planned: GroupPlan,
+    bounds: Mapping[dt.datetime, Mapping[str, Fences]],
+    thresholds: Thresholds,
+) -> pl.DataFrame:
+    """Stamped rows with their quality, judged against the fences of their as-of time, as they are written."""
+    names = feature_columns(frame.columns, planned)
     snapshots = frame.partition_by(AS_OF, maintain_order=True) if frame.height else [frame]
     scored = pl.concat(
         score_rows(
@@ -67,13 +88,7 @@ def write_part(
         for rows in snapshots
     )
     scored = scored.select(pl.exclude(AS_OF, CREATED, VERSION), AS_OF, CREATED, VERSION)
-    scored = scored.sort(planned.group.entity, AS_OF)
-    final = to_arrow(scored)
-    written = storage.write_parquet(final, reservation.data_uri(part), row_group_size=ROW_GROUP)
-    entry = reservation.entry(written)
-    profiled = set(numeric_features(table.schema, planned))
-    rest = final.select([name for name in final.column_names if name not in profiled])
-    return WrittenPart(entry, final.schema, profile_table(rest), int(scored["is_training_ready"].sum()))
+    return scored.sort(planned.group.entity, AS_OF)
 
 
 def by_time(table: pa.Table, as_of: Sequence[dt.datetime]) -> list[pa.Table]:
@@ -82,6 +97,11 @@ def by_time(table: pa.Table, as_of: Sequence[dt.datetime]) -> list[pa.Table]:
     times = pa.array(as_of, table.schema.field(AS_OF).type).cast(pa.int64()).to_numpy()
     ends = np.searchsorted(ticks, times, side="right").tolist()
     return [table.slice(start, end - start) for start, end in pairwise([0, *ends])]
+
+
+def repeated_keys(frame: pl.DataFrame, entity: str) -> int:
+    """Rows whose entity another row of the same as-of time has too, beyond the first."""
+    return frame.height - frame.select(entity, AS_OF).n_unique()
 
 
 def sketches(profile: TableProfile) -> dict[str, QuantileSketch]:

@@ -21,27 +21,26 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
 
-from tasks.core.cluster import data_context, object_store_bytes
-from tasks.core.errors import BalanceError
-from tasks.core.exchange import Exchanged, exchange
+from tasks.core.cluster import LOST_WORKER_RETRIES, data_context, object_store_bytes
+from tasks.core.conservation import check_equal
+from tasks.core.exchange import Exchanged, exchange, losses_explained
 from tasks.core.manifest import ColumnSpec, FileEntry, RowBalance
 from tasks.core.profile import TableProfile, merge_profiles
 from tasks.core.reservation import Reservation
 from tasks.core.sketch import QuantileSketch
+from tasks.features.balances import group_balances
 from tasks.features.config import FeatureStoreConfig, Thresholds
+from tasks.features.lookups import LookedUp, categorised, read_lookup
 from tasks.features.parts import WrittenPart, feature_columns, write_part
-from tasks.features.plan import FeaturePlan, SourcePlan
-from tasks.features.rows import AFTER_AS_OF
+from tasks.features.plan import FeaturePlan, GroupPlan
 from tasks.features.scoring import Fences, fences
-from tasks.features.sources import ReadUnit, SourceTable, read_units
-from tasks.features.stages import PART, Job, Unit, read_and_judge, unique_dimension_rows
-from tasks.features.tallies import BucketSummary, EventTally, Tally, UnitNote, check_arrival
+from tasks.features.stages import PART, Job, Unit, units_of
+from tasks.features.tallies import BucketSummary, UnitNote
 
 MAX_BUCKETS = 256
 SNAPSHOTS_PER_BUCKET = 8
@@ -122,29 +121,32 @@ def compute_groups(
         BalanceError: rows were lost or doubled on the way.
         SourceError: a file can't be read.
         DefinitionError: a feature can't be computed.
+        ResourceError: memory or disk are too small; it says what to do.
 
     """
     buckets = bucket_count(plan)
-    job = Job(
-        plan, tuple(reservations), tuple(_units(plan)), buckets, tuple(_lookup_tables(plan)), config.join, created
-    )
+    lookups = [read_lookup(lookup, plan.rows_per_bucket) for lookup in plan.lookups]
+    tables = tuple(categorised(plan, lookup) for lookup in lookups)
+    job = Job(plan, tuple(reservations), tuple(_units(plan)), buckets, tables, config.join, created)
     started = time.monotonic()
     quantiles: list[list[Sketches]] = [[] for _ in plan.groups]
-    done = _exchange_in_waves(job, quantiles, on_read, on_computed)
+    explained = partial(losses_explained, f"lower --rows-per-bucket (it is {config.rows_per_bucket:,})")
+    with explained():
+        done = _exchange_in_waves(job, quantiles, on_read, on_computed)
     compute_seconds = time.monotonic() - started
     computed = []
     for number in range(len(plan.groups)):
         own = slice(number * buckets, (number + 1) * buckets)
         started = time.monotonic()
-        group = _finish(
-            job,
-            number,
-            done.notes,
-            done.summaries[own],
-            done.tables[own],
-            quantiles=quantiles[number],
-            thresholds=config.thresholds,
-        )
+        with explained():
+            group = _finish(
+                job,
+                number,
+                Exchanged(done.notes, done.summaries[own], done.tables[own], done.carried[:, own], done.rows[own]),
+                [lookup for lookup in lookups if _joins(plan.groups[number], lookup)],
+                quantiles=quantiles[number],
+                thresholds=config.thresholds,
+            )
         timings = {"read and compute (all groups)": compute_seconds, "score and write": time.monotonic() - started}
         computed.append(replace(group, timings=timings))
     return computed
@@ -168,6 +170,7 @@ def _exchange_in_waves(
     notes: list[UnitNote] = []
     summaries: list[BucketSummary] = []
     tables: list[Any] = []
+    carried, rows = [], []
     for wave in _waves(job.plan):
         done = exchange(
             len(job.units),
@@ -180,7 +183,9 @@ def _exchange_in_waves(
         notes = notes or done.notes
         summaries += done.summaries
         tables += done.tables
-    return Exchanged(notes, summaries, tables)
+        carried.append(done.carried)
+        rows.append(done.rows)
+    return Exchanged(notes, summaries, tables, np.concatenate(carried, axis=1), np.concatenate(rows))
 
 
 def _merged(one: Sketches, other: Sketches) -> Sketches:
@@ -207,57 +212,47 @@ def _waves(plan: FeaturePlan) -> list[range]:
 
 def _units(plan: FeaturePlan) -> Iterator[Unit]:
     numbers = {file.info.uri: number for number, file in enumerate(plan.events.table.files)}
-    for index, unit in enumerate(_read_units(plan.events, plan, plan.read_table)):
+    for index, unit in enumerate(units_of(plan.events, plan, plan.read_table)):
         yield Unit(plan.events, None, index, unit, numbers[unit.uri])
     for number, planned in enumerate(plan.groups):
         if planned.dimension is not None:
-            for index, unit in enumerate(_read_units(planned.dimension, plan)):
+            for index, unit in enumerate(units_of(planned.dimension, plan)):
                 yield Unit(planned.dimension, number, index, unit)
 
 
-def _read_units(source: SourcePlan, plan: FeaturePlan, table: SourceTable | None = None) -> list[ReadUnit]:
-    """A unit has as many rows as a bucket, so that there are as few pieces to exchange as memory allows."""
-    return read_units(table or source.table, source.file_columns, plan.rows_per_bucket, source.categories)
-
-
-def _lookup_tables(plan: FeaturePlan) -> Iterator[pl.DataFrame]:
-    """Look-up columns by key: read here and given to every task, so a dimension that is looked up fits in memory."""
-    categories = {column.name for column in plan.events.rows.columns if column.kind == "category"}
-    for lookup in plan.lookups:
-        source = lookup.dimension
-        rows = pl.concat(read_and_judge(source, unit)[0] for unit in _read_units(source, plan))
-        kept, _ = unique_dimension_rows(rows, lookup.key, Tally())
-        yield kept.with_columns(pl.col(name).cast(pl.Categorical) for name in lookup.columns if name in categories)
+def _joins(planned: GroupPlan, lookup: LookedUp) -> bool:
+    """Whether a group's events are completed by a look-up whose rows the group doesn't balance as its dimension."""
+    own = planned.dimension.name if planned.dimension is not None else None
+    return lookup.balance.name != own and bool(set(lookup.plan.columns) & set(planned.columns))
 
 
 def _finish(
     job: Job,
     number: int,
-    notes: Sequence[UnitNote],
-    summaries: Sequence[BucketSummary],
-    tables: Sequence[Any],
+    done: Exchanged[UnitNote, BucketSummary],
+    lookups: Sequence[LookedUp],
     *,
     quantiles: Sequence[Sketches],
     thresholds: Thresholds,
 ) -> ComputedGroup:
     """Score and write one group, and add up what its tasks reported."""
     planned, reservation = job.plan.groups[number], job.reservations[number]
-    balances = _balances(job, number, notes, summaries)
+    notes, summaries, tables = done.notes, done.summaries, done.tables
+    balances = group_balances(job, number, notes, summaries, done.carried)
     numbers = merge_profiles([summary.profile for summary in summaries])
     bounds = _fences(job.plan.as_of, numbers, quantiles)
     write = partial(write_part, planned=planned, reservation=reservation, bounds=bounds, thresholds=thresholds)
     # Without a single entity there is still one file: a schema for the gate to judge.
     written = _write(tables, write) if balances[-1].rows_out else [write(ray.get(tables[0]).drop_columns([PART]), 0)]
     entities = balances[-1]
-    if entities.rows_out != sum(part.entry.rows for part in written):
-        raise BalanceError(
-            f"{reservation.dataset}: {entities.rows_out} entities were computed, "
-            f"{sum(part.entry.rows for part in written)} were written"
-        )
+    handed_on, in_files = int(done.rows.sum()), sum(part.entry.rows for part in written)
+    check_equal(reservation.dataset, entities.rows_out, handed_on, "of features were computed, {} were handed on")
+    check_equal(reservation.dataset, handed_on, in_files, "of features were handed on, {} were written")
     newest = [summary.events.newest for summary in summaries if summary.events.newest is not None]
     by_file = sum((summary.events.by_file for summary in summaries), Counter[int]())
     rejected = [note.rejected_files[number] for note in notes if number in note.rejected_files]
     rejected += [entry for summary in summaries for entry in summary.rejected_files]
+    rejected += [entry for lookup in lookups for entry in lookup.write_rejected(reservation)]
     return ComputedGroup(
         reservation=reservation,
         files=tuple(part.entry for part in written),
@@ -268,7 +263,7 @@ def _finish(
         else None,
         schema=written[0].schema,
         profile=_whole_profile(written, numbers),
-        balances=balances,
+        balances=(*balances[:-1], *(lookup.balance for lookup in lookups), entities),
         features=tuple(feature_columns(written[0].schema.names, planned)),
         duplicate_keys=sum(summary.duplicate_keys for summary in summaries),
         entities=entities.rows_in,
@@ -302,66 +297,6 @@ def _whole_profile(written: Sequence[WrittenPart], numbers: TableProfile) -> Tab
     return TableProfile(rest.rows, {name: partials[name] for name in written[0].schema.names})
 
 
-def _balances(
-    job: Job, number: int, notes: Sequence[UnitNote], summaries: Sequence[BucketSummary]
-) -> tuple[RowBalance, ...]:
-    """Balances of the events, the dimension and the entities of a group, each checked.
-
-    What the scattering tasks sent must have reached the gathering tasks, row for row, and so must what earlier
-    versions have kept, which is a balance of its own.
-    """
-    planned = job.plan.groups[number]
-    pairs = list(zip(job.units, notes, strict=True))
-    events, entities = Tally(), Tally()
-    for unit, note in pairs:
-        if unit.group is None and job.plan.reads(number, unit.file):
-            events.add(note.tally)
-            if lost := note.without_entity[number]:
-                events.rows_out -= lost
-                events.filtered[f"null_{planned.group.entity}"] += lost
-    for summary in summaries:
-        entities.add(summary.entities)
-    arrived = [summary.events for summary in summaries]
-    check_arrival(job.plan.events.name, events.rows_out, sum(tally.new for tally in arrived))
-    _filter_late(events, sum(tally.new_late for tally in arrived))
-    balances = [events.balance(job.plan.events.name)]
-    if job.plan.states and job.plan.states[number].links:
-        balances.append(_kept_balance(job, number, arrived))
-    if planned.dimension is not None:
-        read, kept = Tally(), Tally()
-        for unit, note in pairs:
-            if unit.group == number:
-                read.add(note.tally)
-        for summary in summaries:
-            kept.add(summary.dimension)
-        check_arrival(planned.dimension.name, read.rows_out, kept.rows_in)
-        read.rows_out = kept.rows_out
-        read.rejected += kept.rejected
-        read.deduplicated += kept.deduplicated
-        balances.append(read.balance(planned.dimension.name))
-    balances.append(entities.balance(planned.group.name))
-    for balance in balances:
-        balance.check()
-    return tuple(balances)
-
-
-def _kept_balance(job: Job, number: int, arrived: Sequence[EventTally]) -> RowBalance:
-    """Where the events went that earlier versions have kept."""
-    state, count = job.plan.states[number], sum(tally.kept for tally in arrived)
-    name = f"{job.plan.events.name} kept by v{state.parent}"
-    check_arrival(name, state.rows, count)
-    kept = Tally(rows_in=count, rows_out=count)
-    _filter_late(kept, sum(tally.kept_late for tally in arrived))
-    return kept.balance(name)
-
-
-def _filter_late(tally: Tally, late: int) -> None:
-    """Count events after the last as-of time as filtered."""
-    if late:
-        tally.rows_out -= late
-        tally.filtered[AFTER_AS_OF] += late
-
-
 def _write(tables: Sequence[Any], write: Callable[[pa.Table, int], WrittenPart]) -> list[WrittenPart]:
     """Score and write every part in a Ray Data job; parts in order."""
 
@@ -375,7 +310,11 @@ def _write(tables: Sequence[Any], write: Callable[[pa.Table, int], WrittenPart])
 
     with data_context():
         dataset = ray.data.from_arrow_refs(list(tables)).map_batches(
-            write_block, batch_size=None, batch_format="pyarrow", zero_copy_batch=True
+            write_block,
+            batch_size=None,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            max_retries=LOST_WORKER_RETRIES,  # Ray Data would try for ever
         )
         # What comes back was made by our own tasks a moment ago, so it may be unpickled.
         parts: list[WrittenPart] = [pickle.loads(row["part"]) for row in dataset.take_all()]  # noqa: S301

@@ -9,12 +9,12 @@ import datetime as dt
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import polars as pl
 import pyarrow as pa
 
 from tasks.core.errors import DefinitionError, SourceError
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Column, Definitions, DimensionSource, EventSource, FeatureGroup
+from tasks.features.kinds import check_kind, check_times, is_whole, polars_type
 from tasks.features.rows import ColumnPlan, KeyType, RowPlan
 from tasks.features.sources import SourceTable, check_columns, inspect
 from tasks.features.state import StatePlan
@@ -96,7 +96,10 @@ class FeaturePlan:
 
 
 def plan_features(
-    definitions: Definitions, config: FeatureStoreConfig, as_of: Sequence[dt.datetime]
+    definitions: Definitions,
+    config: FeatureStoreConfig,
+    as_of: Sequence[dt.datetime],
+    known: Mapping[str, SourceTable] | None = None,
 ) -> list[FeaturePlan]:
     """Plan the groups that the configuration asks for, one plan an event source.
 
@@ -104,6 +107,7 @@ def plan_features(
         definitions: Declared sources and groups; sources without a URI are not there.
         config: What the user asked for.
         as_of: Times up to which events count, UTC, ascending, at least one.
+        known: Sources whose files are known, by name; the others are looked for at their URIs.
 
     Raises:
         DefinitionError: a group needs a source or column that is nowhere.
@@ -119,7 +123,7 @@ def plan_features(
             place = "give --transactions" if name == "transactions" else f"give 'uri' of '{name}' in the definitions"
             raise SourceError(f"the source '{name}' that {wanting} reads has no URI; {place}")
         own = [group for group in groups if group.source == name]
-        plans.append(_plan_source(source, own, definitions.dimensions, config, as_of))
+        plans.append(_plan_source(source, own, definitions.dimensions, config, as_of, known=known or {}))
     return plans
 
 
@@ -129,10 +133,12 @@ def _plan_source(
     dimensions: Mapping[str, DimensionSource],
     config: FeatureStoreConfig,
     as_of: Sequence[dt.datetime],
+    *,
+    known: Mapping[str, SourceTable],
 ) -> FeaturePlan:
     assert source.uri is not None
-    events = inspect(source.name, source.uri)
-    tables = {name: inspect(name, d.uri) for name, d in dimensions.items() if d.uri is not None}
+    events = known.get(source.name) or inspect(source.name, source.uri)
+    tables = {n: known.get(n) or inspect(n, d.uri) for n, d in dimensions.items() if d.uri is not None}
     present = {name: dimensions[name] for name in tables}
     names = _event_columns(source, groups, events, present, tables)
     looked_up = {column: name for column, name in names.items() if name is not None}
@@ -143,7 +149,11 @@ def _plan_source(
 
     file_names = {column: source.mapping.get(column, column) for column, origin in names.items() if origin is None}
     check_columns(events, file_names)
-    _check_time(events, file_names[source.time], config)
+    time_column = file_names[source.time]
+    times = [file.schema.field(time_column).type for file in events.files]
+    check_times(events.name, time_column, times, config.epoch_unit)
+    for ours, theirs in file_names.items():
+        check_kind(events, source.columns.get(ours, Column()).kind, ours, theirs)
     columns = tuple(
         _column(source.columns.get(ours, Column()), ours, theirs, events, keys) for ours, theirs in file_names.items()
     )
@@ -208,7 +218,8 @@ def _event_columns(
     found: dict[str, str | None] = {}
     for column in needed:
         own_name = source.mapping.get(column, column)
-        if column in source.mapping or events.has(own_name):
+        # A column that only some files have isn't looked up for all: `check_columns` names the file without it.
+        if column in source.mapping or any(own_name in file.schema.names for file in events.files):
             found[column] = None
             continue
         origin = next(
@@ -226,6 +237,8 @@ def _event_columns(
         if origin is None and not required:
             users = ", ".join(group.name for group in groups if column in group.event_columns)
             if users:
+                own = {name: source.mapping.get(name, name) for name, place in found.items() if place is None}
+                check_columns(events, own)  # what else is missing may say more: other separators, other capitals
                 places = ", ".join([source.name, *present]) or source.name
                 raise SourceError(
                     f"{users} needs the column '{column}', which stands in none of {places}; if it bears another "
@@ -256,9 +269,8 @@ def _key_types(
 
 
 def _key_type(types: Sequence[pa.DataType]) -> KeyType:
-    # Whole numbers come as floats where a data frame had a null among them; rows.py rejects fractions.
     types = [t for t in types if not pa.types.is_null(t)]  # a file without any value doesn't say
-    return "int64" if types and all(pa.types.is_integer(t) or pa.types.is_floating(t) for t in types) else "string"
+    return "int64" if types and all(map(is_whole, types)) else "string"  # rows.py rejects fractions
 
 
 def _plan_dimension(
@@ -272,6 +284,8 @@ def _plan_dimension(
         wanted = {column: dimension.mapping.get(column, column) for column in only}
     names = {dimension.key: dimension.mapping.get(dimension.key, dimension.key), **wanted}
     check_columns(table, names)
+    for ours, theirs in names.items():
+        check_kind(table, "key" if ours == dimension.key else "any", ours, theirs)
     columns = [
         ColumnPlan(
             name=dimension.key,
@@ -289,52 +303,15 @@ def _plan_dimension(
 
 
 def _column(spec: Column, ours: str, theirs: str, events: SourceTable, keys: Mapping[str, KeyType]) -> ColumnPlan:
+    key_type = keys[ours] if ours in keys else _key_type([file.schema.field(theirs).type for file in events.files])
     return ColumnPlan(
         name=ours,
         source_name=theirs,
         kind=spec.kind,
         required=spec.required,
-        key_type=keys.get(ours, _key_type([events.type_of(theirs)])),
+        key_type=key_type,
         dtype=polars_type(events.type_of(theirs)) if spec.kind == "any" else None,
     )
-
-
-def polars_type(kind: pa.DataType) -> pl.DataType:
-    """The type that Polars gives to a column of an Arrow type."""
-    frame = pl.from_arrow(pa.schema([pa.field("x", kind)]).empty_table())
-    assert isinstance(frame, pl.DataFrame)
-    return frame.schema["x"]
-
-
-def _check_time(events: SourceTable, column: str, config: FeatureStoreConfig) -> None:
-    for kind in dict.fromkeys(file.schema.field(column).type for file in events.files):
-        _check_time_type(events, column, kind, config)
-
-
-def is_readable_time(kind: pa.DataType) -> bool:
-    """Whether a column of this type can be read as times (integers only with a unit)."""
-    readable = (
-        pa.types.is_timestamp,
-        pa.types.is_date,
-        pa.types.is_integer,
-        pa.types.is_string,
-        pa.types.is_large_string,
-        pa.types.is_null,
-    )
-    return any(test(kind) for test in readable)
-
-
-def _check_time_type(events: SourceTable, column: str, kind: pa.DataType, config: FeatureStoreConfig) -> None:
-    if pa.types.is_integer(kind) and config.epoch_unit is None:
-        raise SourceError(
-            f"{events.name}: the time column '{column}' holds integers ({kind}); say what they count since 1970: "
-            f"--epoch-unit s, ms, us or ns"
-        )
-    if not is_readable_time(kind):
-        raise SourceError(
-            f"{events.name}: the time column '{column}' is of type {kind}; it must be a timestamp, date, "
-            f"ISO 8601 text, or an integer with --epoch-unit"
-        )
 
 
 def needs_sample(definitions: Definitions, config: FeatureStoreConfig) -> bool:

@@ -5,6 +5,7 @@ What becomes of odd values:
 | value | becomes |
 |---|---|
 | null (or empty CSV field) in a required column | rejected, `null_<column>` |
+| float key from 2⁵³ on (float32: 2²⁴), which may be several whole numbers | rejected, `inexact_<column>` |
 | text that is no number / no time | rejected, `unparsable_<column>` |
 | NaN, +inf, -inf in a required number | rejected, `not_finite_<column>` |
 | NaN, inf, unparsable in an optional number | null |
@@ -12,6 +13,7 @@ What becomes of odd values:
 | time with an offset or zone | converted to UTC |
 | time without a zone | taken to be in `timezone` (UTC by default) |
 | time that doesn't exist in the zone (clock forward) | rejected, `unparsable_<column>`; of two equal ones the earlier |
+| time before the year 1 or after 9999 | rejected, `unparsable_<column>` |
 | time before `earliest` | rejected, `too_early_<column>` |
 | time after as_of | filtered, `after_as_of` |
 """
@@ -41,6 +43,7 @@ class ColumnPlan:
 
     name: ours; source_name: the file's. key_type: what a key becomes, decided over all sources, so that keys
     of different files and tables are equal when they mean the same. dtype: type of an 'any' column, None as it is.
+    strict: a value that can't be read is rejected, although it may be null.
     """
 
     name: str
@@ -49,6 +52,7 @@ class ColumnPlan:
     required: bool = False
     key_type: KeyType = "string"
     dtype: pl.DataType | None = None
+    strict: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +119,10 @@ def judge(raw: pl.DataFrame, plan: RowPlan) -> JudgedRows:
 
 _RAW = "\x00raw:"
 _TICKS = 2**63 - 1
+_CALENDAR = (-62_135_596_800_000_000, 253_402_300_799_999_999)
+"""First microsecond of the year 1 and last of 9999, since 1970."""
+_EXACT = {"Float16": 2**11, "Float32": 2**24, "Float64": 2**53}
+"""From here on a float isn't one whole number alone."""
 _TEXT = (pl.String, pl.Categorical)
 
 
@@ -132,7 +140,7 @@ def _typed(column: ColumnPlan, dtype: pl.DataType, plan: RowPlan) -> pl.Expr:
         case "time":
             typed = _time(source, dtype, plan)
         case "category":
-            typed = source.cast(pl.String).cast(pl.Categorical) if dtype != pl.Categorical else source
+            typed = source.cast(pl.String, strict=False).cast(pl.Categorical) if dtype != pl.Categorical else source
         case "any":
             typed = source if column.dtype in (None, dtype) else _as_type(source, dtype, column.dtype, plan)
     return typed.alias(column.name)
@@ -142,33 +150,47 @@ def _key(source: pl.Expr, dtype: pl.DataType, key_type: KeyType) -> pl.Expr:
     if dtype.is_float():
         # A data frame with a null among its whole numbers holds floats; 3.7 would silently become customer 3.
         whole = source.cast(pl.Int64, strict=False)
-        source = pl.when(source == whole).then(whole)
+        source = pl.when((source == whole) & _is_exact(source, dtype)).then(whole)
+    elif isinstance(dtype, pl.Decimal) and dtype.scale:
+        whole = source.cast(pl.Int64, strict=False)
+        source = pl.when(source == whole.cast(dtype, strict=False)).then(whole)
     elif key_type == "int64" and dtype in _TEXT:
         source = source.cast(pl.String).str.strip_chars().str.strip_suffix(".0")  # the same in CSV
     return source.cast(pl.Int64 if key_type == "int64" else pl.String, strict=False)
 
 
+def _is_exact(source: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+    """Whether a float is one whole number alone."""
+    return source.abs() < pl.lit(_EXACT[str(dtype)])
+
+
 def _as_type(source: pl.Expr, dtype: pl.DataType, wanted: pl.DataType | None, plan: RowPlan) -> pl.Expr:
     """A column of another type than the source's first file has, or CSV text; what doesn't fit becomes null."""
     assert wanted is not None
+    if wanted == TIME and (dtype == pl.Date or isinstance(dtype, pl.Datetime)):
+        return _time(source, dtype, plan)
     if dtype != pl.String:
         return source.cast(wanted, strict=False)
-    if wanted == pl.Boolean:
-        return source.str.to_lowercase().replace_strict({"true": True, "false": False}, default=None)
-    if wanted == pl.Date:
-        return source.str.to_date("%Y-%m-%d", strict=False)
-    if wanted == pl.Time:
-        return pl.coalesce(source.str.to_time(form, strict=False) for form in ("%H:%M:%S%.f", "%H:%M"))
-    if isinstance(wanted, pl.Datetime):
-        return _parsed_time(source, plan.timezone)
-    return source.str.strip_chars().cast(wanted, strict=False)
+    match wanted:
+        case pl.Boolean():
+            typed = source.str.to_lowercase().replace_strict({"true": True, "false": False}, default=None)
+        case pl.Date():
+            typed = source.str.to_date("%Y-%m-%d", strict=False)
+        case pl.Time():
+            typed = pl.coalesce(source.str.to_time(form, strict=False) for form in ("%H:%M:%S%.f", "%H:%M"))
+        case pl.Datetime():
+            typed = _parsed_time(source, plan.timezone)
+        case _:
+            typed = source.str.strip_chars().cast(wanted, strict=False)
+    return typed
 
 
 def _time(source: pl.Expr, dtype: pl.DataType, plan: RowPlan) -> pl.Expr:
-    if isinstance(dtype, pl.Datetime) and dtype.time_zone is not None:
-        return source.cast(TIME) if dtype.time_zone == "UTC" else source.dt.convert_time_zone("UTC").cast(TIME)
     if isinstance(dtype, pl.Datetime) or dtype == pl.Date:
-        return _localised(source.cast(pl.Datetime("us")), plan.timezone)
+        zone = dtype.time_zone if isinstance(dtype, pl.Datetime) else None
+        source = source.dt.convert_time_zone("UTC") if zone not in (None, "UTC") else source
+        times = source.cast(pl.Datetime("us", zone and "UTC"), strict=False)
+        return _in_calendar(times) if zone is not None else _localised(_in_calendar(times), plan.timezone)
     if dtype == pl.String and plan.epoch_unit is None:
         return _parsed_time(source, plan.timezone)
     # Integers, also as text: plan.py has made sure that a unit is given.
@@ -177,7 +199,12 @@ def _time(source: pl.Expr, dtype: pl.DataType, plan: RowPlan) -> pl.Expr:
     # A count in a finer unit than the one that is given would overflow, and come out as any time at all.
     count = pl.when(count.is_between(-_TICKS // scale, _TICKS // scale)).then(count)
     microseconds = count // 1_000 if plan.epoch_unit == "ns" else count * scale
-    return microseconds.cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
+    return _in_calendar(microseconds.cast(pl.Datetime("us"))).dt.replace_time_zone("UTC")
+
+
+def _in_calendar(times: pl.Expr) -> pl.Expr:
+    """Times of the years 1 to 9999: others aren't meant, and neither Python nor the time zones' rules know them."""
+    return pl.when(times.to_physical().is_between(*_CALENDAR)).then(times)
 
 
 def _localised(naive: pl.Expr, timezone: str) -> pl.Expr:
@@ -205,18 +232,29 @@ def _reasons(column: ColumnPlan, raw: pl.DataFrame, plan: RowPlan) -> list[tuple
     value = pl.col(column.name)
     found: list[tuple[pl.Expr, str]] = []
     negative = ((value < 0).fill_null(value=False), f"negative_{column.name}")
-    if not column.required and column.name != plan.time:  # without its time no event can be placed
-        return [negative] if column.name in plan.reject_negative else found
-    # A blank string is CSV's way to say null in a quoted field.
     is_text = raw.schema[column.source_name] in _TEXT
-    blank = given.cast(pl.String).str.strip_chars() == "" if is_text else pl.lit(value=False)
-    found.append((given.is_null() | blank, f"null_{column.name}"))
-    if column.kind in ("number", "time", "key"):
-        found.append((value.is_null(), f"unparsable_{column.name}"))
+    # A blank string is CSV's way to say null in a quoted field.
+    missing = given.is_null() | (given.cast(pl.String).str.strip_chars() == "" if is_text else pl.lit(value=False))
+    if not column.required and column.name != plan.time:  # without its time no event can be placed
+        if column.strict:
+            found += [(reason & ~missing, name) for reason, name in _unreadable(column, raw, given, value)]
+        return [*found, negative] if column.name in plan.reject_negative else found
+    found.append((missing, f"null_{column.name}"))
+    found += _unreadable(column, raw, given, value)
     if column.kind == "number":
         found.append((~value.is_finite(), f"not_finite_{column.name}"))
     if column.name in plan.reject_negative:
         found.append(negative)
     if column.kind == "time":
         found.append((value < plan.earliest, f"too_early_{column.name}"))
+    return found
+
+
+def _unreadable(column: ColumnPlan, raw: pl.DataFrame, given: pl.Expr, value: pl.Expr) -> list[tuple[pl.Expr, str]]:
+    found = []
+    dtype = raw.schema[column.source_name]
+    if column.kind == "key" and dtype.is_float():
+        found.append((given.is_finite() & ~_is_exact(given, dtype), f"inexact_{column.name}"))
+    if column.kind in ("number", "time", "key"):
+        found.append((value.is_null(), f"unparsable_{column.name}"))
     return found

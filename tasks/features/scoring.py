@@ -38,8 +38,9 @@ def fences(
     for column in columns:
         quartiles = quantiles(column, (0.25, 0.75))
         if quartiles[0] <= quartiles[1]:
-            reach = 1.5 * (quartiles[1] - quartiles[0])
-            found[column] = Fences(float(quartiles[0] - reach), float(quartiles[1] + reach))
+            with np.errstate(over="ignore"):  # fences of the largest floats are infinite: nothing lies outside
+                reach = 1.5 * (quartiles[1] - quartiles[0])
+                found[column] = Fences(float(quartiles[0] - reach), float(quartiles[1] + reach))
     return found
 
 

@@ -7,7 +7,7 @@ file, the column and the cure; what can be wrong with a single row is found in `
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -18,11 +18,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
+import pyarrow.types as pt
 
 from tasks.core import storage
 from tasks.core.errors import SourceError
 from tasks.core.manifest import InputFile, InputRecord
 from tasks.core.transient import is_transient
+from tasks.features.quotes import QuotedText
 
 SUFFIXES = (".parquet", ".csv")
 _NULLS = ("", "null", "NULL")
@@ -61,12 +63,24 @@ class SourceTable:
         return all(column in file.schema.names for file in self.files)
 
     def type_of(self, column: str) -> pa.DataType:
-        """Type of a column: the first file's, or where files differ one that loses nothing, if there is one."""
-        types = list(dict.fromkeys(file.schema.field(column).type for file in self.files))
-        known = [kind for kind in types if not pa.types.is_null(kind)] or types
-        if len(known) > 1 and all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in known):
-            return pa.float64() if any(pa.types.is_floating(kind) for kind in known) else pa.int64()
-        return next((kind for kind in known if pa.types.is_string(kind)), known[0])
+        """Type of a column: the files', or where they differ one that holds the values of all.
+
+        Raises:
+            SourceError: there is no such type.
+
+        """
+        known = dict[pa.DataType, str]()
+        for file in self.files:
+            known.setdefault(file.schema.field(column).type, file.info.uri)
+        types = [kind for kind in known if not pt.is_null(kind)] or list(known)
+        together = types[0] if len(types) == 1 else _common_type(types)
+        if together is None:
+            told = " and ".join(f"{kind} in {known[kind]}" for kind in types[:2])
+            raise SourceError(
+                f"{self.name}: column '{column}' is of type {told}, which no type holds together: the files don't "
+                f"share one schema; write the column in one type"
+            )
+        return together
 
     def estimated_rows(self) -> int:
         """Rows, as far as the files say; a CSV file is taken to have 50 bytes a row."""
@@ -85,6 +99,27 @@ class SourceTable:
             for file, fingerprint in zip(self.files, prints, strict=True)
         )
         return InputRecord(name=self.name, uri=self.uri, rows=rows, files=files)
+
+
+def _common_type(kinds: Sequence[pa.DataType]) -> pa.DataType | None:
+    """A type that holds the values of several: text holds all plain ones, times hold days, floats all numbers."""
+    plain = [kind.value_type if pt.is_dictionary(kind) else kind for kind in kinds]
+
+    def all_are(*tests: Callable[[pa.DataType], bool]) -> bool:
+        return all(any(test(kind) for test in tests) for kind in plain)
+
+    texts = (pt.is_string, pt.is_large_string, pt.is_string_view)
+    if all_are(pt.is_integer, pt.is_boolean):
+        return pa.int64()
+    if all_are(pt.is_integer, pt.is_boolean, pt.is_floating, pt.is_decimal):
+        return pa.float64()
+    if all_are(pt.is_timestamp, pt.is_date):
+        zoned = any(pt.is_timestamp(kind) and kind.tz is not None for kind in plain)
+        return pa.timestamp("us", "UTC" if zoned else None)
+    is_text = any(test(kind) for test in texts for kind in plain)
+    if is_text and all_are(*texts, pt.is_integer, pt.is_boolean, pt.is_floating, pt.is_decimal, pt.is_temporal):
+        return pa.string()
+    return plain[0] if len(set(plain)) == 1 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +165,21 @@ def inspect(name: str, uri: str) -> SourceTable:
         raise SourceError(
             f"{name} '{uri}': no {' or '.join(SUFFIXES)} file found ({hint}); give a file, directory, glob or prefix"
         )
+    table = inspect_files(name, uri, infos)
+    if all(file.rows == 0 for file in table.files):
+        raise SourceError(f"{name} '{uri}' has no rows in its {len(table.files)} files")
+    return table
+
+
+def inspect_files(name: str, uri: str, infos: Sequence[storage.FileInfo]) -> SourceTable:
+    """Read the schemas of certain files of a source, one at least.
+
+    Raises:
+        SourceError: a file can't be read.
+
+    """
     with ThreadPoolExecutor(min(_READERS, len(infos))) as pool:
-        files = tuple(pool.map(lambda info: _inspect_file(name, info), infos))
-    if all(file.rows == 0 for file in files):
-        raise SourceError(f"{name} '{uri}' has no rows in its {len(files)} files")
-    return SourceTable(name, uri, files)
+        return SourceTable(name, uri, tuple(pool.map(lambda info: _inspect_file(name, info), infos)))
 
 
 def check_columns(table: SourceTable, wanted: Mapping[str, str]) -> None:
@@ -152,15 +197,23 @@ def check_columns(table: SourceTable, wanted: Mapping[str, str]) -> None:
 
 def _missing(table: SourceTable, file: SourceFile, ours: str, theirs: str) -> str:
     names = file.schema.names
-    close = get_close_matches(theirs, names, n=1)
+    close = [name for name in names if name.casefold() == theirs.casefold()] or get_close_matches(theirs, names, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
-    if any(theirs in other.schema.names for other in table.files):
-        cure = "Other files of the source have it: the files don't share one schema."
+    if file.format == "csv" and (separator := _other_separator(names)):
+        cure = f"Its fields are separated by {separator}; only commas are read: convert it."
+    elif any(theirs in other.schema.names for other in table.files):
+        cure = "Other files of the source have it: the files don't share one schema. Add it, or leave the file out."
     elif ours == theirs:
         cure = f"If it bears another name, map it: {how_to_map(table.name, ours)}."
     else:
         cure = f"The mapping says that it is '{ours}'."
     return f"{table.name}: {file.info.uri} has no column '{theirs}'.{hint} {cure} Its columns: {', '.join(names)}"
+
+
+def _other_separator(names: Sequence[str]) -> str | None:
+    """What separates the fields of a CSV file whose header is one name."""
+    separators = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+    return next((word for sign, word in separators.items() if len(names) == 1 and sign in names[0]), None)
 
 
 def how_to_map(source: str, column: str) -> str:
@@ -187,7 +240,7 @@ def read_units(
         if file.row_groups is None:
             units.append(ReadUnit(file.info.uri, "csv", tuple(columns)))
             continue
-        texts = tuple(name for name in dictionary if pa.types.is_string(file.schema.field(name).type))
+        texts = tuple(name for name in dictionary if pt.is_string(file.schema.field(name).type))
         groups: list[int] = []
         held = start = position = 0
         for index, rows in enumerate(file.row_groups):
@@ -212,7 +265,9 @@ def read(unit: ReadUnit) -> Iterator[RawRows]:
     try:
         if unit.format == "parquet":
             source = storage.open_input(unit.uri)
-            with pq.ParquetFile(source, read_dictionary=list(unit.dictionary), pre_buffer=True) as file:
+            # Checksums are verified where a file has some; where it has none, a changed value can't be told.
+            options = {"pre_buffer": True, "page_checksum_verification": True}
+            with pq.ParquetFile(source, read_dictionary=list(unit.dictionary), **options) as file:
                 table = file.read_row_groups(list(unit.row_groups), columns=list(unit.columns), use_threads=False)
             yield RawRows(_frame(table, unit.columns), unit.first_row)
         else:
@@ -229,6 +284,7 @@ def read(unit: ReadUnit) -> Iterator[RawRows]:
 def _frame(table: pa.Table, columns: Sequence[str]) -> pl.DataFrame:
     frame = pl.from_arrow(table.select(list(columns)), rechunk=False)
     assert isinstance(frame, pl.DataFrame)
+    frame.columns = list(columns)  # Polars gives a column without a name one
     return frame
 
 
@@ -240,7 +296,8 @@ def _read_csv(unit: ReadUnit) -> Iterator[RawRows]:
         return "skip"
 
     position = 0
-    with storage.open_input(unit.uri) as stream, _open_csv(stream, unit.columns, _CSV_BLOCK, note) as reader:
+    text = pa.PythonFile(QuotedText(unit.uri, storage.open_input(unit.uri)), mode="r")
+    with text, _open_csv(text, unit.columns, _CSV_BLOCK, note) as reader:
         for batch in reader:
             frame = _frame(pa.Table.from_batches([batch]), unit.columns)
             yield RawRows(frame, position, tuple(malformed))
@@ -295,8 +352,10 @@ def _csv_schema(uri: str) -> tuple[pa.Schema, bool]:
     header = head.split(b"\n", 1)[0].decode("utf-8-sig")
     if not header.strip():
         raise pa.ArrowInvalid("the file is empty: it has not even a header")
-    if len(head) == 2**20:
-        head = head[: head.rfind(b"\n") + 1]
+    if "\0" in header:
+        raise pa.ArrowInvalid("its header holds NUL bytes, as UTF-16 does: write it in UTF-8")
+    whole = len(head) < 2**20
+    head = head + b"\n" if whole else head[: head.rfind(b"\n") + 1]
     malformed: list[pa_csv.InvalidRow] = []
 
     def note(row: pa_csv.InvalidRow) -> str:
@@ -315,11 +374,11 @@ def _csv_schema(uri: str) -> tuple[pa.Schema, bool]:
     )
     fields = []
     for index, field in enumerate(table.schema):
-        plain = _all_match(_INTEGER, as_text.column(index)) if pa.types.is_integer(field.type) else True
+        plain = _all_match(_INTEGER, as_text.column(index)) if pt.is_integer(field.type) else True
         # Whole numbers beyond 64 bits are keys, which as floats would be others.
-        beyond = pa.types.is_floating(field.type) and _all_match(r"[+-]?[0-9]+", as_text.column(index))
+        beyond = pt.is_floating(field.type) and _all_match(r"[+-]?[0-9]+", as_text.column(index))
         fields.append(field.with_type(pa.string()) if beyond or not plain else field)
-    return pa.schema(fields), table.num_rows == 0 and not malformed
+    return pa.schema(fields), whole and table.num_rows == 0 and not malformed
 
 
 def _all_match(pattern: str, column: pa.ChunkedArray) -> bool:

@@ -9,12 +9,14 @@ met them.
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from tasks.core.conservation import check_equal
 from tasks.core.manifest import FileEntry
 from tasks.core.partition import split_by_key
 from tasks.core.profile import merge_profiles, profile_table
@@ -22,10 +24,18 @@ from tasks.core.reservation import Reservation
 from tasks.features.definitions import AS_OF, JoinHow
 from tasks.features.history import evaluate_history
 from tasks.features.kernel import join_dimension
-from tasks.features.parts import CREATED, VERSION, by_time, numeric_features, sketches, to_arrow, write_rejected
-from tasks.features.plan import FeaturePlan, GroupPlan, SourcePlan
+from tasks.features.parts import (
+    by_time,
+    numeric_features,
+    repeated_keys,
+    sketches,
+    stamped,
+    to_arrow,
+    write_rejected,
+)
+from tasks.features.plan import FeaturePlan, GroupPlan, LookupPlan, SourcePlan
 from tasks.features.rows import REASON, TIME, JudgedRows, judge
-from tasks.features.sources import RawRows, ReadUnit, read
+from tasks.features.sources import RawRows, ReadUnit, SourceTable, read, read_units
 from tasks.features.state import FILE, ROW, in_order, read_kept, write_kept
 from tasks.features.tallies import BucketSummary, EventTally, Tally, UnitNote
 
@@ -77,7 +87,7 @@ class Job:
         kept, tally, rejected = read_and_judge(unit.source, unit.read, unit.file if numbered else None)
         note = UnitNote(tally)
         if unit.group is None:
-            kept = self._looked_up(kept)
+            kept = looked_up(kept, self.plan.lookups, self.lookups)
         frames: list[pl.DataFrame] = []
         for number, planned in enumerate(self.plan.groups):
             rows = kept.clear()
@@ -104,11 +114,6 @@ class Job:
             return [unit.group]
         return [number for number in range(len(self.plan.groups)) if self.plan.reads(number, unit.file)]
 
-    def _looked_up(self, events: pl.DataFrame) -> pl.DataFrame:
-        for lookup, table in zip(self.plan.lookups, self.lookups, strict=True):
-            events = events.join(table, on=lookup.key, how="left", maintain_order="left")
-        return events
-
     def _of_group(self, events: pl.DataFrame, planned: GroupPlan) -> pl.DataFrame:
         """The events that a group sees: its columns, and only where its entity is known."""
         places = [FILE, ROW] if self.plan.states else []
@@ -124,12 +129,9 @@ class Job:
         number, part = divmod(wave[index], self.buckets)
         planned, reservation = self.plan.groups[number], self.reservations[number]
         events, counts = self._events(number, part, frames)
-        snapshots = evaluate_history(planned.group, events, self.plan.time, self.plan.as_of)
-        features = pl.concat(
-            frame.with_columns(pl.lit(moment, TIME).alias(AS_OF))
-            for frame, moment in zip(snapshots, self.plan.as_of, strict=True)
-        )
-        entities = Tally(rows_in=features.height)
+        features = snapshots_of(planned, events, self.plan.time, self.plan.as_of)
+        entities = Tally(rows_in=entity_rows(events, planned.group.entity, self.plan.time, self.plan.as_of))
+        check_equal(planned.group.name, entities.rows_in, features.height, "have events, {} got features")
         dimension = Tally()
         rejected_files: list[FileEntry] = []
         unmatched = 0
@@ -143,11 +145,7 @@ class Job:
                 if rejected.height:
                     rejected_files.append(write_rejected(reservation, name, part, rejected))
         entities.rows_out = features.height
-        stamped = features.with_columns(
-            pl.lit(self.created, TIME).alias(CREATED),
-            pl.lit(f"v{reservation.version}").alias(VERSION),
-        )
-        table = to_arrow(stamped)
+        table = to_arrow(stamped(features, self.created, reservation.version))
         numbers = table.select([*numeric_features(table.schema, planned), AS_OF])
         profiles = [profile_table(piece.drop_columns([AS_OF])) for piece in by_time(numbers, self.plan.as_of)]
         several = len(self.plan.as_of) > 1
@@ -156,7 +154,7 @@ class Job:
             events=counts,
             dimension=dimension,
             entities=entities,
-            duplicate_keys=features.height - features.select(planned.group.entity, AS_OF).n_unique(),
+            duplicate_keys=repeated_keys(features, planned.group.entity),
             unmatched=unmatched,
             rejected_files=rejected_files,
             profile=merge_profiles(profiles),
@@ -196,7 +194,43 @@ class Job:
         raw = pl.DataFrame(schema=dict.fromkeys(self.plan.events.file_columns, pl.String))
         judged = judge(raw, self.plan.events.rows).kept
         placed = judged.with_columns(pl.lit(0, pl.Int32).alias(FILE), pl.lit(0, pl.Int64).alias(ROW))
-        return self._of_group(self._looked_up(placed), planned)
+        return self._of_group(looked_up(placed, self.plan.lookups, self.lookups), planned)
+
+
+def units_of(source: SourcePlan, plan: FeaturePlan, table: SourceTable | None = None) -> list[ReadUnit]:
+    """A unit has as many rows as a bucket, so that there are as few pieces to exchange as memory allows."""
+    return read_units(table or source.table, source.file_columns, plan.rows_per_bucket, source.categories)
+
+
+def looked_up(events: pl.DataFrame, lookups: Sequence[LookupPlan], tables: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """Events with the columns of dimensions that expressions over them use; null where there is no row."""
+    for lookup, table in zip(lookups, tables, strict=True):
+        events = events.join(table, on=lookup.key, how="left", maintain_order="left")
+    return events
+
+
+def snapshots_of(planned: GroupPlan, events: pl.DataFrame, time: str, as_of: Sequence[dt.datetime]) -> pl.DataFrame:
+    """Features of whole entities as of each time, in order of the times, which stand in a column."""
+    found = evaluate_history(planned.group, events, time, as_of)
+    return pl.concat(
+        frame.with_columns(pl.lit(moment, TIME).alias(AS_OF)) for frame, moment in zip(found, as_of, strict=True)
+    )
+
+
+def entity_rows(events: pl.DataFrame, entity: str, time: str, as_of: Sequence[dt.datetime]) -> int:
+    """Rows that a bucket's events must give: an entity has one at each time from its first event on.
+
+    Args:
+        events: Events of whole entities up to the last time.
+        entity: Their key.
+        time: Their time.
+        as_of: Times, ascending.
+
+    """
+    if len(as_of) == 1:
+        return events[entity].n_unique()
+    first = events.group_by(entity).agg(pl.col(time).min())[time]
+    return sum(int((first <= moment).sum()) for moment in as_of)
 
 
 def read_and_judge(

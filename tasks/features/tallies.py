@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tasks.core.errors import BalanceError
+from tasks.core.conservation import check_equal
 from tasks.core.manifest import FileEntry, RowBalance
 from tasks.core.profile import TableProfile
 from tasks.core.sketch import QuantileSketch
+from tasks.features.plan import SourcePlan
+from tasks.features.sources import ReadUnit
 
 
 @dataclass(slots=True)
@@ -29,6 +32,13 @@ class Tally:
         self.rejected += other.rejected
         self.filtered += other.filtered
         self.deduplicated += other.deduplicated
+
+    def pass_on(self, later: Tally) -> None:
+        """Take over what became of the kept rows in a later step."""
+        self.rows_out = later.rows_out
+        self.rejected += later.rejected
+        self.filtered += later.filtered
+        self.deduplicated += later.deduplicated
 
     def balance(self, name: str) -> RowBalance:
         """The counts as the manifest keeps them."""
@@ -87,7 +97,25 @@ class BucketSummary:
     quantiles: list[dict[str, QuantileSketch]]
 
 
-def check_arrival(name: str, sent: int, arrived: int) -> None:
-    """Raise `BalanceError` unless all rows that were sent to their entities' buckets are there."""
-    if sent != arrived:
-        raise BalanceError(f"{name}: {sent} rows were sent to their entities, {arrived} arrived")
+def check_rows_read(source: SourcePlan, units: Sequence[ReadUnit], tally: Tally) -> None:
+    """Compare the rows that were read with what the footers of the files say; a CSV file has none to say it.
+
+    Raises:
+        BalanceError: they differ.
+
+    """
+    groups = {file.info.uri: file.row_groups for file in source.table.files}
+    if all(unit.format == "parquet" for unit in units):
+        said = sum(sum((groups[unit.uri] or ())[group] for group in unit.row_groups) for unit in units)
+        check_equal(source.name, said, tally.rows_in, "stand in the files, {} were read")
+
+
+def check_way(name: str, sent: int, carried: int, taken: int) -> None:
+    """Compare what was sent to the buckets, what the exchange carried there, and what was taken from it.
+
+    Raises:
+        BalanceError: they differ.
+
+    """
+    check_equal(name, sent, carried, "were sent to their buckets, {} were carried there")
+    check_equal(name, carried, taken, "were carried to their buckets, {} were taken there")

@@ -26,7 +26,7 @@ _BEGINNINGS = (
     (rb"\0+\Z", Appearance("nothing but zero bytes", False)),
 )
 _TEXTS = (
-    (r".*<svg\s", "an SVG drawing; convert it to PNG"),
+    (r".*<svg[\s>]", "an SVG drawing; convert it to PNG"),
     (r"\s*(<!--.*-->\s*)?<(!doctype )?html", "an HTML page, such as a server's error"),
     (r"\s*<[?!a-z]", "an XML document"),
     (r"\s*[{\[]", "JSON"),

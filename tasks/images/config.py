@@ -174,6 +174,9 @@ class ImageAugmentationConfig(BaseModel):
     thresholds: ImageThresholds = Field(
         default_factory=ImageThresholds, description="Bounds of the row and dataset checks."
     )
+    self_test: bool = Field(
+        default=True, description="Inject faults into a sample of the version, and report which its gate notices."
+    )
     sample_images: int = Field(default=500, ge=10, le=1_000_000, description="Size of the sample, images.")
 
     @model_validator(mode="after")

@@ -21,8 +21,9 @@ What is rejected, and as what:
 - `too_many_pixels`: the header declares more than the limit; known before memory is taken.
 - `truncated`: the file ends before its picture does. A JPEG without its end mark counts as such: the rest of an
   interrupted copy may be zeros, which decode as gray.
-- `corrupt`: anything else that the decoder refuses, and JPEGs whose compressed data is seen to be damaged, which Pillow
-  alone would pass with gray or garbled areas. Stray bytes before a JPEG's markers are no damage.
+- `corrupt`: anything else that the decoder refuses, PNGs with a wrong checksum, and JPEGs whose compressed data is
+  seen to be damaged, which Pillow alone would pass with gray or garbled areas. Stray bytes before a JPEG's markers
+  are no damage.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from PIL import EpsImagePlugin, Image, ImageFile
 
 from tasks.images.appearance import appearance
 from tasks.images.jpeg_header import ORIENTATION_TAG, read_jpeg_header
+from tasks.images.parts import unseen_damage
 
 Reason = Literal["empty_file", "not_an_image", "unsupported", "too_many_pixels", "truncated", "corrupt"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
@@ -139,6 +141,8 @@ class Decoder:
                 width, height = image.size
                 if width * height > self._max_pixels:
                     return _too_many(width, height, self._max_pixels)
+                if damage := unseen_damage(name, data):
+                    return Rejection(*damage)
                 _scale_clear_colour(image)
                 image.load()
                 return Decoded(self._painted(image), name)

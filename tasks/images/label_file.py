@@ -67,7 +67,7 @@ def read_labels(uri: str, id_column: str, class_column: str, group_column: str |
                 table = _read_csv(source.read(), wanted, separator, malformed)
     except SourceError as fault:
         raise SourceError(f"labels '{shown(uri)}': {fault}") from fault.__cause__
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, csv.Error) as fault:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, csv.Error, UnicodeDecodeError) as fault:
         raise SourceError(
             f"labels '{shown(uri)}' can't be read: {shown(str(fault).splitlines()[0])}; "
             "give a Parquet file, or CSV in UTF-8 (is it cut short, of another format, or a quote left open?)"

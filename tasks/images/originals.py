@@ -122,15 +122,35 @@ def settle(
         For each image of the plan: the first image of its group, and its split; -1 for an image that was rejected.
 
     """
-    pairs = [*near(found), _chained(found.linked, found.augmented), _chained(found.content, found.augmented)]
-    groups = group_images(len(found.key), pairs)
-    groups = np.where(found.augmented, groups, -1)
+    groups = grouped(near(found), found.linked, found.content, found.augmented)
     splits = np.full(len(groups), -1, np.int8)
     good = found.augmented
     splits[good] = split_images(
         found.key[good], found.class_id[good], groups[good], config.validation_share, config.test_share
     )
     return groups, splits
+
+
+def grouped(near: Iterable[Int64Array], linked: Int64Array, content: UInt64Array, augmented: BoolArray) -> Int64Array:
+    """Group images that are copies of each other, or belong together.
+
+    Args:
+        near: Pairs of near-duplicates, shape (pairs, 2).
+        linked: What images share that are known to belong together, shape (n,).
+        content: Hash of each file's contents.
+        augmented: Whether an image counts.
+
+    Returns:
+        The first image of each image's group, -1 for one that doesn't count; shape (n,).
+
+    """
+    pairs = [*near, _chained(linked, augmented), _chained(content, augmented)]
+    return np.where(augmented, group_images(len(augmented), pairs), -1)
+
+
+def repeated_keys(keys: UInt64Array) -> int:
+    """Images whose key another one has, too, beyond the first."""
+    return len(keys) - len(np.unique(keys))
 
 
 def _chained(values: npt.NDArray[np.generic], chosen: BoolArray) -> Int64Array:
@@ -204,7 +224,7 @@ def write_originals(
             if not rows.num_rows:
                 continue
             split = pa.array([SPLITS[one] for one in splits[unit][mask].tolist()], pa.string())
-            scores.append(_row_means(judged["scores"]))
+            scores.append(row_means(judged["scores"]))
             passed.append(judged["passed"].to_numpy())
             ready.append(judged["ready"].to_numpy())
             alike = pa.array([names.get(group) for group in groups[unit][mask].tolist()], pa.string())
@@ -213,7 +233,7 @@ def write_originals(
             columns |= {"content_xxh3": judged["content"], "perceptual_hash": judged["hash"]}
             columns |= {"split": split, "alike": alike, "mean_score": pa.array(scores[-1])}
             stream.write(pa.table({name: columns[name] for name in ORIGINALS.names}, schema=ORIGINALS))
-            profiles.append(_profile(rows, judged, split))
+            profiles.append(profile_variants(rows, judged, split))
     empty = pa.table({name: pa.array([], kind) for name, kind in _PROFILED.items()})
     return OriginalsFile(
         entry=plan.reservation.entry(stream.written),
@@ -236,7 +256,7 @@ _PROFILED = {
 }
 
 
-def _profile(rows: pa.Table, judged: pa.Table, split: pa.Array) -> TableProfile:
+def profile_variants(rows: pa.Table, judged: pa.Table, split: pa.Array | pa.ChunkedArray) -> TableProfile:
     """Profile of the variants' rows of some originals."""
     lists = judged["scores"].combine_chunks()
     parents = pc.list_parent_indices(lists)
@@ -252,7 +272,8 @@ def _profile(rows: pa.Table, judged: pa.Table, split: pa.Array) -> TableProfile:
     return profile_table(pa.table({name: repeated[name] for name in _PROFILED}))
 
 
-def _row_means(scores: pa.ChunkedArray) -> npt.NDArray[np.float32]:
+def row_means(scores: pa.ChunkedArray) -> npt.NDArray[np.float32]:
+    """Mean score of each image over its variants, of which all have equally many; shape (n,)."""
     lists = scores.combine_chunks()
     flat = pc.list_flatten(lists).to_numpy()
     return np.asarray(flat.reshape(len(lists), -1).mean(axis=1), np.float32)

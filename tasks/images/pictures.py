@@ -16,7 +16,7 @@ from tasks.core.manifest import FileEntry
 from tasks.core.report import DataTable, Picture
 from tasks.core.reservation import Reservation
 from tasks.images.charts import class_balance_chart, size_chart
-from tasks.images.config import ImageAugmentationConfig
+from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.images.decode import Decoded, Decoder
 from tasks.images.rows import decode_images
 from tasks.images.sheet import SheetRow, contact_sheet, reject_sheet, thumbnail
@@ -90,7 +90,7 @@ def _sheet_rows(examples: Sequence[Example], config: ImageAugmentationConfig, de
             class_name=example.class_name,
             split=example.split,
             original=thumbnail(decoded.pixels[:, :, :3], SIDE),
-            variants=[thumbnail(_levels(image, config), SIDE) for image in decode_images(rows)],
+            variants=[thumbnail(levels(image, config.augmentation), SIDE) for image in decode_images(rows)],
             issues=rows["quality_issues"].to_pylist(),
         )
 
@@ -100,12 +100,12 @@ def _stored_rows(example: Example) -> pa.Table:
         return pq.read_table(source, filters=[("original_image_id", "=", example.image_id)])
 
 
-def _levels(image: npt.NDArray[np.generic], config: ImageAugmentationConfig) -> UInt8Array:
+def levels(image: npt.NDArray[np.generic], augmentation: Augmentation) -> UInt8Array:
     """A stored image as RGB rows of uint8, shape (height, width, 3)."""
     rows = np.moveaxis(np.asarray(image), 0, 2)
     if rows.dtype == np.uint8:
         return np.ascontiguousarray(rows)
-    mean, std = np.array(config.augmentation.mean), np.array(config.augmentation.std)
+    mean, std = np.array(augmentation.mean), np.array(augmentation.std)
     return np.ascontiguousarray(np.clip((rows * std + mean) * 255 + 0.5, 0, 255).astype(np.uint8))
 
 

@@ -25,8 +25,10 @@ import ray
 import ray.data
 
 from tasks.core import layout, storage
-from tasks.core.cluster import cluster_cpus, data_context
+from tasks.core.cluster import LOST_WORKER_RETRIES, cluster_cpus, data_context
+from tasks.core.conservation import check_equal
 from tasks.core.errors import BalanceError
+from tasks.core.exchange import losses_explained
 from tasks.core.manifest import ColumnSpec, FileEntry, RowBalance
 from tasks.core.profile import TableProfile
 from tasks.core.reservation import Reservation
@@ -37,6 +39,7 @@ from tasks.images.originals import (
     gather,
     leaking_groups,
     moved_units,
+    repeated_keys,
     settle,
     wanted_splits,
     write_originals,
@@ -118,6 +121,7 @@ def augment_images(
     Raises:
         BalanceError: images were lost or doubled on the way.
         ConfigError: the policy can't be loaded, or gives something else than images.
+        ResourceError: memory or disk are too small; it says what to do.
 
     """
     job = ImageJob(
@@ -131,11 +135,11 @@ def augment_images(
     finished = finished_units(plan)
     on_images(sum(note.images for note in finished.values()))
     todo = [unit for unit in range(plan.units) if unit not in finished]
-    notes = dict(finished)
+    made = []
     for note in _augment(job, todo):
-        notes[note.unit] = note
+        made.append(note)
         on_images(note.images)
-    ordered = [notes[unit] for unit in range(plan.units)]
+    ordered = _each_once(plan, [*finished.values(), *made])
     timings = {"augment and write": time.monotonic() - started}
 
     started = time.monotonic()
@@ -175,7 +179,7 @@ def augment_images(
         ready_variants=written.ready_variants,
         sizes=np.stack([found.height[good], found.width[good]], axis=1),
         leaking_groups=leaking_groups(groups, splits),
-        duplicate_ids=len(found.key) - len(np.unique(found.key)),
+        duplicate_ids=repeated_keys(found.key),
         like_groups=tuple(_like_groups(plan, groups, splits, companies[:NAMED_GROUPS])),
         like_group_count=len(companies),
         examples=tuple(_examples(plan, found, splits, written.mean_scores, files)),
@@ -191,6 +195,15 @@ def _augment(job: ImageJob, units: Sequence[int]) -> Iterator[UnitNote]:
     yield from _mapped(_UnitMapper, (job,), units, job.config)
 
 
+def _each_once(plan: ImagePlan, notes: Sequence[UnitNote]) -> list[UnitNote]:
+    """Notes in the units' order: one of each, with all its images."""
+    by_unit = {note.unit: note for note in notes}
+    check_equal("units of images", plan.units, len(notes), "were planned, of {} there are notes")
+    check_equal("units of images", plan.units, len(by_unit), "were planned, {} different ones are done")
+    check_equal("images", plan.images, sum(note.images for note in notes), "were planned, {} were looked at")
+    return [by_unit[unit] for unit in range(plan.units)]
+
+
 def _mapped(
     mapper: type[Any], arguments: tuple[Any, ...], items: Sequence[Any], config: ImageAugmentationConfig
 ) -> Iterator[Any]:
@@ -203,11 +216,14 @@ def _mapped(
     if config.workers == "actors":
         size = config.actors or max(1, _places(config))
         options["compute"] = ray.data.ActorPoolStrategy(size=min(size, len(items)))
+        options["max_task_retries"] = LOST_WORKER_RETRIES
     else:
         instance = mapper(*arguments)
         mapper = instance.__call__
+        options["max_retries"] = LOST_WORKER_RETRIES
         del options["fn_constructor_args"]
-    with data_context():
+    # Ray Data would try for ever, also what kills each of its workers.
+    with losses_explained(f"lower --images-per-file (it is {config.images_per_file})"), data_context():
         blocks = [pa.table({"item": pa.array([pickle.dumps(item)], pa.large_binary())}) for item in items]
         dataset = ray.data.from_arrow(blocks).map_batches(mapper, batch_format="pyarrow", **options)
         # What comes back was made by our own tasks a moment ago, so it may be unpickled.
@@ -258,7 +274,8 @@ def _near_duplicates(found: Gathered, config: ImageAugmentationConfig) -> list[n
     parts = 2 * cluster_cpus()
     shared = [ray.put(value) for value in (*arguments, valid)]
     search: Any = _pairs_of_part
-    return list(ray.get([search.remote(part, parts, *shared) for part in range(parts)]))
+    with losses_explained(f"turn the search off with --near-duplicates null (it is {config.near_duplicates})"):
+        return list(ray.get([search.remote(part, parts, *shared) for part in range(parts)]))
 
 
 @ray.remote(num_cpus=1, scheduling_strategy="SPREAD")

@@ -50,7 +50,7 @@ PLAN = pa.schema(
 belong with it, by contents or by the group column. split: as far as near-duplicates aren't known yet."""
 
 # Settings that change no byte of a unit's files, but for what they do to the plan's own rows.
-_ELSEWHERE = {"root", "name", "images", "labels", "near_duplicates", "workers", "actors", "sample_images"}
+_ELSEWHERE = {"root", "name", "images", "labels", "near_duplicates", "workers", "actors", "sample_images", "self_test"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

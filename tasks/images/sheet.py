@@ -114,11 +114,31 @@ def reject_sheet(
         side: Height and width of each picture, 16 to 256 CSS pixels.
         max_bytes: Most bytes of the result, unless a single tile has more.
     """
+    return tile_sheet(items, side, max_bytes)
+
+
+def tile_sheet(
+    items: Sequence[tuple[str, str, ByteArray | None]],
+    side: int = SIDE,
+    max_bytes: int = SHEET_BYTES // 2,
+    lines: int = 2,
+    empty: str = "Nothing was rejected.",
+) -> bytes:
+    """Pictures side by side with a name and a text below each, as WebP; a grey tile stands for a missing picture.
+
+    Args:
+        items: Name, text, and pixels or a thumbnail, uint8, (height, width, 3 or more), of each: at most 40 show.
+        side: Height and width of each picture, 16 to 256 CSS pixels.
+        max_bytes: Most bytes of the result, unless a single tile has more.
+        lines: Most lines of text.
+        empty: What stands there without any item.
+    """
     assert SIDES[0] <= side <= SIDES[1], f"side = {side} isn't within {SIDES}"
     shown = min(len(items), _REJECTS_SHOWN)
     while True:
         for scale in (SCALE, 1.0):
-            data = _smallest(_rejects(items[:shown], side, scale, left_out=len(items) - shown), max_bytes)
+            canvas = _tiles(items[:shown], side, scale, len(items) - shown, lines=lines, empty=empty)
+            data = _smallest(canvas, max_bytes)
             if len(data) <= max_bytes or (shown <= 1 and scale == 1):
                 return data
         shown = shown * 3 // 4
@@ -244,19 +264,27 @@ def _contact(canvas: _Canvas, row: SheetRow, place: tuple[float, float, float, f
         canvas.text("›", x + side + 7, top + side / 2 - 15, 12, size=22)
 
 
-def _rejects(items: Sequence[tuple[str, str, ByteArray | None]], side: int, scale: float, left_out: int) -> _Canvas:
-    """Tiles with names and reasons below them; the reason stands in the tile where there is no picture."""
-    pitch, height = side + _TILE_GAP, side + _LINE + 2 * _SMALL_LINE + 10
+def _tiles(
+    items: Sequence[tuple[str, str, ByteArray | None]],
+    side: int,
+    scale: float,
+    left_out: int,
+    *,
+    lines: int,
+    empty: str,
+) -> _Canvas:
+    """Tiles with names and texts below them; the text stands in the tile where there is no picture."""
+    pitch, height = side + _TILE_GAP, side + _LINE + lines * _SMALL_LINE + 10
     columns = max(1, (_WIDTH + _TILE_GAP) // pitch)
     below = -(-len(items) // columns) * height
-    words = f"and {left_out:,} more" if left_out else "" if items else "Nothing was rejected."
+    words = f"and {left_out:,} more" if left_out else "" if items else empty
     canvas = _Canvas(max(_WIDTH, side), below + (_LINE + 4 if words else 0), scale)
     for index, (name, reason, pixels) in enumerate(items):
         x, y = index % columns * pitch, index // columns * height
         canvas.text(name, x, y + side + 2, side, bold=True)
         if pixels is not None:
             canvas.picture(pixels, x, y, side)
-            canvas.lines(reason, x, y + side + _LINE, side, most=2)
+            canvas.lines(reason, x, y + side + _LINE, side, most=lines)
         else:
             canvas.box((x, y, side, side), INK_COLOUR, opacity=50)
             canvas.lines(reason, x + 8, y + 8, side - 16, most=max(1, (side - 12) // _SMALL_LINE))

@@ -9,7 +9,7 @@ What becomes of odd files:
 |---|---|
 | name, or directory on the way to it, that begins with '.' or '_' | not listed, not counted |
 | suffix of a table, text, program, archive or array (`NOT_IMAGES`, in any case) | filtered, `not_image_suffix` |
-| name that isn't UTF-8, has control characters, or is longer than 1,024 characters | rejected, `bad_name` |
+| name not in UTF-8, with control characters, of over 1,024 characters, or with '..' on S3 | rejected, `bad_name` |
 | pipe, socket or device | rejected, `not_a_file` |
 | same name but for the suffix: x.png and x.jpg | all rejected, `duplicate_id` |
 """
@@ -30,6 +30,7 @@ import pyarrow as pa
 
 from tasks.core import storage
 from tasks.core.errors import SourceError
+from tasks.core.location import odd_key
 from tasks.core.manifest import InputFile, InputRecord
 from tasks.core.numerals import plural
 from tasks.core.transient import is_transient
@@ -201,7 +202,8 @@ def _base(root: str, infos: Sequence[storage.FileInfo]) -> str:
 
 
 _DETAILS = {
-    "bad_name": f"the name isn't UTF-8, has control characters, or is longer than {LONGEST_PATH:,} characters; rename",
+    "bad_name": f"the name isn't UTF-8, has control characters, is longer than {LONGEST_PATH:,} characters, or would "
+    "be read as another object's ('..', '?versionId='); rename",
     "not_a_file": "a pipe, a socket or a device; remove it",
 }
 
@@ -209,6 +211,8 @@ _DETAILS = {
 def _fault(info: storage.FileInfo, start: int) -> str | None:
     """Why a file can't be a candidate; `start` is where its relative path begins."""
     if len(info.uri) - start > LONGEST_PATH or (not info.uri.isprintable() and _UNSHOWABLE.search(info.uri)):
+        return "bad_name"
+    if storage.is_s3(info.uri) and odd_key(info.uri[start:]):
         return "bad_name"
     # Whoever opened a pipe would wait for ever. They all claim to be empty, so that few files are asked.
     if not info.bytes and not storage.is_s3(info.uri) and not Path(info.uri).is_file():

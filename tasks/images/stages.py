@@ -128,7 +128,7 @@ def augment_unit(job: ImageJob, unit: int) -> UnitNote:
         entry = _augment_split(job, uri, planned.take(rows), [outcomes[row] for row in rows], clock)
         if entry is not None:
             files[SPLITS[number]] = entry
-    table = pa.table({name: [getattr(one, name) for one in outcomes] for name in OUTCOMES.names}, schema=OUTCOMES)
+    table = _outcome_table(outcomes)
     reasons = pc.value_counts(table["reason"].drop_null()).to_pylist()
     note = UnitNote(
         unit=unit,
@@ -149,33 +149,9 @@ def _augment_split(
     job: ImageJob, uri: str, planned: pa.Table, outcomes: Sequence[_Outcome], clock: _Clock
 ) -> FileEntry | None:
     """Write the file of one split's images to `uri`; None if none of them can be decoded."""
-    worker = worker_for(job.config)
-    keys = planned["key"].to_numpy()
     stream: ParquetStream | None = None
     try:
-        for first, contents in _chunks(_contents(planned["uri"].to_pylist()), job.config):
-            own = outcomes[first : first + len(contents)]
-            images = _decoded(worker, contents, own, clock)
-            sizes = [expected_size(data) for data in contents]
-            made, measured, magnification = worker.engine.variants(images, keys[first : first + len(own)], sizes)
-            clock.lap("augment")
-            if not len(made):
-                continue
-            augmented = [outcome for outcome in own if outcome.reason is None]
-            chunk = planned.slice(first, len(own)).filter(pa.array([outcome.reason is None for outcome in own]))
-            originals = Originals(
-                ids=chunk["image_id"].combine_chunks(),
-                uris=chunk["uri"].combine_chunks(),
-                class_ids=chunk["class_id"].to_numpy(),
-                class_names=chunk["class_name"].combine_chunks(),
-            )
-            variants = job.config.augmentation.variants
-            scored = score(
-                measured, magnification, np.repeat(originals.class_ids, variants), job.classes, job.config.thresholds
-            )
-            _note_scores(augmented, scored, variants)
-            table = build_rows(job.config, made, originals, scored, job.classes)
-            clock.lap("judge")
+        for table in _rows(job.config, job.classes, planned, outcomes, clock):
             if stream is None:
                 stream = open_rows(job, uri)
             stream.write(table)
@@ -189,6 +165,67 @@ def _augment_split(
     stream.__exit__(None, None, None)
     clock.lap("write")
     return job.reservation.entry(stream.written)
+
+
+def _rows(
+    config: ImageAugmentationConfig, classes: int, planned: pa.Table, outcomes: Sequence[_Outcome], clock: _Clock
+) -> Iterator[pa.Table]:
+    """The rows of some images' variants, some images at a time; what becomes of each image is noted."""
+    worker = worker_for(config)
+    keys = planned["key"].to_numpy()
+    uris = planned["uri"].to_pylist()
+    listed = planned["bytes"].to_pylist() if "bytes" in planned.column_names else [None] * len(uris)
+    contents_of = _contents(uris, listed)
+    for first, contents in _chunks(contents_of, config):
+        own = outcomes[first : first + len(contents)]
+        images = _decoded(worker, contents, own, clock)
+        sizes = [expected_size(data) for data in contents]
+        made, measured, magnification = worker.engine.variants(images, keys[first : first + len(own)], sizes)
+        clock.lap("augment")
+        if not len(made):
+            continue
+        augmented = [outcome for outcome in own if outcome.reason is None]
+        chunk = planned.slice(first, len(own)).filter(pa.array([outcome.reason is None for outcome in own]))
+        originals = Originals(
+            ids=chunk["image_id"].combine_chunks(),
+            uris=chunk["uri"].combine_chunks(),
+            class_ids=chunk["class_id"].to_numpy(),
+            class_names=chunk["class_name"].combine_chunks(),
+        )
+        variants = config.augmentation.variants
+        scored = score(measured, magnification, np.repeat(originals.class_ids, variants), classes, config.thresholds)
+        _note_scores(augmented, scored, variants)
+        table = build_rows(config, made, originals, scored, classes)
+        clock.lap("judge")
+        yield table
+
+
+def augment_again(config: ImageAugmentationConfig, classes: int, planned: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Make the variants of a few images in memory, as `augment_unit` makes and writes those of a unit.
+
+    Args:
+        config: How.
+        classes: Number of classes.
+        planned: Columns image_id, uri, class_name, class_id and key of the plan; with bytes, files of other sizes are
+            rejected, as they are by the job.
+
+    Returns:
+        What becomes of each image, by `OUTCOMES`; and the rows of those that are augmented, by `rows_schema`.
+
+    """
+    outcomes = [_Outcome() for _ in range(planned.num_rows)]
+    schema = rows_schema(config, classes)
+    # Formats that aren't encoded are views of the engine's own memory, which the next images overwrite.
+    kept = [_copied(table) for table in _rows(config, classes, planned, outcomes, _Clock())]
+    return _outcome_table(outcomes), pa.concat_tables([schema.empty_table(), *kept])
+
+
+def _copied(table: pa.Table) -> pa.Table:
+    return table.take(pa.array(np.arange(table.num_rows)))
+
+
+def _outcome_table(outcomes: Sequence[_Outcome]) -> pa.Table:
+    return pa.table({name: [getattr(one, name) for one in outcomes] for name in OUTCOMES.names}, schema=OUTCOMES)
 
 
 def open_rows(job: ImageJob, uri: str) -> ParquetStream:
@@ -241,28 +278,32 @@ def _decoded(
         clock.lap("augment")
 
 
-def _contents(uris: Sequence[str]) -> Iterator[bytes | OSError]:
-    """Contents of each file, in order; from S3 some are read ahead."""
+def _contents(uris: Sequence[str], sizes: Sequence[int | None]) -> Iterator[bytes | OSError]:
+    """Contents of each file, in order, or why it can't be used; from S3 some are read ahead."""
     if not uris or not storage.is_s3(uris[0]):
-        yield from map(_content, uris)
+        yield from map(_content, uris, sizes)
         return
     ahead: deque[Future[bytes | OSError]] = deque()
     with ThreadPoolExecutor(READ_AHEAD) as readers:
-        for uri in uris:
-            ahead.append(readers.submit(_content, uri))
+        for uri, size in zip(uris, sizes, strict=True):
+            ahead.append(readers.submit(_content, uri, size))
             if len(ahead) == READ_AHEAD:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
 
 
-def _content(uri: str) -> bytes | OSError:
+def _content(uri: str, size: int | None) -> bytes | OSError:
+    """A file of the size that was listed, if it was: copies were looked for among files of one size."""
     try:
-        return storage.read_bytes(uri)
+        data = storage.read_bytes(uri)
     except OSError as error:
         if is_transient(error):
             raise
         return error
+    if size is not None and len(data) != size:
+        return OSError(f"it had {size:,} bytes when it was listed and has {len(data):,} now; run again")
+    return data
 
 
 def _note_picture(outcome: _Outcome, data: bytes, decoded: Decoded) -> None:

@@ -97,8 +97,8 @@ def judge_training_set(
         checks.append(quality.check_nulls(model.entity, columns[model.entity], 0.0, 1.0))
     checks += [quality.check_nulls(name, columns[name], 0.0, 0.0) for name in (EVENT_TIME, TARGET) if name in columns]
     checks.append(_repeats(model, computed.duplicates))
-    for name in computed.features:
-        checks.append(quality.check_nulls(name, columns[name], bounds.null_warn, bounds.null_fail))
+    present = [name for name in computed.features if name in columns]  # a missing one fails the schema
+    checks += [quality.check_nulls(name, columns[name], bounds.null_warn, bounds.null_fail) for name in present]
     checks += [
         quality.check_finite(name, columns[name])
         for name in (*computed.features, TARGET)
@@ -149,6 +149,7 @@ def _leaks(model: Model, config: FeatureStoreConfig, computed: TrainingSetFigure
     return [
         label_quality.check_leakage(name, sample[name], target, bounds.leak_warn, bounds.leak_fail)
         for name in computed.features
+        if name in sample.column_names
     ]
 
 

@@ -42,13 +42,14 @@ class HistoryVersion:
     """One version in a history.
 
     created: when its features were computed. as_of: times that it holds, ascending, UTC. files: URIs in the
-    manifest's order. superseded: as_of → when a newer version that holds it too was created.
+    manifest's order, and their digests. superseded: as_of → when a newer version that holds it too was created.
     """
 
     version: int
     created: dt.datetime
     as_of: tuple[dt.datetime, ...]
     files: tuple[str, ...]
+    digests: tuple[str, ...]
     rows: int
     partition: Partition | None = None
     superseded: Mapping[dt.datetime, dt.datetime] = field(default_factory=dict)
@@ -105,6 +106,16 @@ def resolve_history(root: str, group: str, features: Sequence[str], pin: Pin = N
     if isinstance(pin, int) or not live:
         find_dataset(root, dataset, "features")
         live = [resolve(root, dataset, "latest" if pin is None else pin)]
+    return history_among(root, group, features, live)
+
+
+def history_among(root: str, group: str, features: Sequence[str], live: Sequence[Manifest]) -> History:
+    """The history of some features of a group in those of its versions that fit the newest; one or more, ascending.
+
+    Raises:
+        DefinitionError: the newest of the versions hasn't one of the features; the message names the closest.
+
+    """
     newest = live[-1]
     known = feature_names(newest)
     for name in features:
@@ -113,16 +124,38 @@ def resolve_history(root: str, group: str, features: Sequence[str], pin: Pin = N
     names = tuple(dict.fromkeys(n for name in features for n in (known if name == ALL else [name])))
     reasons = {manifest.version: _differs(manifest, newest, names) for manifest in live}
     kept = [manifest for manifest in live if not reasons[manifest.version]]
+    left_out = tuple((version, reason) for version, reason in reasons.items() if reason)
+    return history_of(root, group, names, kept, left_out)
+
+
+def history_of(
+    root: str,
+    group: str,
+    names: Sequence[str],
+    manifests: Sequence[Manifest],
+    left_out: tuple[tuple[int, str], ...] = (),
+) -> History:
+    """The history that certain versions are of some of their features.
+
+    Args:
+        root: Root of the store.
+        group: Name of the feature group.
+        names: Names of features that all of the versions have.
+        manifests: The versions, ascending, at least one.
+        left_out: Versions that aren't read, each with the reason.
+
+    """
+    newest = manifests[-1]
     schema = _schema(root, newest)
     entity: str = newest.definition["entity"]
     return History(
         group=group,
         entity=entity,
         key_type=schema.field(entity).type,
-        features=names,
+        features=tuple(names),
         types={name: schema.field(name).type for name in names},
-        versions=_versions(root, kept),
-        left_out=tuple((version, reason) for version, reason in reasons.items() if reason),
+        versions=_versions(root, manifests),
+        left_out=left_out,
     )
 
 
@@ -161,6 +194,7 @@ def _versions(root: str, manifests: Sequence[Manifest]) -> tuple[HistoryVersion,
                 created=created,
                 as_of=times,
                 files=tuple(data_files(root, manifest)),
+                digests=tuple(file.digest for file in manifest.files),
                 rows=manifest.rows,
                 partition=manifest.partition,
                 superseded={moment: newer[moment] for moment in times if moment in newer},

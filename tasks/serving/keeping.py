@@ -9,10 +9,11 @@ import socket
 import sys
 from argparse import Namespace
 
-from tasks.core import retention
+from tasks.core import layout, retention
 from tasks.core.errors import ConfigError
 from tasks.core.numerals import plural
 from tasks.core.reading import list_datasets, live_manifests, resolve
+from tasks.core.storage import delete, normalise
 from tasks.core.withdrawal import withdraw, withdrawn
 from tasks.serving.catalogue import find_dataset, short_name
 from tasks.serving.tables import as_json, moment, moments, show, size
@@ -57,11 +58,17 @@ def prune(arguments: Namespace) -> int:
     age = _age(arguments.older_than) if arguments.older_than else None
     surveys = {name: retention.survey(root, name, keep=arguments.keep, older_than=age) for name in datasets}
     chosen = [version for found in surveys.values() for version in found.prunable]
+    going = tuple(layout.version_uri(normalise(root), one.dataset, one.version) + "/" for one in chosen)
+    left = [info for info in retention.leftovers(root, datasets) if not info.uri.startswith(going)]
     if arguments.yes:
         retention.prune(root, chosen)
+        for info in left:
+            delete(info.uri)
     if arguments.json:
         held = {name: found.held for name, found in surveys.items() if found.held}
-        print(as_json({"deleted": arguments.yes, "versions": chosen, "held": held}))
+        print(
+            as_json({"deleted": arguments.yes, "versions": chosen, "held": held, "left": [info.uri for info in left]})
+        )
         return 0
     if chosen:
         show(
@@ -76,11 +83,14 @@ def prune(arguments: Namespace) -> int:
         for version, why in found.held.items():
             print(f"{name} v{version} stays: {why}")
     total = size(sum(version.bytes for version in chosen))
-    if not chosen:
+    if left:
+        files = f"{plural(len(left), 'file')} that killed runs have left, {size(sum(info.bytes for info in left))}"
+        print(f"deleted {files}" if arguments.yes else f"would delete {files}; give --yes to do it")
+    if not chosen and not left:
         print("nothing to delete" + ("" if arguments.keep or age else "; --keep N or --older-than AGE select more"))
-    elif arguments.yes:
+    elif chosen and arguments.yes:
         print(f"deleted {plural(len(chosen), 'version')}, {total}")
-    else:
+    elif chosen:
         print(f"would delete {plural(len(chosen), 'version')}, {total}; give --yes to do it")
     return 0
 

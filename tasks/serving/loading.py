@@ -10,14 +10,13 @@ import datetime as dt
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Annotated, Any
 
-import polars as pl
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from tasks.core.errors import DefinitionError
 from tasks.core.numerals import shortened
 from tasks.core.times import Times
-from tasks.features.loading import is_yaml, python_values, yaml_content
+from tasks.features.loading import is_yaml, python_values, sql_expression, yaml_content
 from tasks.serving.definition import FeatureReference, Label, Model, SpineSource, closest
 
 _SHOWN = 60
@@ -142,10 +141,7 @@ def _first_mistake(fault: ValidationError) -> str:
 
 
 def _label(name: str, text: _LabelText) -> Label:
-    try:
-        target = pl.sql_expr(text.target)
-    except pl.exceptions.PolarsError as fault:
-        raise DefinitionError(f"label '{name}': target '{text.target}' is no SQL expression: {fault}") from fault
+    target = sql_expression(f"label '{name}': target", text.target)
     return Label(name=name, **{**dict(text), "target": target})
 
 

@@ -25,13 +25,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tasks.core import layout, storage
+from tasks.core.disk import MIB
 from tasks.core.errors import CorruptVersion, DefinitionError, InputError
 from tasks.core.manifest import Manifest
 from tasks.core.partition import bucket_of
 from tasks.core.reading import data_files
 from tasks.serving.definition import closest
 
-CACHE_BYTES = 256 * storage.MIB
+CACHE_BYTES = 256 * MIB
 
 # Local reads are bound by decoding, which scales with cores; on S3 each waits for the network.
 _THREADS = 16
@@ -193,9 +194,11 @@ def _is_by(manifest: Manifest, entity: str) -> bool:
 def _open(uri: str, entity: str) -> _OpenFile:
     try:
         source = storage.open_input(uri)
+        reader = pq.ParquetFile(source)
     except FileNotFoundError as fault:
         raise CorruptVersion(f"{uri} is missing; the version was deleted, or restore the file from a copy") from fault
-    reader = pq.ParquetFile(source)
+    except pa.ArrowInvalid as fault:
+        raise CorruptVersion(f"{uri} can't be read as Parquet ({fault}); restore the file from a copy") from fault
     footer, schema = reader.metadata, reader.schema_arrow
     number = schema.names.index(entity)
     found = [footer.row_group(group).column(number).statistics for group in range(footer.num_row_groups)]

@@ -23,25 +23,37 @@ import polars as pl
 import pyarrow as pa
 import ray
 
+from tasks.core.cluster import LOST_WORKER_RETRIES
+from tasks.core.conservation import check_equal
 from tasks.core.errors import SourceError
-from tasks.core.exchange import collect, exchange
+from tasks.core.exchange import Exchanged, collect, exchange, losses_explained
 from tasks.core.manifest import ColumnSpec, FileEntry, RowBalance
 from tasks.core.profile import TableProfile, merge_profiles
+from tasks.core.reading import verify_digest
 from tasks.core.reservation import Reservation
 from tasks.core.sketch import QuantileSketch
-from tasks.features.sources import ReadUnit, read_units
-from tasks.features.stages import read_and_judge, unique_dimension_rows
-from tasks.features.tallies import Tally, check_arrival
+from tasks.features.tallies import Tally, check_rows_read, check_way
 from tasks.serving.definition import EVENT_TIME
 from tasks.serving.history import History
 from tasks.serving.plan import TrainingSetPlan
-from tasks.serving.stages import Job, JoinedBucket, LabelledBucket, Review, SpineNote
+from tasks.serving.stages import (
+    Job,
+    JoinedBucket,
+    LabelledBucket,
+    Review,
+    SpineNote,
+    label_lookups,
+    later_bound,
+    units_of,
+)
 
 MAX_BUCKETS = 256
 HISTORY_SHARE = 4
 """Feature rows that take the memory of one row of `rows_per_bucket`: they aren't held with copies on their way."""
 
 SAMPLE_ROWS = 200_000
+VERIFIERS = 64
+"""Tasks that compare feature files with their manifests, at most."""
 
 Progress = Callable[[int], None]
 Scatter = Callable[[int], tuple[SpineNote, list[pl.DataFrame]]]
@@ -100,7 +112,7 @@ def bucket_count(plan: TrainingSetPlan) -> int:
 
 def pieces_to_read(plan: TrainingSetPlan) -> int:
     """Pieces of the spine's or the label's files that the job will read."""
-    return len(_units(plan))
+    return len(units_of(plan))
 
 
 def build_training_set(
@@ -122,11 +134,13 @@ def build_training_set(
         BalanceError: rows were lost or doubled on the way.
         LeakFound: the join took a row that was planted in the future.
         SourceError: a file can't be read, or no time of a label is over.
-        CorruptVersion: a file of a feature version is missing.
+        CorruptVersion: a file of a feature version is missing or was altered.
+        ResourceError: memory or disk are too small; it says what to do.
 
     """
     started = time.monotonic()
-    job = Job(plan, reservation, _units(plan), _lookup_tables(plan))
+    lookups = label_lookups(plan)
+    job = Job(plan, reservation, units_of(plan), tuple(lookup.rows for lookup in lookups))
     sources, rejected = Tally(), list[FileEntry]()
     newest: list[dt.datetime] = []
 
@@ -138,12 +152,15 @@ def build_training_set(
             newest.append(note.newest)
         on_read(1)
 
-    labelled = _label(job, noted, newest) if plan.label is not None else None
-    made = time.monotonic()
-    turns = _turns(job, noted, labelled, on_joined)
+    with losses_explained(f"lower --rows-per-bucket (it is {plan.rows_per_bucket:,})"):
+        _verify_histories(plan)
+        labelled = _label(job, noted, newest) if plan.label is not None else None
+        made = time.monotonic()
+        turns = _turns(job, noted, labelled, on_joined)
     joined = time.monotonic()
-    balances = _balances(plan, sources, labelled, turns)
-    last = turns[-1]
+    balances = _balances(job, sources, labelled, turns)
+    last = turns[-1].summaries
+    rejected += [entry for lookup in lookups for entry in lookup.write_rejected(reservation)]
     files = [bucket.file for bucket in last if bucket.file is not None]
     schema = _schema(last)
     if not files:  # without a single row there is still one file: a schema for the gate to judge
@@ -159,13 +176,13 @@ def build_training_set(
         profile=merge_profiles([earlier, later]),
         profile_earlier=earlier,
         profile_later=later,
-        balances=balances,
+        balances=(*balances[:-1], *(lookup.balance for lookup in lookups), balances[-1]),
         features=tuple(plan.columns),
         histories=plan.histories,
         matched=_matched(plan, turns),
         null_keys=sum(bucket.null_keys for bucket in last),
         rows=sum(bucket.rows for bucket in last),
-        planted=sum(bucket.planted for turn in turns for bucket in turn),
+        planted=sum(bucket.planted for turn in turns for bucket in turn.summaries),
         sample=_sample(reviews),
         newest_event=max(newest) if newest else None,
         duplicates=sum(bucket.duplicates for bucket in last),
@@ -174,19 +191,23 @@ def build_training_set(
     )
 
 
-def _units(plan: TrainingSetPlan) -> tuple[ReadUnit, ...]:
-    return tuple(read_units(plan.source.table, plan.source.file_columns, plan.rows_per_bucket, plan.source.categories))
+def _verify_histories(plan: TrainingSetPlan) -> None:
+    """Compare the feature files with their manifests, byte by byte: a row group bears no checksum that readers ask.
+
+    Raises:
+        CorruptVersion: a file is missing or differs.
+
+    """
+    versions = [version for history in plan.histories for version in history.versions]
+    files = [pair for version in versions for pair in zip(version.files, version.digests, strict=True)]
+    parts = min(len(files), VERIFIERS)
+    collect([_verify_files.remote(files[part::parts]) for part in range(parts)], _ignored)
 
 
-def _lookup_tables(plan: TrainingSetPlan) -> tuple[pl.DataFrame, ...]:
-    """Dimension columns that a label's expression uses, by key: given to every task, so they fit in memory."""
-    tables = []
-    for lookup in plan.label.events.lookups if plan.label is not None else ():
-        source = lookup.dimension
-        units = read_units(source.table, source.file_columns, plan.rows_per_bucket, source.categories)
-        rows = pl.concat(read_and_judge(source, unit)[0] for unit in units)
-        tables.append(unique_dimension_rows(rows, lookup.key, Tally())[0])
-    return tuple(tables)
+@ray.remote(num_cpus=1, max_retries=LOST_WORKER_RETRIES, scheduling_strategy="SPREAD")
+def _verify_files(files: Sequence[tuple[str, str]]) -> None:
+    for uri, digest in files:
+        verify_digest(uri, digest)
 
 
 def _label(job: Job, noted: Callable[[SpineNote], None], newest: Sequence[dt.datetime]) -> _Labelled:
@@ -202,7 +223,10 @@ def _label(job: Job, noted: Callable[[SpineNote], None], newest: Sequence[dt.dat
 
     done = exchange(len(job.units), buckets, partial(job.label_scatter, buckets), job.label_gather, on_note=noted_too)
     summaries: list[LabelledBucket] = done.summaries
-    check_arrival(job.plan.source.name, sent.rows_out, sum(summary.events for summary in summaries))
+    taken = sum(summary.events for summary in summaries)
+    check_way(job.plan.source.name, sent.rows_out, int(done.carried.sum()), taken)
+    made = sum(summary.rows for summary in summaries)
+    check_equal(f"label {plan.label.name}", made, int(done.rows.sum()), "were made, {} were handed on")
     finished = plan.finished(max(newest) if newest else None)
     if not finished:
         raise SourceError(
@@ -210,15 +234,15 @@ def _label(job: Job, noted: Callable[[SpineNote], None], newest: Sequence[dt.dat
             f"by {_day(plan.complete or (max(newest) if newest else None))}, up to which its events reach; "
             f"give earlier times, fewer days, or a later --as-of"
         )
-    return _Labelled(done.tables, finished, Tally(rows_in=sum(summary.rows for summary in summaries)))
+    return _Labelled(done.tables, finished, Tally(rows_in=made))
 
 
 def _turns(
     job: Job, noted: Callable[[SpineNote], None], labelled: _Labelled | None, on_joined: Progress
-) -> list[list[JoinedBucket]]:
-    """Exchange the rows by each entity key in turn, the model's own last; summaries of each turn's buckets."""
+) -> list[Exchanged[SpineNote, JoinedBucket]]:
+    """Exchange the rows by each entity key in turn, the model's own last."""
     buckets = bucket_count(job.plan)
-    turns: list[list[JoinedBucket]] = []
+    turns: list[Exchanged[SpineNote, JoinedBucket]] = []
     tables: list[Any] | None = None
     on_note: Callable[[SpineNote], None]
     for number in range(len(job.plan.entities)):
@@ -239,7 +263,7 @@ def _turns(
             on_summary=(lambda _: on_joined(1)) if is_last else _ignored,
         )
         tables = done.tables
-        turns.append(done.summaries)
+        turns.append(done)
     return turns
 
 
@@ -279,26 +303,31 @@ def _frame(table: pa.Table) -> pl.DataFrame:
 
 
 def _balances(
-    plan: TrainingSetPlan, sources: Tally, labelled: _Labelled | None, turns: Sequence[Sequence[JoinedBucket]]
+    job: Job, sources: Tally, labelled: _Labelled | None, turns: Sequence[Exchanged[SpineNote, JoinedBucket]]
 ) -> tuple[RowBalance, ...]:
-    """Balances of the source and of the rows, each checked: what was sent must have arrived, in every turn."""
+    """Balances of the source and of the rows, each checked: what was sent must have been carried and taken."""
+    plan = job.plan
+    check_rows_read(plan.source, job.units, sources)
     balances = [sources.balance(plan.source.name)]
     if labelled is not None:
         assert plan.label is not None
         balances.append(labelled.rows.balance(f"label {plan.label.label.name}"))
-    for turn in turns:
-        check_arrival(balances[-1].name, balances[-1].rows_out, sum(bucket.rows for bucket in turn))
-    written = sum(bucket.file.rows for bucket in turns[-1] if bucket.file is not None)
-    balances.append(RowBalance(name=plan.model.name, rows_in=balances[-1].rows_out, rows_out=written))
+    name, rows = balances[-1].name, balances[-1].rows_out
+    for number, turn in enumerate(turns):
+        check_way(name, rows, int(turn.carried.sum()), sum(bucket.rows for bucket in turn.summaries))
+        if number + 1 < len(turns):
+            check_equal(name, rows, int(turn.rows.sum()), "were taken, {} were handed on with their features")
+    written = sum(bucket.file.rows for bucket in turns[-1].summaries if bucket.file is not None)
+    balances.append(RowBalance(name=plan.model.name, rows_in=rows, rows_out=written))
     for balance in balances:
         balance.check()
     return tuple(balances)
 
 
-def _matched(plan: TrainingSetPlan, turns: Sequence[Sequence[JoinedBucket]]) -> dict[str, int]:
+def _matched(plan: TrainingSetPlan, turns: Sequence[Exchanged[SpineNote, JoinedBucket]]) -> dict[str, int]:
     found: Counter[str] = Counter()
     for turn in turns:
-        for bucket in turn:
+        for bucket in turn.summaries:
             found.update(bucket.matched)
     return {history.group: found[history.group] for history in plan.histories}
 
@@ -311,11 +340,8 @@ def _schema(buckets: Sequence[JoinedBucket]) -> pa.Schema:
 
 def _review(job: Job, files: Sequence[FileEntry], times: QuantileSketch) -> list[Review]:
     """Profile and sample the files; the latest share of the rows by time apart, as even as equal times allow."""
-    later = (0.0, False)
+    later = later_bound(times, job.plan.later_share)
     rows = sum(file.rows for file in files)
-    if times.count:
-        bound, first = float(times.quantiles([1 - job.plan.later_share])[0]), float(times.lows[0])
-        later = (np.ceil(bound), bound > first)
     share = 1.05 * SAMPLE_ROWS / max(1, rows)  # a little more, of which the lowest hashes are taken
     job_ref = ray.put(job)
     refs = [_review_file.remote(job_ref, file, later, share) for file in files]
@@ -323,7 +349,7 @@ def _review(job: Job, files: Sequence[FileEntry], times: QuantileSketch) -> list
     return reviews
 
 
-@ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
+@ray.remote(num_cpus=1, max_retries=LOST_WORKER_RETRIES, scheduling_strategy="SPREAD")
 def _review_file(job: Job, file: FileEntry, later: tuple[float, bool], share: float) -> Review:
     return job.review(file, later, share)
 

@@ -6,7 +6,7 @@ A plan is a frozen value that goes to the workers.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -19,10 +19,13 @@ from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Definitions
 from tasks.features.plan import FeaturePlan, SourcePlan, plan_features
 from tasks.features.rows import KeyType
-from tasks.serving.definition import FeatureReference, Label, Model, column_names
+from tasks.features.sources import SourceTable
+from tasks.serving.definition import FeatureReference, Label, Model, Pin, column_names
 from tasks.serving.history import History, resolve_history
 from tasks.serving.labels import as_group
-from tasks.serving.spine import plan_spine
+from tasks.serving.spine import SPINE, plan_spine
+
+ResolveHistory = Callable[[str, str, Sequence[str], Pin], History]
 
 
 class Balanced(Protocol):
@@ -117,7 +120,13 @@ class TrainingSetPlan:
 
 
 def plan_training_set(
-    model: Model, definitions: Definitions, config: FeatureStoreConfig, started: dt.datetime
+    model: Model,
+    definitions: Definitions,
+    config: FeatureStoreConfig,
+    started: dt.datetime,
+    *,
+    resolve: ResolveHistory = resolve_history,
+    known: Mapping[str, SourceTable] | None = None,
 ) -> TrainingSetPlan:
     """Plan a model's training set.
 
@@ -126,6 +135,8 @@ def plan_training_set(
         definitions: Declared sources with their URIs, for labels.
         config: What the user asked for; features are those that are published in its root by now.
         started: Start of the run, UTC: no label reads later events.
+        resolve: Finds a group's history.
+        known: Sources whose files are known, by name; the others are looked for at their URIs.
 
     Raises:
         DefinitionError: a feature, a source or an entity isn't there.
@@ -136,15 +147,15 @@ def plan_training_set(
     histories, references = [], []
     for group in model.groups:
         own = [ref for ref in model.features if ref.group == group]
-        history = resolve_history(config.root, group, [ref.feature for ref in own], own[0].pin)
+        history = resolve(config.root, group, [ref.feature for ref in own], own[0].pin)
         histories.append(history)
         references += [FeatureReference(group, feature, own[0].pin) for feature in history.features]
     keys = _key_types(model, histories)
     spine, label = None, None
     if isinstance(model.spine, Label):
-        label = _plan_label(model, model.spine, definitions, config, started=started, keys=keys)
+        label = _plan_label(model, model.spine, definitions, config, started=started, keys=keys, known=known)
     else:
-        spine = plan_spine(model, keys, config)
+        spine = plan_spine(model, keys, config, (known or {}).get(SPINE))
     names = column_names(references)
     return TrainingSetPlan(
         model=model,
@@ -184,6 +195,7 @@ def _plan_label(
     *,
     started: dt.datetime,
     keys: Mapping[str, KeyType | None],
+    known: Mapping[str, SourceTable] | None,
 ) -> LabelPlan:
     strangers = [key for key in keys if key != label.entity]
     if strangers:
@@ -194,7 +206,7 @@ def _plan_label(
     group = as_group(label)
     only = Definitions(events=definitions.events, dimensions=definitions.dimensions, groups={group.name: group})
     complete = expand(config.as_of)[-1] if config.as_of else None
-    (planned,) = plan_features(only, config.model_copy(update={"groups": ()}), (complete or started,))
+    (planned,) = plan_features(only, config.model_copy(update={"groups": ()}), (complete or started,), known)
     rows = planned.events.rows
     columns = tuple(
         replace(column, key_type=keys[label.entity] or column.key_type) if column.name == label.entity else column

@@ -1,7 +1,8 @@
 """The rows that a model learns from, where they are a table of the user's own: looked at before any work starts.
 
 They are read and judged by the features' own machinery (`tasks.features.rows`): a row without a readable time or
-without a target is rejected with the reason; one without its entity key is kept, and finds no features.
+without a target is rejected with the reason, and so is one whose key can't be read; one without its entity key is
+kept, and finds no features.
 """
 
 from __future__ import annotations
@@ -13,28 +14,34 @@ import pyarrow.types as pt
 
 from tasks.core.errors import SourceError
 from tasks.features.config import FeatureStoreConfig
-from tasks.features.plan import SourcePlan, is_readable_time, polars_type
+from tasks.features.definitions import ColumnKind
+from tasks.features.kinds import check_kind, check_times, is_whole, polars_type
+from tasks.features.plan import SourcePlan
 from tasks.features.rows import ColumnPlan, KeyType, RowPlan
 from tasks.features.sources import SourceTable, inspect
 from tasks.serving.definition import EVENT_TIME, TARGET, Model, SpineSource, closest
 
 SPINE = "spine"
+_MAPPING = "spine: {{columns: {{{}: …}}}}"
 
 
-def plan_spine(model: Model, keys: Mapping[str, KeyType | None], config: FeatureStoreConfig) -> SourcePlan:
+def plan_spine(
+    model: Model, keys: Mapping[str, KeyType | None], config: FeatureStoreConfig, known: SourceTable | None = None
+) -> SourcePlan:
     """Find the files of a model's spine and decide how their rows are read.
 
     Args:
         model: A model whose spine is a table.
         keys: Entity keys that the spine must have, each with its type in the features (None: the files say).
         config: Time zone, epoch unit and earliest time.
+        known: The spine's files, if they are known; else they are looked for at its URI.
 
     Raises:
         SourceError: the spine is missing, unreadable, or lacks a column.
 
     """
     assert isinstance(model.spine, SpineSource)
-    table = inspect(SPINE, model.spine.uri)
+    table = known or inspect(SPINE, model.spine.uri)
     wanted = (*keys, EVENT_TIME, TARGET)
     unknown = sorted(set(model.spine.columns) - set(wanted))
     if unknown:
@@ -44,13 +51,19 @@ def plan_spine(model: Model, keys: Mapping[str, KeyType | None], config: Feature
     names = {ours: model.spine.columns.get(ours, ours) for ours in wanted}
     for ours, theirs in names.items():
         _check_column(model, table, ours, theirs)
-    _check_time(model, table, names[EVENT_TIME], config)
+    times = [file.schema.field(names[EVENT_TIME]).type for file in table.files]
+    check_times(f"the spine of model '{model.name}'", names[EVENT_TIME], times, config.epoch_unit)
+    for ours, theirs in names.items():
+        kind: ColumnKind = "time" if ours == EVENT_TIME else "any" if ours == TARGET else "key"
+        check_kind(table, kind, ours, theirs, _MAPPING.format(ours))
     columns = [
-        ColumnPlan(name=key, source_name=names[key], kind="key", key_type=kind or _key_type(table, names[key]))
-        for key, kind in keys.items()
+        ColumnPlan(
+            name=key, source_name=names[key], kind="key", key_type=of or _key_type(table, names[key]), strict=True
+        )
+        for key, of in keys.items()
     ]
     columns.append(ColumnPlan(name=EVENT_TIME, source_name=names[EVENT_TIME], kind="time", required=True))
-    columns.append(_target(names[TARGET], table.type_of(names[TARGET])))
+    columns.append(_target(model, names[TARGET], table.type_of(names[TARGET])))
     return SourcePlan(
         table=table,
         rows=RowPlan(
@@ -69,32 +82,31 @@ def _check_column(model: Model, table: SourceTable, ours: str, theirs: str) -> N
         if theirs not in file.schema.names:
             raise SourceError(
                 f"the spine of model '{model.name}': {file.info.uri} has no column '{theirs}'"
-                f"{closest(theirs, file.schema.names)} If '{ours}' bears another name, say so in the model: "
-                f"spine: {{columns: {{{ours}: …}}}}"
+                f"{closest(theirs, file.schema.names)}. If '{ours}' bears another name, say so in the model: "
+                f"{_MAPPING.format(ours)}"
             )
 
 
-def _check_time(model: Model, table: SourceTable, column: str, config: FeatureStoreConfig) -> None:
-    for kind in dict.fromkeys(file.schema.field(column).type for file in table.files):
-        where = f"the spine of model '{model.name}': the time column '{column}'"
-        if pt.is_integer(kind) and config.epoch_unit is None:
-            raise SourceError(f"{where} holds integers; say what they count since 1970: --epoch-unit s, ms, us or ns")
-        if not is_readable_time(kind):
-            raise SourceError(f"{where} is of type {kind}; it must be a timestamp, date, ISO 8601 text, or integer")
-
-
 def _key_type(table: SourceTable, column: str) -> KeyType:
-    # Whole numbers come as floats where a data frame had a null among them.
-    kind = table.type_of(column)
-    return "int64" if pt.is_integer(kind) or pt.is_floating(kind) else "string"
+    return "int64" if is_whole(table.type_of(column)) else "string"
 
 
-def _target(source_name: str, kind: pa.DataType) -> ColumnPlan:
-    """A target keeps its kind: classes stay integers or text; a number must be finite, as nothing else is learnt."""
+def _target(model: Model, source_name: str, kind: pa.DataType) -> ColumnPlan:
+    """A target keeps its kind: classes stay integers or text; a number must be finite, as nothing else is learnt.
+
+    Raises:
+        SourceError: it is of a type that can't be learnt.
+
+    """
     if pt.is_floating(kind):
         return ColumnPlan(name=TARGET, source_name=source_name, kind="number", required=True)
     if pt.is_integer(kind):
         return ColumnPlan(name=TARGET, source_name=source_name, kind="key", key_type="int64", required=True)
     if pt.is_string(kind) or pt.is_large_string(kind) or pt.is_dictionary(kind):
         return ColumnPlan(name=TARGET, source_name=source_name, kind="key", key_type="string", required=True)
+    if not (pt.is_boolean(kind) or pt.is_decimal(kind) or pt.is_string_view(kind) or pt.is_null(kind)):
+        raise SourceError(
+            f"the spine of model '{model.name}': the target '{source_name}' is of type {kind}; only numbers, booleans "
+            f"and text can be learnt: derive one of them, or map another column: {_MAPPING.format(TARGET)}"
+        )
     return ColumnPlan(name=TARGET, source_name=source_name, kind="any", required=True, dtype=polars_type(kind))

@@ -27,9 +27,10 @@ from tasks.core.partition import split_by_key
 from tasks.core.profile import TableProfile, profile_table
 from tasks.core.reservation import Reservation
 from tasks.core.sketch import QuantileSketch
+from tasks.features.lookups import LookedUp, read_lookup
 from tasks.features.parts import ROW_GROUP, to_arrow, write_rejected
-from tasks.features.sources import ReadUnit
-from tasks.features.stages import read_and_judge
+from tasks.features.sources import ReadUnit, read_units
+from tasks.features.stages import looked_up, read_and_judge
 from tasks.features.tallies import Tally
 from tasks.serving.asof import join_asof
 from tasks.serving.canary import plant
@@ -100,8 +101,7 @@ class Job:
         assert self.plan.label is not None
         events = self.plan.label.events
         kept, note = self._read(index)
-        for lookup, table in zip(events.lookups, self.lookups, strict=True):
-            kept = kept.join(table, on=lookup.key, how="left", maintain_order="left")
+        kept = looked_up(kept, events.lookups, self.lookups)
         entity = self.plan.model.entity
         rows = kept.select(events.groups[0].columns).filter(pl.col(entity).is_not_null())
         if lost := kept.height - rows.height:
@@ -158,7 +158,7 @@ class Job:
         if number + 1 < len(self.plan.entities):
             return summary, to_arrow(rows)
         summary.null_keys = rows[entity].null_count()
-        summary.duplicates = rows.height - rows.select(entity, EVENT_TIME).n_unique()
+        summary.duplicates = repeated_rows(rows, entity)
         table = to_arrow(rows.select(*self.plan.entities[::-1], EVENT_TIME, *self.plan.columns, TARGET))
         summary.schema = table.schema
         summary.times = QuantileSketch.of(rows[EVENT_TIME].to_physical().to_numpy().astype(np.float64))
@@ -177,7 +177,7 @@ class Job:
             found = join_asof(rows, known, **options, **flags)  # type: ignore[arg-type]
             summary.planted += plant(rows, known, found, **options, **flags)  # type: ignore[arg-type]
             summary.matched[history.group] += int(np.count_nonzero(found >= 0))
-            rows = rows.hstack(_taken(known, found, self.plan.columns_of(history)))
+            rows = rows.hstack(taken(known, found, self.plan.columns_of(history)))
         return rows
 
     def write(self, table: pa.Table, part: int) -> FileEntry:
@@ -196,21 +196,59 @@ class Job:
         """
         with storage.open_input(layout.join(self.reservation.uri, file.path)) as source:
             table = pq.read_table(source, use_threads=False)
-        bound, included = later
-        ticks = table[EVENT_TIME].cast(pa.int64())
-        is_later = pc.greater_equal(ticks, int(bound)) if included else pc.greater(ticks, int(bound))
+        latest = is_later(table, later)
         entity = self.plan.model.entity
         hashes = stable_hash(table[entity]) ^ stable_hash(table[EVENT_TIME], seed=1)
         chosen = np.flatnonzero(hashes <= np.uint64(min(share, 1.0) * (2**64 - 2**11)))
         return Review(
-            earlier=profile_table(table.filter(pc.invert(is_later))),
-            later=profile_table(table.filter(is_later)),
+            earlier=profile_table(table.filter(pc.invert(latest))),
+            later=profile_table(table.filter(latest)),
             sample=table.select([entity, *self.plan.columns, TARGET]).take(pa.array(chosen)),
             hashes=hashes[chosen],
         )
 
 
-def _taken(history: pl.DataFrame, found: npt.NDArray[np.int64], columns: dict[str, str]) -> pl.DataFrame:
+def units_of(plan: TrainingSetPlan) -> tuple[ReadUnit, ...]:
+    """The pieces of the spine's or the label's files that tasks read."""
+    return tuple(read_units(plan.source.table, plan.source.file_columns, plan.rows_per_bucket, plan.source.categories))
+
+
+def label_lookups(plan: TrainingSetPlan) -> tuple[LookedUp, ...]:
+    """Dimension columns that a label's expression uses, by key: given to every task, so they fit in memory."""
+    lookups = plan.label.events.lookups if plan.label is not None else ()
+    return tuple(read_lookup(lookup, plan.rows_per_bucket) for lookup in lookups)
+
+
+def repeated_rows(rows: pl.DataFrame, entity: str) -> int:
+    """Rows that repeat the entity and time of another."""
+    return rows.height - rows.select(entity, EVENT_TIME).n_unique()
+
+
+def later_bound(times: QuantileSketch, share: float) -> tuple[float, bool]:
+    """Where the latest share of the rows begins, as even as equal times allow.
+
+    Args:
+        times: Microseconds since 1970 of all rows.
+        share: Share of the rows.
+
+    Returns:
+        Time from which rows are later, and whether those of it are, too.
+
+    """
+    if not times.count:
+        return 0.0, False
+    bound, first = float(times.quantiles([1 - share])[0]), float(times.lows[0])
+    return float(np.ceil(bound)), bound > first
+
+
+def is_later(table: pa.Table, later: tuple[float, bool]) -> pa.ChunkedArray:
+    """Which rows are later, by what `later_bound` gives."""
+    bound, included = later
+    ticks = table[EVENT_TIME].cast(pa.int64())
+    return pc.greater_equal(ticks, int(bound)) if included else pc.greater(ticks, int(bound))
+
+
+def taken(history: pl.DataFrame, found: npt.NDArray[np.int64], columns: dict[str, str]) -> pl.DataFrame:
     """Features of the rows that were found, null for −1, under the names of their columns."""
     if not history.height:
         nothing = history.select(pl.col(feature).alias(column) for feature, column in columns.items())

@@ -1,10 +1,16 @@
-"""Values of the store as text for a terminal: aligned tables that stay whole when they are piped."""
+"""Values of the store as text for a terminal: aligned tables that stay whole when they are piped.
+
+What stands in data may be anything, also what a terminal takes for a command (colours, titles, a cleared screen): no
+control character of a value reaches it.
+"""
 
 from __future__ import annotations
 
 import datetime as dt
 import math
+import re
 import sys
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 from pydantic_core import to_json
@@ -15,6 +21,7 @@ from rich.text import Text
 from tasks.core.numerals import number, shortened
 
 _WIDEST = 10_000
+_CONTROLS = re.compile(r"[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -40,7 +47,22 @@ def facts(pairs: Mapping[str, object]) -> None:
         print(f"{name:{width}s}  {value}")
 
 
+def printable(text: str) -> str:
+    r"""Text fit for a terminal: control characters, those that turn its direction too, as '\x1b' or '\u202e'."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or unicodedata.category(one) == "Zs" else _escaped(one) for one in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
 def _plain(value: object) -> str:
+    return printable(_text(value))
+
+
+def _text(value: object) -> str:
     match value:
         case None:
             return "–"
@@ -79,9 +101,13 @@ def size(count: int) -> str:
 
 def brief(value: object, longest: int = 60) -> str:
     """A value of any length in one line."""
-    return shortened(" ".join(_plain(value).split()), longest)
+    return shortened(printable(" ".join(_text(value).split())), longest)
 
 
 def as_json(value: object) -> str:
-    """A value as JSON for other programs; times in ISO 8601, NaN and infinities as null."""
-    return to_json(value, indent=2, inf_nan_mode="null", fallback=str).decode()
+    """A value as JSON for other programs; times in ISO 8601, NaN and infinities as null.
+
+    Control characters are escaped, also those above ASCII: the answer may be shown on a terminal.
+    """
+    text = to_json(value, indent=2, inf_nan_mode="null", fallback=str).decode()
+    return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +17,8 @@ from hypothesis import strategies as st
 
 from tasks.core import disk
 from tasks.core.disk import PIECE, NewFile
+from tasks.core.errors import DiskFull
+from tasks.core.transient import is_transient
 
 SIZES = [0, 1, 4095, 4096, 4097, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 3 * PIECE + 4096 + 5]
 Write = Callable[[int, memoryview], int]
@@ -103,7 +108,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
         file.append(memoryview(some_bytes(size)))
         file.close()
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DiskFull, match=r"the disk is full: 'x' can't be written to .* MiB are free\. Make room there"):
         write()
     file.discard()
     assert list(tmp_path.iterdir()) == []
@@ -121,3 +126,27 @@ def test_discarding_deletes(tmp_path: Path) -> None:
     file.append(memoryview(some_bytes(2 * PIECE)))
     file.discard()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quota_and_inodes_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(number: int) -> None:
+        with disk.told_if_full(str(tmp_path / "not-yet-there" / "x")):
+            raise OSError(number, os.strerror(number))
+
+    with pytest.raises(DiskFull, match=r"'x' can't be written to .* where the quota is used up, though"):
+        write(errno.EDQUOT)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=disk.MIB, total=3 * disk.MIB))
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_favail=0))
+    with pytest.raises(DiskFull, match=r"where 1\.0 MiB of 3\.0 MiB are free, but no more files can be made"):
+        write(errno.ENOSPC)
+
+
+def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), disk.told_if_full(str(tmp_path / "x")):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_a_full_disk_is_not_tried_again() -> None:
+    told = pickle.loads(pickle.dumps(DiskFull("the disk is full")))
+    assert str(told) == "the disk is full"
+    assert not is_transient(told)

@@ -43,13 +43,17 @@ def test_every_committed_version_has_a_row(root: str) -> None:
 
 
 def test_the_csv_is_written_anew_from_the_manifests(root: str) -> None:
-    uri = metadata.write_versions_csv(root, [DATASET])
+    uri = metadata.write_versions_csv(root)
     assert uri == layout.join(storage.normalise(root), layout.METADATA)
     assert storage.read_bytes(uri).decode().strip().count("\n") == 0  # the header alone
     reject(root, {"nulls": 0.1, "drift": 0.2})
-    metadata.write_versions_csv(root, [DATASET])
-    metadata.write_versions_csv(root, [DATASET])
-    (row,) = csv.DictReader(io.StringIO(storage.read_bytes(uri).decode()))
+    metadata.write_versions_csv(root)
+    metadata.write_versions_csv(root)
+    publish(root, "run", "feature-store/training-ready/churn")
+    publish(root, "run", "training-datasets/images")
+    metadata.write_versions_csv(root)
+    row, training_set = csv.DictReader(io.StringIO(storage.read_bytes(uri).decode()))
     assert list(row) == metadata.SCHEMA.names
     assert (row["version"], row["status"], row["record_count"]) == ("1", "rejected", str(ROWS * PARTS))
     assert json.loads(row["thresholds"]) == {"nulls": 0.1, "drift": 0.2}
+    assert training_set["dataset"] == "feature-store/training-ready/churn"

@@ -333,3 +333,11 @@ def test_chance_rarely_exceeds_its_index() -> None:
     )
     assert beyond <= 10
     assert chance_index(500, 500, 1) == 0
+
+
+@pytest.mark.parametrize("moved", [0.5, 0.7, 1.2, np.nextafter(1.0, 2.0)])
+def test_a_column_of_one_value_drifts_however_near_the_new_value_lies(moved: float) -> None:
+    before = profile_table(pa.table({"score": np.ones(500)})).columns()["score"]
+    same = check_drift("score", profile_table(pa.table({"score": np.ones(300)})), before)
+    other = check_drift("score", profile_table(pa.table({"score": np.full(300, moved)})), before)
+    assert (same.verdict, other.verdict) == ("pass", "fail")

@@ -58,6 +58,8 @@ def test_a_relative_path_is_taken_from_the_working_directory(tmp_path: Path, mon
 @given(st.text(string.ascii_letters + string.digits + "/._-*%~ é", min_size=1))
 def test_normalise_twice_is_normalise(path: str) -> None:
     for uri in (path, f"s3://bucket/{path}", f"file:///{path}"):
+        if (uri.startswith("s3:") and {".", ".."} & set(path.split("/"))) or "%00" in uri:
+            continue  # refused
         once = storage.normalise(uri)
         if not uri.startswith("file"):  # what was percent-encoded in a file URI may decode to anything
             assert storage.normalise(once) == once
@@ -70,6 +72,11 @@ def test_normalise_twice_is_normalise(path: str) -> None:
         ("s3:///x", r"'s3:///x' has no bucket"),
         ("s3:/bucket/x", r"'s3:/bucket/x' is no S3 location.*two slashes"),
         ("file://host/x", r"names a host"),
+        ("s3://bucket/../other/x", r"'s3://bucket/../other/x' has a part '.' or '..'.*write the location out"),
+        ("S3://bucket/a/./x", r"has a part '.' or '..'"),
+        ("s3://bucket/x?versionId=1", r"'s3://…' has '\?versionId=', .*rename the object"),
+        ("/a\0b", r"holds a null character"),
+        ("file:///a%00b", r"holds a null character"),
         ("", r"empty"),
     ],
 )
@@ -145,6 +152,25 @@ def test_the_link_decides_when_a_file_appears_after_the_look(tmp_path: Path, mon
     assert os.listdir(tmp_path) == ["x"]
 
 
+def test_a_file_on_its_way_that_somebody_tidied_up_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, taken = os.link, []
+
+    def tidied_up(temporary: str, path: str) -> None:
+        assert storage.is_temporary(temporary)
+        assert not storage.is_temporary(path)
+        if not taken:
+            taken.append(temporary)
+            os.remove(temporary)
+        link(temporary, path)
+
+    monkeypatch.setattr(os, "link", tidied_up)
+    assert storage.put_if_absent(str(tmp_path / "_manifest.json"), b"1")
+    assert taken
+    assert [path.name for path in tmp_path.iterdir()] == ["_manifest.json"]
+
+
 def test_a_disk_without_hard_links_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(source: str, destination: str) -> None:
         raise PermissionError(1, "Operation not permitted")
@@ -163,10 +189,10 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     storage.write_bytes(str(target), b"old")
 
     def fail(*arguments: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, step, fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="Input/output"):
         storage.write_bytes(str(target), b"new")
     assert target.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["x"]
@@ -366,6 +392,8 @@ def arrow(text: str) -> OSError:
         (ClientError("NotImplemented", 501), False),
         (OSError(16, "Please reduce your request rate"), True),  # s3fs's SlowDown, its cause lost by pickling
         (OSError(121, "Internal Server Error"), True),
+        (OSError(5, "An error occurred (ConditionalRequestConflict) when calling the PutObject operation: …"), True),
+        (OSError(5, "An error occurred (NoSuchLifecycle) when calling the PutObject operation: …"), False),
         (OSError(28, "No space left on device"), False),
         (chained(OSError(22, "?"), ClientError("SlowDown", 503)), True),
         (arrow("UNKNOWN (HTTP status 503)"), True),
@@ -402,6 +430,14 @@ def test_real_errors_of_an_endpoint_that_is_not_there(s3_url: str, monkeypatch: 
         with pytest.raises(Exception, match=r"(?i)connect") as caught:
             request("s3://bucket/x")
         assert is_transient(caught.value)
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "601", "nan"])
+def test_a_time_out_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("PIPELINE_S3_TIMEOUT_SECONDS", text)
+    for request in (storage.read_bytes, storage.open_input):
+        with pytest.raises(ConfigError, match=rf"PIPELINE_S3_TIMEOUT_SECONDS must be .* 0.1 to 600; it is '{text}'"):
+            request("s3://bucket/x")
 
 
 def test_values_travel_between_processes() -> None:

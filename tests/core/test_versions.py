@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from tasks.core import layout, storage, versions
 from tasks.core.errors import BalanceError, ConfigError, CorruptVersion, GateFailed, VersionConflict, VersionNotFound
 from tasks.core.manifest import Manifest, ReportDigest
+from tasks.core.stream import ParquetStream
 from tests.core import publishing
 from tests.core.publishing import DATASET, PARTS, ROWS, manifest_of, publish, table, write
 
@@ -170,6 +171,7 @@ def test_a_retry_is_a_new_attempt_that_removes_what_the_first_left(root: str) ->
     assert (second.version, second.attempt, second.committed) == (1, 2, False)
     assert second.data_uri(0) != first.data_uri(0)
     assert versions.discard_attempt_files(second) == ["part-00000-a1.parquet", "part-00001-a1.parquet"]
+    assert files_of(root) == {"_reservation.json", "_reservation-2.json"}
     versions.commit(second, manifest_of(second, write(second)))
     assert files_of(root) == {
         *("_reservation.json", "_reservation-2.json", "_manifest.json"),
@@ -241,6 +243,37 @@ def test_an_older_attempt_that_commits_first_stays_whole(root: str, monkeypatch:
         versions.commit(newer, manifest_of(newer, newer_files))
     assert assert_whole(root, 1) == "run"
     assert versions.reserve(root, DATASET, "run").committed
+
+
+def write_at_once(reservation: versions.Reservation) -> None:
+    write(reservation)
+
+
+def write_as_a_stream(reservation: versions.Reservation) -> None:
+    rows = table(reservation.run_id, 0)
+    with ParquetStream(reservation.data_uri(0), rows.schema) as stream:
+        stream.write(rows)
+
+
+@pytest.mark.parametrize("write_late", [write_at_once, write_as_a_stream])
+def test_an_attempt_that_still_writes_after_anothers_commit_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_late: Callable[[versions.Reservation], None]
+) -> None:
+    root = str(tmp_path)
+    first = versions.reserve(root, DATASET, "same")
+    replace = os.replace
+
+    def too_late(source: str, target: str) -> None:
+        monkeypatch.undo()
+        publish(root, "same")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", too_late)
+    with pytest.raises(
+        VersionConflict, match=r"part-00000-a1.parquet' was removed while .* another attempt has commit"
+    ):
+        write_late(first)
+    assert assert_whole(root, 1) == "same"
 
 
 def test_a_lost_answer_to_a_create_is_no_conflict(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,6 +483,32 @@ def test_after_kill_9_the_same_again_publishes_the_same_version(root: str, point
         *("_reservation.json", "_reservation-2.json", "_manifest.json"),
         *(file.path for file in manifest.files),
     }
+
+
+def test_replaced_files_are_gone_before_the_manifest_comes(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reservation = versions.reserve(root, DATASET, "run")
+    files = write(reservation)
+    storage.write_parquet(table("replaced", 7), reservation.data_uri(7, "split=train"))
+    put = storage.put_if_absent
+    seen: list[str] = []
+
+    def at_the_manifest(uri: str, data: bytes) -> bool:
+        seen.extend(info.uri for info in storage.list_files(version_uri(root)))
+        return put(uri, data)
+
+    monkeypatch.setattr(storage, "put_if_absent", at_the_manifest)
+    manifest = versions.commit(reservation, manifest_of(reservation, files))
+    assert seen == versions.data_files(root, manifest), "whoever opens the directory sees more than the manifest lists"
+
+
+def test_temporary_files_of_dead_attempts_go_with_the_commit(tmp_path: Path) -> None:
+    reservation = versions.reserve(str(tmp_path), DATASET, "run")
+    left = [Path(reservation.uri, f".{name}.{'0' * 32}.tmp") for name in ("_reservation.json", layout.MANIFEST)]
+    for file in left:
+        file.write_bytes(b"{")
+    versions.commit(reservation, manifest_of(reservation, write(reservation)))
+    assert not any(file.exists() for file in left)
+    assert_whole(str(tmp_path), 1)
 
 
 def test_after_kill_9_behind_the_commit_the_same_run_publishes_nothing_more(root: str) -> None:

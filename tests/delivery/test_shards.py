@@ -178,7 +178,8 @@ def test_a_file_that_holds_something_else_than_its_manifest_says_is_named(tmp_pa
     version = table_version(str(tmp_path), 50)
     manifest = Path(version) / "_manifest.json"
     text = manifest.read_text()
-    manifest.write_text(text.replace('part-00000-a1.parquet": 50', 'part-00000-a1.parquet": 61'))
+    said = text.replace('part-00000-a1.parquet": 50', 'part-00000-a1.parquet": 61')
+    manifest.write_text(said.replace('"train": 50', '"train": 61'))
     with pytest.raises(
         CorruptVersion, match="has 5 blocks, its manifest says 5, and 61 samples in blocks of 10 make 7"
     ):

@@ -176,7 +176,13 @@ FILES = [
     (pa.int64(), pa.float64(), pa.float64()),
     (pa.float32(), pa.int8(), pa.float64()),
     (pa.int64(), pa.string(), pa.string()),
-    (pa.date32(), pa.timestamp("us"), pa.date32()),
+    (pa.date32(), pa.timestamp("ms"), pa.timestamp("us")),
+    (pa.timestamp("us"), pa.timestamp("us", "Asia/Tokyo"), pa.timestamp("us", "UTC")),
+    (pa.bool_(), pa.int8(), pa.int64()),
+    (pa.decimal128(5, 2), pa.int8(), pa.float64()),
+    (pa.bool_(), pa.string(), pa.string()),
+    (pa.dictionary(pa.int8(), pa.string()), pa.dictionary(pa.int32(), pa.string()), pa.string()),
+    (pa.large_string(), pa.float64(), pa.string()),
 ]
 
 

@@ -402,6 +402,7 @@ REJECTED: dict[str, tuple[bytes, str, str]] = {
     "HTML after a byte order mark": (b"\xef\xbb\xbf<HTML>", "not_an_image", "HTML"),
     "XML": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "not_an_image", "XML"),
     "SVG": (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg">', "not_an_image", "SVG"),
+    "SVG, bare": (b"<?xml version='1.0'?><svg>", "not_an_image", "SVG"),
     "JSON": (b'{"error": "not found"}', "not_an_image", "JSON"),
     "PDF": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "not_an_image", "PDF"),
     "ZIP": (b"PK\x03\x04\x14\0\0\0\x08\0", "not_an_image", "ZIP"),

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tasks.core import layout, storage
-from tasks.core.errors import LeakFound, SourceError
+from tasks.core.errors import CorruptVersion, LeakFound, SourceError
 from tasks.core.reservation import Reservation, reserve
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Definitions
@@ -141,6 +141,19 @@ def test_every_row_finds_what_brute_force_finds(ray_cluster: None, root: str, tm
     assert planned.columns == {"feature_total_spent": "customer-features:total_spent"}
     (record,) = planned.source_records(computed)
     assert (record.rows, len(record.files)) == (3000, 3)
+
+
+def test_an_altered_feature_reaches_no_model(ray_cluster: None, tmp_path: Path) -> None:
+    root = str(tmp_path / "root")
+    publish_history(root)
+    declared = model(SpineSource(uri=written(spine(300), tmp_path)), "customer-features:*")
+    planned = plan_training_set(declared, STANDARD, config(root), STARTED)
+    file = Path(planned.histories[0].versions[1].files[0])
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CorruptVersion, match=rf"{file.name}: digests differ from its manifest"):
+        build(planned, root)
 
 
 def test_buckets_and_order_of_work_leave_no_trace(ray_cluster: None, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_a_misspelt_mapping_is_refused(place: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "options", "message"),
     [
-        ([1, 2], {}, "holds integers; say what they count"),
+        ([1, 2], {}, "say what they count"),
         ([1, 2], {"epoch_unit": "s"}, None),
         ([1.5, 2.5], {}, "is of type double"),
         (["2024-01-31", "x"], {}, None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from tasks import commands
 from tasks.core import layout, versions
 from tasks.core.withdrawal import withdrawn
-from tasks.serving import commands
 from tests.serving.feature_versions import GROUP, customers, days, publish_features
 from tests.serving.redis_server import redis_url  # noqa: F401 - a fixture
 
@@ -139,7 +140,27 @@ def test_prune_only_shows_until_it_is_told_to_delete(run: Run, store: str) -> No
         "deleted": False,
         "versions": [],
         "held": {DATASET: {"1": f"{CHURN} v1 was made from it"}},
+        "left": [],
     }
+
+
+def test_prune_deletes_what_killed_runs_have_left(run: Run, store: str) -> None:
+    version = Path(layout.version_uri(store, DATASET, 2))
+    uncommitted = Path(layout.version_uri(store, DATASET, 3))
+    uncommitted.mkdir()
+    name = f"._manifest.json.{'0' * 32}.tmp"
+    left = [version / "part-00000-a7.parquet", version / name, uncommitted / name]
+    kept = [version / "notes.txt", version / "_notes.tmp", uncommitted / f"._manifest.json.{'1' * 32}.tmp"]
+    for file in (*left, *kept):
+        file.write_bytes(b"1234")
+    os.utime(left[-1], (0, 0))  # of the two that no commit has passed by, only the old one is surely over
+    assert "would delete 3 files that killed runs have left" in run("prune")[1]
+    assert json.loads(run("prune --json")[1])["left"] == sorted(map(str, left))
+    code, out, _ = run("prune --yes")
+    assert (code, "deleted 3 files" in out) == (0, True)
+    assert [file.exists() for file in (*left, *kept)] == [False] * 3 + [True] * 3
+    assert run("prune")[1] == "nothing to delete; --keep N or --older-than AGE select more\n"
+    versions.verify(store, versions.resolve(store, DATASET, 2))
 
 
 def test_watermarks_and_lineage(run: Run) -> None:
@@ -190,7 +211,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_answer_comes_without_ray_and_prefect(store: str) -> None:
     """Start-up is most of the time of a command."""
     program = (
-        "import sys; from tasks.serving import commands\n"
+        "import sys; from tasks import commands\n"
         f"code = commands.run(['get', '{GROUP}', '3', '--root', {store!r}])\n"
         "print(code, *sorted({'ray', 'prefect', 'torch', 'numba', 's3fs'} & set(sys.modules)), file=sys.stderr)"
     )

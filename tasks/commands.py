@@ -1,5 +1,7 @@
 """What one asks of the store at a terminal, such as `python -m flows.feature_store get NAME KEY…`.
 
+Every flow's module takes these commands: they are about datasets of all kinds.
+
 Exit codes: 0 done, 1 not found or refused (one sentence on stderr, with the cure), 2 wrong arguments. Nothing here
 starts Ray or Prefect, and each command imports what it needs.
 """
@@ -18,17 +20,23 @@ PROG = "python -m flows.feature_store"
 FAILED, WRONG_ARGUMENTS = 1, 2
 
 Arguments = argparse.Namespace
+Command = Callable[[Arguments], int]
+Added = Callable[[str, Command, str], argparse.ArgumentParser]
 
 
-def run(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str], prog: str = PROG) -> int:
     """Run one command; its answer goes to stdout.
+
+    Args:
+        argv: The command and its arguments.
+        prog: How the program was called, for help and errors.
 
     Returns:
         The exit code.
 
     """
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = _parser(prog).parse_args(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
@@ -48,8 +56,10 @@ def run(argv: Sequence[str]) -> int:
 
 def _complain(fault: BaseException, code: int) -> int:
     notes = "".join(f" ({note})" for note in getattr(fault, "__notes__", ()))
-    text = " ".join(str(fault).split()) or type(fault).__name__
-    print(f"error: {text}{notes}", file=sys.stderr)
+    from tasks.serving.tables import printable
+
+    text = " ".join(f"{fault}{notes}".split()) or type(fault).__name__
+    print(f"error: {printable(text)}", file=sys.stderr)
     return code
 
 
@@ -68,19 +78,25 @@ class _Parser(argparse.ArgumentParser):
         self.exit(WRONG_ARGUMENTS, f"error: {message}; {cure}\n")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=PROG, description="Ask what is in the store, look values up, compare, withdraw, prune.")
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = _Parser(prog=prog, description="Ask what is in the store, look values up, compare, withdraw, prune.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name: str, function: Callable[[Arguments], int], text: str) -> argparse.ArgumentParser:
+    def command(name: str, function: Command, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.add_argument("--root", default="data", help="Root of the store, a path or s3:// (default: data).")
         added.add_argument("--json", action="store_true", help="Answer in JSON, for programs.")
         added.set_defaults(command=function)
         return added
 
+    _looking(command)
+    _auditing(command)
+    _keeping(command)
+    return parser
+
+
+def _looking(command: Added) -> None:
     from tasks.serving import inspecting as look
-    from tasks.serving import keeping as keep
 
     command("list", look.list_datasets, "Every dataset, with its latest version.")
     describe = command("describe", look.describe, "What a dataset holds: versions, times, columns, origin.")
@@ -102,6 +118,29 @@ def _parser() -> argparse.ArgumentParser:
     _version(lineage, "version", nargs="?", help="Version (default: the latest).")
     lineage.add_argument("--mermaid", action="store_true", help="As a Mermaid flowchart.")
 
+
+def _auditing(command: Added) -> None:
+    replay = command("replay", _replay, "Make some rows of a version again, and compare: is it what its manifest says?")
+    _name(replay)
+    _version(replay, "version", help="Version to replay, such as v3.")
+    replay.add_argument("--sample", type=_count, default=100, metavar="K", help="Rows to make again (default: 100).")
+    replay.add_argument("--seed", type=int, default=0, metavar="N", help="Which rows: of another seed others.")
+    explain = command("explain", _explain, "Where a row comes from, what was done to it, and who has it now.")
+    _name(explain)
+    _version(explain, "version", help="Version that has the row, such as v3.")
+    explain.add_argument("key", metavar="KEY", help="Image id, or key of the row's entity.")
+    explain.add_argument("--at", metavar="TIME", help="Time of the row, where an entity has several (ISO 8601, UTC).")
+    explain.add_argument(
+        "--picture", metavar="FILE", help="Write an image before and after as a picture, .png or .webp."
+    )
+    test = command("self-test", _self_test, "Inject faults into a sample of a version: which does the gate notice?")
+    _name(test)
+    _version(test, "version", nargs="?", help="Version (default: the latest).")
+
+
+def _keeping(command: Added) -> None:
+    from tasks.serving import keeping as keep
+
     plan = command("plan", keep.plan, "What changed definitions would compute again, and which models they break.")
     plan.add_argument("--definitions", metavar="FILE", help="The changed definitions (.py, .yaml).")
     plan.add_argument("--models", metavar="FILE", help="Models that read the store (.py, .yaml).")
@@ -119,7 +158,24 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", keep.export, "Write a group's newest values to Redis, for look-ups over the network.")
     _name(export, "Feature group, such as customer-features.")
     export.add_argument("--redis", metavar="URL", required=True, help="Server, such as redis://localhost:6379/0.")
-    return parser
+
+
+def _replay(arguments: Arguments) -> int:
+    from tasks.audit.replaying import replay
+
+    return replay(arguments)
+
+
+def _explain(arguments: Arguments) -> int:
+    from tasks.audit.explaining import explain
+
+    return explain(arguments)
+
+
+def _self_test(arguments: Arguments) -> int:
+    from tasks.audit.self_testing import self_test
+
+    return self_test(arguments)
 
 
 def _name(
@@ -137,3 +193,9 @@ def _number(text: str) -> int:
     if not digits.isdigit() or int(digits) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is no version; write it as v3")
     return int(digits)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of rows; write it as 100")
+    return int(text)

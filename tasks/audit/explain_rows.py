@@ -1,0 +1,182 @@
+"""Rows of one key in a version, found without reading the version.
+
+    key ── stable hash ──▶ file ── least and greatest key of its row groups ──▶ row groups ── key column ──▶ rows
+
+A version that isn't partitioned by the key is searched by the footers of its files; where these don't tell, by the key
+column alone. Other columns are read only of row groups that have the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from tasks.core import layout, storage
+from tasks.core.errors import ConfigError, CorruptVersion
+from tasks.core.manifest import FileEntry, Manifest
+from tasks.core.partition import bucket_of
+from tasks.core.reading import data_files
+
+MOST_KEYS = 2_000_000
+"""Keys that are looked through for the closest ones."""
+_READERS = 16
+_CLOSE, _NEAR = 3, 50
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Rows that were found, with the file and the number in it of each, and what was read for them."""
+
+    table: pa.Table
+    places: tuple[tuple[str, int], ...]
+    files: int = 0
+    groups: int = 0
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows as plain values."""
+        found: list[dict[str, Any]] = self.table.to_pylist()
+        return found
+
+    def read_of(self, manifest: Manifest) -> str:
+        """What was read, in words."""
+        return f"footers of {self.files} of {len(manifest.files)} data files, {self.groups} row groups"
+
+
+def column_type(manifest: Manifest, column: str) -> str:
+    """Arrow type of a column, as the manifest spells it."""
+    return next((one.type for one in manifest.columns if one.name == column), "string")
+
+
+def is_whole(manifest: Manifest, column: str) -> bool:
+    """Whether a column holds whole numbers."""
+    return column_type(manifest, column).startswith(("int", "uint"))
+
+
+def typed_key(manifest: Manifest, column: str, text: str) -> int | str:
+    """A key as the column has it.
+
+    Raises:
+        ConfigError: the column holds whole numbers, and the text is none.
+
+    """
+    if not is_whole(manifest, column):
+        return text
+    try:
+        return int(text)
+    except ValueError as fault:
+        raise ConfigError(
+            f"'{text}' is no {column} of {manifest.dataset} v{manifest.version}: those are whole numbers, such as 7"
+        ) from fault
+
+
+def find_rows(
+    root: str,
+    manifest: Manifest,
+    column: str,
+    value: int | str,
+    *,
+    columns: Sequence[str] | None = None,
+    wanted: Callable[[FileEntry], bool] | None = None,
+) -> Found:
+    """All rows of a version that have a value in a column.
+
+    Args:
+        root: Root of the store.
+        manifest: The version.
+        column: The key column.
+        value: The key, as the column has it.
+        columns: Columns to give; None gives all.
+        wanted: Which of the data files to look into; all that may have it, by default.
+
+    Raises:
+        CorruptVersion: a file is missing.
+        VersionNotFound: the gate rejected the version, so that it has no rows.
+
+    """
+    entries = list(zip(data_files(root, manifest), manifest.files, strict=True))
+    if manifest.partition is not None and manifest.partition.key == column:
+        number = int(bucket_of(_key_array(manifest, column, value), manifest.partition.buckets)[0])
+        entries = [(uri, entry) for uri, entry in entries if layout.part_number(entry.path) == number]
+    if wanted is not None:
+        entries = [(uri, entry) for uri, entry in entries if wanted(entry)]
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = list(pool.map(lambda one: _search(one[0], column, value, columns), entries))
+    tables = [table for table, _, _ in found if table is not None and table.num_rows]
+    return Found(
+        pa.concat_tables(tables) if tables else pa.table({}),
+        tuple((entry.path, row) for (_, entry), (_, rows, _) in zip(entries, found, strict=True) for row in rows),
+        files=len(entries),
+        groups=sum(groups for _, _, groups in found),
+    )
+
+
+def _key_array(manifest: Manifest, column: str, value: int | str) -> pa.Array:
+    return pa.array([value], pa.int64() if is_whole(manifest, column) else pa.string())
+
+
+def _search(
+    uri: str, column: str, value: int | str, columns: Sequence[str] | None
+) -> tuple[pa.Table | None, list[int], int]:
+    """Rows of one file, their numbers in it, and how many row groups were looked into."""
+    try:
+        source = storage.open_input(uri)
+    except FileNotFoundError as fault:
+        raise CorruptVersion(f"{uri} is missing; restore the file from a copy, or publish a new version") from fault
+    with source:
+        file = pq.ParquetFile(source, pre_buffer=True)
+        tables, numbers, groups, start = [], [], 0, 0
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            if may_have(file, group, column, value):
+                groups += 1
+                hits = pc.equal(file.read_row_group(group, columns=[column])[column], value).fill_null(False)
+                rows = pc.indices_nonzero(hits)
+                if len(rows):
+                    wanted = None if columns is None else list(dict.fromkeys([*columns]))
+                    tables.append(file.read_row_group(group, columns=wanted).take(rows))
+                    numbers += [start + row for row in rows.to_pylist()]
+            start += count
+    return (pa.concat_tables(tables) if tables else None), numbers, groups
+
+
+def may_have(file: pq.ParquetFile, group: int, column: str, value: Any) -> bool:
+    """Whether a row group may have a value, by the least and the greatest that its footer names."""
+    found = file.metadata.row_group(group)
+    number = next((n for n in range(found.num_columns) if found.column(n).path_in_schema == column), None)
+    bounds = None if number is None else found.column(number).statistics
+    if bounds is None or not bounds.has_min_max or not isinstance(value, type(bounds.min)):
+        return True
+    return bool(bounds.min <= value <= bounds.max)
+
+
+def closest_keys(root: str, manifest: Manifest, column: str, value: int | str) -> list[str]:
+    """The keys of a version that are most like one that it hasn't; of very large versions, those of the first files."""
+    keys: set[Any] = set()
+    for uri in data_files(root, manifest):
+        if len(keys) >= MOST_KEYS:
+            break
+        with storage.open_input(uri) as source:
+            keys.update(pq.read_table(source, columns=[column])[column].unique().drop_null().to_pylist())
+    return closest_of(keys, value)
+
+
+def closest_of(keys: Iterable[Any], value: int | str) -> list[str]:
+    """Of some keys the closest: by difference for numbers, by likeness for text."""
+    if isinstance(value, int):
+        return [str(key) for key in sorted(keys, key=lambda key: (abs(key - value), key))[:_CLOSE]]
+    ordered = sorted(map(str, keys))
+    if len(ordered) > 20_000:  # comparing with all would take a while: those beside it, and those that contain it
+        place = bisect_left(ordered, value)
+        near = ordered[max(place - _NEAR, 0) : place + _NEAR]
+        ordered = list(dict.fromkeys([*near, *(key for key in ordered if value in key)][: 4 * _NEAR]))
+    begun = [key for key in ordered if key.startswith(value)]
+    return [*begun, *difflib.get_close_matches(value, ordered, n=_CLOSE, cutoff=0.5)][:_CLOSE]

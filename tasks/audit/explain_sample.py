@@ -1,0 +1,353 @@
+"""Samples of an entity or an image in a streaming-ready copy: from the raw row to the step of a training."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from tasks.audit.explain_holders import holders_section
+from tasks.audit.explain_rows import closest_keys, find_rows, typed_key
+from tasks.audit.explain_samples import (
+    Sample,
+    Samples,
+    block_format,
+    delivery_config,
+    feature_columns,
+    find_samples,
+    source_of,
+    split_row,
+)
+from tasks.audit.explain_version import (
+    gate_section,
+    pick_time,
+    refuse,
+    rejected_rows,
+    rejected_section,
+    version_section,
+)
+from tasks.audit.explained import Answer, Explanation, Section
+from tasks.core import layout, storage
+from tasks.core.errors import ConfigError, PipelineError
+from tasks.core.lineage import trace
+from tasks.core.manifest import Manifest
+from tasks.core.reading import data_files
+from tasks.core.tensors import is_tensor, to_numpy
+from tasks.delivery.blocks import CHECKSUM, IMAGE, LABEL
+from tasks.delivery.encoding import Encoder, Feature
+from tasks.delivery.order import EpochOrder, Sizes
+
+MOST_ORDERED = 20_000_000
+"""Samples of a split up to which their order in an epoch is computed."""
+
+
+def explain_sample(root: str, manifest: Manifest, key: str, at: str | None) -> Explanation:
+    """Where samples of a copy come from, what was made of them, and when they are learned from.
+
+    Args:
+        root: Root of the store.
+        manifest: A streaming-ready copy.
+        key: An entity; of images an original or one of its variants.
+        at: Time of the source's row, where an entity has several; None: the newest.
+
+    Raises:
+        InputError: the copy has no such sample, and nothing of it was left out.
+        ConfigError: the key or the time can't be one.
+        VersionNotFound: the version that the copy was made from was deleted.
+
+    """
+    definition = manifest.definition
+    names = {definition["entity"], definition["keys"][0]}
+    rejected = rejected_rows(root, manifest, names, {key})
+    if not rejected:
+        data_files(root, manifest)  # which says so if the gate rejected the version
+    try:
+        found = find_samples(root, manifest, key)
+    except ConfigError:
+        if not rejected:
+            raise
+        found = None
+    if found is None or not (found.held or found.left_out):
+        if not rejected:
+            _refuse(root, manifest, found, key)
+        told: tuple[Answer, str] = ("rejected", "all that it had was rejected")
+        return _answer(root, manifest, key, told, [rejected_section(rejected)])
+    times = [name for name in definition["keys"][1:] if definition["kind"] == "table"]
+    held = _at(manifest, found.held, times, key, at)
+    if not held:
+        reasons = sorted({reason for _, reason in found.left_out})
+        told = ("rejected" if rejected else "left out", f"left out of the copy: {', '.join(reasons)}")
+        return _answer(root, manifest, key, told, [_left_out(found), *_rejected(rejected)])
+    value = held[0].source[definition["entity"]]
+    sections = [
+        _source(found, held, times),
+        _split(manifest, held, value),
+        _position(root, manifest, held),
+        *(_encoded(root, manifest, sample, several=len(held) > 1) for sample in held),
+        *([_left_out(found)] if found.left_out else []),
+        *_rejected(rejected),
+        gate_section(manifest, _concerned(manifest)),
+        holders_section(root, manifest, definition["entity"], value),
+        version_section(root, manifest),
+    ]
+    what = f"{len(held)} sample{'s' if len(held) != 1 else ''} of {definition['entity']} {value}"
+    return _explanation(manifest, key, "held", f"{what} in {manifest.dataset} v{manifest.version}", sections)
+
+
+def _explanation(
+    manifest: Manifest, key: str, answer: Answer, headline: str, sections: Sequence[Section]
+) -> Explanation:
+    return Explanation(
+        dataset=manifest.dataset,
+        version=manifest.version,
+        kind="streaming-copy",
+        key=key,
+        answer=answer,
+        headline=headline,
+        sections=tuple(sections),
+    )
+
+
+def _answer(
+    root: str, manifest: Manifest, key: str, told: tuple[Answer, str], sections: Sequence[Section]
+) -> Explanation:
+    answer, why = told
+    headline = f"{manifest.definition['entity']} {key} isn't in {manifest.dataset} v{manifest.version}: {why}"
+    return _explanation(
+        manifest, key, answer, headline, [*sections, gate_section(manifest, {}), version_section(root, manifest)]
+    )
+
+
+def _refuse(root: str, manifest: Manifest, found: Samples | None, key: str) -> None:
+    assert found is not None, "a key that can't be one was refused"
+    entity = manifest.definition["entity"]
+    refuse(manifest, entity, key, closest_keys(root, found.source, entity, typed_key(found.source, entity, key)))
+
+
+def _at(manifest: Manifest, held: Sequence[Sample], times: Sequence[str], key: str, at: str | None) -> list[Sample]:
+    """The samples that are meant: those of one time, where the rows have times."""
+    if not times or not held:
+        if at is not None and not times:
+            raise ConfigError(f"--at names a time, and the rows of {manifest.dataset} have none; leave it out")
+        return list(held)
+    moments = [sample.source[times[0]].astimezone(dt.UTC) for sample in held]
+    wanted = pick_time(manifest, key, moments, at)
+    return [sample for sample, moment in zip(held, moments, strict=True) if moment == wanted]
+
+
+def _source(found: Samples, held: Sequence[Sample], times: Sequence[str]) -> Section:
+    source = found.source
+    rows = [
+        {
+            **{name: sample.source[name] for name in times},
+            **({"image": sample.source["image_id"]} if "image_id" in sample.source else {}),
+            "file": sample.source_file,
+            "row": sample.source_row,
+            "sample id": str(sample.sample_id),
+        }
+        for sample in held
+    ]
+    others = len(found.held) - len(held)
+    notes = [f"{others} samples of other times are in the copy, too: name one with --at."] if others else []
+    notes.append(f"What is known of the row itself: explain {source.dataset} v{source.version}.")
+    facts = {"source": f"{source.dataset} v{source.version}", "read": found.read}
+    return Section(title="source", facts=facts, rows=rows, notes=notes)
+
+
+def _split(manifest: Manifest, held: Sequence[Sample], value: int | str) -> Section:
+    definition = manifest.definition
+    splits = sorted({sample.split for sample in held})
+    if definition["kind"] == "images" or "/" in held[0].source_file:
+        why = f"kept from the source, whose file stands in {held[0].source_file.rpartition('/')[0]}"
+        return Section(title="split", facts={"split": ", ".join(splits), "why": why})
+    drawn = split_row(delivery_config(manifest), definition["entity"], value, "this copy")
+    return Section(title="split", facts={name: drawn[name] for name in ("split", "draw", "why")})
+
+
+def _position(root: str, manifest: Manifest, held: Sequence[Sample]) -> Section:
+    """File, block and place of each sample, and its step in the first epoch."""
+    trainings = _trainings(root, manifest)
+    rows, notes = [], []
+    for sample in held:
+        row: dict[str, Any] = {
+            "sample id": str(sample.sample_id),
+            "split": sample.split,
+            "file": sample.file,
+            "block": sample.block,
+            "place": sample.place,
+            "position": sample.position,
+        }
+        if sample.file is None:
+            notes.append(f"Sample {sample.sample_id} isn't in its split's files: the copy isn't what its source says.")
+        elif sample.split == "train":
+            row |= _first_epoch(manifest, sample, trainings[0][1])
+        rows.append(row)
+    facts = {"samples in split": manifest.definition["samples"].get(held[0].split)}
+    if any("step" in row for row in rows):
+        told = ", ".join(f"{name} {trainings[0][1][name]}" for name in ("seed", "batch_size", "workers"))
+        facts |= {"epoch 0 as of": f"{trainings[0][0]}: {told}"}
+    return Section(title="position", facts=facts, rows=rows, notes=notes)
+
+
+def _trainings(root: str, manifest: Manifest) -> list[tuple[str, dict[str, Any]]]:
+    """Trainings on the copy with their settings, the last one first; without one, the settings of its flow run."""
+    found = []
+    for training in reversed(trace(root, manifest.dataset, manifest.version).trainings):
+        report = json.loads(storage.read_bytes(layout.join(training.uri, layout.REPORT_JSON)))
+        found.append((training.uri, report["config"]))
+    return [*found, ("the flow's settings", manifest.config["training"])]
+
+
+def _first_epoch(manifest: Manifest, sample: Sample, training: Mapping[str, Any]) -> dict[str, int]:
+    """In which step, of which worker, at which place of its batch a sample is delivered in epoch 0."""
+    count = int(manifest.definition["samples"]["train"])
+    if count > MOST_ORDERED:
+        return {}
+    order = EpochOrder(count, Sizes.of(block_format(manifest).sample_bytes), int(training["seed"]), 0)
+    position = int(np.flatnonzero(order.take(0, count) == sample.position)[0])
+    batch, place = divmod(position, int(training["batch_size"]))
+    step, worker = divmod(batch, int(training["workers"]))
+    return {"step": step, "worker": worker, "in batch": place}
+
+
+def _encoded(root: str, manifest: Manifest, sample: Sample, *, several: bool) -> Section:
+    """What is stored of a sample against its source row, and the checksum of its block."""
+    name = f"values of {sample.source.get('image_id', sample.sample_id)}" if several else "values"
+    if sample.file is None:
+        return Section(title=name, notes=["It isn't there."])
+    block = _block(root, manifest, sample)
+    label = _label(manifest, sample, block)
+    intact = "matches" if _checksum(block) == block[CHECKSUM][0].as_py() else "DOESN'T match"
+    facts: dict[str, Any] = {**label, "checksum of the block": f"{intact} ({block[CHECKSUM][0].as_py()})"}
+    if manifest.definition["kind"] == "images":
+        return Section(title=name, facts=facts | _image_facts(root, manifest, sample, block))
+    stored = to_numpy(block, "features")[0][sample.place]
+    return Section(
+        title=name,
+        facts=facts,
+        rows=_feature_rows(manifest, sample, stored),
+        shown=("feature", "encoding", "raw", "stored", "normalised", "check"),
+    )
+
+
+def _block(root: str, manifest: Manifest, sample: Sample) -> pa.Table:
+    """The row of the file that is the sample's block."""
+    base = layout.version_uri(storage.normalise(root), manifest.dataset, manifest.version)
+    assert sample.file is not None, "a sample that isn't there has no block"
+    with storage.open_input(layout.join(base, sample.file)) as source:
+        file, start = pq.ParquetFile(source), 0
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            if sample.block < start + count:
+                return file.read_row_group(group).slice(sample.block - start, 1).combine_chunks()
+            start += count
+    raise AssertionError("the ids were read of this file, so that it has the block")
+
+
+def _checksum(block: pa.Table) -> str:
+    hasher = xxhash.xxh3_128()
+    for field in block.schema:
+        if is_tensor(field):
+            hasher.update(block[field.name][0].as_py())
+    return hasher.hexdigest()
+
+
+def _label(manifest: Manifest, sample: Sample, block: pa.Table) -> dict[str, Any]:
+    described = manifest.definition.get("label")
+    if described is None:
+        return {}
+    stored = to_numpy(block, LABEL).reshape(-1)[sample.place].item()
+    classes = described.get("classes")
+    told = f"{stored} ({classes[stored]})" if classes else f"{stored}"
+    return {"label": f"{told}, of {described['column']} = {sample.source[described['column']]}"}
+
+
+def _feature_rows(manifest: Manifest, sample: Sample, stored: npt.NDArray[np.float32]) -> list[dict[str, Any]]:
+    """Each feature: raw value, what is stored, what a model sees, and whether encoding again gives the same."""
+    definition = manifest.definition
+    features = [Feature(**described) for described in definition["features"]]
+    raw = {name: sample.source[name] for name in feature_columns(manifest)}
+    again = Encoder(tuple(features)).encode(_table(raw, features))[0]
+    mean, std = definition["normalise"]["mean"], definition["normalise"]["std"]
+    return [
+        {
+            "feature": feature.name,
+            "encoding": feature.encoding,
+            "raw": raw[feature.column],
+            "stored": float(stored[number]),
+            "mean": mean[number],
+            "std": std[number],
+            "normalised": round((float(stored[number]) - mean[number]) / std[number], 6),
+            "check": "as encoded" if again[number] == stored[number] else "DIFFERS from its encoding",
+        }
+        for number, feature in enumerate(features)
+    ]
+
+
+def _table(raw: Mapping[str, Any], features: Sequence[Feature]) -> pa.Table:
+    """The raw row as the encoder takes it: a column without a value has no type of its own."""
+    texts = {feature.column for feature in features if feature.encoding == "category"}
+    return pa.table(
+        {
+            name: pa.chunked_array(
+                [pa.array([value], (pa.string() if name in texts else pa.float64()) if value is None else None)]
+            )
+            for name, value in raw.items()
+        }
+    )
+
+
+def _image_facts(root: str, manifest: Manifest, sample: Sample, block: pa.Table) -> dict[str, Any]:
+    """The picture against that of the source, and by what it is normalised."""
+    image, constants = to_numpy(block, IMAGE)[0], manifest.definition["normalise"]
+    facts = {
+        "shape": " × ".join(map(str, image.shape)),
+        "stored as": f"{image.dtype}, as in the source",
+        "mean of the channels": [round(float(one), 3) for one in image.mean(axis=(1, 2))],
+        "normalised by": f"(x / {constants['scale']} - {constants['mean']}) / {constants['std']}",
+    }
+    source = manifest.definition["source"]
+    try:
+        found = _source_picture(root, manifest, sample)
+        same = np.array_equal(to_numpy(found, IMAGE)[0], image)
+        facts["check"] = "the same pixels as in the source" if same else "OTHER pixels than in the source"
+    except PipelineError as fault:
+        facts["check"] = f"can't be compared with {source['dataset']} v{source['version']}: {fault}"
+    return facts
+
+
+def _source_picture(root: str, manifest: Manifest, sample: Sample) -> pa.Table:
+    """The row of the source version with its picture."""
+    first = manifest.definition["keys"][0]
+    found = find_rows(
+        root,
+        source_of(root, manifest),
+        first,
+        sample.source[first],
+        columns=[IMAGE],
+        wanted=lambda entry: entry.path == sample.source_file,
+    )
+    return found.table
+
+
+def _left_out(found: Samples) -> Section:
+    rows = [{"reason": reason, "values": row} for row, reason in found.left_out]
+    note = ["Rows that aren't marked as training-ready are left out by ready_only; others are rejected, and counted."]
+    return Section(title="left out", rows=rows, notes=note)
+
+
+def _rejected(rows: Sequence[Mapping[str, Any]]) -> list[Section]:
+    return [rejected_section(rows)] if rows else []
+
+
+def _concerned(manifest: Manifest) -> dict[str, str]:
+    label = manifest.definition.get("label")
+    concerned = dict.fromkeys(feature_columns(manifest), "a column of this row")
+    return concerned | ({label["column"]: "its label"} if label else {})

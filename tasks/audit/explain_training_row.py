@@ -1,0 +1,247 @@
+"""One row of a training set, explained: where its target and each of its features come from."""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import polars as pl
+
+from tasks.audit.explain_features import events_section
+from tasks.audit.explain_holders import holders_section, made_from
+from tasks.audit.explain_matches import Match, days_of, matches
+from tasks.audit.explain_rows import closest_keys, find_rows, is_whole, typed_key
+from tasks.audit.explain_samples import delivery_config, split_row
+from tasks.audit.explain_sources import declared_sources, files_now, rows_of_key
+from tasks.audit.explain_version import (
+    gate_section,
+    pick_time,
+    refuse,
+    rejected_rows,
+    rejected_section,
+    rejected_sources,
+    version_section,
+)
+from tasks.audit.explained import Answer, Explanation, Section
+from tasks.core import layout
+from tasks.core.errors import ConfigError, PipelineError
+from tasks.core.manifest import Manifest
+from tasks.delivery.config import DeliveryConfig
+from tasks.features.rows import ColumnPlan, RowPlan
+from tasks.serving.definition import EVENT_TIME, TARGET
+from tasks.serving.spine import SPINE
+
+
+def explain_training_row(root: str, manifest: Manifest, key: str, at: str | None) -> Explanation:
+    """Where a row of a training set comes from, and who has it.
+
+    Args:
+        root: Root of the store.
+        manifest: A training set.
+        key: The entity.
+        at: Time of the event; None: the entity's newest.
+
+    Raises:
+        InputError: the version has no such row, and has rejected none.
+        ConfigError: the key or the time can't be one.
+
+    """
+    entity: str = manifest.definition["entity"]
+    rejected = rejected_rows(root, manifest, _spellings(manifest, entity), {key})
+    try:
+        value = typed_key(manifest, entity, key)
+    except ConfigError:
+        if not rejected:
+            raise
+        return _rejected(root, manifest, key, rejected)
+    if manifest.status == "rejected" and rejected:
+        return _rejected(root, manifest, key, rejected)
+    found = find_rows(root, manifest, entity, value)
+    if not found.table.num_rows:
+        if not rejected:
+            refuse(manifest, entity, key, closest_keys(root, manifest, entity, value))
+        return _rejected(root, manifest, key, rejected)
+    times = [moment.astimezone(dt.UTC) for moment in found.table[EVENT_TIME].to_pylist()]
+    moment = pick_time(manifest, key, times, at)
+    place = times.index(moment)
+    row = found.rows[place] | {EVENT_TIME: moment}
+    matched = matches(root, manifest, row)
+    concerned = {TARGET: "this row's target"} | {
+        column: f"this row: {'missing' if row[column] is None else 'has a value'}"
+        for column in manifest.definition["columns"]
+    }
+    concerned |= {match.group: "this row found none" for match in matched if match.version is None}
+    concerned |= dict.fromkeys(rejected_sources(rejected), "has rejected rows of it")
+    facts = {
+        entity: value,
+        "event time": moment,
+        "times held": sorted(times),
+        "rows of this time": times.count(moment) if times.count(moment) > 1 else None,
+        "file": found.places[place][0],
+        "row": found.places[place][1],
+        "read": found.read_of(manifest),
+    }
+    sections = [
+        Section(title="row", facts={name: one for name, one in facts.items() if one is not None}),
+        *_target(manifest, (entity, value), row, moment),
+        _features(manifest, matched, moment),
+        _values(manifest, matched, row),
+        *([rejected_section(rejected)] if rejected else []),
+        gate_section(manifest, concerned),
+        _splits(root, manifest, entity, value),
+        holders_section(root, manifest, entity, value),
+        version_section(root, manifest),
+    ]
+    headline = f"{entity} {key} of {manifest.dataset} v{manifest.version}, event at {moment:%Y-%m-%d %H:%M} UTC"
+    return _explanation(manifest, key, "held", headline, sections)
+
+
+def _explanation(
+    manifest: Manifest, key: str, answer: Answer, headline: str, sections: Sequence[Section]
+) -> Explanation:
+    return Explanation(
+        dataset=manifest.dataset,
+        version=manifest.version,
+        kind="training-set",
+        key=key,
+        answer=answer,
+        headline=headline,
+        sections=tuple(sections),
+    )
+
+
+def _rejected(root: str, manifest: Manifest, key: str, rows: Sequence[dict[str, Any]]) -> Explanation:
+    entity = manifest.definition["entity"]
+    headline = f"{entity} {key} isn't in {manifest.dataset} v{manifest.version}: all that it had was rejected"
+    concerned = dict.fromkeys(rejected_sources(rows), "has rejected rows of it")
+    sections = [rejected_section(rows), gate_section(manifest, concerned), version_section(root, manifest)]
+    return _explanation(manifest, key, "rejected", headline, sections)
+
+
+def _spellings(manifest: Manifest, entity: str) -> set[str]:
+    columns = manifest.definition["spine"].get("columns", {})
+    return {entity, columns.get(entity, entity), manifest.config.get("transaction_columns", {}).get(entity, entity)}
+
+
+def _target(
+    manifest: Manifest, key: tuple[str, int | str], row: Mapping[str, Any], moment: dt.datetime
+) -> list[Section]:
+    """The target, and the rows of the source that it was made of."""
+    spine = manifest.definition["spine"]
+    if "label" not in spine:
+        return [_from_table(manifest, key, row, moment)]
+    label = spine["label"]
+    end = moment + dt.timedelta(days=label["days"])
+    since = None if label["active_days"] is None else moment - dt.timedelta(days=label["active_days"])
+    facts = {
+        "target": row[TARGET],
+        "label": label["name"],
+        "expression": label["target"],
+        "over events after": moment,
+        "and until": end,
+        "there is a row, as": f"{key[0]} had an event by {moment:%Y-%m-%d %H:%M}"
+        + (f" and after {since:%Y-%m-%d %H:%M}" if since else ""),
+    }
+    section = Section(title="target", facts=facts)
+    record = next((one for one in manifest.inputs if one.version is None and one.name == label["source"]), None)
+    if record is None:
+        return [section]
+    try:
+        declared = declared_sources(manifest)
+    except PipelineError as fault:
+        return [section, Section(title=f"events in {record.name}", notes=[str(fault)])]
+    spans = {"before": (since, moment), "in the window": (moment, end)}
+    return [section, events_section(declared, manifest, record, key, spans)]
+
+
+def _from_table(manifest: Manifest, key: tuple[str, int | str], row: Mapping[str, Any], moment: dt.datetime) -> Section:
+    """The row of the user's own table."""
+    entity, value = key
+    record = next(one for one in manifest.inputs if one.version is None and one.name == SPINE)
+    columns = manifest.definition["spine"]["columns"]
+    names = {ours: columns.get(ours, ours) for ours in (entity, EVENT_TIME)}
+    kind = "int64" if is_whole(manifest, entity) else "string"
+    plan = RowPlan(
+        source=SPINE,
+        columns=(
+            ColumnPlan(name=entity, source_name=names[entity], kind="key", key_type=kind),  # type: ignore[arg-type]
+            ColumnPlan(name=EVENT_TIME, source_name=names[EVENT_TIME], kind="time", required=True),
+        ),
+        time=EVENT_TIME,
+        timezone=manifest.config["timezone"],
+        epoch_unit=manifest.config["epoch_unit"],
+    )
+    rows = []
+    for now in files_now(record):
+        numbers, note = None, None
+        try:
+            if now.info is not None:
+                found = rows_of_key(now, plan, entity, value).kept
+                numbers = found.filter(pl.col(EVENT_TIME) == moment)["row"].to_list()
+        except PipelineError as fault:
+            note = str(fault)
+        rows.append(now.told() | {"rows": numbers} | ({"note": note} if note else {}))
+    return Section(
+        title="target", facts={"target": row[TARGET], "from": f"the table {record.uri}", "read as": names}, rows=rows
+    )
+
+
+def _features(manifest: Manifest, matched: Sequence[Match], moment: dt.datetime) -> Section:
+    """What each group gave."""
+    definition = manifest.definition
+    days = definition["ttl_days"]
+    rows = [
+        {
+            "group": match.group,
+            "from": None if match.version is None else f"v{match.version}",
+            "as of": match.as_of,
+            "age": None if match.age is None else days_of(match.age),
+            "age seconds": None if match.age is None else match.age.total_seconds(),
+            "why": match.why,
+            "versions read": [f"v{version}" for version in match.versions],
+            "deleted since": [f"v{version}" for version in match.gone] or None,
+        }
+        for match in matched
+    ]
+    rule = f"as of {'before' if definition['strict'] else 'at or before'} {moment:%Y-%m-%d %H:%M}"
+    rule += "" if days is None else f", at most {days:g} days old"
+    rule += ", known by then" if definition["known_at"] else ""
+    shown = ("group", "from", "as of", "age", "why", "versions read")
+    return Section(title="features", facts={"rule": rule}, rows=rows, shown=shown)
+
+
+def _values(manifest: Manifest, matched: Sequence[Match], row: Mapping[str, Any]) -> Section:
+    """Each feature, and whether the version still has the value that the row was given."""
+    given = {column: match for match in matched for column in match.columns}
+    rows = []
+    for column, reference in manifest.definition["columns"].items():
+        match = given.get(column)
+        if match is None:
+            state = "nothing was matched" if row[column] is None else "its version can't be looked at"
+        else:
+            state = "as in the version" if _same(match.columns[column], row[column]) else "DIFFERS from the version"
+        rows.append({"column": column, "value": row[column], "reference": reference, "check": state})
+    return Section(title="values", rows=rows)
+
+
+def _same(one: Any, other: Any) -> bool:
+    both_nan = isinstance(one, float) and isinstance(other, float) and math.isnan(one) and math.isnan(other)
+    return bool(one == other) or both_nan
+
+
+def _splits(root: str, manifest: Manifest, entity: str, value: int | str) -> Section:
+    """The split that each copy gives the entity, and why; without a copy, that of the usual settings."""
+    copies = [one for one in made_from(root, manifest)[0] if layout.kind(one.dataset) == "streaming-copy"]
+    rows = []
+    for copy in copies:
+        try:
+            rows.append(split_row(delivery_config(copy), entity, value, f"{copy.dataset} v{copy.version}"))
+        except PipelineError as fault:
+            rows.append({"copy": f"{copy.dataset} v{copy.version}", "split": None, "why": str(fault)})
+    notes = []
+    if not copies:
+        rows.append(split_row(DeliveryConfig(), entity, value, "(none yet)"))
+        notes.append("No copy was made of it yet; this is what the usual settings would give.")
+    return Section(title="split", rows=rows, notes=notes)

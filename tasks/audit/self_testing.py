@@ -1,0 +1,109 @@
+"""The command `self-test NAME [vN]`: which faults, put into a sample of a published version, does its gate notice?"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from tasks.core import layout, storage
+from tasks.core.errors import InputError
+from tasks.core.manifest import FaultResult, Manifest
+from tasks.core.reading import live_manifests, resolve
+from tasks.core.self_test import ORDER, blind, summary, unproven
+from tasks.serving.catalogue import find_dataset
+from tasks.serving.tables import as_json, show
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def self_test(arguments: Namespace) -> int:
+    """Test the gate of one version.
+
+    Returns:
+        0 if no fault is blind, 1 otherwise.
+
+    Raises:
+        VersionNotFound: there is no such version.
+        InputError: it can't be tested: it is of another kind, or its configuration isn't known here.
+
+    """
+    root = storage.normalise(arguments.root)
+    manifest = resolve(root, find_dataset(root, arguments.name), arguments.version or "latest")
+    results = results_of(root, manifest)
+    unseen = blind(results)
+    checks = unproven(manifest.gate, results)
+    if arguments.json:
+        answer = {
+            "dataset": manifest.dataset,
+            "version": manifest.version,
+            "faults": [result.model_dump(mode="json") for result in results],
+            "blind": unseen,
+            "unproven": checks,
+        }
+        print(as_json(answer))
+        return 1 if unseen else 0
+    show(
+        ["OUTCOME", "FAULT", "INJECTED", "NOTICED BY", "IN WORDS"],
+        [
+            (one.outcome, one.fault, one.injected, ", ".join(one.caught_by[:2]), one.message)
+            for one in sorted(results, key=lambda result: ORDER[result.outcome])
+        ],
+    )
+    print(f"\n{manifest.dataset} v{manifest.version}: {summary(results)}")
+    if checks:
+        print(f"checks that no fault made worse: {', '.join(checks)}")
+    return 1 if unseen else 0
+
+
+def results_of(root: str, manifest: Manifest) -> tuple[FaultResult, ...]:
+    """Inject faults into a sample of a published version, by the configuration that its manifest has.
+
+    Args:
+        root: Root of the store.
+        manifest: The version's.
+
+    Raises:
+        InputError: the version can't be tested.
+
+    """
+    earlier = [one for one in live_manifests(root, manifest.dataset) if one.version < manifest.version]
+    previous = earlier[-1] if earlier else None
+    match layout.kind(manifest.dataset):
+        case "features":
+            from tasks.features import self_test as features
+            from tasks.features.config import FeatureStoreConfig
+
+            return features.self_test(root, manifest, _config(FeatureStoreConfig, manifest), previous)
+        case "training-set":
+            from tasks.features.config import FeatureStoreConfig
+            from tasks.serving import self_test as serving
+
+            return serving.self_test(root, manifest, _config(FeatureStoreConfig, manifest), previous)
+        case "images":
+            from tasks.images import self_test as images
+            from tasks.images.config import ImageAugmentationConfig
+
+            return images.self_test(root, manifest, _config(ImageAugmentationConfig, manifest), previous)
+        case "streaming-copy":
+            from tasks.delivery import self_test as delivery
+            from tasks.delivery.config import DeliveryConfig
+            from tasks.delivery.source import find_source
+
+            config = _config(DeliveryConfig, manifest)
+            version = manifest.definition["source"]["version"]
+            source = find_source(config.model_copy(update={"root": root, "version": version}))
+            return delivery.self_test(source, manifest, config, previous)
+    raise InputError(f"{manifest.dataset} is no dataset of these flows: it has no gate to test")
+
+
+def _config(model: type[Config], manifest: Manifest) -> Config:
+    try:
+        return model.model_validate(manifest.config)
+    except ValidationError as error:
+        name = f"{manifest.dataset} v{manifest.version}"
+        raise InputError(
+            f"the configuration of {name} can't be used here: {error.errors()[0]['msg']}; it was made by another "
+            "version of this project: publish the dataset anew"
+        ) from error

@@ -1,0 +1,106 @@
+"""Where the rows of a feature job went, by three counts that know nothing of each other. Pure.
+
+What the tasks say that they sent, what the exchange carried, and what the tasks say that they took must be the same;
+what was read must be what the files' footers say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from tasks.core.conservation import check_equal
+from tasks.core.manifest import RowBalance
+from tasks.features.rows import AFTER_AS_OF
+from tasks.features.stages import Job
+from tasks.features.tallies import BucketSummary, EventTally, Tally, UnitNote, check_rows_read, check_way
+
+Int64Array = npt.NDArray[np.int64]
+
+
+def group_balances(
+    job: Job, number: int, notes: Sequence[UnitNote], summaries: Sequence[BucketSummary], carried: Int64Array
+) -> tuple[RowBalance, ...]:
+    """Balances of the events, the dimension and the entities of a group, each checked.
+
+    What earlier versions have kept has a balance of its own.
+
+    Args:
+        job: The job.
+        number: Number of the group.
+        notes: One a unit.
+        summaries: One a bucket of the group.
+        carried: Rows that went from each unit to each bucket of the group, shape (units, buckets).
+
+    Raises:
+        BalanceError: rows were lost or doubled; it has the figures.
+
+    """
+    planned = job.plan.groups[number]
+    sent = carried.sum(axis=1)
+    balances = _event_balances(job, number, notes, summaries, sent)
+    if planned.dimension is not None:
+        balances.append(_dimension_balance(job, number, notes, summaries, sent))
+    entities = Tally()
+    for summary in summaries:
+        entities.add(summary.entities)
+    balances.append(entities.balance(planned.group.name))
+    for balance in balances:
+        balance.check()
+    return tuple(balances)
+
+
+def _event_balances(
+    job: Job, number: int, notes: Sequence[UnitNote], summaries: Sequence[BucketSummary], sent: Int64Array
+) -> list[RowBalance]:
+    """Balance of the events that were read and, in an incremental run, of those that earlier versions have kept."""
+    planned, source = job.plan.groups[number], job.plan.events
+    own = [i for i, unit in enumerate(job.units) if unit.group is None and job.plan.reads(number, unit.file)]
+    events = Tally()
+    for index in own:
+        events.add(notes[index].tally)
+    check_rows_read(source, [job.units[index].read for index in own], events)
+    _filter(events, f"null_{planned.group.entity}", sum(notes[index].without_entity[number] for index in own))
+    arrived = [summary.events for summary in summaries]
+    check_way(source.name, events.rows_out, int(sent[own].sum()), sum(tally.new for tally in arrived))
+    _filter(events, AFTER_AS_OF, sum(tally.new_late for tally in arrived))
+    balances = [events.balance(source.name)]
+    if job.plan.states and job.plan.states[number].links:
+        balances.append(_kept_balance(job, number, arrived))
+    return balances
+
+
+def _kept_balance(job: Job, number: int, arrived: Sequence[EventTally]) -> RowBalance:
+    """Where the events went that earlier versions have kept."""
+    state, count = job.plan.states[number], sum(tally.kept for tally in arrived)
+    name = f"{job.plan.events.name} kept by v{state.parent}"
+    check_equal(name, state.rows, count, "are kept, {} were read")
+    kept = Tally(rows_in=count, rows_out=count)
+    _filter(kept, AFTER_AS_OF, sum(tally.kept_late for tally in arrived))
+    return kept.balance(name)
+
+
+def _dimension_balance(
+    job: Job, number: int, notes: Sequence[UnitNote], summaries: Sequence[BucketSummary], sent: Int64Array
+) -> RowBalance:
+    dimension = job.plan.groups[number].dimension
+    assert dimension is not None, "only a group with a dimension has its balance"
+    own = [index for index, unit in enumerate(job.units) if unit.group == number]
+    read, kept = Tally(), Tally()
+    for index in own:
+        read.add(notes[index].tally)
+    for summary in summaries:
+        kept.add(summary.dimension)
+    check_rows_read(dimension, [job.units[index].read for index in own], read)
+    check_way(dimension.name, read.rows_out, int(sent[own].sum()), kept.rows_in)
+    read.pass_on(kept)
+    return read.balance(dimension.name)
+
+
+def _filter(tally: Tally, reason: str, rows: int) -> None:
+    """Count kept rows as filtered."""
+    if rows:
+        tally.rows_out -= rows
+        tally.filtered[reason] += rows

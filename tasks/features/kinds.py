@@ -1,0 +1,102 @@
+"""Which types of a file's columns can be read as which kind of column: asked before any row is read. Pure.
+
+A type that can't is refused, not cast: ticks of a time would be amounts, the text of a struct a key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.types as pt
+
+from tasks.core.errors import SourceError
+from tasks.features.definitions import ColumnKind
+from tasks.features.sources import SourceTable, how_to_map
+
+Test = Callable[[pa.DataType], bool]
+
+_TEXT: tuple[Test, ...] = (pt.is_string, pt.is_large_string, pt.is_string_view)
+_NUMBERS: tuple[Test, ...] = (pt.is_integer, pt.is_floating, pt.is_decimal)
+_BYTES: tuple[Test, ...] = (pt.is_binary, pt.is_large_binary)
+_READABLE: Mapping[ColumnKind, tuple[Test, ...]] = {
+    "number": (*_NUMBERS, *_TEXT, pt.is_boolean, pt.is_null),
+    "key": (*_NUMBERS, *_TEXT, *_BYTES, pt.is_date, pt.is_null),
+    "category": (*_NUMBERS, *_TEXT, *_BYTES, pt.is_boolean, pt.is_date, pt.is_null),
+    "time": (pt.is_timestamp, pt.is_date, pt.is_integer, pt.is_string, pt.is_large_string, pt.is_null),
+}
+_WANTED: Mapping[ColumnKind, str] = {
+    "number": "integers, floats, decimals, or text of numbers",
+    "key": "whole numbers or text",
+    "category": "text, numbers or booleans",
+}
+
+
+def check_kind(table: SourceTable, kind: ColumnKind, ours: str, theirs: str, mapping: str | None = None) -> None:
+    """Make sure that a column of every file can be read as what it is declared to be.
+
+    Args:
+        table: The source, whose files all have the column.
+        kind: What it is read as; 'time' is judged by `check_times`.
+        ours: Our name of it.
+        theirs: The files' name of it.
+        mapping: How a user maps another column, if not as `how_to_map` says.
+
+    Raises:
+        SourceError: names the file, the column, its type and what it must be.
+
+    """
+    for file in table.files:
+        found = file.schema.field(theirs).type
+        where = f"{table.name}: column '{theirs}' of {file.info.uri} is of type {found}"
+        if polars_type(found) is None:
+            raise SourceError(f"{where}, which can't be read; convert it to a plain type such as double or string")
+        if kind in _WANTED and not _is_readable(found, kind):
+            raise SourceError(
+                f"{where}, but '{ours}' is a {kind}: it must be {_WANTED[kind]}; convert it, or map another column: "
+                f"{mapping or how_to_map(table.name, ours)}"
+            )
+
+
+def check_times(where: str, column: str, types: Sequence[pa.DataType], epoch_unit: str | None) -> None:
+    """Make sure that a column of these types, one a file, can be read as times.
+
+    Raises:
+        SourceError: it can't, or holds integers and nobody said what they count.
+
+    """
+    for kind in dict.fromkeys(types):
+        if pt.is_integer(kind) and epoch_unit is None:
+            raise SourceError(
+                f"{where}: the time column '{column}' holds integers ({kind}); say what they count since 1970: "
+                f"--epoch-unit s, ms, us or ns"
+            )
+        if not _is_readable(kind, "time"):
+            raise SourceError(
+                f"{where}: the time column '{column}' is of type {kind}; it must be a timestamp, date, "
+                f"ISO 8601 text, or an integer with --epoch-unit"
+            )
+
+
+def polars_type(kind: pa.DataType) -> pl.DataType | None:
+    """The type that Polars gives to a column of an Arrow type; None for those that it can't read."""
+    if pt.is_decimal256(kind):  # Polars panics
+        return None
+    try:
+        frame = pl.from_arrow(pa.schema([pa.field("x", kind)]).empty_table())
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return None
+    assert isinstance(frame, pl.DataFrame)
+    return frame.schema["x"]
+
+
+def is_whole(kind: pa.DataType) -> bool:
+    """Whether values of a type can be whole numbers: floats are where a data frame had a null among them."""
+    return bool(pt.is_integer(kind) or pt.is_floating(kind) or pt.is_decimal(kind))
+
+
+def _is_readable(kind: pa.DataType, wanted: ColumnKind) -> bool:
+    if pt.is_dictionary(kind) and wanted != "time":
+        kind = kind.value_type
+    return any(test(kind) for test in _READABLE[wanted])

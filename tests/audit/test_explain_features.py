@@ -1,0 +1,225 @@
+"""`explain` of feature rows: against pandas on the source files, for rejected and unknown keys, and on a terminal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import s3fs
+
+from tasks import commands
+from tasks.core import storage, versions
+from tasks.core.hashing import stable_hash
+from tasks.core.withdrawal import withdraw
+from tests.audit.explained_store import Store, explained, facts, made_store, refused, rows  # noqa: F401 - a fixture
+
+GROUP = "customer-features"
+
+
+def events(store: Store) -> pd.DataFrame:
+    frames = []
+    for path in store.transactions:
+        frame = pd.read_csv(path, parse_dates=["timestamp"]) if path.endswith("csv") else pd.read_parquet(path)
+        frames.append(frame.assign(file=path))
+    return pd.concat(frames)
+
+
+@pytest.mark.parametrize(("key", "at"), [(7, "2024-03-31"), (7, "2024-06-30"), (42, None)])
+def test_events_are_counted_as_pandas_counts_them(
+    store: Store, capsys: pytest.CaptureFixture[str], key: int, at: str | None
+) -> None:
+    answer = explained(store, capsys, f"{GROUP} v2 {key}" + (f" --at {at}" if at else ""))
+    frame = events(store)
+    mine = frame[frame.customer_id == key]
+    good, until = mine[mine.amount.notna()], pd.Timestamp(at or "2024-06-30")
+    wanted = {
+        path: (
+            int((good[good.file == path].timestamp <= until).sum()),
+            int((good[good.file == path].timestamp > until).sum()),
+            int(mine[mine.file == path].amount.isna().sum()),
+        )
+        for path in store.transactions
+    }
+    told = rows(answer, "events_in_transactions")
+    assert {row["file"]: (row["events"], row["later"], row["rejected"]) for row in told} == wanted
+    assert {row["now"] for row in told} == {"unchanged"}
+    values = {row["feature"]: row["value"] for row in rows(answer, "values")}
+    assert values["transaction_count"] == sum(count for count, _, _ in wanted.values())
+    assert values["total_spent"] == pytest.approx(good[good.timestamp <= until].amount.sum())
+    assert facts(answer, "row")["as of"] == f"{until:%Y-%m-%d}T00:00:00Z"
+
+
+def test_the_row_is_found_by_its_partition(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = explained(store, capsys, f"{GROUP} v2 7 --at 2024-06-30")
+    where, manifest = facts(answer, "row"), versions.read_manifest(store.root, f"feature-store/{GROUP}", 2)
+    data = pq.read_table(f"{store.root}/feature-store/{GROUP}/v2/{where['file']}").slice(where["row"], 1).to_pylist()[0]
+    assert (data["customer_id"], str(data["as_of"])[:10]) == (7, "2024-06-30")
+    assert len(manifest.files) == 4
+    assert where["read"] == "footers of 1 of 4 data files, 1 row groups"
+    assert set(
+        (
+            stable_hash(pq.read_table(f"{store.root}/feature-store/{GROUP}/v2/{where['file']}")["customer_id"]) % 4
+        ).tolist()
+    ) == {int(where["file"].split("-")[1])}
+
+
+def test_outliers_are_those_outside_of_the_fences_of_the_rows_time(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = versions.read_table(store.root, f"feature-store/{GROUP}", 2).to_pandas()
+    table = table[table.as_of == pd.Timestamp("2024-03-31", tz="UTC")].set_index("customer_id")
+    odd = table[table.outlier_ratio > 0]
+    assert len(odd) > 2, "the data has no outliers to explain"
+    numbers = [name for name in table.columns[: list(table).index("missing_ratio")] if table[name].dtype.kind in "if"]
+    low, high = table[numbers].quantile(0.25), table[numbers].quantile(0.75)
+    for key in odd.index[:3]:
+        answer = explained(store, capsys, f"{GROUP} v2 {key} --at 2024-03-31")
+        row, reach = table.loc[key], 1.5 * (high - low)
+        wanted = [name for name in numbers if not low[name] - reach[name] <= row[name] <= high[name] + reach[name]]
+        assert facts(answer, "quality")["outliers"] == wanted
+        assert answer["sections"]["quality"]["notes"] == []
+        assert facts(answer, "quality")["training-ready"] == bool(row.is_training_ready)
+        ready = facts(answer, "quality")["because"] == "every bound is kept"
+        assert ready == bool(row.is_training_ready)
+
+
+def test_who_holds_a_row(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    held = {
+        row["who"]: (row["relation"], row["holds"])
+        for row in rows(explained(store, capsys, f"{GROUP} v2 7 --at 2024-03-31"), "held_by")
+    }
+    # A label at the 15th of April finds the features of March, which are 15 days old; at the 15th of May they are too
+    # old. The table's rows of the 1st of May find them, and those of February find none.
+    assert held["feature-store/training-ready/churn v1"] == (
+        "made from it",
+        "2 rows, 2024-04-15, 2024-05-15; 1 of them have this row's features",
+    )
+    assert held["feature-store/training-ready/worth v1"][1].endswith("; 1 of them have this row's features")
+    assert held[f"feature-store/{GROUP} v1"] == ("other version", "1 row, 2024-03-31")
+    assert held["training-datasets/streaming-ready/churn v1"][1] == "2 samples in train"
+
+
+def test_rejected_rows_are_an_answer(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = explained(store, capsys, f"{GROUP} v2 7")
+    told = [(row["reason"], Path(row["source file"]).name, row["source row"]) for row in rows(kept, "rejected")]
+    assert told == [("null_amount", "a.parquet", 10), ("null_amount", "b.parquet", 500)]
+    nobody = explained(store, capsys, f"{GROUP} v2 900")
+    assert nobody["answer"] == "rejected"
+    [row] = rows(nobody, "rejected")
+    assert (row["reason"], Path(row["source file"]).name, row["source row"], row["detail"]) == (
+        "null_timestamp",
+        "c.csv",
+        500,
+        "timestamp is missing",
+    )
+    [row] = rows(explained(store, capsys, f"{GROUP} v2 901"), "rejected")
+    assert (row["reason"], row["detail"]) == (
+        "no_customers_row",
+        "customers has no row of this key, and join = inner",
+    )
+    twice = explained(store, capsys, f"{GROUP} v2 4")
+    assert rows(twice, "rows_of_customers")[0]["rows"] == [4, 60]
+    assert [row["reason"] for row in rows(twice, "rejected")] == ["conflicting_customer_id"]
+    gate = {row["column"]: row["concerns"] for row in rows(twice, "gate")}
+    assert gate["customers"] == "has rejected rows of it"
+
+
+def test_unknown_keys_and_wrong_arguments(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    code, told = refused(store, capsys, f"{GROUP} v2 61")
+    assert (code, told.strip()) == (
+        1,
+        f"error: feature-store/{GROUP} v2 has no customer_id '61', among its rows or its rejected ones; "
+        "closest: 59, 58, 57",
+    )
+    code, told = refused(store, capsys, f"{GROUP} v2 seven")
+    assert code == 2
+    assert "those are whole numbers, such as 7" in told
+    code, told = refused(store, capsys, f"{GROUP} v2 7 --at 2024-04-01")
+    assert code == 1
+    assert "closest: 2024-03-31T00:00:00+00:00, 2024-06-30T00:00:00+00:00" in told
+    assert refused(store, capsys, f"{GROUP} v2 7 --at yesterday")[0] == 2
+    assert refused(store, capsys, f"{GROUP} v2 7 --picture x.png")[0] == 2
+    assert refused(store, capsys, f"{GROUP} v9 7")[0] == 1
+
+
+def test_sources_that_are_gone_or_changed_are_named(
+    store: Store, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    gone, changed, _ = (Path(path) for path in store.transactions)
+    shutil.move(gone, tmp_path / "a")
+    shutil.copy(changed, tmp_path / "b")
+    pd.read_parquet(changed)[:900].to_parquet(changed)
+    try:
+        answer = explained(store, capsys, f"{GROUP} v2 7")
+    finally:
+        shutil.move(tmp_path / "a", gone)
+        shutil.copy(tmp_path / "b", changed)
+    states = [row["now"] for row in rows(answer, "events_in_transactions")]
+    assert states == ["gone", "changed since", "unchanged"]
+    assert answer["sections"]["events_in_transactions"]["notes"] == [
+        "1 of 3 files are gone; 1 of 3 files have changed since, and are counted as they are now."
+    ]
+    assert rows(answer, "events_in_transactions")[0]["events"] is None
+
+
+def test_data_sends_no_command_to_the_terminal(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.run(["explain", GROUP, "v2", "3", "--root", store.root]) == 0
+    text = capsys.readouterr().out
+    assert r"red \x1b[31malert\x1b[0m" in text
+    assert "\x1b" not in text
+    assert commands.run(["explain", GROUP, "v2", "3", "--json", "--root", store.root]) == 0
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    location = next(row for row in rows(json.loads(text), "values") if row["feature"] == "location")
+    assert location["value"] == "red \x1b[31malert\x1b[0m"
+    assert "\x1b" not in refused(store, capsys, f"{GROUP} v2 \x1b[2J7")[1]
+
+
+def test_neither_ray_nor_prefect_is_loaded(store: Store) -> None:
+    code = (
+        "import sys; from tasks import commands\n"
+        f"for line in ('{GROUP} v2 7', 'churn v1 7', 'images v1 img-000020', "
+        "'training-datasets/streaming-ready/churn v1 7'):\n"
+        f"    assert commands.run(['explain', *line.split(), '--root', {store.root!r}]) == 0\n"
+        "assert not {'ray', 'prefect'} & set(sys.modules), 'loaded'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"{GROUP} v2 7 --at 2024-03-31",
+        "churn v1 7",
+        "images v1 img-000020",
+        "training-datasets/streaming-ready/churn v1 7",
+        "training-datasets/streaming-ready/images v1 img-000020",
+    ],
+)
+def test_the_answer_from_s3_is_that_from_a_disk(
+    store: Store, capsys: pytest.CaptureFixture[str], s3_root: str, s3_url: str, line: str
+) -> None:
+    s3fs.S3FileSystem(endpoint_url=s3_url).put(store.root, s3_root.removeprefix("s3://"), recursive=True)
+    there = explained(Store(s3_root, store.place, store.images), capsys, line)
+    here = explained(store, capsys, line)
+    here["sections"]["version"]["facts"]["data"] = there["sections"]["version"]["facts"]["data"]
+    assert json.loads(json.dumps(here).replace(store.root, s3_root)) == json.loads(
+        json.dumps(there).replace(store.root, s3_root)
+    )
+
+
+def test_a_withdrawn_version_says_so(store: Store, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    root = str(tmp_path / "root")
+    shutil.copytree(store.root, root)
+    withdraw(root, f"feature-store/{GROUP}", 1, "a test", "the tests")
+    answer = explained(Store(root, store.place, store.images), capsys, f"{GROUP} v1 7")
+    assert facts(answer, "version")["status"] == "withdrawn"
+    assert "a test" in facts(answer, "version")["withdrawn"]
+    assert storage.exists(facts(answer, "version")["data"])

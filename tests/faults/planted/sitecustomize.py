@@ -1,0 +1,96 @@
+"""Faults in functions of the product, without a hook in it: Python imports this module first, where it is on the path.
+
+A process with `PLANTED`, a JSON list of faults, gets each of the functions that they name wrapped as its module is
+imported. The first `times` calls, over all processes, leave a mark in the directory `PLANTED_MARKS` and do the fault:
+'kill' ends the process as the kernel does, before the call or after it; 'hoard' takes memory until somebody ends it;
+'wait' goes on when there is a file 'go' in that directory; 'fill' fills the disk at `disk` up.
+"""
+
+import functools
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import signal
+import time
+
+MIB = 1 << 20
+
+
+def strike(fault, number):
+    """Do the fault, if it is still wanted."""
+    for turn in range(fault["times"]):
+        path = os.path.join(os.environ["PLANTED_MARKS"], f"{number}-{turn}")
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        except FileExistsError:
+            continue
+        os.write(descriptor, str(os.getpid()).encode())
+        os.close(descriptor)
+        if fault["does"] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault["does"] == "wait":
+            while not os.path.exists(os.path.join(os.environ["PLANTED_MARKS"], "go")):
+                time.sleep(0.05)
+            return
+        if fault["does"] == "fill":
+            fill(fault["disk"])
+            return
+        hoard = []
+        while len(hoard) * 20 < fault["mib"]:
+            hoard.append(b"x" * (20 * MIB))
+            time.sleep(0.02)
+        time.sleep(60)
+        raise AssertionError("nobody minded the memory")
+
+
+def fill(disk):
+    """Take all the room that a disk has."""
+    with open(os.path.join(disk, "filler"), "wb") as file:
+        free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+        os.posix_fallocate(file.fileno(), 0, free)
+
+
+def planted(function, fault, number):
+    """The function with its fault."""
+
+    @functools.wraps(function)
+    def call(*arguments, **named):
+        if fault["when"] == "before":
+            strike(fault, number)
+        result = function(*arguments, **named)
+        if fault["when"] == "after":
+            strike(fault, number)
+        return result
+
+    return call
+
+
+class Planter(importlib.abc.MetaPathFinder):
+    """Finds the modules that faults are planted in."""
+
+    def __init__(self, faults):
+        self.faults = list(enumerate(faults))
+
+    def find_spec(self, name, path, target=None):
+        own = [(number, fault) for number, fault in self.faults if fault["function"].partition(":")[0] == name]
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target) if own else None
+        if spec is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            for number, fault in own:
+                *owners, last = fault["function"].partition(":")[2].split(".")
+                owner = functools.reduce(getattr, owners, module)
+                setattr(owner, last, planted(getattr(owner, last), fault, number))
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if os.environ.get("PLANTED"):
+    import sys
+
+    sys.meta_path.insert(0, Planter(json.loads(os.environ["PLANTED"])))

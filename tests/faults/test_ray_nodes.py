@@ -1,0 +1,57 @@
+"""A node of two, killed -9 in mid-run with what its object store holds: lost objects are made again, by the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.three_flows import (
+    DELIVERY,
+    FEATURES,
+    IMAGES,
+    Reader,
+    Starter,
+    Store,
+    assert_same_rows,
+    copied,
+    fault,
+    start,
+    undisturbed,
+)
+from tests.processes import cluster_of_two
+from tests.tables import Proven
+
+__all__ = ["start", "undisturbed"]
+
+pytestmark = pytest.mark.faults
+
+# The first call waits while the node is killed. By then each node's store holds what the scattering tasks have made.
+HELD = {
+    FEATURES: "tasks.features.stages:Job.gather",
+    IMAGES: "tasks.images.stages:augment_unit",
+    DELIVERY: "tasks.delivery.stages:Shuffle.gather",
+}
+# Ray looks after its nodes every 3 s, and gives one up after 5 looks. Small results travel in messages: here all but
+# the smallest go to the object store of the node that makes them, as large ones do.
+CLUSTER = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_max_direct_call_object_size": "1000",
+}
+
+
+@pytest.mark.parametrize("flow", HELD)
+def test_a_node_killed_in_mid_run(
+    flow: str, undisturbed: Store, start: Starter, tmp_path: Path, proven: Proven
+) -> None:
+    store = copied(undisturbed, tmp_path / "root")
+    held = fault(HELD[flow], does="wait", when="before")
+    with cluster_of_two(**CLUSTER, **start.planted(held)) as cluster, Reader(store, flow):
+        command = start(flow, store.config(flow), held, RAY_ADDRESS=cluster.address)
+        start.await_fault(command)
+        cluster.kill_second()
+        (start.marks / "go").touch()
+        command.finish()
+    assert_same_rows(store, flow)
+    proven("a Ray node killed with its objects", flow, "its objects are made again, same digests")

@@ -1,0 +1,163 @@
+"""Disks that are full, for real: a small tmpfs that is filled up before a step of the run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from tasks.core import storage, versions
+from tasks.core.disk import MIB, PIECE, NewFile
+from tasks.core.errors import DiskFull
+from tasks.core.stream import ParquetStream
+from tests.core import publishing
+from tests.faults.small_disk import disk, fill, make_room
+from tests.faults.three_flows import (
+    DATASETS,
+    DELIVERY,
+    FEATURES,
+    FLOWS,
+    IMAGES,
+    Reader,
+    Starter,
+    Store,
+    assert_same_rows,
+    copied,
+    fault,
+    start,
+    temporary_files,
+    undisturbed,
+)
+from tests.tables import Proven
+
+__all__ = ["disk", "start", "undisturbed"]
+
+pytestmark = pytest.mark.faults
+
+STEPS = {
+    "data": "disk full while data is written",
+    "report": "disk full while the report is written",
+    "manifest": "disk full while the manifest is written",
+}
+
+
+def assert_told(text: str, disk: Path) -> None:
+    for words in (
+        "the disk is full",
+        str(disk),
+        f"of {shutil.disk_usage(disk).total / MIB:,.1f} MiB are free",
+        "prune",
+    ):
+        assert words in text, f"{words!r} isn't told in: {text}"
+
+
+def by_stream(path: Path) -> None:
+    with ParquetStream(str(path), pa.schema([("x", pa.binary())])) as stream:
+        for _ in range(8):
+            stream.write(pa.table({"x": [os.urandom(PIECE // 2)]}))
+
+
+def past_the_cache(path: Path) -> None:
+    file = NewFile(str(path))
+    try:
+        file.append(memoryview(os.urandom(3 * PIECE)))
+        file.close()
+    except BaseException:
+        file.discard()
+        raise
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "write_bytes": lambda path: storage.write_bytes(str(path), os.urandom(PIECE)),
+    "put_if_absent": lambda path: storage.put_if_absent(str(path), os.urandom(PIECE)),
+    "write_parquet": lambda path: storage.write_parquet(pa.table({"x": [os.urandom(PIECE)]}), str(path)),
+    "ParquetStream": by_stream,
+    "NewFile": past_the_cache,
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("left", [0, 100_000, PIECE + 100_000])
+def test_whatever_writes_says_that_the_disk_is_full_and_leaves_nothing(writer: str, left: int, disk: Path) -> None:
+    fill(disk, left)
+    if left > PIECE and writer not in ("ParquetStream", "NewFile"):
+        WRITERS[writer](disk / "there")
+        assert (disk / "there").stat().st_size >= PIECE
+        return
+    with pytest.raises(DiskFull) as told:
+        WRITERS[writer](disk / "not-there")
+    assert_told(str(told.value), disk)
+    assert [path.name for path in disk.iterdir()] == ["filler"]
+    make_room(disk)
+    WRITERS[writer](disk / "there")
+    assert {path.name for path in disk.iterdir()} == {"there"}
+
+
+@pytest.mark.parametrize("step", ["reservation", *STEPS])
+def test_a_publisher_on_a_full_disk(step: str, disk: Path, proven: Proven) -> None:
+    root = str(disk / "root")
+    old = publishing.publish(root, "before")
+
+    def try_it(full: bool) -> None:
+        def before(now: str) -> None:
+            if full and now == step:
+                fill(disk)
+
+        before("reservation")
+        reservation = versions.reserve(root, publishing.DATASET, "run")
+        versions.discard_attempt_files(reservation)
+        before("data")
+        files = publishing.write(reservation)
+        before("report")
+        storage.write_bytes(f"{reservation.uri}/_report.html", b"x" * 10_000)
+        before("manifest")
+        versions.commit(reservation, publishing.manifest_of(reservation, files))
+
+    with pytest.raises(DiskFull) as told:
+        try_it(full=True)
+    assert_told(str(told.value), disk)
+    assert versions.resolve(root, publishing.DATASET) == old
+    assert temporary_files(disk) == []
+    make_room(disk)
+    try_it(full=False)
+    assert versions.published_versions(root, publishing.DATASET) == [1, 2], "the number wasn't taken over"
+    versions.verify(root, versions.resolve(root, publishing.DATASET))
+    if step in STEPS:
+        proven(STEPS[step], "publishing", "told with figures, old version stays; with room, the same run publishes")
+
+
+FILLED = [
+    (IMAGES, "data", "tasks.images.stages:augment_unit"),
+    (FEATURES, "data", "tasks.features.parts:write_part"),
+    (DELIVERY, "data", "tasks.delivery.stages:Shuffle.gather"),
+    (DELIVERY, "report", "tasks.publication:write_report"),
+    (FEATURES, "manifest", "tasks.core.versions:commit"),
+]
+
+
+@pytest.mark.usefixtures("stack")
+@pytest.mark.parametrize("case", FILLED, ids="-".join)
+def test_a_flow_on_a_full_disk(
+    case: tuple[str, str, str], disk: Path, undisturbed: Store, start: Starter, proven: Proven
+) -> None:
+    flow, step, function = case
+    store = copied(undisturbed, disk / "root")
+    config = store.config(flow)
+    with Reader(store, flow) as reader:
+        told = start(flow, config, fault(function, does="fill", when="before", disk=str(disk))).fail()
+    assert start.struck() == 1
+    assert_told(told.splitlines()[-1], disk)
+    assert "Retry" not in told, "a full disk was tried again"
+    for dataset in DATASETS[flow]:
+        assert set(reader.seen[dataset]) == {1}
+        assert versions.published_versions(str(store.root), dataset) == [1]
+    assert temporary_files(disk) == []
+
+    make_room(disk)
+    FLOWS[flow](config)
+    assert_same_rows(store, flow)
+    proven(STEPS[step], flow, "told with figures, nothing published, not tried again; with room, same digests")

@@ -1,0 +1,133 @@
+"""An object store that is too small: what doesn't fit is spilled to disk and comes back, and nothing of it stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from subprocess import PIPE
+
+import pytest
+
+from tasks.core.spilled import OLDER_THAN
+from tests.faults import large_exchange
+from tests.faults.small_disk import disk
+from tests.faults.three_flows import (
+    DELIVERY,
+    FEATURES,
+    Reader,
+    Starter,
+    Store,
+    assert_same_rows,
+    copied,
+    start,
+    undisturbed,
+)
+from tests.processes import PATIENCE, PROJECT, Command
+from tests.tables import Proven
+
+__all__ = ["disk", "start", "undisturbed"]
+
+pytestmark = pytest.mark.faults
+
+# So that small data is spilled: all but the smallest results go to the store, which spills when a thousandth is full.
+EAGER = {
+    "PIPELINE_OBJECT_STORE_BYTES": str(large_exchange.STORE_BYTES),
+    "RAY_max_direct_call_object_size": "1000",
+    "RAY_object_spilling_threshold": "0.001",
+    "RAY_min_spilling_size": "0",
+}
+
+
+class Watcher(threading.Thread):
+    """Notes the files that Ray has spilled to a directory; each stays until its objects are freed."""
+
+    def __init__(self, place: Path) -> None:
+        super().__init__(daemon=True)
+        self._place, self._end = place, threading.Event()
+        self.seen: set[str] = set()
+
+    def run(self) -> None:
+        while not self._end.wait(0.005):
+            self.seen.update(file for _, _, files in os.walk(self._place) for file in files)
+
+    def __enter__(self) -> Watcher:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self.join(30)
+
+
+@pytest.fixture
+def spilled(tmp_path: Path) -> Iterator[Path]:
+    """A directory to spill to, of which nothing may be left."""
+    place = tmp_path / "spilled"
+    place.mkdir()
+    yield place
+    left = [path for path in place.rglob("*") if path.is_file()]
+    assert left == [], "spilled files stay on the disk"
+
+
+def run_exchange(place: Path) -> subprocess.CompletedProcess[str]:
+    """The large exchange in a process of its own, which spills to a directory."""
+    return subprocess.run(
+        [sys.executable, "-m", large_exchange.__name__],
+        env={**os.environ, "PYTHONPATH": str(PROJECT), "RAY_object_spilling_directory": str(place)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+def test_twice_as_much_as_the_object_store_holds(spilled: Path) -> None:
+    with Watcher(spilled) as watcher:
+        done = run_exchange(spilled)
+    assert done.returncode == 0, done.stderr
+    assert watcher.seen, "nothing was spilled"
+    assert json.loads(done.stdout.splitlines()[-1]) == large_exchange.expected()
+
+
+def test_no_room_to_spill_to(disk: Path) -> None:
+    done = run_exchange(disk)
+    assert done.returncode == 1, f"it ended well: {done.stdout}"
+    [told] = [line for line in done.stdout.splitlines() if line.startswith("DiskFull ")]
+    assert "RAY_object_spilling_directory" in told
+    assert [path for path in disk.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("flow", [FEATURES, DELIVERY])
+def test_a_flow_whose_objects_are_spilled(
+    flow: str, undisturbed: Store, start: Starter, spilled: Path, proven: Proven
+) -> None:
+    store = copied(undisturbed, spilled.parent / "root")
+    with Watcher(spilled) as watcher, Reader(store, flow):
+        start(flow, store.config(flow), **EAGER, RAY_object_spilling_directory=str(spilled)).finish()
+    assert watcher.seen, "nothing was spilled"
+    assert_same_rows(store, flow)
+    proven("object store too small", flow, "objects are spilled and come back, same digests, no spilled file stays")
+
+
+def test_what_a_killed_ray_has_spilled_goes_with_the_next_one(proven: Proven) -> None:
+    with tempfile.TemporaryDirectory(prefix="ray-") as short:  # the paths of Ray's sockets have little room
+        command = [sys.executable, "-m", large_exchange.__name__]
+        environment = {**os.environ, "PYTHONPATH": str(PROJECT), "RAY_TMPDIR": short}
+        killed = Command(subprocess.Popen(command, env=environment, stdout=PIPE, stderr=PIPE, text=True))
+        killed.kill_when(lambda: any(path.is_file() for path in Path(short).glob("ray/session_*/ray_spilled_*/*")))
+        killed.end_family()
+        [left] = {path.parent for path in Path(short).glob("ray/session_2*/ray_spilled_*/*")}
+        then = time.time() - 2 * OLDER_THAN
+        os.utime(left.parent, (then, then))
+        done = subprocess.run(command, env=environment, stdout=PIPE, timeout=PATIENCE, check=False)
+        assert json.loads(done.stdout.splitlines()[-1]) == large_exchange.expected()
+        assert not left.exists(), "the killed Ray's objects stay on the disk"
+        assert not list(Path(short).glob("ray/session_2*/ray_spilled_*/*"))
+    proven("killed while objects are spilled", FEATURES, "the next run deletes them")

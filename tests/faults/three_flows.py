@@ -1,0 +1,269 @@
+"""The three flows on small data, for faults: what they publish undisturbed, and what readers see of a store meanwhile.
+
+A test begins with a copy of the undisturbed store, so each dataset has a v1; the disturbed run is to publish v2 with
+the same rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from prefect.settings import PREFECT_API_URL
+from pydantic import BaseModel
+
+from flows.feature_store import feature_store
+from flows.image_augmentation import image_augmentation
+from flows.training_delivery import training_delivery
+from tasks.core import layout, storage, versions
+from tasks.core.digests import digest
+from tasks.core.manifest import Manifest
+from tasks.delivery.config import DeliveryConfig, TrainingConfig
+from tasks.features.config import FeatureStoreConfig
+from tasks.features.parts import CREATED, VERSION
+from tasks.features.sample import SAMPLE_AS_OF, write_sample
+from tasks.images.config import Augmentation, ImageAugmentationConfig
+from tasks.images.sample import write_sample as write_images
+from tests.processes import Command, own_home
+
+PLANTED = Path(__file__).parent / "planted"
+_REFERENCE = pytest.StashKey["Store"]()
+
+IMAGES, FEATURES, DELIVERY = "image-augmentation", "feature-store", "training-delivery"
+FLOWS: Mapping[str, Callable[..., Any]] = {
+    IMAGES: image_augmentation,
+    FEATURES: feature_store,
+    DELIVERY: training_delivery,
+}
+DATASETS: Mapping[str, tuple[str, ...]] = {
+    IMAGES: ("training-datasets/images",),
+    FEATURES: ("feature-store/customer-features", "feature-store/product-features"),
+    DELIVERY: ("training-datasets/streaming-ready/customer-features",),
+}
+
+
+@dataclass(frozen=True)
+class Store:
+    """A root, and the sources that it is made from."""
+
+    root: Path
+    sources: Path
+
+    def config(self, flow: str, **changes: Any) -> BaseModel:
+        """A small run of a flow, which has several tasks of each kind; `changes` are settings of its configuration."""
+        root = str(self.root)
+        if flow == IMAGES:
+            images = {name: str(self.sources / "images" / path) for name, path in _image_paths(self.sources).items()}
+            chosen = {"augmentation": Augmentation(size=32), "images_per_file": 16, **images}
+            return ImageAugmentationConfig(**{"root": root, **chosen, **changes})
+        if flow == FEATURES:
+            tables = _table_paths(self.sources)
+            return FeatureStoreConfig(
+                **{"root": root, "as_of": SAMPLE_AS_OF, "rows_per_bucket": 1000, **tables, **changes}
+            )
+        training = TrainingConfig(enabled=False)
+        return DeliveryConfig(
+            **{
+                "root": root,
+                "dataset": DATASETS[FEATURES][0],
+                "target": "spending_trend",
+                "file_megabytes": 0.01,
+                "training": training,
+                **changes,
+            }
+        )
+
+    def manifest(self, dataset: str, version: int) -> Manifest:
+        return versions.resolve(str(self.root), dataset, version)
+
+
+def _image_paths(sources: Path) -> dict[str, str]:
+    found: dict[str, str] = json.loads((sources / "images.json").read_text())
+    return found
+
+
+def _table_paths(sources: Path) -> dict[str, str]:
+    found: dict[str, str] = json.loads((sources / "tables.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="session")
+def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store in which each flow has published a v1; made once, whoever imports this fixture."""
+    if _REFERENCE not in request.config.stash:
+        request.getfixturevalue("stack")
+        base = tmp_path_factory.mktemp("undisturbed")
+        store = Store(base / "root", base / "sources")
+        images = write_images(str(store.sources), 100, 0)
+        tables = write_sample(str(store.sources), 6000, 0)
+        (store.sources / "images.json").write_text(json.dumps(images))
+        (store.sources / "tables.json").write_text(json.dumps(tables))
+        for name in (IMAGES, FEATURES, DELIVERY):
+            FLOWS[name](store.config(name))
+        request.config.stash[_REFERENCE] = store
+    return request.config.stash[_REFERENCE]
+
+
+def copied(store: Store, root: Path) -> Store:
+    """The same store under another root."""
+    shutil.copytree(store.root, root)
+    return Store(root, store.sources)
+
+
+def contents(store: Store, dataset: str, version: int) -> dict[str, str]:
+    """Digest of each file's bytes, by its name without the attempt; of features, of all but the stamps of the run."""
+    manifest = store.manifest(dataset, version)
+    versions.verify(str(store.root), manifest)
+    found = {}
+    for entry in (*manifest.files, *manifest.rejected_files, *manifest.side_files):
+        name = re.sub(r"-a\d+\.", ".", entry.path)
+        assert name not in found, f"{dataset} v{version}: {name} is there twice"
+        found[name] = entry.digest
+    if manifest.dataset in DATASETS[FEATURES]:
+        for entry, uri in zip(manifest.files, versions.data_files(str(store.root), manifest), strict=True):
+            with storage.open_input(uri) as source:
+                rows = pq.read_table(source).drop_columns([CREATED, VERSION])
+            found[re.sub(r"-a\d+\.", ".", entry.path)] = digest(repr(rows.to_pydict()).encode())
+    return found
+
+
+def assert_same_rows(store: Store, flow: str, version: int = 2) -> None:
+    """A version has what the undisturbed v1 has, and nothing that it doesn't list stands in its directory."""
+    for dataset in DATASETS[flow]:
+        assert contents(store, dataset, version) == contents(store, dataset, 1), dataset
+        one, other = (store.manifest(dataset, number) for number in (1, version))
+        assert one.balances == other.balances, dataset
+        assert _unstamped(one) == _unstamped(other), dataset
+        assert left_over(store, dataset, version) == set()
+
+
+def _unstamped(manifest: Manifest) -> dict[str, Any]:
+    return {name: profile for name, profile in manifest.profile.items() if name not in (CREATED, VERSION)}
+
+
+def left_over(store: Store, dataset: str, version: int) -> set[str]:
+    """Files of a committed version that its manifest and the protocol don't know."""
+    manifest = store.manifest(dataset, version)
+    base = layout.version_uri(str(store.root), dataset, version)
+    found = {info.uri.removeprefix(base + "/") for info in storage.list_files(base, include_hidden=True)}
+    known = {entry.path for entry in (*manifest.files, *manifest.rejected_files, *manifest.side_files)}
+    known |= {layout.MANIFEST, layout.REPORT_HTML, layout.REPORT_JSON, layout.CLASS_SUMMARY}
+    known |= {layout.reservation_name(attempt) for attempt in range(1, manifest.run.attempt + 1)}
+    return found - known
+
+
+def temporary_files(root: Path) -> list[Path]:
+    return [path for path in root.rglob("*.tmp") if path.is_file()]
+
+
+class Reader(threading.Thread):
+    """Looks at the latest version of some datasets all the time: each must be whole, and never older than the last."""
+
+    def __init__(self, store: Store, flow: str) -> None:
+        super().__init__(daemon=True)
+        self._store, self._datasets, self._end = store, DATASETS[flow], threading.Event()
+        self.seen: dict[str, list[int]] = {dataset: [] for dataset in self._datasets}
+        self.fault: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            while not self._end.wait(0.05):
+                for dataset in self._datasets:
+                    manifest = versions.resolve(str(self._store.root), dataset)
+                    versions.verify(str(self._store.root), manifest)
+                    self.seen[dataset].append(manifest.version)
+        except Exception as fault:  # noqa: BLE001 - whatever a reader meets is the test's to tell
+            self.fault = fault
+
+    def __enter__(self) -> Reader:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self.join(30)
+        if self.fault is not None:
+            raise AssertionError("a reader saw something that wasn't whole") from self.fault
+        for dataset, numbers in self.seen.items():
+            assert numbers, f"nobody has looked at {dataset}"
+            assert numbers == sorted(numbers), f"{dataset}: readers fell back: {numbers}"
+
+
+def fault(function: str, does: str = "kill", when: str = "after", times: int = 1, **more: Any) -> dict[str, Any]:
+    """A fault to plant, see `planted/sitecustomize.py`."""
+    return {"function": function, "does": does, "when": when, "times": times, **more}
+
+
+@dataclass
+class Starter:
+    """Starts flows as processes of their own, on this session's Prefect API, with faults planted in their workers."""
+
+    home: Path
+    folder: Path
+    started: list[Command] = field(default_factory=list)
+
+    def __call__(self, flow: str, config: BaseModel, *faults: dict[str, Any], **environment: str) -> Command:
+        number = len(self.started)
+        file = self.folder / f"config-{number}.yaml"
+        file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        environment |= self.planted(*faults) | {"PREFECT_API_URL": str(PREFECT_API_URL.value())}
+        home = own_home(self.home, self.folder / f"home-{number}")
+        module = f"flows.{flow.replace('-', '_')}"
+        command = Command.start(module, ["--config", str(file)], home, **environment)
+        self.started.append(command)
+        return command
+
+    def planted(self, *faults: dict[str, Any]) -> dict[str, str]:
+        """The environment of a process in which faults are planted."""
+        self.marks.mkdir(exist_ok=True)
+        return {
+            "PLANTED": json.dumps(faults),
+            "PLANTED_MARKS": str(self.marks),
+            "PYTHONPATH": f"{PLANTED}{os.pathsep}{Path(__file__).parents[2]}",
+        }
+
+    def await_fault(self, command: Command) -> None:
+        """Wait until the first fault has happened."""
+        give_up = time.monotonic() + 300
+        while not self.struck():
+            assert command.process.poll() is None, f"the run ended first:\n{command.process.communicate()}"
+            assert time.monotonic() < give_up, "the fault doesn't happen"
+            command.look()
+            time.sleep(0.02)
+
+    @property
+    def marks(self) -> Path:
+        return self.folder / "marks"
+
+    def struck(self) -> int:
+        """How often a planted fault has happened."""
+        return len(list(self.marks.iterdir()))
+
+    def stop(self) -> None:
+        for command in self.started:
+            command.stop()
+
+
+@pytest.fixture
+def start(prefect_api: str, prefect_home: Path, tmp_path: Path) -> Iterator[Starter]:
+    starter = Starter(prefect_home, tmp_path)
+    yield starter
+    starter.stop()
+
+
+def workers_of(command: Command) -> set[psutil.Process]:
+    """Ray's workers below a command, whatever they do."""
+    command.look()
+    return {process for process in command.family if process.is_running() and process.name().startswith("ray::")}

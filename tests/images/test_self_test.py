@@ -1,0 +1,212 @@
+"""The images' gate notices every fault, and is called blind to one whose check can't notice it."""
+
+from __future__ import annotations
+
+import datetime as dt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tasks.core import quality
+from tasks.core.errors import InputError
+from tasks.core.manifest import (
+    ColumnSpec,
+    FaultResult,
+    FileEntry,
+    GateResult,
+    Manifest,
+    RowBalance,
+    RunRecord,
+)
+from tasks.core.self_test import unproven
+from tasks.images import gate
+from tasks.images import self_test as module
+from tasks.images.config import Augmentation, ImageAugmentationConfig, ImageThresholds
+from tasks.images.gate import judge_images
+from tasks.images.originals import ORIGINALS
+from tasks.images.rows import rows_schema
+from tasks.images.self_test import self_test
+from tests.gates import calm
+
+CLASSES = {"bee": 100, "cat": 150, "dog": 250}
+EXPECTED = {
+    "no rows": ("refused", "rows"),
+    "duplicates": ("refused", "unique of image_id"),
+    "lost rows": ("refused", "balance of variants"),
+    "empty files": ("refused", "rejected of images"),
+    "blank pictures": ("refused", "invalid"),
+    "dark pictures": ("warned", "ready"),
+    "split overlap": ("refused", "leak"),
+    "no train rows": ("refused", "split of train"),
+    "uneven split": ("warned", "stratification of class_name"),
+    "rare class": ("warned", "class balance of class_name"),
+    "missing class": ("warned", "classes of class_name"),
+    "shift": ("refused", "drift of class_name"),
+    "worse pictures": ("refused", "drift of data_quality_score"),
+    "range": ("refused", "range of class_id"),
+    "score range": ("refused", "range of data_quality_score"),
+    "schema": ("refused", "schema of image_id"),
+    "other type": ("refused", "compatibility of class_id"),
+}
+LAXEST: dict[str, dict[str, Any]] = {
+    "empty files": {"rejected_warn": 1, "rejected_fail": 1},
+    "blank pictures": {"invalid_warn": 1, "invalid_fail": 1},
+    "dark pictures": {"ready_warn": 0, "ready_fail": 0},
+    "rare class": {"balance_warn": 0},
+    "shift": {"drift_warn": 1e9, "drift_fail": 1e9},
+    "worse pictures": {"drift_warn": 1e9, "drift_fail": 1e9},
+}
+CHECKS: dict[str, tuple[Any, str]] = {
+    "no rows": (quality, "check_rows"),
+    "duplicates": (quality, "check_unique"),
+    "lost rows": (quality, "check_balance"),
+    "split overlap": (quality, "check_leak"),
+    "no train rows": (quality, "check_split_sizes"),
+    "uneven split": (quality, "check_stratification"),
+    "missing class": (gate, "_same_classes"),
+    "range": (quality, "check_range"),
+    "score range": (quality, "check_range"),
+    "schema": (quality, "check_schema"),
+    "other type": (gate, "_compatibility"),
+}
+
+
+def originals(counts: dict[str, int] | None = None) -> pa.Table:
+    """Good images, a fifth of each class in validation."""
+    counts = counts or CLASSES
+    names = [name for name, count in counts.items() for _ in range(count)]
+    rows = len(names)
+    places = [place for count in counts.values() for place in range(count)]
+    columns: dict[str, Any] = {
+        "image_id": [f"{name}/{place}" for name, place in zip(names, places, strict=True)],
+        "uri": ["x"] * rows,
+        "bytes": [9] * rows,
+        "content_xxh3": [f"{number:032x}" for number in range(rows)],
+        "format": ["JPEG"] * rows,
+        "height": [32] * rows,
+        "width": [32] * rows,
+        "class_name": names,
+        "class_id": [list(counts).index(name) for name in names],
+        "split": ["validation" if place % 5 == 0 else "train" for place in places],
+        "alike": [None] * rows,
+        "perceptual_hash": np.arange(rows),
+        "mean_score": np.random.default_rng(0).choice([0.75, 0.875, 1.0], rows),
+        "passed": [2] * rows,
+        "ready": [2] * rows,
+        "issues": [[]] * rows,
+    }
+    return pa.table({name: pa.array(columns[name], ORIGINALS.field(name).type) for name in ORIGINALS.names})
+
+
+def configured(**thresholds: Any) -> ImageAugmentationConfig:
+    return ImageAugmentationConfig(
+        augmentation=Augmentation(size=16, variants=2), thresholds=ImageThresholds(**thresholds)
+    )
+
+
+def outcomes(root: Path, table: pa.Table | None = None, **thresholds: Any) -> dict[str, FaultResult]:
+    table = originals() if table is None else table
+    config = configured(**thresholds)
+    directory = root / "training-datasets" / "images" / "v1" / "_originals"
+    directory.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, directory / "part-00000-a1.parquet")
+    manifest = version(config, table)
+    return {result.fault: result for result in self_test(str(root), manifest, config, None)}
+
+
+def version(config: ImageAugmentationConfig, table: pa.Table, path: str = "_originals") -> Manifest:
+    names = table["class_name"].unique().to_pylist()
+    schema = rows_schema(config, len(names))
+    entry = FileEntry(path=f"{path}/part-00000-a1.parquet", rows=len(table), bytes=1, digest=f"sha256:{'0' * 64}")
+    return Manifest(
+        dataset="training-datasets/images",
+        version=1,
+        status="published",
+        created_at=dt.datetime(2025, 1, 1, tzinfo=dt.UTC),
+        files=(),
+        side_files=(entry,),
+        columns=tuple(ColumnSpec(name=field.name, type=str(field.type)) for field in schema),
+        balances=(RowBalance(name="images", rows_in=len(table), rows_out=len(table)),),
+        profile={},
+        gate=GateResult(verdict="pass", checks=()),
+        inputs=(),
+        config=config.model_dump(mode="json"),
+        definition={"classes": {name: number for number, name in enumerate(names)}},
+        code_digest="0",
+        packages={},
+        run=RunRecord(flow_run_id="run"),
+    )
+
+
+def test_every_fault_is_noticed_by_the_check_that_it_is_aimed_at(tmp_path: Path) -> None:
+    results = outcomes(tmp_path)
+    assert {name: (result.outcome, result.caught_by[0]) for name, result in results.items()} == EXPECTED
+    copied = results["split overlap"]
+    assert copied.injected == "A copy of 20% of the images was put into another split, under another name."
+    assert copied.message == "100 groups of rows that belong together are in several splits."
+
+
+def test_every_check_of_the_gate_is_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[GateResult] = []
+
+    def remembered(*args: Any, **more: Any) -> GateResult:
+        seen.append(judge_images(*args, **more))
+        return seen[-1]
+
+    monkeypatch.setattr(module, "judge_images", remembered)
+    results = outcomes(tmp_path)
+    assert {check.verdict for check in seen[0].checks} == {"pass"}
+    assert unproven(seen[0], tuple(results.values())) == ()
+
+
+@pytest.mark.parametrize("fault", LAXEST)
+def test_a_threshold_too_lax_makes_the_gate_blind(tmp_path: Path, fault: str) -> None:
+    result = outcomes(tmp_path, **LAXEST[fault])[fault]
+    assert result.outcome == "blind"
+    assert result.message.startswith(f"'{EXPECTED[fault][1]}' still passes: ")
+
+
+@pytest.mark.parametrize("fault", CHECKS)
+def test_a_check_that_never_complains_makes_the_gate_blind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    owner, name = CHECKS[fault]
+    monkeypatch.setattr(owner, name, calm(getattr(owner, name)))
+    assert outcomes(tmp_path)[fault].outcome == "blind"
+
+
+def test_copies_that_the_grouping_misses_make_the_gate_blind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = lambda _near, _linked, _content, augmented: np.arange(len(augmented))  # noqa: E731
+    monkeypatch.setattr(module, "grouped", alone)
+    assert outcomes(tmp_path)["split overlap"].outcome == "blind"
+
+
+def test_scores_that_are_all_perfect_still_show_worse_pictures(tmp_path: Path) -> None:
+    table = originals()
+    place = table.schema.get_field_index("mean_score")
+    table = table.set_column(place, "mean_score", pa.array(np.ones(len(table), np.float32)))
+    assert outcomes(tmp_path, table)["worse pictures"].outcome == "refused"
+
+
+def test_one_class_leaves_some_faults_without_a_place(tmp_path: Path) -> None:
+    results = outcomes(tmp_path, originals({"cat": 300}))
+    without = {name for name, result in results.items() if result.outcome == "not applicable"}
+    assert without == {"rare class", "missing class", "shift"}
+
+
+def test_a_large_table_of_originals_is_sampled_the_same_each_time(tmp_path: Path) -> None:
+    table = originals({"cat": 9_000, "dog": 6_000})
+    first, second = (outcomes(tmp_path / name, table) for name in ("a", "b"))
+    assert first == second
+    assert "of 5,000" in first["empty files"].message
+
+
+def test_a_version_without_a_table_of_originals_says_so(tmp_path: Path) -> None:
+    config = ImageAugmentationConfig()
+    manifest = version(config, originals(), "_other")
+    with pytest.raises(InputError, match="images v1 has no table of originals: publish it anew"):
+        self_test(str(tmp_path), manifest, config, None)
