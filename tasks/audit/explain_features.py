@@ -32,7 +32,7 @@ from tasks.audit.explain_version import (
     rejected_sources,
     version_section,
 )
-from tasks.audit.explained import Explanation, Section
+from tasks.audit.explained import Explanation, Section, explanation
 from tasks.core import storage
 from tasks.core.errors import ConfigError, PipelineError
 from tasks.core.manifest import InputRecord, Manifest
@@ -104,19 +104,7 @@ def explain_features(root: str, manifest: Manifest, key: str, at: str | None) ->
         version_section(root, manifest),
     ]
     headline = f"{entity} {key} of {manifest.dataset} v{manifest.version}, as of {moment:%Y-%m-%d %H:%M} UTC"
-    return _explanation(manifest, key, "held", headline, sections)
-
-
-def _explanation(manifest: Manifest, key: str, answer: Any, headline: str, sections: Sequence[Section]) -> Explanation:
-    return Explanation(
-        dataset=manifest.dataset,
-        version=manifest.version,
-        kind="features",
-        key=key,
-        answer=answer,
-        headline=headline,
-        sections=tuple(sections),
-    )
+    return explanation(manifest, key, "held", headline, sections)
 
 
 def _rejected(root: str, manifest: Manifest, key: str, rows: Sequence[dict[str, Any]]) -> Explanation:
@@ -124,7 +112,7 @@ def _rejected(root: str, manifest: Manifest, key: str, rows: Sequence[dict[str, 
     headline = f"{entity} {key} isn't in {manifest.dataset} v{manifest.version}: all that it had was rejected"
     concerned = dict.fromkeys(rejected_sources(rows), "has rejected rows of it")
     sections = [rejected_section(rows), gate_section(manifest, concerned), version_section(root, manifest)]
-    return _explanation(manifest, key, "rejected", headline, sections)
+    return explanation(manifest, key, "rejected", headline, sections)
 
 
 def _spellings(manifest: Manifest, entity: str) -> set[str]:

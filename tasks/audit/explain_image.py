@@ -22,7 +22,7 @@ from tasks.audit.explain_rows import Found, closest_of, find_rows
 from tasks.audit.explain_sources import files_now
 from tasks.audit.explain_split import split_section
 from tasks.audit.explain_version import gate_section, refuse, rejected_rows, rejected_section, version_section
-from tasks.audit.explained import Answer, Explanation, Section
+from tasks.audit.explained import Explanation, Section, explanation
 from tasks.core import layout, storage
 from tasks.core.errors import CorruptVersion, PipelineError
 from tasks.core.manifest import FileEntry, Manifest
@@ -77,21 +77,7 @@ def explain_image(root: str, manifest: Manifest, key: str, picture: str | None =
         told = write_picture(picture, config, (original, state), _pixels(root, manifest, found), words)
         sections.insert(0, Section(title="picture", facts=told))
     headline = f"image {image_id} of {manifest.dataset} v{manifest.version}: {found.table.num_rows} variants"
-    return _explanation(manifest, key, "held", f"{headline} in {original['split']}", sections)
-
-
-def _explanation(
-    manifest: Manifest, key: str, answer: Answer, headline: str, sections: Sequence[Section]
-) -> Explanation:
-    return Explanation(
-        dataset=manifest.dataset,
-        version=manifest.version,
-        kind="images",
-        key=key,
-        answer=answer,
-        headline=headline,
-        sections=tuple(sections),
-    )
+    return explanation(manifest, key, "held", f"{headline} in {original['split']}", sections)
 
 
 def _rejected(
@@ -103,7 +89,7 @@ def _rejected(
     section = Section(title=section.title, rows=section.rows, shown=section.shown, notes=notes)
     concerned = {"images": "this image", "labels": "this image's label"}
     sections = [section, gate_section(manifest, concerned), version_section(root, manifest)]
-    return _explanation(manifest, key, "rejected", headline, sections)
+    return explanation(manifest, key, "rejected", headline, sections)
 
 
 def _config(manifest: Manifest) -> ImageAugmentationConfig:

@@ -33,7 +33,7 @@ from tasks.audit.explain_version import (
     rejected_section,
     version_section,
 )
-from tasks.audit.explained import Answer, Explanation, Section
+from tasks.audit.explained import Answer, Explanation, Section, explanation
 from tasks.core import layout, storage
 from tasks.core.errors import ConfigError, PipelineError
 from tasks.core.lineage import trace
@@ -98,21 +98,7 @@ def explain_sample(root: str, manifest: Manifest, key: str, at: str | None) -> E
         version_section(root, manifest),
     ]
     what = f"{len(held)} sample{'s' if len(held) != 1 else ''} of {definition['entity']} {value}"
-    return _explanation(manifest, key, "held", f"{what} in {manifest.dataset} v{manifest.version}", sections)
-
-
-def _explanation(
-    manifest: Manifest, key: str, answer: Answer, headline: str, sections: Sequence[Section]
-) -> Explanation:
-    return Explanation(
-        dataset=manifest.dataset,
-        version=manifest.version,
-        kind="streaming-copy",
-        key=key,
-        answer=answer,
-        headline=headline,
-        sections=tuple(sections),
-    )
+    return explanation(manifest, key, "held", f"{what} in {manifest.dataset} v{manifest.version}", sections)
 
 
 def _answer(
@@ -120,7 +106,7 @@ def _answer(
 ) -> Explanation:
     answer, why = told
     headline = f"{manifest.definition['entity']} {key} isn't in {manifest.dataset} v{manifest.version}: {why}"
-    return _explanation(
+    return explanation(
         manifest, key, answer, headline, [*sections, gate_section(manifest, {}), version_section(root, manifest)]
     )
 

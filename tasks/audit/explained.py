@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tasks.core import layout
+from tasks.core.manifest import Manifest
 from tasks.serving.tables import as_json, brief, facts, moment, printable, show
 
 _WIDEST = 120
@@ -103,3 +105,18 @@ def _cell(value: object) -> object:
     """A value in a table; programs get all of it."""
     plain = _plain(value)
     return brief(plain, _WIDEST) if isinstance(plain, str) else plain
+
+
+def explanation(
+    manifest: Manifest, key: str, answer: Answer, headline: str, sections: Sequence[Section]
+) -> Explanation:
+    """The answer about a row of a version."""
+    return Explanation(
+        dataset=manifest.dataset,
+        version=manifest.version,
+        kind=layout.kind(manifest.dataset),
+        key=key,
+        answer=answer,
+        headline=headline,
+        sections=tuple(sections),
+    )
