@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from tasks.audit.explain_entity import look_for
 from tasks.audit.explain_holders import holders_section
-from tasks.audit.explain_rows import Found, closest_keys, column_type, find_rows, typed_key
+from tasks.audit.explain_rows import Found, column_type
 from tasks.audit.explain_sources import (
     Declared,
     FileNow,
@@ -26,15 +27,13 @@ from tasks.audit.explain_sources import (
 from tasks.audit.explain_version import (
     gate_section,
     pick_time,
-    refuse,
-    rejected_rows,
     rejected_section,
     rejected_sources,
     version_section,
 )
 from tasks.audit.explained import Explanation, Section, explanation
 from tasks.core import storage
-from tasks.core.errors import ConfigError, PipelineError
+from tasks.core.errors import PipelineError
 from tasks.core.manifest import InputRecord, Manifest
 from tasks.core.reading import data_files
 from tasks.core.sketch import QuantileSketch
@@ -64,20 +63,10 @@ def explain_features(root: str, manifest: Manifest, key: str, at: str | None) ->
 
     """
     entity: str = manifest.definition["entity"]
-    rejected = rejected_rows(root, manifest, _spellings(manifest, entity), {key})
-    try:
-        value = typed_key(manifest, entity, key)
-    except ConfigError:
-        if not rejected:
-            raise
-        return _rejected(root, manifest, key, rejected)
-    if manifest.status == "rejected" and rejected:
-        return _rejected(root, manifest, key, rejected)
-    found = find_rows(root, manifest, entity, value)
-    if not found.table.num_rows:
-        if not rejected:
-            refuse(manifest, entity, key, closest_keys(root, manifest, entity, value))
-        return _rejected(root, manifest, key, rejected)
+    held = look_for(root, manifest, key, _spellings(manifest, entity))
+    if isinstance(held, Explanation):
+        return held
+    value, found, rejected = held.value, held.found, held.rejected
     times = _times(found)
     moment = pick_time(manifest, key, times, at)
     place, row = times.index(moment), found.rows[times.index(moment)]
@@ -105,14 +94,6 @@ def explain_features(root: str, manifest: Manifest, key: str, at: str | None) ->
     ]
     headline = f"{entity} {key} of {manifest.dataset} v{manifest.version}, as of {moment:%Y-%m-%d %H:%M} UTC"
     return explanation(manifest, key, "held", headline, sections)
-
-
-def _rejected(root: str, manifest: Manifest, key: str, rows: Sequence[dict[str, Any]]) -> Explanation:
-    entity = manifest.definition["entity"]
-    headline = f"{entity} {key} isn't in {manifest.dataset} v{manifest.version}: all that it had was rejected"
-    concerned = dict.fromkeys(rejected_sources(rows), "has rejected rows of it")
-    sections = [rejected_section(rows), gate_section(manifest, concerned), version_section(root, manifest)]
-    return explanation(manifest, key, "rejected", headline, sections)
 
 
 def _spellings(manifest: Manifest, entity: str) -> set[str]:

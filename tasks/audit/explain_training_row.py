@@ -9,24 +9,23 @@ from typing import Any
 
 import polars as pl
 
+from tasks.audit.explain_entity import look_for
 from tasks.audit.explain_features import events_section
 from tasks.audit.explain_holders import holders_section, made_from
 from tasks.audit.explain_matches import Match, days_of, matches
-from tasks.audit.explain_rows import closest_keys, find_rows, is_whole, typed_key
+from tasks.audit.explain_rows import is_whole
 from tasks.audit.explain_samples import delivery_config, split_row
 from tasks.audit.explain_sources import declared_sources, files_now, rows_of_key
 from tasks.audit.explain_version import (
     gate_section,
     pick_time,
-    refuse,
-    rejected_rows,
     rejected_section,
     rejected_sources,
     version_section,
 )
 from tasks.audit.explained import Explanation, Section, explanation
 from tasks.core import layout
-from tasks.core.errors import ConfigError, PipelineError
+from tasks.core.errors import PipelineError
 from tasks.core.manifest import Manifest
 from tasks.delivery.config import DeliveryConfig
 from tasks.features.rows import ColumnPlan, RowPlan
@@ -49,20 +48,10 @@ def explain_training_row(root: str, manifest: Manifest, key: str, at: str | None
 
     """
     entity: str = manifest.definition["entity"]
-    rejected = rejected_rows(root, manifest, _spellings(manifest, entity), {key})
-    try:
-        value = typed_key(manifest, entity, key)
-    except ConfigError:
-        if not rejected:
-            raise
-        return _rejected(root, manifest, key, rejected)
-    if manifest.status == "rejected" and rejected:
-        return _rejected(root, manifest, key, rejected)
-    found = find_rows(root, manifest, entity, value)
-    if not found.table.num_rows:
-        if not rejected:
-            refuse(manifest, entity, key, closest_keys(root, manifest, entity, value))
-        return _rejected(root, manifest, key, rejected)
+    held = look_for(root, manifest, key, _spellings(manifest, entity))
+    if isinstance(held, Explanation):
+        return held
+    value, found, rejected = held.value, held.found, held.rejected
     times = [moment.astimezone(dt.UTC) for moment in found.table[EVENT_TIME].to_pylist()]
     moment = pick_time(manifest, key, times, at)
     place = times.index(moment)
@@ -96,14 +85,6 @@ def explain_training_row(root: str, manifest: Manifest, key: str, at: str | None
     ]
     headline = f"{entity} {key} of {manifest.dataset} v{manifest.version}, event at {moment:%Y-%m-%d %H:%M} UTC"
     return explanation(manifest, key, "held", headline, sections)
-
-
-def _rejected(root: str, manifest: Manifest, key: str, rows: Sequence[dict[str, Any]]) -> Explanation:
-    entity = manifest.definition["entity"]
-    headline = f"{entity} {key} isn't in {manifest.dataset} v{manifest.version}: all that it had was rejected"
-    concerned = dict.fromkeys(rejected_sources(rows), "has rejected rows of it")
-    sections = [rejected_section(rows), gate_section(manifest, concerned), version_section(root, manifest)]
-    return explanation(manifest, key, "rejected", headline, sections)
 
 
 def _spellings(manifest: Manifest, entity: str) -> set[str]:
