@@ -28,7 +28,7 @@ from ray.exceptions import (
 )
 
 from tasks.core.errors import PipelineError
-from tasks.core.exchange import explained_loss
+from tasks.core.exchange import causes, explained_loss
 from tasks.core.refusal import refusal, refused_credentials
 from tasks.core.settings import seconds_from_environment
 from tasks.core.transient import is_transient
@@ -104,21 +104,6 @@ def retry_condition(task: Task[..., Any], task_run: TaskRun, state: State[Any]) 
     """Prefect's `retry_condition_fn`. A plain function: Prefect 3.8 takes any other callable for 'never'."""
     error = state.data
     return isinstance(error, BaseException) and worth_retrying(error)
-
-
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it was raised from, and what Ray carried from a worker, each once."""
-    seen: set[int] = set()
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        link = waiting.pop()
-        if link is None or id(link) in seen:
-            continue
-        seen.add(id(link))
-        yield link
-        if isinstance(link, RayTaskError):
-            waiting.append(link.cause)
-        waiting.append(link.__cause__)
 
 
 RETRY: dict[str, Any] = {

@@ -21,7 +21,8 @@ from ray.exceptions import (
 
 from tasks.core.cluster import data_context
 from tasks.core.errors import BalanceError, ConfigError, GateFailed, SourceError
-from tasks.retries import RETRY, causes, final_unless_transient, retry_condition, worth_retrying
+from tasks.core.exchange import causes
+from tasks.retries import RETRY, final_unless_transient, retry_condition, worth_retrying
 
 
 def carried(cause: BaseException) -> RayTaskError:

@@ -187,19 +187,22 @@ def explained_loss(error: BaseException, cure: str, often: str = "") -> Pipeline
         often: How often it happened.
 
     """
-    return next(filter(None, (_explained(link, cure, often) for link in _links(error))), None)
+    return next(filter(None, (_explained(link, cure, often) for link in causes(error))), None)
 
 
-def _links(error: BaseException) -> Iterator[BaseException]:
-    """The error, what Ray carries in it, and what it was raised from."""
-    seen: list[BaseException] = []
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from, and what Ray carried from a worker, each once."""
+    seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:
         link = waiting.pop()
-        if link is not None and link not in seen:
-            seen.append(link)
-            yield link
-            waiting += [link.__cause__, getattr(link, "cause", None)]
+        if link is None or id(link) in seen:
+            continue
+        seen.add(id(link))
+        yield link
+        if isinstance(link, ray.exceptions.RayTaskError):
+            waiting.append(link.cause)
+        waiting.append(link.__cause__)
 
 
 def _explained(error: BaseException, cure: str, often: str) -> PipelineError | None:
