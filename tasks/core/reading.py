@@ -19,7 +19,7 @@ from tasks.core.manifest import FileEntry, Manifest
 from tasks.core.reservation import attempts, find_manifest, parse_manifest, version_numbers
 from tasks.core.withdrawal import Withdrawal, parse_withdrawals, withdrawal_uri
 
-_CURE = "publish a new version from the same sources, or restore the file from a copy"
+CURE = "publish a new version from the same sources, or restore the file from a copy"
 PRUNED = "pruned"
 """Run that holds the number of a version whose files `retention` has deleted, so that it is never given again."""
 
@@ -222,13 +222,13 @@ def read_table(
 def _read_file(uri: str, expected: FileEntry, columns: Sequence[str] | None) -> pa.Table:
     try:
         with storage.open_input(uri) as source:
-            _compare(uri, "bytes", expected.bytes, source.size())
+            compare(uri, "bytes", expected.bytes, source.size())
             table = pq.ParquetFile(source).read(columns=None if columns is None else list(columns))
     except FileNotFoundError as error:
-        raise CorruptVersion(f"{uri} is missing, but its manifest lists it: {_CURE}") from error
+        raise CorruptVersion(f"{uri} is missing, but its manifest lists it: {CURE}") from error
     except pa.ArrowInvalid as error:
-        raise CorruptVersion(f"{uri} can't be read as Parquet ({error}): {_CURE}") from error
-    _compare(uri, "rows", expected.rows, table.num_rows)
+        raise CorruptVersion(f"{uri} can't be read as Parquet ({error}): {CURE}") from error
+    compare(uri, "rows", expected.rows, table.num_rows)
     return table if columns is None else table.select(list(columns))
 
 
@@ -254,7 +254,7 @@ def _verify_files(root: str, manifest: Manifest, files: Sequence[FileEntry]) -> 
     def verify_file(file: FileEntry) -> None:
         uri = layout.join(base, file.path)
         if uri in sizes:
-            _compare(uri, "bytes", file.bytes, sizes[uri])
+            compare(uri, "bytes", file.bytes, sizes[uri])
         verify_digest(uri, file.digest)
 
     with ThreadPoolExecutor(max_workers=8) as pool:
@@ -269,11 +269,17 @@ def verify_digest(uri: str, expected: str) -> None:
 
     """
     try:
-        _compare(uri, "digests", expected, storage.digest_of(uri, expected))
+        compare(uri, "digests", expected, storage.digest_of(uri, expected))
     except FileNotFoundError as error:
-        raise CorruptVersion(f"{uri} is missing, but its manifest lists it: {_CURE}") from error
+        raise CorruptVersion(f"{uri} is missing, but its manifest lists it: {CURE}") from error
 
 
-def _compare(uri: str, what: str, expected: object, found: object) -> None:
+def compare(uri: str, what: str, expected: object, found: object) -> None:
+    """Compare what a file has (its bytes, rows or digests) with what its manifest says.
+
+    Raises:
+        CorruptVersion: they differ; the message names the file, and what was expected and found.
+
+    """
     if found != expected:
-        raise CorruptVersion(f"{uri}: {what} differ from its manifest: expected {expected}, found {found}: {_CURE}")
+        raise CorruptVersion(f"{uri}: {what} differ from its manifest: expected {expected}, found {found}: {CURE}")

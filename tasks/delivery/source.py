@@ -22,6 +22,7 @@ import pyarrow.types as pt
 from tasks.core import layout, storage, versions
 from tasks.core.errors import ConfigError, CorruptVersion
 from tasks.core.manifest import FileEntry, InputRecord, Manifest
+from tasks.core.reading import CURE, compare, verify_digest
 from tasks.core.tensors import TensorSpec, is_tensor, tensor_spec
 from tasks.core.transient import is_transient
 from tasks.delivery.blocks import IMAGE
@@ -50,7 +51,6 @@ _RECORDS = {
 }
 _IDENTIFIER = re.compile(r"(.*_)?(id|uuid|key)|file_path|index", re.IGNORECASE)
 _READERS = 16
-_CURE = "publish a new version from the same sources, or restore the file from a copy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,11 +230,7 @@ def check_digests(unit: Unit) -> None:
     for file, groups in unit.pieces:
         if groups[0] == 0:
             with _explained(file.uri):
-                found = storage.digest_of(file.uri, file.digest)
-            if found != file.digest:
-                raise CorruptVersion(
-                    f"{file.uri}: digests differ from its manifest: expected {file.digest}, found {found}: {_CURE}"
-                )
+                verify_digest(file.uri, file.digest)
 
 
 @contextlib.contextmanager
@@ -243,15 +239,15 @@ def _explained(uri: str) -> Generator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise CorruptVersion(f"{uri} is missing, but its manifest lists it: {_CURE}") from error
+        raise CorruptVersion(f"{uri} is missing, but its manifest lists it: {CURE}") from error
     except pa.ArrowInvalid as error:
-        raise CorruptVersion(f"{uri} can't be read as Parquet ({error}): {_CURE}") from error
+        raise CorruptVersion(f"{uri} can't be read as Parquet ({error}): {CURE}") from error
     except OSError as error:
         # Arrow says of damaged pages what it says of a broken connection: only the latter may pass.
         if is_transient(error):
             raise
         raise CorruptVersion(
-            f"{uri} can't be read, it may be damaged ({str(error).splitlines()[0]}): {_CURE}"
+            f"{uri} can't be read, it may be damaged ({str(error).splitlines()[0]}): {CURE}"
         ) from error
 
 
@@ -263,11 +259,8 @@ def _look(root: str, manifest: Manifest) -> tuple[tuple[SourceFile, ...], pa.Sch
         with _explained(uri), storage.open_input(uri) as opened:
             file = pq.ParquetFile(opened)
             rows = tuple(file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups))
-            for what, expected, there in (("bytes", entry.bytes, opened.size()), ("rows", entry.rows, sum(rows))):
-                if expected != there:
-                    raise CorruptVersion(
-                        f"{uri}: {what} differ from its manifest: expected {expected}, found {there}: {_CURE}"
-                    )
+            compare(uri, "bytes", entry.bytes, opened.size())
+            compare(uri, "rows", entry.rows, sum(rows))
             return SourceFile(uri, rows, _split_of(uri), entry.digest), file.schema_arrow
 
     with ThreadPoolExecutor(_READERS) as pool:
