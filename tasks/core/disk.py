@@ -12,6 +12,7 @@ import contextlib
 import errno
 import mmap
 import os
+import re
 import shutil
 import sys
 import uuid
@@ -28,6 +29,7 @@ PIECE = 4 << 20
 """Bytes that are written at once; a multiple of every file system's block."""
 MIB = 1 << 20
 _BLOCK = 4096
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _SPARE: list[mmap.mmap] = []  # fresh memory costs as much as the copy into it, so buffers are kept
 _MOST_SPARE = 4
@@ -195,6 +197,11 @@ def temporary_name(path: str) -> str:
     with told_if_full(path):
         os.makedirs(parent, exist_ok=True)
     return f"{parent}/.{name}.{uuid.uuid4().hex}.tmp"
+
+
+def is_temporary(path: str) -> bool:
+    """Whether a file is one of `temporary_name`: on its way to its own name, or left by a process that was killed."""
+    return _TEMPORARY.fullmatch(os.path.basename(path)) is not None
 
 
 def put_in_place(temporary: str, path: str) -> None:

@@ -13,7 +13,6 @@ import errno
 import hashlib
 import os
 import random
-import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.core.digests import METHOD, Digest, digest
-from tasks.core.disk import MIB, put_in_place, sync_directory, temporary_name, told_if_full
+from tasks.core.disk import MIB, is_temporary, put_in_place, sync_directory, temporary_name, told_if_full
 from tasks.core.errors import ConfigError
 from tasks.core.listing import FileInfo, list_directories, list_files
 from tasks.core.location import arrow_filesystem, is_s3, normalise, s3_filesystem
@@ -61,7 +60,6 @@ _ZSTD_LEVEL = 1
 
 _TRIES = 6
 _BROKEN_OFF = frozenset({"ClientPayloadError", "IncompleteRead", "IncompleteReadError", "ResponseStreamingError"})
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 Contents = TypeVar("Contents")
 
@@ -287,11 +285,6 @@ def _write_temporary(path: str, data: bytes | pa.Buffer) -> str:
         Path(temporary).unlink(missing_ok=True)
         raise
     return temporary
-
-
-def is_temporary(path: str) -> bool:
-    """Whether a file is one of `temporary_name`: on its way to its own name, or left by a process that was killed."""
-    return _TEMPORARY.fullmatch(os.path.basename(path)) is not None
 
 
 @explains_refusals
