@@ -75,7 +75,7 @@ def test_describe_shows_columns_and_versions(run: Run) -> None:
 
 def test_get_shows_values_with_all_their_digits(run: Run) -> None:
     code, out, err = run(f"get {GROUP} 3 77 1000")
-    assert (code, err) == (0, f"not in {GROUP}: 1000\n")
+    assert (code, f"not in {GROUP}: 1000" in err.splitlines()) == (0, True)
     assert rows_of(out)[:2] == [["CUSTOMER_ID", "3", "77", "1000"], ["total_spent", "4503.0", "115503.0", "–"]]
     assert rows_of(run(f"get {GROUP} 1 2 3 4 5 --features city,orders")[1])[:2] == [
         ["CUSTOMER_ID", "CITY", "ORDERS"],
@@ -230,7 +230,8 @@ def test_plan_refuses_what_breaks_a_model(run: Run, tmp_path: Path) -> None:
     )
     line = f"plan --definitions {definitions} --models {models}"
     code, out, err = run(line)
-    assert (code, err) == (1, "error: models would break; mend them first, or give --force\n")
+    assert code == 1
+    assert "error: models would break; mend them first, or give --force" in err.splitlines()
     assert "total_spent" in out
     assert "churn" in out
     assert run(f"{line} --force")[0] == 0

@@ -74,7 +74,7 @@ def replaying(capsys: pytest.CaptureFixture[str]) -> Replay:
         sampled = ["--sample", str(sample), "--seed", str(seed)]
         code = commands.run(["replay", dataset, f"v{version}", *sampled, "--json", "--root", store.root])
         out, err = capsys.readouterr()
-        assert not err
+        assert code in (0, 1), err
         return Found(code, json.loads(out))
 
     return run
