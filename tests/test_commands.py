@@ -141,6 +141,7 @@ def test_prune_only_shows_until_it_is_told_to_delete(run: Run, store: str) -> No
         "versions": [],
         "held": {DATASET: {"1": f"{CHURN} v1 was made from it"}},
         "left": [],
+        "uploads": [],
     }
 
 

@@ -80,10 +80,15 @@ def explains_refusals(function: Callable[P, R]) -> Callable[P, R]:
     return explained
 
 
-def _is_unexplained(error: BaseException) -> bool:
+def s3_error_code(error: BaseException) -> str:
+    """The code that S3 has answered, behind an error of s3fs; '' if there is none."""
     response = getattr(error.__cause__, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))
+
+
+def _is_unexplained(error: BaseException) -> bool:
     return isinstance(error, OSError) and (
-        str(response.get("Error", {}).get("Code", "")) in ("400", "403") or _BY_STATUS.search(str(error)) is not None
+        s3_error_code(error) in ("400", "403") or _BY_STATUS.search(str(error)) is not None
     )
 
 

@@ -154,7 +154,8 @@ def leftovers(root: str, datasets: Iterable[str], now: dt.datetime | None = None
     """Find files that runs have left that were killed: nobody reads them, and no later run comes across them.
 
     - In committed versions, what the commit was about to tidy up.
-    - Everywhere below the root, on a local disk, temporary files that are older than `CUT_OFF_AFTER`.
+    - Everywhere below the root, on a local disk, temporary files that are older than `CUT_OFF_AFTER`. (On S3 they are
+      uploads that were never completed, see `uploads`.)
 
     Args:
         root: Root of the store.

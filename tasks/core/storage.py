@@ -27,7 +27,7 @@ from tasks.core.disk import MIB, is_temporary, put_in_place, sync_directory, tem
 from tasks.core.errors import ConfigError
 from tasks.core.listing import FileInfo, list_directories, list_files
 from tasks.core.location import arrow_filesystem, is_s3, normalise, s3_filesystem
-from tasks.core.refusal import explains_refusals, refusals_explained
+from tasks.core.refusal import explains_refusals, refusals_explained, s3_error_code
 
 __all__ = [
     "FileInfo",
@@ -243,7 +243,7 @@ def _create_s3(uri: str, data: bytes) -> bool:
         except FileNotFoundError as error:
             raise no_bucket(uri) from error
         except OSError as error:
-            code = _s3_error_code(error)
+            code = s3_error_code(error)
             refused = code in ("PreconditionFailed", "412")
             # Callers go on to read what is there: who says that there is something must have it.
             if refused and exists(uri):
@@ -260,11 +260,6 @@ def _create_s3(uri: str, data: bytes) -> bool:
             return True
         _pause(attempt)
     raise AssertionError("unreachable: the last try returns or raises")
-
-
-def _s3_error_code(error: BaseException) -> str:
-    response = getattr(error.__cause__, "response", None) or {}
-    return str(response.get("Error", {}).get("Code", ""))
 
 
 def no_bucket(uri: str) -> ConfigError:

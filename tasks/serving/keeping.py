@@ -8,12 +8,14 @@ import re
 import socket
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 
 from tasks.core import layout, retention
 from tasks.core.errors import ConfigError
 from tasks.core.numerals import plural
 from tasks.core.reading import list_datasets, live_manifests, resolve
 from tasks.core.storage import delete, normalise
+from tasks.core.uploads import Upload, abort_upload, unfinished_uploads
 from tasks.core.withdrawal import withdraw, withdrawn
 from tasks.serving.catalogue import find_dataset, short_name
 from tasks.serving.tables import as_json, moment, moments, show, size
@@ -60,39 +62,62 @@ def prune(arguments: Namespace) -> int:
     chosen = [version for found in surveys.values() for version in found.prunable]
     going = tuple(layout.version_uri(normalise(root), one.dataset, one.version) + "/" for one in chosen)
     left = [info for info in retention.leftovers(root, datasets) if not info.uri.startswith(going)]
+    uploads = _unfinished_uploads(root)
     if arguments.yes:
         retention.prune(root, chosen)
         for info in left:
             delete(info.uri)
+        for upload in uploads:
+            abort_upload(upload.uri, upload.upload_id)
     if arguments.json:
         held = {name: found.held for name, found in surveys.items() if found.held}
-        print(
-            as_json({"deleted": arguments.yes, "versions": chosen, "held": held, "left": [info.uri for info in left]})
-        )
+        left_over = {"left": [info.uri for info in left], "uploads": [upload.uri for upload in uploads]}
+        print(as_json({"deleted": arguments.yes, "versions": chosen, "held": held, **left_over}))
         return 0
-    if chosen:
-        show(
-            ["DATASET", "VERSION", "STATE", "CREATED", "FILES", "SIZE", "HISTORY THAT NO OTHER VERSION HAS"],
-            [
-                (v.dataset, f"v{v.version}", v.state, moment(v.created), v.files, size(v.bytes), moments(v.only_here))
-                for v in chosen
-            ],
-            right=("FILES", "SIZE"),
-        )
+    _show_versions(chosen)
     for name, found in surveys.items():
         for version, why in found.held.items():
             print(f"{name} v{version} stays: {why}")
-    total = size(sum(version.bytes for version in chosen))
+    items = []
     if left:
-        files = f"{plural(len(left), 'file')} that killed runs have left, {size(sum(info.bytes for info in left))}"
-        print(f"deleted {files}" if arguments.yes else f"would delete {files}; give --yes to do it")
-    if not chosen and not left:
+        total = size(sum(info.bytes for info in left))
+        items.append(("delete", f"{plural(len(left), 'file')} that killed runs have left, {total}"))
+    if uploads:
+        items.append(("abort", f"{plural(len(uploads), 'upload')} to S3 that killed runs have left unfinished"))
+    if chosen:
+        total = size(sum(version.bytes for version in chosen))
+        items.append(("delete", f"{plural(len(chosen), 'version')}, {total}"))
+    done = {"delete": "deleted", "abort": "aborted"}
+    for verb, what in items:
+        print(f"{done[verb]} {what}" if arguments.yes else f"would {verb} {what}; give --yes to do it")
+    if not items:
         print("nothing to delete" + ("" if arguments.keep or age else "; --keep N or --older-than AGE select more"))
-    elif chosen and arguments.yes:
-        print(f"deleted {plural(len(chosen), 'version')}, {total}")
-    elif chosen:
-        print(f"would delete {plural(len(chosen), 'version')}, {total}; give --yes to do it")
     return 0
+
+
+def _show_versions(chosen: Sequence[retention.Prunable]) -> None:
+    if not chosen:
+        return
+    show(
+        ["DATASET", "VERSION", "STATE", "CREATED", "FILES", "SIZE", "HISTORY THAT NO OTHER VERSION HAS"],
+        [
+            (v.dataset, f"v{v.version}", v.state, moment(v.created), v.files, size(v.bytes), moments(v.only_here))
+            for v in chosen
+        ],
+        right=("FILES", "SIZE"),
+    )
+
+
+def _unfinished_uploads(root: str) -> list[Upload]:
+    """Uploads to S3 of killed runs; where nobody may look for them the rest can be pruned all the same."""
+    try:
+        return unfinished_uploads(root, dt.datetime.now(dt.UTC) - retention.CUT_OFF_AFTER)
+    except PermissionError as error:
+        print(
+            f"unfinished uploads stay, as they can't be listed (s3:ListBucketMultipartUploads): {error}",
+            file=sys.stderr,
+        )
+        return []
 
 
 def export(arguments: Namespace) -> int:

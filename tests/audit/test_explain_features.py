@@ -17,7 +17,7 @@ from tasks import commands
 from tasks.core import storage, versions
 from tasks.core.hashing import stable_hash
 from tasks.core.withdrawal import withdraw
-from tests.audit.explained_store import Store, explained, facts, made_store, refused, rows  # noqa: F401 - a fixture
+from tests.audit.explained_store import Store, explained, facts, refused, rows
 
 GROUP = "customer-features"
 

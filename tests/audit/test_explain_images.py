@@ -15,7 +15,7 @@ from PIL import Image
 from tasks.core import versions
 from tasks.images.draws import Draws
 from tasks.images.rows import decode_images
-from tests.audit.explained_store import Store, explained, facts, made_store, refused, rows  # noqa: F401 - a fixture
+from tests.audit.explained_store import Store, explained, facts, refused, rows
 from tests.images.oracle import reference_variant
 
 DATASET = "training-datasets/images"

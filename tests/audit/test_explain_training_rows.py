@@ -14,7 +14,7 @@ from tasks.core import layout, storage, versions
 from tasks.core.manifest import GateResult
 from tasks.core.report import Report
 from tasks.delivery.stream import TrainingStream
-from tests.audit.explained_store import Store, explained, facts, made_store, refused, rows  # noqa: F401 - a fixture
+from tests.audit.explained_store import Store, explained, facts, refused, rows
 from tests.audit.test_explain_features import events
 
 CHURN, WORTH, COPIES = "churn", "worth", "training-datasets/streaming-ready"

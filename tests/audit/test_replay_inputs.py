@@ -36,8 +36,6 @@ from tests.audit.replay_store import (
 )
 from tests.audit.replayed import (  # noqa: F401 - fixtures
     Replay,
-    kept_aside,
-    made_once,
     put_back_afterwards,
     replaying,
 )
