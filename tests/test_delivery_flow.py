@@ -63,7 +63,7 @@ def completed(root: str, **settings: object) -> DeliveryRun:
     return run
 
 
-@pytest.fixture(scope="module", params=["local", "s3"])
+@pytest.fixture(scope="module", params=["local", pytest.param("s3", marks=pytest.mark.slow)])
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A root with the features of the sample."""
     if request.param == "local":

@@ -481,6 +481,7 @@ def test_parameters_as_a_deployment_gives_them(small: FeatureRun) -> None:
     assert_same(run.features(PRODUCTS), small.features(PRODUCTS), "from plain values")
 
 
+@pytest.mark.slow
 def test_a_real_prefect_server(prefect_home: Path, tmp_path: Path) -> None:
     """In a process of its own: one process sends all its events to one server."""
     home, root = own_home(prefect_home, tmp_path / "home"), str(tmp_path / "root")

@@ -141,6 +141,7 @@ def test_its_last_checkpoint_can_be_read_without_ray(undisturbed: TrainingResult
     assert state["stream"]["epoch"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_worker_costs_neither_a_sample_nor_a_digit(undisturbed: TrainingResult, tmp_path: Path) -> None:
     version = published(str(tmp_path))
