@@ -77,7 +77,8 @@ def run_by_hand(entry: str, config_type: type[BaseModel], argv: Sequence[str] | 
     except Exception as fault:
         if debug:
             raise
-        print(f"failed: {one_sentence(fault)}", file=sys.stderr)
+        # On a line of its own: Prefect ends some of its complaints without a line break.
+        print(f"\nfailed: {one_sentence(fault)}", file=sys.stderr)
         return WRONG_ARGUMENTS if isinstance(_own(fault), ConfigError) else FAILED
     print(summary(result))
     print(f"finished in {time.monotonic() - started:.0f} s")

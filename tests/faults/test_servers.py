@@ -85,7 +85,9 @@ def failed(command: Command) -> str:
     output, errors = command.process.communicate(timeout=END_SECONDS)
     assert command.process.returncode == 1, f"it ended with {command.process.returncode}:\n{errors}\n{output}"
     assert "Traceback" not in errors.splitlines()[-1]
-    return next(line for line in reversed(errors.splitlines()) if line.startswith("failed: "))
+    told = [line for line in errors.splitlines() if line.startswith("failed: ")]
+    assert told, f"nothing is told at the end:\n{errors}"
+    return told[-1]
 
 
 @dataclass
@@ -164,7 +166,8 @@ def test_the_prefect_server_is_killed_in_mid_run_for_good(
 ) -> None:
     root = str(tmp_path / "root")
     with watching(root):
-        told = failed(held(root, PIPELINE_API_PATIENCE_SECONDS="2"))
+        # Prefect's client tries each of its requests again itself: by default 5 times, for a minute.
+        told = failed(held(root, PIPELINE_API_PATIENCE_SECONDS="2", PREFECT_CLIENT_MAX_RETRIES="2"))
     assert server.url in told
     assert versions.published_versions(root, IMAGES) == []
     result = "run fails in bounded time and names the server, nothing visible"
@@ -217,7 +220,7 @@ def test_the_s3_endpoint_is_killed_for_good(
     endpoint: Forwarder, s3_root: str, reserved: Callable[..., Command], proven: Proven
 ) -> None:
     with watching(s3_root):
-        command = reserved()
+        command = reserved(PIPELINE_RETRY_DELAY_SECONDS="2")
         endpoint.kill()
         told = failed(command)
     assert endpoint.url.removeprefix("http://") in told or "s3" in told.lower(), told

@@ -6,6 +6,7 @@ imported. The first `times` calls, over all processes, leave a mark in the direc
 'wait' goes on when there is a file 'go' in that directory; 'fill' fills the disk at `disk` up.
 """
 
+import contextlib
 import functools
 import importlib.abc
 import importlib.machinery
@@ -47,8 +48,11 @@ def strike(fault, number):
 def fill(disk):
     """Take all the room that a disk has."""
     with open(os.path.join(disk, "filler"), "wb") as file:
-        free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
-        os.posix_fallocate(file.fileno(), 0, free)
+        taken = 0
+        while free := os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize:
+            with contextlib.suppress(OSError):  # another process has taken some of it since
+                os.posix_fallocate(file.fileno(), taken, free)
+                taken += free
 
 
 def planted(function, fault, number):
