@@ -35,7 +35,7 @@ from tasks.images.config import ImageAugmentationConfig
 from tasks.images.sample import write_sample
 from tasks.publication import PUBLISHED
 from tests.faults.failpoints import environment
-from tests.faults.readers import watching
+from tests.faults.watching import watching
 from tests.processes import Command, own_home
 from tests.tables import Proven
 from tests.test_runner import eventually

@@ -25,7 +25,7 @@ from tasks.core import layout, storage, versions
 from tasks.images.sample import write_sample
 from tests.faults.failpoints import environment
 from tests.faults.forwarder import Forwarder, forwarder
-from tests.faults.readers import watching
+from tests.faults.watching import watching
 from tests.processes import Command, own_home, start_prefect_server
 from tests.tables import Proven
 from tests.test_runner import eventually
