@@ -1,4 +1,4 @@
-"""Flows that are killed while they write, and the same command again: one whole version, nothing of the dead run."""
+"""A flow that is killed while it writes, and the same command again: it goes on with what was finished."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 
 from tasks.core import layout, storage, versions
@@ -18,10 +16,7 @@ from tests.processes import Command, own_home
 
 pytestmark = pytest.mark.slow
 
-DATASETS = ["feature-store/customer-features", "feature-store/product-features"]
 IMAGES = "training-datasets/images"
-OF_THE_RUN = ["feature_creation_date", "feature_version"]
-FEATURES = ["--rows-per-bucket", "1000", "--sample-transactions", "60000"]
 
 
 @pytest.fixture
@@ -39,46 +34,9 @@ def start(prefect_home: Path, tmp_path: Path) -> Iterator[Callable[..., Command]
         command.stop()
 
 
-def features(root: Path, manifest: Manifest) -> pd.DataFrame:
-    frame = versions.read_table(str(root), manifest.dataset, manifest.version, verify=True).to_pandas()
-    return frame.drop(columns=OF_THE_RUN)
-
-
 def files(root: str | Path, dataset: str, version: int) -> set[str]:
     base = layout.version_uri(str(root), dataset, version)
     return {info.uri.removeprefix(base + "/") for info in storage.list_files(base, include_hidden=True)}
-
-
-def test_a_run_killed_in_mid_write_is_made_good_by_the_next(start: Callable[..., Command], tmp_path: Path) -> None:
-    undisturbed, root = tmp_path / "undisturbed", tmp_path / "root"
-    start("feature_store", "--root", str(undisturbed), *FEATURES).finish()
-
-    killed = start("feature_store", "--root", str(root), *FEATURES)
-    written = [root / dataset / "v1" for dataset in DATASETS]
-    killed.kill_when(lambda: any([*version.glob("part-*"), *version.glob("_rejected/*")] for version in written))
-    left = {dataset: files(root, dataset, 1) for dataset in DATASETS}
-    assert any(name.endswith(".parquet") for names in left.values() for name in names), "nothing was left to clean up"
-    for dataset in DATASETS:
-        assert layout.MANIFEST not in left[dataset]
-        assert versions.published_versions(str(root), dataset) == [], "a reader sees the killed run's files"
-    assert killed.end_family() == set(), "the killed flow's Ray or API server goes on"
-
-    start("feature_store", "--root", str(root), *FEATURES).finish()
-    for dataset in DATASETS:
-        assert versions.published_versions(str(root), dataset) == [1], "the dead run's number wasn't taken over"
-        manifest = versions.resolve(str(root), dataset)
-        assert manifest.run.attempt == 2
-        listed = {file.path for file in (*manifest.files, *manifest.rejected_files)}
-        protocol = {"_reservation.json", "_reservation-2.json", "_manifest.json", "_report.html", "_report.json"}
-        assert files(root, dataset, 1) == listed | protocol, f"{dataset}: orphans of the killed run, or files missing"
-        assert all("-a2." in name for name in listed)
-        for balance in manifest.balances:
-            assert balance.missing == 0, balance
-        whole = versions.resolve(str(undisturbed), dataset)
-        assert [file.rows for file in manifest.files] == [file.rows for file in whole.files]
-        pd.testing.assert_frame_equal(features(root, manifest), features(undisturbed, whole), check_exact=True)
-        visible = sum(pq.read_metadata(path).num_rows for path in (root / dataset / "v1").glob("*.parquet"))
-        assert visible == manifest.rows == whole.rows
 
 
 def contents(manifest: Manifest) -> dict[str, str]:

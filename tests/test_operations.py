@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import os
 import subprocess
@@ -137,7 +138,10 @@ def site(s3_url: str, prefect_home: Path, tmp_path_factory: pytest.TempPathFacto
                 yield here
             finally:
                 here.workers[-1].terminate()
-                here.workers[-1].wait(60)
+                with contextlib.suppress(psutil.TimeoutExpired):  # Prefect's worker may wait for ever for its own end
+                    here.workers[-1].wait(20)
+                here.workers[-1].kill()
+                here.workers[-1].wait(20)
 
 
 POOL = ("work-pool", "create", "training-data", "--type", "process", "--overwrite")
