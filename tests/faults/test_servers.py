@@ -220,7 +220,7 @@ def test_the_s3_endpoint_is_killed_for_good(
     endpoint: Forwarder, s3_root: str, reserved: Callable[..., Command], proven: Proven
 ) -> None:
     with watching(s3_root):
-        command = reserved(PIPELINE_RETRY_DELAY_SECONDS="2")
+        command = reserved(PIPELINE_RETRY_DELAY_SECONDS="2", AWS_MAX_ATTEMPTS="2")
         endpoint.kill()
         told = failed(command)
     assert endpoint.url.removeprefix("http://") in told or "s3" in told.lower(), told
