@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import os
 import subprocess
@@ -138,10 +137,11 @@ def site(s3_url: str, prefect_home: Path, tmp_path_factory: pytest.TempPathFacto
                 yield here
             finally:
                 here.workers[-1].terminate()
-                with contextlib.suppress(psutil.TimeoutExpired):  # Prefect's worker may wait for ever for its own end
+                try:
                     here.workers[-1].wait(20)
-                here.workers[-1].kill()
-                here.workers[-1].wait(20)
+                except psutil.TimeoutExpired:  # Prefect's worker sometimes doesn't end of its own
+                    here.workers[-1].kill()
+                    here.workers[-1].wait(20)
 
 
 POOL = ("work-pool", "create", "training-data", "--type", "process", "--overwrite")
