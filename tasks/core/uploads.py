@@ -19,7 +19,6 @@ class Upload:
 
     uri: str
     upload_id: str
-    started: dt.datetime
 
 
 @explains_refusals
@@ -36,7 +35,7 @@ def unfinished_uploads(uri: str, before: dt.datetime) -> list[Upload]:
         return []
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     found = [
-        Upload(f"s3://{bucket}/{entry['Key']}", entry["UploadId"], entry["Initiated"])
+        Upload(f"s3://{bucket}/{entry['Key']}", entry["UploadId"])
         for entry in _entries(uri, bucket, f"{prefix}/" if prefix else "")
         if entry["Initiated"] < before
     ]

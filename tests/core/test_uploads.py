@@ -16,6 +16,7 @@ from tasks.core.location import s3_filesystem
 from tasks.core.uploads import abort_upload, unfinished_uploads
 from tasks.serving import keeping
 from tests.core.publishing import DATASET, publish
+from tests.core.test_refusal import ClientError
 
 NOW = dt.datetime.now(dt.UTC)
 BEGUN = dt.datetime(2010, 11, 10, 20, 48, 33, tzinfo=dt.UTC)  # moto says so of every upload
@@ -62,14 +63,6 @@ def test_a_local_disk_has_none(tmp_path: Path) -> None:
     assert unfinished_uploads(str(tmp_path), NOW) == []
 
 
-class Refusal(Exception):
-    """The shape of botocore's error."""
-
-    def __init__(self, code: str) -> None:
-        super().__init__(code)
-        self.response = {"Error": {"Code": code}}
-
-
 class Server:
     """Answers in pages of two, or with an error."""
 
@@ -81,7 +74,7 @@ class Server:
         assert (method, Bucket, Prefix) in [("list_multipart_uploads", "bucket", prefix) for prefix in ("root/", "")]
         self.requests += 1
         if self.error is not None:
-            raise self.error from Refusal(self.code)
+            raise self.error from ClientError(self.code)
         begin = self.keys.index(KeyMarker) + 1 if KeyMarker else 0
         assert UploadIdMarker == (f"id-{KeyMarker}" if KeyMarker else "")
         page = self.keys[begin : begin + 2]
