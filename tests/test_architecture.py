@@ -19,7 +19,7 @@ from pydantic import BaseModel
 import tasks
 
 ROOT = Path(__file__).parent.parent
-MAX_LINES = 400
+MAX_LINES = 700  # a module is as long as its subject; beyond this it has two
 VAGUE = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
 
 # Layers from the ground up; a module imports from its own layer and from those below.
@@ -224,7 +224,7 @@ def test_every_setting_is_described_and_no_configuration_can_be_changed() -> Non
         (stray_imports, "tasks/features/training.py", "import ray.train", "know Ray"),
         (stray_imports, "tasks/delivery/training.py", "from prefect import task", "know Prefect"),
         (full_packages, "tasks/features/__init__.py", "from tasks.features.rows import judge", "isn't empty"),
-        (long_modules, "tasks/x.py", "x = 1\n" * (MAX_LINES + 1), "401 lines"),
+        (long_modules, "tasks/x.py", "x = 1\n" * (MAX_LINES + 1), "701 lines"),
         (vague_names, "tasks/core/utils.py", "", "'utils'"),
         (vague_names, "tasks/core/data_manager.py", "", "'data_manager'"),
         (vague_names, "tasks/common/x.py", "", "'common'"),
