@@ -90,6 +90,8 @@ def _log_plan(plan: FeaturePlan) -> None:
         ", ".join(planned.group.name for planned in plan.groups),
         times[0] if len(times) == 1 else f"{len(times)} times, {times[0]} to {times[-1]}",
     )
+    for note in plan.notes:
+        get_run_logger().info("%s: %s", plan.events.name, note)
     for planned, state in zip(plan.groups, plan.states, strict=False):
         if state.parent is not None:
             get_run_logger().info("%s: %d events are kept by v%d", planned.group.name, state.rows, state.parent)

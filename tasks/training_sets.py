@@ -63,6 +63,8 @@ def plan_training_sets(config: FeatureStoreConfig, started: dt.datetime) -> list
             for history in plan.histories
         )
         get_run_logger().info("%s: %d features from %s", plan.model.name, len(plan.references), held)
+        for note in plan.label.events.notes if plan.label is not None else ():
+            get_run_logger().info("%s: %s", plan.model.name, note)
     return plans
 
 

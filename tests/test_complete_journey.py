@@ -109,7 +109,8 @@ def test_products_are_those_of_pandas(root: str, purchases: pd.DataFrame) -> Non
             "avg_sale_price": by.sales_value.mean(),
             "price_variance": by.sales_value.var().fillna(0.0),
             "unique_customers": by.household_id.nunique(),
-            "repeat_purchase_rate": (per_household > 1).groupby("product_id").mean(),
+            "repeat_customer_share": (per_household > 1).groupby("product_id").mean(),
+            "repeat_purchase_rate": (count - by.household_id.nunique()) / by.household_id.nunique(),
             "sales_velocity": velocity,
             "performance_tier": tier,
         },
@@ -139,13 +140,13 @@ def test_rows_balance_and_quality_is_that_of_pandas(root: str, purchases: pd.Dat
     assert products.rows_out > 0
     found = table(root, "customer-features", "customer_id")
     stamps = ["as_of", "feature_creation_date", "feature_version"]
-    scores = ["missing_ratio", "outlier_ratio", "data_quality_score", "is_training_ready"]
+    scores = ["missing_value_ratio", "outlier_ratio", "feature_quality_score", "is_training_ready"]
     features = found.drop(columns=[*stamps, *scores])
     numeric = features.select_dtypes("number")
     low, high = numeric.quantile(0.25), numeric.quantile(0.75)
     outside = (numeric < low - 1.5 * (high - low)) | (numeric > high + 1.5 * (high - low))
     missing, outliers = features.isna().mean(axis=1), outside.mean(axis=1)
     score = 1 - (missing + outliers) / 2
-    assert_columns(found, {"missing_ratio": missing, "outlier_ratio": outliers, "data_quality_score": score})
+    assert_columns(found, {"missing_value_ratio": missing, "outlier_ratio": outliers, "feature_quality_score": score})
     ready = (missing < 0.1) & (outliers < 0.05) & (score > 0.8)
     assert (found.is_training_ready == ready).all()

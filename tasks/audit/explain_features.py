@@ -38,7 +38,7 @@ from tasks.core.manifest import InputRecord, Manifest
 from tasks.core.reading import data_files
 from tasks.core.sketch import QuantileSketch
 from tasks.features.config import Thresholds
-from tasks.features.definitions import AS_OF
+from tasks.features.definitions import AS_OF, Column
 from tasks.features.scoring import QUALITY_COLUMNS, Fences, fences
 from tasks.serving.catalogue import declarations, feature_names
 
@@ -105,6 +105,7 @@ def _spellings(manifest: Manifest, entity: str) -> set[str]:
         definitions = declared_sources(manifest).definitions
     except PipelineError:
         return names
+    names |= {name for source in definitions.events.values() for name in source.columns.get(entity, Column()).also}
     mappings = [source.mapping for source in definitions.events.values()]
     mappings += [source.mapping for source in definitions.dimensions.values()]
     return names | {mapping[entity] for mapping in mappings if entity in mapping}

@@ -23,7 +23,7 @@ from tasks.core.manifest import InputFile, InputRecord, Manifest
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Definitions, DimensionSource, EventSource
 from tasks.features.loading import is_yaml, load_definitions
-from tasks.features.plan import with_uris
+from tasks.features.plan import names_in_files, with_uris
 from tasks.features.rows import REASON, ColumnPlan, KeyType, RowPlan, judge
 from tasks.features.sources import ReadUnit, SourceFile, SourceTable, inspect_files, read, read_units
 from tasks.features.standard import STANDARD
@@ -169,8 +169,9 @@ def event_plan(declared: Declared, source: EventSource, entity: str, manifest: M
     config = declared.config
     amount = config.negative_amounts == "reject" and "amount" in source.columns
     columns = []
+    mapping = names_in_files(source, table)
     for ours, spec in source.columns.items():
-        theirs = source.mapping.get(ours, ours)
+        theirs = mapping.get(ours, ours)
         needed = spec.required or ours in (entity, source.time) or (amount and ours == "amount")
         if needed and all(theirs in file.schema.names for file in table.files):
             kind = _key_type(manifest, entity) if ours == entity else _file_key_type(table, theirs)

@@ -41,8 +41,9 @@ USUAL_TARGETS = {"customer-features": "spending_trend", "product-features": "per
 follow from other features of the same row: an example of how, not of what, to learn."""
 
 _RECORDS = {
-    "missing_ratio",
+    "missing_value_ratio",
     "outlier_ratio",
+    "feature_quality_score",
     "data_quality_score",
     "validation_passed",
     READY,

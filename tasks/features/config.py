@@ -143,7 +143,8 @@ class FeatureStoreConfig(BaseModel):
     transaction_columns: dict[str, str] = Field(
         default_factory=dict,
         description="Our column names to yours: customer_id, product_id, timestamp, amount, category, "
-        'as JSON such as {"amount": "sales_value"}. Names that aren\'t given are taken as they are.',
+        'as JSON such as {"amount": "sales_value"}. Names that aren\'t given are taken as they are; a product_category '
+        "is the category.",
     )
     customer_columns: dict[str, str] = Field(
         default_factory=dict,

@@ -33,11 +33,13 @@ class Column:
     """One column of a source, as expressions see it.
 
     kind: 'key' (integer or text), 'time' (microseconds, UTC), 'number' (float64), 'category' (text with few
-    values) or 'any' (left as the file has it). required: a row without a valid value is rejected.
+    values) or 'any' (left as the file has it). required: a row without a valid value is rejected. also: other names
+    that files may give it, which count where nothing is mapped and no file has a column of our name.
     """
 
     kind: ColumnKind = "any"
     required: bool = False
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

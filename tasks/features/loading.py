@@ -43,6 +43,7 @@ class _Strict(BaseModel):
 class _ColumnText(_Strict):
     kind: ColumnKind = "any"
     required: bool = False
+    also: tuple[str, ...] = ()
 
 
 class _EventText(_Strict):

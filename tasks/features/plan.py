@@ -6,7 +6,7 @@ A plan is a frozen value that goes to the workers.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -66,7 +66,8 @@ class FeaturePlan:
     """Everything that the workers need to know. All groups of one event source are computed from one reading.
 
     as_of: times that features are computed as of, UTC, ascending. states, fingerprints: of an incremental run
-    (`incremental.with_state`), for each group and each file of the events; empty otherwise.
+    (`incremental.with_state`), for each group and each file of the events; empty otherwise. notes: which of several
+    columns are read, in sentences.
     """
 
     events: SourcePlan
@@ -77,6 +78,7 @@ class FeaturePlan:
     rows_per_bucket: int
     states: tuple[StatePlan, ...] = ()
     fingerprints: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def read_files(self) -> tuple[int, ...]:
@@ -140,6 +142,7 @@ def _plan_source(
     events = known.get(source.name) or inspect(source.name, source.uri)
     tables = {n: known.get(n) or inspect(n, d.uri) for n, d in dimensions.items() if d.uri is not None}
     present = {name: dimensions[name] for name in tables}
+    declared, source = source, replace(source, mapping=names_in_files(source, events))
     names = _event_columns(source, groups, events, present, tables)
     looked_up = {column: name for column, name in names.items() if name is not None}
     keys = _key_types(source, events, present, tables)
@@ -183,7 +186,57 @@ def _plan_source(
         lookups=lookups,
         groups=tuple(_plan_group(group, source, present, dimension_plan) for group in groups),
         rows_per_bucket=config.rows_per_bucket,
+        notes=tuple(_choices(declared, file_names, events, lambda ours: _dimension_of(ours, names, present, tables))),
     )
+
+
+def names_in_files(source: EventSource, events: SourceTable) -> dict[str, str]:
+    """Our names to the files', where they differ: as they are mapped, else as another known name that a file has."""
+    found = dict(source.mapping)
+    known = {name for file in events.files for name in file.schema.names}
+    for ours, spec in source.columns.items():
+        theirs = next((name for name in spec.also if name in known), None)
+        if theirs is not None and ours not in known:
+            found.setdefault(ours, theirs)
+    return found
+
+
+def _choices(
+    source: EventSource, columns: Mapping[str, str], events: SourceTable, elsewhere: Callable[[str], str | None]
+) -> Iterator[str]:
+    """Which columns of the events are read, where others of theirs or of a dimension may be meant and may differ.
+
+    Args:
+        source: The declaration, with the user's mapping.
+        columns: Columns that the events' own files have, our names to theirs.
+        events: These files.
+        elsewhere: Gives the dimension that has a column too.
+
+    """
+    for ours, theirs in columns.items():
+        if ours in source.mapping:
+            continue
+        known = (*source.columns[ours].also, ours) if ours in source.columns else ()
+        others = [f"its column '{name}'" for name in known if name != theirs and events.has(name)]
+        if (dimension := elsewhere(ours)) is not None:
+            others.append(f"'{ours}' of {dimension}")
+        if others:
+            yield f"'{ours}' is the column '{theirs}' of {source.name}, not {' or '.join(others)}, which may differ"
+
+
+def _dimension_of(
+    column: str,
+    needed: Collection[str],
+    present: Mapping[str, DimensionSource],
+    tables: Mapping[str, SourceTable],
+) -> str | None:
+    """The first dimension that has a column and whose key the events have."""
+    for name, dimension in present.items():
+        taken = column in dimension.mapping or not dimension.mapping or column in dimension.columns
+        joins = dimension.key in needed and dimension.key != column
+        if joins and taken and tables[name].has(dimension.mapping.get(column, column)):
+            return name
+    return None
 
 
 def _plan_group(
@@ -222,17 +275,7 @@ def _event_columns(
         if column in source.mapping or any(own_name in file.schema.names for file in events.files):
             found[column] = None
             continue
-        origin = next(
-            (
-                name
-                for name, dimension in present.items()
-                if dimension.key in needed
-                and dimension.key != column
-                and tables[name].has(dimension.mapping.get(column, column))
-                and (column in dimension.mapping or not dimension.mapping or column in dimension.columns)
-            ),
-            None,
-        )
+        origin = _dimension_of(column, needed, present, tables)
         required = column in source.columns and source.columns[column].required
         if origin is None and not required:
             users = ", ".join(group.name for group in groups if column in group.event_columns)

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-QUALITY_COLUMNS = ("missing_ratio", "outlier_ratio", "data_quality_score", "is_training_ready")
+QUALITY_COLUMNS = ("missing_value_ratio", "outlier_ratio", "feature_quality_score", "is_training_ready")
+MISSING, OUTLYING, SCORE, READY = QUALITY_COLUMNS
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +58,15 @@ def score_rows(
 
     Args:
         frame: One row an entity.
-        features: Columns that are judged: missing_ratio is the share of them that is null or NaN.
+        features: Columns that are judged: missing_value_ratio is the share of them that is null or NaN.
         bounds: Fences of the numeric ones among them: outlier_ratio is the share of these columns that is outside
             (a missing value is not an outlier). 0 where there are none.
-        missing_below: A row is ready only with missing_ratio below this,
+        missing_below: A row is ready only with missing_value_ratio below this,
         outliers_below: and outlier_ratio below this,
-        score_above: and data_quality_score above this, which is 1 − (missing_ratio + outlier_ratio)/2.
+        score_above: and feature_quality_score above this, which is 1 − (missing_value_ratio + outlier_ratio)/2.
 
     Returns:
-        frame and missing_ratio, outlier_ratio, data_quality_score (float64), is_training_ready (bool).
+        frame and missing_value_ratio, outlier_ratio, feature_quality_score (float64), is_training_ready (bool).
 
     """
     missing = [
@@ -83,14 +84,12 @@ def score_rows(
         for flag, c in zip(outside, [c for c in features if c in bounds], strict=True)
     ]
     return (
-        frame.with_columns(_share(missing).alias("missing_ratio"), _share(outside).alias("outlier_ratio"))
-        .with_columns((1 - (pl.col("missing_ratio") + pl.col("outlier_ratio")) / 2).alias("data_quality_score"))
+        frame.with_columns(_share(missing).alias(MISSING), _share(outside).alias(OUTLYING))
+        .with_columns((1 - (pl.col(MISSING) + pl.col(OUTLYING)) / 2).alias(SCORE))
         .with_columns(
             (
-                (pl.col("missing_ratio") < missing_below)
-                & (pl.col("outlier_ratio") < outliers_below)
-                & (pl.col("data_quality_score") > score_above)
-            ).alias("is_training_ready")
+                (pl.col(MISSING) < missing_below) & (pl.col(OUTLYING) < outliers_below) & (pl.col(SCORE) > score_above)
+            ).alias(READY)
         )
     )
 

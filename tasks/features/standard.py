@@ -26,7 +26,7 @@ TRANSACTIONS = EventSource(
         "product_id": Column(kind="key", required=True),
         "timestamp": Column(kind="time", required=True),
         "amount": Column(kind="number", required=True),
-        "category": Column(kind="category"),
+        "category": Column(kind="category", also=("product_category",)),
     },
 )
 CUSTOMERS = DimensionSource(name="customers", key="customer_id", columns=("age", "gender", "location", "signup_date"))
@@ -88,10 +88,12 @@ PRODUCT_FEATURES = FeatureGroup(
         "avg_sale_price": _amount.mean(),
         "price_variance": _amount.var().fill_null(0.0),
         "unique_customers": pl.col("customer_id").n_unique(),
-        "repeat_purchase_rate": (pl.col("customer_id").unique_counts() > 1).mean(),
+        "repeat_customer_share": (pl.col("customer_id").unique_counts() > 1).mean(),
         "days_on_sale": _days_between,
     },
     derived={
+        "repeat_purchase_rate": (pl.col("total_sales") - pl.col("unique_customers"))
+        / pl.max_horizontal("unique_customers", pl.lit(1)),
         "sales_velocity": pl.col("total_sales") / pl.max_horizontal("days_on_sale", pl.lit(1)),
         "performance_tier": pl.when(pl.col("sales_velocity") > HIGH_SALES_PER_DAY)
         .then(pl.lit("high"))
@@ -103,7 +105,8 @@ PRODUCT_FEATURES = FeatureGroup(
         "total_sales": (1, None),
         "price_variance": (0, None),
         "unique_customers": (1, None),
-        "repeat_purchase_rate": (0, 1),
+        "repeat_customer_share": (0, 1),
+        "repeat_purchase_rate": (0, None),
         "sales_velocity": (0, None),
     },
 )

@@ -76,7 +76,9 @@ def test_outliers_are_those_outside_of_the_fences_of_the_rows_time(
     table = table[table.as_of == pd.Timestamp("2024-03-31", tz="UTC")].set_index("customer_id")
     odd = table[table.outlier_ratio > 0]
     assert len(odd) > 2, "the data has no outliers to explain"
-    numbers = [name for name in table.columns[: list(table).index("missing_ratio")] if table[name].dtype.kind in "if"]
+    numbers = [
+        name for name in table.columns[: list(table).index("missing_value_ratio")] if table[name].dtype.kind in "if"
+    ]
     low, high = table[numbers].quantile(0.25), table[numbers].quantile(0.75)
     for key in odd.index[:3]:
         answer = explained(store, capsys, f"{GROUP} v2 {key} --at 2024-03-31")

@@ -80,7 +80,8 @@ copy (
   ), whole as (select product_id, sum(s) / sum(n) mean from pairs group by all)
   select product_id, sum(n)::bigint total_sales, sum(s) total_revenue, sum(s) / sum(n) avg_sale_price,
     coalesce(sum(q + n * (m - mean) ** 2) / nullif(sum(n) - 1, 0), 0) price_variance,
-    count(*) unique_customers, avg((n > 1)::int) repeat_purchase_rate,
+    count(*) unique_customers, avg((n > 1)::int) repeat_customer_share,
+    (sum(n) - count(*)) / greatest(count(*), 1) repeat_purchase_rate,
     floor(epoch(max(last) - min(first)) / 86400)::bigint days_on_sale,
     sum(n) / greatest(floor(epoch(max(last) - min(first)) / 86400), 1) sales_velocity,
     case when sales_velocity > 1 then 'high' when sales_velocity > 0.1 then 'medium' else 'low' end performance_tier
@@ -161,7 +162,8 @@ def by_map_groups(source: Path, target: Path) -> None:
             "avg_sale_price": group.amount.mean(),
             "price_variance": group.amount.var() if len(group) > 1 else 0.0,
             "unique_customers": len(per_customer),
-            "repeat_purchase_rate": (per_customer > 1).mean(),
+            "repeat_customer_share": (per_customer > 1).mean(),
+            "repeat_purchase_rate": (len(group) - len(per_customer)) / len(per_customer),
             "days_on_sale": days,
             "sales_velocity": len(group) / max(days, 1),
         }

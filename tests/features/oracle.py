@@ -70,8 +70,9 @@ def _product(key: object, rows: Sequence[Row]) -> dict[str, Any]:
         "avg_sale_price": math.fsum(amounts) / len(amounts),
         "price_variance": statistics.variance(amounts) if len(amounts) > 1 else 0.0,
         "unique_customers": len(purchases),
-        "repeat_purchase_rate": sum(count > 1 for count in purchases.values()) / len(purchases),
+        "repeat_customer_share": sum(count > 1 for count in purchases.values()) / len(purchases),
         "days_on_sale": days,
+        "repeat_purchase_rate": sum(count - 1 for count in purchases.values()) / len(purchases),
         "sales_velocity": velocity,
         "performance_tier": "high" if velocity > 1 else "medium" if velocity > 0.1 else "low",
     }

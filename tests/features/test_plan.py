@@ -89,6 +89,38 @@ def test_a_column_of_the_transactions_is_taken_from_there(tmp_path: Path) -> Non
     assert "category" in planned.events.file_columns
 
 
+CHOICES = [
+    # the category's columns in the transactions, the mapped one, the one that is read, words of the plan's note
+    (["product_category"], None, "product_category", "not 'category' of products"),
+    (["category"], None, "category", "not 'category' of products"),
+    (
+        ["category", "product_category"],
+        None,
+        "category",
+        "not its column 'product_category' or 'category' of products",
+    ),
+    (["category", "product_category"], "product_category", "product_category", None),
+]
+
+
+@pytest.mark.parametrize(("columns", "mapped", "expected", "note"), CHOICES)
+def test_the_transactions_own_category_comes_before_any_look_up(
+    tmp_path: Path, columns: list[str], mapped: str | None, expected: str, note: str | None
+) -> None:
+    mapping = {"category": mapped} if mapped else {}
+    rows = TRANSACTIONS | {name: ["books"] for name in columns}
+    planned = plan(tmp_path, rows, products=PRODUCTS, transaction_columns=mapping)
+    category = columns_of(planned)["category"]
+    assert (category.source_name, category.kind, planned.lookups) == (expected, "category", ())
+    sentence = f"'category' is the column '{expected}' of transactions, {note}, which may differ"
+    assert planned.notes == ((sentence,) if note else ())
+
+
+def test_a_plan_without_a_choice_says_nothing(tmp_path: Path) -> None:
+    assert plan(tmp_path, TRANSACTIONS, products=PRODUCTS).notes == ()
+    assert plan(tmp_path, TRANSACTIONS | {"product_category": ["books"]}).notes == ()
+
+
 def test_else_it_is_looked_up_in_a_dimension(tmp_path: Path) -> None:
     planned = plan(tmp_path, TRANSACTIONS, products=PRODUCTS)
     (lookup,) = planned.lookups

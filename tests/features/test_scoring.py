@@ -106,7 +106,7 @@ READY = [
 def test_a_bound_that_is_reached_is_not_kept(thresholds: dict[str, float], ready: bool) -> None:
     frame = pl.DataFrame({"x": [99.0], "y": [5], "s": ["a"], "t": [None]}, schema_overrides={"t": pl.String})
     row = score_rows(frame, list("xyst"), {"x": USUAL, "y": USUAL}, **thresholds).row(0, named=True)
-    assert (row["missing_ratio"], row["outlier_ratio"], row["data_quality_score"]) == (0.25, 0.5, 0.625)
+    assert (row["missing_value_ratio"], row["outlier_ratio"], row["feature_quality_score"]) == (0.25, 0.5, 0.625)
     assert row["is_training_ready"] == ready
 
 
@@ -125,7 +125,7 @@ def test_quality_by_pandas(rows: list[tuple[float | None, float | None, int | No
     outside = (numbers < [-10, 0, -20]) | (numbers > [10, 5, 20])
     missing, outliers = table.isna().mean(axis=1), outside.mean(axis=1)
     score = 1 - (missing + outliers) / 2
-    assert found["missing_ratio"].to_list() == pytest.approx(missing.tolist())
+    assert found["missing_value_ratio"].to_list() == pytest.approx(missing.tolist())
     assert found["outlier_ratio"].to_list() == pytest.approx(outliers.tolist())
-    assert found["data_quality_score"].to_list() == pytest.approx(score.tolist())
+    assert found["feature_quality_score"].to_list() == pytest.approx(score.tolist())
     assert found["is_training_ready"].to_list() == ((missing < 0.1) & (outliers < 0.05) & (score > 0.8)).tolist()
