@@ -19,12 +19,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
 from tasks.core import storage
 from tasks.core.errors import ConfigError, InputError, PipelineError
+from tasks.core.yaml_text import load_yaml
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -200,10 +200,10 @@ def _causes(fault: BaseException | None) -> Iterator[BaseException]:
 
 def _read_file(path: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(os.path.expandvars(storage.read_bytes(path).decode()))
+        content = load_yaml(os.path.expandvars(storage.read_bytes(path).decode()))
     except FileNotFoundError as fault:
         raise ConfigError(f"--config {path}: no such file") from fault
-    except (yaml.YAMLError, UnicodeDecodeError) as fault:
+    except ValueError as fault:
         raise ConfigError(f"--config {path}: no valid YAML: {fault}") from fault
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: it must hold settings as 'name: value' lines")

@@ -19,18 +19,18 @@ from tasks.artifacts import progress
 from tasks.core import layout, versions
 from tasks.core.manifest import GateResult, Manifest, Partition, RunRecord
 from tasks.core.metadata import write_versions_csv
+from tasks.core.own_columns import AS_OF, CREATED, VERSION
 from tasks.core.provenance import code_digest
 from tasks.core.report import Report
 from tasks.core.reservation import Reservation, reserve
 from tasks.core.times import expand
 from tasks.features import loading
 from tasks.features.config import FeatureStoreConfig
-from tasks.features.definitions import AS_OF, Definitions, FeatureGroup
+from tasks.features.definitions import Definitions, FeatureGroup
 from tasks.features.gate import judge_group
 from tasks.features.incremental import with_state
-from tasks.features.parts import CREATED, VERSION
 from tasks.features.pipeline import ComputedGroup, bucket_count, compute_groups, pieces_to_read
-from tasks.features.plan import FeaturePlan, needs_sample, plan_features, with_uris
+from tasks.features.plan import FeaturePlan, check_mappings, needs_sample, plan_features, with_uris
 from tasks.features.sample import SAMPLE_AS_OF, write_sample
 from tasks.features.self_test import self_test
 from tasks.publication import (
@@ -43,6 +43,7 @@ from tasks.publication import (
     write_report,
 )
 from tasks.retries import RETRY
+from tasks.serving.labels import label_groups
 
 _CODE = Path(__file__).parent
 _CURES = {
@@ -60,6 +61,8 @@ _CURES = {
 @task(name="prepare-sources", cache_policy=NO_CACHE, **RETRY)
 def prepare_sources(config: FeatureStoreConfig) -> FeatureStoreConfig:
     """Make the sample if no source is given; the configuration with every URI spelled out."""
+    labels = label_groups(config.models) if config.models is not None else []
+    check_mappings(with_uris(declared(config), config), labels)
     if not needs_sample(declared(config), config):
         return config
     uris = write_sample(config.root, config.sample_transactions, config.seed)

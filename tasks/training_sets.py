@@ -16,6 +16,7 @@ from tasks.core.errors import GateFailed
 from tasks.core.lineage import trace_manifest
 from tasks.core.manifest import GateResult, InputRecord, Manifest, Partition, RunRecord
 from tasks.core.metadata import write_versions_csv
+from tasks.core.own_columns import EVENT_TIME
 from tasks.core.provenance import code_digest
 from tasks.core.report import Report
 from tasks.core.reservation import Reservation, reserve
@@ -32,7 +33,6 @@ from tasks.publication import (
     write_report,
 )
 from tasks.retries import RETRY
-from tasks.serving.definition import EVENT_TIME
 from tasks.serving.gate import judge_training_set
 from tasks.serving.loading import load_models, select
 from tasks.serving.pipeline import ComputedSet, bucket_count, build_training_set, pieces_to_read

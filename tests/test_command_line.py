@@ -154,6 +154,15 @@ def test_options_win_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert config.transaction_columns == {"amount": "price"}, "a mapping is replaced as a whole"
 
 
+def test_dates_of_a_file_are_times(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("as_of: 2024-12-01\nearliest: 2020-01-01")
+    config = parsed("--config", str(file))
+    assert config.as_of == ("2024-12-01T00:00:00+00:00",)
+    assert config.earliest == dt.datetime(2020, 1, 1, tzinfo=dt.UTC)
+    assert FeatureStoreConfig(as_of=dt.date(2024, 12, 1)).as_of == config.as_of  # type: ignore[arg-type]
+
+
 def test_the_environment_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ROOT", "SEED", "TRANSACTIONS", "JOIN", "THRESHOLDS", "THRESHOLDS__NULL_FAIL", "CONFIG", "TIMEZONE"):
         monkeypatch.setenv(name, "7")
@@ -224,6 +233,10 @@ def test_a_word_is_a_command_about_the_store(capsys: pytest.CaptureFixture[str],
     ("text", "message"),
     [
         ("seed: [", "no valid YAML"),
+        ("seed: 1\nroot: a\nseed: 2", "no valid YAML: 'seed' stands twice"),
+        ("as_of: 2024-13-01", "--as-of = '2024-13-01': '2024-13-01' is no time; write ISO 8601"),
+        ("as_of: [2024-12-01, 2024-02-30]", "'2024-02-30' is no time; write ISO 8601"),
+        ("earliest: 2024-13-01", "--earliest = '2024-13-01': give a time in ISO 8601"),
         ("- seed", "it must hold settings as 'name: value' lines"),
         ("seeed: 3", "--seeed is no setting; see --help for those there are"),
         ("seed: x", "--seed = 'x': input should be a valid integer"),
@@ -237,6 +250,7 @@ def test_a_wrong_file_is_explained(text: str, message: str, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         parsed("--config", str(file))
     assert str(file) in str(caught.value), "the message doesn't name the file"
+    assert "\n" not in str(caught.value), "more than one line"
 
 
 # The end of a run

@@ -90,10 +90,9 @@ def unsafe_yaml(found: Sources) -> list[str]:
     complaints = []
     for path, source in found.items():
         safe = {"yaml.SafeLoader", "SafeLoader", "yaml.CSafeLoader"}
-        for node in ast.walk(ast.parse(source)):  # a parameter that is declared as a kind of SafeLoader
-            if isinstance(node, ast.arg) and node.annotation is not None:
-                declared = ast.unparse(node.annotation)
-                safe |= {node.arg} if declared in ("type[yaml.SafeLoader]", "type[SafeLoader]") else set()
+        for node in ast.walk(ast.parse(source)):  # one that is built upon a SafeLoader
+            if isinstance(node, ast.ClassDef) and node.bases and {*map(ast.unparse, node.bases)} <= safe:
+                safe |= {node.name}
         for call, name, _ in calls(source):
             if not name.startswith("yaml.") or "load" not in name:
                 continue
@@ -182,7 +181,7 @@ def test_what_is_allowed_is_still_there() -> None:
         (unsafe_yaml, "import yaml\nyaml.load(text)"),
         (unsafe_yaml, "import yaml\nyaml.full_load(text)"),
         (unsafe_yaml, "import yaml\nyaml.unsafe_load(text)"),
-        (unsafe_yaml, "import yaml\ndef f(text, loader: type[yaml.Loader]):\n    yaml.load(text, loader)"),
+        (unsafe_yaml, "import yaml\nclass Own(yaml.Loader):\n    pass\nyaml.load(text, Own)"),
         (run_text, "eval(text)"),
         (run_text, "import os\nos.system(text)"),
         (run_text, "import subprocess\nsubprocess.run(text, shell=True)"),
@@ -204,7 +203,7 @@ def test_each_rule_can_fail(rule, source: str) -> None:
         "import numpy as np\nnp.load(path, allow_pickle=False)",
         "import yaml\nyaml.safe_load(text)",
         "import yaml\nyaml.load(text, yaml.SafeLoader)",
-        "import yaml\ndef f(text, loader: type[yaml.SafeLoader]):\n    yaml.load(text, loader)",
+        "import yaml\nclass Own(yaml.SafeLoader):\n    pass\nyaml.load(text, Own)",
         "import importlib\nimportlib.import_module('prefect')",
         "model.eval()\nre.compile(pattern)\njson.loads(text)",
     ],

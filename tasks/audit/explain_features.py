@@ -35,17 +35,18 @@ from tasks.audit.explained import Explanation, Section, explanation
 from tasks.core import storage
 from tasks.core.errors import PipelineError
 from tasks.core.manifest import InputRecord, Manifest
+from tasks.core.own_columns import AS_OF, QUALITY
 from tasks.core.reading import data_files
 from tasks.core.sketch import QuantileSketch
 from tasks.features.config import Thresholds
-from tasks.features.definitions import AS_OF, Column
-from tasks.features.scoring import QUALITY_COLUMNS, Fences, fences
+from tasks.features.definitions import Column
+from tasks.features.scoring import Fences, fences
 from tasks.serving.catalogue import declarations, feature_names
 
 MOST_ROWS = 5_000_000
 """Rows of a version with several times up to which the fences of one are computed again."""
 _NUMBERS = ("int", "uint", "float", "double", "halffloat", "decimal")
-_MISSING, _RATIO, _SCORE, _READY = QUALITY_COLUMNS
+_MISSING, _RATIO, _SCORE, _READY = QUALITY
 
 
 def explain_features(root: str, manifest: Manifest, key: str, at: str | None) -> Explanation:

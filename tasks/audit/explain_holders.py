@@ -14,11 +14,10 @@ from tasks.core import layout
 from tasks.core.errors import CorruptVersion, PipelineError
 from tasks.core.lineage import trace
 from tasks.core.manifest import Manifest
+from tasks.core.own_columns import AS_OF, EVENT_TIME
 from tasks.core.reading import committed_manifests, list_datasets
 from tasks.core.withdrawal import withdrawn
-from tasks.features.definitions import AS_OF
 from tasks.serving.catalogue import newest
-from tasks.serving.definition import EVENT_TIME
 
 MOST_VERSIONS = 30
 """Versions of the row's own dataset that are looked into, the newest."""

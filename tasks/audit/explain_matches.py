@@ -16,11 +16,11 @@ import polars as pl
 from tasks.core import layout
 from tasks.core.errors import PipelineError, VersionNotFound
 from tasks.core.manifest import Manifest
+from tasks.core.own_columns import AS_OF, EVENT_TIME
 from tasks.core.partition import bucket_of
 from tasks.core.reading import read_manifest
-from tasks.features.definitions import AS_OF
 from tasks.serving.asof import join_asof
-from tasks.serving.definition import EVENT_TIME, FeatureReference
+from tasks.serving.definition import FeatureReference
 from tasks.serving.history import FROM, TIME, UNTIL, History, HistoryVersion, history_of, read_bucket
 
 ENTITY_OF = "entity"

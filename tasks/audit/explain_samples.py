@@ -20,6 +20,7 @@ from tasks.core import layout, storage
 from tasks.core.errors import ConfigError, CorruptVersion, PipelineError
 from tasks.core.hashing import stable_hash
 from tasks.core.manifest import FileEntry, Manifest
+from tasks.core.own_columns import READY
 from tasks.core.reading import read_manifest
 from tasks.core.tensors import to_numpy
 from tasks.delivery.blocks import SAMPLE_ID, BlockFormat
@@ -34,7 +35,7 @@ from tasks.delivery.keys import (
     sample_keys,
     split_draws,
 )
-from tasks.delivery.source import READY, Source
+from tasks.delivery.source import Source
 from tasks.delivery.stages import judge, plan_buckets
 
 Int64Array = npt.NDArray[np.int64]

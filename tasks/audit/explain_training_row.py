@@ -27,9 +27,9 @@ from tasks.audit.explained import Explanation, Section, explanation
 from tasks.core import layout
 from tasks.core.errors import PipelineError
 from tasks.core.manifest import Manifest
+from tasks.core.own_columns import EVENT_TIME, TARGET
 from tasks.delivery.config import DeliveryConfig
 from tasks.features.rows import ColumnPlan, RowPlan
-from tasks.serving.definition import EVENT_TIME, TARGET
 from tasks.serving.spine import SPINE
 
 

@@ -17,7 +17,7 @@ from tasks.core.manifest import Manifest
 from tasks.core.times import expand
 from tasks.core.withdrawal import withdrawn
 
-_STYLES = (("_reason", "_file", "_row"), ("reason", "source_file", "source_row"), ("reason", "uri", "row"))
+_STYLES = (("_reason", "_file", "_row"), ("reason", "uri", "row"))
 """Reason, file and row as rejected rows bear them: those of features' sources, of copies, of images and labels."""
 
 
@@ -108,7 +108,7 @@ def matching(table: pa.Table, keys: Collection[str]) -> pa.Array:
 
 
 def _told(row: Mapping[str, Any], path: str) -> dict[str, Any]:
-    style = _STYLES[0] if "_reason" in row else _STYLES[1] if "source_file" in row else _STYLES[2]
+    style = _STYLES[0] if "_reason" in row else _STYLES[1]
     reason, file, number = (row.get(name) for name in style)
     detail = _meaning(str(reason)) if "_reason" in row else row.get("detail") or _meaning(str(reason))
     names = {*style, *(() if "_reason" in row else ("detail",))}

@@ -41,19 +41,19 @@ from tasks.audit.replay_tables import (
 from tasks.core import layout
 from tasks.core.errors import DefinitionError, PipelineError
 from tasks.core.manifest import Manifest
+from tasks.core.own_columns import AS_OF, CREATED, QUALITY
 from tasks.core.partition import bucket_of
 from tasks.core.profile import profile_table
 from tasks.core.reading import read_manifest
 from tasks.core.sketch import QuantileSketch
 from tasks.features.config import FeatureStoreConfig
-from tasks.features.definitions import AS_OF
 from tasks.features.incremental import as_of_times, kept_links
 from tasks.features.kernel import join_dimension
 from tasks.features.loading import declared
 from tasks.features.lookups import lookup_tables
-from tasks.features.parts import CREATED, numeric_features, scored_rows, sketches, stamped, to_arrow
+from tasks.features.parts import numeric_features, scored_rows, sketches, stamped, to_arrow
 from tasks.features.plan import FeaturePlan, GroupPlan, plan_features, with_uris
-from tasks.features.scoring import QUALITY_COLUMNS, Fences, fences
+from tasks.features.scoring import Fences, fences
 from tasks.features.stages import (
     looked_up,
     read_and_judge,
@@ -214,7 +214,7 @@ class _Again:
             try:
                 rows = frame_of(self._stored.read(entry, columns=[*columns, AS_OF]))
             except Unreadable as fault:  # the fences are others' without these rows, and so is the quality of all
-                self.causes.append(replace(fault.cause, columns=frozenset(QUALITY_COLUMNS)))
+                self.causes.append(replace(fault.cause, columns=frozenset(QUALITY)))
                 continue
             for (moment,), own in rows.partition_by(AS_OF, as_dict=True).items():
                 for name, sketch in sketches(profile_table(to_arrow(own.select(columns)))).items():

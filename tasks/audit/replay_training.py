@@ -34,6 +34,7 @@ from tasks.audit.replay_tables import (
 from tasks.core import layout
 from tasks.core.errors import DefinitionError, PipelineError, SourceError
 from tasks.core.manifest import Manifest
+from tasks.core.own_columns import EVENT_TIME, TARGET
 from tasks.core.partition import bucket_of
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.kinds import polars_type
@@ -42,7 +43,7 @@ from tasks.features.parts import to_arrow
 from tasks.features.plan import with_uris
 from tasks.features.stages import looked_up, read_and_judge
 from tasks.serving.asof import join_asof
-from tasks.serving.definition import EVENT_TIME, TARGET, Label, Pin
+from tasks.serving.definition import Label, Pin
 from tasks.serving.history import History, history_among, read_bucket
 from tasks.serving.labels import label_rows
 from tasks.serving.loading import load_models

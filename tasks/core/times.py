@@ -18,10 +18,10 @@ _STEP = re.compile(r"[1-9][0-9]*(h|d|w|mo|q|y)")
 
 def _split(value: object) -> object:
     """Let one time, or 'a,b', stand for a list; times become their text."""
-    values = value.split(",") if isinstance(value, str) else [value] if isinstance(value, dt.datetime) else value
+    values = value.split(",") if isinstance(value, str) else [value] if isinstance(value, dt.date) else value
     if not isinstance(values, list | tuple):
         return () if value is None else value
-    texts = [part.isoformat() if isinstance(part, dt.datetime) else part for part in values]
+    texts = [part.isoformat() if isinstance(part, dt.date) else part for part in values]
     return tuple(part.strip() if isinstance(part, str) else part for part in texts if part != "")
 
 

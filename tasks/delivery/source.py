@@ -22,6 +22,7 @@ import pyarrow.types as pt
 from tasks.core import layout, storage, versions
 from tasks.core.errors import ConfigError, CorruptVersion
 from tasks.core.manifest import FileEntry, InputRecord, Manifest
+from tasks.core.own_columns import AS_OF, EVENT_TIME, READY, RECORDS, TARGET
 from tasks.core.reading import CURE, compare, verify_digest
 from tasks.core.tensors import TensorSpec, is_tensor, tensor_spec
 from tasks.core.transient import is_transient
@@ -29,10 +30,9 @@ from tasks.delivery.blocks import IMAGE
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.keys import SPLITS
 
-READY = "is_training_ready"
-TARGET, CLASS_ID = "target", "class_id"
+CLASS_ID = "class_id"
 IMAGE_ID, ORIGINAL_ID = "image_id", "original_image_id"
-TIMES = ("event_timestamp", "event_time", "timestamp", "as_of")
+TIMES = (EVENT_TIME, "event_time", "timestamp", AS_OF)
 """Columns that tell rows of one entity apart."""
 UNIT_BYTES = 64 << 20
 
@@ -40,16 +40,6 @@ USUAL_TARGETS = {"customer-features": "spending_trend", "product-features": "per
 """What is learned of the project's own feature groups if nothing is asked for, so that they can be tried at once. Both
 follow from other features of the same row: an example of how, not of what, to learn."""
 
-_RECORDS = {
-    "missing_value_ratio",
-    "outlier_ratio",
-    "feature_quality_score",
-    "data_quality_score",
-    "validation_passed",
-    READY,
-    "feature_version",
-    "feature_creation_date",
-}
 _IDENTIFIER = re.compile(r"(.*_)?(id|uuid|key)|file_path|index", re.IGNORECASE)
 _READERS = 16
 
@@ -314,7 +304,7 @@ def _target(config: DeliveryConfig, schema: pa.Schema, name: str, images: bool) 
         if config.target_kind == "class" and not (is_text(kind) or pt.is_boolean(kind) or pt.is_integer(kind)):
             raise ConfigError(f"target = '{target}' is {kind}: only text, booleans and whole numbers can be classes")
     elif config.training.enabled:
-        likely = [field.name for field in schema if is_text(field.type) and field.name not in _RECORDS]
+        likely = [field.name for field in schema if is_text(field.type) and field.name not in RECORDS]
         names = ", ".join(likely or [field.name for field in schema if _is_feature(field.type)])
         raise ConfigError(
             f"{name} has no column '{usual}' to learn: name one with --target, such as {names}; or make the copy "
@@ -338,7 +328,7 @@ def _features(
                     "be features; derive one of them, such as the days before as_of of a date"
                 )
     else:
-        chosen = {column for column in usable - taken - _RECORDS if not _IDENTIFIER.fullmatch(column)}
+        chosen = {column for column in usable - taken - RECORDS if not _IDENTIFIER.fullmatch(column)}
         chosen = {column for column in chosen if column.startswith("feature_")} or chosen
     found = tuple(column for column in schema.names if column in chosen - excluded)
     if not found:

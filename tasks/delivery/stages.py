@@ -51,7 +51,7 @@ from tasks.delivery.label import Label, label_counts
 from tasks.delivery.source import Source, Unit, check_digests, read_pieces
 
 NOT_READY = "not_training_ready"
-REASON, FILE, ROW = "reason", "source_file", "source_row"
+REASON, FILE, ROW = "_reason", "_file", "_row"
 
 
 @dataclass(slots=True, kw_only=True)

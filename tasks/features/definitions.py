@@ -9,23 +9,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, Literal
 
 import polars as pl
 
+from tasks.core import layout
 from tasks.core.errors import DefinitionError
+from tasks.core.names import check_column_name, check_dataset_name, closest
+from tasks.core.own_columns import AS_OF, FEATURES
 
 ColumnKind = Literal["key", "time", "number", "category", "any"]
 JoinHow = Literal["inner", "left"]
 
-AS_OF = "as_of"
-"""Name under which an expression finds the as-of time: a column that is the same in every row."""
+MOST_DAYS = 36_525
+"""Days that a window, a label or a time to live spans at most: a hundred years."""
 
-_NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
+_PLACES = (layout.TRAINING_READY, layout.METADATA)
+_KEPT = tuple(path.removeprefix(f"{layout.FEATURE_STORE}/").partition("/")[0] for path in _PLACES)
+"""Directories beside those of the groups."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +60,12 @@ class EventSource:
     mapping: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_name("source", self.name)
+        check_dataset_name("source", self.name)
+        if AS_OF in self.columns:
+            raise DefinitionError(
+                f"source '{self.name}': '{AS_OF}' is what expressions find the as-of time by; give the column another "
+                f"name, and map it"
+            )
         if self.time not in self.columns or self.columns[self.time].kind != "time":
             raise DefinitionError(
                 f"source '{self.name}': its time column '{self.time}' is not declared; "
@@ -78,7 +87,9 @@ class DimensionSource:
     mapping: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_name("source", self.name)
+        check_dataset_name("source", self.name)
+        for column in {*self.columns, *self.mapping} - {self.key}:
+            check_column_name(f"dimension '{self.name}', column", column, FEATURES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +104,10 @@ class Window:
     features: Mapping[str, pl.Expr]
 
     def __post_init__(self) -> None:
-        if self.days < 1:
-            raise DefinitionError(f"window of {self.days} days: give a number of days of at least 1")
+        check_days(f"window of {self.days!r} days", self.days)
+        for name, expression in self.features.items():
+            check_column_name("window's feature", name)
+            check_expression(f"window of {self.days} days, feature '{name}'", expression)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,10 +130,21 @@ class FeatureGroup:
     bounds: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_name("feature group", self.name)
+        check_dataset_name("feature group", self.name, _KEPT)
+        if self.name in (self.source, self.dimension):
+            raise DefinitionError(f"feature group '{self.name}' is named as the table that it reads; rename it")
         if not self.features:
             raise DefinitionError(f"feature group '{self.name}' declares no features; give at least one")
         names = self.feature_names
+        for name in names:
+            check_column_name(f"feature group '{self.name}', feature", name, FEATURES)
+        for name, expression in (*self.features.items(), *self.derived.items()):
+            check_expression(f"feature group '{self.name}', feature '{name}'", expression)
+        if self.entity in FEATURES:
+            raise DefinitionError(
+                f"feature group '{self.name}': its entity '{self.entity}' has the name of a column that its rows get; "
+                f"map the key to another name"
+            )
         if self.entity in names:
             raise DefinitionError(f"feature group '{self.name}' has a feature named as its entity; rename it")
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -130,7 +154,28 @@ class FeatureGroup:
         if unbounded:
             raise DefinitionError(
                 f"feature group '{self.name}' gives bounds for {', '.join(unbounded)}, which it doesn't declare"
-                f"{_closest(unbounded[0], names)}"
+                f"{closest(unbounded[0], names)}"
+            )
+        for name, (low, high) in self.bounds.items():
+            # NaN is above and below nothing.
+            if not (-math.inf if low is None else low) <= (math.inf if high is None else high):
+                raise DefinitionError(
+                    f"feature group '{self.name}': bounds of '{name}' are {low}, {high}; give the lowest value, then "
+                    f"the highest"
+                )
+
+    def check_dimension(self, columns: Iterable[str]) -> None:
+        """Check that no column of the dimension has the name of a feature.
+
+        Raises:
+            DefinitionError: one has.
+
+        """
+        clash = sorted(set(columns) & set(self.feature_names))
+        if clash:
+            raise DefinitionError(
+                f"feature group '{self.name}': {', '.join(clash)} is both a feature and a column of the dimension "
+                f"'{self.dimension}'; rename the feature, or leave the column out of the dimension's mapping"
             )
 
     @property
@@ -192,32 +237,48 @@ class Definitions:
         """
         for name in names:
             if name not in self.groups:
-                raise DefinitionError(f"no feature group is named '{name}'{_closest(name, self.groups)}")
+                raise DefinitionError(f"no feature group is named '{name}'{closest(name, self.groups)}")
         chosen = [group for name, group in self.groups.items() if not names or name in names]
         for group in chosen:
             if group.source not in self.events:
                 raise DefinitionError(
                     f"feature group '{group.name}' reads the source '{group.source}', which isn't declared"
-                    f"{_closest(group.source, self.events)}"
+                    f"{closest(group.source, self.events)}"
                 )
             if group.dimension is not None and group.dimension not in self.dimensions:
                 raise DefinitionError(
                     f"feature group '{group.name}' joins the dimension '{group.dimension}', which isn't declared"
-                    f"{_closest(group.dimension, self.dimensions)}"
+                    f"{closest(group.dimension, self.dimensions)}"
                 )
         return chosen
 
 
-def _check_name(what: str, name: str) -> None:
-    if not _NAME.fullmatch(name):
+def check_expression(what: str, value: object) -> None:
+    """Check that what is declared as a feature is an expression.
+
+    Raises:
+        DefinitionError: it is something else, such as SQL.
+
+    """
+    if isinstance(value, str):
         raise DefinitionError(
-            f"{what} name '{name}': use lower-case letters, digits, single dashes or underscores, "
-            f"beginning with a letter (it becomes a directory and a Prefect artifact key)"
+            f'{what}: {value!r} is text; in Python a feature is a Polars expression, such as pl.col("amount").sum(); '
+            f"SQL goes into a YAML file, or into pl.sql_expr(…)"
+        )
+    if not isinstance(value, pl.Expr):
+        raise DefinitionError(
+            f'{what}: a {type(value).__name__} is no expression; give one of Polars\', such as pl.col("amount").sum()'
         )
 
 
-def _closest(name: str, known: Mapping[str, Any] | list[str]) -> str:
-    """End of an error sentence that names the cure."""
-    names = list(known)
-    close = get_close_matches(name, names, n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(sorted(names)) or 'none'}"
+def check_days(what: str, days: float, *, whole: bool = True) -> None:
+    """Check a span of time that a user declares in days.
+
+    Raises:
+        DefinitionError: it is no number above 0, or over `MOST_DAYS`.
+
+    """
+    fits = isinstance(days, int | float) and 0 < days <= MOST_DAYS  # NaN doesn't
+    if not fits or (whole and days != int(days)):
+        least = "a number of days of at least 1" if whole else "a number of days above 0"
+        raise DefinitionError(f"{what}: give {least} and at most {MOST_DAYS:,}")

@@ -9,12 +9,11 @@ import pyarrow as pa
 
 from tasks.core import quality
 from tasks.core.manifest import CheckResult, ColumnProfile, GateResult, Manifest, RowBalance
+from tasks.core.own_columns import FEATURES, OUTLYING
 from tasks.core.profile import TableProfile
 from tasks.features.config import FeatureStoreConfig
-from tasks.features.definitions import AS_OF, FeatureGroup
-from tasks.features.parts import CREATED, VERSION
+from tasks.features.definitions import FeatureGroup
 from tasks.features.rows import AFTER_AS_OF
-from tasks.features.scoring import QUALITY_COLUMNS
 
 NEVER_STALE = float("inf")
 TAKEN_FOR_FINER = dt.datetime(1970, 3, 1, tzinfo=dt.UTC)
@@ -139,7 +138,7 @@ def _expected_types(
     config: FeatureStoreConfig,
 ) -> dict[str, str]:
     """The declared columns; those of the last version must be there still, and of their type."""
-    names = dict.fromkeys([group.entity, *group.feature_names, *features, *QUALITY_COLUMNS, AS_OF, CREATED, VERSION])
+    names = dict.fromkeys([group.entity, *group.feature_names, *features, *FEATURES])
     types = {name: found.get(name, "any type") for name in names}
     if previous is not None and not config.allow_schema_change:
         types |= {column.name: column.type for column in previous.columns}
@@ -151,7 +150,7 @@ def _outliers(
 ) -> CheckResult:
     numeric = sum(columns[name].kind == "numeric" for name in features)
     values = rows * numeric
-    outliers = round((columns["outlier_ratio"].mean or 0.0) * values)
+    outliers = round((columns[OUTLYING].mean or 0.0) * values)
     bounds = config.thresholds
     return quality.check_outlier_share(
         "all numeric features", outliers, values, bounds.outlier_warn, bounds.outlier_fail

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import polars as pl
 
 from tasks.core.errors import DefinitionError
-from tasks.features.definitions import AS_OF, FeatureGroup, JoinHow
+from tasks.core.own_columns import AS_OF
+from tasks.features.definitions import FeatureGroup, JoinHow
 from tasks.features.rows import REASON, TIME
 
 
@@ -100,12 +101,7 @@ def join_dimension(group: FeatureGroup, features: pl.DataFrame, dimension: pl.Da
             'left': it stays, with nulls.
 
     """
-    clash = sorted((set(dimension.columns) & set(features.columns)) - {group.entity})
-    if clash:
-        raise DefinitionError(
-            f"feature group '{group.name}': {', '.join(clash)} is both a feature and a column of the dimension "
-            f"'{group.dimension}'; rename the feature, or leave the column out of the dimension's mapping"
-        )
+    group.check_dimension(dimension.columns)
     unmatched = features.join(dimension.select(group.entity), on=group.entity, how="anti", maintain_order="left")
     kept = features.join(dimension, on=group.entity, how=how, maintain_order="left")
     reason = pl.lit(f"no_{group.dimension}_row").alias(REASON)

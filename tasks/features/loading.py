@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import re
 import runpy
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from types import MappingProxyType
+from typing import Annotated, Any, Protocol, TypeVar
 
 import polars as pl
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from tasks.core import storage
 from tasks.core.errors import DefinitionError
+from tasks.core.yaml_text import load_yaml
 from tasks.features.definitions import (
     Column,
     ColumnKind,
@@ -34,6 +36,14 @@ _WHAT = "definitions"
 _QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*\"""")
 _AMBIGUOUS = re.compile(r"[$\\`]|--|/\*")  # where a quote may be no quote
 _SUBQUERY = re.compile(r"\bselect\b|\(\s*(from|with|values|table)\b|\b(read|scan)_\w+\s*\(", re.IGNORECASE)
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+_Kind = TypeVar("_Kind", bound=_Named)
 
 
 class _Strict(BaseModel):
@@ -111,7 +121,34 @@ def python_values(what: str, path: str) -> list[Any]:
         raise DefinitionError(f"{what} '{path}' can't be run: {type(fault).__name__}: {fault}") from fault
 
 
-def yaml_content(what: str, path: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+def by_name(
+    path: str, values: Iterable[object], kind: type[_Kind], base: Mapping[str, _Kind] = MappingProxyType({})
+) -> dict[str, _Kind]:
+    """The values of a kind that a Python file declares, by their names.
+
+    Args:
+        path: The file.
+        values: Its values.
+        kind: A class with a name.
+        base: What the file may import to build upon: another of the same name takes its place.
+
+    Raises:
+        DefinitionError: two of them have the same name.
+
+    """
+    found: dict[str, _Kind] = {}
+    for value in values:
+        if not isinstance(value, kind):
+            continue
+        before = found.setdefault(value.name, value)
+        if before is base.get(value.name):
+            found[value.name] = value
+        elif before is not value and value is not base.get(value.name):
+            raise DefinitionError(f"'{path}' declares '{value.name}' twice; rename one of them")
+    return found
+
+
+def yaml_content(what: str, path: str) -> Any:
     """What a YAML file holds; an empty one an empty mapping. Nothing in it is executed.
 
     Raises:
@@ -119,10 +156,10 @@ def yaml_content(what: str, path: str, loader: type[yaml.SafeLoader] = yaml.Safe
 
     """
     try:
-        return yaml.load(storage.read_bytes(path), loader) or {}  # noqa: S506 - a SafeLoader
+        return load_yaml(storage.read_bytes(path)) or {}
     except FileNotFoundError as fault:
         raise DefinitionError(f"{what} '{path}': no such file") from fault
-    except (yaml.YAMLError, UnicodeDecodeError) as fault:
+    except ValueError as fault:
         raise DefinitionError(f"{what} '{path}' is no valid YAML: {fault}") from fault
 
 
@@ -149,9 +186,9 @@ def load_definitions(path: str) -> Definitions:
 def _from_python(path: str) -> Definitions:
     values = python_values(_WHAT, path)
     found = Definitions(
-        events={v.name: v for v in values if isinstance(v, EventSource)},
-        dimensions={v.name: v for v in values if isinstance(v, DimensionSource)},
-        groups={v.name: v for v in values if isinstance(v, FeatureGroup)},
+        events=by_name(path, values, EventSource, STANDARD.events),
+        dimensions=by_name(path, values, DimensionSource, STANDARD.dimensions),
+        groups=by_name(path, values, FeatureGroup, STANDARD.groups),
     )
     if not (found.events or found.dimensions or found.groups):
         raise DefinitionError(

@@ -13,16 +13,15 @@ import pyarrow as pa
 
 from tasks.core import storage
 from tasks.core.manifest import FileEntry
+from tasks.core.own_columns import AS_OF, CREATED, READY, VERSION
 from tasks.core.profile import TableProfile, profile_table
 from tasks.core.reservation import Reservation
 from tasks.core.sketch import QuantileSketch
 from tasks.features.config import Thresholds
-from tasks.features.definitions import AS_OF
 from tasks.features.plan import GroupPlan
 from tasks.features.rows import TIME
 from tasks.features.scoring import Fences, score_rows
 
-CREATED, VERSION = "feature_creation_date", "feature_version"
 ROW_GROUP = 8192
 """Rows of a row group: a look-up of one entity decodes one, and a hundred groups' statistics are soon searched."""
 
@@ -59,7 +58,7 @@ def write_part(
     entry = reservation.entry(written)
     profiled = set(numeric_features(table.schema, planned))
     rest = final.select([name for name in final.column_names if name not in profiled])
-    return WrittenPart(entry, final.schema, profile_table(rest), int(final["is_training_ready"].to_numpy().sum()))
+    return WrittenPart(entry, final.schema, profile_table(rest), int(final[READY].to_numpy().sum()))
 
 
 def stamped(features: pl.DataFrame, created: dt.datetime, version: int) -> pl.DataFrame:

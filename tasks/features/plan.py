@@ -6,12 +6,13 @@ A plan is a frozen value that goes to the workers.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
 from tasks.core.errors import DefinitionError, SourceError
+from tasks.core.names import closest
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Column, Definitions, DimensionSource, EventSource, FeatureGroup
 from tasks.features.kinds import check_kind, check_times, is_whole, polars_type
@@ -252,6 +253,7 @@ def _plan_group(
                 f"feature group '{group.name}' is about {group.entity}, but its dimension '{group.dimension}' is "
                 f"keyed by {key}; map the key to '{group.entity}', or choose another dimension"
             )
+        group.check_dimension(column.name for column in plan.rows.columns)
         dimension = plan
     columns = tuple(sorted(group.event_columns | {source.time}))
     return GroupPlan(group=group, columns=columns, dimension=dimension)
@@ -355,6 +357,27 @@ def _column(spec: Column, ours: str, theirs: str, events: SourceTable, keys: Map
         key_type=key_type,
         dtype=polars_type(events.type_of(theirs)) if spec.kind == "any" else None,
     )
+
+
+def check_mappings(definitions: Definitions, others: Iterable[FeatureGroup] = ()) -> None:
+    """Check that each column that an event source's mapping names is read.
+
+    Args:
+        definitions: Sources with their mappings, and all groups that may read them.
+        others: What else reads them, such as labels.
+
+    Raises:
+        DefinitionError: nothing reads one; names the closest that is read.
+
+    """
+    for source in definitions.events.values():
+        groups = [group for group in (*definitions.groups.values(), *others) if group.source == source.name]
+        known = set(source.columns).union(*(group.event_columns for group in groups))
+        for ours in source.mapping:
+            if ours not in known:
+                raise DefinitionError(
+                    f"the mapping of {source.name} gives '{ours}', a column that nothing reads{closest(ours, known)}"
+                )
 
 
 def needs_sample(definitions: Definitions, config: FeatureStoreConfig) -> bool:

@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-QUALITY_COLUMNS = ("missing_value_ratio", "outlier_ratio", "feature_quality_score", "is_training_ready")
-MISSING, OUTLYING, SCORE, READY = QUALITY_COLUMNS
+from tasks.core.own_columns import MISSING, OUTLYING, READY, SCORE
 
 
 @dataclass(frozen=True, slots=True)

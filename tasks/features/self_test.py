@@ -19,17 +19,18 @@ import pyarrow.compute as pc
 from tasks.core import injection, layout
 from tasks.core.injection import DOUBLED, LOST, NULLS, ODD, SHIFT
 from tasks.core.manifest import FaultResult, GateResult, Manifest
+from tasks.core.own_columns import AS_OF, CREATED, FEATURES, READY, VERSION
 from tasks.core.profile import profile_table
 from tasks.core.sampling import sample_rows
 from tasks.core.self_test import Fault, as_previous, inject
 from tasks.features.config import FeatureStoreConfig
-from tasks.features.definitions import AS_OF, FeatureGroup
+from tasks.features.definitions import FeatureGroup
 from tasks.features.gate import judge_group
 from tasks.features.kernel import join_dimension
-from tasks.features.parts import CREATED, VERSION, repeated_keys, to_arrow
+from tasks.features.parts import repeated_keys, to_arrow
 from tasks.features.rows import REASON, TIME, ColumnPlan, KeyType, RowPlan
 from tasks.features.rows import judge as judge_rows
-from tasks.features.scoring import QUALITY_COLUMNS, fences, score_rows
+from tasks.features.scoring import fences, score_rows
 from tasks.features.stages import unique_dimension_rows
 from tasks.features.tallies import Tally
 
@@ -77,7 +78,7 @@ class _Trial:
             balances=[tally.balance(name) for name, tally in tallies.by_name.items()],
             duplicate_keys=repeated_keys(scored, self.group.entity),
             unmatched=unmatched,
-            ready=int(scored["is_training_ready"].sum()),
+            ready=int(scored[READY].sum()),
             newest_event=newest if self.manifest.definition.get("newest_event") else None,
             as_of=_last(self.manifest),
             previous=self.previous,
@@ -178,7 +179,7 @@ def _sampled_group(manifest: Manifest) -> tuple[FeatureGroup, tuple[str, ...]]:
     own = [*definition["features"]]
     own += [f"{name}_{window['days']}d" for window in definition["windows"] for name in window["features"]]
     own += definition["derived"]
-    stamps = {definition["entity"], *QUALITY_COLUMNS, AS_OF, CREATED, VERSION}
+    stamps = {definition["entity"], *FEATURES}
     known = [column.name for column in manifest.columns if column.name not in stamps]
     wanted = set([*definition["bounds"], *known][:MOST_FEATURES])
     columns = tuple(name for name in known if name in wanted)

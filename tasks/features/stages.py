@@ -18,10 +18,11 @@ import pyarrow as pa
 
 from tasks.core.conservation import check_equal
 from tasks.core.manifest import FileEntry
+from tasks.core.own_columns import AS_OF
 from tasks.core.partition import split_by_key
 from tasks.core.profile import merge_profiles, profile_table
 from tasks.core.reservation import Reservation
-from tasks.features.definitions import AS_OF, JoinHow
+from tasks.features.definitions import JoinHow
 from tasks.features.history import evaluate_history
 from tasks.features.kernel import join_dimension
 from tasks.features.parts import (

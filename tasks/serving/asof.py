@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from tasks.features.definitions import AS_OF
+from tasks.core.own_columns import AS_OF
 from tasks.serving.history import FROM, TIME, UNTIL
 
 Int64Array = npt.NDArray[np.int64]

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from tasks.core.errors import LeakFound
-from tasks.features.definitions import AS_OF
+from tasks.core.own_columns import AS_OF
 from tasks.serving.asof import Int64Array, join_asof
 from tasks.serving.history import FROM, TIME, UNTIL
 

@@ -10,13 +10,11 @@ from typing import Any, Literal
 from tasks.core import layout, storage
 from tasks.core.errors import VersionNotFound
 from tasks.core.manifest import Manifest
+from tasks.core.names import closest
+from tasks.core.own_columns import FEATURES
 from tasks.core.reading import committed_manifests, list_datasets, live_manifests, resolve
 from tasks.core.withdrawal import withdrawn
-from tasks.features.definitions import AS_OF
 from tasks.features.incremental import as_of_times
-from tasks.features.parts import CREATED, VERSION
-from tasks.features.scoring import QUALITY_COLUMNS
-from tasks.serving.definition import closest
 
 Kind = Literal["features", "training set", "streaming copy", "images", "other"]
 
@@ -230,7 +228,7 @@ def declarations(manifest: Manifest) -> dict[str, str]:
 
 def feature_names(manifest: Manifest) -> list[str]:
     """Columns of a feature version that are features: declared ones and its dimension's, in order."""
-    others = {manifest.definition.get("entity"), AS_OF, CREATED, VERSION, *QUALITY_COLUMNS}
+    others = {manifest.definition.get("entity"), *FEATURES}
     return [column.name for column in manifest.columns if column.name not in others]
 
 

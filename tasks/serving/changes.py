@@ -16,6 +16,7 @@ import polars as pl
 from tasks.core import layout
 from tasks.core.errors import DefinitionError, VersionNotFound
 from tasks.core.manifest import Manifest
+from tasks.core.names import closest
 from tasks.core.numerals import plural
 from tasks.core.reading import list_datasets, live_manifests, resolve
 from tasks.features.definitions import Definitions, EventSource, FeatureGroup
@@ -24,7 +25,7 @@ from tasks.features.incremental import as_of_times
 from tasks.features.kernel import evaluate
 from tasks.features.rows import TIME
 from tasks.serving.catalogue import feature_names
-from tasks.serving.definition import ALL, FeatureReference, Model, closest
+from tasks.serving.definition import ALL, FeatureReference, Model
 
 Status = Literal["new", "unchanged", "changed", "undeclared"]
 _MOMENT = dt.datetime(2000, 1, 1, tzinfo=dt.UTC)

@@ -12,20 +12,19 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, Literal
 
 import polars as pl
 
 from tasks.core.errors import DefinitionError
+from tasks.core.names import COLUMN, check_dataset_name
+from tasks.core.own_columns import TRAINING_SET
+from tasks.features.definitions import check_days, check_expression
 
-EVENT_TIME = "event_timestamp"
-TARGET = "target"
 ALL = "*"
 Pin = int | Literal["latest"] | None
 
-_REFERENCE = re.compile(r"([a-z][a-z0-9_-]*):([A-Za-z_][\w.-]*|\*)(?:@(?:v([1-9][0-9]*)|(latest)))?")
-_NAME = re.compile(r"[a-z0-9]+([-_][a-z0-9]+)*")
+_REFERENCE = re.compile(rf"([a-z0-9][a-z0-9_-]*):({COLUMN}|\*)(?:@(?:v([1-9][0-9]*)|(latest)))?")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -92,9 +91,11 @@ class Label:
     active_days: int | None = None
 
     def __post_init__(self) -> None:
-        _check_name("label", self.name)
-        if self.days < 1 or (self.active_days is not None and self.active_days < 1):
-            raise DefinitionError(f"label '{self.name}': days and active_days are numbers of days of at least 1")
+        check_dataset_name("label", self.name)
+        check_days(f"label '{self.name}': days = {self.days!r}", self.days)
+        if self.active_days is not None:
+            check_days(f"label '{self.name}': active_days = {self.active_days!r}", self.active_days)
+        check_expression(f"label '{self.name}', target", self.target)
         if not self.at:
             raise DefinitionError(f"label '{self.name}' has no times; give 'at', such as 2024-01-31/2024-11-30/1mo")
 
@@ -130,7 +131,7 @@ class Model:
     known_at: bool = False
 
     def __post_init__(self) -> None:
-        _check_name("model", self.name)
+        check_dataset_name("model", self.name)
         if not self.features:
             raise DefinitionError(f"model '{self.name}' reads no features; give some, such as customer-features:*")
         twice = sorted({str(ref) for ref in self.features if self.features.count(ref) > 1})
@@ -144,9 +145,12 @@ class Model:
             raise DefinitionError(
                 f"model '{self.name}' reads '{mixed[0]}' in several versions at once; pin all its features alike"
             )
-        if self.ttl_days is not None and self.ttl_days <= 0:
+        if self.ttl_days is not None:
+            check_days(f"model '{self.name}': ttl_days = {self.ttl_days}", self.ttl_days, whole=False)
+        if self.entity in TRAINING_SET:
             raise DefinitionError(
-                f"model '{self.name}': ttl_days = {self.ttl_days}; give a number above 0, or leave it out"
+                f"model '{self.name}': its entity '{self.entity}' is named as a column of ours; map the key to another "
+                f"name"
             )
         if isinstance(self.spine, Label) and self.spine.entity != self.entity:
             raise DefinitionError(
@@ -187,24 +191,19 @@ def column_names(references: Sequence[FeatureReference]) -> list[str]:
     Args:
         references: Features, each 'group:*' already spelled out.
 
+    Raises:
+        DefinitionError: two of them would have one column.
+
     """
     names = [ref.feature for ref in references]
-    return [
+    found: dict[str, FeatureReference] = {}
+    columns = [
         f"feature_{ref.feature}"
         if names.count(ref.feature) == 1
         else f"feature_{ref.group.replace('-', '_')}__{ref.feature}"
         for ref in references
     ]
-
-
-def closest(name: str, known: Sequence[str]) -> str:
-    """End of an error sentence that names the cure: the closest names, or all of a few."""
-    close = get_close_matches(name, known, n=3, cutoff=0.5)
-    if close:
-        return "; did you mean " + " or ".join(f"'{match}'" for match in close) + "?"
-    return f"; known: {', '.join(sorted(known)) or 'none'}"
-
-
-def _check_name(what: str, name: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise DefinitionError(f"{what} name '{name}': use lower-case letters, digits, single dashes or underscores")
+    for column, ref in zip(columns, references, strict=True):
+        if found.setdefault(column, ref) is not ref:
+            raise DefinitionError(f"'{found[column]}' and '{ref}' would both be the column '{column}'; leave one out")
+    return columns

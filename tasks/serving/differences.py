@@ -13,10 +13,9 @@ import numpy.typing as npt
 
 from tasks.core.drift import population_stability_index
 from tasks.core.manifest import ColumnProfile, Manifest
-from tasks.features.definitions import AS_OF
+from tasks.core.own_columns import AS_OF, CREATED, VERSION
 from tasks.features.digests import feature_digests
 from tasks.features.incremental import as_of_times
-from tasks.features.parts import CREATED, VERSION
 from tasks.serving.catalogue import declarations
 
 Counts = npt.NDArray[np.int64]

@@ -13,9 +13,10 @@ import pyarrow.types as pt
 from tasks.core import label_quality, quality
 from tasks.core.manifest import CheckResult, GateResult, Manifest, RowBalance
 from tasks.core.numerals import plural
+from tasks.core.own_columns import EVENT_TIME, TARGET
 from tasks.core.profile import TableProfile
 from tasks.features.config import FeatureStoreConfig
-from tasks.serving.definition import EVENT_TIME, TARGET, Model
+from tasks.serving.definition import Model
 
 
 class TrainingSetFigures(Protocol):

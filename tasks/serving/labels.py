@@ -12,12 +12,20 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 
+from tasks.core.own_columns import EVENT_TIME, TARGET
 from tasks.features.definitions import FeatureGroup
 from tasks.features.kernel import evaluate
 from tasks.features.rows import TIME
-from tasks.serving.definition import EVENT_TIME, TARGET, Label
+from tasks.serving.definition import Label
+from tasks.serving.loading import load_models
 
 _MICROSECOND = dt.timedelta(microseconds=1)
+
+
+def label_groups(path: str) -> list[FeatureGroup]:
+    """The labels of a file of models, as groups of the events that they read."""
+    spines = [model.spine for model in load_models(path).values()]
+    return [as_group(spine) for spine in spines if isinstance(spine, Label)]
 
 
 def as_group(label: Label) -> FeatureGroup:

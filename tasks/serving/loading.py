@@ -6,28 +6,19 @@ targets in SQL, and models that name a label or a table of their own; nothing in
 
 from __future__ import annotations
 
-import datetime as dt
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tasks.core.errors import DefinitionError
+from tasks.core.names import closest
 from tasks.core.numerals import shortened
 from tasks.core.times import Times
-from tasks.features.loading import is_yaml, python_values, sql_expression, yaml_content
-from tasks.serving.definition import FeatureReference, Label, Model, SpineSource, closest
+from tasks.features.loading import by_name, is_yaml, python_values, sql_expression, yaml_content
+from tasks.serving.definition import FeatureReference, Label, Model, SpineSource
 
 _SHOWN = 60
 _WHAT = "models"
-
-
-def _days_as_text(value: object) -> object:
-    """YAML takes 2024-01-31 for a date; times are text here."""
-    if isinstance(value, list):
-        return [_days_as_text(part) for part in value]
-    return value.isoformat() if isinstance(value, dt.date) else value
 
 
 class _Strict(BaseModel):
@@ -36,7 +27,7 @@ class _Strict(BaseModel):
 
 class _LabelText(_Strict):
     entity: str
-    at: Annotated[Times, BeforeValidator(_days_as_text)]
+    at: Times
     days: int
     target: str
     source: str = "transactions"
@@ -66,18 +57,6 @@ class _File(_Strict):
 _PARTS: dict[str, type[BaseModel]] = {"labels": _LabelText, "models": _ModelText}
 
 
-class _Once(yaml.SafeLoader):
-    """Names stand once in a mapping: of two, YAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                raise yaml.MarkedYAMLError(problem=f"'{key.value}' stands twice", problem_mark=key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
 def load_models(path: str) -> dict[str, Model]:
     """Read a models file (local, or YAML anywhere that storage reaches): models by name, in order of declaration.
 
@@ -102,17 +81,14 @@ def select(models: Mapping[str, Model], names: Sequence[str]) -> list[Model]:
 
 
 def _from_python(path: str) -> dict[str, Model]:
-    found: dict[str, Model] = {}
-    for value in python_values(_WHAT, path):
-        if isinstance(value, Model) and found.setdefault(value.name, value) is not value:
-            raise DefinitionError(f"models '{path}' declares '{value.name}' twice; rename one of them")
+    found = by_name(path, python_values(_WHAT, path), Model)
     if not found:
         raise DefinitionError(f"models '{path}' declares nothing; assign a Model to a module-level name")
     return found
 
 
 def _from_yaml(path: str) -> dict[str, Model]:
-    content = yaml_content(_WHAT, path, _Once)
+    content = yaml_content(_WHAT, path)
     try:
         file = _File.model_validate(content)
     except ValidationError as fault:

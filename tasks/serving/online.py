@@ -28,9 +28,9 @@ from tasks.core import layout, storage
 from tasks.core.disk import MIB
 from tasks.core.errors import CorruptVersion, DefinitionError, InputError
 from tasks.core.manifest import Manifest
+from tasks.core.names import closest
 from tasks.core.partition import bucket_of
 from tasks.core.reading import data_files
-from tasks.serving.definition import closest
 
 CACHE_BYTES = 256 * MIB
 

@@ -28,12 +28,12 @@ from tasks.core.conservation import check_equal
 from tasks.core.errors import SourceError
 from tasks.core.exchange import Exchanged, collect, exchange, losses_explained
 from tasks.core.manifest import ColumnSpec, FileEntry, RowBalance
+from tasks.core.own_columns import EVENT_TIME
 from tasks.core.profile import TableProfile, merge_profiles
 from tasks.core.reading import verify_digest
 from tasks.core.reservation import Reservation
 from tasks.core.sketch import QuantileSketch
 from tasks.features.tallies import Tally, check_rows_read, check_way
-from tasks.serving.definition import EVENT_TIME
 from tasks.serving.history import History
 from tasks.serving.plan import TrainingSetPlan
 from tasks.serving.stages import (

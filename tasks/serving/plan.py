@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from tasks.core.errors import DefinitionError
 from tasks.core.manifest import InputRecord, RowBalance
+from tasks.core.own_columns import TRAINING_SET
 from tasks.core.times import expand
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Definitions
@@ -157,6 +158,10 @@ def plan_training_set(
     else:
         spine = plan_spine(model, keys, config, (known or {}).get(SPINE))
     names = column_names(references)
+    if taken := sorted(set(names) & {*keys, *TRAINING_SET}):
+        raise DefinitionError(
+            f"model '{model.name}': '{taken[0]}' is both a key and a feature's column; rename the key"
+        )
     return TrainingSetPlan(
         model=model,
         root=config.root,

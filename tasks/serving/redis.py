@@ -22,10 +22,10 @@ import pyarrow as pa
 from tasks.core import layout, storage
 from tasks.core.errors import ConfigError, DefinitionError, InputError, VersionConflict, VersionNotFound
 from tasks.core.manifest import Manifest
+from tasks.core.names import closest
 from tasks.core.reading import data_files, live_manifests
 from tasks.features.incremental import as_of_times
 from tasks.serving.catalogue import feature_names, newest
-from tasks.serving.definition import closest
 
 if TYPE_CHECKING:
     from redis import Redis

@@ -15,10 +15,12 @@ import pyarrow.types as pt
 
 from tasks.core import storage
 from tasks.core.errors import DefinitionError, InputError, SourceError
+from tasks.core.names import closest
+from tasks.core.own_columns import EVENT_TIME
 from tasks.core.partition import bucket_of
 from tasks.serving.asof import join_asof
 from tasks.serving.canary import plant
-from tasks.serving.definition import ALL, EVENT_TIME, FeatureReference, Pin, closest
+from tasks.serving.definition import ALL, FeatureReference, Pin
 from tasks.serving.history import TIME, History, read_bucket, resolve_history
 
 BUCKETS = 16

@@ -25,19 +25,19 @@ from tasks.core.errors import LeakFound
 from tasks.core.injection import DOUBLED, LOST, NULLS, ODD, SHIFT
 from tasks.core.leakage import as_text
 from tasks.core.manifest import FaultResult, GateResult, Manifest, RowBalance
+from tasks.core.own_columns import AS_OF, EVENT_TIME, TARGET
 from tasks.core.profile import TableProfile, merge_profiles, profile_table
 from tasks.core.sampling import sample_rows
 from tasks.core.self_test import Fault, as_previous, inject
 from tasks.core.sketch import QuantileSketch
 from tasks.features.config import FeatureStoreConfig
-from tasks.features.definitions import AS_OF
 from tasks.features.parts import to_arrow
 from tasks.features.rows import REASON, TIME, ColumnPlan, KeyType, RowPlan
 from tasks.features.rows import judge as judge_rows
 from tasks.features.tallies import Tally
 from tasks.serving.asof import Int64Array, join_asof
 from tasks.serving.canary import plant
-from tasks.serving.definition import EVENT_TIME, TARGET, FeatureReference, Model, SpineSource
+from tasks.serving.definition import FeatureReference, Model, SpineSource
 from tasks.serving.gate import judge_training_set
 from tasks.serving.history import FROM, UNTIL
 from tasks.serving.stages import is_later, later_bound, repeated_rows, taken

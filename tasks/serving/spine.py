@@ -13,13 +13,15 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from tasks.core.errors import SourceError
+from tasks.core.names import closest
+from tasks.core.own_columns import EVENT_TIME, TARGET
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import ColumnKind
 from tasks.features.kinds import check_kind, check_times, is_whole, polars_type
 from tasks.features.plan import SourcePlan
 from tasks.features.rows import ColumnPlan, KeyType, RowPlan
 from tasks.features.sources import SourceTable, inspect
-from tasks.serving.definition import EVENT_TIME, TARGET, Model, SpineSource, closest
+from tasks.serving.definition import Model, SpineSource
 
 SPINE = "spine"
 _MAPPING = "spine: {{columns: {{{}: …}}}}"

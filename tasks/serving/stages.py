@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from tasks.core import layout, storage
 from tasks.core.hashing import stable_hash
 from tasks.core.manifest import FileEntry
+from tasks.core.own_columns import EVENT_TIME, TARGET
 from tasks.core.partition import split_by_key
 from tasks.core.profile import TableProfile, profile_table
 from tasks.core.reservation import Reservation
@@ -34,7 +35,6 @@ from tasks.features.stages import looked_up, read_and_judge
 from tasks.features.tallies import Tally
 from tasks.serving.asof import join_asof
 from tasks.serving.canary import plant
-from tasks.serving.definition import EVENT_TIME, TARGET
 from tasks.serving.history import read_bucket
 from tasks.serving.labels import label_rows
 from tasks.serving.plan import TrainingSetPlan

@@ -21,10 +21,12 @@ import pyarrow as pa
 from tasks.core import layout, storage
 from tasks.core.errors import DefinitionError, InputError, SourceError
 from tasks.core.manifest import Manifest
+from tasks.core.names import closest
+from tasks.core.own_columns import EVENT_TIME
 from tasks.core.reading import live_manifests, resolve
 from tasks.serving import catalogue
 from tasks.serving.catalogue import DatasetSummary, Description, VersionSummary
-from tasks.serving.definition import ALL, EVENT_TIME, FeatureReference, Pin, closest
+from tasks.serving.definition import ALL, FeatureReference, Pin
 from tasks.serving.online import CACHE_BYTES, Lookup
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ import pytest
 
 from tasks.audit.replaying import ALARM
 from tasks.core import layout, storage
+from tasks.core.own_columns import QUALITY
 from tasks.delivery.keys import random_keys
 from tasks.features.kernel import aggregate
-from tasks.features.scoring import QUALITY_COLUMNS
 from tasks.images.draws import Draws, draw
 from tasks.serving.asof import join_asof
 from tests.audit.replay_store import (
@@ -142,7 +142,7 @@ def test_a_stored_file_that_cant_be_read_is_named_for_each_of_its_rows(
     unreadable = [row for row in found.differing.values() if row["differences"][0]["column"] == "(row)"]
     assert {row["file"] for row in unreadable} == {entry.path}
     # Of several as-of times the fences come from all stored rows.
-    assert found.columns <= {"(row)", *QUALITY_COLUMNS}
+    assert found.columns <= {"(row)", *QUALITY}
     storage.delete(uri)
     assert replay(store, dataset).reasons == {f"the stored file {entry.path} is gone; restore it from a copy"}
 

@@ -51,7 +51,7 @@ class Delivered:
     @property
     def reasons(self) -> dict[str, int]:
         """Rejected rows by reason."""
-        return dict(Counter(self.rejected["reason"])) if self.rejected.height else {}
+        return dict(Counter(self.rejected["_reason"])) if self.rejected.height else {}
 
     @property
     def faults(self) -> str:

@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 
 from tasks.core import layout, storage
 from tasks.core.manifest import GateResult
+from tasks.core.own_columns import EVENT_TIME, TARGET
 from tasks.core.reservation import reserve
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Definitions
 from tasks.features.standard import STANDARD
-from tasks.serving.definition import EVENT_TIME, TARGET, FeatureReference, Label, Model, SpineSource
+from tasks.serving.definition import FeatureReference, Label, Model, SpineSource
 from tasks.serving.gate import judge_training_set
 from tasks.serving.pipeline import ComputedSet, build_training_set
 from tasks.serving.plan import plan_training_set

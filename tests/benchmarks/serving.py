@@ -22,10 +22,11 @@ import polars as pl
 import ray
 
 from tasks.core.cluster import connect
+from tasks.core.own_columns import EVENT_TIME, TARGET
 from tasks.core.reservation import reserve
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.standard import STANDARD
-from tasks.serving.definition import EVENT_TIME, TARGET, FeatureReference, Model, SpineSource
+from tasks.serving.definition import FeatureReference, Model, SpineSource
 from tasks.serving.pipeline import bucket_count, build_training_set
 from tasks.serving.plan import TrainingSetPlan, plan_training_set
 from tests.benchmarks.turns import GIB, Side, machine, median, ratio, scratch, take_turns, timed_with_memory

@@ -58,8 +58,8 @@ def test_each_row_that_is_left_out_has_its_first_reason(
     assert loaded.read == 6
     assert loaded.reasons.total() == 6 - loaded.rows.num_rows
     rejected = [row for row, why in enumerate(reasons) if why and why != "not_training_ready"]
-    assert loaded.rejected["source_row"].to_pylist() == rejected
-    assert loaded.rejected["reason"].to_pylist() == [reasons[row] for row in rejected]
+    assert loaded.rejected["_row"].to_pylist() == rejected
+    assert loaded.rejected["_reason"].to_pylist() == [reasons[row] for row in rejected]
 
 
 def test_rejected_rows_say_where_they_stood(tmp_path: Path) -> None:
@@ -75,11 +75,11 @@ def test_rejected_rows_say_where_they_stood(tmp_path: Path) -> None:
     expected = [row for row, value in enumerate(table["target"].to_pylist()) if value is None]
     places = [
         int(name.split("part-")[1][:5]) * 100 + row
-        for name, row in zip(rows["source_file"].to_pylist(), rows["source_row"].to_pylist(), strict=True)
+        for name, row in zip(rows["_file"].to_pylist(), rows["_row"].to_pylist(), strict=True)
     ]
     assert places == expected
     assert rows["customer_id"].to_pylist() == [row * 7 for row in expected]
-    assert set(rows["reason"].to_pylist()) == {"null_target"}
+    assert set(rows["_reason"].to_pylist()) == {"null_target"}
     assert sum(note.rejected.total() for note in notes) == len(expected)
 
 

@@ -30,9 +30,9 @@ from flows.training_delivery import training_delivery
 from tasks.core import layout, storage, versions
 from tasks.core.digests import digest
 from tasks.core.manifest import Manifest
+from tasks.core.own_columns import CREATED, VERSION
 from tasks.delivery.config import DeliveryConfig, TrainingConfig
 from tasks.features.config import FeatureStoreConfig
-from tasks.features.parts import CREATED, VERSION
 from tasks.features.sample import SAMPLE_AS_OF, write_sample
 from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.images.sample import write_sample as write_images

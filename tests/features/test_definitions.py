@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 
 from tasks.core.errors import DefinitionError
+from tasks.core.own_columns import FEATURES
 from tasks.features.definitions import Column, Definitions, DimensionSource, EventSource, FeatureGroup, Window
 from tasks.features.standard import CUSTOMER_FEATURES, STANDARD
 
@@ -27,9 +28,7 @@ MISTAKES = [
     ("a feature twice", lambda: group(derived={"n": pl.lit(1)}), r"'visits' declares n twice; rename"),
     (
         "a window's feature twice",
-        lambda: group(
-            windows=(Window(days=7, features={"n": pl.len()}),), derived={"n_7d": pl.lit(1), "n": pl.lit(2)}
-        ),
+        lambda: group(windows=(Window(days=7, features={"n": pl.len()}),), derived={"n_7d": pl.lit(1), "n": pl.lit(2)}),
         r"'visits' declares n, n_7d twice",
     ),
     ("a feature named as the entity", lambda: group(derived={"user": pl.lit(1)}), r"feature named as its entity"),
@@ -38,6 +37,69 @@ MISTAKES = [
         "bounds of a misspelled feature",
         lambda: group(features={"total": pl.len()}, bounds={"totl": (0, 1)}),
         r"did you mean 'total'\?",
+    ),
+    (
+        "no feature's name",
+        lambda: group(features={"": pl.len()}),
+        r"'visits', feature '': begin with a letter .* 'total_spent'",
+    ),
+    ("a star", lambda: group(features={"*": pl.len()}), r"feature '\*': begin with a letter"),
+    ("a blank", lambda: group(derived={"a b": pl.lit(1)}), r"feature 'a b': begin with a letter .* such as 'a_b', so"),
+    ("a number first", lambda: group(features={"7d": pl.len()}), r"feature '7d': .* such as 'feature_7d'"),
+    ("an underscore first", lambda: group(features={"_reason": pl.len()}), r"feature '_reason': .* such as 'reason'"),
+    ("a window's star", lambda: Window(days=7, features={"*": pl.len()}), r"window's feature '\*'"),
+    *(
+        (
+            f"our {name}",
+            lambda name=name: group(derived={name: pl.lit(1)}),
+            rf"'{name}': the rows get a column '{name}' of ours",
+        )
+        for name in FEATURES
+    ),
+    ("an entity that is ours", lambda: group(entity="as_of"), r"its entity 'as_of' has the name of a column"),
+    (
+        "a dimension's column",
+        lambda: DimensionSource(name="users", key="u", columns=("as_of",)),
+        r"'users', column 'as_of': the",
+    ),
+    (
+        "a dimension's mapped column",
+        lambda: DimensionSource(name="users", key="u", mapping={"u": "id", "feature_version": "v"}),
+        r"'users', column 'feature_version': the rows get a column 'feature_version' of ours \(.*'own_feature_version'",
+    ),
+    ("a dimension's blank", lambda: DimensionSource(name="users", key="u", columns=("sign up",)), r"such as 'sign_up'"),
+    (
+        "a source's as_of",
+        lambda: EventSource(name="visits", time="at", columns={**TIME, "as_of": Column()}),
+        r"'as_of' is what expressions find the as-of time by",
+    ),
+    ("a version's name", lambda: group(name="v3"), r"name 'v3': it is kept for a version, such as 'my-v3'"),
+    ("a place of ours", lambda: group(name="training-ready"), r"'training-ready': it is kept for something else"),
+    ("its source's name", lambda: group(name="transactions"), r"named as the table that it reads; rename it"),
+    (
+        "SQL in Python",
+        lambda: group(features={"n": "COUNT(*)"}),
+        r"feature 'n': 'COUNT\(\*\)' is text; in Python .* YAML",
+    ),
+    (
+        "SQL in a window",
+        lambda: Window(days=7, features={"n": "COUNT(*)"}),
+        r"window of 7 days, feature 'n': .* is text",
+    ),
+    (
+        "a number as a feature",
+        lambda: group(derived={"m": 5}),
+        r"feature 'm': a int is no expression; give one of Polars'",
+    ),
+    ("bounds upside down", lambda: group(bounds={"n": (5, 1)}), r"bounds of 'n' are 5, 1; give the lowest value"),
+    ("bounds of NaN", lambda: group(bounds={"n": (float("nan"), None)}), r"bounds of 'n' are nan, None"),
+    *(
+        (
+            f"{days} days",
+            lambda days=days: Window(days=days, features={}),
+            r"days: give a number of days of at least 1 and",
+        )
+        for days in (-1, 1.5, float("nan"), float("inf"), 1_000_000, "7")
     ),
     ("no days", lambda: Window(days=0, features={}), r"window of 0 days: give a number of days of at least 1"),
     (
@@ -52,7 +114,7 @@ MISTAKES = [
     ),
     ("a source's name", lambda: EventSource(name="my visits", time="at", columns=TIME), r"source name 'my visits'"),
     ("a dimension's name", lambda: DimensionSource(name="-users", key="user"), r"source name '-users'"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("why", "declare", "message"), MISTAKES, ids=[case[0] for case in MISTAKES])

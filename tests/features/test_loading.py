@@ -201,6 +201,21 @@ MISTAKES = [
     ("a name that is no directory", "own.yaml", GROUP.replace("g:", "G/x:") + "}}", r"feature group name 'G/x'"),
     ("a window of no days", "own.yaml", GROUP + ", windows: [{days: 0, features: {}}]}}", r"window of 0 days"),
     ("no text at all", "own.yaml", "\x00", r"is no valid YAML"),
+    ("a feature twice", "own.yaml", GROUP.replace("n:", "n: MIN(x), n:") + "}}", r"'n' stands twice"),
+    ("a group twice", "own.yaml", GROUP + "}, g: {}}", r"'g' stands twice"),
+    ("an impossible date", "own.yaml", GROUP + ", windows: 2024-13-01}}", r"groups\.g\.windows: "),
+    ("a window of centuries", "own.yaml", GROUP + ", windows: [{days: 1000000, features: {}}]}}", r"at most 36,525"),
+    (
+        "a Python group twice",
+        "own.py",
+        """
+        import polars as pl
+        from tasks.features.definitions import FeatureGroup
+        one = FeatureGroup(name="g", entity="u", features={"n": pl.len()})
+        other = FeatureGroup(name="g", entity="u", features={"m": pl.len()})
+        """,
+        r"own\.py' declares 'g' twice; rename one of them",
+    ),
     ("a Python file of nothing", "own.py", "x = 1", r"own\.py' declares nothing; assign a FeatureGroup"),
     ("Python that doesn't run", "own.py", "1 / 0", r"own\.py' can't be run: ZeroDivisionError: division by zero"),
     ("Python that doesn't parse", "own.py", "def", r"own\.py' can't be run: SyntaxError"),

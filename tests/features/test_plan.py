@@ -14,7 +14,7 @@ import pytest
 from tasks.core.errors import DefinitionError, InputError, SourceError
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Column, Definitions, DimensionSource, EventSource, FeatureGroup
-from tasks.features.plan import FeaturePlan, needs_sample, plan_features, with_uris
+from tasks.features.plan import FeaturePlan, check_mappings, needs_sample, plan_features, with_uris
 from tasks.features.rows import ColumnPlan, judge
 from tasks.features.sources import read, read_units
 from tasks.features.standard import STANDARD
@@ -287,10 +287,16 @@ MISTAKES: list[tuple[str, dict[str, Any], type[InputError], str]] = [
         r"is of type duration",
     ),
     (
+        "a column of the dimension that is a feature",
+        {"customers": CUSTOMERS | {"total_spent": [1.0]}, "customer_columns": {"total_spent": "total_spent"}},
+        DefinitionError,
+        r"total_spent is both a feature and a column of the dimension 'customers'",
+    ),
+    (
         "a misspelled group",
         {"groups": "customer-feature"},
         DefinitionError,
-        r"'customer-feature'; did you mean 'customer-features'\?",
+        r"'customer-feature'; did you mean 'customer-features'",
     ),
     (
         "a dimension by another key",
@@ -394,3 +400,20 @@ def test_a_mapping_of_the_definitions_stays_where_the_configuration_gives_none()
     assert with_uris(own, FeatureStoreConfig(**given)).dimensions["customers"].mapping == {"customer_id": "id"}
     mapped = FeatureStoreConfig(**given, customer_columns={"customer_id": "no"})
     assert with_uris(own, mapped).dimensions["customers"].mapping == {"customer_id": "no"}
+
+
+def test_a_mapping_of_what_nothing_reads_is_a_slip() -> None:
+    def check(mapping: dict[str, str], own: Definitions | None = None, others: Any = ()) -> None:
+        config = FeatureStoreConfig(transactions="t", transaction_columns=mapping)
+        check_mappings(with_uris((own or Definitions()).over(STANDARD), config), others)
+
+    by_store = FeatureGroup(name="stores", entity="store", features={"n": pl.len()})
+    check({"category": "dept", "customer_id": "household"})
+    check({"store": "store_nbr"}, Definitions(groups={"stores": by_store}))
+    check({"store": "store_nbr"}, others=[by_store])
+    with pytest.raises(
+        DefinitionError, match=r"transactions gives 'categry', a column that nothing .*did you mean 'cat"
+    ):
+        check({"categry": "dept"})
+    with pytest.raises(DefinitionError, match=r"gives 'store', a column that nothing reads"):
+        check({"store": "store_nbr"})

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tasks.core.own_columns import QUALITY
 from tasks.core.profile import profile_table
-from tasks.features.scoring import QUALITY_COLUMNS, Fences, fences, score_rows
+from tasks.features.scoring import Fences, fences, score_rows
 
 NAN = math.nan
 THRESHOLDS = {"missing_below": 0.1, "outliers_below": 0.05, "score_above": 0.8}
@@ -83,9 +84,9 @@ def test_rows(
 ) -> None:
     frame = pl.DataFrame({"id": [1], **row})
     scored = score_rows(frame, list(row), bounds, **THRESHOLDS)
-    assert scored.select(QUALITY_COLUMNS).row(0) == expected
-    assert scored.drop(QUALITY_COLUMNS).equals(frame, null_equal=True)
-    assert scored.select(QUALITY_COLUMNS).dtypes == [pl.Float64, pl.Float64, pl.Float64, pl.Boolean]
+    assert scored.select(QUALITY).row(0) == expected
+    assert scored.drop(QUALITY).equals(frame, null_equal=True)
+    assert scored.select(QUALITY).dtypes == [pl.Float64, pl.Float64, pl.Float64, pl.Boolean]
 
 
 def test_what_is_no_feature_is_not_judged() -> None:

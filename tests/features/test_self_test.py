@@ -23,11 +23,11 @@ from tasks.core.manifest import (
     RowBalance,
     RunRecord,
 )
+from tasks.core.own_columns import CREATED, VERSION
 from tasks.core.profile import profile_table
 from tasks.core.self_test import unproven
 from tasks.features.config import FeatureStoreConfig, Thresholds
 from tasks.features.definitions import FeatureGroup
-from tasks.features.parts import CREATED, VERSION
 from tasks.features.self_test import self_test
 from tests.gates import calm
 

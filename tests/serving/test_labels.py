@@ -10,7 +10,8 @@ import polars as pl
 import pytest
 
 from tasks.core.errors import DefinitionError
-from tasks.serving.definition import EVENT_TIME, TARGET, Label
+from tasks.core.own_columns import EVENT_TIME, TARGET
+from tasks.serving.definition import Label
 from tasks.serving.labels import label_rows
 from tests.serving.feature_versions import DAY, days
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from textwrap import dedent
 
@@ -11,12 +12,12 @@ import pytest
 from tasks.core import storage
 from tasks.core.errors import DefinitionError
 from tasks.core.times import expand
-from tasks.serving.definition import FeatureReference, Label, Model, SpineSource
+from tasks.serving.definition import FeatureReference, Label, Model, SpineSource, column_names
 from tasks.serving.loading import load_models, select
 
 PYTHON = """
     import polars as pl
-    from tasks.serving.definition import FeatureReference, Label, Model, SpineSource
+    from tasks.serving.definition import FeatureReference, Label, Model, SpineSource, column_names
 
     churned = Label(
         name="churned",
@@ -215,6 +216,33 @@ MISTAKES = [
         yaml_of(f"label: won, ttl_days: 0, {FEATURES}"),
         r"model 'm': ttl_days = 0",
     ),
+    *(
+        (
+            f"a time to live of {days}",
+            "own.yaml",
+            yaml_of(f"label: won, ttl_days: {days}, {FEATURES}"),
+            rf"model 'm': ttl_days = {re.escape(told)}: give a number of days above 0 and at most 36,525",
+        )
+        for days, told in (("-1", "-1.0"), (".nan", "nan"), (".inf", "inf"), ("1e9", "1000000000.0"))
+    ),
+    (
+        "a label of centuries",
+        "own.yaml",
+        yaml_of(f"label: won, {FEATURES}", "entity: u, at: 2024-01-31, days: 1000000, target: COUNT(*)"),
+        r"label 'won': days = 1000000: give a number of days of at least 1 and at most 36,525",
+    ),
+    (
+        "an impossible date",
+        "own.yaml",
+        yaml_of(f"label: won, {FEATURES}", "entity: u, at: 2024-13-01, days: 3, target: COUNT(*)"),
+        r"'2024-13-01' is no time; write ISO 8601",
+    ),
+    (
+        "a key that is named as the target",
+        "own.yaml",
+        yaml_of(f"spine: {{uri: s.csv}}, entity: target, {FEATURES}"),
+        r"'m': its entity 'target' is named as a column of ours",
+    ),
     (
         "a time to live in words",
         "own.yaml",
@@ -320,3 +348,18 @@ def test_nothing_in_yaml_is_executed(tmp_path: Path, why: str, text: str) -> Non
     with pytest.raises(DefinitionError):
         load(tmp_path, "own.yaml", text.format(marker=marker))
     assert not marker.exists()
+
+
+def test_two_features_never_share_a_column() -> None:
+    def columns(*texts: str) -> list[str]:
+        return column_names([FeatureReference.parse(text) for text in texts])
+
+    assert columns("a-b:x", "c:x", "c:y") == ["feature_a_b__x", "feature_c__x", "feature_y"]
+    for texts in (("a-b:x", "a_b:x"), ("a:x", "b:x", "c:a__x")):
+        with pytest.raises(DefinitionError, match=r"would both be the column 'feature_a.*'; leave one out"):
+            columns(*texts)
+
+
+def test_a_target_in_python_is_an_expression() -> None:
+    with pytest.raises(DefinitionError, match=r"label 'won', target: 'COUNT\(\*\)' is text; in Python .*pl\.sql_expr"):
+        Label(name="won", entity="u", at=("2024-01-31",), days=3, target="COUNT(*)")  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ import pytest
 
 from tasks.core import layout, storage
 from tasks.core.errors import CorruptVersion, LeakFound, SourceError
+from tasks.core.own_columns import EVENT_TIME, TARGET
 from tasks.core.reservation import Reservation, reserve
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Definitions
@@ -23,7 +24,7 @@ from tasks.features.plan import with_uris
 from tasks.features.standard import STANDARD
 from tasks.serving import stages
 from tasks.serving.asof import join_asof
-from tasks.serving.definition import EVENT_TIME, TARGET, FeatureReference, Label, Model, SpineSource
+from tasks.serving.definition import FeatureReference, Label, Model, SpineSource
 from tasks.serving.pipeline import ComputedSet, bucket_count, build_training_set, pieces_to_read
 from tasks.serving.plan import TrainingSetPlan, plan_training_set
 from tests.serving.feature_versions import DAY, customers, days, publish_features

@@ -10,10 +10,11 @@ import polars as pl
 import pytest
 
 from tasks.core.errors import DefinitionError, SourceError, VersionNotFound
+from tasks.core.own_columns import EVENT_TIME, TARGET
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.plan import with_uris
 from tasks.features.standard import STANDARD
-from tasks.serving.definition import EVENT_TIME, TARGET, FeatureReference, Label, Model, SpineSource
+from tasks.serving.definition import FeatureReference, Label, Model, SpineSource
 from tasks.serving.plan import TrainingSetPlan, plan_training_set
 from tests.serving.feature_versions import DAY, customers, days, publish_features
 
