@@ -115,8 +115,8 @@ class FeatureGroup:
     """Features of one kind of entity.
 
     entity: the key column of the event source. features: aggregations over all rows of an entity up to as_of.
-    windows: the same over trailing windows. derived: expressions over the features above, one row an entity,
-    evaluated in order. dimension: name of the dimension source to join by the entity key. bounds: lowest and
+    windows: the same over trailing windows. derived: expressions over the entity's own features above, evaluated in
+    order. dimension: name of the dimension source to join by the entity key. bounds: lowest and
     highest value that a feature may have (None: open), judged by the quality gate.
     """
 

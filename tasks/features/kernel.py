@@ -7,15 +7,22 @@ the rows of an entity come in the order of the files, so that sums of floats don
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from tasks.core.errors import DefinitionError
 from tasks.core.own_columns import AS_OF
 from tasks.features.definitions import FeatureGroup, JoinHow
+from tasks.features.independence import COMPANIES, looks_elsewhere, made_up
 from tasks.features.rows import REASON, TIME
+
+IntArray = npt.NDArray[np.int64]
+_FAULTS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, ArithmeticError, LookupError, TypeError, ValueError)
+"""What expressions raise for values that they aren't written for; a Python function in one raises its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +80,48 @@ def complete(
         As `evaluate`.
 
     """
+    return _plain_types(_derive(group, _windowed(group, plain, events, as_of, after), as_of)).sort(group.entity)
+
+
+def check_derived(group: FeatureGroup, events: pl.DataFrame, as_of: dt.datetime) -> None:
+    """Check on made-up rows that derived features look at no other entity, as soon as the events' types are known.
+
+    What can't be evaluated on them, such as text that must be a date, is judged by the job on its own rows.
+
+    Args:
+        group: The declaration.
+        events: No rows, with the columns and types of the events that the group reads.
+        as_of: An as-of time, UTC.
+
+    Raises:
+        DefinitionError: a derived feature looks at other entities.
+
+    """
+    if not group.derived:
+        return
+    try:
+        features = _windowed(group, aggregate(group, events, as_of), events, as_of, lambda _: events)
+    except (DefinitionError, *_FAULTS):
+        return
+    for rows in made_up(features.schema, group.entity):
+        derived = rows.with_columns(pl.lit(as_of, TIME).alias(AS_OF))
+        for name in group.derived:
+            try:
+                derived = _derived(group, name, derived, COMPANIES)
+            except DefinitionError:
+                raise
+            except _FAULTS:
+                break
+
+
+def _windowed(
+    group: FeatureGroup,
+    plain: pl.DataFrame,
+    events: pl.DataFrame,
+    as_of: dt.datetime,
+    after: Callable[[dt.datetime], pl.DataFrame],
+) -> pl.DataFrame:
+    """The plain aggregations with those over windows."""
     features = plain
     for window in group.windows:
         inside = _with_as_of(window.features, after(as_of - dt.timedelta(days=window.days)), as_of)
@@ -81,8 +130,7 @@ def complete(
         features = features.join(
             _aggregate(group, inside, window.features, suffix), on=group.entity, how="left", maintain_order="left"
         ).with_columns(pl.col(name).fill_null(value) for name, value in over_nothing.items() if value is not None)
-    features = _derive(group, features, as_of)
-    return _plain_types(features).sort(group.entity)
+    return features
 
 
 def uses_as_of(features: Mapping[str, pl.Expr]) -> bool:
@@ -160,21 +208,29 @@ def _refused(
 def _derive(group: FeatureGroup, features: pl.DataFrame, as_of: dt.datetime) -> pl.DataFrame:
     features = features.with_columns(pl.lit(as_of, TIME).alias(AS_OF))
     for name, expression in group.derived.items():
-        before = features
         try:
-            features = before.with_columns(expression.alias(name))
-            alone = before.tail(1).with_columns(expression.alias(name))
+            features = _derived(group, name, features)
         except pl.exceptions.PolarsError as fault:
             raise DefinitionError(
                 f"feature group '{group.name}': derived feature '{name}' = {expression} can't be evaluated: {fault}; "
                 f"it can use the features declared before it and '{AS_OF}'"
             ) from fault
-        if not alone[name].equals(features[name].tail(1)):
-            raise DefinitionError(
-                f"feature group '{group.name}': derived feature '{name}' = {expression} looks at other entities' rows, "
-                f"and would depend on how they are spread over tasks; use features of the same entity only"
-            )
     return features.drop(AS_OF)
+
+
+def _derived(
+    group: FeatureGroup, name: str, before: pl.DataFrame, companies: Sequence[IntArray] | None = None
+) -> pl.DataFrame:
+    """The features with another one, if its values depend on the entity's own features alone."""
+    expression = group.derived[name]
+    after = before.with_columns(expression.alias(name))
+    if looks_elsewhere(expression, before, after[name], companies):
+        raise DefinitionError(
+            f"feature group '{group.name}': derived feature '{name}' = {expression} looks at other entities' rows, "
+            f"or at their order, and would depend on how they are spread over tasks (--rows-per-bucket); use features "
+            f"of the same entity only, and compare entities where the published version is read"
+        )
+    return after
 
 
 def _plain_types(frame: pl.DataFrame) -> pl.DataFrame:

@@ -9,14 +9,16 @@ import datetime as dt
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import polars as pl
 import pyarrow as pa
 
 from tasks.core.errors import DefinitionError, SourceError
 from tasks.core.names import closest
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Column, Definitions, DimensionSource, EventSource, FeatureGroup
+from tasks.features.kernel import check_derived
 from tasks.features.kinds import check_kind, check_times, is_whole, polars_type
-from tasks.features.rows import ColumnPlan, KeyType, RowPlan
+from tasks.features.rows import ColumnPlan, KeyType, RowPlan, judge
 from tasks.features.sources import SourceTable, check_columns, inspect
 from tasks.features.state import StatePlan
 
@@ -180,6 +182,9 @@ def _plan_source(
         )
         for name in dict.fromkeys(looked_up.values())
     )
+    empty = _no_rows(rows, lookups)
+    for group in groups:
+        check_derived(group, empty.select(*sorted(group.event_columns)), as_of[-1])
     return FeaturePlan(
         events=SourcePlan(table=events, rows=rows),
         time=source.time,
@@ -238,6 +243,16 @@ def _dimension_of(
         if joins and taken and tables[name].has(dimension.mapping.get(column, column)):
             return name
     return None
+
+
+def _no_rows(events: RowPlan, lookups: Sequence[LookupPlan]) -> pl.DataFrame:
+    """No events, with the columns and types that expressions over them see."""
+    frames = [judge(_unread(plan), plan).kept for plan in (events, *(lookup.dimension.rows for lookup in lookups))]
+    return pl.DataFrame(schema={name: kind for frame in reversed(frames) for name, kind in frame.schema.items()})
+
+
+def _unread(plan: RowPlan) -> pl.DataFrame:
+    return pl.DataFrame(schema=dict.fromkeys([column.source_name for column in plan.columns], pl.String))
 
 
 def _plan_group(

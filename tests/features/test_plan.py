@@ -293,6 +293,23 @@ MISTAKES: list[tuple[str, dict[str, Any], type[InputError], str]] = [
         r"total_spent is both a feature and a column of the dimension 'customers'",
     ),
     (
+        "a derived feature that looks at other entities",
+        {
+            "own": Definitions(
+                groups={
+                    "ranks": FeatureGroup(
+                        name="ranks",
+                        entity="customer_id",
+                        features={"n": pl.len()},
+                        derived={"rank": pl.col("n").rank()},
+                    )
+                }
+            )
+        },
+        DefinitionError,
+        r"'ranks': derived feature 'rank' = .* looks at other entities' rows, or at their order, .*--rows-per-bucket",
+    ),
+    (
         "a misspelled group",
         {"groups": "customer-feature"},
         DefinitionError,
