@@ -9,9 +9,11 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
+from tasks.core import layout
 from tasks.core.errors import ConfigError
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_STREAMING = layout.STREAMING_READY.rpartition("/")[2]  # a directory beside those of the images
 
 
 def _names(value: object) -> object:
@@ -20,9 +22,14 @@ def _names(value: object) -> object:
 
 
 def _dataset_name(value: str) -> str:
-    if not _NAME.fullmatch(value) or re.fullmatch(r"v[0-9]+", value):
-        raise ValueError(f"'{value}' can't name a dataset; use lower case letters, digits, '.', '_' and '-'")
-    return value
+    taken = re.fullmatch(r"v[0-9]+", value) or value == _STREAMING
+    if not taken and _NAME.fullmatch(value):
+        return value
+    word = "-".join(re.findall(r"[a-z0-9._-]+", value.lower())).lstrip("._-")
+    raise ValueError(
+        f"'{value}' can't name a dataset; use lower case letters, digits, '.', '_' and '-', such as "
+        f"'{'my-' if taken or not word else ''}{word or 'images'}'"
+    )
 
 
 def in_order(schema: dict[str, Any]) -> None:
