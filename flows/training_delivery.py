@@ -9,11 +9,12 @@ from __future__ import annotations
 import datetime as dt
 import sys
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 
 from tasks.core import storage
 from tasks.delivery.config import DeliveryConfig
+from tasks.delivery.source import needs_sample
 from tasks.open_lineage import LINEAGE_HOOKS
 from tasks.publication import PublishedVersion, run_record
 from tasks.retries import final_unless_transient
@@ -47,12 +48,15 @@ def _run_name() -> str:
 def training_delivery(config: DeliveryConfig = DEFAULTS) -> list[PublishedVersion]:
     """Write a streaming-ready copy of a published version, publish it, and train on it.
 
+    Where nothing is published and no dataset is asked for, the feature-store flow makes its sample's features first.
+
     Args:
         config: What to deliver, how, and what to train.
 
     """
     with final_unless_transient():
         config = config.model_copy(update={"root": storage.normalise(config.root)})
+        features = _sample_features(config) if needs_sample(config) else []
         source = find_source.submit(config).result()
         reservation = reserve_version(config, str(flow_run.id))
         if reservation.committed:  # a retry: only the training is left to do
@@ -63,7 +67,17 @@ def training_delivery(config: DeliveryConfig = DEFAULTS) -> list[PublishedVersio
             version = publish_version(judged, config.root)
         if config.training.enabled:
             version = train_model.submit(version, config, run_record()).result()
-        return [version]
+        return [*features, version]
+
+
+def _sample_features(config: DeliveryConfig) -> list[PublishedVersion]:
+    from flows.feature_store import feature_store
+    from tasks.features.config import FeatureStoreConfig
+
+    get_run_logger().info(
+        "Nothing is published under %s, and no dataset is given: making the features of the sample first", config.root
+    )
+    return feature_store(FeatureStoreConfig(root=config.root, self_test=config.self_test))
 
 
 if __name__ == "__main__":

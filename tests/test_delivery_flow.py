@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flows.feature_store import feature_store
 from flows.image_augmentation import image_augmentation
 from flows.training_delivery import training_delivery
 from tasks.artifacts import read_artifacts
@@ -21,7 +20,6 @@ from tasks.core.report import Report
 from tasks.delivery.config import DeliveryConfig, DeliveryThresholds, TrainingConfig
 from tasks.delivery.stream import TrainingStream
 from tasks.delivery.training import read_state
-from tasks.features.config import FeatureStoreConfig
 from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.training_delivery import committed_copy
 from tests.conftest import new_bucket
@@ -30,8 +28,8 @@ from tests.test_runner import messages
 
 pytestmark = pytest.mark.usefixtures("stack")
 
-FEATURES = "training-datasets/streaming-ready/customer-features"
-IMAGES = "training-datasets/streaming-ready/images"
+COPIES = "training-datasets/streaming-ready"
+FEATURES, IMAGES = f"{COPIES}/customer-features", f"{COPIES}/images"
 ALONE = TrainingConfig(enabled=False)
 
 
@@ -64,14 +62,19 @@ def completed(root: str, **settings: object) -> DeliveryRun:
 
 
 @pytest.fixture(scope="module", params=["local", pytest.param("s3", marks=pytest.mark.slow)])
-def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A root with the features of the sample."""
+def first(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DeliveryRun:
+    """A delivery of nothing in particular from an empty root."""
     if request.param == "local":
         root = str(tmp_path_factory.mktemp("delivery") / "root")
     else:
         root = new_bucket(request.getfixturevalue("s3_url"))
-    feature_store(FeatureStoreConfig(root=root, sample_transactions=4000))
-    return root
+    return completed(root, name="first", training=ALONE)
+
+
+@pytest.fixture(scope="module")
+def store(first: DeliveryRun) -> str:
+    """A root with the features of the sample."""
+    return first.root
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +85,15 @@ def tables(store: str, tmp_path_factory: pytest.TempPathFactory) -> DeliveryRun:
     return completed(store, target="spending_trend", ready_only=False, batch_size=64, training=training)
 
 
-local = pytest.mark.parametrize("store", ["local"], indirect=True)
+local = pytest.mark.parametrize("first", ["local"], indirect=True)
+
+
+@local
+def test_on_an_empty_root_the_features_of_the_sample_are_made_first(first: DeliveryRun) -> None:
+    names = [version.dataset for version in first.published]
+    assert names == ["feature-store/customer-features", "feature-store/product-features", f"{COPIES}/first"]
+    assert_whole(first, f"{COPIES}/first")
+    assert any("making the features of the sample first" in line for line in messages(first.id))
 
 
 def test_a_run_publishes_a_whole_copy(tables: DeliveryRun) -> None:
@@ -144,7 +155,7 @@ def test_the_api_has_the_artifacts_of_a_run(tables: DeliveryRun) -> None:
     assert [row["worker"] for row in rows] == [0, 1]
     assert sum(row["samples"] for row in rows) == 4 * tables.record().definition["samples"]["train"]
     told = [str(artifact.description) for artifact in artifacts if artifact.type == "progress"]
-    assert any(re.search(r"Delivering: (\d+) of \1 rows.*; done", one) for one in told), told
+    assert any(re.search(r"Delivering: ([\d,]+) of \1 rows.*; done", one) for one in told), told
     assert any(re.search(r"Training: 4 of 4 epochs.*; done", one) for one in told), told
     lines = messages(tables.id)
     assert any(line.startswith("Epoch 3: train loss") for line in lines), lines
@@ -205,7 +216,7 @@ def test_a_failed_gate_publishes_nothing(store: str) -> None:
     thresholds = DeliveryThresholds(minimum_samples=10_000_000)
     error = failure(start(store, target="spending_trend", name="few", thresholds=thresholds))
     assert isinstance(error, GateFailed)
-    assert versions.published_versions(store, "training-datasets/streaming-ready/few") == []
+    assert versions.published_versions(store, f"{COPIES}/few") == []
 
 
 # Images

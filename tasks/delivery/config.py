@@ -105,7 +105,8 @@ class DeliveryConfig(BaseModel):
     dataset: str = Field(
         default="feature-store/customer-features",
         min_length=1,
-        description="Published dataset to deliver: features, or images such as training-datasets/images.",
+        description="Published dataset to deliver: features, or images such as training-datasets/images. If none is "
+        "given and nothing is published, the features of a sample are made first.",
     )
     version: Annotated[int, Field(ge=1)] | Literal["latest"] = Field(
         default="latest", description="Version of the dataset: a number, or 'latest'."

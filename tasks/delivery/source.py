@@ -110,6 +110,18 @@ class Source:
         return self.manifest.as_input(layout.version_uri(self.root, self.manifest.dataset, self.manifest.version))
 
 
+def needs_sample(config: DeliveryConfig) -> bool:
+    """Decide that features must be made first: no dataset or version is asked for, and the store never had any."""
+    if config.model_fields_set & {"dataset", "version"}:
+        return False
+    committed = (
+        manifest
+        for name in versions.list_datasets(config.root)
+        for manifest in versions.committed_manifests(config.root, name)
+    )
+    return not any(manifest.status == "published" for manifest in committed)
+
+
 def find_source(config: DeliveryConfig) -> Source:
     """Find the version that the configuration names, and decide what is taken of it.
 

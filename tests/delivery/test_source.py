@@ -10,7 +10,8 @@ import pytest
 
 from tasks.core import layout
 from tasks.core.errors import ConfigError, CorruptVersion, VersionNotFound
-from tasks.delivery.source import find_source, read_pieces, read_units
+from tasks.delivery.config import DeliveryConfig
+from tasks.delivery.source import find_source, needs_sample, read_pieces, read_units
 from tests.delivery import sources
 from tests.delivery.sources import FEATURES, IMAGES, configured, customers, publish, publish_customers, publish_pictures
 
@@ -23,6 +24,15 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> str:
     publish_customers(root, rows=300, files=3, row_group=40)
     publish_pictures(root)
     return root
+
+
+def test_a_sample_is_made_only_where_nothing_is_published_and_nothing_is_asked_for(shop: str, tmp_path: Path) -> None:
+    empty = str(tmp_path)
+    (tmp_path / FEATURES / "v1").mkdir(parents=True)  # what a run that was stopped has left
+    assert needs_sample(DeliveryConfig(root=empty, target="total_spent"))
+    assert not needs_sample(DeliveryConfig(root=shop))
+    for asked in ({"dataset": FEATURES}, {"version": 1}):
+        assert not needs_sample(DeliveryConfig(root=empty, **asked))
 
 
 @pytest.mark.parametrize(
