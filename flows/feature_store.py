@@ -9,6 +9,11 @@ from __future__ import annotations
 import datetime as dt
 import sys
 
+if __name__ == "__main__":
+    from tasks.by_hand import run_by_hand
+
+    sys.exit(run_by_hand("flows.feature_store:feature_store", "tasks.features.config:FeatureStoreConfig"))
+
 from prefect import flow
 from prefect.runtime import flow_run
 
@@ -94,9 +99,3 @@ def _training_sets(config: FeatureStoreConfig, started: dt.datetime) -> list[Pub
         for (plan, _), computed in zip(left, built, strict=True)
     ]
     return publish_training_sets([version.result() for version in judged], config.root, committed)
-
-
-if __name__ == "__main__":
-    from tasks.command_line import run_by_hand
-
-    sys.exit(run_by_hand("flows.feature_store:feature_store", FeatureStoreConfig))

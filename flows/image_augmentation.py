@@ -9,6 +9,11 @@ from __future__ import annotations
 import datetime as dt
 import sys
 
+if __name__ == "__main__":
+    from tasks.by_hand import run_by_hand
+
+    sys.exit(run_by_hand("flows.image_augmentation:image_augmentation", "tasks.images.config:ImageAugmentationConfig"))
+
 from prefect import flow
 from prefect.runtime import flow_run
 
@@ -61,9 +66,3 @@ def image_augmentation(config: ImageAugmentationConfig = DEFAULTS) -> list[Publi
         augmented = augment.submit(plan, sourced).result()
         judged = validate_images.submit(plan, augmented, sourced, run_record()).result()
         return publish_version(judged, config.root)
-
-
-if __name__ == "__main__":
-    from tasks.command_line import run_by_hand
-
-    sys.exit(run_by_hand("flows.image_augmentation:image_augmentation", ImageAugmentationConfig))

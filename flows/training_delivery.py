@@ -9,6 +9,11 @@ from __future__ import annotations
 import datetime as dt
 import sys
 
+if __name__ == "__main__":
+    from tasks.by_hand import run_by_hand
+
+    sys.exit(run_by_hand("flows.training_delivery:training_delivery", "tasks.delivery.config:DeliveryConfig"))
+
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 
@@ -78,9 +83,3 @@ def _sample_features(config: DeliveryConfig) -> list[PublishedVersion]:
         "Nothing is published under %s, and no dataset is given: making the features of the sample first", config.root
     )
     return feature_store(FeatureStoreConfig(root=config.root, self_test=config.self_test))
-
-
-if __name__ == "__main__":
-    from tasks.command_line import run_by_hand
-
-    sys.exit(run_by_hand("flows.training_delivery:training_delivery", DeliveryConfig))

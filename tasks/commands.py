@@ -14,10 +14,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from tasks.by_hand import FAILED, WRONG_ARGUMENTS
 from tasks.core.errors import ConfigError, InputError, PipelineError
 
 PROG = "python -m flows.feature_store"
-FAILED, WRONG_ARGUMENTS = 1, 2
 
 Arguments = argparse.Namespace
 Command = Callable[[Arguments], int]

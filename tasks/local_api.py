@@ -156,7 +156,8 @@ def _one_line_for_a_stop() -> Generator[None]:
 @contextmanager
 def _sigterm_as_exit() -> Generator[None]:
     """SIGTERM unwinds the stack, so that the `finally` blocks stop what was started; the default just dies."""
-    if threading.current_thread() is not threading.main_thread():
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
 

@@ -31,8 +31,9 @@ from tasks.core.manifest import (
 from tasks.core.profile import TableProfile
 from tasks.core.provenance import package_versions
 from tasks.core.report import Report
-from tasks.core.reservation import Reservation
+from tasks.core.reservation import Reservation, find_manifest
 from tasks.core.self_test import ITSELF, blind, failed, summary
+from tasks.core.stopping import held
 
 PUBLISHED = "training-data.version.published"
 """Event of a version that readers see; automations and deployment triggers start from it."""
@@ -44,6 +45,10 @@ class JudgedVersion:
 
     reservation: Reservation
     manifest: Manifest
+
+
+COMMITTING: list[JudgedVersion] = []
+"""Versions that this process has begun to commit, for the one who stops it and wants to know what was published."""
 
 
 class Written(Protocol):
@@ -194,9 +199,11 @@ def publish(judged: Sequence[JudgedVersion], root: str, cures: Mapping[str, str]
         for version in judged:
             versions.commit(version.reservation, _rejected(version, failed))
         raise GateFailed(_why(failed, cures))
-    manifests = [versions.commit(version.reservation, version.manifest) for version in judged]
-    for manifest in manifests:
-        announce(root, manifest)
+    COMMITTING.extend(judged)
+    with held():  # Ctrl-C between two commits would publish some of them
+        manifests = [versions.commit(version.reservation, version.manifest) for version in judged]
+        for manifest in manifests:
+            announce(root, manifest)
     return [published(root, manifest) for manifest in manifests]
 
 
@@ -276,6 +283,13 @@ def _blindness(manifest: Manifest) -> tuple[tuple[str, str], ...]:
     if ITSELF in unseen:
         return (("blind", summary(manifest.self_test)),)
     return (("blind", f"the gate doesn't notice these faults: {', '.join(unseen)}; the report says why"),)
+
+
+def is_published(judged: JudgedVersion) -> bool:
+    """Ask the store whether a version stands there as this run has judged it."""
+    reservation = judged.reservation
+    manifest = find_manifest(reservation.root, reservation.dataset, reservation.version)
+    return manifest is not None and manifest.status == "published" and manifest.run == judged.manifest.run
 
 
 def committed_version(reservation: Reservation) -> PublishedVersion:

@@ -1,52 +1,32 @@
-"""The command line: what it says of settings, of wrong ones, and of a run that fails."""
+"""A flow's arguments: what becomes of options and of a file, and what is said of wrong ones."""
 
 from __future__ import annotations
 
 import datetime as dt
+import math
 import re
-import subprocess
-import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
+import yaml
 from pydantic import BaseModel
 
-from tasks.command_line import FAILED, WRONG_ARGUMENTS, one_sentence, parse_arguments, run_by_hand, summary
-from tasks.core import versions
-from tasks.core.errors import ConfigError, GateFailed, SourceError
-from tasks.core.manifest import RowBalance
+from tasks.by_hand import WRONG_ARGUMENTS, run_by_hand
+from tasks.command_line import parse_arguments
+from tasks.core.errors import ConfigError
+from tasks.core.settings import Settings
+from tasks.delivery.config import DeliveryConfig
 from tasks.features.config import FeatureStoreConfig
-from tasks.publication import PublishedVersion
-from tests.processes import own_home, shell_environment
+from tasks.images.config import ImageAugmentationConfig
 
-ENTRY = "flows.feature_store:feature_store"
-Finished = subprocess.CompletedProcess[str]
-ANSI = "\x1b["
+FEATURES = ("flows.feature_store:feature_store", "tasks.features.config:FeatureStoreConfig")
+CONFIGS: tuple[type[BaseModel], ...] = (FeatureStoreConfig, ImageAugmentationConfig, DeliveryConfig)
 
 
 def parsed(*argv: str) -> FeatureStoreConfig:
     return parse_arguments(FeatureStoreConfig, argv)[0]
-
-
-@pytest.fixture
-def shell(prefect_home: Path, tmp_path: Path) -> Callable[..., Finished]:
-    """Run the flow's command as somebody does in a shell, in an empty directory."""
-
-    def run(*argv: str) -> Finished:
-        home = tmp_path / "home"
-        return subprocess.run(
-            [sys.executable, "-m", "flows.feature_store", *argv],
-            env=shell_environment(home if home.exists() else own_home(prefect_home, home)),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=180,
-        )
-
-    return run
 
 
 # Help
@@ -103,13 +83,6 @@ def test_help_describes_every_setting(capsys: pytest.CaptureFixture[str]) -> Non
     assert_explains_everything(capsys.readouterr().out)
 
 
-def test_the_command_shows_its_help(shell: Callable[..., Finished]) -> None:
-    done = shell("--help")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("usage: python -m flows.feature_store ")
-    assert_explains_everything(done.stdout)
-
-
 # Right values
 
 
@@ -154,13 +127,29 @@ def test_options_win_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert config.transaction_columns == {"amount": "price"}, "a mapping is replaced as a whole"
 
 
-def test_dates_of_a_file_are_times(tmp_path: Path) -> None:
+def test_what_stands_for_a_value() -> None:
+    def images(*argv: str) -> ImageAugmentationConfig:
+        return parse_arguments(ImageAugmentationConfig, argv)[0]
+
+    assert images("--near-duplicates", "none").near_duplicates is None
+    assert images("--labels", "None").labels is None
+    assert images("--classes", "none").classes == ("none",), "only where there may be none"
+    assert images("--classes", "a, b", "--classes", "c").classes == ("a", "b", "c")
+    assert images("--classes", '["a, b"]').classes == ("a, b",)
+    assert images("--augmentation.mean", "0,0.5,1").augmentation.mean == (0, 0.5, 1)
+    merged = images("--augmentation", '{"size": 64, "variants": 2}', "--augmentation.variants", "5").augmentation
+    assert (merged.size, merged.variants) == (64, 5)
+    for text, number in (("v3", 3), ("3", 3), ("latest", "latest")):
+        assert parse_arguments(DeliveryConfig, ["--version", text])[0].version == number
+
+
+def test_times_of_a_file_are_as_they_are_written(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
-    file.write_text("as_of: 2024-12-01\nearliest: 2020-01-01")
+    file.write_text("as_of: [2024-12-01, 2024-12-31 12:00:00+02:00]\nearliest: 2020-01-01\n")
     config = parsed("--config", str(file))
-    assert config.as_of == ("2024-12-01T00:00:00+00:00",)
+    assert config.as_of == ("2024-12-01T00:00:00+00:00", "2024-12-31T10:00:00+00:00")
     assert config.earliest == dt.datetime(2020, 1, 1, tzinfo=dt.UTC)
-    assert FeatureStoreConfig(as_of=dt.date(2024, 12, 1)).as_of == config.as_of  # type: ignore[arg-type]
+    assert FeatureStoreConfig(as_of=dt.date(2024, 12, 1)).as_of == config.as_of[:1]
 
 
 def test_the_environment_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,37 +161,85 @@ def test_the_environment_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Wrong values: the option, the value and the cure
 
-WRONG = [
-    (["--seed", "x"], "--seed = 'x': input should be a valid integer"),
-    (["--seed", "-1"], "--seed = '-1': input should be greater than or equal to 0"),
-    (["--rows-per-bucket", "10"], "--rows-per-bucket = '10': input should be greater than or equal to 1000"),
-    (["--join", "outer"], "--join = 'outer': input should be 'inner' or 'left'"),
-    (["--epoch-unit", "h"], "--epoch-unit = 'h': input should be 's', 'ms', 'us' or 'ns'"),
-    (["--as-of", "yesterday"], "'yesterday' is no time; write ISO 8601 such as 2024-12-31"),
-    (["--timezone", "Mars/Olympus"], "'Mars/Olympus' is no IANA time zone; give one such as UTC or Europe/Berlin"),
-    (["--transaction-columns", "{bad"], "--transaction-columns = '{bad': give a JSON mapping such as"),
-    (["--product-columns", "7"], "--product-columns = '7': give a JSON mapping such as"),
-    (["--transaction-columns", '{"amount": 3}'], "--transaction-columns.amount = 3: input should be a valid string"),
-    (["--thresholds", "{bad"], "--thresholds = '{bad': give a JSON mapping such as"),
-    (["--thresholds.null-warn", "3"], "--thresholds.null-warn = '3': input should be less than or equal to 1"),
+WRONG: list[tuple[type[BaseModel], list[str], str]] = [
+    (FeatureStoreConfig, ["--seed", "x"], "--seed = 'x': give a whole number"),
+    (FeatureStoreConfig, ["--seed", "-1"], "--seed = '-1': give 0 or more"),
+    (FeatureStoreConfig, ["--seed", "1", "--seed", "2"], "--seed is given 2 times ('1', '2'); give it once"),
+    (FeatureStoreConfig, ["--compute", "--no-compute"], "--compute is given 2 times"),
+    (FeatureStoreConfig, ["--rows-per-bucket", "10"], "--rows-per-bucket = '10': give 1000 or more"),
+    (FeatureStoreConfig, ["--rows-per-bucket", "5,000"], "--rows-per-bucket = '5,000': give a whole number"),
+    (FeatureStoreConfig, ["--join", "outer"], "--join = 'outer': give 'inner' or 'left'"),
+    (FeatureStoreConfig, ["--epoch-unit", "h"], "--epoch-unit = 'h': give 's', 'ms', 'us' or 'ns'"),
     (
+        FeatureStoreConfig,
+        ["--as-of", "yesterday"],
+        "--as-of: 'yesterday' is no time; write ISO 8601 such as 2024-12-31",
+    ),
+    (FeatureStoreConfig, ["--earliest", "2024-13-01"], "--earliest = '2024-13-01': give a time in ISO 8601"),
+    (FeatureStoreConfig, ["--timezone", "Mars/Olympus"], "'Mars/Olympus' is no IANA time zone; give one such as UTC"),
+    (
+        FeatureStoreConfig,
+        ["--transaction-columns", "{bad"],
+        "--transaction-columns = '{bad': give a JSON mapping such as",
+    ),
+    (FeatureStoreConfig, ["--product-columns", "7"], "--product-columns = '7': give a JSON mapping such as"),
+    (FeatureStoreConfig, ["--transaction-columns", '{"amount": 3}'], "--transaction-columns.amount = 3: give a text"),
+    (FeatureStoreConfig, ["--thresholds", "{bad"], "--thresholds = '{bad': give a JSON mapping such as"),
+    (FeatureStoreConfig, ["--thresholds.null-warn", "3"], "--thresholds.null-warn = '3': give 1 or less"),
+    (FeatureStoreConfig, ["--thresholds.drift-warn", "-1"], "--thresholds.drift-warn = '-1': give 0 or more"),
+    (FeatureStoreConfig, ["--thresholds.drift-warn", "inf"], "--thresholds.drift-warn = 'inf': give a finite number"),
+    (
+        FeatureStoreConfig,
         ["--thresholds.null-warn", "0.9"],
         "--thresholds: null_warn = 0.9 is above null_fail = 0.5; a warning must come first",
     ),
-    (["--customers", "x.csv"], "customers or products are given without transactions; give transactions too"),
-    (["--root", ""], "--root = '': string should have at least 1 character"),
-    (["--config", "/nowhere.yaml"], "--config /nowhere.yaml: no such file"),
+    (FeatureStoreConfig, ["--customers", "x.csv"], "customers or products are given without transactions; give"),
+    (FeatureStoreConfig, ["--root", ""], "--root = '': give a text that isn't empty"),
+    (FeatureStoreConfig, ["--root", "gs://b/x"], "--root: can't open 'gs://b/x': scheme 'gs' is not supported; use"),
+    (FeatureStoreConfig, ["--transactions", "htp://x"], "--transactions: can't open 'htp://x': scheme 'htp'"),
+    (
+        FeatureStoreConfig,
+        ["--root", "s3://key:secret@b"],
+        "--root: an S3 location contains what looks like credentials",
+    ),
+    (FeatureStoreConfig, ["--config", "/nowhere.yaml"], "--config /nowhere.yaml: no such file; correct the path"),
+    (FeatureStoreConfig, ["--config", "/"], "--config /: that is a directory; name a YAML file in it"),
+    (ImageAugmentationConfig, ["--near-duplicates", "few"], "--near-duplicates = 'few': give a whole number"),
+    (ImageAugmentationConfig, ["--augmentation.mean", "nan,0,0"], "--augmentation.mean = 'nan': give a finite number"),
+    (ImageAugmentationConfig, ["--augmentation.mean", "0,0"], "--augmentation.mean = ['0', '0']: give 3 values, sep"),
+    (ImageAugmentationConfig, ["--augmentation.scale", "0,1,2"], "--augmentation.scale = ['0', '1', '2']: give 2 val"),
+    (ImageAugmentationConfig, ["--background", "white"], "--background = ['white']: give 3 values, separated by com"),
+    (ImageAugmentationConfig, ["--background", "[1,"], "--background = '[1,': give values separated by commas"),
+    (ImageAugmentationConfig, ["--augmentation", "sise=3"], "'augmentation.sise' is no setting; did you mean 'size'?"),
+    (ImageAugmentationConfig, ["--name", "v1"], "--name: 'v1' can't name a dataset; use lower case letters"),
+    (DeliveryConfig, ["--version", "newest"], "--version: 'newest' is no version; write it as v3, or 'latest'"),
+    (DeliveryConfig, ["--version", "0"], "--version: '0' is no version; write it as v3, or 'latest'"),
+    (DeliveryConfig, ["--training.hidden", "128,many"], "--training.hidden = 'many': give a whole number"),
+    (DeliveryConfig, ["--training.function", "x"], "--training.function: 'x' is no import path; write it like"),
 ]
 
 
-@pytest.mark.parametrize(("argv", "message"), WRONG, ids=[" ".join(argv) for argv, _ in WRONG])
-def test_a_wrong_value_is_explained(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_by_hand(ENTRY, FeatureStoreConfig, argv) == WRONG_ARGUMENTS
+@pytest.mark.parametrize(("config", "argv", "message"), WRONG, ids=[" ".join(argv) for _, argv, _ in WRONG])
+def test_a_wrong_value_is_explained(config: type[BaseModel], argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments(config, argv)
+    told = str(caught.value)
+    assert message in told
+    assert "\n" not in told, "more than one line"
+    assert "secret" not in told
+
+
+@pytest.mark.parametrize("argv", [["--seed", "x"], ["--root", "{file}"], ["--root", "{file}/below"]], ids=" ".join)
+def test_a_mistake_ends_the_command_before_anything_is_started(
+    argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setattr("tasks.local_api.local_stack", lambda: pytest.fail("started"))
+    assert run_by_hand(*FEATURES, [part.format(file=file) for part in argv]) == WRONG_ARGUMENTS
     told = capsys.readouterr()
-    assert told.out == ""
+    assert (told.out, told.err.count("\n")) == ("", 1)
     assert told.err.startswith("error: ")
-    assert message in told.err
-    assert told.err.count("\n") == 1, "more than one line"
 
 
 @pytest.mark.parametrize(
@@ -212,11 +249,13 @@ def test_a_wrong_value_is_explained(argv: list[str], message: str, capsys: pytes
         (["--whatever"], "--whatever; see --help"),
         (["--see", "1"], "did you mean --seed?"),  # no abbreviations: they would change with every new setting
         (["--seed"], "argument --seed: expected one argument"),
+        (["--compute", "false"], "false; separate the values of an option by commas, and turn a switch off by --no-…"),
+        (["--groups", "a", "b"], "b; separate the values of an option by commas"),
     ],
 )
 def test_an_unknown_option_is_named(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        run_by_hand(ENTRY, FeatureStoreConfig, argv)
+        run_by_hand(*FEATURES, argv)
     assert ended.value.code == WRONG_ARGUMENTS
     told = capsys.readouterr().err
     assert message in told
@@ -224,136 +263,83 @@ def test_an_unknown_option_is_named(argv: list[str], message: str, capsys: pytes
 
 
 def test_a_word_is_a_command_about_the_store(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert run_by_hand(ENTRY, FeatureStoreConfig, ["extra"]) == WRONG_ARGUMENTS
+    assert run_by_hand(*FEATURES, ["extra"]) == WRONG_ARGUMENTS
     assert "no command is named 'extra'" in capsys.readouterr().err
-    assert run_by_hand(ENTRY, FeatureStoreConfig, ["list", "--root", str(tmp_path)]) == 0
+    assert run_by_hand(*FEATURES, ["list", "--root", str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("seed: [", "no valid YAML"),
-        ("seed: 1\nroot: a\nseed: 2", "no valid YAML: 'seed' stands twice"),
-        ("as_of: 2024-13-01", "--as-of = '2024-13-01': '2024-13-01' is no time; write ISO 8601"),
-        ("as_of: [2024-12-01, 2024-02-30]", "'2024-02-30' is no time; write ISO 8601"),
-        ("earliest: 2024-13-01", "--earliest = '2024-13-01': give a time in ISO 8601"),
-        ("- seed", "it must hold settings as 'name: value' lines"),
-        ("seeed: 3", "--seeed is no setting; see --help for those there are"),
-        ("seed: x", "--seed = 'x': input should be a valid integer"),
-        ("thresholds: {null_warm: 0.1}", "--thresholds.null-warm is no setting"),
-        ("", "it must hold settings"),
+        (b"seed: [", "no valid YAML: "),
+        (b"- seed", "it holds ['seed']; it must hold settings as 'name: value' lines"),
+        (b"", "it is empty; it must hold settings as 'name: value' lines"),
+        (b"\x8f\x00", "no valid YAML: "),
+        (b"seed: 3\nseed: 4", "no valid YAML: 'seed' stands twice"),
+        (b"thresholds: &a {x: *a}", "no valid YAML: "),
+        (b"seeed: 3", "'seeed' is no setting; did you mean 'seed'? (in "),
+        (b"rows-per-bucket: 5000", "'rows-per-bucket' is no setting; did you mean 'rows_per_bucket'?"),
+        (b"seed: x", "--seed = 'x': give a whole number (in "),
+        (b"thresholds: {null_warm: 0.1}", "'thresholds.null_warm' is no setting; did you mean 'null_warn'?"),
+        (b"thresholds: {drift_warn: .nan}", "--thresholds.drift-warn = nan: give a finite number"),
+        (b"as_of: 2024-13-01", "--as-of: '2024-13-01' is no time; write ISO 8601 such as"),
+        (b"root: $NOWHERE/x", "the variable in '$NOWHERE/x' isn't set; export NOWHERE"),
     ],
 )
-def test_a_wrong_file_is_explained(text: str, message: str, tmp_path: Path) -> None:
+def test_a_wrong_file_is_explained(text: bytes, message: str, tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
-    file.write_text(text)
+    file.write_bytes(text)
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         parsed("--config", str(file))
     assert str(file) in str(caught.value), "the message doesn't name the file"
-    assert "\n" not in str(caught.value), "more than one line"
+    assert "\n" not in str(caught.value)
 
 
-# The end of a run
+# Laws of all settings
 
 
-def test_a_failure_is_one_sentence_with_its_notes(monkeypatch: pytest.MonkeyPatch) -> None:
-    fault = SourceError("x.parquet has no column\n 'amount'")
-    fault.add_note("in groups.yaml")
-    wrapped = RuntimeError("a worker failed")
-    wrapped.__cause__ = fault
-    assert one_sentence(wrapped) == "x.parquet has no column 'amount' (in groups.yaml)"
-    assert one_sentence(ValueError("first\nlast")) == "ValueError: last"
-    assert one_sentence(ValueError()) == "ValueError: ValueError"
-    lost = RuntimeError("no slots")
-    lost.__cause__ = httpx.ConnectError("refused")
-    monkeypatch.setenv("PREFECT_API_URL", "http://away/api")
-    assert one_sentence(lost).startswith("the Prefect API at http://away/api can't be reached (ConnectError); start it")
-    circle = RuntimeError("round")
-    circle.__cause__ = circle
-    assert one_sentence(circle) == "RuntimeError: round"
-    assert one_sentence(GateFailed("The gate failed.")) == "The gate failed."
+def settings_of(
+    model: type[BaseModel], prefix: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], type[BaseModel]]]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from settings_of(field.annotation, (*prefix, name))
+        yield (*prefix, name), model
 
 
-def test_the_summary_says_where_how_many_and_why_not_more() -> None:
-    balance = RowBalance(
-        name="transactions",
-        rows_in=1_234,
-        rows_out=1_200,
-        rejected={"null_amount": 30},
-        filtered={"after_as_of": 3},
-        deduplicated=1,
-    )
-    version = PublishedVersion("feature-store/x", 3, "/data/x/v3", "/data/x/v3/_report.html", "warn", 1_200, (balance,))
-    assert summary([version]).splitlines() == [
-        "feature-store/x v3: 1,200 rows, verdict warn",
-        "  data     /data/x/v3",
-        "  report   /data/x/v3/_report.html",
-        "  balance  transactions: 1,234 in, 1,200 out, 30 rejected (30 null_amount), 3 filtered (3 after_as_of), "
-        "1 deduplicated",
-    ]
+def refused(config: type[BaseModel], path: tuple[str, ...], value: object) -> str:
+    """What is said of a value from a file; '' if it is taken."""
+    content = value
+    for part in reversed(path):
+        content = {part: content}
+    with tempfile.NamedTemporaryFile(suffix=".yaml") as file:
+        file.write(yaml.safe_dump(content).encode())
+        file.flush()
+        try:
+            parse_arguments(config, ["--config", file.name])
+        except ConfigError as fault:
+            return str(fault).removesuffix(f" (in {file.name})")
+    return ""
 
 
-def assert_tidy(done: Finished) -> None:
-    for name, text in (("stdout", done.stdout), ("stderr", done.stderr)):
-        assert ANSI not in text, f"colour codes in {name}, which is no terminal"
-        assert "pid=" not in text, f"Ray's prefixes in {name}"
-        assert "Traceback" not in text, f"a traceback in {name}"
-        assert "Warning: " not in text, f"a warning of a library in {name}:\n{text}"
-    lines = done.stderr.splitlines()
-    assert len(lines) == len(set(lines)), f"a line is there twice:\n{done.stderr}"
+SETTINGS = [(config, path, holder) for config in CONFIGS for path, holder in settings_of(config)]
 
 
-QUICK = ["--sample-transactions", "1000", "--groups", "product-features"]
-
-
-@pytest.mark.slow
-def test_what_a_person_sees_of_a_good_run_and_of_one_that_fails(shell: Callable[..., Finished], tmp_path: Path) -> None:
-    good = shell(*QUICK)
-    assert good.returncode == 0, good.stderr
-    assert_tidy(good)
-    assert good.stdout.startswith("feature-store/product-features v1: 10 rows, verdict ")
-    assert "  balance  transactions: 1,000 in, " in good.stdout
-    assert re.search(r"\nfinished in \d+ s\n$", good.stdout)
-    assert "http" not in good.stderr, "the address of a server that is gone"
-    assert versions.published_versions(str(tmp_path / "data"), "feature-store/product-features") == [1]
-
-    refused = shell(*QUICK, "--thresholds.rejected-warn", "0", "--thresholds.rejected-fail", "0")
-    assert (refused.returncode, refused.stdout) == (FAILED, "")
-    assert_tidy(refused)
-    told = [line for line in refused.stderr.splitlines() if "The quality gate failed" in line]
-    assert told == refused.stderr.splitlines()[-1:], "the sentence is there more than once, or isn't the last line"
-    assert re.match(r"failed: The quality gate failed, nothing was published\. .*_report\.html$", told[0])
-    assert refused.stderr.count("Finished in state Failed\n") == 2, "of the task and of the flow"
-
-
-def test_a_run_that_fails_ends_with_one_sentence(stack: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    argv = [*QUICK, "--root", str(tmp_path), "--transactions", str(tmp_path / "nowhere.parquet")]
-    assert run_by_hand(ENTRY, FeatureStoreConfig, argv) == FAILED
-    told = capfd.readouterr()
-    assert told.out == ""
-    assert "Traceback" not in told.err
-    sentences = re.findall(r"^failed: (.*)$", told.err, re.MULTILINE)
-    assert len(sentences) == 1, told.err
-    assert re.match(r"transactions '\S+nowhere\.parquet': no \.parquet or \.csv file found .*; give a", sentences[0])
-    with pytest.raises(SourceError, match="file found"):
-        run_by_hand(ENTRY, FeatureStoreConfig, [*argv, "--debug"])
-    assert "failed: " not in capfd.readouterr().err, "the traceback tells it"
-
-
-def test_an_interrupted_run_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted() -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("tasks.local_api.local_stack", interrupted)
-    assert run_by_hand(ENTRY, FeatureStoreConfig, []) == 130
-    assert capsys.readouterr().err == "interrupted: nothing more was published\n"
-
-
-def test_every_cure_of_a_failed_gate_names_an_option_that_exists() -> None:
-    from tasks.feature_store import _CURES
-    from tasks.features.config import Thresholds
-
-    options = {f"--thresholds.{name.replace('_', '-')}" for name in Thresholds.model_fields} | {"--allow-schema-change"}
-    named = {option for cure in _CURES.values() for option in re.findall(r"--[a-z.-]+[a-z]", cure)}
-    assert named
-    assert named <= options
+@pytest.mark.parametrize(
+    ("config", "path", "holder"), SETTINGS, ids=[f"{c.__name__}.{'.'.join(path)}" for c, path, _ in SETTINGS]
+)
+def test_no_setting_takes_nan_infinity_or_another_type(
+    config: type[BaseModel], path: tuple[str, ...], holder: type[BaseModel]
+) -> None:
+    assert issubclass(holder, Settings)
+    option = "--" + ".".join(path).replace("_", "-")
+    default = holder.model_fields[path[-1]].get_default(call_default_factory=True)
+    places = len(default) if isinstance(default, tuple) and default and isinstance(default[0], int | float) else 0
+    for wrong in (math.nan, math.inf, -math.inf, {"a": [{}]}, [{"a": 1}], [[]]):
+        value = [wrong] * places if places and isinstance(wrong, float) else wrong
+        told = refused(config, path, value)
+        assert option in told or path[-1] in told, (
+            f"{value!r} is taken, or the message doesn't name the setting: {told}"
+        )
+        assert "\n" not in told
+        assert "nput should be" not in told, "pydantic's words give no cure"

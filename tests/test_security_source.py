@@ -20,7 +20,7 @@ BY_CONFIGURATION = {
     "tasks/images/transforms.py": {"load_policy"},
     "tasks/delivery/training.py": {"load_function"},
     "tasks/features/loading.py": {"python_values"},
-    "tasks/command_line.py": {"run_by_hand"},
+    "tasks/by_hand.py": {"_run"},
 }
 UNPICKLERS = ("pickle", "cPickle", "_pickle", "cloudpickle", "ray.cloudpickle", "dill", "joblib", "shelve", "marshal")
 LOADERS = ("importlib.import_module", "runpy.run_path", "runpy.run_module", "__import__", "importlib.reload")

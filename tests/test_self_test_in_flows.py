@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tasks import publication
-from tasks.command_line import summary
+from tasks.by_hand import summary
 from tasks.core.manifest import FaultResult, Manifest
 from tests.features.test_self_test import data, written
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from tasks.core import layout
 from tasks.core.errors import ConfigError
+from tasks.core.location import normalise
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _STREAMING = layout.STREAMING_READY.rpartition("/")[2]  # a directory beside those of the images
@@ -32,10 +33,31 @@ def _dataset_name(value: str) -> str:
     )
 
 
+def _location(value: str) -> str:
+    normalise(value)  # what can't be one is told at once; where a path begins is decided when it is used
+    return value
+
+
+def _version(value: object) -> object:
+    """Let 'v3' and '3' stand for 3."""
+    if not isinstance(value, str) or value == "latest":
+        return value
+    number = layout.parse_version(f"v{value.strip().removeprefix('v')}")
+    if number is None:
+        raise ValueError(f"'{value}' is no version; write it as v3, or 'latest'")
+    return number
+
+
 def in_order(schema: dict[str, Any]) -> None:
     """Number the fields of a model's JSON schema, by which Prefect's form sorts them (PostgreSQL forgets the order)."""
     for position, field in enumerate(schema.get("properties", {}).values()):
         field["position"] = position
+
+
+class Settings(BaseModel):
+    """Base of every part of a flow's configuration: frozen, without unknown fields, NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, json_schema_extra=in_order)
 
 
 def seconds_from_environment(name: str, default: float, most: float) -> float:
@@ -82,4 +104,6 @@ def warn_before_fail(bounds: BaseModel, rising: Sequence[str], falling: Sequence
 Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+Location = Annotated[str, Field(min_length=1), AfterValidator(_location)]
+Version = Annotated[Annotated[int, Field(ge=1)] | Literal["latest"], BeforeValidator(_version)]
 DatasetName = Annotated[str, AfterValidator(_dataset_name)]

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from tasks.core.digests import METHOD, Digest, digest
 from tasks.core.disk import MIB, is_temporary, put_in_place, sync_directory, temporary_name, told_if_full
-from tasks.core.errors import ConfigError
+from tasks.core.errors import ConfigError, PipelineError
 from tasks.core.listing import FileInfo, list_directories, list_files
 from tasks.core.location import arrow_filesystem, is_s3, normalise, s3_filesystem
 from tasks.core.refusal import explains_refusals, refusals_explained, s3_error_code
@@ -33,6 +33,7 @@ __all__ = [
     "FileInfo",
     "WrittenFile",
     "arrow_filesystem",
+    "check_root",
     "delete",
     "digest_of",
     "exists",
@@ -98,6 +99,45 @@ def exists(uri: str) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+@explains_refusals
+def check_root(uri: str) -> None:
+    """Make sure that a store can be kept under a root, before anything is started for it; nothing is written.
+
+    Raises:
+        ConfigError: it is a file, or may not be written to, or its bucket doesn't exist.
+        PipelineError: nothing answers where S3 should be.
+    """
+    uri = normalise(uri)
+    if is_s3(uri):
+        _check_bucket(uri)
+        return
+    place = Path(uri)
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(f"can't keep datasets in {uri!r}: {str(place)!r} is no directory; give another root")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"can't keep datasets in {uri!r}: no permission to write in {str(place)!r}; give another root, or let "
+            "this user write there"
+        )
+
+
+def _check_bucket(uri: str) -> None:
+    filesystem, path = s3_filesystem(uri)
+    try:
+        filesystem.call_s3("list_objects_v2", Bucket=path.partition("/")[0], MaxKeys=1)
+    except Exception as error:
+        response = getattr(error, "response", None) or {}
+        if isinstance(error, FileNotFoundError) or response.get("Error", {}).get("Code") == "NoSuchBucket":
+            raise no_bucket(uri) from error
+        if not isinstance(error, OSError) and not response:
+            raise PipelineError(
+                f"can't reach {uri!r}: {error}; correct AWS_ENDPOINT_URL_S3 or AWS_REGION, or mend the network"
+            ) from error
+        raise
 
 
 @explains_refusals

@@ -24,6 +24,9 @@ class _Loader(yaml.SafeLoader):
             seen.add(name)
         return node
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: ARG002
+        return super().construct_object(node, deep=True)  # refuses what holds itself
+
 
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:timestamp"]

@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from tasks.core.settings import DatasetName, Names, Seed, Share, in_order, warn_before_fail
+from tasks.core.settings import DatasetName, Location, Names, Seed, Settings, Share, Version, warn_before_fail
 
 
 def _import_path(value: str) -> str:
@@ -19,10 +19,8 @@ def _import_path(value: str) -> str:
     return value
 
 
-class TrainingConfig(BaseModel):
+class TrainingConfig(Settings):
     """What is trained on the streaming-ready version, and in how many workers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=in_order)
 
     enabled: bool = Field(default=True, description="Train after publishing; without it, only the copy is made.")
     function: Annotated[str, AfterValidator(_import_path)] | None = Field(
@@ -61,17 +59,15 @@ class TrainingConfig(BaseModel):
         default="pad", description="The last, incomplete step of an epoch: pad it with masked samples, or drop it."
     )
     seed: Seed = Field(default=0, description="Seed of the model's weights and of the epochs' orders.")
-    cache_dir: str | None = Field(
+    cache_dir: Location | None = Field(
         default=None,
         description="Directory that keeps files of S3 on each node (in the user's cache directory, by default).",
     )
     cache_gigabytes: float = Field(default=20.0, gt=0, le=1e6, description="Limit of the cache of a node, 10⁹ bytes.")
 
 
-class DeliveryThresholds(BaseModel):
+class DeliveryThresholds(Settings):
     """Bounds of the quality gate."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=in_order)
 
     minimum_samples: int = Field(default=1, ge=1, description="The gate fails below so many samples to train on.")
     missing_warn: Share = Field(default=0.1, description="The gate warns above this share of nulls in a feature.")
@@ -94,23 +90,19 @@ class DeliveryThresholds(BaseModel):
         return self
 
 
-class DeliveryConfig(BaseModel):
+class DeliveryConfig(Settings):
     """Make a streaming-ready copy of a published version, deliver it to PyTorch workers, and train."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=in_order, title="Training delivery")
+    model_config = ConfigDict(title="Training delivery")
 
-    root: str = Field(
-        default="data", min_length=1, description="Where datasets are kept: a directory or s3://bucket/prefix."
-    )
+    root: Location = Field(default="data", description="Where datasets are kept: a directory or s3://bucket/prefix.")
     dataset: str = Field(
         default="feature-store/customer-features",
         min_length=1,
         description="Published dataset to deliver: features, or images such as training-datasets/images. If none is "
         "given and nothing is published, the features of a sample are made first.",
     )
-    version: Annotated[int, Field(ge=1)] | Literal["latest"] = Field(
-        default="latest", description="Version of the dataset: a number, or 'latest'."
-    )
+    version: Version = Field(default="latest", description="Version of the dataset: a number, or 'latest'.")
     name: DatasetName | None = Field(
         default=None,
         description="Name of the copy under training-datasets/streaming-ready/ (the dataset's last part, by default).",

@@ -9,9 +9,9 @@ import datetime as dt
 from typing import Annotated, Literal
 from zoneinfo import available_timezones
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from tasks.core.settings import Names, Share, in_order, warn_before_fail
+from tasks.core.settings import Location, Names, Seed, Settings, Share, warn_before_fail
 from tasks.core.times import Times
 from tasks.features.definitions import JoinHow
 from tasks.features.rows import EpochUnit
@@ -30,10 +30,8 @@ def _known_timezone(value: str) -> str:
 Time = Annotated[dt.datetime, AfterValidator(_utc)]
 
 
-class Thresholds(BaseModel):
+class Thresholds(Settings):
     """Bounds of the row and dataset checks."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=in_order)
 
     missing: Share = Field(
         default=0.1, description="A row is training-ready below this share of missing feature values."
@@ -83,10 +81,8 @@ class Thresholds(BaseModel):
         return self
 
 
-class LabelThresholds(BaseModel):
+class LabelThresholds(Settings):
     """Bounds of the checks of a model's training set."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=in_order)
 
     leak_warn: Share = Field(
         default=0.95,
@@ -121,23 +117,21 @@ class LabelThresholds(BaseModel):
         return self
 
 
-class FeatureStoreConfig(BaseModel):
+class FeatureStoreConfig(Settings):
     """Compute customer and product features (and your own) from transactions, check them and publish a version."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=in_order, title="Feature store")
+    model_config = ConfigDict(title="Feature store")
 
-    root: str = Field(
-        default="data", min_length=1, description="Where datasets are kept: a directory or s3://bucket/prefix."
-    )
-    transactions: str | None = Field(
+    root: Location = Field(default="data", description="Where datasets are kept: a directory or s3://bucket/prefix.")
+    transactions: Location | None = Field(
         default=None,
         description="Transactions, Parquet or CSV: a file, directory, glob or s3:// prefix. "
         "If none is given, a small deterministic sample is made.",
     )
-    customers: str | None = Field(
+    customers: Location | None = Field(
         default=None, description="Customers table, likewise. If none is given, customer features aren't joined."
     )
-    products: str | None = Field(
+    products: Location | None = Field(
         default=None, description="Products table, likewise. If none is given, product features aren't joined."
     )
     transaction_columns: dict[str, str] = Field(
@@ -156,7 +150,7 @@ class FeatureStoreConfig(BaseModel):
         description="Our column names to yours: product_id, category, brand, price, launch_date or any other. "
         "If given, exactly these columns are taken.",
     )
-    definitions: str | None = Field(
+    definitions: Location | None = Field(
         default=None, description="Python or YAML file that declares feature groups or sources of your own."
     )
     groups: Names = Field(
@@ -173,7 +167,7 @@ class FeatureStoreConfig(BaseModel):
         description="Keep the judged events beside the versions, so that the next run reads only new, changed or "
         "late files.",
     )
-    models: str | None = Field(
+    models: Location | None = Field(
         default=None,
         description="Python or YAML file that declares models, whose training sets are built and published.",
     )
@@ -217,7 +211,7 @@ class FeatureStoreConfig(BaseModel):
     sample_transactions: int = Field(
         default=20_000, ge=100, le=100_000_000, description="Size of the sample, transactions."
     )
-    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the sample.")
+    seed: Seed = Field(default=0, description="Seed of the sample.")
 
     @model_validator(mode="after")
     def _something_to_do(self) -> FeatureStoreConfig:

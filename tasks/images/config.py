@@ -8,18 +8,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from tasks.core.settings import DatasetName, Names, Seed, Share, in_order, warn_before_fail
+from tasks.core.settings import DatasetName, Location, Names, Seed, Settings, Share, warn_before_fail
 
-Positive = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
 Channel = Annotated[int, Field(ge=0, le=255)]
 
 
-class Augmentation(BaseModel):
+class Augmentation(Settings):
     """What becomes of each image; the operations and their defaults are torchvision's."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=in_order)
 
     variants: int = Field(default=3, ge=1, le=1000, description="Augmented variants of each image.")
     size: int = Field(default=224, ge=8, le=4096, description="Height and width of each variant, pixels.")
@@ -64,10 +62,8 @@ class Augmentation(BaseModel):
         return self
 
 
-class ImageThresholds(BaseModel):
+class ImageThresholds(Settings):
     """Bounds of the row and dataset checks."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=in_order)
 
     constant: float = Field(
         default=2.0, ge=0, description="A variant is invalid if its pixels' standard deviation is below this, of 255."
@@ -105,21 +101,19 @@ class ImageThresholds(BaseModel):
         return self
 
 
-class ImageAugmentationConfig(BaseModel):
+class ImageAugmentationConfig(Settings):
     """Augment labelled images, check and split them, and publish a version."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=in_order, title="Image augmentation")
+    model_config = ConfigDict(title="Image augmentation")
 
-    root: str = Field(
-        default="data", min_length=1, description="Where datasets are kept: a directory or s3://bucket/prefix."
-    )
+    root: Location = Field(default="data", description="Where datasets are kept: a directory or s3://bucket/prefix.")
     name: DatasetName = Field(default="images", description="Name of the dataset under training-datasets/.")
-    images: str | None = Field(
+    images: Location | None = Field(
         default=None,
         description="Directory or s3:// prefix of the images, with all below it. "
         "If none is given, a small deterministic sample is made.",
     )
-    labels: str | None = Field(
+    labels: Location | None = Field(
         default=None,
         description="CSV or Parquet file of labels. If none is given, the first directory below `images` is the class.",
     )

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.core import storage
-from tasks.core.errors import ConfigError, GateFailed, SourceError
+from tasks.core.errors import ConfigError, GateFailed, PipelineError, SourceError
 from tasks.core.layout import join
 from tasks.core.transient import is_transient
 
@@ -202,6 +202,27 @@ def test_files_are_as_readable_as_the_umask_allows(tmp_path: Path) -> None:
     storage.write_bytes(str(tmp_path / "x"), b"")
     (tmp_path / "y").write_bytes(b"")
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == stat.S_IMODE((tmp_path / "y").stat().st_mode)
+
+
+def test_a_root_that_cannot_be_written_to_is_refused_at_once(
+    s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.check_root(f"{tmp_path}/new/root")
+    storage.check_root(f"{s3_root}/new")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for root in ("file", "file/below"):
+        with pytest.raises(ConfigError, match=r"/file' is no directory; give another root"):
+            storage.check_root(f"{tmp_path}/{root}")
+    with pytest.raises(ConfigError, match=r"bucket 'no-such-bucket' doesn't exist; create it"):
+        storage.check_root("s3://no-such-bucket/x")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may be run by root, who may do everything
+    with pytest.raises(ConfigError, match=rf"no permission to write in '{tmp_path}'"):
+        storage.check_root(f"{tmp_path}/new")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(PipelineError, match=r"can't reach 's3://b/x': .*127\.0\.0\.1:9.*correct AWS_ENDPOINT_URL"):
+        storage.check_root("s3://b/x")
 
 
 def test_a_missing_bucket_is_named(s3_url: str) -> None:

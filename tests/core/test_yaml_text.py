@@ -32,6 +32,7 @@ def test_what_a_document_holds(text: str, expected: object) -> None:
         ("o: {p: {x: 1, x: 1}}", "'x' stands twice"),
         ("- {a: 1, 'a': 2}", "'a' stands twice"),
         ("a: {", "expected"),
+        ("a: &a {x: *a}", "recursive"),
         ("a: !!python/object:os.system x", "could not determine a constructor"),
         ("a: !!int x", "invalid literal"),
         ("[" * 10_000, "nested too deeply"),
