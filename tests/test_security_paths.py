@@ -27,7 +27,7 @@ from tasks.core.errors import ConfigError, CorruptVersion, DefinitionError, Pipe
 from tasks.core.manifest import FileEntry
 from tasks.core.retention import prunable, prune
 from tasks.core.withdrawal import withdraw
-from tasks.delivery.cache import FileCache
+from tasks.delivery.cache import OWN_DIRECTORY, TAG, FileCache
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.shards import open_version
 from tasks.delivery.training import STATE, load_function, read_state
@@ -349,7 +349,7 @@ def test_a_link_in_the_cache_is_no_file_of_another_size(tmp_path: Path) -> None:
     storage.write_bytes(str(tmp_path / "source.parquet"), b"right")
     entry = FileEntry(path="a.parquet", rows=1, bytes=5, digest=storage.digest_of(str(tmp_path / "source.parquet")))
     (tmp_path / "theirs").write_text("theirs, longer")
-    (tmp_path / "cache" / f"{entry.digest.replace(':', '-')}.parquet").symlink_to(tmp_path / "theirs")
+    (cache.directory / f"{entry.digest.replace(':', '-')}.parquet").symlink_to(tmp_path / "theirs")
     with cache.open(str(tmp_path / "source.parquet"), entry) as file:
         assert file.read() == b"" or file.seek(0) == 0
     assert (tmp_path / "theirs").read_text() == "theirs, longer"
@@ -360,7 +360,7 @@ def test_a_download_that_is_something_else_is_named(tmp_path: Path) -> None:
     entry = FileEntry(path="a.parquet", rows=1, bytes=5, digest="blake3:" + "0" * 64)
     with pytest.raises(CorruptVersion, match="differs from its manifest: expected 5 bytes of blake3:0000"):
         FileCache(tmp_path / "cache").open(str(tmp_path / "source.parquet"), entry)
-    assert [path.name for path in (tmp_path / "cache").glob("[!.]*")] == []
+    assert [path.name for path in (tmp_path / "cache" / OWN_DIRECTORY).glob("[!.]*")] == [TAG]
 
 
 def test_credentials_have_no_place_in_a_configuration() -> None:

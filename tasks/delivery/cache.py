@@ -1,19 +1,25 @@
 """Files of S3 on the local disk, shared by all processes of a node, up to a number of bytes.
 
-    {directory}/{method}-{digest}.parquet      a whole file, checked; its modification time is that of its last use
-    {directory}/.{name}.lock                   held by the process that downloads it
-    {directory}/.{name}.{random}.tmp           a download on its way
+    {cache_dir}/_stream-cache/CACHEDIR.TAG               says whose directory it is, and that no backup needs it
+                             {method}-{digest}.parquet  a whole file, checked; modified when it was last used
+                             .{name}.lock               held by the process that downloads it
+                             .{name}.{random}.tmp       a download on its way
 
-A file's name is its digest, so nothing in the cache is ever out of date, and versions share what they have in common.
-Whoever reads a file holds a shared lock on it, which ends with the last mapping: files in use aren't evicted, as that
-would free nothing. All locks are those of the kernel (flock) and end with their process, however it ends.
+The directory is the cache's own, known by its tag, and only files of these names are counted and evicted in it:
+whatever else is in `cache_dir`, or was put beside them, stays. A file's name is its digest, so nothing in the cache is
+ever out of date, and versions share what they have in common. Whoever reads a file holds a shared lock on it, which
+ends with the last mapping: files in use aren't evicted, as that would free nothing. All locks are those of the kernel
+(flock) and end with their process, however it ends.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import re
+import stat
 import threading
 import uuid
 from collections.abc import Iterator
@@ -22,19 +28,31 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tasks.core import storage
-from tasks.core.digests import Digest
+from tasks.core.digests import PATTERN, Digest
+from tasks.core.disk import told_if_full
 from tasks.core.errors import ConfigError, CorruptVersion
 from tasks.core.manifest import FileEntry
 from tasks.delivery.mapped import CURE
 
 DEFAULT_BYTES = 50 * 10**9
+OWN_DIRECTORY = "_stream-cache"
+"""Name of the cache's own directory; readers of directories, such as pandas, pass over names that begin with '_'."""
+TAG = "CACHEDIR.TAG"
+# The first line is that of bford.info/cachedir, which tar, borg, restic and others know.
+_TAG_TEXT = """Signature: 8a477f597d28d172789f06886806bc55
+# Files of S3, kept by tasks.delivery.cache. What has a digest for its name may be deleted here at any time.
+"""
+_WHOLE = re.compile(PATTERN.replace(":", "-") + r"\.parquet")
+_ON_ITS_WAY = re.compile(rf"\.{_WHOLE.pattern}\.[0-9a-f]{{32}}\.tmp")
 _PIECE = 8 << 20
+# A link under a file's name leads to somebody else's file, and a pipe to nothing.
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 def default_directory() -> Path:
     """Where files are kept if nothing else is said: in the user's cache directory."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "training-data-pipelines"
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # to be passed over unless absolute, says its specification
+    return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "training-data-pipelines"
 
 
 @dataclass(slots=True)
@@ -50,27 +68,46 @@ class FileCache:
     """The cache, as one process sees it.
 
     Args:
-        directory: Where; None: `default_directory()`.
+        directory: Where the cache has its own directory; None: `default_directory()`.
         limit: Bytes of all files together; None: `DEFAULT_BYTES`. Exceeded only by files that are all in use.
 
+    Attributes:
+        directory: the cache's own directory.
+
     Raises:
-        ConfigError: the limit isn't above 0, or the directory can't be made.
+        ConfigError: the limit isn't above 0, or the directory can't be made or written, or is somebody else's.
 
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None = None, limit: int | None = None) -> None:
-        self.directory = Path(directory).expanduser().absolute() if directory is not None else default_directory()
         self.limit = DEFAULT_BYTES if limit is None else limit
         self.counts = CacheCounts()
         self._lock = threading.Lock()
         if self.limit <= 0:
             raise ConfigError(f"cache_bytes = {limit} leaves no room for a file: give the bytes that may be used")
+        place = default_directory() if directory is None else _local_directory(directory)
+        self.directory = place / OWN_DIRECTORY
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            with self._locked("tag"):
+                self._tag()
         except OSError as error:
             raise ConfigError(
-                f"cache_dir = '{self.directory}' can't be used ({error.strerror}): name a directory that can be written"
+                f"cache_dir = '{place}' can't be used ({error.strerror}): name a directory on a local disk that can be "
+                "written"
             ) from error
+
+    def _tag(self) -> None:
+        """Make the directory the cache's own, unless somebody else has something in it."""
+        if (self.directory / TAG).exists():
+            return
+        foreign = sorted(path.name for path in self.directory.iterdir() if path.name != _lock_name("tag"))
+        if foreign:
+            raise ConfigError(
+                f"'{self.directory}' is no cache of this project's ('{TAG}' is missing) and holds '{foreign[0]}': name "
+                "another cache_dir, or empty it"
+            )
+        (self.directory / TAG).write_text(_TAG_TEXT)
 
     def open(self, uri: str, entry: FileEntry, stop: threading.Event | None = None) -> BinaryIO:
         """Open a file, downloaded first if need be; it isn't evicted as long as it, or a mapping of it, is open.
@@ -110,10 +147,8 @@ class FileCache:
 
     def _open_whole(self, name: str, size: int) -> BinaryIO | None:
         """Open a file that is there, with a shared lock on it."""
-        path = self.directory / name
-        try:
-            file = path.open("rb")
-        except FileNotFoundError:
+        file = _open_own(self.directory / name)
+        if file is None:
             return None
         fcntl.flock(file, fcntl.LOCK_SH)
         now = os.fstat(file.fileno())
@@ -121,14 +156,13 @@ class FileCache:
         if not now.st_nlink or now.st_size != size:
             file.close()
             return None
-        with contextlib.suppress(FileNotFoundError):
-            os.utime(path)
+        os.utime(file.fileno())
         return file
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
         """Hold the lock of a name, or wait for it."""
-        with (self.directory / f".{name}.lock").open("wb") as file:
+        with (self.directory / _lock_name(name)).open("wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -140,7 +174,8 @@ class FileCache:
         temporary = self.directory / f".{name}.{uuid.uuid4().hex}.tmp"
         file = self._reserve(temporary, entry.bytes)
         try:
-            found, size = _copy(uri, entry, file, stop)
+            with told_if_full(str(temporary)):
+                found, size = _copy(uri, entry, file, stop)
             if (found, size) != (entry.digest, entry.bytes):
                 raise CorruptVersion(
                     f"{uri} differs from its manifest: expected {entry.bytes} bytes of {entry.digest}, found "
@@ -157,14 +192,15 @@ class FileCache:
     def _reserve(self, temporary: Path, size: int) -> BinaryIO:
         """Make room for a file of some bytes: what was used longest ago goes; open it, with a shared lock on it."""
         with self._locked("eviction"):
-            left = self.limit - size
-            for path in self.directory.glob(".*.tmp"):  # of others, or of a process that died
-                if not _evict(path):
-                    left -= path.stat().st_size if path.exists() else 0
-            files = []
-            for path in self.directory.glob("[!.]*.parquet"):
-                with contextlib.suppress(FileNotFoundError):
-                    files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+            left, files = self.limit - size, []
+            with os.scandir(self.directory) as entries:
+                names = [entry.name for entry in entries]
+            for name in names:
+                path = self.directory / name
+                if _ON_ITS_WAY.fullmatch(name):  # of others, or of a process that died
+                    left -= 0 if _evict(path) else _size(path)[1]
+                elif _WHOLE.fullmatch(name):
+                    files.append((*_size(path), path))
             left -= sum(held for _, held, _ in files)
             for _, held, path in sorted(files):
                 if left >= 0:
@@ -197,14 +233,57 @@ def _copy(uri: str, entry: FileEntry, target: BinaryIO, stop: threading.Event | 
     return str(digest), size
 
 
+def _local_directory(directory: str | os.PathLike[str]) -> Path:
+    """A directory that is given by a name, which isn't empty and no URI."""
+    name = os.fspath(directory)
+    if not name or "://" in name:
+        raise ConfigError(
+            f"cache_dir = {name!r} is no directory on a local disk: name one, or leave it out for "
+            f"'{default_directory()}'"
+        )
+    return Path(name).expanduser().absolute()
+
+
+def _lock_name(name: str) -> str:
+    return f".{name}.lock"
+
+
+def _open_own(path: Path) -> BinaryIO | None:
+    """Open a file of the cache; None where there is none, or something else than a file under its name."""
+    try:
+        descriptor = os.open(path, _READ)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return None
+        raise
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    return None
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """When a file was last used, ns, and its bytes; nothing of one that another process has removed meanwhile."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size if stat.S_ISREG(found.st_mode) else 0
+
+
 def _evict(path: Path) -> bool:
     """Delete a file of the cache that nobody has open; whether it is gone."""
-    try:
-        with path.open("rb") as file:
+    file = _open_own(path)
+    if file is None:
+        return not os.path.lexists(path)
+    with file:
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        # Under its name there may be another one by now, which was downloaded anew.
+        if os.fstat(file.fileno()).st_nlink:
             path.unlink(missing_ok=True)
-    except FileNotFoundError:
-        return True
-    except BlockingIOError:
-        return False
     return True

@@ -61,6 +61,7 @@ class TrainingConfig(Settings):
     seed: Seed = Field(default=0, description="Seed of the model's weights and of the epochs' orders.")
     cache_dir: Location | None = Field(
         default=None,
+        min_length=1,
         description="Directory that keeps files of S3 on each node (in the user's cache directory, by default).",
     )
     cache_gigabytes: float = Field(default=20.0, gt=0, le=1e6, description="Limit of the cache of a node, 10⁹ bytes.")

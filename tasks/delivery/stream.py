@@ -110,7 +110,7 @@ class TrainingStream:
         on_corrupt: 'raise' on damaged or missing data, or 'skip' the samples concerned: batches have fewer samples.
         verify: Whether each block's checksum is looked at before its first use in this process.
         prefetch: Batches that are made ahead in a thread; 0: none, and no thread.
-        cache_dir: Where files of S3 are kept; None: in the user's cache directory.
+        cache_dir: Where files of S3 are kept, in a directory of the cache's own; None: in the user's cache directory.
         cache_bytes: Bytes of all files kept there; None: 50 GB.
         as_numpy: Arrays instead of tensors, for any other library.
 

@@ -242,8 +242,8 @@ def test_a_cached_file_with_a_changed_byte_is_downloaded_anew_next_time(s3_root:
     version = open_version(image_version(s3_root, 20))
     shards = Shards(version, "train", FileCache(tmp_path))
     gathered(shards, [0])
-    (path,) = tmp_path.glob("[!.]*.parquet")
-    damage(str(tmp_path), path.name, 20 + int(next(iter(shards._mapped.values())).columns["image"].offsets[0]))
+    (path,) = tmp_path.rglob("[!.]*.parquet")
+    damage(str(path.parent), path.name, 20 + int(next(iter(shards._mapped.values())).columns["image"].offsets[0]))
     again = Shards(version, "train", FileCache(tmp_path))
     with pytest.raises(CorruptVersion, match="block 0 has not the checksum"):
         gathered(again, [0])

@@ -424,7 +424,7 @@ def test_files_of_s3_come_through_the_cache(s3_root: str, tmp_path: Path) -> Non
     counts = [stream.stats for stream in streams]
     assert sum(one.cache_misses for one in counts) == 3
     assert sum(one.cache_hits for one in counts) == 3
-    sizes = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.parquet"))
+    sizes = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.parquet"))
     assert sum(one.cache_bytes_read for one in counts) == sizes
     (again,) = workers(version, 1, **options)
     assert sorted(flat(run([again]))) == EVERY
@@ -444,7 +444,7 @@ def test_a_small_cache_serves_a_large_version_region_by_region(s3_root: str, tmp
     stats = stream.stats
     # Each file is needed in one region of each epoch, and is downloaded at most once for it.
     assert 16 < stats.cache_misses <= 32
-    assert sum(path.stat().st_size for path in tmp_path.glob("[!.]*.parquet")) <= whole * 3 // 4
+    assert sum(path.stat().st_size for path in tmp_path.rglob("[!.]*.parquet")) <= whole * 3 // 4
     stream.close()
 
 
