@@ -51,7 +51,7 @@ class Stream(Protocol):
 
     @property
     def epoch(self) -> int:
-        """The epoch that the next iteration goes on with; one more when an iteration has come to its end."""
+        """The epoch that the next iteration goes on with; one more from an epoch's last batch on."""
         ...
 
     @property
@@ -299,7 +299,8 @@ def train_epoch(
         progress.fraction += step
         if run.on_batch is not None:
             run.on_batch(epoch, progress.steps, batch)
-        if every and progress.steps % every == 0:
+        # At its last batch the stream is in the next epoch: the epoch's own checkpoint follows, with its figures.
+        if every and progress.steps % every == 0 and run.train.epoch == epoch:
             _add_up(run, own, progress)
             run.save(state())
     _add_up(run, own, progress)

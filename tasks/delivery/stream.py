@@ -87,8 +87,8 @@ class _Made(NamedTuple):
 class TrainingStream:
     """Batches of one split of a streaming-ready version for one worker.
 
-    An iteration gives the rest of the current epoch, and then moves on to the next one. Of two iterations at the same
-    time only the later one goes on.
+    An iteration gives the rest of the current epoch. With its last batch the stream is at the start of the next one,
+    even if nobody asks for another batch. Of two iterations at the same time only the later one goes on.
 
     Args:
         uri: Directory of a version (…/v3), or of a dataset for its latest version.
@@ -207,7 +207,10 @@ class TrainingStream:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The place of all workers after the batch that was handed out last: plain values, the same in each worker."""
+        """The place of all workers after the batch that was handed out last: plain values, the same in each worker.
+
+        After the last batch of an epoch it is the start of the next one.
+        """
         return {**self._identity, "epoch": self._epoch, "batches": self._consumed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -227,7 +230,10 @@ class TrainingStream:
                 f"the state belongs to another stream: {', '.join(differences)}; open the stream as it was when the "
                 "state was saved (rank, world_size, prefetch and device may differ)"
             )
-        self._move(int(state["epoch"]), int(state["batches"]))
+        epoch, consumed = int(state["epoch"]), int(state["batches"])
+        # What is left may be too little for a step of this number of workers, where a remainder is dropped.
+        left = step_count(self._batches, self.world_size, self._remainder, consumed)
+        self._move(*((epoch, consumed) if left else (epoch + 1, 0)))
 
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the current epoch."""
@@ -245,20 +251,22 @@ class TrainingStream:
             for step in range(1, steps + 1):
                 one = next(made)
                 batch = place.receive(one.placed)
-                self._consumed = min(first + step * self.world_size, self._batches)
+                if step < steps:
+                    self._consumed = first + step * self.world_size
+                else:  # loops over len(stream) batches never ask for more
+                    self._epoch, self._consumed = epoch + 1, 0
                 _count(counts, one, clock() - asked)
                 counts.seconds = before + clock() - started
                 del one
                 yield batch
                 del batch  # else its memory couldn't be used again while the next one is waited for
-                if move != self._moves:
+                if step < steps and move != self._moves:
                     raise PipelineError(
                         "this iteration can't go on: the stream was moved, closed or iterated over anew meanwhile; "
                         "begin a new iteration"
                     )
                 asked = clock()
                 counts.seconds = before + asked - started
-        self._move(epoch + 1, 0)
 
     def close(self) -> None:
         """End iterations and downloads; what was handed out stays valid."""

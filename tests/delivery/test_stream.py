@@ -194,15 +194,39 @@ def test_the_number_of_workers_may_change_within_an_epoch(version: str, remainde
     assert run(workers(version, 3, state, remainder=remainder, batch_size=16)) != found
 
 
-def test_a_state_after_the_last_batch_leads_to_the_next_epoch(version: str) -> None:
+@pytest.mark.parametrize("remainder", ["pad", "drop"])
+def test_an_epoch_ends_with_its_last_batch(version: str, remainder) -> None:
+    """Loops of `len(stream)` batches, as those of Lightning, get one epoch after the other, and none is empty."""
+    expected = workers(version, 2, remainder=remainder)
+    streams = workers(version, 2, remainder=remainder)
+    for epoch in range(3):
+        assert {stream.epoch for stream in streams} == {epoch}
+        assert run(streams, len(streams[0])) == run(expected)
+        states = [stream.state_dict() for stream in streams]
+        assert [(state["epoch"], state["batches"]) for state in states] == [(epoch + 1, 0)] * 2
+        assert run(workers(version, 3, states[0], remainder=remainder), 4) == run(
+            workers(version, 1, states[1], remainder=remainder), 12
+        )
+
+
+def test_an_iteration_after_its_last_batch_has_ended_whatever_the_stream_does(version: str) -> None:
     (stream,) = workers(version, 1)
     iteration = iter(stream)
     for _ in range(len(stream)):
         next(iteration)
-    state = stream.state_dict()
-    (resumed,) = workers(version, 1, state)
-    assert (list(resumed), resumed.epoch) == ([], 1)
-    assert len(list(resumed)) == len(stream)
+    assert len(list(stream)) == len(stream)
+    assert next(iteration, None) is None
+    assert stream.epoch == 2
+
+
+def test_a_state_with_too_little_left_for_a_step_leads_to_the_next_epoch(version: str) -> None:
+    (stream,) = workers(version, 1, remainder="drop")
+    run([stream], len(stream) - 1)  # a batch is left: too little for two workers
+    for resumed in workers(version, 2, stream.state_dict(), remainder="drop"):
+        assert (resumed.epoch, resumed.state_dict()["batches"]) == (1, 0)
+        assert len(list(resumed)) == len(resumed)
+    whole = {**stream.state_dict(), "batches": len(stream)}
+    assert workers(version, 1, whole, remainder="drop")[0].epoch == 1
 
 
 @pytest.mark.parametrize(

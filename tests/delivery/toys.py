@@ -43,16 +43,17 @@ class ToyStream:
         if self.seed is not None:
             order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed * 1000 + self.epoch))
         batches = -(-count // self.batch_size)
-        while self.consumed < batches:
-            places = torch.arange(self.batch_size) + (self.consumed + self.rank) * self.batch_size
-            self.consumed += self.world_size
+        for first in range(self.consumed, batches, self.world_size):
+            places = torch.arange(self.batch_size) + (first + self.rank) * self.batch_size
+            self.consumed = first + self.world_size
+            if self.consumed >= batches:
+                self.epoch, self.consumed = self.epoch + 1, 0
             chosen, mask = order[places % count], places < count
             inputs = self.inputs[chosen].clone()
             if self.padding is not None:
                 inputs[~mask] = self.padding
             self.stats.samples += int(mask.sum())
             yield {self.name: inputs, "label": self.labels[chosen], "sample_id": chosen, "mask": mask}
-        self.epoch, self.consumed = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "consumed": self.consumed}
