@@ -6,13 +6,14 @@
 | the CPU | memory that is used again | on the CPU, compiled | tensors over the same memory |
 | a GPU | pinned memory | on the GPU, after the copy: images travel as bytes | tensors, in a stream of their own |
 
-Memory is used again only when nobody holds a batch over it any more, so a batch belongs to whoever has it. It counts:
-the first touch of fresh memory takes longer than filling it.
+Memory is lent: it comes back, to be used again, when the array that was handed out over it is finalised, which every
+view, slice and tensor of it keeps alive. So a batch belongs to whoever has it. It counts: the first touch of fresh
+memory takes longer than filling it.
 """
 
 from __future__ import annotations
 
-import sys
+import weakref
 from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
@@ -31,7 +32,6 @@ AnyArray = npt.NDArray[Any]
 
 INPUTS = ("features", "image")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-_FREE = 3  # references to memory that nobody else holds: the list's, the loop's and the question's own
 
 
 class Constants:
@@ -61,8 +61,38 @@ class Constants:
             self.dtype = "float32"
 
 
+class _Memory(np.ndarray[Any, np.dtype[Any]]):
+    """Memory that is lent as plain arrays.
+
+    Its type is the point: views of a plain array refer to what that is a view of, unless it is of another type (as
+    with numpy's memmap). So they refer to the array that was lent.
+    """
+
+
+class _Loan:
+    """Memory and the array over it that is out; entered in a list of free ones again when that one is finalised."""
+
+    __slots__ = ("_free", "_memory", "_out")
+
+    def __init__(self, memory: _Memory, free: list[_Loan]) -> None:
+        self._memory, self._free = memory, free
+        self._out: weakref.ref[AnyArray] | None = None
+
+    def lend(self) -> AnyArray:
+        """An array over the memory, which must be free."""
+        array = self._memory.view(np.ndarray)
+        self._out = weakref.ref(array, self._back)
+        return array
+
+    def _back(self, _: weakref.ref[AnyArray]) -> None:
+        # In whichever thread has dropped it: appending to a list is one step.
+        self._free.append(self)
+
+
 class Buffers:
     """Memory that is used again when nobody holds an array or tensor over it.
+
+    One thread at a time may take; others may drop what they got.
 
     Args:
         limit: Arrays of each shape to keep; what is asked for beyond is fresh.
@@ -71,20 +101,20 @@ class Buffers:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._kept: dict[tuple[tuple[int, ...], str], list[AnyArray]] = {}
+        self._kept: dict[tuple[tuple[int, ...], str], tuple[list[_Loan], list[_Loan]]] = {}
 
     def take(self, shape: tuple[int, ...], dtype: str) -> AnyArray:
         """An array with anything in it."""
-        kept = self._kept.setdefault((shape, dtype), [])
-        for memory in kept:
-            # Arrays and tensors over it each hold a reference to it, also through further views.
-            if sys.getrefcount(memory) == _FREE:
-                return memory.view()
-        memory = np.empty(shape, dtype)
+        pool = self._kept.get((shape, dtype))
+        if pool is None:
+            pool = self._kept[shape, dtype] = ([], [])
+        kept, free = pool
+        if free:
+            return free.pop().lend()
         if len(kept) < self._limit:
-            kept.append(memory)
-            return memory.view()
-        return memory
+            kept.append(_Loan(_Memory(shape, dtype), free))
+            return kept[-1].lend()
+        return np.empty(shape, dtype)
 
 
 class Placement(Protocol):
