@@ -18,6 +18,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from tasks.core import storage
+from tasks.core.errors import VersionConflict
 from tasks.image_augmentation import (
     augment,
     plan_run,
@@ -33,6 +34,8 @@ from tasks.retries import final_unless_transient
 from tasks.runner import ray_runner
 
 DEFAULTS = ImageAugmentationConfig()
+TRIES = 3
+"""Plans of a run while others publish first."""
 
 
 def _run_name() -> str:
@@ -55,14 +58,23 @@ def image_augmentation(config: ImageAugmentationConfig = DEFAULTS) -> list[Publi
     Args:
         config: What to read, augment, check and publish.
 
+    Raises:
+        VersionConflict: other runs published the dataset first, time after time.
+
     """
     with final_unless_transient():
         config = config.model_copy(update={"root": storage.normalise(config.root)})
         sourced = prepare_images.submit(config).result()
-        reservation = reserve_version(sourced, str(flow_run.id))
-        if reservation.committed:  # an earlier attempt of this run got further than here
-            return [committed_version(reservation)]
-        plan = plan_run.submit(sourced, reservation).result()
-        augmented = augment.submit(plan, sourced).result()
-        judged = validate_images.submit(plan, augmented, sourced, run_record()).result()
-        return publish_version(judged, config.root)
+        for _ in range(TRIES):
+            reservation = reserve_version(sourced, str(flow_run.id))
+            if reservation.committed:  # an earlier attempt of this run got further than here
+                return [committed_version(reservation)]
+            plan = plan_run.submit(sourced, reservation).result()
+            augmented = augment.submit(plan, sourced).result()
+            judged = validate_images.submit(plan, augmented, sourced, run_record()).result()
+            if published := publish_version(judged, config.root):
+                return published
+        raise VersionConflict(
+            f"{reservation.dataset}: other runs published first each of {TRIES} times, nothing was published; "
+            "let one run at a time write it, or publish under another --name"
+        )

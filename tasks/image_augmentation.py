@@ -14,6 +14,7 @@ from prefect.cache_policies import NO_CACHE
 
 from tasks.artifacts import progress, publish_table
 from tasks.core import layout, storage, versions
+from tasks.core.errors import Superseded
 from tasks.core.manifest import GateResult, Manifest, RunRecord
 from tasks.core.provenance import code_digest
 from tasks.core.report import DataTable, Picture, Report
@@ -22,7 +23,7 @@ from tasks.images.config import ImageAugmentationConfig
 from tasks.images.gate import class_summary, judge_images, summary_csv
 from tasks.images.pictures import charts, contact_picture, reject_picture, reject_table
 from tasks.images.pipeline import AugmentedImages, augment_images
-from tasks.images.plan import ImagePlan, known_classes, plan_images
+from tasks.images.plan import ImagePlan, plan_images
 from tasks.images.sample import write_sample
 from tasks.images.self_test import self_test
 from tasks.images.split import SPLITS
@@ -98,7 +99,8 @@ def validate_images(
 ) -> JudgedVersion:
     """Judge the dataset against its thresholds and the last version; write its report and show it in Prefect."""
     reservation = augmented.reservation
-    previous = versions.latest(reservation.root, reservation.dataset)
+    # Judged against the version that the classes are carried over from: the commit asks for it to be the latest still.
+    previous = versions.read_manifest(reservation.root, reservation.dataset, plan.base) if plan.base else None
     counts = split_counts(plan, augmented)
     variants = sum(entry.rows for entry in augmented.files)
     gate = judge_images(
@@ -111,11 +113,12 @@ def validate_images(
         ready=augmented.ready,
         class_counts={name: sum(by_split.values()) for name, by_split in counts.items()},
         split_counts=counts,
+        class_ids=plan.classes,
         leaking_groups=augmented.leaking_groups,
         duplicate_ids=augmented.duplicate_ids,
         previous=previous,
     )
-    manifest = _manifest(plan, augmented, config=config, run=run, gate=gate, previous=previous)
+    manifest = _manifest(plan, augmented, config=config, run=run, gate=gate)
     if config.self_test:
         manifest = proven(manifest, lambda: self_test(reservation.root, manifest, config, previous))
     summary = _summary(plan, augmented, config)
@@ -131,12 +134,12 @@ def validate_images(
     manifest = write_report(report, manifest, reservation)
     log = get_run_logger()
     (log.info if gate.verdict == "pass" else log.warning)("%s: verdict %s", reservation.dataset, gate.verdict)
-    return JudgedVersion(reservation, manifest)
+    return JudgedVersion(reservation, manifest, plan.base)
 
 
 @task(name="publish-version", cache_policy=NO_CACHE, **RETRY)
 def publish_version(judged: JudgedVersion, root: str) -> list[PublishedVersion]:
-    """Commit the version.
+    """Commit the version; [] if another run went on first from the same version, so that this one must plan anew.
 
     Called in the flow's own process: a commit is a conditional write, safe to repeat, but not to run in two places.
 
@@ -145,7 +148,11 @@ def publish_version(judged: JudgedVersion, root: str) -> list[PublishedVersion]:
         VersionConflict: another publisher holds the version.
 
     """
-    return publish([judged], root, _CURES)
+    try:
+        return publish([judged], root, _CURES)
+    except Superseded as fault:
+        get_run_logger().warning("%s Planning anew", fault)
+        return []
 
 
 def split_counts(plan: ImagePlan, augmented: AugmentedImages) -> dict[str, dict[str, int]]:
@@ -177,11 +184,10 @@ def _manifest(
     config: ImageAugmentationConfig,
     run: RunRecord,
     gate: GateResult,
-    previous: Manifest | None,
 ) -> Manifest:
     augmentation = config.augmentation
     definition = {
-        "classes": {**known_classes(previous), **plan.classes},
+        "classes": plan.classes,
         "image": {
             "format": config.format,
             "shape": [3, augmentation.size, augmentation.size],

@@ -45,6 +45,8 @@ class JudgedVersion:
 
     reservation: Reservation
     manifest: Manifest
+    base: int | None = None
+    """Version that it carries something over from, as in `versions.commit`."""
 
 
 COMMITTING: list[JudgedVersion] = []
@@ -192,6 +194,7 @@ def publish(judged: Sequence[JudgedVersion], root: str, cures: Mapping[str, str]
     Raises:
         GateFailed: the gate failed a version; it is recorded as rejected, and nothing is published.
         VersionConflict: another publisher holds a version.
+        Superseded: another one was published since the version's base.
 
     """
     failed = [version for version in judged if version.manifest.gate.verdict == "fail"]
@@ -201,7 +204,7 @@ def publish(judged: Sequence[JudgedVersion], root: str, cures: Mapping[str, str]
         raise GateFailed(_why(failed, cures))
     COMMITTING.extend(judged)
     with held():  # Ctrl-C between two commits would publish some of them
-        manifests = [versions.commit(version.reservation, version.manifest) for version in judged]
+        manifests = [versions.commit(version.reservation, version.manifest, version.base) for version in judged]
         for manifest in manifests:
             announce(root, manifest)
     return [published(root, manifest) for manifest in manifests]

@@ -14,6 +14,7 @@ PipelineError
 ├── VersionNotFound (also LookupError)    no such published version
 ├── CredentialsRefused                    the store doesn't accept the credentials: expired, unknown or missing
 ├── VersionConflict                       another publisher holds or has committed this version
+│   └── Superseded                        another publisher went on first from the version that this one began from
 └── CorruptVersion                        a published file is missing or differs from its manifest
 
 Anything else that reaches the user is a fault of the environment (network, disk, a lost worker) or of ours.
@@ -74,6 +75,10 @@ class CredentialsRefused(PipelineError):
 
 class VersionConflict(PipelineError):
     """Another publisher holds or has committed this version."""
+
+
+class Superseded(VersionConflict):
+    """Another publisher went on first from the version that this one began from."""
 
 
 class CorruptVersion(PipelineError):

@@ -15,6 +15,8 @@ from tasks.core.digests import PATTERN
 from tasks.core.errors import BalanceError
 
 MANIFEST_FORMAT = 1
+SUPERSEDED = "superseded"
+"""Check that fails where another run went on first from the same version."""
 
 Verdict = Literal["pass", "warn", "fail"]
 Status = Literal["published", "rejected"]
@@ -226,6 +228,11 @@ class Manifest(Record):
     def rows(self) -> int:
         """Number of rows in the data files."""
         return sum(file.rows for file in self.files)
+
+    @property
+    def superseded(self) -> str | None:
+        """Why the version gave way to another one that began from the same version; None if it didn't."""
+        return next((check.message for check in self.gate.checks if check.name == SUPERSEDED), None)
 
     def as_input(self, uri: str) -> InputRecord:
         """This version as the input of another; `uri` is its directory."""

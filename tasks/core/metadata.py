@@ -52,18 +52,26 @@ def versions_table(root: str, datasets: Iterable[str]) -> pa.Table:
 def write_versions_csv(root: str) -> str:
     """Write `versions_table` of all datasets of the feature store as CSV to its place, replacing the one before.
 
-    Two flows that write at the same time may leave the table of the slower one; the next write completes it.
+    A table that was made before another flow published, and is written after that flow's, would lack its version: so
+    the manifests are read once more after writing, and whoever writes last has seen all of them.
 
     Returns:
         URI of the CSV file.
     """
     uri = layout.join(storage.normalise(root), layout.METADATA)
-    sink = pa.BufferOutputStream()
-    store = layout.join(storage.normalise(root), layout.FEATURE_STORE)
-    datasets = [layout.join(layout.FEATURE_STORE, name) for name in versions.list_datasets(store)]
-    pacsv.write_csv(versions_table(root, datasets), sink)
-    storage.write_bytes(uri, sink.getvalue())
+    table, written = _feature_versions(root), None
+    while table != written:
+        sink = pa.BufferOutputStream()
+        pacsv.write_csv(table, sink)
+        storage.write_bytes(uri, sink.getvalue())
+        table, written = _feature_versions(root), table
     return uri
+
+
+def _feature_versions(root: str) -> pa.Table:
+    store = layout.join(storage.normalise(root), layout.FEATURE_STORE)
+    names = versions.list_datasets(store)
+    return versions_table(root, [layout.join(layout.FEATURE_STORE, name) for name in names])
 
 
 def _json(value: object) -> str | None:

@@ -123,6 +123,8 @@ def resolve(root: str, dataset: str, version: int | Literal["latest"] = "latest"
     if manifest.status != "published":
         report = layout.join(layout.version_uri(root, dataset, version), layout.REPORT_HTML)
         cause = f"{dataset} v{version} was rejected by the quality gate (see {report})"
+        if manifest.superseded is not None:
+            cause = f"{dataset} v{version} wasn't published: {manifest.superseded.rstrip('.')}"
         raise _not_found(root, dataset, cause)
     if withdrawal is not None:
         raise _not_found(root, dataset, f"{dataset} v{version} was {withdrawal}")

@@ -7,17 +7,25 @@
 Why nothing is ever mixed. The conditional create of the manifest is the only deciding step: of any number of attempts
 one succeeds, and the manifest names exactly that attempt's files. Files of an attempt that may still be alive are
 deleted only after the decision, when it can't publish any more; files of dead attempts earlier.
+
+Why no two versions go on from the same one. What a version carries over (the classes' ids) it has from the one that was
+the latest when it was planned, its base. Before it is published, every number between the two is decided: one that
+isn't yet gets a manifest with status 'rejected' by put-if-absent, which its own run then finds in its way. After that
+nothing below can be published any more, and whoever publishes above must decide this number first. So of two runs with
+one base the first publishes, and the other is `Superseded` and plans anew.
 """
 
 from __future__ import annotations
 
+import datetime as dt
 import re
 from collections.abc import Sequence
 
 from tasks.core import layout, storage
-from tasks.core.errors import CorruptVersion, GateFailed, VersionConflict
-from tasks.core.manifest import FileEntry, Manifest
+from tasks.core.errors import CorruptVersion, GateFailed, Superseded, VersionConflict
+from tasks.core.manifest import SUPERSEDED, CheckResult, FileEntry, GateResult, Manifest, RunRecord
 from tasks.core.reading import (
+    PRUNED,
     committed_manifests,
     data_files,
     latest,
@@ -69,12 +77,18 @@ __all__ = [
 _ATTEMPT = re.compile(r"-a([0-9]+)\.")
 
 
-def commit(reservation: Reservation, manifest: Manifest) -> Manifest:
+def commit(reservation: Reservation, manifest: Manifest, base: int | None = None) -> Manifest:
     """Publish what was written under a reservation, or record that the gate rejected it.
 
     Doing it again, after a lost answer or in a retry, gives the manifest that was committed first. Of a version with
     status 'rejected' the data files are deleted, so that no reader that just opens the directory can take them for
     data; the manifest still says what they were, and _rejected/ and the reports stay.
+
+    Args:
+        reservation: What it was written under.
+        manifest: What it is.
+        base: Number of the latest version when this one was planned, 0 for none: it is published only while that is the
+            latest one. None: nothing was carried over, so any other may be published meanwhile.
 
     Returns:
         The manifest as it stands in the store.
@@ -84,6 +98,7 @@ def commit(reservation: Reservation, manifest: Manifest) -> Manifest:
         GateFailed: the gate's verdict is 'fail' but the status is 'published'.
         CorruptVersion: a file that the manifest lists isn't there, or has another size.
         VersionConflict: a newer attempt exists, or another one has committed; it is named.
+        Superseded: a version above `base` was published meanwhile, or is about to be; this one is recorded as rejected.
     """
     assert (manifest.dataset, manifest.version) == (reservation.dataset, reservation.version), "another's manifest"
     assert (manifest.run.flow_run_id, manifest.run.attempt) == (reservation.run_id, reservation.attempt), "other run"
@@ -104,6 +119,8 @@ def commit(reservation: Reservation, manifest: Manifest) -> Manifest:
         kept = (*manifest.rejected_files, *manifest.side_files)
         listed = (*manifest.files, *kept)
         _check_present(reservation, listed if published else kept)
+        if published and base is not None:
+            _go_on_from(base, reservation, manifest)
         discard_attempt_files(reservation, keep=[file.path for file in listed])
         _delete(reservation, _replaced(reservation, [file.path for file in listed]))
         if not published:
@@ -123,15 +140,67 @@ def _decided(reservation: Reservation, data: bytes) -> Manifest | None:
         return None
     manifest = parse_manifest(uri, found, reservation.dataset, reservation.version)
     same_run = manifest.run.flow_run_id == reservation.run_id
-    if found == data or (same_run and (reservation.committed or manifest.run.attempt == reservation.attempt)):
+    given_way = manifest.superseded is not None
+    own = same_run and (reservation.committed or manifest.run.attempt == reservation.attempt)
+    if found == data or (own and not given_way):
         return manifest
     mine = [path for path in orphans(reservation.uri, manifest) if attempt_of(path) == reservation.attempt]
     _delete(reservation, mine)
+    if given_way:
+        raise Superseded(f"{reservation.dataset} v{reservation.version}: {manifest.superseded}")
     raise VersionConflict(
         f"{reservation.dataset} v{reservation.version} was committed by attempt {manifest.run.attempt} of run "
         f"{manifest.run.flow_run_id!r} at {manifest.created_at.isoformat()}, not by attempt {reservation.attempt} of "
         f"run {reservation.run_id!r}: reserve again to publish a further version"
     )
+
+
+def _go_on_from(base: int, reservation: Reservation, manifest: Manifest) -> None:
+    """Make sure that nothing above the base is published, nor can be before this version; else record it as rejected.
+
+    Raises:
+        Superseded: there is such a version.
+    """
+    run = RunRecord(flow_run_id=reservation.run_id, attempt=reservation.attempt)
+    first = f"Run {reservation.run_id} went on first from {_named(base)}, with v{reservation.version}."
+    for number in range(base + 1, reservation.version):
+        uri = layout.join(layout.version_uri(reservation.root, reservation.dataset, number), layout.MANIFEST)
+        chain = () if storage.exists(uri) else attempts(reservation.root, reservation.dataset, number)
+        if not storage.exists(uri) and not (chain and chain[-1].run_id == PRUNED):
+            closed = Manifest(
+                dataset=reservation.dataset,
+                version=number,
+                status="rejected",
+                created_at=dt.datetime.now(dt.UTC),
+                files=(),
+                columns=(),
+                balances=(),
+                profile={},
+                gate=_given_way(first),
+                inputs=(),
+                config={},
+                code_digest="",
+                packages={},
+                run=run,
+            )
+            storage.put_if_absent(uri, closed.model_dump_json(indent=2).encode())
+    newest = latest(reservation.root, reservation.dataset)
+    if newest is not None and newest.version > base:
+        message = f"It began from {_named(base)}, and v{newest.version} was published meanwhile."
+        gate = _given_way(message, *manifest.gate.checks)
+        commit(reservation, manifest.model_copy(update={"status": "rejected", "gate": gate}))
+        raise Superseded(f"{reservation.dataset} v{reservation.version}: {message}")
+
+
+def _named(base: int) -> str:
+    return f"v{base}" if base else "no version"
+
+
+def _given_way(message: str, *others: CheckResult) -> GateResult:
+    check = CheckResult(
+        name=SUPERSEDED, verdict="fail", bound="no version was published since its planning", message=message
+    )
+    return GateResult(verdict="fail", checks=(*others, check))
 
 
 def discard_attempt_files(reservation: Reservation, keep: Sequence[str] = ()) -> list[str]:

@@ -38,6 +38,7 @@ def judge_images(
     ready: int,
     class_counts: Mapping[str, int],
     split_counts: Mapping[str, Mapping[str, int]],
+    class_ids: Mapping[str, int],
     leaking_groups: int,
     duplicate_ids: int,
     previous: Manifest | None,
@@ -58,6 +59,7 @@ def judge_images(
         ready: Training-ready rows.
         class_counts: Images that were augmented, by class; a class that was known but has none counts as 0.
         split_counts: The same images by class, then split.
+        class_ids: Id of each known class.
         leaking_groups: Groups of images that belong together and are in several splits.
         duplicate_ids: Rows whose image_id another row has too.
         previous: Manifest of the last published version, if there is one.
@@ -75,6 +77,7 @@ def judge_images(
     expected = {field.name: _described(field) for field in rows_schema(config, max(classes, 1))}
     checks += quality.check_schema({field.name: _described(field) for field in schema}, expected)
     checks.append(quality.check_unique("image_id", duplicate_ids))
+    checks.append(_distinct_ids(class_ids))
     accounts = [
         RowBalance(name="variants", rows_in=images * config.augmentation.variants, rows_out=variants),
         RowBalance(name="data files", rows_in=variants, rows_out=profile.rows),
@@ -182,6 +185,16 @@ def _described(field: pa.Field) -> str:
     """Type of a column, with what its metadata says: 3 × 224² of uint8 and 3 × 112² of float32 are the same bytes."""
     metadata = field.metadata or {}
     return " ".join([str(field.type), *(metadata[key].decode() for key in (TENSOR, ENCODED) if key in metadata)])
+
+
+def _distinct_ids(class_ids: Mapping[str, int]) -> CheckResult:
+    shared = len(class_ids) - len(set(class_ids.values()))
+    message = "Every class has an id of its own."
+    if shared:
+        owners = Counter(class_ids.values())
+        names = sorted(name for name, number in class_ids.items() if owners[number] > 1)
+        message = f"{plural(len(names), 'class', 'classes')} share an id with another: {', '.join(names[:5])}."
+    return quality.at_most("unique", "class_id", shared, (0, 0), message)
 
 
 def _class_balance(config: ImageAugmentationConfig, counts: Mapping[str, int]) -> CheckResult:

@@ -7,7 +7,7 @@ own share and the driver holds nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.core import layout, storage
+from tasks.core.errors import CorruptVersion
 from tasks.core.hashing import stable_hash
 from tasks.core.manifest import FileEntry, InputRecord, Manifest, RowBalance
 from tasks.core.provenance import code_digest, package_versions
@@ -58,6 +59,8 @@ class ImagePlan:
     """A planned run; the images themselves stand in the file at `uri`."""
 
     reservation: Reservation
+    base: int
+    """Number of the version that the classes' ids are carried over from; 0 for none."""
     uri: str
     images: int
     images_per_unit: int
@@ -84,6 +87,7 @@ def plan_images(config: ImageAugmentationConfig, reservation: Reservation, previ
         previous: Manifest of the last published version: its classes keep their ids.
 
     Raises:
+        CorruptVersion: the last version gives one id to two classes.
         SourceError: images or labels are missing or unreadable, or don't belong together.
 
     """
@@ -95,7 +99,7 @@ def plan_images(config: ImageAugmentationConfig, reservation: Reservation, previ
         else None
     )
     joined = join_labels(listing, labels, config.classes)
-    classes = assign_class_ids(joined.images["class_name"].unique().to_pylist(), known_classes(previous))
+    classes = _class_ids(joined.images["class_name"].unique().to_pylist(), previous, reservation.root)
     rows = _rows(joined.images, classes, config)
     inputs = [listing.record()]
     if config.labels and labels is not None:
@@ -110,6 +114,7 @@ def plan_images(config: ImageAugmentationConfig, reservation: Reservation, previ
             stream.write(unit)
     return ImagePlan(
         reservation=reservation,
+        base=previous.version if previous is not None else 0,
         uri=uri,
         images=rows.num_rows,
         images_per_unit=config.images_per_file,
@@ -125,6 +130,18 @@ def plan_images(config: ImageAugmentationConfig, reservation: Reservation, previ
 def known_classes(manifest: Manifest | None) -> dict[str, int]:
     """Class ids of a version by name, as its manifest keeps them."""
     return dict(manifest.definition.get("classes", {})) if manifest is not None else {}
+
+
+def _class_ids(names: Sequence[str], previous: Manifest | None, root: str) -> dict[str, int]:
+    try:
+        return assign_class_ids(names, known_classes(previous))
+    except CorruptVersion as fault:
+        assert previous is not None, "nothing else can be wrong"
+        raise CorruptVersion(
+            f"{previous.dataset} v{previous.version}: {fault}. Withdraw it, and the next run goes on from the version "
+            f"before it: python3 -m flows.feature_store rollback {previous.dataset} v{previous.version} --force "
+            f"--root {root}"
+        ) from fault
 
 
 def read_unit(uri: str, unit: int) -> pa.Table:

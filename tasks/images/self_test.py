@@ -86,6 +86,7 @@ class _Trial:
             ready=_total(written["ready"]),
             class_counts={name: sum(by_split.values()) for name, by_split in counts.items()},
             split_counts=counts,
+            class_ids=self.classes,
             leaking_groups=leaking_groups(groups, splits),
             duplicate_ids=repeated_keys(stable_hash(table["image_id"])),
             previous=self.previous,
@@ -292,11 +293,20 @@ def _column_faults(trial: _Trial, rows: _Rows) -> Iterator[Fault]:
         aims=(f"range of {SCORE}",),
         judge=judged(lambda r: replace(r, table=injection.with_values(r.table, "mean_score", 1.5))),
     )
-    first = rows.schema.names[0]
+    names = list(trial.classes)
+    shared = {names[-1]: trial.classes[names[0]]} if len(names) > 1 else {}
+    yield Fault(
+        name="shared class id",
+        injected=f"Class {', '.join(shared)} was given the id of another class.",
+        aims=("unique of class_id",),
+        judge=(lambda: replace(trial, classes={**trial.classes, **shared}).judge(rows)) if shared else None,
+        why_not="There are no two classes.",
+    )
+    column = rows.schema.names[0]
     yield Fault(
         name="schema",
-        injected=f"Column {first} was left out.",
-        aims=(f"schema of {first}",),
+        injected=f"Column {column} was left out.",
+        aims=(f"schema of {column}",),
         judge=judged(lambda r: replace(r, schema=r.schema.remove(0))),
     )
     place = rows.schema.get_field_index("class_id")

@@ -6,6 +6,8 @@ import csv
 import io
 import json
 
+import pytest
+
 from tasks.core import layout, metadata, storage, versions
 from tests.core.publishing import DATASET, PARTS, ROWS, manifest_of, publish, write
 
@@ -57,3 +59,18 @@ def test_the_csv_is_written_anew_from_the_manifests(root: str) -> None:
     assert (row["version"], row["status"], row["record_count"]) == ("1", "rejected", str(ROWS * PARTS))
     assert json.loads(row["thresholds"]) == {"nulls": 0.1, "drift": 0.2}
     assert training_set["dataset"] == "feature-store/training-ready/churn"
+
+
+def test_a_version_published_while_the_csv_is_written_is_in_it(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(root, "first")
+    write_bytes, late = storage.write_bytes, ["late"]
+
+    def overtaken(uri: str, data: bytes) -> None:
+        if late:  # another flow publishes, and writes its table before the one that was made without it
+            publish(root, late.pop())
+            metadata.write_versions_csv(root)
+        write_bytes(uri, data)
+
+    monkeypatch.setattr(storage, "write_bytes", overtaken)
+    text = storage.read_bytes(metadata.write_versions_csv(root)).decode()
+    assert [row["version"] for row in csv.DictReader(io.StringIO(text))] == ["1", "2"]

@@ -21,9 +21,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.core import layout, storage, versions
-from tasks.core.errors import BalanceError, ConfigError, CorruptVersion, GateFailed, VersionConflict, VersionNotFound
+from tasks.core.errors import (
+    BalanceError,
+    ConfigError,
+    CorruptVersion,
+    GateFailed,
+    Superseded,
+    VersionConflict,
+    VersionNotFound,
+)
 from tasks.core.manifest import Manifest, ReportDigest
 from tasks.core.stream import ParquetStream
+from tasks.core.withdrawal import withdraw
 from tests.core import publishing
 from tests.core.publishing import DATASET, PARTS, ROWS, manifest_of, publish, table, write
 
@@ -674,3 +683,87 @@ def test_an_altered_manifest_is_corrupt(tmp_path: Path, change: dict[str, Any], 
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CorruptVersion, match=message):
         versions.read_manifest(str(tmp_path), DATASET, 1)
+
+
+# Versions that go on from the one before
+
+
+def begun(root: str, run_id: str) -> Callable[[], Manifest]:
+    """A version that is written and only has to be committed, on the latest there is now."""
+    newest = versions.latest(root, DATASET)
+    reservation = versions.reserve(root, DATASET, run_id)
+    manifest = manifest_of(reservation, write(reservation))
+    return lambda: versions.commit(reservation, manifest, newest.version if newest is not None else 0)
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["the lower number first", "the higher number first"])
+def test_of_two_runs_with_one_base_the_first_publishes_and_the_other_plans_anew(root: str, first: int) -> None:
+    publish(root, "base")
+    runs = [begun(root, "a"), begun(root, "b")]
+    winner, loser = runs[first], runs[1 - first]
+    number = winner().version
+    for _ in range(2):  # also a commit that is repeated
+        with pytest.raises(Superseded, match=r"began from v1|went on first from v1"):
+            loser()
+    assert versions.published_versions(root, DATASET) == [1, number]
+    assert {path for path in files_of(root, 5 - number) if path.startswith("part")} == set(), "data of no version"
+    with pytest.raises(VersionNotFound, match=rf"v{5 - number} wasn't published: "):
+        versions.resolve(root, DATASET, 5 - number)
+    again = begun(root, "ab"[1 - first])
+    assert again().version == 4
+    assert [assert_whole(root, version) for version in (number, 4)] == ["ab"[first], "ab"[1 - first]]
+
+
+def test_what_was_rejected_withdrawn_or_pruned_since_the_base_is_no_obstacle(root: str) -> None:
+    publish(root, "base")
+    last = begun(root, "last")  # v2; all that follows is done before it commits
+    failed = versions.reserve(root, DATASET, "failed")
+    versions.commit(failed, manifest_of(failed, write(failed), status="rejected", verdict="fail"))
+    publish(root, "withdrawn")
+    withdraw(root, DATASET, 4, "wrong", "me")
+    assert last().version == 2
+    assert versions.published_versions(root, DATASET) == [1, 2]
+
+
+OPERATIONS = ("put_if_absent", "exists", "read_bytes", "read_many", "list_directories", "list_files", "delete")
+
+
+@pytest.mark.parametrize("outer", [0, 1], ids=["the lower is interrupted", "the higher is interrupted"])
+def test_two_runs_with_one_base_never_both_publish_wherever_one_overtakes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outer: int
+) -> None:
+    for step in range(1000):
+        root = str(tmp_path / str(step))
+        publish(root, "base")
+        runs = [begun(root, "a"), begun(root, "b")]
+        left, results = [step], list[str]()
+
+        def attempt(run: Callable[[], Manifest], results: list[str] = results) -> None:
+            try:
+                results.append(run().run.flow_run_id)
+            except Superseded:
+                results.append("superseded")
+
+        def watched(name: str, runs: list[Callable[[], Manifest]] = runs, left: list[int] = left) -> Callable[..., Any]:
+            operation = getattr(storage, name)
+
+            def call(*arguments: Any, **options: Any) -> Any:
+                left[0] -= 1
+                if left[0] == -1:
+                    attempt(runs[1 - outer])
+                return operation(*arguments, **options)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in OPERATIONS:
+                patch.setattr(storage, name, watched(name))
+            attempt(runs[outer])
+        if left[0] >= 0:  # the whole commit took fewer steps
+            assert step > 10, "nothing was interrupted"
+            return
+        assert len(results) == 2
+        assert results.count("superseded") == 1, f"at step {step}: {results}"
+        [winner] = [result for result in results if result != "superseded"]
+        [published] = [n for n in versions.published_versions(root, DATASET) if n != 1]
+        assert assert_whole(root, published) == winner

@@ -49,6 +49,7 @@ EXPECTED = {
     "worse pictures": ("refused", "drift of data_quality_score"),
     "range": ("refused", "range of class_id"),
     "score range": ("refused", "range of data_quality_score"),
+    "shared class id": ("refused", "unique of class_id"),
     "schema": ("refused", "schema of image_id"),
     "other type": ("refused", "compatibility of class_id"),
 }
@@ -195,7 +196,7 @@ def test_scores_that_are_all_perfect_still_show_worse_pictures(tmp_path: Path) -
 def test_one_class_leaves_some_faults_without_a_place(tmp_path: Path) -> None:
     results = outcomes(tmp_path, originals({"cat": 300}))
     without = {name for name, result in results.items() if result.outcome == "not applicable"}
-    assert without == {"rare class", "missing class", "shift"}
+    assert without == {"rare class", "missing class", "shift", "shared class id"}
 
 
 def test_a_large_table_of_originals_is_sampled_the_same_each_time(tmp_path: Path) -> None:
