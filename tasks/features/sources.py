@@ -339,6 +339,11 @@ def _inspect_file(name: str, info: storage.FileInfo) -> SourceFile:
             f"{name}: {info.uri} can't be read as {info.uri.rpartition('.')[2]}: {str(fault).splitlines()[0]}; "
             f"it may be cut short, of another format, or not in UTF-8"
         ) from fault
+    except FileNotFoundError as fault:
+        raise SourceError(
+            f"{name}: {info.uri} isn't there: it is a link that leads nowhere, or was removed since it was listed; "
+            "fetch what the link names (as 'git annex get' and 'dvc pull' do), or remove it"
+        ) from fault
     names = file.schema.names
     if twice := sorted({column for column in names if names.count(column) > 1}):
         raise SourceError(f"{name}: {info.uri} has several columns named '{twice[0]}'; rename or remove one of them")

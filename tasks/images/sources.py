@@ -7,10 +7,10 @@ What becomes of odd files:
 
 | file | becomes |
 |---|---|
-| name, or directory on the way to it, that begins with '.' or '_' | not listed, not counted |
+| name, or directory on the way to it, that a system or a tool keeps beside files (`JUNK`) | filtered, `junk` |
 | suffix of a table, text, program, archive or array (`NOT_IMAGES`, in any case) | filtered, `not_image_suffix` |
 | name not in UTF-8, with control characters, of over 1,024 characters, or with '..' on S3 | rejected, `bad_name` |
-| pipe, socket or device | rejected, `not_a_file` |
+| pipe, socket, device, or link that leads nowhere | rejected, `not_a_file` |
 | same name but for the suffix: x.png and x.jpg | all rejected, `duplicate_id` |
 """
 
@@ -56,6 +56,18 @@ NOT_IMAGES = (
     *(".py", ".zip", ".tar", ".gz", ".npy", ".npz", ".mat", ".pdf"),
 )
 NOT_IMAGE_SUFFIX = "not_image_suffix"
+JUNK = frozenset(
+    {
+        *(".ds_store", ".appledouble", ".lsoverride", ".spotlight-v100", ".fseventsd", ".trashes", "__macosx"),
+        *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
+        *(".directory", ".nomedia", ".thumbnails", "@eadir", "lost+found"),
+        *(".git", ".gitignore", ".gitattributes", ".gitkeep", ".gitmodules", ".dvc", ".dvcignore", ".svn", ".hg"),
+        *(".ipynb_checkpoints", "__pycache__", ".cache", "_success", "_temporary"),
+    }
+)
+"""Names, in lower case, of files and directories that aren't the user's."""
+_JUNK_STARTS = ("._", ".trash-", ".nfs", ".fuse_hidden")
+_JUNK = "junk"
 LONGEST_PATH = 1024
 NAMED = 3  # names that a message lists before it says 'and n more'
 
@@ -113,12 +125,14 @@ def list_images(uri: str) -> ImageListing:
     root = storage.normalise(uri)
     infos = _list(root)
     base = _base(root, infos)
-    images = [info for info in infos if not info.uri.lower().endswith(NOT_IMAGES)]
+    wanted = [info for info in infos if not _is_junk(info.uri[len(base) :])]
+    images = [info for info in wanted if not info.uri.lower().endswith(NOT_IMAGES)]
     if not images:
         raise SourceError(
             f"images '{shown(uri)}': none of its {plural(len(infos), 'file')} can be an image, "
             f"such as {shown(infos[0].uri)}; give the directory or prefix of the images"
         )
+    left_out = {_JUNK: len(infos) - len(wanted), NOT_IMAGE_SUFFIX: len(wanted) - len(images)}
     names = [info.uri for info in images]
     frame = pl.DataFrame(
         {
@@ -136,14 +150,19 @@ def list_images(uri: str) -> ImageListing:
     kept, rejected = _set_duplicates_apart(frame.filter(pl.col("reason").is_null()))
     odd = frame.filter(pl.col("reason").is_not_null()).with_columns(detail=pl.col("reason").replace_strict(_DETAILS))
     rejected = pl.concat([rejected, odd.select(rejected.columns)]).sort("uri", "path")
-    filtered = {NOT_IMAGE_SUFFIX: len(infos) - len(images)} if len(infos) > len(images) else {}
     return ImageListing(
         uri=shown(root),
         base=shown(base),
         table=as_table(kept, LISTING),
         rejected=as_table(rejected, REJECTED_IMAGES),
-        filtered=filtered,
+        filtered={reason: count for reason, count in left_out.items() if count},
     )
+
+
+def _is_junk(path: str) -> bool:
+    """Whether a file, or a directory on the way to it, is one that systems and tools keep beside the user's."""
+    parts = path.lower().split("/")
+    return storage.is_temporary(path) or any(part in JUNK or part.startswith(_JUNK_STARTS) for part in parts)
 
 
 def shown(text: str) -> str:
@@ -173,7 +192,7 @@ def as_frame(table: pa.Table) -> pl.DataFrame:
 
 def _list(root: str) -> list[storage.FileInfo]:
     try:
-        infos = storage.list_files(root)
+        infos = storage.list_files(root, include_hidden=True, each_path=True)
         there = bool(infos) or storage.exists(root)
     except OSError as fault:
         if is_transient(fault):
@@ -184,7 +203,7 @@ def _list(root: str) -> list[storage.FileInfo]:
     if infos:
         return infos
     if there:
-        cause, cure = "no file is in it or below (names that begin with '.' or '_' don't count)", "put images there"
+        cause, cure = "no file is in it or below", "put images there"
     elif glob.has_magic(root):
         cause, cure = "nothing matches", "correct the pattern"
     else:
@@ -204,7 +223,8 @@ def _base(root: str, infos: Sequence[storage.FileInfo]) -> str:
 _DETAILS = {
     "bad_name": f"the name isn't UTF-8, has control characters, is longer than {LONGEST_PATH:,} characters, or would "
     "be read as another object's ('..', '?versionId='); rename",
-    "not_a_file": "a pipe, a socket or a device; remove it",
+    "not_a_file": "a link that leads nowhere (fetch what it names, as 'git annex get' and 'dvc pull' do), a pipe, a "
+    "socket or a device; or remove it",
 }
 
 

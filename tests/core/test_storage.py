@@ -283,13 +283,32 @@ def test_a_name_with_glob_characters_is_found_as_it_is(tmp_path: Path) -> None:
     assert names(storage.list_files(str(tmp_path / "a[1].csv")), str(tmp_path)) == ["a[1].csv"]
 
 
-def test_links_are_followed_once(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
+@pytest.mark.parametrize("pattern", ["link", "link/**"])
+def test_each_directory_is_listed_once_without_links_back_and_links_to_nowhere_are_seen(
+    tmp_path: Path, pattern: str
+) -> None:
+    (tmp_path / "data" / "2024").mkdir(parents=True)
     (tmp_path / "data" / "x.csv").write_bytes(b"")
-    (tmp_path / "data" / "up").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "2024" / "y.csv").write_bytes(b"rows")
+    (tmp_path / "data" / "2024" / "up").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "a-latest").symlink_to(tmp_path / "data" / "2024")
     (tmp_path / "data" / "broken").symlink_to(tmp_path / "none")
+    (tmp_path / "data" / "ring").symlink_to("ring")
     (tmp_path / "link").symlink_to(tmp_path / "data")
-    assert names(storage.list_files(str(tmp_path / "link")), str(tmp_path)) == ["link/x.csv"]
+    found = storage.list_files(str(tmp_path / pattern))
+    assert names(found, str(tmp_path)) == ["link/2024/y.csv", "link/broken", "link/ring", "link/x.csv"]
+    assert [info.bytes for info in found] == [4, 0, 0, 0]
+    below = storage.list_files(str(tmp_path / "data"), (".csv",))
+    assert names(below, str(tmp_path)) == ["data/2024/y.csv", "data/x.csv"], "rows would count twice"
+
+
+def test_a_directory_of_tables_is_read_without_what_writers_leave_beside_them(root: str) -> None:
+    """Spark's marks and summaries, and what our own versions have beside their data."""
+    own = ["_manifest.json", "_reservation.json", "_rejected/transactions-00000.parquet", "_originals/a1.parquet"]
+    spark = ["_SUCCESS", "_metadata", "_common_metadata", "_temporary/0/part-1.parquet", ".part-0.parquet.crc"]
+    for name in ("part-0.parquet", *own, *spark):
+        storage.write_bytes(join(root, name), b"x")
+    assert names(storage.list_files(root), root) == ["part-0.parquet"]
 
 
 # Tables

@@ -298,3 +298,10 @@ def test_times_of_parquet_stay_times(tmp_path: Path) -> None:
         "events", write(tmp_path, x__parquet=pa.table({"at": pa.array([moment], pa.timestamp("ns", "UTC"))}))
     )
     assert rows_of(table, ("at",)) == [(moment,)]
+
+
+def test_a_link_that_leads_nowhere_is_no_file_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"id\n1\n")
+    (tmp_path / "b.csv").symlink_to(tmp_path / "none.csv")
+    with pytest.raises(SourceError, match=r"events: .*b\.csv isn't there: it is a link that leads nowhere.*dvc pull"):
+        inspect("events", str(tmp_path))
