@@ -73,7 +73,9 @@ def prepare_sources(config: FeatureStoreConfig) -> FeatureStoreConfig:
 @task(name="plan-features", cache_policy=NO_CACHE, **RETRY)
 def plan_sources(config: FeatureStoreConfig, started: dt.datetime) -> list[FeaturePlan]:
     """Look at all sources and decide what is read, joined and computed."""
-    plans = plan_features(with_uris(declared(config), config), config, expand(config.as_of) or (started,))
+    plans = plan_features(
+        with_uris(declared(config), config), config, expand(config.as_of, config.timezone) or (started,)
+    )
     if config.incremental:
         plans = [with_state(plan, config.root) for plan in plans]
     for plan in plans:

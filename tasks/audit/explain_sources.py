@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import polars as pl
-import pyarrow as pa
 
 from tasks.audit.explain_rows import is_whole
 from tasks.core import storage
 from tasks.core.errors import PipelineError
 from tasks.core.manifest import InputFile, InputRecord, Manifest
+from tasks.core.missing import missing_values
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Definitions, DimensionSource, EventSource
 from tasks.features.loading import is_yaml, load_definitions
-from tasks.features.plan import names_in_files, with_uris
+from tasks.features.plan import key_type_of, names_in_files, units_of, with_uris
 from tasks.features.rows import REASON, ColumnPlan, KeyType, RowPlan, judge
-from tasks.features.sources import ReadUnit, SourceFile, SourceTable, inspect_files, read, read_units
+from tasks.features.settling import settled
+from tasks.features.sources import ReadUnit, SourceTable, inspect_files, read
 from tasks.features.standard import STANDARD
 
 State = Literal["unchanged", "changed since", "gone"]
@@ -35,8 +36,9 @@ _ROWS_AT_ONCE = 1  # row groups are looked into one by one
 
 @dataclass(frozen=True, slots=True)
 class FileNow:
-    """A file that a version was made from, and what has become of it; info is None where it is gone."""
+    """A file of a source that a version was made from, and what has become of it; info is None where it is gone."""
 
+    source: str
     recorded: InputFile
     state: State
     info: storage.FileInfo | None
@@ -53,9 +55,9 @@ def files_now(record: InputRecord) -> list[FileNow]:
     def look(file: InputFile) -> FileNow:
         infos = [info for info in storage.list_files(file.uri, include_hidden=True) if info.uri == file.uri]
         if not infos:
-            return FileNow(file, "gone", None)
+            return FileNow(record.uri, file, "gone", None)
         same = infos[0].bytes == file.bytes and storage.fingerprint(infos[0]) == file.fingerprint
-        return FileNow(file, "unchanged" if same else "changed since", infos[0])
+        return FileNow(record.uri, file, "unchanged" if same else "changed since", infos[0])
 
     with ThreadPoolExecutor(_READERS) as pool:
         return list(pool.map(look, record.files))
@@ -92,13 +94,12 @@ def rows_of_key(now: FileNow, plan: RowPlan, key: str, value: int | str) -> Keye
 
     """
     assert now.info is not None, "what is gone can't be read"
-    (file,) = inspect_files(plan.source, now.info.uri, [now.info]).files
+    (file,) = inspect_files(plan.source, now.source, [now.info]).files
     key_column = next(column for column in plan.columns if column.name == key)
     by_key = replace(plan, columns=(replace(key_column, required=False),), time=None, as_of=None, reject_negative=())
     found = KeyedRows(_nothing(plan))
     parts = []
-    columns = tuple(dict.fromkeys(column.source_name for column in plan.columns))
-    for unit in _pieces(file, plan, columns):
+    for unit in units_of(SourceTable(plan.source, now.source, (file,)), plan, _ROWS_AT_ONCE):
         found.of_groups += 1
         if not _has(unit, by_key, key_column.source_name, key, value):
             continue
@@ -114,10 +115,6 @@ def rows_of_key(now: FileNow, plan: RowPlan, key: str, value: int | str) -> Keye
     if parts:
         found.kept = pl.concat([found.kept, *parts], how="vertical_relaxed")
     return found
-
-
-def _pieces(file: SourceFile, plan: RowPlan, columns: Sequence[str]) -> Iterator[ReadUnit]:
-    yield from read_units(SourceTable(plan.source, file.info.uri, (file,)), columns, _ROWS_AT_ONCE)
 
 
 def _has(unit: ReadUnit, by_key: RowPlan, source_name: str, key: str, value: int | str) -> bool:
@@ -168,14 +165,19 @@ def event_plan(declared: Declared, source: EventSource, entity: str, manifest: M
     """How the events of a source are read, as far as it decides which rows of an entity count."""
     config = declared.config
     amount = config.negative_amounts == "reject" and "amount" in source.columns
+    missing = missing_values(config.null_values)
+    keys = [source.mapping.get(ours, ours) for ours, spec in source.columns.items() if spec.kind == "key"]
+    table = settled(table, [theirs for theirs in keys if table.has(theirs)], missing)
     columns = []
     mapping = names_in_files(source, table)
     for ours, spec in source.columns.items():
         theirs = mapping.get(ours, ours)
         needed = spec.required or ours in (entity, source.time) or (amount and ours == "amount")
         if needed and all(theirs in file.schema.names for file in table.files):
-            kind = _key_type(manifest, entity) if ours == entity else _file_key_type(table, theirs)
-            plan = ColumnPlan(name=ours, source_name=theirs, kind=spec.kind, required=spec.required, key_type=kind)
+            kind = _key_type(manifest, entity) if ours == entity else key_type_of(table, theirs)
+            plan = ColumnPlan(
+                name=ours, source_name=theirs, kind=spec.kind, required=spec.required, key_type=kind or "string"
+            )
             columns.append(plan)
     return RowPlan(
         source=source.name,
@@ -185,6 +187,7 @@ def event_plan(declared: Declared, source: EventSource, entity: str, manifest: M
         timezone=config.timezone,
         epoch_unit=config.epoch_unit,
         reject_negative=("amount",) if amount and any(column.name == "amount" for column in columns) else (),
+        missing=missing,
     )
 
 
@@ -194,16 +197,11 @@ def dimension_plan(source: DimensionSource, manifest: Manifest) -> RowPlan:
     key = ColumnPlan(
         name=source.key, source_name=theirs, kind="key", required=True, key_type=_key_type(manifest, source.key)
     )
-    return RowPlan(source=source.name, columns=(key,))
+    return RowPlan(source=source.name, columns=(key,), missing=missing_values(manifest.config.get("null_values")))
 
 
 def _key_type(manifest: Manifest, column: str) -> KeyType:
     return "int64" if is_whole(manifest, column) else "string"
-
-
-def _file_key_type(table: SourceTable, column: str) -> KeyType:
-    kind = table.type_of(column)
-    return "int64" if pa.types.is_integer(kind) or pa.types.is_floating(kind) else "string"
 
 
 def table_of(record: InputRecord, files: Sequence[FileNow]) -> SourceTable | None:

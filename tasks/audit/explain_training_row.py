@@ -27,6 +27,7 @@ from tasks.audit.explained import Explanation, Section, explanation
 from tasks.core import layout
 from tasks.core.errors import PipelineError
 from tasks.core.manifest import Manifest
+from tasks.core.missing import missing_values
 from tasks.core.own_columns import EVENT_TIME, TARGET
 from tasks.delivery.config import DeliveryConfig
 from tasks.features.rows import ColumnPlan, RowPlan
@@ -139,6 +140,7 @@ def _from_table(manifest: Manifest, key: tuple[str, int | str], row: Mapping[str
         time=EVENT_TIME,
         timezone=manifest.config["timezone"],
         epoch_unit=manifest.config["epoch_unit"],
+        missing=missing_values(manifest.config.get("null_values")),
     )
     rows = []
     for now in files_now(record):

@@ -59,7 +59,6 @@ from tasks.features.stages import (
     read_and_judge,
     snapshots_of,
     unique_dimension_rows,
-    units_of,
 )
 from tasks.features.state import FILE, StateLink, in_order, read_kept
 from tasks.features.tallies import Tally
@@ -125,7 +124,9 @@ class _Again:
         keys = frame_of(sampled.select([self.entity])).unique()
         features = snapshots_of(planned, self._events(plan, planned, keys), plan.time, plan.as_of)
         if planned.dimension is not None:
-            read = (read_and_judge(planned.dimension, unit)[0] for unit in units_of(planned.dimension, plan))
+            read = (
+                read_and_judge(planned.dimension, unit)[0] for unit in planned.dimension.units(plan.rows_per_bucket)
+            )
             rows, _ = unique_dimension_rows(pl.concat(only_of(one, keys) for one in read), self.entity, Tally())
             features = join_dimension(planned.group, features, rows, self._config.join).kept
         features = stamped(features, created_of(self._manifest), self._manifest.version)
@@ -159,7 +160,7 @@ class _Again:
         numbers = {file.info.uri: file.number for file in self._sources.files[source.name] if file.info is not None}
         lookups = lookup_tables(plan)
         frames = []
-        for unit in units_of(source, plan):
+        for unit in source.units(plan.rows_per_bucket):
             rows, _, _ = read_and_judge(source, unit, numbers[unit.uri])
             rows = looked_up(rows, plan.lookups, lookups).select(*planned.columns, FILE)
             frames.append(only_of(rows, keys))

@@ -32,6 +32,7 @@ from tasks.audit.replay_tables import causes_of, config_of, frame_of
 from tasks.core import layout
 from tasks.core.errors import CorruptVersion, SourceError
 from tasks.core.manifest import FileEntry, Manifest
+from tasks.core.missing import missing_values
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.draws import image_keys
 from tasks.images.label_file import read_labels
@@ -162,7 +163,8 @@ class _Again:
             labels = None
             if "labels" in records:
                 where = records["labels"].files[0].uri
-                labels = read_labels(where, config.id_column, config.class_column, config.group_column)
+                missing = missing_values(config.null_values)
+                labels = read_labels(where, config.id_column, config.class_column, config.group_column, missing)
             joined = frame_of(join_labels(listing, labels, config.classes).images)
         except SourceError as fault:
             text = f"the images can't be listed and labelled again: {fault}"

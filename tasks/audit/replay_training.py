@@ -37,11 +37,11 @@ from tasks.core.manifest import Manifest
 from tasks.core.own_columns import EVENT_TIME, TARGET
 from tasks.core.partition import bucket_of
 from tasks.features.config import FeatureStoreConfig
-from tasks.features.kinds import polars_type
 from tasks.features.loading import declared
 from tasks.features.parts import to_arrow
 from tasks.features.plan import with_uris
 from tasks.features.stages import looked_up, read_and_judge
+from tasks.features.texts import polars_type
 from tasks.serving.asof import join_asof
 from tasks.serving.definition import Label, Pin
 from tasks.serving.history import History, history_among, read_bucket

@@ -6,6 +6,7 @@ import datetime as dt
 import re
 from collections.abc import Iterable
 from typing import Annotated
+from zoneinfo import ZoneInfo
 
 import polars as pl
 from pydantic import AfterValidator, BeforeValidator
@@ -32,7 +33,10 @@ def _canonical(values: tuple[str, ...]) -> tuple[str, ...]:
 
 def _spelled(text: str) -> str:
     text = text.strip()
-    return text if _STEP.fullmatch(text) else _parse(text).isoformat()
+    if _STEP.fullmatch(text):
+        return text
+    moment = _parse(text)
+    return (moment if moment.tzinfo is None else moment.astimezone(dt.UTC)).isoformat()
 
 
 def _parse(text: str) -> dt.datetime:
@@ -42,30 +46,43 @@ def _parse(text: str) -> dt.datetime:
         raise ValueError(
             f"'{text.strip()}' is no time; write ISO 8601 such as 2024-12-31 or 2024-12-31T12:00Z"
         ) from fault
-    return moment.replace(tzinfo=dt.UTC) if moment.tzinfo is None else moment.astimezone(dt.UTC)
+    return moment
 
 
-def expand(values: Iterable[str]) -> tuple[dt.datetime, ...]:
+def _local(moment: dt.datetime, zone: ZoneInfo) -> dt.datetime:
+    """A time as the zone's clock shows it, without the zone."""
+    return moment if moment.tzinfo is None else moment.astimezone(zone).replace(tzinfo=None)
+
+
+def _utc(moment: dt.datetime, zone: ZoneInfo) -> dt.datetime:
+    """A time in UTC; one that has no offset is of the zone, the earlier of two equal ones."""
+    return (moment.replace(tzinfo=zone) if moment.tzinfo is None else moment).astimezone(dt.UTC)
+
+
+def expand(values: Iterable[str], timezone: str = "UTC") -> tuple[dt.datetime, ...]:
     """All the times that a list stands for, UTC, ascending, each once.
 
     Args:
-        values: Times (ISO 8601, UTC if they have no offset), and ranges 'START/END/STEP' with both ends included; a
-            step is a number of h, d, w, mo, q or y, such as '1d' or '3mo'. Months end where they end: a range from
-            the 31st has the last day of shorter months.
+        values: Times (ISO 8601), and ranges 'START/END/STEP' with both ends included, the end also where no step meets
+            it; a step is a number of h, d, w, mo, q or y, such as '1d' or '3mo'. Months end where they end: a range
+            from the 31st has the last day of shorter months.
+        timezone: IANA zone of times without an offset, by whose clock the steps of days and more go: midnight stays
+            midnight when the clock changes.
 
     Raises:
         ValueError: a value is neither, or they are more than `MOST` times.
 
     """
     found: set[dt.datetime] = set()
+    zone = ZoneInfo(timezone)
     for value in values:
         first, *rest = value.split("/")
         if not rest:
-            found.add(_parse(first))
+            found.add(_utc(_parse(first), zone))
             continue
         if len(rest) != 2 or not _STEP.fullmatch(rest[1].strip()):
             raise ValueError(f"'{value}' is no range of times; write START/END/STEP such as 2024-01-31/2024-12-31/1mo")
-        found |= set(_range(_parse(first), _parse(rest[0]), rest[1].strip(), value))
+        found |= set(_range(_parse(first), _parse(rest[0]), rest[1].strip(), value=value, zone=zone))
         if len(found) > MOST:
             break
     if len(found) > MOST:
@@ -73,18 +90,22 @@ def expand(values: Iterable[str]) -> tuple[dt.datetime, ...]:
     return tuple(sorted(found))
 
 
-def _range(start: dt.datetime, end: dt.datetime, step: str, value: str) -> Iterable[dt.datetime]:
-    if end < start:
+def _range(start: dt.datetime, end: dt.datetime, step: str, *, value: str, zone: ZoneInfo) -> Iterable[dt.datetime]:
+    last = _utc(end, zone)
+    if last < _utc(start, zone):
         raise ValueError(f"'{value}' ends before it begins; swap the two times")
     count, unit = re.fullmatch(r"([0-9]+)([a-z]+)", step).groups()  # type: ignore[union-attr]
-    origin = pl.Series([start], dtype=pl.Datetime("us", "UTC"))
+    # Hours are hours when the clock changes; days and longer steps go by the clock.
+    origin = pl.Series([_utc(start, zone).replace(tzinfo=None) if unit == "h" else _local(start, zone)])
     for number in range(MOST + 1):
         # Counted from the start each time, so that a month's last day stays one.
         moment: dt.datetime = origin.dt.offset_by(f"{int(count) * number}{unit}")[0]
-        if moment > end:
+        moment = moment.replace(tzinfo=dt.UTC) if unit == "h" else _utc(moment, zone)
+        if moment >= last:
+            yield last
             return
         yield moment
 
 
 Times = Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(_canonical)]
-"""A field of a configuration: times and ranges as text, normalised to UTC; `expand` gives the times."""
+"""A field of a configuration: times and ranges as text, in UTC if they have an offset; `expand` gives the times."""

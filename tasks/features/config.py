@@ -158,9 +158,9 @@ class FeatureStoreConfig(Settings):
     )
     as_of: Times = Field(
         default=(),
-        description="Features cover all events up to this time, ISO 8601, UTC if it has no offset (the start of the "
-        "run by default; the sample has its own); several, separated by commas, or a range START/END/STEP such as "
-        "2024-01-31/2024-12-31/1mo, for a history.",
+        description="Features cover all events up to this time, ISO 8601, of `timezone` if it has no offset (the start "
+        "of the run by default; the sample has its own); several, separated by commas, or a range START/END/STEP such "
+        "as 2024-01-31/2024-12-31/1mo, for a history: END is its last time, also where no step meets it.",
     )
     incremental: bool = Field(
         default=False,
@@ -178,10 +178,16 @@ class FeatureStoreConfig(Settings):
         default=True, description="Compute and publish features; without, models are built from what is published."
     )
     timezone: Annotated[str, AfterValidator(_known_timezone)] = Field(
-        default="UTC", description="IANA time zone of source times that have no offset."
+        default="UTC", description="IANA time zone of source times and of as_of that have no offset."
     )
     epoch_unit: EpochUnit | None = Field(
         default=None, description="What integer times count since 1970-01-01 UTC: s, ms, us or ns."
+    )
+    null_values: Names | None = Field(
+        default=None,
+        description="Text of CSV fields, quoted or not, that means 'no value', as blank fields do: separated by "
+        "commas, for every column. By default null, NULL, \\N, #N/A and <NA>, and in columns of keys, numbers and "
+        "times also NA, N/A, NaN, nan and None, which in columns of text may be Namibia or a name.",
     )
     earliest: Time = Field(
         default=dt.datetime(1970, 1, 1, tzinfo=dt.UTC), description="Events before this time are rejected as errors."

@@ -16,7 +16,7 @@ from tasks.core.versions import committed_manifests, live_manifests, read_manife
 from tasks.features.plan import FeaturePlan, GroupPlan, SourcePlan
 from tasks.features.state import MAX_LINKS, StateLink, StatePlan, bucket_files
 
-_JUDGES = tuple(Path(__file__).with_name(name) for name in ("rows.py", "sources.py"))
+_JUDGES = tuple(Path(__file__).with_name(name) for name in ("rows.py", "sources.py", "texts.py"))
 Prints = Mapping[str, Sequence[str]]
 
 
@@ -173,4 +173,5 @@ def _spelled(source: SourcePlan, wanted: Set[str] | None = None) -> list[object]
         for c in rows.columns
         if wanted is None or c.required or c.name in wanted or c.name in rows.reject_negative
     ]
-    return [rows.time, columns, str(rows.earliest), rows.timezone, rows.epoch_unit, rows.reject_negative]
+    missing = (rows.missing.text, rows.missing.typed)
+    return [rows.time, columns, str(rows.earliest), rows.timezone, rows.epoch_unit, rows.reject_negative, missing]

@@ -5,20 +5,23 @@ A type that can't is refused, not cast: ticks of a time would be amounts, the te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import datetime as dt
+from collections.abc import Callable, Mapping
 
-import polars as pl
 import pyarrow as pa
 import pyarrow.types as pt
 
 from tasks.core.errors import SourceError
 from tasks.features.definitions import ColumnKind
+from tasks.features.settling import whole_numbers
 from tasks.features.sources import SourceTable, how_to_map
+from tasks.features.texts import polars_type
 
 Test = Callable[[pa.DataType], bool]
 
 _TEXT: tuple[Test, ...] = (pt.is_string, pt.is_large_string, pt.is_string_view)
 _NUMBERS: tuple[Test, ...] = (pt.is_integer, pt.is_floating, pt.is_decimal)
+_DIGITS = {8: "%Y%m%d", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
 _BYTES: tuple[Test, ...] = (pt.is_binary, pt.is_large_binary)
 _READABLE: Mapping[ColumnKind, tuple[Test, ...]] = {
     "number": (*_NUMBERS, *_TEXT, pt.is_boolean, pt.is_null),
@@ -37,7 +40,7 @@ def check_kind(table: SourceTable, kind: ColumnKind, ours: str, theirs: str, map
     """Make sure that a column of every file can be read as what it is declared to be.
 
     Args:
-        table: The source, whose files all have the column.
+        table: The source, whose files all have the column; settled, if it has CSV files.
         kind: What it is read as; 'time' is judged by `check_times`.
         ours: Our name of it.
         theirs: The files' name of it.
@@ -48,7 +51,7 @@ def check_kind(table: SourceTable, kind: ColumnKind, ours: str, theirs: str, map
 
     """
     for file in table.files:
-        found = file.schema.field(theirs).type
+        found = file.type_of(theirs)
         where = f"{table.name}: column '{theirs}' of {file.info.uri} is of type {found}"
         if polars_type(found) is None:
             raise SourceError(f"{where}, which can't be read; convert it to a plain type such as double or string")
@@ -59,19 +62,34 @@ def check_kind(table: SourceTable, kind: ColumnKind, ours: str, theirs: str, map
             )
 
 
-def check_times(where: str, column: str, types: Sequence[pa.DataType], epoch_unit: str | None) -> None:
-    """Make sure that a column of these types, one a file, can be read as times.
+def check_times(table: SourceTable, column: str, epoch_unit: str | None, where: str | None = None) -> None:
+    """Make sure that a column of every file can be read as times.
+
+    Args:
+        table: The source, settled as far as the column's first block says.
+        column: The files' name of the column.
+        epoch_unit: What integers count, if somebody said it.
+        where: Name of the source in messages, if it isn't its own.
 
     Raises:
-        SourceError: it can't, or holds integers and nobody said what they count.
+        SourceError: it can't, or holds integers that are dates, or of which nobody said what they count.
 
     """
-    for kind in dict.fromkeys(types):
-        if pt.is_integer(kind) and epoch_unit is None:
-            raise SourceError(
-                f"{where}: the time column '{column}' holds integers ({kind}); say what they count since 1970: "
-                f"--epoch-unit s, ms, us or ns"
-            )
+    where = where or table.name
+    for file in table.files:
+        kind = file.type_of(column)
+        if pt.is_integer(kind):
+            ends = whole_numbers(file, column)
+            if ends is not None and all(map(is_date, ends)):
+                raise SourceError(
+                    f"{where}: the time column '{column}' of {file.info.uri} holds integers such as {ends[0]}: they "
+                    f"are dates, not counts since 1970; write them as ISO 8601, {iso_date(ends[0])}"
+                )
+            if epoch_unit is None:
+                raise SourceError(
+                    f"{where}: the time column '{column}' holds integers ({kind}); say what they count since 1970: "
+                    f"--epoch-unit s, ms, us or ns"
+                )
         if not _is_readable(kind, "time"):
             raise SourceError(
                 f"{where}: the time column '{column}' is of type {kind}; it must be a timestamp, date, "
@@ -79,16 +97,21 @@ def check_times(where: str, column: str, types: Sequence[pa.DataType], epoch_uni
             )
 
 
-def polars_type(kind: pa.DataType) -> pl.DataType | None:
-    """The type that Polars gives to a column of an Arrow type; None for those that it can't read."""
-    if pt.is_decimal256(kind):  # Polars panics
+def is_date(number: int) -> bool:
+    """Whether a whole number reads as a date of 1900 to 2099 in digits: YYYYMMDD, also with HHMM or HHMMSS behind."""
+    return iso_date(number) is not None
+
+
+def iso_date(number: int) -> str | None:
+    """Such a number in ISO 8601; None for any other."""
+    text = str(number)
+    if len(text) not in _DIGITS or not 1900 <= int(text[:4]) < 2100:
         return None
     try:
-        frame = pl.from_arrow(pa.schema([pa.field("x", kind)]).empty_table())
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        moment = dt.datetime.strptime(text, _DIGITS[len(text)]).replace(tzinfo=dt.UTC)
+    except ValueError:
         return None
-    assert isinstance(frame, pl.DataFrame)
-    return frame.schema["x"]
+    return f"{moment:%Y-%m-%d}" if len(text) == 8 else f"{moment:%Y-%m-%dT%H:%M:%S}"
 
 
 def is_whole(kind: pa.DataType) -> bool:

@@ -10,7 +10,6 @@ from tasks.core.manifest import FileEntry, RowBalance
 from tasks.core.reservation import Reservation
 from tasks.features.parts import write_rejected
 from tasks.features.plan import FeaturePlan, LookupPlan
-from tasks.features.sources import read_units
 from tasks.features.stages import read_and_judge, unique_dimension_rows
 from tasks.features.tallies import Tally, check_rows_read
 
@@ -47,7 +46,7 @@ def read_lookup(plan: LookupPlan, rows_per_unit: int) -> LookedUp:
     source = plan.dimension
     tally, kept = Tally(), Tally()
     frames, rejected = [], []
-    units = read_units(source.table, source.file_columns, rows_per_unit, source.categories)
+    units = source.units(rows_per_unit)
     for index, unit in enumerate(units):
         rows, own, bad = read_and_judge(source, unit)
         frames.append(rows)

@@ -39,7 +39,7 @@ from tasks.features.lookups import LookedUp, categorised, read_lookup
 from tasks.features.parts import WrittenPart, feature_columns, write_part
 from tasks.features.plan import FeaturePlan, GroupPlan
 from tasks.features.scoring import Fences, fences
-from tasks.features.stages import PART, Job, Unit, units_of
+from tasks.features.stages import PART, Job, Unit
 from tasks.features.tallies import BucketSummary, UnitNote
 
 MAX_BUCKETS = 256
@@ -212,11 +212,11 @@ def _waves(plan: FeaturePlan) -> list[range]:
 
 def _units(plan: FeaturePlan) -> Iterator[Unit]:
     numbers = {file.info.uri: number for number, file in enumerate(plan.events.table.files)}
-    for index, unit in enumerate(units_of(plan.events, plan, plan.read_table)):
+    for index, unit in enumerate(plan.events.units(plan.rows_per_bucket, plan.read_table)):
         yield Unit(plan.events, None, index, unit, numbers[unit.uri])
     for number, planned in enumerate(plan.groups):
         if planned.dimension is not None:
-            for index, unit in enumerate(units_of(planned.dimension, plan)):
+            for index, unit in enumerate(planned.dimension.units(plan.rows_per_bucket)):
                 yield Unit(planned.dimension, number, index, unit)
 
 

@@ -13,14 +13,17 @@ import polars as pl
 import pyarrow as pa
 
 from tasks.core.errors import DefinitionError, SourceError
+from tasks.core.missing import MissingValues, missing_values
 from tasks.core.names import closest
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Column, Definitions, DimensionSource, EventSource, FeatureGroup
 from tasks.features.kernel import check_derived
-from tasks.features.kinds import check_kind, check_times, is_whole, polars_type
+from tasks.features.kinds import check_kind, check_times, is_whole
 from tasks.features.rows import ColumnPlan, KeyType, RowPlan, judge
-from tasks.features.sources import SourceTable, check_columns, inspect
+from tasks.features.settling import settled
+from tasks.features.sources import INT64, ReadUnit, SourceTable, check_columns, inspect, read_units
 from tasks.features.state import StatePlan
+from tasks.features.texts import polars_type
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,15 +38,26 @@ class SourcePlan:
         """Name of the source."""
         return self.table.name
 
-    @property
-    def categories(self) -> tuple[str, ...]:
-        """The file's names of the columns with few different values."""
-        return tuple(column.source_name for column in self.rows.columns if column.kind == "category")
+    def units(self, rows_per_unit: int, table: SourceTable | None = None) -> list[ReadUnit]:
+        """The pieces of the source, or of some of its files, that tasks read (`sources.read_units`)."""
+        return units_of(table or self.table, self.rows, rows_per_unit)
 
     @property
-    def file_columns(self) -> tuple[str, ...]:
-        """The file's names of the columns to read."""
-        return tuple(dict.fromkeys(column.source_name for column in self.rows.columns))
+    def notes(self) -> tuple[str, ...]:
+        """Text that may mean 'no value', but is read as text, in sentences."""
+        kinds = {column.source_name: column for column in self.rows.columns}
+        found = {
+            (name, mark): None
+            for file in self.table.files
+            for name, values in file.values.items()
+            if name in kinds and name not in self.rows.typed and values.kind == "text"
+            for mark in values.marks
+        }
+        return tuple(
+            f"{self.name}: in the column '{name}', which is text, {mark!r} is a value like any other; if it means "
+            f"'missing', say so: --null-values {mark}"
+            for name, mark in found
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +84,7 @@ class FeaturePlan:
 
     as_of: times that features are computed as of, UTC, ascending. states, fingerprints: of an incremental run
     (`incremental.with_state`), for each group and each file of the events; empty otherwise. notes: which of several
-    columns are read, in sentences.
+    columns are read, and what is taken for null, in sentences.
     """
 
     events: SourcePlan
@@ -142,22 +156,23 @@ def _plan_source(
     known: Mapping[str, SourceTable],
 ) -> FeaturePlan:
     assert source.uri is not None
+    missing = missing_values(config.null_values)
     events = known.get(source.name) or inspect(source.name, source.uri)
     tables = {n: known.get(n) or inspect(n, d.uri) for n, d in dimensions.items() if d.uri is not None}
     present = {name: dimensions[name] for name in tables}
     declared, source = source, replace(source, mapping=names_in_files(source, events))
     names = _event_columns(source, groups, events, present, tables)
     looked_up = {column: name for column, name in names.items() if name is not None}
+    file_names = {column: source.mapping.get(column, column) for column, origin in names.items() if origin is None}
+    check_columns(events, file_names)
+    events = _settled_events(events, source, file_names, missing)
+    tables = {name: _settled_dimension(table, present[name], missing) for name, table in tables.items()}
     keys = _key_types(source, events, present, tables)
 
     def dimension_plan(name: str, only: Sequence[str] | None = None) -> SourcePlan:
-        return _plan_dimension(present[name], tables[name], keys, only)
+        return _plan_dimension(present[name], tables[name], keys, only, missing=missing)
 
-    file_names = {column: source.mapping.get(column, column) for column, origin in names.items() if origin is None}
-    check_columns(events, file_names)
-    time_column = file_names[source.time]
-    times = [file.schema.field(time_column).type for file in events.files]
-    check_times(events.name, time_column, times, config.epoch_unit)
+    check_times(events, file_names[source.time], config.epoch_unit)
     for ours, theirs in file_names.items():
         check_kind(events, source.columns.get(ours, Column()).kind, ours, theirs)
     columns = tuple(
@@ -173,6 +188,7 @@ def _plan_source(
         timezone=config.timezone,
         epoch_unit=config.epoch_unit,
         reject_negative=reject_negative,
+        missing=missing,
     )
     lookups = tuple(
         LookupPlan(
@@ -185,14 +201,20 @@ def _plan_source(
     empty = _no_rows(rows, lookups)
     for group in groups:
         check_derived(group, empty.select(*sorted(group.event_columns)), as_of[-1])
+    planned = SourcePlan(table=events, rows=rows)
+    of_groups = tuple(_plan_group(group, source, present, dimension_plan) for group in groups)
+    joined = [*(group.dimension for group in of_groups), *(lookup.dimension for lookup in lookups)]
     return FeaturePlan(
-        events=SourcePlan(table=events, rows=rows),
+        events=planned,
         time=source.time,
         as_of=tuple(as_of),
         lookups=lookups,
-        groups=tuple(_plan_group(group, source, present, dimension_plan) for group in groups),
+        groups=of_groups,
         rows_per_bucket=config.rows_per_bucket,
-        notes=tuple(_choices(declared, file_names, events, lambda ours: _dimension_of(ours, names, present, tables))),
+        notes=(
+            *_choices(declared, file_names, events, lambda ours: _dimension_of(ours, names, present, tables)),
+            *_taken_for_null([planned, *filter(None, joined)]),
+        ),
     )
 
 
@@ -253,6 +275,14 @@ def _no_rows(events: RowPlan, lookups: Sequence[LookupPlan]) -> pl.DataFrame:
 
 def _unread(plan: RowPlan) -> pl.DataFrame:
     return pl.DataFrame(schema=dict.fromkeys([column.source_name for column in plan.columns], pl.String))
+
+
+def _taken_for_null(sources: Sequence[SourcePlan]) -> tuple[str, ...]:
+    """What CSV fields are null, and which text isn't, though it is so in other columns."""
+    if not any(file.format == "csv" for source in sources for file in source.table.files):
+        return ()
+    notes = [note for source in sources for note in source.notes]
+    return tuple(dict.fromkeys([sources[0].rows.missing.described(), *notes]))
 
 
 def _plan_group(
@@ -316,25 +346,53 @@ def _key_types(
     tables: Mapping[str, SourceTable],
 ) -> dict[str, KeyType]:
     """A key is an integer if it is one in every file of every table that has it, else text."""
-    types: dict[str, list[pa.DataType]] = {}
+    types: dict[str, list[KeyType | None]] = {}
     for column, spec in source.columns.items():
         theirs = source.mapping.get(column, column)
         if spec.kind == "key":
-            types[column] = [f.schema.field(theirs).type for f in events.files if theirs in f.schema.names]
+            types[column] = [key_type_of(events, theirs)] if events.has(theirs) else []
     for name, dimension in present.items():
         theirs = dimension.mapping.get(dimension.key, dimension.key)
-        check_columns(tables[name], {dimension.key: theirs})
-        types.setdefault(dimension.key, []).extend(f.schema.field(theirs).type for f in tables[name].files)
-    return {key: _key_type(found) for key, found in types.items()}
+        types.setdefault(dimension.key, []).append(key_type_of(tables[name], theirs))
+    return {key: "int64" if set(found) - {None} == {"int64"} else "string" for key, found in types.items()}
 
 
-def _key_type(types: Sequence[pa.DataType]) -> KeyType:
-    types = [t for t in types if not pa.types.is_null(t)]  # a file without any value doesn't say
-    return "int64" if types and all(map(is_whole, types)) else "string"  # rows.py rejects fractions
+def key_type_of(table: SourceTable, column: str) -> KeyType | None:
+    """What the keys of a source's column become (rows.py rejects fractions); None for one without any value."""
+    types = [kind for kind in table.types(column) if not pa.types.is_null(kind)]
+    if not types:
+        return None
+    return "int64" if all(map(is_whole, types)) and table.largest(column) < INT64 else "string"
+
+
+def _settled_events(
+    events: SourceTable, source: EventSource, names: Mapping[str, str], missing: MissingValues
+) -> SourceTable:
+    """Settle the columns that have no type by their kind; of the others a first block tells what is wrong with all."""
+    kinds = {theirs: source.columns.get(ours, Column()).kind for ours, theirs in names.items()}
+    whole = [theirs for theirs, kind in kinds.items() if kind in ("key", "any")]
+    return settled(events, whole, missing, sampled=kinds)
+
+
+def _settled_dimension(table: SourceTable, dimension: DimensionSource, missing: MissingValues) -> SourceTable:
+    names = [dimension.mapping.get(dimension.key, dimension.key)]
+    check_columns(table, {dimension.key: names[0]})
+    names += list(dimension.mapping.values()) or [column for column in dimension.columns if table.has(column)]
+    return settled(table, [name for name in names if table.has(name)], missing)
+
+
+def units_of(table: SourceTable, rows: RowPlan, rows_per_unit: int) -> list[ReadUnit]:
+    """The pieces of some files that tasks read, as a plan reads them."""
+    return read_units(table, rows.file_columns, rows_per_unit, rows.categories, missing=rows.missing, typed=rows.typed)
 
 
 def _plan_dimension(
-    dimension: DimensionSource, table: SourceTable, keys: Mapping[str, KeyType], only: Sequence[str] | None
+    dimension: DimensionSource,
+    table: SourceTable,
+    keys: Mapping[str, KeyType],
+    only: Sequence[str] | None,
+    *,
+    missing: MissingValues,
 ) -> SourcePlan:
     if dimension.mapping:
         wanted = {ours: theirs for ours, theirs in dimension.mapping.items() if ours != dimension.key}
@@ -359,17 +417,16 @@ def _plan_dimension(
         ColumnPlan(name=ours, source_name=theirs, kind="any", dtype=polars_type(table.type_of(theirs)))
         for ours, theirs in wanted.items()
     ]
-    return SourcePlan(table=table, rows=RowPlan(source=dimension.name, columns=tuple(columns)))
+    return SourcePlan(table=table, rows=RowPlan(source=dimension.name, columns=tuple(columns), missing=missing))
 
 
 def _column(spec: Column, ours: str, theirs: str, events: SourceTable, keys: Mapping[str, KeyType]) -> ColumnPlan:
-    key_type = keys[ours] if ours in keys else _key_type([file.schema.field(theirs).type for file in events.files])
     return ColumnPlan(
         name=ours,
         source_name=theirs,
         kind=spec.kind,
         required=spec.required,
-        key_type=key_type,
+        key_type=keys.get(ours, "string"),
         dtype=polars_type(events.type_of(theirs)) if spec.kind == "any" else None,
     )
 

@@ -27,7 +27,9 @@ from typing import Literal
 
 import polars as pl
 
+from tasks.core.missing import DEFAULT, MissingValues
 from tasks.features.definitions import ColumnKind
+from tasks.features.texts import as_type, localised, parsed_time
 
 TIME = pl.Datetime("us", "UTC")
 REASON = "_reason"
@@ -35,6 +37,7 @@ AFTER_AS_OF = "after_as_of"
 
 EpochUnit = Literal["s", "ms", "us", "ns"]
 KeyType = Literal["int64", "string"]
+_TYPED_KINDS = ("key", "number", "time")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +63,8 @@ class RowPlan:
     """How the rows of one source are read and judged.
 
     time: the event time's column, None for a dimension. as_of: later events are filtered. timezone: IANA zone of
-    times without one. epoch_unit: what integers in a time column count since 1970-01-01 UTC.
+    times without one. epoch_unit: what integers in a time column count since 1970-01-01 UTC. missing: text of CSV that
+    is no value.
     """
 
     source: str
@@ -71,6 +75,22 @@ class RowPlan:
     timezone: str = "UTC"
     epoch_unit: EpochUnit | None = None
     reject_negative: tuple[str, ...] = ()
+    missing: MissingValues = DEFAULT
+
+    @property
+    def file_columns(self) -> tuple[str, ...]:
+        """The file's names of the columns to read."""
+        return tuple(dict.fromkeys(column.source_name for column in self.columns))
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """The file's names of the columns with few different values."""
+        return tuple(column.source_name for column in self.columns if column.kind == "category")
+
+    @property
+    def typed(self) -> tuple[str, ...]:
+        """The file's names of the columns of keys, numbers and times."""
+        return tuple({column.source_name: None for column in self.columns if column.kind in _TYPED_KINDS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,18 +191,7 @@ def _as_type(source: pl.Expr, dtype: pl.DataType, wanted: pl.DataType | None, pl
         return _time(source, dtype, plan)
     if dtype != pl.String:
         return source.cast(wanted, strict=False)
-    match wanted:
-        case pl.Boolean():
-            typed = source.str.to_lowercase().replace_strict({"true": True, "false": False}, default=None)
-        case pl.Date():
-            typed = source.str.to_date("%Y-%m-%d", strict=False)
-        case pl.Time():
-            typed = pl.coalesce(source.str.to_time(form, strict=False) for form in ("%H:%M:%S%.f", "%H:%M"))
-        case pl.Datetime():
-            typed = _parsed_time(source, plan.timezone)
-        case _:
-            typed = source.str.strip_chars().cast(wanted, strict=False)
-    return typed
+    return as_type(source, wanted, plan.timezone)
 
 
 def _time(source: pl.Expr, dtype: pl.DataType, plan: RowPlan) -> pl.Expr:
@@ -190,9 +199,9 @@ def _time(source: pl.Expr, dtype: pl.DataType, plan: RowPlan) -> pl.Expr:
         zone = dtype.time_zone if isinstance(dtype, pl.Datetime) else None
         source = source.dt.convert_time_zone("UTC") if zone not in (None, "UTC") else source
         times = source.cast(pl.Datetime("us", zone and "UTC"), strict=False)
-        return _in_calendar(times) if zone is not None else _localised(_in_calendar(times), plan.timezone)
+        return _in_calendar(times) if zone is not None else localised(_in_calendar(times), plan.timezone)
     if dtype == pl.String and plan.epoch_unit is None:
-        return _parsed_time(source, plan.timezone)
+        return parsed_time(source, plan.timezone)
     # Integers, also as text: plan.py has made sure that a unit is given.
     count = (source.str.strip_chars() if dtype == pl.String else source).cast(pl.Int64, strict=False)
     scale = {"s": 1_000_000, "ms": 1_000}.get(plan.epoch_unit or "us", 1)
@@ -205,25 +214,6 @@ def _time(source: pl.Expr, dtype: pl.DataType, plan: RowPlan) -> pl.Expr:
 def _in_calendar(times: pl.Expr) -> pl.Expr:
     """Times of the years 1 to 9999: others aren't meant, and neither Python nor the time zones' rules know them."""
     return pl.when(times.to_physical().is_between(*_CALENDAR)).then(times)
-
-
-def _localised(naive: pl.Expr, timezone: str) -> pl.Expr:
-    local = naive.dt.replace_time_zone(timezone, ambiguous="earliest", non_existent="null")
-    return local if timezone == "UTC" else local.dt.convert_time_zone("UTC")
-
-
-def _parsed_time(text: pl.Expr, timezone: str) -> pl.Expr:
-    """ISO 8601 with 'T' or a space, with or without seconds, fraction and offset; formats may differ row by row."""
-    iso = text.str.strip_chars().str.replace("T", " ", literal=True).str.replace(r"[Zz]$", "+00:00")
-    zoned = [
-        iso.str.to_datetime(form, time_unit="us", strict=False, ambiguous="earliest").dt.convert_time_zone("UTC")
-        for form in ("%Y-%m-%d %H:%M:%S%.f%#z", "%Y-%m-%d %H:%M%#z")
-    ]
-    naive = pl.coalesce(
-        iso.str.to_datetime(form, time_unit="us", strict=False)
-        for form in ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d")
-    )
-    return pl.coalesce(*zoned, _localised(naive, timezone))
 
 
 def _reasons(column: ColumnPlan, raw: pl.DataFrame, plan: RowPlan) -> list[tuple[pl.Expr, str]]:

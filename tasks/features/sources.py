@@ -6,16 +6,17 @@ file, the column and the cure; what can be wrong with a single row is found in `
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Literal
+from urllib.parse import unquote
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pyarrow.types as pt
@@ -23,26 +24,56 @@ import pyarrow.types as pt
 from tasks.core import storage
 from tasks.core.errors import SourceError
 from tasks.core.manifest import InputFile, InputRecord
+from tasks.core.missing import DEFAULT, MissingValues, without
 from tasks.core.transient import is_transient
 from tasks.features.quotes import QuotedText
+from tasks.features.texts import EXACT, TYPES, Kind, join
 
-SUFFIXES = (".parquet", ".csv")
-_NULLS = ("", "null", "NULL")
+SUFFIXES = (".parquet", ".csv", ".csv.gz")
 _CSV_BLOCK = 16 * 2**20
-_INTEGER = r"-?(0|[1-9][0-9]{0,17})"
+_HEAD = 2**20
+_HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+INT64 = 2**63
+"""From here on a whole number doesn't fit into 64 bits with a sign."""
 _READERS = 16
 
 Format = Literal["parquet", "csv"]
 
 
 @dataclass(frozen=True, slots=True)
+class ColumnValues:
+    """What all values of a column of one file have in common.
+
+    kind: of text, and 'null' where there is no value; None otherwise for Parquet, whose schema says it. largest: the
+    largest absolute value of whole numbers, as far as it matters. marks: text that would be missing in another column.
+    """
+
+    kind: Kind | None
+    largest: int = 0
+    marks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One file of a source. rows and row_groups (rows of each) are None for CSV, which doesn't say."""
+    """One file of a source. rows and row_groups (rows of each) are None for CSV, which doesn't say.
+
+    schema: columns of the file, those of CSV as text, and then of its path. in_path: values of the columns that its
+    path names ('year=2024/month=01/…'), None for null. added: those of them that the file itself doesn't have.
+    values: what `settling` has found out about columns.
+    """
 
     info: storage.FileInfo
     format: Format
     schema: pa.Schema
     row_groups: tuple[int, ...] | None
+    in_path: Mapping[str, str | None] = field(default_factory=dict)
+    added: tuple[str, ...] = ()
+    values: Mapping[str, ColumnValues] = field(default_factory=dict)
+
+    def type_of(self, column: str) -> pa.DataType:
+        """Type of a column, of CSV the one of its values as far as they have been looked at."""
+        values = self.values.get(column)
+        return self.schema.field(column).type if values is None or values.kind is None else TYPES[values.kind]
 
     @property
     def rows(self) -> int | None:
@@ -62,6 +93,28 @@ class SourceTable:
         """Whether every file has the column."""
         return all(column in file.schema.names for file in self.files)
 
+    def types(self, column: str) -> dict[pa.DataType, str]:
+        """Types of a column, each with a file that has it: Parquet's by file, one for all text together."""
+        found = dict[pa.DataType, str]()
+        texts = dict[str, Kind]()
+        for file in self.files:
+            values = file.values.get(column)
+            if values is None or values.kind is None:
+                found.setdefault(file.type_of(column), file.info.uri)
+            else:
+                texts[file.info.uri] = values.kind
+        if texts:
+            together = join(list(texts.values()))
+            others = {kind for kind in found if not pt.is_null(kind)}
+            if together == "boolean" and any(not pt.is_boolean(kind) for kind in others):
+                together = "text"  # 'true' is no number
+            found.setdefault(TYPES[together], next((uri for uri, kind in texts.items() if kind == together), "the CSV"))
+        return found
+
+    def largest(self, column: str) -> int:
+        """The largest absolute value of whole numbers of a column, as far as it is known."""
+        return max((file.values[column].largest for file in self.files if column in file.values), default=0)
+
     def type_of(self, column: str) -> pa.DataType:
         """Type of a column: the files', or where they differ one that holds the values of all.
 
@@ -69,11 +122,9 @@ class SourceTable:
             SourceError: there is no such type.
 
         """
-        known = dict[pa.DataType, str]()
-        for file in self.files:
-            known.setdefault(file.schema.field(column).type, file.info.uri)
+        known = self.types(column)
         types = [kind for kind in known if not pt.is_null(kind)] or list(known)
-        together = types[0] if len(types) == 1 else _common_type(types)
+        together = types[0] if len(types) == 1 else _common_type(types, self.largest(column))
         if together is None:
             told = " and ".join(f"{kind} in {known[kind]}" for kind in types[:2])
             raise SourceError(
@@ -101,8 +152,8 @@ class SourceTable:
         return InputRecord(name=self.name, uri=self.uri, rows=rows, files=files)
 
 
-def _common_type(kinds: Sequence[pa.DataType]) -> pa.DataType | None:
-    """A type that holds the values of several: text holds all plain ones, times hold days, floats all numbers."""
+def _common_type(kinds: Sequence[pa.DataType], largest: int) -> pa.DataType | None:
+    """A type that holds the values of several: text holds all plain ones, times hold days, floats small numbers."""
     plain = [kind.value_type if pt.is_dictionary(kind) else kind for kind in kinds]
 
     def all_are(*tests: Callable[[pa.DataType], bool]) -> bool:
@@ -110,9 +161,9 @@ def _common_type(kinds: Sequence[pa.DataType]) -> pa.DataType | None:
 
     texts = (pt.is_string, pt.is_large_string, pt.is_string_view)
     if all_are(pt.is_integer, pt.is_boolean):
-        return pa.int64()
+        return pa.int64() if largest < INT64 else pa.string()
     if all_are(pt.is_integer, pt.is_boolean, pt.is_floating, pt.is_decimal):
-        return pa.float64()
+        return pa.float64() if largest <= EXACT else pa.string()
     if all_are(pt.is_timestamp, pt.is_date):
         zoned = any(pt.is_timestamp(kind) and kind.tz is not None for kind in plain)
         return pa.timestamp("us", "UTC" if zoned else None)
@@ -128,6 +179,7 @@ class ReadUnit:
 
     first_row: number of its first row in the file, from 0. columns: the file's names of the columns to read.
     dictionary: those of them to read as dictionaries, which for a few values is several times as fast as text.
+    in_path, added: as the file has them. missing: text of CSV that is no value; typed: columns of keys, numbers, times.
     """
 
     uri: str
@@ -136,6 +188,15 @@ class ReadUnit:
     row_groups: tuple[int, ...] = ()
     first_row: int = 0
     dictionary: tuple[str, ...] = ()
+    in_path: Mapping[str, str | None] = field(default_factory=dict)
+    added: tuple[str, ...] = ()
+    missing: MissingValues = DEFAULT
+    typed: tuple[str, ...] = ()
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The columns that the file itself has."""
+        return tuple(name for name in self.columns if name not in self.added)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +224,7 @@ def inspect(name: str, uri: str) -> SourceTable:
         found = storage.list_files(uri)
         hint = f"it holds {len(found)} other files, such as {found[0].uri}" if found else "nothing is there"
         raise SourceError(
-            f"{name} '{uri}': no {' or '.join(SUFFIXES)} file found ({hint}); give a file, directory, glob or prefix"
+            f"{name} '{uri}': no .parquet or .csv file found ({hint}); give a file, directory, glob or prefix"
         )
     table = inspect_files(name, uri, infos)
     if all(file.rows == 0 for file in table.files):
@@ -179,7 +240,7 @@ def inspect_files(name: str, uri: str, infos: Sequence[storage.FileInfo]) -> Sou
 
     """
     with ThreadPoolExecutor(min(_READERS, len(infos))) as pool:
-        return SourceTable(name, uri, tuple(pool.map(lambda info: _inspect_file(name, info), infos)))
+        return SourceTable(name, uri, tuple(pool.map(lambda info: _inspect_file(name, uri, info), infos)))
 
 
 def check_columns(table: SourceTable, wanted: Mapping[str, str]) -> None:
@@ -224,7 +285,13 @@ def how_to_map(source: str, column: str) -> str:
 
 
 def read_units(
-    table: SourceTable, columns: Sequence[str], rows_per_unit: int, dictionary: Sequence[str] = ()
+    table: SourceTable,
+    columns: Sequence[str],
+    rows_per_unit: int,
+    dictionary: Sequence[str] = (),
+    *,
+    missing: MissingValues = DEFAULT,
+    typed: Sequence[str] = (),
 ) -> list[ReadUnit]:
     """Cut a source into units of about `rows_per_unit` rows, never across files and in the files' order.
 
@@ -233,25 +300,37 @@ def read_units(
         columns: The file's names of the columns to read.
         rows_per_unit: Rows; a row group that is larger is a unit of its own.
         dictionary: Columns to read as dictionaries, where a file has them as text.
+        missing: Text of CSV that is no value.
+        typed: Columns of keys, numbers and times.
 
     """
     units = []
     for file in table.files:
+        whole = ReadUnit(
+            uri=file.info.uri,
+            format=file.format,
+            columns=tuple(columns),
+            in_path={name: value for name, value in file.in_path.items() if name in columns},
+            added=file.added,
+            missing=missing,
+            typed=tuple(typed),
+        )
         if file.row_groups is None:
-            units.append(ReadUnit(file.info.uri, "csv", tuple(columns)))
+            units.append(whole)
             continue
-        texts = tuple(name for name in dictionary if pt.is_string(file.schema.field(name).type))
+        texts = [name for name in dictionary if name not in file.added and pt.is_string(file.schema.field(name).type)]
+        whole = replace(whole, dictionary=tuple(texts))
         groups: list[int] = []
         held = start = position = 0
         for index, rows in enumerate(file.row_groups):
             if groups and held + rows > rows_per_unit:
-                units.append(ReadUnit(file.info.uri, "parquet", tuple(columns), tuple(groups), start, texts))
+                units.append(replace(whole, row_groups=tuple(groups), first_row=start))
                 groups, held, start = [], 0, position
             groups.append(index)
             held += rows
             position += rows
         if held:
-            units.append(ReadUnit(file.info.uri, "parquet", tuple(columns), tuple(groups), start, texts))
+            units.append(replace(whole, row_groups=tuple(groups), first_row=start))
     return units
 
 
@@ -268,8 +347,8 @@ def read(unit: ReadUnit) -> Iterator[RawRows]:
             # Checksums are verified where a file has some; where it has none, a changed value can't be told.
             options = {"pre_buffer": True, "page_checksum_verification": True}
             with pq.ParquetFile(source, read_dictionary=list(unit.dictionary), **options) as file:
-                table = file.read_row_groups(list(unit.row_groups), columns=list(unit.columns), use_threads=False)
-            yield RawRows(_frame(table, unit.columns), unit.first_row)
+                table = file.read_row_groups(list(unit.row_groups), columns=list(unit.own), use_threads=False)
+            yield RawRows(_frame(table, unit), unit.first_row)
         else:
             yield from _read_csv(unit)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as fault:
@@ -281,11 +360,45 @@ def read(unit: ReadUnit) -> Iterator[RawRows]:
         raise SourceError(f"{unit.uri} can't be read as {unit.format}, it may be damaged: {fault}") from fault
 
 
-def _frame(table: pa.Table, columns: Sequence[str]) -> pl.DataFrame:
-    frame = pl.from_arrow(table.select(list(columns)), rechunk=False)
-    assert isinstance(frame, pl.DataFrame)
-    frame.columns = list(columns)  # Polars gives a column without a name one
-    return frame
+def _frame(table: pa.Table, unit: ReadUnit) -> pl.DataFrame:
+    if unit.own:
+        frame = pl.from_arrow(table.select(list(unit.own)), rechunk=False)
+        assert isinstance(frame, pl.DataFrame)
+        frame.columns = list(unit.own)  # Polars gives a column without a name one
+    else:
+        frame = pl.DataFrame({"": pl.repeat(None, table.num_rows, eager=True)})
+    if not unit.in_path:
+        return frame
+    for name, value in unit.in_path.items():
+        if name in unit.added:
+            frame = frame.with_columns(pl.lit(value, pl.String).alias(name))
+        elif name in unit.columns:
+            _check_path(frame[name], value, unit.uri)
+    return frame.select(unit.columns)
+
+
+def _check_path(found: pl.Series, said: str | None, uri: str) -> None:
+    """Compare a column of a file with the value that the file's path has for it, as text, number or time.
+
+    Raises:
+        SourceError: they differ.
+
+    """
+    if said is None:
+        differ = found.is_not_null()
+    else:
+        text = found.cast(pl.String)
+        same = text.str.starts_with(said) if found.dtype.is_temporal() else text == said
+        number = pl.Series([said]).cast(pl.Float64, strict=False)[0]
+        if number is not None:
+            same |= text.cast(pl.Float64, strict=False) == number
+        differ = ~same.fill_null(value=False)
+    if differ.any():
+        value = found.filter(differ)[0]
+        raise SourceError(
+            f"{uri}: column '{found.name}' holds {value!r}, but the file's path says {found.name}={said}; correct one "
+            f"of them, or map another column"
+        )
 
 
 def _read_csv(unit: ReadUnit) -> Iterator[RawRows]:
@@ -295,11 +408,13 @@ def _read_csv(unit: ReadUnit) -> Iterator[RawRows]:
         malformed.append(row.text or "")
         return "skip"
 
+    typed = [name for name in unit.typed if name in unit.own] if unit.missing.ambiguous else []
+    nulls = [without(pl.col(name), unit.missing.ambiguous) for name in typed]
     position = 0
-    text = pa.PythonFile(QuotedText(unit.uri, storage.open_input(unit.uri)), mode="r")
-    with text, _open_csv(text, unit.columns, _CSV_BLOCK, note) as reader:
+    text = pa.PythonFile(QuotedText(unit.uri, _open_text(unit.uri)), mode="r")
+    with text, _open_csv(text, unit, note) as reader:
         for batch in reader:
-            frame = _frame(pa.Table.from_batches([batch]), unit.columns)
+            frame = _frame(pa.Table.from_batches([batch]), unit).with_columns(nulls)
             yield RawRows(frame, position, tuple(malformed))
             position += frame.height + len(malformed)
             malformed.clear()
@@ -308,24 +423,26 @@ def _read_csv(unit: ReadUnit) -> Iterator[RawRows]:
         yield RawRows(empty, position, tuple(malformed))
 
 
-def _open_csv(
-    stream: pa.NativeFile, columns: Sequence[str], block: int, on_invalid: object
-) -> pa_csv.CSVStreamingReader:
+def _open_text(uri: str) -> pa.NativeFile:
+    stream = storage.open_input(uri)
+    return pa.CompressedInputStream(stream, "gzip") if uri.lower().endswith(".gz") else stream
+
+
+def _open_csv(stream: pa.NativeFile, unit: ReadUnit, on_invalid: object) -> pa_csv.CSVStreamingReader:
     return pa_csv.open_csv(
         stream,
-        read_options=pa_csv.ReadOptions(block_size=block, use_threads=False),
+        read_options=pa_csv.ReadOptions(block_size=_CSV_BLOCK, use_threads=False),
         parse_options=pa_csv.ParseOptions(invalid_row_handler=on_invalid, newlines_in_values=True),
         convert_options=pa_csv.ConvertOptions(
-            column_types=dict.fromkeys(columns, pa.string()),
-            include_columns=list(columns),
+            column_types=dict.fromkeys(unit.own, pa.string()),
+            include_columns=list(unit.own),
             strings_can_be_null=True,
-            quoted_strings_can_be_null=False,
-            null_values=list(_NULLS),
+            null_values=list(unit.missing.text),
         ),
     )
 
 
-def _inspect_file(name: str, info: storage.FileInfo) -> SourceFile:
+def _inspect_file(name: str, uri: str, info: storage.FileInfo) -> SourceFile:
     try:
         if info.uri.lower().endswith(".parquet"):
             metadata = pq.read_metadata(storage.open_input(info.uri))
@@ -335,8 +452,9 @@ def _inspect_file(name: str, info: storage.FileInfo) -> SourceFile:
             schema, empty = _csv_schema(info.uri)
             file = SourceFile(info, "csv", schema, (0,) if empty else None)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as fault:
+        kind = "parquet" if info.uri.lower().endswith(".parquet") else "csv"
         raise SourceError(
-            f"{name}: {info.uri} can't be read as {info.uri.rpartition('.')[2]}: {str(fault).splitlines()[0]}; "
+            f"{name}: {info.uri} can't be read as {kind}: {str(fault).splitlines()[0]}; "
             f"it may be cut short, of another format, or not in UTF-8"
         ) from fault
     except FileNotFoundError as fault:
@@ -347,19 +465,30 @@ def _inspect_file(name: str, info: storage.FileInfo) -> SourceFile:
     names = file.schema.names
     if twice := sorted({column for column in names if names.count(column) > 1}):
         raise SourceError(f"{name}: {info.uri} has several columns named '{twice[0]}'; rename or remove one of them")
-    return file
+    in_path = _path_values(uri, info.uri)
+    added = tuple(column for column in in_path if column not in names)
+    schema = pa.schema([*file.schema, *(pa.field(column, pa.string()) for column in added)])
+    return replace(file, schema=schema, in_path=in_path, added=added)
+
+
+def _path_values(source: str, uri: str) -> dict[str, str | None]:
+    """Columns that directories below a source name, as Hive does: 'year=2024/place=New%20York/…'."""
+    base = storage.normalise(source)
+    place = re.split(r"[*?\[]", base, maxsplit=1)[0].rpartition("/")[0] if glob.has_magic(base) else base
+    pairs = (part.partition("=") for part in uri.removeprefix(place).split("/")[:-1]) if uri.startswith(place) else ()
+    return {name: None if value == _HIVE_NULL else unquote(value) for name, sign, value in pairs if name and sign}
 
 
 def _csv_schema(uri: str) -> tuple[pa.Schema, bool]:
-    """Names and likely types by the first block; text that looks like an integer but starts with 0 stays text."""
-    with storage.open_input(uri) as stream:
-        head = stream.read(2**20)
+    """Names of the columns, and whether there are no rows; the beginning must be text in UTF-8."""
+    with _open_text(uri) as stream:
+        head = stream.read(_HEAD)
     header = head.split(b"\n", 1)[0].decode("utf-8-sig")
     if not header.strip():
         raise pa.ArrowInvalid("the file is empty: it has not even a header")
     if "\0" in header:
         raise pa.ArrowInvalid("its header holds NUL bytes, as UTF-16 does: write it in UTF-8")
-    whole = len(head) < 2**20
+    whole = len(head) < _HEAD
     head = head + b"\n" if whole else head[: head.rfind(b"\n") + 1]
     malformed: list[pa_csv.InvalidRow] = []
 
@@ -367,26 +496,13 @@ def _csv_schema(uri: str) -> tuple[pa.Schema, bool]:
         malformed.append(row)
         return "skip"
 
-    table = pa_csv.read_csv(
-        pa.BufferReader(head),
-        parse_options=pa_csv.ParseOptions(invalid_row_handler=note, newlines_in_values=True),
-        convert_options=pa_csv.ConvertOptions(strings_can_be_null=True, null_values=list(_NULLS)),
-    )
-    as_text = pa_csv.read_csv(
-        pa.BufferReader(head),
-        parse_options=pa_csv.ParseOptions(invalid_row_handler=lambda _: "skip", newlines_in_values=True),
-        convert_options=pa_csv.ConvertOptions(column_types=dict.fromkeys(table.column_names, pa.string())),
-    )
-    fields = []
-    for index, field in enumerate(table.schema):
-        plain = _all_match(_INTEGER, as_text.column(index)) if pt.is_integer(field.type) else True
-        # Whole numbers beyond 64 bits are keys, which as floats would be others.
-        beyond = pt.is_floating(field.type) and _all_match(r"[+-]?[0-9]+", as_text.column(index))
-        fields.append(field.with_type(pa.string()) if beyond or not plain else field)
-    return pa.schema(fields), whole and table.num_rows == 0 and not malformed
+    def parsed(types: Mapping[str, pa.DataType]) -> pa.Table:
+        return pa_csv.read_csv(
+            pa.BufferReader(head),
+            parse_options=pa_csv.ParseOptions(invalid_row_handler=note, newlines_in_values=True),
+            convert_options=pa_csv.ConvertOptions(column_types=types),
+        )
 
-
-def _all_match(pattern: str, column: pa.ChunkedArray) -> bool:
-    values = pc.drop_null(pc.utf8_trim_whitespace(column))
-    values = values.filter(pc.invert(pc.is_in(values, pa.array(_NULLS))))
-    return all(re.fullmatch(pattern, value) for value in pc.unique(values).to_pylist())
+    names = parsed({}).column_names
+    table = parsed(dict.fromkeys(names, pa.string()))  # which finds what is no UTF-8
+    return pa.schema([pa.field(name, pa.string()) for name in names]), whole and not table.num_rows and not malformed

@@ -36,7 +36,7 @@ from tasks.features.parts import (
 )
 from tasks.features.plan import FeaturePlan, GroupPlan, LookupPlan, SourcePlan
 from tasks.features.rows import REASON, TIME, JudgedRows, judge
-from tasks.features.sources import RawRows, ReadUnit, SourceTable, read, read_units
+from tasks.features.sources import RawRows, ReadUnit, read
 from tasks.features.state import FILE, ROW, in_order, read_kept, write_kept
 from tasks.features.tallies import BucketSummary, EventTally, Tally, UnitNote
 
@@ -192,15 +192,10 @@ class Job:
 
     def _no_events(self, planned: GroupPlan) -> pl.DataFrame:
         """An empty frame of a group's events."""
-        raw = pl.DataFrame(schema=dict.fromkeys(self.plan.events.file_columns, pl.String))
+        raw = pl.DataFrame(schema=dict.fromkeys(self.plan.events.rows.file_columns, pl.String))
         judged = judge(raw, self.plan.events.rows).kept
         placed = judged.with_columns(pl.lit(0, pl.Int32).alias(FILE), pl.lit(0, pl.Int64).alias(ROW))
         return self._of_group(looked_up(placed, self.plan.lookups, self.lookups), planned)
-
-
-def units_of(source: SourcePlan, plan: FeaturePlan, table: SourceTable | None = None) -> list[ReadUnit]:
-    """A unit has as many rows as a bucket, so that there are as few pieces to exchange as memory allows."""
-    return read_units(table or source.table, source.file_columns, plan.rows_per_bucket, source.categories)
 
 
 def looked_up(events: pl.DataFrame, lookups: Sequence[LookupPlan], tables: Sequence[pl.DataFrame]) -> pl.DataFrame:

@@ -125,6 +125,12 @@ class ImageAugmentationConfig(Settings):
         default=None,
         description="Column of the labels whose images must share a split, such as a patient or a scene.",
     )
+    null_values: Names | None = Field(
+        default=None,
+        description="Text of CSV fields, quoted or not, that means 'no value', as blank fields do: separated by "
+        "commas, for every column. By default null, NULL, \\N, #N/A and <NA>, and in the columns of ids and groups "
+        "also NA, N/A, NaN, nan and None, which may be classes.",
+    )
     classes: Names = Field(
         default=(), description="Classes to take, separated by commas; any other is rejected (all, by default)."
     )

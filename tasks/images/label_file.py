@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from tasks.core import storage
 from tasks.core.errors import SourceError
 from tasks.core.manifest import InputFile, InputRecord
+from tasks.core.missing import DEFAULT, MissingValues, without
 from tasks.core.numerals import shortened
 from tasks.core.transient import is_transient
 from tasks.images.sources import as_frame, as_table, shown
@@ -25,7 +26,6 @@ _TEXT = pa.string()
 LABELS = pa.schema([("row", pa.int64()), *((name, _TEXT) for name in ("image_id", "class_name", "group", "malformed"))])
 
 _POLARS = {name: pl.Int64 if name == "row" else pl.String for name in LABELS.names}
-_NULLS = ("", "null", "NULL")
 _SHOWN = 200
 _BLOCK = 2**30  # a single one, if possible: no row may be longer than a block
 _EXACT = 2.0**53
@@ -37,12 +37,18 @@ _NOT_TEXT = {
 }
 
 
-def read_labels(uri: str, id_column: str, class_column: str, group_column: str | None = None) -> pa.Table:
+def read_labels(
+    uri: str,
+    id_column: str,
+    class_column: str,
+    group_column: str | None = None,
+    missing: MissingValues = DEFAULT,
+) -> pa.Table:
     """Read a CSV or Parquet file of labels, all values as text.
 
     Text is as it is written: '007' stays. Parquet's whole floats, as data frames with nulls hold integers, become '7',
-    and NaN becomes null. Unquoted 'null' and 'NULL' in CSV are null. A file is Parquet by its first bytes or its
-    suffix, else CSV: separated by commas, or by tabs if its suffix is '.tsv'.
+    and NaN becomes null. In CSV the missing values are null: a class is text, ids and groups are keys. A file is
+    Parquet by its first bytes or its suffix, else CSV: separated by commas, or by tabs if its suffix is '.tsv'.
 
     Returns:
         Columns of `LABELS`, in the file's order. row: number in the file from 0, header and blank lines not counted.
@@ -64,7 +70,7 @@ def read_labels(uri: str, id_column: str, class_column: str, group_column: str |
                 table = _read_parquet(source, wanted)
             else:
                 separator = "\t" if location.lower().endswith(".tsv") else ","
-                table = _read_csv(source.read(), wanted, separator, malformed)
+                table = _read_csv(source.read(), wanted, separator, malformed, missing=missing)
     except SourceError as fault:
         raise SourceError(f"labels '{shown(uri)}': {fault}") from fault.__cause__
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, csv.Error, UnicodeDecodeError) as fault:
@@ -130,7 +136,9 @@ def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.if_else(pc.is_nan(column), None, text)
 
 
-def _read_csv(data: bytes, wanted: Mapping[str, str], separator: str, malformed: dict[int, str]) -> pa.Table:
+def _read_csv(
+    data: bytes, wanted: Mapping[str, str], separator: str, malformed: dict[int, str], *, missing: MissingValues
+) -> pa.Table:
     """Read the wanted columns as text; lines with a wrong number of fields go into `malformed`, by row."""
     try:
         text = data.decode("utf-8-sig")
@@ -147,7 +155,7 @@ def _read_csv(data: bytes, wanted: Mapping[str, str], separator: str, malformed:
         malformed[row.number - 2] = shown(shortened(row.text or "", _SHOWN))  # rows count from 1, with the header
         return "skip"
 
-    return pa_csv.read_csv(
+    table = pa_csv.read_csv(
         pa.BufferReader(data),
         # Rows have numbers only where one thread reads them.
         read_options=pa_csv.ReadOptions(use_threads=False, block_size=min(max(len(data) + 1, 2**20), _BLOCK)),
@@ -156,10 +164,12 @@ def _read_csv(data: bytes, wanted: Mapping[str, str], separator: str, malformed:
             column_types=dict.fromkeys(wanted.values(), _TEXT),
             include_columns=list(dict.fromkeys(wanted.values())),
             strings_can_be_null=True,
-            quoted_strings_can_be_null=False,
-            null_values=list(_NULLS),
+            null_values=list(missing.text),
         ),
     )
+    keys = {column for setting, column in wanted.items() if setting != "class_column"} - {wanted["class_column"]}
+    nulls = [without(pl.col(column), missing.ambiguous) for column in sorted(keys)] if missing.ambiguous else []
+    return as_table(as_frame(table).with_columns(nulls), table.schema)
 
 
 def _check_columns(names: Sequence[str], wanted: Mapping[str, str]) -> None:

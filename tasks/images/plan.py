@@ -20,6 +20,7 @@ from tasks.core import layout, storage
 from tasks.core.errors import CorruptVersion
 from tasks.core.hashing import stable_hash
 from tasks.core.manifest import FileEntry, InputRecord, Manifest, RowBalance
+from tasks.core.missing import missing_values
 from tasks.core.provenance import code_digest, package_versions
 from tasks.core.reservation import Reservation
 from tasks.core.stream import ParquetStream
@@ -93,9 +94,10 @@ def plan_images(config: ImageAugmentationConfig, reservation: Reservation, previ
     """
     assert config.images is not None, "the sample is made before"
     listing = list_images(config.images)
+    missing = missing_values(config.null_values)
     labels = (
-        read_labels(config.labels, config.id_column, config.class_column, config.group_column)
-        if (config.labels)
+        read_labels(config.labels, config.id_column, config.class_column, config.group_column, missing)
+        if config.labels
         else None
     )
     joined = join_labels(listing, labels, config.classes)

@@ -210,7 +210,7 @@ def _plan_label(
         )
     group = as_group(label)
     only = Definitions(events=definitions.events, dimensions=definitions.dimensions, groups={group.name: group})
-    complete = expand(config.as_of)[-1] if config.as_of else None
+    complete = expand(config.as_of, config.timezone)[-1] if config.as_of else None
     (planned,) = plan_features(only, config.model_copy(update={"groups": ()}), (complete or started,), known)
     rows = planned.events.rows
     columns = tuple(
@@ -218,4 +218,6 @@ def _plan_label(
         for column in rows.columns
     )
     events = replace(planned.events, rows=replace(rows, columns=columns))
-    return LabelPlan(label=label, events=replace(planned, events=events), times=expand(label.at), complete=complete)
+    return LabelPlan(
+        label=label, events=replace(planned, events=events), times=expand(label.at, config.timezone), complete=complete
+    )

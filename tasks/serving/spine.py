@@ -13,14 +13,17 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from tasks.core.errors import SourceError
+from tasks.core.missing import missing_values
 from tasks.core.names import closest
 from tasks.core.own_columns import EVENT_TIME, TARGET
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import ColumnKind
-from tasks.features.kinds import check_kind, check_times, is_whole, polars_type
-from tasks.features.plan import SourcePlan
+from tasks.features.kinds import check_kind, check_times
+from tasks.features.plan import SourcePlan, key_type_of
 from tasks.features.rows import ColumnPlan, KeyType, RowPlan
+from tasks.features.settling import settled
 from tasks.features.sources import SourceTable, inspect
+from tasks.features.texts import polars_type
 from tasks.serving.definition import Model, SpineSource
 
 SPINE = "spine"
@@ -53,14 +56,19 @@ def plan_spine(
     names = {ours: model.spine.columns.get(ours, ours) for ours in wanted}
     for ours, theirs in names.items():
         _check_column(model, table, ours, theirs)
-    times = [file.schema.field(names[EVENT_TIME]).type for file in table.files]
-    check_times(f"the spine of model '{model.name}'", names[EVENT_TIME], times, config.epoch_unit)
+    missing = missing_values(config.null_values)
+    table = settled(table, [names[ours] for ours in (*keys, TARGET)], missing, sampled=[names[EVENT_TIME]])
+    check_times(table, names[EVENT_TIME], config.epoch_unit, f"the spine of model '{model.name}'")
     for ours, theirs in names.items():
         kind: ColumnKind = "time" if ours == EVENT_TIME else "any" if ours == TARGET else "key"
         check_kind(table, kind, ours, theirs, _MAPPING.format(ours))
     columns = [
         ColumnPlan(
-            name=key, source_name=names[key], kind="key", key_type=of or _key_type(table, names[key]), strict=True
+            name=key,
+            source_name=names[key],
+            kind="key",
+            key_type=of or key_type_of(table, names[key]) or "string",
+            strict=True,
         )
         for key, of in keys.items()
     ]
@@ -75,6 +83,7 @@ def plan_spine(
             earliest=config.earliest,
             timezone=config.timezone,
             epoch_unit=config.epoch_unit,
+            missing=missing,
         ),
     )
 
@@ -87,10 +96,6 @@ def _check_column(model: Model, table: SourceTable, ours: str, theirs: str) -> N
                 f"{closest(theirs, file.schema.names)}. If '{ours}' bears another name, say so in the model: "
                 f"{_MAPPING.format(ours)}"
             )
-
-
-def _key_type(table: SourceTable, column: str) -> KeyType:
-    return "int64" if is_whole(table.type_of(column)) else "string"
 
 
 def _target(model: Model, source_name: str, kind: pa.DataType) -> ColumnPlan:

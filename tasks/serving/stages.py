@@ -30,7 +30,7 @@ from tasks.core.reservation import Reservation
 from tasks.core.sketch import QuantileSketch
 from tasks.features.lookups import LookedUp, read_lookup
 from tasks.features.parts import ROW_GROUP, to_arrow, write_rejected
-from tasks.features.sources import ReadUnit, read_units
+from tasks.features.sources import ReadUnit
 from tasks.features.stages import looked_up, read_and_judge
 from tasks.features.tallies import Tally
 from tasks.serving.asof import join_asof
@@ -210,7 +210,7 @@ class Job:
 
 def units_of(plan: TrainingSetPlan) -> tuple[ReadUnit, ...]:
     """The pieces of the spine's or the label's files that tasks read."""
-    return tuple(read_units(plan.source.table, plan.source.file_columns, plan.rows_per_bucket, plan.source.categories))
+    return tuple(plan.source.units(plan.rows_per_bucket))
 
 
 def label_lookups(plan: TrainingSetPlan) -> tuple[LookedUp, ...]:

@@ -364,18 +364,21 @@ def _table(entity_df: pa.Table | pd.DataFrame | pl.DataFrame | str) -> pa.Table:
 
 
 def _read(uri: str) -> pa.Table:
-    import pyarrow.csv as pacsv
     import pyarrow.parquet as pq
 
-    files = storage.list_files(uri, (".parquet", ".csv", ".csv.gz"))
+    from tasks.features.settling import read_csv
+    from tasks.features.sources import SUFFIXES
+
+    files = storage.list_files(uri, SUFFIXES)
     if not files:
         raise SourceError(f"no Parquet or CSV file at {uri!r}; correct the location")
-    tables = []
+    tables, texts = [], []
     for info in files:
+        if not info.uri.lower().endswith(".parquet"):
+            texts.append(info)
+            continue
         with storage.open_input(info.uri) as source:
-            if info.uri.endswith(".parquet"):
-                tables.append(pq.ParquetFile(source).read())
-            else:
-                gzipped = info.uri.endswith(".gz")
-                tables.append(pacsv.read_csv(pa.CompressedInputStream(source, "gzip") if gzipped else source))
+            tables.append(pq.ParquetFile(source).read())
+    if texts:
+        tables.append(read_csv("rows", uri, texts))
     return pa.concat_tables(tables, promote_options="permissive")

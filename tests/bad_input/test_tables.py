@@ -153,7 +153,7 @@ REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
     (
         "no file",
         "other files",
-        {"transactions": {"x.json": "{}", "y.csv.gz": b""}},
+        {"transactions": {"x.json": "{}", "y.csv.bz2": b""}},
         r"it holds 2 other files, such as .*x\.json",
     ),
     ("a file without rows", "of 0 bytes", {"transactions": {"t.parquet": b""}}, r"t\.parquet can't be read.*0 bytes"),

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tasks.core.errors import SourceError
+from tasks.core.missing import DEFAULT
 from tasks.features.quotes import QuotedText
 from tasks.features.sources import inspect, read, read_units
 from tests.bad_input.shop import ROWS, Files, csv, here_and_now, make, put, transactions
@@ -111,8 +112,8 @@ def test_rows_of_a_wrong_number_of_fields_are_rejected(tmp_path: Path, proven: P
 
 AMOUNTS = {
     "unparsable_amount": ['"1,000.5"', "1_000", "$5", "5 €", "0x10", "٣", "TRUE", "yes", "1.2.3", '"5,5"'],
-    "not_finite_amount": ["1e309", "-1e999", "NaN", "inf", "-Infinity"],
-    "null_amount": ["", "NULL", '""', '" "'],
+    "not_finite_amount": ["1e309", "-1e999", "inf", "-Infinity"],
+    "null_amount": ["", "NULL", '""', '" "', "NA", "NaN", '"N/A"', "None", r"\N"],
 }
 
 
@@ -123,6 +124,15 @@ def test_amounts_in_words_are_rejected_with_what_they_are(tmp_path: Path, proven
         assert made.reasons == {reason: len(amounts)}
         assert made.features["total_spent"].to_list() == [7.0]
     proven("amounts that are no numbers", "feature-store", "rejected, counted by reason")
+
+
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_a_missing_value_is_no_customer(tmp_path: Path, quote: str) -> None:
+    """As R writes it, quoted or not."""
+    marked = "".join(f"{quote}{key}{quote},2,2024-05-01,1,toys\n" for key in ("NA", "", "12", "None"))
+    made, _ = make(tmp_path, {"t.csv": HEADER + "\n" + marked})
+    assert made.features["customer_id"].to_list() == [12]
+    assert made.reasons == {"null_customer_id": 3}
 
 
 def test_keys_that_a_spreadsheet_has_spoiled_are_rejected(tmp_path: Path, proven: Proven) -> None:
@@ -159,7 +169,8 @@ def test_a_table_written_by_the_rules_is_read_as_it_was(
     writer.writerows([("a", "b", "c"), *rows])
     put(tmp_path, {"t.csv": text.getvalue()})
     found, malformed = read_all(tmp_path)
-    assert (found, malformed) == (rows, [])
+    expected = [tuple(None if field in DEFAULT.text else field for field in row) for row in rows]
+    assert (found, malformed) == (expected, [])
     pieces(text.getvalue().encode(), block)
 
 

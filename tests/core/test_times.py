@@ -28,7 +28,7 @@ class Holder(BaseModel):
         (["2024-01-01T02:00:00+02:00"], ["2024-01-01"]),
         ("2024-01-01/2024-01-03/1d", ["2024-01-01", "2024-01-02", "2024-01-03"]),
         ("2024-01-31/2024-04-30/1mo", ["2024-01-31", "2024-02-29", "2024-03-31", "2024-04-30"]),
-        ("2024-01-01/2024-01-20/1w", ["2024-01-01", "2024-01-08", "2024-01-15"]),
+        ("2024-01-01/2024-01-20/1w", ["2024-01-01", "2024-01-08", "2024-01-15", "2024-01-20"]),
         ("2024-01-01/2024-01-01T12:00/12h", ["2024-01-01", "2024-01-01T12:00"]),
         ("2024-01-01/2024-01-01/1y, 2020-01-01", ["2020-01-01", "2024-01-01"]),
     ],
@@ -38,6 +38,22 @@ def test_a_list_stands_for_its_times(given: object, expected: list[str]) -> None
     assert expand(held.at) == tuple(day(text) for text in expected)
     assert Holder(at=held.at) == held, "the normal form isn't stable"
     assert Holder.model_validate_json(held.model_dump_json()) == held
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("2024-03-30", ["2024-03-29T23:00"]),
+        ("2024-03-30T00:00Z", ["2024-03-30"]),
+        ("2024-03-30/2024-04-01/1d", ["2024-03-29T23:00", "2024-03-30T23:00", "2024-03-31T22:00"]),
+        ("2024-03-29T23:00Z/2024-04-01/1d", ["2024-03-29T23:00", "2024-03-30T23:00", "2024-03-31T22:00"]),
+        ("2024-02-29/2024-05-01/1mo", ["2024-02-28T23:00", "2024-03-28T23:00", "2024-04-28T22:00", "2024-04-30T22:00"]),
+        ("2024-10-27T02:00/2024-10-27T03:00/1h", ["2024-10-27", "2024-10-27T01:00", "2024-10-27T02:00"]),
+    ],
+)
+def test_steps_go_by_the_clock_of_the_zone(given: str, expected: list[str]) -> None:
+    held = Holder(at=given)  # type: ignore[arg-type]
+    assert expand(held.at, "Europe/Berlin") == tuple(day(text) for text in expected)
 
 
 @pytest.mark.parametrize(

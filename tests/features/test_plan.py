@@ -76,7 +76,7 @@ def test_all_groups_are_computed_from_one_reading(tmp_path: Path) -> None:
     assert planned.groups[0].columns == ("amount", "category", "customer_id", "product_id", "timestamp")
     assert planned.groups[1].columns == ("amount", "customer_id", "product_id", "timestamp")
     assert (planned.as_of, planned.time, planned.rows_per_bucket) == ((AS_OF,), "timestamp", 5000)
-    assert planned.events.categories == ("category",)
+    assert planned.events.rows.categories == ("category",)
 
 
 def test_a_dimension_that_is_not_given_is_not_joined(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_dimension_that_is_not_given_is_not_joined(tmp_path: Path) -> None:
 def test_a_column_of_the_transactions_is_taken_from_there(tmp_path: Path) -> None:
     planned = plan(tmp_path, WITH_CATEGORY, products=PRODUCTS)
     assert planned.lookups == ()
-    assert "category" in planned.events.file_columns
+    assert "category" in planned.events.rows.file_columns
 
 
 CHOICES = [
@@ -125,7 +125,7 @@ def test_else_it_is_looked_up_in_a_dimension(tmp_path: Path) -> None:
     planned = plan(tmp_path, TRANSACTIONS, products=PRODUCTS)
     (lookup,) = planned.lookups
     assert (lookup.key, lookup.columns, lookup.dimension.name) == ("product_id", ("category",), "products")
-    assert lookup.dimension.file_columns == ("product_id", "category")  # the others are read for the join only
+    assert lookup.dimension.rows.file_columns == ("product_id", "category")  # the others are read for the join only
     assert "category" not in columns_of(planned)
 
 
@@ -134,9 +134,9 @@ def test_a_mapped_column_is_looked_up_by_its_own_name(tmp_path: Path) -> None:
     mapping = {"product_id": "sku", "category": "department"}
     planned = plan(tmp_path, TRANSACTIONS, products=products, product_columns=mapping)
     (lookup,) = planned.lookups
-    assert lookup.dimension.file_columns == ("sku", "department")
+    assert lookup.dimension.rows.file_columns == ("sku", "department")
     assert planned.groups[1].dimension is not None
-    assert planned.groups[1].dimension.file_columns == ("sku", "department")  # exactly the mapped columns
+    assert planned.groups[1].dimension.rows.file_columns == ("sku", "department")  # exactly the mapped columns
 
 
 def test_a_group_that_does_not_need_it_does_without(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_key_types_of_csv(tmp_path: Path, why: str, key: str, expected: str) -> 
     text = f"customer_id,product_id,timestamp,amount,category\n{key},7,2024-01-01,1,toys\n"
     planned = plan(tmp_path, text)
     assert columns_of(planned)["customer_id"].key_type == expected
-    (unit,) = read_units(planned.events.table, planned.events.file_columns, 10)
+    (unit,) = read_units(planned.events.table, planned.events.rows.file_columns, 10)
     (piece,) = read(unit)
     judged = judge(piece.frame, planned.events.rows)
     assert judged.kept["customer_id"].cast(pl.String).to_list() == [key.removesuffix(".0")]
@@ -341,6 +341,45 @@ def test_integers_are_times_with_a_unit(tmp_path: Path) -> None:
     assert planned.events.rows.epoch_unit == "s"
 
 
+DATES = [
+    ("days", [19970101, 19970630], "such as 19970101: they are dates, not counts .* as ISO 8601, 1997-01-01"),
+    ("minutes", [202401011230, 202412312359], "ISO 8601, 2024-01-01T12:30:00"),
+    ("seconds", [20240101123059], "ISO 8601, 2024-01-01T12:30:59"),
+]
+
+
+@pytest.mark.parametrize("case", DATES, ids=[case[0] for case in DATES])
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("unit", [None, "s"])
+def test_dates_in_digits_are_no_counts(
+    tmp_path: Path, case: tuple[str, list[int], str], kind: str, unit: str | None
+) -> None:
+    _, times, message = case
+    columns = {name: values * len(times) for name, values in WITH_CATEGORY.items()} | {"timestamp": times}
+    given: Any = pl.DataFrame(columns).write_csv() if kind == "csv" else columns
+    with pytest.raises(SourceError, match=message):
+        plan(tmp_path, given, epoch_unit=unit)
+
+
+@pytest.mark.parametrize("times", [[19971301], [19970101, 1704067200], [0, 20240101]])
+def test_counts_that_are_no_dates_are_counts(tmp_path: Path, times: list[int]) -> None:
+    columns = {name: values * len(times) for name, values in WITH_CATEGORY.items()} | {"timestamp": times}
+    assert plan(tmp_path, columns, epoch_unit="s").events.rows.epoch_unit == "s"
+
+
+def test_what_is_taken_for_null_is_said(tmp_path: Path) -> None:
+    header = "customer_id,product_id,timestamp,amount,category\n"
+    said = plan(tmp_path, header + "1,2,2024-01-01,3,NA\n2,2,2024-01-01,3,toys\n").notes
+    assert said[0].startswith("null in CSV: blank fields, null, NULL")
+    assert said[1:] == (
+        "transactions: in the column 'category', which is text, 'NA' is a value like any other; if it means 'missing', "
+        "say so: --null-values NA",
+    )
+    given = plan(tmp_path, header + "1,2,2024-01-01,3,NA\n", null_values="NA,-")
+    assert given.notes == ("null in CSV: blank fields, NA, -",)
+    assert plan(tmp_path, WITH_CATEGORY).notes == ()  # Parquet has nulls of its own
+
+
 def test_every_file_is_asked_for_its_kind_of_time(tmp_path: Path) -> None:
     """The first file has times, the second has integers, which without a unit would be taken for anything."""
     for name, time in (("a", MOMENT), ("b", 1704067200)):
@@ -372,7 +411,7 @@ def test_one_plan_a_source(tmp_path: Path) -> None:
     plans = plan_features(with_uris(own.over(STANDARD), config), config, (AS_OF,))
     assert [(one.events.name, len(one.groups)) for one in plans] == [("transactions", 2), ("visits", 1)]
     assert plans[1].groups[0].dimension is not None
-    assert plans[1].groups[0].dimension.file_columns == ("user", "country")
+    assert plans[1].groups[0].dimension.rows.file_columns == ("user", "country")
 
 
 OWN = Definitions(

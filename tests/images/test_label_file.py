@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tasks.core import storage
 from tasks.core.errors import SourceError
+from tasks.core.missing import DEFAULT
 from tasks.images.label_file import LABELS, labels_record, read_labels
 
 CSV = b"image_id,class_name\n1,cat\n2,dog\n"
@@ -38,8 +39,9 @@ TEXT: list[tuple[str, bytes, list[tuple[object, ...]]]] = [
     ("numbers as they are written", b"image_id,class_name\n007,1.50\n1e5,0\n", [(0, "007", "1.50"), (1, "1e5", "0")]),
     ("quotes", b'"image_id","class_name"\n"a,b","say ""hi"""\n', [(0, "a,b", 'say "hi"')]),
     ("nulls", b"image_id,class_name\n,null\nNULL,\n", [(0, None, None), (1, None, None)]),
-    ("text in quotes is text", b'image_id,class_name\n"","null"\n', [(0, "", "null")]),
+    ("quoted or not, the same are null", b'image_id,class_name\n"","null"\n', [(0, None, None)]),
     ("NA and None may be classes", b"image_id,class_name\n1,NA\n2,None\n", [(0, "1", "NA"), (1, "2", "None")]),
+    ("but no image", b'image_id,class_name\nNA,cat\n"None",cow\n', [(0, None, "cat"), (1, None, "cow")]),
     ("booleans stay text", b"image_id,class_name\n1,true\n2,False\n", [(0, "1", "true"), (1, "2", "False")]),
     ("other columns, other order", b"x,class_name,image_id\n9,cat,1\n", [(0, "1", "cat")]),
     ("letters of any language", "image_id,class_name\n1,żółw\n".encode(), [(0, "1", "żółw")]),
@@ -117,8 +119,8 @@ def test_quoted_text_of_any_kind_survives(rows: list[tuple[str, str | None]]) ->
     with tempfile.TemporaryDirectory() as directory:
         pa_csv.write_csv(table, f"{directory}/labels.csv", pa_csv.WriteOptions(quoting_style="needed"))
         found = read_labels(f"{directory}/labels.csv", "image_id", "class_name")
-    assert found["image_id"].to_pylist() == list(names)
-    assert found["class_name"].to_pylist() == list(classes)
+    assert found["image_id"].to_pylist() == [None if name in DEFAULT.typed else name for name in names]
+    assert found["class_name"].to_pylist() == [None if name in DEFAULT.text else name for name in classes]
 
 
 def test_local_and_s3(root: str) -> None:

@@ -1,0 +1,190 @@
+"""Types of a source's columns, decided by all of their values before any row is judged.
+
+A CSV file doesn't say of what types its columns are, and its beginning doesn't say what follows: zip codes that begin
+in another state get leading zeros. So each CSV file is read once for the columns whose type matters, until they turn
+out to be text. A Parquet file says its types, but not which values fit a type that is to hold those of other files,
+too; its statistics do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pyarrow.types as pt
+
+from tasks.core import storage
+from tasks.core.errors import SourceError
+from tasks.core.missing import DEFAULT, MissingValues
+from tasks.core.numerals import shortened
+from tasks.features.sources import (
+    ColumnValues,
+    ReadUnit,
+    SourceFile,
+    SourceTable,
+    check_columns,
+    inspect_files,
+    read,
+    read_units,
+)
+from tasks.features.texts import EXACT, Kind, as_type, kind_of, polars_type
+
+_SAMPLE = 10_000
+_SHOWN = 200
+
+
+def settled(
+    table: SourceTable, columns: Iterable[str], missing: MissingValues, sampled: Iterable[str] = ()
+) -> SourceTable:
+    """The table, with what its values say of the types of some columns.
+
+    Args:
+        table: The source, whose files all have the columns.
+        columns: Columns whose type must hold for every value.
+        missing: Text of CSV that is no value.
+        sampled: Columns of which the first rows of each CSV file are enough.
+
+    Raises:
+        SourceError: a file can't be read.
+
+    """
+    whole = tuple(dict.fromkeys(columns))
+    first = tuple(name for name in dict.fromkeys(sampled) if name not in whole)
+    differing = [name for name in whole if _may_not_fit(table, name)]
+
+    def settle(file: SourceFile) -> SourceFile:
+        found = {name: _of_path(file.in_path[name], missing) for name in (*whole, *first) if name in file.added}
+        if file.format == "csv":
+            all_of, some_of = ([name for name in names if name not in found] for names in (whole, first))
+            found |= _of_csv(file, all_of, some_of, missing)
+        elif wanted := [name for name in differing if name not in found]:
+            found |= _of_parquet(file, wanted)
+        return replace(file, values={**file.values, **found})
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return replace(table, files=tuple(pool.map(settle, table.files)))
+
+
+def _may_not_fit(table: SourceTable, column: str) -> bool:
+    """Whether a type for the column depends on values of Parquet files."""
+    types = {file.schema.field(column).type for file in table.files}
+    return len(types) > 1 or pa.uint64() in types
+
+
+def _of_path(value: str | None, missing: MissingValues) -> ColumnValues:
+    return _values(kind_of(pl.Series([value], dtype=pl.String), missing.typed))
+
+
+def _values(kind: Kind, marks: tuple[str, ...] = ()) -> ColumnValues:
+    return ColumnValues(kind, EXACT + 1 if kind == "wide" else 0, marks)
+
+
+def _of_csv(
+    file: SourceFile, whole: Sequence[str], first: Sequence[str], missing: MissingValues
+) -> dict[str, ColumnValues]:
+    """Read a CSV file as long as a column may still turn out to be of another type."""
+    pending = [*whole, *first]
+    kinds: dict[str, Kind] = dict.fromkeys(pending, "null")
+    marks: dict[str, tuple[str, ...]] = {}
+    unit = ReadUnit(file.info.uri, "csv", tuple(pending), missing=missing)
+    for raw in read(unit) if pending and file.rows != 0 else ():
+        for name in pending:
+            values = raw.frame[name] if name in whole else raw.frame[name][:_SAMPLE]
+            kinds[name] = kind_of(values, missing.typed, kinds[name])
+        if not marks:
+            marks = {name: _marks(raw.frame[name], missing) for name in kinds}
+        pending = [name for name in pending if kinds[name] != "text" and name in whole]
+        if not pending:
+            break
+    return {name: _values(kind, marks.get(name, ())) for name, kind in kinds.items()}
+
+
+def _marks(values: pl.Series, missing: MissingValues) -> tuple[str, ...]:
+    return tuple(sorted(values.filter(values.is_in(missing.ambiguous)).unique()))
+
+
+def _of_parquet(file: SourceFile, columns: Sequence[str]) -> dict[str, ColumnValues]:
+    """Which columns have no value at all, and how large whole numbers are: by statistics, else by the values."""
+    found = {}
+    with storage.open_input(file.info.uri) as source, pq.ParquetFile(source) as opened:
+        for name in columns:
+            kind = file.schema.field(name).type
+            if pt.is_floating(kind) or pt.is_integer(kind):
+                empty, low, high = _extremes(opened, name)
+                largest = max(abs(low), abs(high)) if pt.is_integer(kind) and not empty else 0
+                found[name] = ColumnValues("null" if empty else None, largest)
+    return found
+
+
+def _extremes(file: pq.ParquetFile, column: str) -> tuple[bool, int, int]:
+    """Whether a column has no value, and its least and largest ones."""
+    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    found = []
+    for group in groups:
+        chunks = map(group.column, range(group.num_columns))
+        statistics = next(chunk.statistics for chunk in chunks if chunk.path_in_schema == column)
+        if statistics is not None and statistics.has_null_count and statistics.null_count == group.num_rows:
+            continue
+        if statistics is None or not statistics.has_min_max:
+            break
+        found += [statistics.min, statistics.max]
+    else:
+        return not found, min(found, default=0), max(found, default=0)
+    values = file.read(columns=[column])[column]
+    ends = pc.min_max(values)
+    return values.null_count == len(values), ends["min"].as_py() or 0, ends["max"].as_py() or 0
+
+
+def read_csv(name: str, uri: str, infos: Sequence[storage.FileInfo]) -> pa.Table:
+    """Read CSV files as a whole, each column of the type that all of its values have.
+
+    Args:
+        name: Role of the rows, for messages.
+        uri: Where they were looked for.
+        infos: The files, one at least, in the order of the rows.
+
+    Raises:
+        SourceError: a file can't be read, lacks a column of the others, or has a line of another number of fields.
+
+    """
+    table = inspect_files(name, uri, infos)
+    names = list(dict.fromkeys(column for file in table.files for column in file.schema.names))
+    check_columns(table, {column: column for column in names})
+    table = settled(table, names, DEFAULT)
+    types = {column: polars_type(table.type_of(column)) or pl.String() for column in names}
+    typed = [as_type(pl.col(column), wanted, "UTC").alias(column) for column, wanted in types.items()]
+    frames = [pl.DataFrame(schema=dict.fromkeys(names, pl.String)).select(typed)]
+    for unit in read_units(table, names, 1):
+        for raw in read(unit):
+            if raw.malformed:
+                raise SourceError(
+                    f"{name}: {unit.uri} has a line of another number of fields than its header's {len(names)}: "
+                    f"'{shortened(raw.malformed[0], _SHOWN)}'; correct it, or quote text that holds commas"
+                )
+            frames.append(raw.frame.select(typed))
+    return pl.concat(frames).to_arrow()
+
+
+def whole_numbers(file: SourceFile, column: str) -> tuple[int, int] | None:
+    """The least and the largest value of a column of whole numbers, of CSV those of its first block; None without any.
+
+    Raises:
+        SourceError: the file can't be read.
+
+    """
+    if file.format == "parquet" and column not in file.added:
+        with storage.open_input(file.info.uri) as source, pq.ParquetFile(source) as opened:
+            empty, low, high = _extremes(opened, column)
+        return None if empty else (low, high)
+    if column in file.added:
+        text = pl.Series([file.in_path[column]], dtype=pl.String)
+    else:
+        text = next(read(ReadUnit(file.info.uri, "csv", (column,)))).frame[column]
+    values = text.str.strip_chars().cast(pl.Int64, strict=False).drop_nulls()
+    return (values.min(), values.max()) if len(values) else None  # type: ignore[return-value]
