@@ -30,13 +30,7 @@ import pytest
 import s3fs
 
 from tests.s3 import ENVIRONMENT, s3_endpoint
-from tests.tables import (  # noqa: F401 - hooks and a fixture
-    proven,
-    pytest_addoption,
-    pytest_deselected,
-    pytest_runtest_makereport,
-    pytest_sessionfinish,
-)
+from tests.tables import proven, pytest_addoption, pytest_configure  # noqa: F401 - a fixture and hooks
 
 
 @pytest.fixture(scope="session")

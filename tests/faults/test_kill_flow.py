@@ -40,7 +40,7 @@ from tests.processes import Command, own_home
 from tests.tables import Proven
 from tests.test_runner import eventually
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.slow
 
 IMAGES, COPY = "training-datasets/images", "training-datasets/streaming-ready/images"
 CUSTOMERS, PRODUCTS = "feature-store/customer-features", "feature-store/product-features"

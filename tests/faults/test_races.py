@@ -14,7 +14,7 @@ from tests.core.test_versions import assert_whole, files_of, run_together
 from tests.faults.reader import Reader, reader
 from tests.tables import Proven
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.slow
 
 ROUNDS = 100
 

@@ -24,7 +24,7 @@ from tests.tables import Proven
 
 __all__ = ["start", "undisturbed"]
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.slow
 
 # The first call waits while the node is killed. By then each node's store holds what the scattering tasks have made.
 HELD = {

@@ -28,7 +28,7 @@ from tests.tables import Proven
 
 __all__ = ["start", "undisturbed"]
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.slow
 
 # After the call: what the task writes is written, and nobody knows of it.
 KILLED = {

@@ -36,7 +36,7 @@ from tests.tables import Proven
 
 __all__ = ["disk", "start", "undisturbed"]
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.slow
 
 STEPS = {
     "data": "disk full while data is written",

@@ -26,7 +26,7 @@ from tests.tables import Proven
 
 __all__ = ["start", "undisturbed"]
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.slow
 
 CURES = {
     FEATURES: ("tasks.features.stages:Job.gather", "lower --rows-per-bucket (it is 1,000)"),

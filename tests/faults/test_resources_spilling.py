@@ -34,7 +34,7 @@ from tests.tables import Proven
 
 __all__ = ["disk", "start", "undisturbed"]
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.slow
 
 # So that small data is spilled: all but the smallest results go to the store, which spills when a thousandth is full.
 EAGER = {

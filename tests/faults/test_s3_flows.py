@@ -30,7 +30,7 @@ from tests.processes import PROJECT
 from tests.runs import Run, assert_whole
 from tests.tables import Proven
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.slow
 
 OF_THE_RUN = ["feature_creation_date", "feature_version"]
 CLIENT_TRIES = 2

@@ -29,7 +29,7 @@ from tests.faults.proxy import (
 from tests.faults.reader import Reader, reader
 from tests.tables import Proven
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.slow
 
 REQUESTS = {
     "reserving": ("PUT", r"/v2/_reservation"),

@@ -15,7 +15,7 @@ from tasks.core.transient import is_transient
 from tests.faults.proxy import broken_s3, reset_in_answer, silent
 from tests.tables import Proven
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.slow
 
 DEFAULT_SECONDS = 15  # that the store may be silent, if nobody says otherwise
 LONGEST_PAUSES = 1 + 2 + 4 + 8  # between botocore's five tries

@@ -30,7 +30,7 @@ from tests.processes import Command, own_home, start_prefect_server
 from tests.tables import Proven
 from tests.test_runner import eventually
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.slow
 
 IMAGES = "training-datasets/images"
 START_SECONDS, END_SECONDS = 300, 400
