@@ -24,6 +24,7 @@ import sqlite3
 import tempfile
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -109,19 +110,48 @@ def root(request: pytest.FixtureRequest) -> str:
     return uri
 
 
+_RAYS: list[dict[str, str]] = []
+
+
+@contextmanager
+def another_ray(**environment: str) -> Iterator[None]:
+    """A local Ray with 2 CPUs in place of the one that runs, which is started again at the end.
+
+    Args:
+        environment: Variables of its workers, besides those of this process.
+
+    """
+    import ray
+
+    ray.shutdown()
+    _start_ray(environment)
+    _RAYS.append(environment)
+    try:
+        yield
+    finally:
+        _RAYS.pop()
+        ray.shutdown()
+        if _RAYS:
+            _start_ray(_RAYS[-1])
+
+
+def _start_ray(environment: dict[str, str]) -> None:
+    from tasks.core.cluster import connect
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        assert connect(num_cpus=2, object_store_memory=200 * 2**20), "a test has left its Ray running"
+
+
 @pytest.fixture(scope="session")
 def ray_cluster(s3_url: str) -> Iterator[None]:
     """A local Ray with 2 CPUs, whose workers have the environment that they have in production.
 
     The S3 endpoint comes first: workers inherit the environment of the process that starts Ray.
     """
-    import ray
-
-    from tasks.core.cluster import connect
-
-    assert connect(num_cpus=2, object_store_memory=200 * 2**20), "a test has left its Ray running"
-    yield
-    ray.shutdown()
+    with another_ray():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,8 @@ import psutil
 from tasks.local_api import _Ready
 
 PROJECT = Path(__file__).parents[1]
-ENDED_BY_THEMSELVES = 20.0  # the API server, Ray and its workers notice within some seconds that the flow is gone
-PATIENCE = 300.0  # of a run that takes 15 s on an idle machine
+ENDED_BY_THEMSELVES = 60.0  # the API server, Ray and its workers notice within some seconds that the flow is gone
+PATIENCE = 300.0  # with a run that takes 15 s on an idle machine
 OUTLIVE = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}  # Ray's own agents don't always
 
 _CLUSTER = """
@@ -90,24 +90,28 @@ class Command:
 
     def kill_when(self, reached: Callable[[], bool]) -> None:
         """Kill the flow's own process as soon as something is so."""
-        give_up = time.monotonic() + 300
+        give_up, turn = time.monotonic() + PATIENCE, 0
         while not reached():
             assert self.process.poll() is None, f"the run ended first:\n{self.process.communicate()}"
             assert time.monotonic() < give_up, "the run wrote nothing"
-            self.look()
+            if turn % 10 == 0:  # each look takes some milliseconds
+                self.look()
+            turn += 1
             time.sleep(0.01)
         self.look()
         os.kill(self.process.pid, signal.SIGKILL)
         self.process.communicate()
 
-    def await_kill(self) -> None:
-        """Wait until the flow's own process has been killed by something that the test armed."""
-        give_up = time.monotonic() + 300
+    def await_kill(self) -> str:
+        """Wait until the flow's own process has been killed by something that the test armed; give its stderr."""
+        give_up = time.monotonic() + PATIENCE
         while self.process.poll() is None and time.monotonic() < give_up:
             self.look()
-            time.sleep(0.01)
-        output = self.process.communicate() if self.process.poll() is not None else "it goes on"
-        assert self.process.poll() == -signal.SIGKILL, f"the run wasn't killed ({self.process.poll()}): {output}"
+            time.sleep(0.1)  # each look takes some milliseconds
+        output, errors = self.process.communicate() if self.process.poll() is not None else ("it goes on", "")
+        status = self.process.poll()
+        assert status == -signal.SIGKILL, f"the run wasn't killed ({status}):\n{errors}\n{output}"
+        return errors
 
     def end_family(self) -> set[str]:
         """Wait for what the flow left behind, end what is still there and give its names."""

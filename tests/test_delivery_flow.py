@@ -61,7 +61,7 @@ def completed(root: str, **settings: object) -> DeliveryRun:
     return run
 
 
-@pytest.fixture(scope="module", params=["local", pytest.param("s3", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["local", pytest.param("s3", marks=pytest.mark.nightly)])
 def first(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DeliveryRun:
     """A delivery of nothing in particular from an empty root."""
     if request.param == "local":

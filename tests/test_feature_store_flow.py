@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import datetime as dt
 import io
-import os
 import random
 import re
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import UUID
 
 import duckdb
 import numpy as np
@@ -23,8 +19,6 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import yaml
-from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.feature_store import feature_store
 from tasks.artifacts import read_artifacts
@@ -35,10 +29,9 @@ from tasks.features.config import FeatureStoreConfig, Thresholds
 from tasks.features.sample import SAMPLE_AS_OF, sample_customers, sample_products, sample_transactions
 from tests.conftest import new_bucket
 from tests.features import oracle
-from tests.processes import own_home, prefect_server
 from tests.runs import Run, assert_nothing_published, assert_whole
 from tests.s3 import FAULTY
-from tests.test_runner import eventually, messages, task_runs
+from tests.test_runner import messages
 
 pytestmark = pytest.mark.usefixtures("stack")
 
@@ -479,31 +472,3 @@ def test_parameters_as_a_deployment_gives_them(small: FeatureRun) -> None:
     assert run.state.is_completed(), run.state.message
     assert run.flow_run().name.startswith("features of the sample ")
     assert_same(run.features(PRODUCTS), small.features(PRODUCTS), "from plain values")
-
-
-@pytest.mark.slow
-def test_a_real_prefect_server(prefect_home: Path, tmp_path: Path) -> None:
-    """In a process of its own: one process sends all its events to one server."""
-    home, root = own_home(prefect_home, tmp_path / "home"), str(tmp_path / "root")
-    with prefect_server(home) as url:
-        done = subprocess.run(
-            [sys.executable, "-m", "flows.feature_store", "--root", root, "--groups", "product-features"],
-            env={**os.environ, "PREFECT_HOME": str(home), "PREFECT_API_URL": url},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
-        manifest = versions.resolve(root, PRODUCTS)
-        flow_run_id = UUID(manifest.run.flow_run_id)
-        with temporary_settings({PREFECT_API_URL: url}):
-            keys = {artifact.key for artifact in read_artifacts(flow_run_id)}
-            assert {"product-features-report", "product-features-checks"} <= keys
-            runs = eventually(lambda: task_runs(flow_run_id), lambda runs: all(run.state.is_final() for run in runs))
-            assert {run.name for run in runs} >= {"compute product-features", "validate product-features v1"}
-            assert {run.state_name for run in runs} == {"Completed"}, "a task run is left unfinished in the API"
-            assert any("entities written" in line for line in messages(flow_run_id)), "logs of the Ray task are missing"
-            with get_client(sync_client=True) as client:
-                assert client.read_flow_run(flow_run_id).state_name == "Completed"
-        assert f"{url.removesuffix('/api')}/runs/flow-run/{flow_run_id}" in done.stderr, "where to look it up"

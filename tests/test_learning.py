@@ -18,7 +18,7 @@ from tasks.core.manifest import Manifest
 from tasks.core.tensors import to_torch
 from tasks.images.config import Augmentation, ImageAugmentationConfig
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("stack")]
+pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("stack")]
 
 DATASET = "training-datasets/images"
 EPOCHS, BATCH, RATE = 12, 32, 3e-3

@@ -43,7 +43,7 @@ def measured(job: str, size: int, piece: int, folder: Path) -> dict[str, int]:
     return figures
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("job", "bound", "piece", "sizes"),
     [

@@ -188,6 +188,7 @@ def test_a_published_version_starts_its_delivery(site: Site) -> None:
     assert {"images-streaming-report", "images-training-report"} <= site.artifacts(delivery.id)
 
 
+@pytest.mark.nightly
 def test_a_schedule_starts_a_run_and_its_logs_are_in_the_api(site: Site) -> None:
     daily = site.client.read_deployment_by_name("feature-store/daily")
     [schedule] = daily.schedules
@@ -206,6 +207,7 @@ def test_a_schedule_starts_a_run_and_its_logs_are_in_the_api(site: Site) -> None
     assert any("verdict pass" in line for line in told), "the logs of the tasks on Ray aren't in the API"
 
 
+@pytest.mark.nightly
 def test_a_cancelled_run_leaves_no_half_version_and_nothing_on_ray(site: Site) -> None:
     before = versions.published_versions(site.root, CUSTOMERS)
     run = site.start("feature-store/daily", **LARGE)
@@ -220,6 +222,7 @@ def test_a_cancelled_run_leaves_no_half_version_and_nothing_on_ray(site: Site) -
     assert number == 1 or not storage.exists(layout.join(uri, layout.MANIFEST))
 
 
+@pytest.mark.nightly
 def test_a_run_that_loses_its_worker_crashes_and_goes_on_when_it_is_retried(site: Site) -> None:
     before = set(versions.version_numbers(site.root, CUSTOMERS))
     run = site.start("feature-store/daily", **LARGE)

@@ -161,7 +161,10 @@ SECRETS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fails", [False, True], ids=["a good run", "a failed run"])
+@pytest.mark.parametrize(
+    "fails",
+    [pytest.param(False, id="a good run"), pytest.param(True, id="a failed run", marks=pytest.mark.nightly)],
+)
 def test_credentials_are_nowhere_but_in_the_environment(
     s3_url: str, prefect_home: Path, tmp_path: Path, fails: bool
 ) -> None:

@@ -17,7 +17,7 @@ from tasks.delivery.loops import TrainingRun, train
 from tasks.features.config import FeatureStoreConfig
 from tests.processes import own_home, shell_environment, two_nodes
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 
 def train_and_say_where(run: TrainingRun) -> None:

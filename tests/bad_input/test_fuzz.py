@@ -1,6 +1,6 @@
 """Whatever the bytes or values are, what parses them answers, or raises an error of ours; nothing else, ever.
 
-Hypothesis makes them: a few seconds' worth by default, and FUZZ_FACTOR times as many with `-m slow`.
+Hypothesis makes them: a few seconds' worth by default, and FUZZ_FACTOR times as many with `-m nightly`.
 """
 
 from __future__ import annotations
@@ -390,7 +390,7 @@ def test_mutilated_pictures() -> None:
     decode_in_a_process(1500, 0)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("seed", range(1, 4))
 def test_many_mutilated_pictures(seed: int) -> None:
     decode_in_a_process(1500 * FACTOR, seed)
@@ -415,7 +415,7 @@ FUZZED = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("test", FUZZED, ids=lambda test: test.__name__)
 def test_with_many_more_examples(test: Any, request: pytest.FixtureRequest) -> None:
     """By pytest itself, in a process of its own, so that parameters and fixtures are as they are by default."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from tests.processes import PROJECT
 
 POINT, VERSION, FLOW, HOLD = "FAILPOINT", "FAILPOINT_VERSION", "FAILPOINT_FLOW", "FAILPOINT_HOLD"
+WRITTEN = "FAILPOINT_WRITTEN"
 
 _SITECUSTOMIZE = "from tests.faults.failpoints import arm\n\narm()\n"
 
@@ -47,7 +48,9 @@ POINTS = {
 }
 
 
-def environment(directory: Path, point: str, version: Path, hold: Path | None = None) -> dict[str, str]:
+def environment(
+    directory: Path, point: str, version: Path, hold: Path | None = None, written: int | None = None
+) -> dict[str, str]:
     """Variables that arm the processes of a run.
 
     Args:
@@ -56,11 +59,14 @@ def environment(directory: Path, point: str, version: Path, hold: Path | None = 
         version: Directory of the version that is meant; nothing else counts.
         hold: A file that appears when the point is reached, where the run then waits until it is deleted; None: the
             flow is killed there.
+        written: How many data files must be there, if not as many as the point says.
 
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "sitecustomize.py").write_text(_SITECUSTOMIZE)
+    needed = POINTS[point].written if written is None else written
     armed = {"PYTHONPATH": f"{directory}{os.pathsep}{PROJECT}", POINT: point, VERSION: str(version)}
+    armed[WRITTEN] = str(needed)
     return armed if hold is None else {**armed, HOLD: str(hold)}
 
 
@@ -68,6 +74,7 @@ def arm() -> None:
     """Have this process, the flow's or one of its Ray's, kill the flow at the point that the environment names."""
     os.environ.setdefault(FLOW, str(os.getpid()))  # the first one that comes here is the flow
     flow, version, point = int(os.environ[FLOW]), os.environ[VERSION], POINTS[os.environ[POINT]]
+    needed = int(os.environ[WRITTEN])
     within, name = version + "/", re.compile(point.name)
     hold = Path(os.environ[HOLD]) if HOLD in os.environ else None
     changes_name = point.event in ("os.rename", "os.link")
@@ -85,7 +92,7 @@ def arm() -> None:
         busy.counting = True  # what counting opens is no event of the run
         written = sum(1 for _ in Path(version).rglob("part-*.parquet"))
         busy.counting = False
-        if written < point.written:
+        if written < needed:
             return
         if hold is not None:
             hold.touch()

@@ -1,21 +1,20 @@
-"""A flow's process is killed (-9) at each step of the commit, and the same command is run again.
+"""A flow's process is killed (-9) at steps of its commit, and the same is run again.
 
 One root a flow is killed at one point after the other, so that each run also has to make good what several dead ones
-have left. Where the point is reached by the flow's own process, the runs share this session's Prefect server and Ray,
-as deployed runs do; where a Ray worker reaches it, the flow has its own, as by hand, and they must go away with it.
+have left. The commit is the same code for all flows, and `tests/core/test_versions.py` kills it too: one flow is killed
+at each step, the others where a worker of their own comes to. Where the point is reached by the flow's own process, the
+runs share this session's Ray, as deployed runs do; else the flow has its own, as by hand, which must go away with it.
 """
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import pandas as pd
 import pytest
 import ray
 import yaml
@@ -25,224 +24,143 @@ from prefect.states import AwaitingRetry, Crashed
 from pydantic import BaseModel
 
 from tasks import commands
-from tasks.command_line import parse_arguments
 from tasks.core import layout, storage, versions
 from tasks.core.cluster import cluster_cpus
-from tasks.core.manifest import Manifest
-from tasks.delivery.config import DeliveryConfig
-from tasks.features.config import FeatureStoreConfig
-from tasks.images.config import ImageAugmentationConfig
-from tasks.images.sample import write_sample
+from tasks.delivery.config import TrainingConfig
 from tasks.publication import PUBLISHED
 from tests.faults.failpoints import environment
-from tests.faults.watching import watching
-from tests.processes import Command, own_home
+from tests.faults.three_flows import (
+    DATASETS,
+    DELIVERY,
+    FEATURES,
+    IMAGES,
+    Reader,
+    Runner,
+    Starter,
+    Store,
+    assert_same_rows,
+    contents,
+    copied,
+    left_over,
+)
 from tests.tables import Proven
 from tests.test_runner import eventually
 
 pytestmark = pytest.mark.slow
 
-IMAGES, COPY = "training-datasets/images", "training-datasets/streaming-ready/images"
-CUSTOMERS, PRODUCTS = "feature-store/customer-features", "feature-store/product-features"
 CHURN = layout.training_ready_dataset("churn")
-CONFIGS: dict[str, type[BaseModel]] = {
-    "image-augmentation": ImageAugmentationConfig,
-    "feature-store": FeatureStoreConfig,
-    "training-delivery": DeliveryConfig,
+CUSTOMERS, PRODUCTS = DATASETS[FEATURES]
+MID_DATA = "in mid-data"
+BY_A_WORKER = [MID_DATA, "after the data, before the report"]
+POINTS = {
+    IMAGES: ["after reserving", *BY_A_WORKER, "after the report, before the manifest", "in mid-manifest"],
+    FEATURES: BY_A_WORKER,
+    DELIVERY: BY_A_WORKER,
 }
-OF_THE_RUN = ["feature_creation_date", "feature_version"]
+ENOUGH = 6  # files of images: a unit has two, so that one at least is finished while two are under way
+WITH_REPORT = {"after the report, before the manifest", "in mid-manifest"}
 
 
-@dataclass(frozen=True)
-class Flow:
-    """A flow with little data in many files."""
-
-    name: str
-    datasets: tuple[str, ...]
-    options: tuple[str, ...]
-
-    @property
-    def module(self) -> str:
-        return "flows." + self.name.replace("-", "_")
-
-    def contents(self, root: str, dataset: str, version: int) -> Any:
-        """What must be the same in every run: digests by the files' names without the attempt, or values.
-
-        Rows of features say which run made them and when.
-        """
-        manifest = versions.resolve(root, dataset, version)
-        versions.verify(root, manifest)
-        if dataset in (CUSTOMERS, PRODUCTS):
-            frame = versions.read_table(root, dataset, version, verify=True).to_pandas().drop(columns=OF_THE_RUN)
-            rows = tuple(entry.rows for entry in manifest.files)
-            return rows, pd.util.hash_pandas_object(frame, index=False).tolist(), list(frame.columns)
-        entries = (*manifest.files, *manifest.rejected_files, *manifest.side_files)
-        return {re.sub(r"-a\d+\.", ".", entry.path): entry.digest for entry in entries}
+def shared() -> dict[str, str]:
+    """This session's Ray, for a process."""
+    return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
 
-@dataclass
-class Site:
-    """Where the flows of this module run."""
-
-    home: Path
-    scratch: Path
-    shared: dict[str, str]
-    flows: dict[str, Flow] = field(default_factory=dict)
-    started: list[Command] = field(default_factory=list)
-    _undisturbed: dict[str, str] = field(default_factory=dict)
-
-    def undisturbed(self, name: str) -> str:
-        """Root of the run of a flow that nobody disturbs."""
-        if name not in self._undisturbed:
-            root = self.new_root(self.flows[name], self.scratch / name)
-            self.start(self.flows[name], root, *ALONE.get(name, ())).finish()
-            self._undisturbed[name] = root
-        return self._undisturbed[name]
-
-    def start(self, flow: Flow, root: str, *more: str, alone: bool = False, **environment: str) -> Command:
-        """Start a flow, with a Prefect server and a Ray of its own if `alone`."""
-        place = {} if alone else self.shared
-        home = own_home(self.home, self.scratch / f"home-{len(self.started)}")
-        options = ("--root", root, *flow.options, *more)
-        self.started.append(Command.start(flow.module, options, home, **{**place, **environment}))
-        return self.started[-1]
-
-    def kill(self, flow: Flow, root: str, point: str, dataset: str, *more: str, alone: bool) -> None:
-        """Run a flow that is killed at a point of a dataset's first version; its Ray goes away with it."""
-        version = Path(root, dataset, "v1")
-        armed = environment(self.scratch / "hook", point, version)
-        command = self.start(flow, root, *more, alone=alone, **armed)
-        command.await_kill()
-        if alone:
-            assert command.end_family() == set(), "the killed flow's Ray or API server goes on"
-        else:
-            eventually(ray.available_resources, lambda free: free["CPU"] == cluster_cpus(), 60)
-
-    def deploy(self, flow: Flow, root: str, *more: str) -> UUID:
-        """A flow run of a deployment, not started yet."""
-        entry = f"{flow.module}.{flow.module.removeprefix('flows.')}"
-        config, _ = parse_arguments(CONFIGS[flow.name], ["--root", root, *flow.options, *more])
-        with get_client(sync_client=True) as client:
-            deployed = client.create_deployment(
-                client.create_flow_from_name(flow.name), f"kills-{flow.name}", entrypoint=entry
-            )
-            parameters = {"config": config.model_dump(mode="json")}
-            return client.create_flow_run_from_deployment(deployed, parameters=parameters).id
-
-    def execute(self, run: UUID, **environment: str) -> Command:
-        """Start a flow run's process as Prefect's worker starts it."""
-        home = own_home(self.home, self.scratch / f"home-{len(self.started)}")
-        whole = {**self.shared, "PREFECT__FLOW_RUN_ID": str(run), **environment}
-        self.started.append(Command.start("prefect.engine", (), home, **whole))
-        return self.started[-1]
-
-    def new_root(self, flow: Flow, path: Path) -> str:
-        """An empty root; for training-delivery one with its source."""
-        if flow.name == "training-delivery":
-            source = Path(self.undisturbed("image-augmentation"), IMAGES)
-            shutil.copytree(source, path / IMAGES)
-        return str(path)
+def await_idle_ray() -> None:
+    eventually(ray.available_resources, lambda free: free["CPU"] == cluster_cpus(), 120)
 
 
-@pytest.fixture(scope="module")
-def site(prefect_home: Path, stack: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    shared = {"PREFECT_API_URL": stack, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    scratch = tmp_path_factory.mktemp("kills")
-    here = Site(prefect_home, scratch, shared)
-    source = write_sample(str(scratch / "source"), 120, 0)
-    images = ["--images-per-file", "16", "--augmentation.size", "32", "--augmentation.variants", "2"]
-    images += [word for name, uri in source.items() for word in (f"--{name}", uri)]
-    features = ["--rows-per-bucket", "1000", "--sample-transactions", "6000"]
-    delivery = ["--dataset", IMAGES, "--file-megabytes", "0.05", "--training.epochs", "1", "--training.workers", "1"]
-    for flow in (
-        Flow("image-augmentation", (IMAGES,), tuple(images)),
-        Flow("feature-store", (CUSTOMERS, PRODUCTS), tuple(features)),
-        Flow("training-delivery", (COPY,), tuple(delivery)),
-    ):
-        here.flows[flow.name] = flow
-    yield here
-    for command in here.started:
-        command.stop()
+def units(version: Path, pattern: str) -> set[int]:
+    """Numbers of the units of images of which there is a file."""
+    return {int(path.name.split("-")[1]) for path in version.glob(pattern)}
 
 
-ALONE = {"training-delivery": ("--no-training.enabled",)}
-"""Options that leave the training out."""
-
-BEFORE_THE_MANIFEST = {
-    "after reserving": False,
-    "in mid-data": True,
-    "after the data, before the report": True,
-    "after the report, before the manifest": False,
-    "in mid-manifest": False,
-}
-"""Points, and whether a Ray worker comes to them."""
-
-
-def files(root: str, dataset: str, version: int) -> set[str]:
-    base = layout.version_uri(root, dataset, version)
-    return {info.uri.removeprefix(base + "/") for info in storage.list_files(base, include_hidden=True)}
-
-
-def assert_nothing_left(root: str, manifest: Manifest) -> None:
-    listed = {entry.path for entry in (*manifest.files, *manifest.rejected_files, *manifest.side_files)}
-    protocol = {layout.MANIFEST, layout.REPORT_HTML, layout.REPORT_JSON}
-    protocol |= {layout.CLASS_SUMMARY} if manifest.dataset == IMAGES else set()
-    protocol |= {layout.reservation_name(attempt) for attempt in range(1, manifest.run.attempt + 1)}
-    found = files(root, manifest.dataset, manifest.version)
-    assert found == listed | protocol, f"{manifest.dataset}: left behind or missing: {found ^ (listed | protocol)}"
-
-
-@pytest.mark.parametrize("name", ["image-augmentation", "feature-store", "training-delivery"])
+@pytest.mark.parametrize("flow", POINTS)
 def test_a_flow_killed_at_each_step_is_made_good_by_the_next_run(
-    site: Site, name: str, tmp_path: Path, proven: Proven
+    *, flow: str, undisturbed: Store, start: Starter, run: Runner, tmp_path: Path, proven: Proven
 ) -> None:
-    flow, alone = site.flows[name], ALONE.get(name, ())
-    root, dataset = site.new_root(flow, tmp_path / "root"), flow.datasets[0]
-    version, before = Path(root, dataset, "v1"), set(versions.list_datasets(root))
-    with watching(root) as reader:
-        for number, (point, by_a_worker) in enumerate(BEFORE_THE_MANIFEST.items(), 1):
-            site.kill(flow, root, point, dataset, *alone, alone=by_a_worker)
-            assert len(versions.attempts(root, dataset, 1)) == number, f"{point}: the version wasn't taken over"
-            for one in flow.datasets:
-                assert versions.published_versions(root, one) == [], f"{point}: {one} is visible"
-                assert not Path(root, one, "v2").exists(), "the dead run's number wasn't taken over"
+    store = copied(undisturbed, tmp_path / "root")
+    root, config, dataset = str(store.root), store.config(flow), DATASETS[flow][0]
+    version, told, finished = Path(layout.version_uri(root, dataset, 2)), "", set[int]()
+    with Reader(store, flow) as reader:
+        for number, point in enumerate(POINTS[flow], 1):
+            written = ENOUGH if (flow, point) == (IMAGES, MID_DATA) else None
+            armed = environment(tmp_path / "hook", point, version, written=written)
+            alone = point == MID_DATA  # with an API server of its own too
+            command = start(flow, config, alone=alone, **armed, **({} if point in BY_A_WORKER else shared()))
+            said = command.await_kill()
+            if point in BY_A_WORKER:
+                assert command.end_family() == set(), "the killed flow's Ray or API server goes on"
+            else:
+                await_idle_ray()
+            assert len(versions.attempts(root, dataset, 2)) == number, f"{point}: the version wasn't taken over"
+            for one in DATASETS[flow]:
+                assert versions.published_versions(root, one) == [1], f"{point}: {one} is visible"
+                assert not Path(root, one, "v3").exists(), "the dead run's number wasn't taken over"
             assert not (version / layout.MANIFEST).exists()
-            assert any(version.rglob("part-*.parquet")) == (number > 1), point
-            assert (version / layout.REPORT_HTML).exists() == (number > 3), point
-        assert {seen for seen in reader.seen if seen[0] not in before} == set()
-        site.start(flow, root, *alone).finish()
-    for one in flow.datasets:
-        assert versions.published_versions(root, one) == [1]
-        assert flow.contents(root, one, 1) == flow.contents(site.undisturbed(name), one, 1)
-        assert_nothing_left(root, versions.resolve(root, one))
+            assert any(version.rglob("part-*.parquet")) == (point != "after reserving"), point
+            assert (version / layout.REPORT_HTML).exists() == (point in WITH_REPORT), point
+            if point == MID_DATA:
+                finished = units(version, "_work/unit-*")
+                begun = units(version, "split=*/part-*") - finished
+                assert flow != IMAGES or len(begun) <= (os.cpu_count() or 1), "more is lost than was under way"
+            told = told or (said if finished and point != MID_DATA else "")
+        ended = run(flow, config)
+    assert ended.state.is_completed(), ended.state.message
+    assert {number for seen in reader.seen.values() for number in seen} <= {1, 2}
+    assert_same_rows(store, flow)
+    for one in DATASETS[flow]:
+        assert versions.published_versions(root, one) == [1, 2]
         assert commands.run(["prune", one, "--root", root, "--json", "--yes"]) == 0
-        assert_nothing_left(root, versions.resolve(root, one))
-    for point in BEFORE_THE_MANIFEST:
-        proven(f"flow killed (-9) {point}", name, "nothing visible, next run: same number, same digests")
+        assert left_over(store, one, 2) == set()
+    if flow == IMAGES:
+        assert_finished_work_was_kept(store, finished, told)
+    for point in POINTS[flow]:
+        proven(f"flow killed (-9) {point}", flow, "nothing visible, next run: same number, same digests")
+
+
+def assert_finished_work_was_kept(store: Store, finished: set[int], told: str) -> None:
+    """What the second run had finished as it was killed is in the version; `told` is what the third one said."""
+    assert finished, "it was killed before anything was finished"
+    [(taken, planned)] = re.findall(r"(\d+) of (\d+) units were there from an earlier attempt", told)
+    assert int(taken) == len(finished) < int(planned), "the kill came too late, or finished work was thrown away"
+    manifest = store.manifest(DATASETS[IMAGES][0], 2)
+    kept = [entry.path for entry in (*manifest.files, *manifest.rejected_files) if "-a2." in entry.path]
+    assert kept, "nothing of what was finished is in the version"
+    assert {int(path.split("/")[1].split("-")[1]) for path in kept} <= finished
 
 
 def test_a_flow_killed_between_two_manifests_leaves_each_dataset_whole(
-    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], proven: Proven
+    *,
+    undisturbed: Store,
+    start: Starter,
+    run: Runner,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    proven: Proven,
 ) -> None:
     """Old or new is a promise of each dataset: the first group is new, the second old, until the next run."""
-    flow, root = site.flows["feature-store"], str(tmp_path / "root")
-    with watching(root) as reader:
-        site.kill(flow, root, "right after the manifest", CUSTOMERS, alone=False)
-        assert [versions.published_versions(root, one) for one in flow.datasets] == [[1], []]
-        site.start(flow, root).finish()
-    assert {seen for seen in reader.seen if seen[0] in flow.datasets} == {(CUSTOMERS, 1), (CUSTOMERS, 2), (PRODUCTS, 1)}
-    for one, number in ((CUSTOMERS, 1), (CUSTOMERS, 2), (PRODUCTS, 1)):
-        assert flow.contents(root, one, number) == flow.contents(site.undisturbed("feature-store"), one, 1)
-    assert versions.latest(root, PRODUCTS).run.attempt == 2  # type: ignore[union-attr]
-    assert_nothing_left(root, versions.resolve(root, CUSTOMERS, 2))
-    assert_nothing_left(root, versions.resolve(root, PRODUCTS))
+    store = copied(undisturbed, tmp_path / "root")
+    root, config = str(store.root), store.config(FEATURES)
+    with Reader(store, FEATURES) as reader:
+        armed = environment(tmp_path / "hook", "right after the manifest", Path(root, CUSTOMERS, "v2"))
+        start(FEATURES, config, **armed, **shared()).await_kill()
+        await_idle_ray()
+        assert [versions.published_versions(root, one) for one in DATASETS[FEATURES]] == [[1, 2], [1]]
+        ended = run(FEATURES, config)
+    assert ended.state.is_completed(), ended.state.message
+    assert {one: set(seen) for one, seen in reader.seen.items()} == {CUSTOMERS: {1, 2, 3}, PRODUCTS: {1, 2}}
+    for one, number in ((CUSTOMERS, 2), (CUSTOMERS, 3), (PRODUCTS, 2)):
+        assert contents(store, one, number) == contents(store, one, 1)
+    assert store.manifest(PRODUCTS, 2).run.attempt == 2
+    assert left_over(store, CUSTOMERS, 3) == left_over(store, PRODUCTS, 2) == set()
     # The version that is whole but whose run couldn't tidy up: no later run comes there, prune does.
-    assert any(storage.is_temporary(name) for name in files(root, CUSTOMERS, 1))
+    assert any(storage.is_temporary(name) for name in left_over(store, CUSTOMERS, 2))
     assert commands.run(["prune", "--root", root, "--yes"]) == 0
     assert "that killed runs have left" in capsys.readouterr().out
-    assert_nothing_left(root, versions.resolve(root, CUSTOMERS, 1))
+    assert left_over(store, CUSTOMERS, 2) == set()
     result = "each group whole, the first new, the second old; next run publishes both"
-    proven("flow killed (-9) between two manifests", "feature-store", result)
+    proven("flow killed (-9) between two manifests", FEATURES, result)
 
 
 def models(root: Path) -> str:
@@ -255,53 +173,78 @@ def models(root: Path) -> str:
     return str(root / "models.yaml")
 
 
-@pytest.mark.parametrize("name", ["image-augmentation", "feature-store", "training-delivery"])
+def deployed(flow: str, config: BaseModel) -> UUID:
+    """A flow run of a deployment, not started yet."""
+    name = flow.replace("-", "_")
+    with get_client(sync_client=True) as client:
+        made = client.create_deployment(
+            client.create_flow_from_name(flow), f"kills-{flow}", entrypoint=f"flows.{name}.{name}"
+        )
+        parameters = {"config": config.model_dump(mode="json")}
+        return client.create_flow_run_from_deployment(made, parameters=parameters).id
+
+
+RESUMED = {
+    IMAGES: "the same version, told of",
+    FEATURES: "the same version, told of; the second group and the training set follow",
+    DELIVERY: "the same version, told of; trains",
+}
+
+
+@pytest.mark.parametrize(
+    "flow",
+    [
+        IMAGES,
+        pytest.param(FEATURES, marks=pytest.mark.nightly),
+        pytest.param(DELIVERY, marks=pytest.mark.nightly),
+    ],
+)
 def test_a_deployed_run_killed_after_a_manifest_goes_on_as_the_same_run(
-    site: Site, name: str, tmp_path: Path, proven: Proven
+    flow: str, undisturbed: Store, start: Starter, tmp_path: Path, proven: Proven
 ) -> None:
     """Killed before it could tell of it; then Retry, as in the UI, starts the same flow run in a new process."""
-    flow, dataset = site.flows[name], site.flows[name].datasets[0]
-    root = site.new_root(flow, tmp_path / "root")
-    more = ("--as-of", "2024-05-31/2024-12-31/1mo", "--models", models(tmp_path / "root"))
-    run = site.deploy(flow, root, *(more if name == "feature-store" else ()))
-    with watching(root) as reader, get_client(sync_client=True) as client:
-        version = Path(root, dataset, "v1")
-        site.execute(run, **environment(site.scratch / "hook", "right after the manifest", version)).await_kill()
-        assert versions.published_versions(root, dataset) == [1]
+    store, number, made = copied(undisturbed, tmp_path / "root"), 2, list(DATASETS[flow])
+    changes: dict[str, Any] = {}
+    if flow == FEATURES:
+        store, number, made = Store(tmp_path / "other", undisturbed.sources), 1, [*made, CHURN]
+        changes = {"as_of": ("2024-05-31/2024-12-31/1mo",), "models": models(store.root)}
+    if flow == DELIVERY:
+        changes = {"training": TrainingConfig(epochs=1, workers=1)}
+    root, dataset = str(store.root), made[0]
+    run = deployed(flow, store.config(flow, **changes))
+    with get_client(sync_client=True) as client:
+        armed = environment(tmp_path / "hook", "right after the manifest", Path(root, dataset, f"v{number}"))
+        execute = {**shared(), "PREFECT__FLOW_RUN_ID": str(run)}  # as Prefect's worker does
+        start.start("prefect.engine", (), **execute, **armed).await_kill()
         manifest = versions.resolve(root, dataset)
-        assert manifest.run.flow_run_id == str(run)
+        assert (manifest.version, manifest.run.flow_run_id) == (number, str(run))
         client.set_flow_run_state(run, Crashed(), force=True)  # as the automation does
         client.set_flow_run_state(run, AwaitingRetry(), force=True)  # as the UI's button does
-        site.execute(run).finish()
+        start.start("prefect.engine", (), **execute).finish()
         ended = client.read_flow_run(run)
         assert ended.state is not None
         assert ended.state.is_completed(), ended.state
     assert versions.resolve(root, dataset) == manifest, "the version was written again"
-    made = [*flow.datasets, *([CHURN] if name == "feature-store" else [])]
     for one in made:
-        assert versions.published_versions(root, one) == [1], f"the run has published {one} twice"
+        assert versions.published_versions(root, one)[-1] == number, f"the run has published {one} twice"
         assert versions.resolve(root, one).run.flow_run_id == str(run)
-    assert {seen for seen in reader.seen if seen[0] in made} == {(one, 1) for one in made}
-    if name != "feature-store":
-        assert flow.contents(root, dataset, 1) == flow.contents(site.undisturbed(name), dataset, 1)
+    if flow != FEATURES:
+        assert contents(store, dataset, number) == contents(store, dataset, 1)
     told = eventually(lambda: announced(run), lambda found: found >= set(made))
     assert told == set(made), "what waits for a version never hears of it"
-    if name == "feature-store":
-        [record] = [record for record in versions.resolve(root, CHURN).inputs if record.name == CUSTOMERS]
-        assert record == manifest.as_input(layout.version_uri(root, CUSTOMERS, 1))
-        listed = (tmp_path / "root" / layout.METADATA).read_text()
-        assert all(one in listed for one in made)
-    if name == "training-delivery":
-        runs = layout.training_runs(root, "images")
-        assert storage.list_directories(runs) == [f"v1-{run}"], "it wasn't trained"
-    proven("deployed flow killed (-9) right after the manifest, retried", name, RESUMED[name])
+    if flow == FEATURES:
+        assert_training_set_follows(root, made)
+    if flow == DELIVERY:
+        runs = layout.training_runs(root, "customer-features")
+        assert storage.list_directories(runs) == [f"v2-{run}"], "it wasn't trained"
+    proven("deployed flow killed (-9) right after the manifest, retried", flow, RESUMED[flow])
 
 
-RESUMED = {
-    "image-augmentation": "the same version, told of",
-    "feature-store": "the same version, told of; the second group and the training set follow",
-    "training-delivery": "the same version, told of; trains",
-}
+def assert_training_set_follows(root: str, made: Iterable[str]) -> None:
+    [record] = [record for record in versions.resolve(root, CHURN).inputs if record.name == CUSTOMERS]
+    assert record == versions.resolve(root, CUSTOMERS).as_input(layout.version_uri(root, CUSTOMERS, 1))
+    listed = Path(root, layout.METADATA).read_text()
+    assert all(one in listed for one in made)
 
 
 def announced(run: UUID) -> set[str]:

@@ -16,8 +16,6 @@ from tests.tables import Proven
 
 pytestmark = pytest.mark.slow
 
-ROUNDS = 100
-
 
 @pytest.fixture(scope="module")
 def onlooker(s3_url: str) -> Iterator[Reader]:
@@ -26,23 +24,34 @@ def onlooker(s3_url: str) -> Iterator[Reader]:
         yield onlooker
 
 
-@pytest.mark.parametrize("publishers", [2, 5])
-def test_a_hundred_versions_by_racing_publishers(root: str, onlooker: Reader, proven: Proven, publishers: int) -> None:
+RACES = [
+    ("local", 5, 100),
+    ("s3", 5, 25),
+    pytest.param("local", 2, 100, marks=pytest.mark.nightly),
+    pytest.param("s3", 2, 100, marks=pytest.mark.nightly),
+    pytest.param("s3", 5, 100, marks=pytest.mark.nightly),
+]
+
+
+@pytest.mark.parametrize(("root", "publishers", "rounds"), RACES, indirect=["root"])
+def test_racing_publishers_make_dense_whole_versions(
+    root: str, onlooker: Reader, proven: Proven, publishers: int, rounds: int
+) -> None:
     onlooker.watch(root)
-    times = ROUNDS // publishers
+    times = rounds // publishers
     results = run_together(publishing.race, [(root, f"p{number}", times) for number in range(publishers)])
     seen = onlooker.stop()
     assert not any(isinstance(mine, str) for mine in results), results
     assert not seen.problems, f"a reader met {seen.problems[:3]} in {seen.looks} looks"
     assert seen.latest[0] == 0
-    assert seen.latest[-1] == ROUNDS
+    assert seen.latest[-1] == rounds
     assert len(seen.latest) > 2, "the reader hasn't looked while they raced"
 
-    expected = list(range(1, ROUNDS + 1))
+    expected = list(range(1, rounds + 1))
     assert sorted(version for mine in results for version in mine) == expected
     assert versions.published_versions(root, DATASET) == expected
     runs = [assert_whole(root, version) for version in expected]
-    assert len(set(runs)) == ROUNDS, "a run has published twice"
+    assert len(set(runs)) == rounds, "a run has published twice"
     for number, mine in enumerate(results):
         assert mine == sorted(mine)
         assert [runs[version - 1] for version in mine] == [f"p{number}-{turn}" for turn in range(times)]
@@ -50,7 +59,8 @@ def test_a_hundred_versions_by_racing_publishers(root: str, onlooker: Reader, pr
         listed = {file.path for file in versions.resolve(root, DATASET, version).files}
         assert files_of(root, version) == listed | {layout.reservation_name(1), layout.MANIFEST}
     place = "on S3" if root.startswith("s3://") else "on a local disk"
-    proven(f"{publishers} publishers race, 100 rounds {place}", "publishing", "100 whole versions, v1 to v100")
+    result = f"{rounds} whole versions, v1 to v{rounds}"
+    proven(f"{publishers} publishers race, {rounds} rounds {place}", "publishing", result)
 
 
 def test_five_processes_that_claim_to_be_one_run(root: str, onlooker: Reader, proven: Proven) -> None:

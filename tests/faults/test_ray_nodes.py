@@ -10,19 +10,17 @@ from tests.faults.three_flows import (
     DELIVERY,
     FEATURES,
     IMAGES,
+    Planted,
     Reader,
     Starter,
     Store,
     assert_same_rows,
     copied,
     fault,
-    start,
-    undisturbed,
 )
 from tests.processes import cluster_of_two
 from tests.tables import Proven
-
-__all__ = ["start", "undisturbed"]
+from tests.test_runner import eventually
 
 pytestmark = pytest.mark.slow
 
@@ -41,17 +39,26 @@ CLUSTER = {
 }
 
 
-@pytest.mark.parametrize("flow", HELD)
+@pytest.mark.parametrize(
+    "flow",
+    [
+        FEATURES,
+        pytest.param(IMAGES, marks=pytest.mark.nightly),
+        pytest.param(DELIVERY, marks=pytest.mark.nightly),
+    ],
+)
 def test_a_node_killed_in_mid_run(
     flow: str, undisturbed: Store, start: Starter, tmp_path: Path, proven: Proven
 ) -> None:
-    store = copied(undisturbed, tmp_path / "root")
-    held = fault(HELD[flow], does="wait", when="before")
-    with cluster_of_two(**CLUSTER, **start.planted(held)) as cluster, Reader(store, flow):
-        command = start(flow, store.config(flow), held, RAY_ADDRESS=cluster.address)
-        start.await_fault(command)
+    store, planted = copied(undisturbed, tmp_path / "root"), Planted(tmp_path / "planted")
+    environment = planted.environment()
+    planted.arm(fault(HELD[flow], does="wait", when="before"))
+    with cluster_of_two(**CLUSTER, **environment) as cluster, Reader(store, flow):
+        command = start(flow, store.config(flow), **environment, RAY_ADDRESS=cluster.address)
+        eventually(lambda: planted.struck() or command.process.poll() is not None, bool, 300)
+        assert planted.struck(), f"the run ended first:\n{command.process.communicate()}"
         cluster.kill_second()
-        (start.marks / "go").touch()
+        planted.go_on()
         command.finish()
     assert_same_rows(store, flow)
     proven("a Ray node killed with its objects", flow, "its objects are made again, same digests")

@@ -1,4 +1,7 @@
-"""Ray's workers, killed -9 in mid-task: the task runs again, and the version is that of an undisturbed run."""
+"""Ray's workers, killed -9 in mid-task: the task runs again, and the version is that of an undisturbed run.
+
+A training's worker is killed in `tests/delivery/test_training.py`, and within a whole flow here.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.core import layout, storage
+from tasks.core import layout, storage, versions
+from tasks.core.cluster import LOST_WORKER_RETRIES
 from tasks.delivery.config import TrainingConfig
 from tasks.delivery.training import read_records
 from tests.delivery.test_training import consumed, kept
@@ -16,17 +20,14 @@ from tests.faults.three_flows import (
     FEATURES,
     IMAGES,
     Reader,
-    Starter,
+    Runner,
     Store,
+    assert_failed_at_once,
     assert_same_rows,
     copied,
     fault,
-    start,
-    undisturbed,
 )
 from tests.tables import Proven
-
-__all__ = ["start", "undisturbed"]
 
 pytestmark = pytest.mark.slow
 
@@ -48,36 +49,72 @@ KILLED = {
 
 @pytest.mark.parametrize("flow", KILLED)
 def test_a_worker_killed_in_mid_task(
-    flow: str, undisturbed: Store, start: Starter, tmp_path: Path, proven: Proven
+    flow: str, undisturbed: Store, run: Runner, tmp_path: Path, proven: Proven
 ) -> None:
     store = copied(undisturbed, tmp_path / "root")
     faults = [fault(function) for function in KILLED[flow]]
     with Reader(store, flow) as reader:
-        start(flow, store.config(flow), *faults).finish()
-    assert start.struck() == len(faults), "not every worker was killed"
+        ended = run(flow, store.config(flow), *faults)
+    assert ended.state.is_completed(), ended.state.message
+    assert run.struck() == len(faults), "not every worker was killed"
     assert_same_rows(store, flow)
     assert {number for numbers in reader.seen.values() for number in numbers} <= {1, 2}
     proven("a Ray worker killed in mid-task", flow, "the task runs again, same digests")
 
 
-def test_an_actor_killed_in_mid_batch(undisturbed: Store, start: Starter, tmp_path: Path, proven: Proven) -> None:
+def test_an_actor_killed_in_mid_batch(undisturbed: Store, run: Runner, tmp_path: Path, proven: Proven) -> None:
     store = copied(undisturbed, tmp_path / "root")
     with Reader(store, IMAGES):
-        start(IMAGES, store.config(IMAGES, workers="actors"), fault(KILLED[IMAGES][0], times=2)).finish()
-    assert start.struck() == 2, "not every actor was killed"
+        ended = run(IMAGES, store.config(IMAGES, workers="actors"), fault(KILLED[IMAGES][0], times=2))
+    assert ended.state.is_completed(), ended.state.message
+    assert run.struck() == 2, "not every actor was killed"
     assert_same_rows(store, IMAGES)
     proven("an actor killed in mid-batch", IMAGES, "the batch runs again in a new actor, same digests")
 
 
-def test_a_training_worker_killed_in_mid_epoch(
-    undisturbed: Store, start: Starter, tmp_path: Path, proven: Proven
+CURES = {
+    FEATURES: ("tasks.features.stages:Job.gather", "lower --rows-per-bucket (it is 1,000)"),
+    IMAGES: ("tasks.images.stages:augment_unit", "lower --images-per-file (it is 16)"),
+    DELIVERY: ("tasks.delivery.stages:Shuffle.scatter", "lower --file-megabytes (it is 0.01)"),
+}
+
+
+@pytest.mark.parametrize(
+    ("flow", "changes"),
+    [
+        (FEATURES, {}),
+        pytest.param(IMAGES, {}, marks=pytest.mark.nightly),
+        (IMAGES, {"workers": "actors"}),
+        pytest.param(DELIVERY, {}, marks=pytest.mark.nightly),
+    ],
+    ids=str,
+)
+def test_a_task_whose_workers_are_always_killed_as_the_kernel_does_for_memory(
+    *, flow: str, changes: dict[str, str], undisturbed: Store, run: Runner, tmp_path: Path, proven: Proven
 ) -> None:
+    store = copied(undisturbed, tmp_path / "root")
+    function, cure = CURES[flow]
+    with Reader(store, flow):
+        ended = run(flow, store.config(flow, **changes), fault(function, when="before", times=1000))
+    told = assert_failed_at_once(ended)
+    assert f"died at each of its {LOST_WORKER_RETRIES + 1} tries" in told
+    assert "memory" in told
+    assert cure in told
+    assert LOST_WORKER_RETRIES < run.struck() < 1000
+    for dataset in DATASETS[flow]:
+        assert versions.published_versions(str(store.root), dataset) == [1]
+    proven("each worker of a task killed", flow, "4 tries, then the run fails and says what to lower")
+
+
+@pytest.mark.nightly
+def test_a_training_worker_killed_in_mid_epoch(undisturbed: Store, run: Runner, tmp_path: Path, proven: Proven) -> None:
     store = copied(undisturbed, tmp_path / "root")
     training = TrainingConfig(
         function="tests.delivery.toys:killed_once",
         **{"epochs": 2, "batch_size": 16, "workers": 2, "hidden": (8,), "checkpoint_every_steps": 5, "max_failures": 1},
     )
-    start(DELIVERY, store.config(DELIVERY, training=training)).finish()
+    ended = run(DELIVERY, store.config(DELIVERY, training=training))
+    assert ended.state.is_completed(), ended.state.message
     assert_same_rows(store, DELIVERY)
     runs = layout.training_runs(str(store.root), "customer-features")
     [name] = storage.list_directories(runs)

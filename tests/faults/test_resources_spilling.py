@@ -17,22 +17,9 @@ import pytest
 
 from tasks.core.spilled import OLDER_THAN
 from tests.faults import large_exchange
-from tests.faults.small_disk import disk
-from tests.faults.three_flows import (
-    DELIVERY,
-    FEATURES,
-    Reader,
-    Starter,
-    Store,
-    assert_same_rows,
-    copied,
-    start,
-    undisturbed,
-)
+from tests.faults.three_flows import DELIVERY, FEATURES, Reader, Starter, Store, assert_same_rows, copied
 from tests.processes import PATIENCE, PROJECT, Command
 from tests.tables import Proven
-
-__all__ = ["disk", "start", "undisturbed"]
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +42,7 @@ class Watcher(threading.Thread):
 
     def run(self) -> None:
         while not self._end.wait(0.005):
-            self.seen.update(file for _, _, files in os.walk(self._place) for file in files)
+            self.seen.update(os.path.join(at, file) for at, _, files in os.walk(self._place) for file in files)
 
     def __enter__(self) -> Watcher:
         self.start()
@@ -76,34 +63,24 @@ def spilled(tmp_path: Path) -> Iterator[Path]:
     assert left == [], "spilled files stay on the disk"
 
 
-def run_exchange(place: Path) -> subprocess.CompletedProcess[str]:
-    """The large exchange in a process of its own, which spills to a directory."""
-    return subprocess.run(
-        [sys.executable, "-m", large_exchange.__name__],
-        env={**os.environ, "PYTHONPATH": str(PROJECT), "RAY_object_spilling_directory": str(place)},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+EXCHANGE = (sys.executable, "-m", large_exchange.__name__)
 
 
-def test_twice_as_much_as_the_object_store_holds(spilled: Path) -> None:
-    with Watcher(spilled) as watcher:
-        done = run_exchange(spilled)
-    assert done.returncode == 0, done.stderr
-    assert watcher.seen, "nothing was spilled"
-    assert json.loads(done.stdout.splitlines()[-1]) == large_exchange.expected()
+def run_exchange(**environment: str) -> subprocess.CompletedProcess[str]:
+    """The large exchange in a process of its own: twice as much as the object store holds."""
+    whole = {**os.environ, "PYTHONPATH": str(PROJECT), **environment}
+    return subprocess.run(EXCHANGE, env=whole, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def test_no_room_to_spill_to(disk: Path) -> None:
-    done = run_exchange(disk)
+    done = run_exchange(RAY_object_spilling_directory=str(disk))
     assert done.returncode == 1, f"it ended well: {done.stdout}"
     [told] = [line for line in done.stdout.splitlines() if line.startswith("DiskFull ")]
     assert "RAY_object_spilling_directory" in told
     assert [path for path in disk.rglob("*") if path.is_file()] == []
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("flow", [FEATURES, DELIVERY])
 def test_a_flow_whose_objects_are_spilled(
     flow: str, undisturbed: Store, start: Starter, spilled: Path, proven: Proven
@@ -116,18 +93,22 @@ def test_a_flow_whose_objects_are_spilled(
     proven("object store too small", flow, "objects are spilled and come back, same digests, no spilled file stays")
 
 
-def test_what_a_killed_ray_has_spilled_goes_with_the_next_one(proven: Proven) -> None:
+def test_what_doesnt_fit_is_spilled_and_what_a_killed_ray_has_spilled_goes_with_the_next_one(proven: Proven) -> None:
     with tempfile.TemporaryDirectory(prefix="ray-") as short:  # the paths of Ray's sockets have little room
-        command = [sys.executable, "-m", large_exchange.__name__]
         environment = {**os.environ, "PYTHONPATH": str(PROJECT), "RAY_TMPDIR": short}
-        killed = Command(subprocess.Popen(command, env=environment, stdout=PIPE, stderr=PIPE, text=True))
+        killed = Command(subprocess.Popen(EXCHANGE, env=environment, stdout=PIPE, stderr=PIPE, text=True))
         killed.kill_when(lambda: any(path.is_file() for path in Path(short).glob("ray/session_*/ray_spilled_*/*")))
         killed.end_family()
         [left] = {path.parent for path in Path(short).glob("ray/session_2*/ray_spilled_*/*")}
         then = time.time() - 2 * OLDER_THAN
         os.utime(left.parent, (then, then))
-        done = subprocess.run(command, env=environment, stdout=PIPE, timeout=PATIENCE, check=False)
+        with Watcher(Path(short)) as watcher:
+            done = run_exchange(RAY_TMPDIR=short)
+        assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout.splitlines()[-1]) == large_exchange.expected()
         assert not left.exists(), "the killed Ray's objects stay on the disk"
+        assert any("ray_spilled" in path and not path.startswith(str(left)) for path in watcher.seen), (
+            "nothing is spilled"
+        )
         assert not list(Path(short).glob("ray/session_2*/ray_spilled_*/*"))
     proven("killed while objects are spilled", FEATURES, "the next run deletes them")

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pytest
-import ray
 from prefect.client.schemas.objects import State
 
 from flows.feature_store import feature_store
 from flows.image_augmentation import image_augmentation
 from flows.training_delivery import training_delivery
 from tasks.core import layout, storage, versions
-from tasks.core.cluster import connect
 from tasks.core.manifest import Manifest
 from tasks.delivery.config import DeliveryConfig
 from tasks.features.config import FeatureStoreConfig
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.sample import write_sample
-from tests.conftest import new_bucket
+from tests.conftest import another_ray, new_bucket
 from tests.faults.proxy import Fault, Proxy, answers, broken_s3, lost, reset, silent, slow
-from tests.processes import PROJECT
+from tests.faults.three_flows import assert_failed_at_once
 from tests.runs import Run, assert_whole
 from tests.tables import Proven
 
@@ -43,16 +38,24 @@ READING: Target = ("GET|HEAD", r"\.(parquet|jpg|csv|raw|bin)$", LONGER)
 RESERVING: Target = ("PUT", r"/_reservation", 1)
 COMMITTING: Target = ("PUT", r"/_manifest\.json", 1)
 LISTING: Target = ("GET", r"list-type=2", 1)
-FAULTS: dict[str, tuple[Fault, list[Target]]] = {
-    "S3 answers 409": (answers(409, "ConditionalRequestConflict"), [DATA, RESERVING, COMMITTING]),
-    "S3 answers 412 without cause": (answers(412, "PreconditionFailed"), [RESERVING, COMMITTING]),
-    "S3 answers 500": (answers(500, "InternalError"), [DATA, READING, RESERVING, COMMITTING, LISTING]),
-    "S3 answers 503": (answers(503, "SlowDown"), [DATA, READING, RESERVING, COMMITTING, LISTING]),
-    "S3 is slow": (slow(0.5), [DATA, READING, RESERVING, COMMITTING, LISTING]),
-    "S3 resets the connection": (reset, [DATA, READING, RESERVING, COMMITTING, LISTING]),
-    "S3 did it, then reset": (lost(reset), [DATA_ONCE, RESERVING, COMMITTING]),
-    "S3 did it, then time-out": (lost(silent), [DATA_ONCE, RESERVING, COMMITTING]),
-}
+ROUNDS: list[list[tuple[str, Fault, Target]]] = [
+    [
+        ("S3 answers 503", answers(503, "SlowDown"), READING),
+        ("S3 answers 409", answers(409, "ConditionalRequestConflict"), RESERVING),
+        ("S3 answers 500", answers(500, "InternalError"), LISTING),
+        ("S3 did it, then reset", lost(reset), DATA_ONCE),
+        ("S3 answers 412 without cause", answers(412, "PreconditionFailed"), COMMITTING),
+    ],
+    [
+        ("S3 is slow", slow(0.5), READING),
+        ("S3 answers 503", answers(503, "SlowDown"), LISTING),
+        ("S3 did it, then time-out", lost(silent), RESERVING),
+        ("S3 resets the connection", reset, DATA),
+        ("S3 answers 500", answers(500, "InternalError"), COMMITTING),
+    ],
+]
+"""Faults of one run each: it meets one after the other, at each kind of request; `test_s3_publishing` tries each at
+each."""
 
 
 @dataclass(frozen=True)
@@ -76,23 +79,6 @@ class Subject:
             state = training_delivery(DeliveryConfig.model_validate(settings), return_state=True)
         return Run(self.root, state)
 
-    def command(self, api: str) -> subprocess.CompletedProcess[str]:
-        """Run it as somebody does in a shell, on this module's Ray, until its end."""
-        words = list(_words(self.options))
-        return subprocess.run(
-            [sys.executable, "-m", f"flows.{self.flow.replace('-', '_')}", "--root", self.root, *words],
-            env={
-                **os.environ,
-                "PREFECT_API_URL": api,
-                "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
-                "PYTHONPATH": str(PROJECT),
-            },
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-
     def content(self, manifest: Manifest) -> object:
         """What a version holds, without what names its run."""
         if self.flow == "feature-store":  # its rows say when they were made
@@ -102,46 +88,23 @@ class Subject:
         return {re.sub(r"-a\d+\.", ".", entry.path): entry.digest for entry in entries}
 
 
-def _words(options: dict[str, object], prefix: str = "") -> Iterator[str]:
-    for name, value in options.items():
-        word = prefix + name.replace("_", "-")
-        if isinstance(value, dict):
-            yield from _words(value, f"{word}.")
-        elif isinstance(value, bool):
-            yield f"--{word}" if value else f"--no-{word}"
-        else:
-            yield from (f"--{word}", str(value))
-
-
 @pytest.fixture(scope="module")
-def proxy(s3_url: str) -> Iterator[Proxy]:
+def proxy(s3_url: str, stack: str) -> Iterator[Proxy]:
     """A proxy through which this process, and a Ray of its own, see S3."""
-    with broken_s3(s3_url) as proxy, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        patch.setenv("AWS_MAX_ATTEMPTS", str(CLIENT_TRIES))
-        patch.setenv("PIPELINE_S3_TIMEOUT_SECONDS", "5")
-        yield proxy
-
-
-@pytest.fixture(scope="module")
-def api(prefect_api: str, proxy: Proxy) -> Iterator[str]:
-    """The API's address, while Ray's workers have the environment with the proxy; the session's Ray waits."""
-    assert os.environ["AWS_ENDPOINT_URL"] == proxy.url, "workers inherit it as Ray starts"
-    others = ray.is_initialized()
-    ray.shutdown()
-    assert connect(num_cpus=2, object_store_memory=200 * 2**20)
-    yield prefect_api
-    ray.shutdown()
-    if others:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("AWS_ENDPOINT_URL", f"http://{proxy.target}")
-            patch.delenv("AWS_MAX_ATTEMPTS")
-            patch.delenv("PIPELINE_S3_TIMEOUT_SECONDS")
-            assert connect(num_cpus=2, object_store_memory=200 * 2**20)
+    with broken_s3(s3_url) as proxy:
+        environment = {
+            "AWS_ENDPOINT_URL": proxy.url,
+            "AWS_MAX_ATTEMPTS": str(CLIENT_TRIES),
+            "PIPELINE_S3_TIMEOUT_SECONDS": "5",
+        }
+        with another_ray(**environment), pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            yield proxy
 
 
 @pytest.fixture(scope="module", params=["image-augmentation", "feature-store", "training-delivery"])
-def subject(request: pytest.FixtureRequest, s3_url: str, api: str) -> Subject:
+def subject(request: pytest.FixtureRequest, s3_url: str, proxy: Proxy) -> Subject:
     """A flow whose undisturbed run has published v1."""
     root = new_bucket(s3_url)
     if request.param == "image-augmentation":
@@ -181,28 +144,34 @@ def next_version(subject: Subject) -> int:
     return max(versions.published_versions(subject.root, subject.datasets[0])) + 1
 
 
-@pytest.mark.parametrize("row", FAULTS)
-def test_a_passing_fault_is_survived(subject: Subject, proxy: Proxy, proven: Proven, row: str) -> None:
-    fault, targets = FAULTS[row]
+@pytest.mark.parametrize("faults", ROUNDS, ids=["refused", "cut off"])
+def test_passing_faults_are_survived(
+    subject: Subject, proxy: Proxy, proven: Proven, faults: list[tuple[str, Fault, Target]]
+) -> None:
     version = next_version(subject)
-    with ExitStack() as faults:
-        for method, key, times in targets:
-            faults.enter_context(proxy.inject(fault, method, key, times=times))
+    with ExitStack() as injected:
+        for _, fault, (method, key, times) in faults:
+            injected.enter_context(proxy.inject(fault, method, key, times=times))
         run = subject.run()
     assert_same_again(subject, run, version)
-    proven(row, subject.flow, "tried again, same digests" if row != "S3 is slow" else "waited for, same digests")
+    for row, _, _ in faults:
+        proven(row, subject.flow, "tried again, same digests" if row != "S3 is slow" else "waited for, same digests")
 
 
-def test_expired_credentials(subject: Subject, proxy: Proxy, api: str, proven: Proven) -> None:
+@pytest.mark.parametrize("subject", ["image-augmentation"], indirect=True)
+def test_expired_credentials(subject: Subject, proxy: Proxy, proven: Proven) -> None:
     version = next_version(subject)
     expired = answers(400, "ExpiredToken", "The provided token has expired.")
     with proxy.inject(expired, times=None, since=r"PUT .*/v\d+/(?!_)") as rule:
-        failed = subject.command(api)
-    told = failed.stdout + failed.stderr
-    assert failed.returncode != 0, told
+        failed = subject.run()
+    told = assert_failed_at_once(failed)
     assert re.search(r"the credentials have expired; renew AWS_ACCESS_KEY_ID", told), told
     assert rule.met < 100, "tried again and again in vain"
     for dataset in subject.datasets:
         assert versions.published_versions(subject.root, dataset) == list(range(1, version))
-    assert_same_again(subject, subject.run(), version)  # the dead run's number, and nothing of it beside the files
+    again = subject.run()
+    assert again.state.is_completed(), again.state.message
+    for dataset in subject.datasets:
+        first = versions.resolve(subject.root, dataset, 1)
+        assert subject.content(again.manifest(dataset)) == subject.content(first)
     proven("S3 credentials expire", subject.flow, "fails at once and says so; published once they are renewed")

@@ -22,9 +22,10 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tasks.core import layout, storage, versions
-from tasks.images.sample import write_sample
 from tests.faults.failpoints import environment
 from tests.faults.forwarder import Forwarder, forwarder
+from tests.faults.three_flows import DATASETS, Starter, Store
+from tests.faults.three_flows import IMAGES as IMAGE_FLOW
 from tests.faults.watching import watching
 from tests.processes import Command, own_home, start_prefect_server
 from tests.tables import Proven
@@ -32,44 +33,14 @@ from tests.test_runner import eventually
 
 pytestmark = pytest.mark.slow
 
-IMAGES = "training-datasets/images"
+[IMAGES] = DATASETS[IMAGE_FLOW]
 START_SECONDS, END_SECONDS = 300, 400
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Options of a run over one set of images, whatever its root."""
-    made = write_sample(str(tmp_path_factory.mktemp("source")), 120, 0)
-    options = ["--images-per-file", "16", "--augmentation.size", "32", "--augmentation.variants", "2"]
-    return options + [word for name, uri in made.items() for word in (f"--{name}", uri)]
-
-
 @pytest.fixture
-def start(prefect_home: Path, source: list[str], tmp_path: Path) -> Iterator[Callable[..., Command]]:
-    started: list[Command] = []
-
-    def run(root: str, **environment: str) -> Command:
-        home = own_home(prefect_home, tmp_path / f"home-{len(started)}")
-        options = ["--root", root, *source]
-        started.append(Command.start("flows.image_augmentation", options, home, **environment))
-        return started[-1]
-
-    yield run
-    for command in started:
-        command.stop()
-
-
-@pytest.fixture(scope="module")
-def whole(prefect_home: Path, source: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def whole(undisturbed: Store) -> dict[str, str]:
     """Contents of a run that nobody disturbed."""
-    root = str(tmp_path_factory.mktemp("whole"))
-    home = own_home(prefect_home, tmp_path_factory.mktemp("home"))
-    command = Command.start("flows.image_augmentation", ["--root", root, *source], home)
-    try:
-        command.finish()
-    finally:
-        command.stop()
-    return contents(root)
+    return contents(str(undisturbed.root))
 
 
 def contents(root: str) -> dict[str, str]:
@@ -122,7 +93,9 @@ def server(prefect_home: Path, tmp_path: Path) -> Iterator[Server]:
 
 
 @pytest.fixture
-def held(server: Server, start: Callable[..., Command], ray_cluster: None, tmp_path: Path) -> Callable[..., Command]:
+def held(
+    server: Server, start: Starter, undisturbed: Store, ray_cluster: None, tmp_path: Path
+) -> Callable[..., Command]:
     """Start a run on this session's Ray and kill the Prefect server once it has reserved its version.
 
     All that is left to do follows without it: planning, augmenting and judging on Ray, and the commit.
@@ -132,7 +105,8 @@ def held(server: Server, start: Callable[..., Command], ray_cluster: None, tmp_p
     def run(root: str, **settings: str) -> Command:
         hold = tmp_path / "hold"
         armed = environment(tmp_path / "hook", "after reserving", Path(root, IMAGES, "v1"), hold)
-        command = start(root, PREFECT_API_URL=server.url, RAY_ADDRESS=address, **armed, **settings)
+        config = undisturbed.config(IMAGE_FLOW, root=root)
+        command = start(IMAGE_FLOW, config, PREFECT_API_URL=server.url, RAY_ADDRESS=address, **armed, **settings)
         eventually(lambda: hold.exists() or command.process.poll() is not None, bool, START_SECONDS)
         assert hold.exists(), command.process.communicate()
         server.kill()
@@ -161,6 +135,7 @@ def test_the_prefect_server_is_killed_in_mid_run_and_comes_back(
     proven("Prefect server killed (-9) in mid-run, back after seconds", "image-augmentation", result)
 
 
+@pytest.mark.nightly
 def test_the_prefect_server_is_killed_in_mid_run_for_good(
     server: Server, held: Callable[..., Command], tmp_path: Path, proven: Proven
 ) -> None:
@@ -182,11 +157,12 @@ def endpoint(s3_url: str) -> Iterator[Forwarder]:
 
 
 @pytest.fixture
-def reserved(endpoint: Forwarder, s3_root: str, start: Callable[..., Command]) -> Callable[..., Command]:
+def reserved(endpoint: Forwarder, s3_root: str, start: Starter, undisturbed: Store) -> Callable[..., Command]:
     """Start a run and wait until it has reserved its version: it plans, reads and writes from here on."""
 
     def run(**settings: str) -> Command:
-        command = start(s3_root, AWS_ENDPOINT_URL=endpoint.url, **settings)
+        config = undisturbed.config(IMAGE_FLOW, root=s3_root)
+        command = start(IMAGE_FLOW, config, AWS_ENDPOINT_URL=endpoint.url, **settings)
         uri = layout.join(layout.version_uri(s3_root, IMAGES, 1), layout.reservation_name(1))
         eventually(lambda: storage.exists(uri) or command.process.poll() is not None, bool, START_SECONDS)
         assert storage.exists(uri), command.process.communicate()
@@ -197,8 +173,10 @@ def reserved(endpoint: Forwarder, s3_root: str, start: Callable[..., Command]) -
 
 @pytest.mark.parametrize(
     ("fault", "begin", "end"),
-    [("killed (-9)", Forwarder.kill, Forwarder.start), ("hanging", Forwarder.hang, Forwarder.go_on)],
-    ids=["killed", "hanging"],
+    [
+        pytest.param("killed (-9)", Forwarder.kill, Forwarder.start, id="killed"),
+        pytest.param("hanging", Forwarder.hang, Forwarder.go_on, id="hanging", marks=pytest.mark.nightly),
+    ],
 )
 def test_the_s3_endpoint_is_away_for_some_seconds(
     request: pytest.FixtureRequest, fault: str, begin: Any, end: Any
@@ -216,6 +194,7 @@ def test_the_s3_endpoint_is_away_for_some_seconds(
     note(f"S3 endpoint {fault} for some seconds", "image-augmentation", "tried again, same digests")
 
 
+@pytest.mark.nightly
 def test_the_s3_endpoint_is_killed_for_good(
     endpoint: Forwarder, s3_root: str, reserved: Callable[..., Command], proven: Proven
 ) -> None:

@@ -11,15 +11,12 @@ import os
 import re
 import shutil
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
-import pytest
 import yaml
 from prefect.settings import PREFECT_API_URL
 from pydantic import BaseModel
@@ -27,19 +24,30 @@ from pydantic import BaseModel
 from flows.feature_store import feature_store
 from flows.image_augmentation import image_augmentation
 from flows.training_delivery import training_delivery
+from tasks.command_line import one_sentence
 from tasks.core import layout, storage, versions
 from tasks.core.digests import digest
 from tasks.core.manifest import Manifest
 from tasks.core.own_columns import CREATED, VERSION
 from tasks.delivery.config import DeliveryConfig, TrainingConfig
 from tasks.features.config import FeatureStoreConfig
-from tasks.features.sample import SAMPLE_AS_OF, write_sample
+from tasks.features.sample import SAMPLE_AS_OF
 from tasks.images.config import Augmentation, ImageAugmentationConfig
-from tasks.images.sample import write_sample as write_images
 from tests.processes import Command, own_home
+from tests.runs import Run
 
 PLANTED = Path(__file__).parent / "planted"
-_REFERENCE = pytest.StashKey["Store"]()
+# What a fault can be planted in. Most of it is done by Ray's workers, and some by the tasks that drive them.
+PLANTABLE = (
+    "tasks.features.parts:write_part",
+    "tasks.features.stages:Job.gather",
+    "tasks.features.stages:Job.scatter",
+    "tasks.images.stages:augment_unit",
+    "tasks.delivery.stages:Look.scatter",
+    "tasks.delivery.stages:Shuffle.gather",
+    "tasks.delivery.stages:Shuffle.scatter",
+    "tasks.publication:write_report",
+)
 
 IMAGES, FEATURES, DELIVERY = "image-augmentation", "feature-store", "training-delivery"
 FLOWS: Mapping[str, Callable[..., Any]] = {
@@ -99,23 +107,6 @@ def _table_paths(sources: Path) -> dict[str, str]:
     return found
 
 
-@pytest.fixture(scope="session")
-def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """A store in which each flow has published a v1; made once, whoever imports this fixture."""
-    if _REFERENCE not in request.config.stash:
-        request.getfixturevalue("stack")
-        base = tmp_path_factory.mktemp("undisturbed")
-        store = Store(base / "root", base / "sources")
-        images = write_images(str(store.sources), 100, 0)
-        tables = write_sample(str(store.sources), 6000, 0)
-        (store.sources / "images.json").write_text(json.dumps(images))
-        (store.sources / "tables.json").write_text(json.dumps(tables))
-        for name in (IMAGES, FEATURES, DELIVERY):
-            FLOWS[name](store.config(name))
-        request.config.stash[_REFERENCE] = store
-    return request.config.stash[_REFERENCE]
-
-
 def copied(store: Store, root: Path) -> Store:
     """The same store under another root."""
     shutil.copytree(store.root, root)
@@ -164,6 +155,16 @@ def left_over(store: Store, dataset: str, version: int) -> set[str]:
     return found - known
 
 
+def assert_failed_at_once(run: Run) -> str:
+    """The run failed and nothing of it was tried again; what a person is told."""
+    assert run.state.is_failed(), run.state
+    assert run.flow_run().run_count == 1
+    assert {task.run_count for task in run.tasks().values()} == {1}, "it was tried again"
+    error = run.state.result(raise_on_failure=False)
+    assert isinstance(error, BaseException)
+    return one_sentence(error)
+
+
 def temporary_files(root: Path) -> list[Path]:
     return [path for path in root.rglob("*.tmp") if path.is_file()]
 
@@ -179,7 +180,7 @@ class Reader(threading.Thread):
 
     def run(self) -> None:
         try:
-            while not self._end.wait(0.05):
+            while not self._end.wait(0.1):
                 for dataset in self._datasets:
                     manifest = versions.resolve(str(self._store.root), dataset)
                     versions.verify(str(self._store.root), manifest)
@@ -203,67 +204,76 @@ class Reader(threading.Thread):
 
 def fault(function: str, does: str = "kill", when: str = "after", times: int = 1, **more: Any) -> dict[str, Any]:
     """A fault to plant, see `planted/sitecustomize.py`."""
+    assert function in PLANTABLE, f"{function} isn't among the functions that faults can be planted in"
     return {"function": function, "does": does, "when": when, "times": times, **more}
+
+
+@dataclass(frozen=True)
+class Planted:
+    """Faults in the functions of processes that have this environment; see `planted/sitecustomize.py`."""
+
+    folder: Path
+
+    def environment(self) -> dict[str, str]:
+        """What the processes need, or the one that starts them."""
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / "functions.json").write_text(json.dumps(PLANTABLE))
+        return {"PLANTED": str(self.folder), "PYTHONPATH": f"{PLANTED}{os.pathsep}{Path(__file__).parents[2]}"}
+
+    def arm(self, *faults: dict[str, Any]) -> None:
+        """Have these faults happen from now on, and no others."""
+        for file in (*self.folder.glob("mark-*"), *self.folder.glob("go")):
+            file.unlink()
+        partial = self.folder / "arming.json"
+        partial.write_text(json.dumps(faults))
+        partial.replace(self.folder / "armed.json")
+
+    def struck(self) -> int:
+        """How often an armed fault has happened."""
+        return len(list(self.folder.glob("mark-*")))
+
+    def go_on(self) -> None:
+        """End of the faults that wait."""
+        (self.folder / "go").touch()
+
+
+@dataclass
+class Runner:
+    """Runs flows in this process, on this session's Prefect API and Ray, with faults planted in Ray's workers."""
+
+    planted: Planted
+
+    def __call__(self, flow: str, config: BaseModel, *faults: dict[str, Any]) -> Run:
+        self.planted.arm(*faults)
+        return Run(str(config.root), FLOWS[flow](config, return_state=True))  # type: ignore[attr-defined]
+
+    def struck(self) -> int:
+        """How often a fault has happened in the last run."""
+        return self.planted.struck()
 
 
 @dataclass
 class Starter:
-    """Starts flows as processes of their own, on this session's Prefect API, with faults planted in their workers."""
+    """Starts flows as processes of their own, on this session's Prefect API."""
 
     home: Path
     folder: Path
     started: list[Command] = field(default_factory=list)
 
-    def __call__(self, flow: str, config: BaseModel, *faults: dict[str, Any], **environment: str) -> Command:
-        number = len(self.started)
-        file = self.folder / f"config-{number}.yaml"
+    def __call__(self, flow: str, config: BaseModel, *, alone: bool = False, **environment: str) -> Command:
+        """Start a flow, `alone` with an API server of its own; `environment` may hold a Ray's address, and faults."""
+        file = self.folder / f"config-{len(self.started)}.yaml"
         file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-        environment |= self.planted(*faults) | {"PREFECT_API_URL": str(PREFECT_API_URL.value())}
-        home = own_home(self.home, self.folder / f"home-{number}")
         module = f"flows.{flow.replace('-', '_')}"
-        command = Command.start(module, ["--config", str(file)], home, **environment)
-        self.started.append(command)
-        return command
+        return self.start(module, ["--config", str(file)], alone=alone, **environment)
 
-    def planted(self, *faults: dict[str, Any]) -> dict[str, str]:
-        """The environment of a process in which faults are planted."""
-        self.marks.mkdir(exist_ok=True)
-        return {
-            "PLANTED": json.dumps(faults),
-            "PLANTED_MARKS": str(self.marks),
-            "PYTHONPATH": f"{PLANTED}{os.pathsep}{Path(__file__).parents[2]}",
-        }
-
-    def await_fault(self, command: Command) -> None:
-        """Wait until the first fault has happened."""
-        give_up = time.monotonic() + 300
-        while not self.struck():
-            assert command.process.poll() is None, f"the run ended first:\n{command.process.communicate()}"
-            assert time.monotonic() < give_up, "the fault doesn't happen"
-            command.look()
-            time.sleep(0.02)
-
-    @property
-    def marks(self) -> Path:
-        return self.folder / "marks"
-
-    def struck(self) -> int:
-        """How often a planted fault has happened."""
-        return len(list(self.marks.iterdir()))
+    def start(self, module: str, options: Sequence[str], *, alone: bool = False, **environment: str) -> Command:
+        """Start a module."""
+        home = own_home(self.home, self.folder / f"home-{len(self.started)}")
+        api = {} if alone else {"PREFECT_API_URL": str(PREFECT_API_URL.value())}
+        self.started.append(Command.start(module, options, home, **api | environment))
+        return self.started[-1]
 
     def stop(self) -> None:
         for command in self.started:
             command.stop()
-
-
-@pytest.fixture
-def start(prefect_api: str, prefect_home: Path, tmp_path: Path) -> Iterator[Starter]:
-    starter = Starter(prefect_home, tmp_path)
-    yield starter
-    starter.stop()
-
-
-def workers_of(command: Command) -> set[psutil.Process]:
-    """Ray's workers below a command, whatever they do."""
-    command.look()
-    return {process for process in command.family if process.is_running() and process.name().startswith("ray::")}

@@ -1,9 +1,10 @@
 """Faults in functions of the product, without a hook in it: Python imports this module first, where it is on the path.
 
-A process with `PLANTED`, a JSON list of faults, gets each of the functions that they name wrapped as its module is
-imported. The first `times` calls, over all processes, leave a mark in the directory `PLANTED_MARKS` and do the fault:
-'kill' ends the process as the kernel does, before the call or after it; 'hoard' takes memory until somebody ends it;
-'wait' goes on when there is a file 'go' in that directory; 'fill' fills the disk at `disk` up.
+A process with `PLANTED`, a directory, gets each of the functions that its `functions.json` names wrapped as their
+module is imported. A call looks for its fault in `armed.json`, a list of faults that a test writes at any time. The
+first `times` calls, over all processes, leave a mark in the directory and do it: 'kill' ends the process as the kernel
+does, before the call or after it; 'hoard' takes memory until somebody ends it; 'wait' goes on when there is a file 'go'
+in the directory; 'fill' fills the disk at `disk` up.
 """
 
 import contextlib
@@ -18,10 +19,24 @@ import time
 MIB = 1 << 20
 
 
-def strike(fault, number):
+def planted_in(name):
+    """A file of the directory, as JSON; a list without items where there is none."""
+    with contextlib.suppress(FileNotFoundError), open(os.path.join(os.environ["PLANTED"], name)) as file:
+        return json.load(file)
+    return []
+
+
+def strike(function, when):
+    """Do the faults of a function that are armed."""
+    for number, fault in enumerate(planted_in("armed.json")):
+        if (fault["function"], fault["when"]) == (function, when):
+            do(fault, number)
+
+
+def do(fault, number):
     """Do the fault, if it is still wanted."""
     for turn in range(fault["times"]):
-        path = os.path.join(os.environ["PLANTED_MARKS"], f"{number}-{turn}")
+        path = os.path.join(os.environ["PLANTED"], f"mark-{number}-{turn}")
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         except FileExistsError:
@@ -31,7 +46,7 @@ def strike(fault, number):
         if fault["does"] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if fault["does"] == "wait":
-            while not os.path.exists(os.path.join(os.environ["PLANTED_MARKS"], "go")):
+            while not os.path.exists(os.path.join(os.environ["PLANTED"], "go")):
                 time.sleep(0.05)
             return
         if fault["does"] == "fill":
@@ -55,16 +70,14 @@ def fill(disk):
                 taken += free
 
 
-def planted(function, fault, number):
-    """The function with its fault."""
+def planted(function, name):
+    """The function with its faults."""
 
     @functools.wraps(function)
     def call(*arguments, **named):
-        if fault["when"] == "before":
-            strike(fault, number)
+        strike(name, "before")
         result = function(*arguments, **named)
-        if fault["when"] == "after":
-            strike(fault, number)
+        strike(name, "after")
         return result
 
     return call
@@ -73,11 +86,11 @@ def planted(function, fault, number):
 class Planter(importlib.abc.MetaPathFinder):
     """Finds the modules that faults are planted in."""
 
-    def __init__(self, faults):
-        self.faults = list(enumerate(faults))
+    def __init__(self, functions):
+        self.functions = functions
 
     def find_spec(self, name, path, target=None):
-        own = [(number, fault) for number, fault in self.faults if fault["function"].partition(":")[0] == name]
+        own = [function for function in self.functions if function.partition(":")[0] == name]
         spec = importlib.machinery.PathFinder.find_spec(name, path, target) if own else None
         if spec is None:
             return None
@@ -85,10 +98,10 @@ class Planter(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            for number, fault in own:
-                *owners, last = fault["function"].partition(":")[2].split(".")
+            for function in own:
+                *owners, last = function.partition(":")[2].split(".")
                 owner = functools.reduce(getattr, owners, module)
-                setattr(owner, last, planted(getattr(owner, last), fault, number))
+                setattr(owner, last, planted(getattr(owner, last), function))
 
         spec.loader.exec_module = exec_module
         return spec
@@ -97,4 +110,4 @@ class Planter(importlib.abc.MetaPathFinder):
 if os.environ.get("PLANTED"):
     import sys
 
-    sys.meta_path.insert(0, Planter(json.loads(os.environ["PLANTED"])))
+    sys.meta_path.insert(0, Planter(planted_in("functions.json")))
