@@ -155,6 +155,8 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert test_command.strip() == "python3 -m pip install -e '.[dev]' && python3 -m pytest"
     assert "python3 -m pip install --quiet -e '.[dev]'" in ci
     assert re.search(r"^python3 -m pytest$", ci, re.MULTILINE)
+    assert re.search(r"^python3 -m pytest -m 'slow and not nightly' ", ci, re.MULTILINE)
+    assert "`python3 -m pytest -m 'slow and not nightly'`" in README
 
 
 @pytest.mark.parametrize("path", re.findall(r"`((?:tasks|flows|tests|deployments)/[\w/.]+\.\w+)`", README))
