@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import re
 import runpy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar, get_args, get_origin
 
 import polars as pl
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from tasks.core import storage
 from tasks.core.errors import DefinitionError
+from tasks.core.names import closest
+from tasks.core.numerals import shortened
 from tasks.core.yaml_text import load_yaml
 from tasks.features.definitions import (
     Column,
@@ -32,6 +34,7 @@ from tasks.features.definitions import (
 from tasks.features.standard import STANDARD
 
 _WHAT = "definitions"
+_SHOWN = 60
 
 _QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*\"""")
 _AMBIGUOUS = re.compile(r"[$\\`]|--|/\*")  # where a quote may be no quote
@@ -71,7 +74,7 @@ class _DimensionText(_Strict):
 
 
 class _WindowText(_Strict):
-    days: Annotated[list[int], BeforeValidator(lambda value: [value] if isinstance(value, int) else value)]
+    days: Annotated[list[int], BeforeValidator(lambda value: value if isinstance(value, list) else [value])]
     features: dict[str, str]
 
 
@@ -202,16 +205,53 @@ def _from_yaml(path: str) -> Definitions:
     try:
         file = _File.model_validate(yaml_content(_WHAT, path))
     except ValidationError as fault:
-        first = fault.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise DefinitionError(f"definitions '{path}': {where}: {first['msg']}") from fault
+        raise DefinitionError(f"definitions '{path}': {first_mistake(_File, fault)}") from fault
     if not (file.events or file.dimensions or file.groups):
         raise DefinitionError(f"definitions '{path}' declares nothing; give groups, events or dimensions")
-    return Definitions(
-        events={name: _event(name, text) for name, text in file.events.items()},
-        dimensions={name: DimensionSource(name=name, **text.model_dump()) for name, text in file.dimensions.items()},
-        groups={name: _group(name, text) for name, text in file.groups.items()},
-    )
+    try:
+        return Definitions(
+            events={name: _event(name, text) for name, text in file.events.items()},
+            dimensions={
+                name: DimensionSource(name=name, **text.model_dump()) for name, text in file.dimensions.items()
+            },
+            groups={name: _group(name, text) for name, text in file.groups.items()},
+        )
+    except DefinitionError as fault:
+        raise DefinitionError(f"definitions '{path}': {fault}") from fault
+
+
+def first_mistake(file: type[BaseModel], fault: ValidationError) -> str:
+    """Where a file's first mistake is, what is wrong, and what stands there; for an unknown field the closest ones.
+
+    Args:
+        file: Model of the whole file.
+        fault: What it says of it.
+
+    """
+    first = min(
+        fault.errors(), key=lambda error: error["type"] != "extra_forbidden"
+    )  # it may be the one that is missing
+    where = ".".join(str(part) for part in first["loc"]) or "the file"
+    if first["type"] == "extra_forbidden":
+        return f"{where} is unknown{closest(str(first['loc'][-1]), _model_at(file, first['loc'][:-1]).model_fields)}"
+    if first["type"] == "missing":
+        return f"{where} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message} (found {shortened(repr(first['input']), _SHOWN)})"
+
+
+def _model_at(model: type[BaseModel], place: Sequence[int | str]) -> type[BaseModel]:
+    """The model of what stands at a place: a path of fields, and of keys and numbers in mappings and lists."""
+    names = iter(place)
+    for name in names:
+        kind: Any = model.model_fields[str(name)].annotation
+        while not isinstance(kind, type) or not issubclass(kind, BaseModel):
+            if get_origin(kind) in (dict, list):
+                next(names, None)
+            parts = [part for part in get_args(kind) if part is not type(None)]
+            kind = parts[-1 if get_origin(kind) is dict else 0]
+        model = kind
+    return model
 
 
 def _event(name: str, text: _EventText) -> EventSource:

@@ -12,12 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tasks.core.errors import DefinitionError
 from tasks.core.names import closest
-from tasks.core.numerals import shortened
 from tasks.core.times import Times
-from tasks.features.loading import by_name, is_yaml, python_values, sql_expression, yaml_content
+from tasks.features.loading import by_name, first_mistake, is_yaml, python_values, sql_expression, yaml_content
 from tasks.serving.definition import FeatureReference, Label, Model, SpineSource
 
-_SHOWN = 60
 _WHAT = "models"
 
 
@@ -52,9 +50,6 @@ class _ModelText(_Strict):
 class _File(_Strict):
     labels: dict[str, _LabelText] = Field(default_factory=dict)
     models: dict[str, _ModelText] = Field(default_factory=dict)
-
-
-_PARTS: dict[str, type[BaseModel]] = {"labels": _LabelText, "models": _ModelText}
 
 
 def load_models(path: str) -> dict[str, Model]:
@@ -92,7 +87,7 @@ def _from_yaml(path: str) -> dict[str, Model]:
     try:
         file = _File.model_validate(content)
     except ValidationError as fault:
-        raise DefinitionError(f"models '{path}': {_first_mistake(fault)}") from fault
+        raise DefinitionError(f"models '{path}': {first_mistake(_File, fault)}") from fault
     if not file.models:
         raise DefinitionError(f"models '{path}' declares nothing; give models")
     try:
@@ -100,20 +95,6 @@ def _from_yaml(path: str) -> dict[str, Model]:
         return {name: _model(name, text, labels) for name, text in file.models.items()}
     except DefinitionError as fault:
         raise DefinitionError(f"models '{path}': {fault}") from fault
-
-
-def _first_mistake(fault: ValidationError) -> str:
-    """Where it is, what is wrong, and what stands there; for an unknown field the closest known ones."""
-    first = fault.errors()[0]
-    place = [str(part) for part in first["loc"]]
-    where = ".".join(place) or "the file"
-    if first["type"] == "extra_forbidden":
-        above: type[BaseModel] = _SpineText if "spine" in place[2:-1] else _PARTS[place[0]] if place[1:] else _File
-        return f"{where} is unknown{closest(place[-1], list(above.model_fields))}"
-    if first["type"] == "missing":
-        return f"{where} is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message} (found {shortened(repr(first['input']), _SHOWN)})"
 
 
 def _label(name: str, text: _LabelText) -> Label:
