@@ -242,9 +242,10 @@ def _choices(
 
     """
     for ours, theirs in columns.items():
-        if ours in source.mapping:
+        spec = source.columns.get(ours, Column())
+        if ours in source.mapping or spec.required:  # a required column is never looked up
             continue
-        known = (*source.columns[ours].also, ours) if ours in source.columns else ()
+        known = (*spec.also, ours)
         others = [f"its column '{name}'" for name in known if name != theirs and events.has(name)]
         if (dimension := elsewhere(ours)) is not None:
             others.append(f"'{ours}' of {dimension}")

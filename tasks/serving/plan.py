@@ -55,7 +55,7 @@ class LabelPlan:
         """
         until = self.complete or newest
         days = dt.timedelta(days=self.label.days)
-        return tuple(moment for moment in self.times if until is not None and moment + days <= until)
+        return tuple(moment for moment in self.times if until is not None and until - moment >= days)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -119,6 +119,8 @@ def test_the_transactions_own_category_comes_before_any_look_up(
 def test_a_plan_without_a_choice_says_nothing(tmp_path: Path) -> None:
     assert plan(tmp_path, TRANSACTIONS, products=PRODUCTS).notes == ()
     assert plan(tmp_path, TRANSACTIONS | {"product_category": ["books"]}).notes == ()
+    dated = PRODUCTS | {"timestamp": [MOMENT]}
+    assert plan(tmp_path, TRANSACTIONS, products=dated).notes == ()
 
 
 def test_else_it_is_looked_up_in_a_dimension(tmp_path: Path) -> None:
