@@ -185,6 +185,7 @@ def validate_features(
         as_of=plan.as_of[-1],
         previous=previous,
         times=plan.as_of,
+        suspects=computed.suspects,
     )
     manifest = _manifest(plan, number, computed, config=config, run=run, gate=gate)
     if config.self_test:

@@ -35,6 +35,7 @@ def judge_group(
     as_of: dt.datetime,
     previous: Manifest | None,
     times: Sequence[dt.datetime] = (),
+    suspects: Sequence[str] = (),
 ) -> GateResult:
     """Judge what was written for a group.
 
@@ -52,6 +53,7 @@ def judge_group(
         as_of: Time up to which events count, the last of them.
         previous: Manifest of the last published version, if there is one.
         times: All times that the version holds.
+        suspects: Keys that look like missing values.
 
     """
     bounds = config.thresholds
@@ -61,6 +63,8 @@ def judge_group(
     types = {field.name: str(field.type) for field in schema}
     checks += quality.check_schema(types, _expected_types(group, types, features, previous, config))
     checks.append(quality.check_unique(group.entity, duplicate_keys))
+    if suspects:
+        checks.append(_missing_keys(group.entity, suspects))
     checks += [quality.check_balance(balance) for balance in balances]
     checks += [
         quality.check_rejected_share(balance, bounds.rejected_warn, bounds.rejected_fail) for balance in balances[:-1]
@@ -115,6 +119,15 @@ def _event_times(
     else:
         return []
     return [CheckResult(name="event times", verdict="fail", bound="up to as_of, and plausible", message=message)]
+
+
+def _missing_keys(entity: str, suspects: Sequence[str]) -> CheckResult:
+    told = ", ".join(map(repr, suspects))
+    message = (
+        f"{entity} {told} looks like a missing value: if it is one, make it null in the source, or for CSV name it: "
+        f"--null-values={','.join(suspects)} (which takes the place of the default ones)."
+    )
+    return CheckResult(name="missing keys", column=entity, verdict="warn", bound="no such key", message=message)
 
 
 def _incomparable(times: Sequence[dt.datetime], previous: Manifest) -> CheckResult | None:

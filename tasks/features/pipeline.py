@@ -61,6 +61,7 @@ Sketches = dict[str, QuantileSketch]
 class ComputedGroup:
     """What was written for one group, and what is known of it; nothing is committed yet.
 
+    suspects: keys that look like missing values.
     entities, unmatched, ready: rows, so an entity counts once for each as-of time that it has features at.
     side_files, state: the events that an incremental run has kept, and what the manifest's definition says of them.
     """
@@ -75,6 +76,7 @@ class ComputedGroup:
     balances: tuple[RowBalance, ...]
     features: tuple[str, ...]
     duplicate_keys: int
+    suspects: tuple[str, ...]
     entities: int
     unmatched: int
     ready: int
@@ -266,6 +268,7 @@ def _finish(
         balances=(*balances[:-1], *(lookup.balance for lookup in lookups), entities),
         features=tuple(feature_columns(written[0].schema.names, planned)),
         duplicate_keys=sum(summary.duplicate_keys for summary in summaries),
+        suspects=tuple(sorted({key for summary in summaries for key in summary.suspects})),
         entities=entities.rows_in,
         unmatched=sum(summary.unmatched for summary in summaries),
         ready=sum(part.ready for part in written),

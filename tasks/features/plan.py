@@ -55,7 +55,7 @@ class SourcePlan:
         }
         return tuple(
             f"{self.name}: in the column '{name}', which is text, {mark!r} is a value like any other; if it means "
-            f"'missing', say so: --null-values {mark}"
+            f"'missing', say so: --null-values={mark}"
             for name, mark in found
         )
 

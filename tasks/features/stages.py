@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from tasks.core.conservation import check_equal
 from tasks.core.manifest import FileEntry
+from tasks.core.missing import suspects
 from tasks.core.own_columns import AS_OF
 from tasks.core.partition import split_by_key
 from tasks.core.profile import merge_profiles, profile_table
@@ -156,12 +157,19 @@ class Job:
             dimension=dimension,
             entities=entities,
             duplicate_keys=repeated_keys(features, planned.group.entity),
+            suspects=self._suspects(planned, features),
             unmatched=unmatched,
             rejected_files=rejected_files,
             profile=merge_profiles(profiles),
             quantiles=[sketches(profile) for profile in profiles] if several else [],
         )
         return summary, table.append_column(PART, pa.array([part] * len(table), pa.int32()))
+
+    def _suspects(self, planned: GroupPlan, features: pl.DataFrame) -> list[str]:
+        """Entities that look like missing values; a category may well be unknown."""
+        entity = planned.group.entity
+        is_key = any(column.name == entity and column.kind == "key" for column in self.plan.events.rows.columns)
+        return suspects(features[entity]) if is_key else []
 
     def _events(self, number: int, part: int, frames: list[pl.DataFrame]) -> tuple[pl.DataFrame, EventTally]:
         """The events of a bucket that count, in the order of the files; an incremental run's new ones are kept."""

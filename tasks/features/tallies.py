@@ -83,7 +83,8 @@ class EventTally:
 class BucketSummary:
     """What a gather task reports of its bucket; entities are counted once for each as-of time.
 
-    profile: of the numeric features; quantiles: theirs at each as-of time, where there are several.
+    suspects: keys that look like missing values. profile: of the numeric features; quantiles: theirs at each as-of
+    time, where there are several.
     """
 
     group: int
@@ -91,6 +92,7 @@ class BucketSummary:
     dimension: Tally
     entities: Tally
     duplicate_keys: int
+    suspects: list[str]
     unmatched: int
     rejected_files: list[FileEntry]
     profile: TableProfile

@@ -166,6 +166,7 @@ def make(
             as_of=AS_OF,
             previous=None,
             times=plan.as_of,
+            suspects=group.suspects,
         )
         features = pa.concat_tables(pq.read_table(written(group, file)) for file in group.files)
         rejected = [pl.read_parquet(written(group, file)) for file in group.rejected_files]

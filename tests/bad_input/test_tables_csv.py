@@ -135,6 +135,15 @@ def test_a_missing_value_is_no_customer(tmp_path: Path, quote: str) -> None:
     assert made.reasons == {"null_customer_id": 3}
 
 
+def test_a_key_that_looks_like_a_missing_value_is_pointed_out(tmp_path: Path) -> None:
+    keys = ["a", "unknown", "-999", "-", "NA"]
+    made, _ = make(tmp_path, {"t.csv": HEADER + "\n" + "".join(f"{key},2,2024-05-01,1,toys\n" for key in keys)})
+    (check,) = (check for check in made.gate.checks if check.name == "missing keys")
+    assert check.verdict == "warn"
+    assert check.message.startswith("customer_id '-', '-999', 'unknown' looks like a missing value")
+    assert made.reasons == {"null_customer_id": 1}
+
+
 def test_keys_that_a_spreadsheet_has_spoiled_are_rejected(tmp_path: Path, proven: Proven) -> None:
     keys = ["1.23E+15", "3.7", "12.0", "12"]
     text = HEADER + "\n" + "".join(f"{key},2,2024-05-01,1,toys\n" for key in keys)

@@ -375,7 +375,7 @@ def test_what_is_taken_for_null_is_said(tmp_path: Path) -> None:
     assert said[0].startswith("null in CSV: blank fields, null, NULL")
     assert said[1:] == (
         "transactions: in the column 'category', which is text, 'NA' is a value like any other; if it means 'missing', "
-        "say so: --null-values NA",
+        "say so: --null-values=NA",
     )
     given = plan(tmp_path, header + "1,2,2024-01-01,3,NA\n", null_values="NA,-")
     assert given.notes == ("null in CSV: blank fields, NA, -",)
