@@ -8,9 +8,15 @@ What the pixels are:
 - Transparent pixels are composited over the background, whether by an alpha channel, a palette or one clear colour.
 - Gray is replicated. Palette, CMYK, YCCK, YCbCr, LAB and HSV are converted as Pillow does. Colour profiles (ICC) are
   left alone: numbers are taken as they stand.
-- 16-bit gray v becomes v / 257, rounded. 32-bit integers are clipped to 16 bits first.
-- Floats are taken to be in [0, 1] if the greatest is at most 2 (a filter may have overshot), else in [0, 255]; they
-  are clipped there and rounded. NaN becomes 0.
+- Gray of more than 8 bits goes by the range that the file declares: its black becomes 0 and its white 255, with the
+  rest between in proportion, rounded. Of n bits that is 0 to 2^n - 1, or with a sign -2^(n-1) to 2^(n-1) - 1, however
+  little of it is used; of a PGM it is 0 to its greatest value. Where white is zero it is turned round. One exception:
+  32 bits with a sign of which no value is outside [0, 65535] are 16-bit gray, which Pillow writes in this way. A PNG's
+  significant bits (sBIT) and a TIFF's statistics of integers declare no range.
+- Floats go by a TIFF's SMinSampleValue and SMaxSampleValue. Without them they are taken to be in [0, 1] if the
+  greatest is at most 2 (a filter may have overshot), else in [0, 255]. They are clipped there. NaN becomes 0.
+- A part of a file that no pixel comes from (text, gamma, colour profile, resolution, further frames) may be damaged,
+  of any length, or missing.
 
 What is rejected, and as what:
 
@@ -19,11 +25,12 @@ What is rejected, and as what:
 - `unsupported`: an image whose format or variant can't be decoded here. Nothing is ever decoded by another program,
   so PostScript is among them.
 - `too_many_pixels`: the header declares more than the limit; known before memory is taken.
-- `truncated`: the file ends before its picture does. A JPEG without its end mark counts as such: the rest of an
-  interrupted copy may be zeros, which decode as gray.
-- `corrupt`: anything else that the decoder refuses, PNGs with a wrong checksum, and JPEGs whose compressed data is
-  seen to be damaged, which Pillow alone would pass with gray or garbled areas. Stray bytes before a JPEG's markers
-  are no damage.
+- `truncated`: the file ends before its picture does, or lacks some of it, however well it is closed: rows, strips,
+  tiles, or scans. A JPEG without its end mark counts as such: the rest of an interrupted copy may be zeros, which
+  decode as gray.
+- `corrupt`: anything else that the decoder refuses, PNGs with a wrong checksum of a part that pixels come from, and
+  JPEGs whose compressed data is seen to be damaged, which Pillow alone would pass with gray or garbled areas. Stray
+  bytes before a JPEG's markers are no damage.
 """
 
 from __future__ import annotations
@@ -36,16 +43,26 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import EpsImagePlugin, Image, ImageFile
+from PIL import EpsImagePlugin, IcoImagePlugin, Image, ImageFile, Jpeg2KImagePlugin, PngImagePlugin, TiffImagePlugin
 
 from tasks.images.appearance import appearance
-from tasks.images.jpeg_header import ORIENTATION_TAG, read_jpeg_header
-from tasks.images.parts import unseen_damage
+from tasks.images.jpeg_header import ORIENTATION_TAG, read_jpeg_header, read_scans
+from tasks.images.parts import (
+    DamageError,
+    check_icon,
+    check_png_rows,
+    check_scans,
+    check_tiff_parts,
+    check_tiles,
+    first_of_gif,
+    png_picture,
+)
+from tasks.images.samples import Scale, declared_scale, in_whole_range
 
 Reason = Literal["empty_file", "not_an_image", "unsupported", "too_many_pixels", "truncated", "corrupt"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
@@ -101,6 +118,8 @@ class Decoder:
         try:
             found = self._decode_jpeg(data) if data[:3] == b"\xff\xd8\xff" else None
             return found or self._decode_by_pillow(data)
+        except DamageError as fault:
+            return Rejection(fault.reason, fault.detail)
         except MemoryError:
             return Rejection(
                 "too_many_pixels", "Decoding it takes more memory than there is; lower --max-pixels to say so sooner."
@@ -114,8 +133,9 @@ class Decoder:
         height, width = header.height, header.width
         if height * width > self._max_pixels:
             return _too_many(width, height, self._max_pixels)
-        if header.scans > _MAX_SCANS:
-            return Rejection("unsupported", f"This JPEG has {header.scans:,} scans, more than any encoder makes.")
+        if header.scans.count > _MAX_SCANS:
+            return Rejection("unsupported", f"This JPEG has {header.scans.count:,} scans, more than any encoder makes.")
+        check_scans(header.scans)
         orientation = _jpeg_orientation(data, self._max_pixels) if header.may_be_turned else 1
         room = self._room(height * width * 4)
         buffer = room if orientation == 1 else np.empty(height * width * 4, np.uint8)
@@ -132,6 +152,8 @@ class Decoder:
         return Decoded(pixels, "JPEG")
 
     def _decode_by_pillow(self, data: bytes | memoryview) -> Decoded | Rejection:
+        if data[:4] == b"GIF8":
+            data = first_of_gif(data)
         with _pillow(self._max_pixels):
             image = _identify(data, self._max_pixels)
             if isinstance(image, Rejection):
@@ -141,24 +163,32 @@ class Decoder:
                 width, height = image.size
                 if width * height > self._max_pixels:
                     return _too_many(width, height, self._max_pixels)
-                if damage := unseen_damage(name, data):
-                    return Rejection(*damage)
+                if name in ("JPEG", "MPO"):
+                    check_scans(read_scans(memoryview(data).cast("B")))
+                if isinstance(image, IcoImagePlugin.IcoImageFile):
+                    entry = image.ico.entry[image.ico.getentryindex(image.size)]
+                    check_icon(data, entry.offset, entry.size)
+                if isinstance(image, TiffImagePlugin.TiffImageFile):
+                    check_tiff_parts(image.tag_v2, data)
+                    _mend_byte_order(image)
                 _scale_clear_colour(image)
                 image.load()
-                return Decoded(self._painted(image), name)
-            except MemoryError:
+                return Decoded(self._painted(image, data), name)
+            except (DamageError, MemoryError):
                 raise
             except Exception as fault:  # noqa: BLE001  # plugins raise whatever a malformed file leads them to
                 return _rejection(name, fault, data, self._max_pixels)
 
-    def _painted(self, image: Image.Image) -> Pixels:
+    def _painted(self, image: Image.Image, data: bytes | memoryview) -> Pixels:
         width, height = image.size
         orientation = _orientation(image)
+        is_deep = image.mode == "F" or image.mode.startswith("I")
+        scale = declared_scale(image, data) if is_deep else None
+        image = in_whole_range(image, data)
         pixels = _shaped(self._room(width * height * 4), height, width, orientation)
         stored = _as_stored(pixels, orientation)
-        whole_range = _float_range(image) if image.mode == "F" else 0.0
         for top, band in _bands(image):
-            raw = _rgb(band, self._background, whole_range).tobytes("raw", "RGBX")
+            raw = _rgb(band, self._background, scale).tobytes("raw", "RGBX")
             stored[top : top + band.height] = np.frombuffer(raw, np.uint32).reshape(band.height, width)
         return pixels
 
@@ -232,6 +262,47 @@ def _as_stored(pixels: Pixels, orientation: int) -> npt.NDArray[np.uint32]:
 
 _TURN = threading.Lock()
 
+# Raw modes of big-endian samples, and those of the machine's own order.
+_NATIVE = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}
+
+
+class _Png(PngImagePlugin.PngImageFile):
+    """Pillow's PNGs, but that all rows have to be there, and that parts that no pixel comes from aren't read."""
+
+    _picture: bytes | None = None
+
+    def _open(self) -> None:
+        assert self.fp is not None
+        self._picture = png_picture(self.fp.read())
+        self.fp = io.BytesIO(self._picture)
+        super()._open()
+
+    def load(self) -> Any:
+        picture, self._picture = self._picture, None
+        if picture is not None and not self.tile:
+            raise DamageError("truncated", "The PNG file has no picture in it.")
+        found = super().load()
+        # Rows that aren't there are zero: only then, or where rows come in several passes, it's worth to count them.
+        if picture is not None and (self.info.get("interlace") or not any(self._last_row())):
+            check_png_rows(picture)
+        return found
+
+    def _last_row(self) -> bytes:
+        return self.crop((0, self.height - 1, self.width, self.height)).tobytes()
+
+
+class _Jpeg2K(Jpeg2KImagePlugin.Jpeg2KImageFile):
+    """Pillow's JPEGs 2000, but that all tiles have to be there."""
+
+    def load(self) -> Any:
+        if self.tile and self.fp is not None:
+            self.fp.seek(0)
+            check_tiles(self.fp.read())
+        return super().load()
+
+
+_OURS: dict[str, type[ImageFile.ImageFile]] = {"PNG": _Png, "JPEG2000": _Jpeg2K}
+
 
 @contextlib.contextmanager
 def _pillow(max_pixels: int) -> Iterator[None]:
@@ -240,6 +311,8 @@ def _pillow(max_pixels: int) -> Iterator[None]:
         (Image, "MAX_IMAGE_PIXELS", max_pixels / 2),  # Pillow refuses what exceeds twice this, also within containers
         (ImageFile, "LOAD_TRUNCATED_IMAGES", False),
         (EpsImagePlugin, "gs_binary", False),  # PostScript is a program: it isn't run
+        (PngImagePlugin, "PngImageFile", _Png),  # what icons hold
+        (Jpeg2KImagePlugin, "Jpeg2KImageFile", _Jpeg2K),
     )
     with _TURN, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -268,8 +341,8 @@ def _identify(data: bytes | memoryview, max_pixels: int) -> ImageFile.ImageFile 
             continue
         try:
             stream.seek(0)
-            return factory(stream, "")
-        except MemoryError:
+            return _OURS.get(name, factory)(stream, "")
+        except (DamageError, MemoryError):
             raise
         except Exception as fault:  # noqa: BLE001  # plugins raise whatever a malformed file leads them to
             if accept is not None and complaint is None:
@@ -301,6 +374,14 @@ def _scale_clear_colour(image: ImageFile.ImageFile) -> None:
                 image.info["transparency"] = tuple(value >> 8 for value in clear)
 
 
+def _mend_byte_order(image: TiffImagePlugin.TiffImageFile) -> None:
+    """Samples that libtiff unpacks come in the machine's order, and not in the file's, as Pillow takes these for."""
+    for index, (decoder, extents, offset, args) in enumerate(image.tile):
+        if decoder == "libtiff" and isinstance(args, tuple):
+            raw = _NATIVE.get(args[0], args[0])
+            image.tile[index] = ImageFile._Tile(decoder, extents, offset, (raw, *args[1:]))
+
+
 def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
     """The picture in pieces of about a million pixels, so that conversions don't hold several copies of it."""
     rows = max(1, 2**20 // image.width)
@@ -311,12 +392,12 @@ def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
-def _rgb(image: Image.Image, background: tuple[int, int, int], float_range: float) -> Image.Image:
-    """Convert any mode to RGB, composited over the background."""
-    if image.mode == "F" or image.mode.startswith("I"):
+def _rgb(image: Image.Image, background: tuple[int, int, int], scale: Scale | None) -> Image.Image:
+    """Convert any mode to RGB, composited over the background; gray of more than 8 bits by its scale."""
+    if scale is not None:
         values = np.asarray(image)
         clear = image.info.get("transparency")
-        image = Image.fromarray(_eight_bits(values, float_range))
+        image = Image.fromarray(scale.eight_bits(values))
         if clear is None:
             return image.convert("RGB")
         mask = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
@@ -330,25 +411,11 @@ def _rgb(image: Image.Image, background: tuple[int, int, int], float_range: floa
     return canvas
 
 
-def _float_range(image: Image.Image) -> float:
-    values = np.asarray(image)
-    return 1.0 if values.max(initial=0, where=np.isfinite(values)) <= 2 else 255.0
-
-
-def _eight_bits(values: npt.NDArray[np.generic], float_range: float) -> Pixels:
-    """Gray values of 16 or 32 bits in 8 bits."""
-    if values.dtype.kind == "f":
-        shares = np.nan_to_num(values, nan=0, posinf=np.inf, neginf=-np.inf).clip(0, float_range) / float_range
-        gray: Pixels = np.rint(shares * 255).astype(np.uint8)
-    else:
-        gray = ((np.clip(values, 0, 65535).astype(np.uint32) + 128) // 257).astype(np.uint8)
-    return gray
-
-
 # --- reasons ---
 
 _EARLY = re.compile(
-    "truncated|incomplete|end of (data|file)|not enough (image )?data|requires a buffer|too small", re.I
+    "truncated|incomplete|end of (data|file)|not enough (image )?data|requires a buffer|too small|not large enough",
+    re.I,
 )
 _BEYOND_US = re.compile("unsupported|not supported|unimplemented|unknown|cannot (handle|find)|ghostscript|^mpeg", re.I)
 

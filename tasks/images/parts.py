@@ -1,62 +1,355 @@
-"""What a file says of its own parts, where the decoder doesn't look: a PNG's checksums, a JPEG 2000's end. Pure."""
+"""What a file says of its own parts, where the decoder doesn't look. Pure.
+
+A decoder takes what is there for the picture: rows that a PNG's stream doesn't have are black, scans that a progressive
+JPEG doesn't have are blur, a strip without an offset is read from the file's beginning. The parts' own lengths, numbers
+and checksums tell.
+"""
 
 from __future__ import annotations
 
+import math
+import re
 import struct
 import zlib
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
-_PNG_HEAD = 8
+from tasks.images.jpeg_header import Scans
+
+_END = b"\xff\xd9"  # the end mark of a JPEG, and of a JPEG 2000's codestream
+
+
+class DamageError(Exception):
+    """A picture lacks parts, or has damaged ones, that its decoder wouldn't miss. It never leaves the decoder."""
+
+    def __init__(self, reason: Literal["truncated", "corrupt"], detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+def check_scans(scans: Scans) -> None:
+    """Raise a DamageError for a JPEG that doesn't send all of its picture."""
+    if not scans.are_complete:
+        raise DamageError("truncated", "The JPEG file lacks some of its scans, so its picture isn't whole.")
+
+
+# --- PNG ---
+
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _PNG_PART = struct.Struct(">I4s")
-_BOX = struct.Struct(">I4s")
-_CODESTREAM = b"\xff\x4f\xff\x51"
-_END = b"\xff\xd9"
+_PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a pixel, by the kind of colour
+_PNG_PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+_PNG_PIXELS = (b"tRNS", b"eXIf")  # parts that may be passed over by their names, and yet change pixels
+_PNG_TURNING = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"exif")  # texts that may have an orientation
+_MOST_TEXT = 2**20
 
 
-def unseen_damage(name: str, data: bytes | memoryview) -> tuple[Literal["truncated", "corrupt"], str] | None:
-    """Reason and detail of damage that Pillow passes; None if there is none.
+def png_picture(data: bytes) -> bytes:
+    """Reduce a PNG to the parts that its first picture's pixels come from: no damage or length of the others matters.
 
-    What is missing of a JPEG 2000 would be blank, and a changed pixel of a PNG that is stored without compression
-    would be taken as it is.
+    These are the critical parts, the transparency, the EXIF block, and the texts that may have an orientation, of
+    1 MiB together at most. Animations keep the picture that a viewer without animations shows.
 
     Args:
-        name: The format's name.
-        data: The file.
+        data: The file, and perhaps something after it.
+
+    Returns:
+        A PNG, cut where the file is cut.
+
+    Raises:
+        DamageError: The checksum (CRC-32) of one of these parts is wrong.
+
     """
-    if name == "JPEG2000" and not jpeg2000_is_whole(data):
-        return "truncated", "The JPEG2000 file ends before its picture does, or lacks its end mark."
-    part = broken_png_part(data) if name == "PNG" else None
-    return ("corrupt", f"The PNG file is damaged: the checksum of its part {part} is wrong.") if part else None
+    kept: list[bytes | memoryview] = [data[: len(_PNG_MAGIC)]]
+    room = _MOST_TEXT
+    for kind, whole in _png_parts(data):
+        body = whole[8:-4]
+        if kind[:1].islower() and kind not in _PNG_PIXELS:
+            room -= (length := _turning_text(kind, body, room))
+            if not length:
+                continue
+        if kind.isalpha() and zlib.crc32(whole[4:-4]) != int.from_bytes(whole[-4:], "big"):
+            part = str(kind, "ascii")
+            raise DamageError("corrupt", f"The PNG file is damaged: the checksum of its part {part} is wrong.")
+        kept.append(whole)
+    return b"".join(kept)
 
 
-def broken_png_part(data: bytes | memoryview) -> str | None:
-    """The first part that the picture is made of whose checksum (CRC-32) is wrong; None if there is none.
-
-    A part that is cut is left to the decoder, and so are the parts that no pixel is in (PNG specification, 5.4: their
-    names begin with a small letter).
-    """
-    view, at = memoryview(data).cast("B"), _PNG_HEAD
-    while at + 12 <= len(view):
+def _png_parts(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
+    """Names and bytes of a PNG's parts to its end; what can't be split is one without a name, left to the decoder."""
+    view, at = memoryview(data), len(_PNG_MAGIC)
+    while at + 8 <= len(view):
         length, kind = _PNG_PART.unpack_from(view, at)
-        end = at + 8 + length
-        if end + 4 > len(view):
-            return None
-        if kind[:1].isupper() and zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
-            return str(kind, "ascii", "replace")
+        end = at + 12 + length
+        if not kind.isalpha() or end > len(view):
+            if not kind.isalpha() or kind[:1].isupper():
+                yield b"", view[at:]
+            return
+        yield kind, view[at:end]
         if kind == b"IEND":
-            return None
-        at = end + 4
-    return None
+            return
+        at = end
 
 
-def jpeg2000_is_whole(data: bytes | memoryview) -> bool:
-    """Whether a JPEG 2000 file has its whole codestream, up to the end mark (ITU-T T.800, annexes A and I).
+def _turning_text(kind: bytes, body: memoryview, room: int) -> int:
+    """Length of a text that may have an orientation; 0 for others, and for those that are too long or unreadable."""
+    if kind not in (b"tEXt", b"zTXt", b"iTXt"):
+        return 0
+    name, _, text = bytes(body[: room + 200]).partition(b"\0")
+    if name not in _PNG_TURNING or len(body) > room + 200:
+        return 0
+    if kind == b"iTXt":
+        packed = text[:1] == b"\1"
+        text = text[2:].split(b"\0", 2)[-1]
+    else:
+        packed, text = kind == b"zTXt", text[kind == b"zTXt" :]
+    if packed:
+        unpack = zlib.decompressobj()
+        try:
+            text = unpack.decompress(text, max(room, 1))
+        except zlib.error:
+            return 0
+        if unpack.unconsumed_tail:
+            return 0
+    return len(text) if len(text) <= room else 0
 
-    The file is the codestream itself, perhaps with zeros behind it, or consists of boxes of which one holds it.
+
+def check_png_rows(picture: bytes) -> None:
+    """Unpack a PNG's pixels, keeping none, to see that there are as many as its header says.
+
+    Args:
+        picture: A PNG that could be decoded, reduced to its picture.
+
+    Raises:
+        DamageError: Its compressed stream ends before the last row.
+
     """
+    lacking = 0
+    unpack = zlib.decompressobj()
+    for kind, whole in _png_parts(picture):
+        if kind == b"IHDR":
+            lacking = _png_size(whole[8:-4])
+        packed = whole[8:-4] if kind == b"IDAT" else b""
+        while len(packed) and lacking > 0 and not unpack.eof:
+            lacking -= len(unpack.decompress(packed, 2**20))
+            packed = unpack.unconsumed_tail
+    if lacking > 0:
+        raise DamageError("truncated", f"The PNG file's picture lacks its last {lacking:,} bytes.")
+
+
+def _png_size(header: memoryview) -> int:
+    """Bytes of all rows, each with its filter's number before it (PNG specification, 7 and 8)."""
+    width, height, depth, colour, *_, interlaced = struct.unpack(">IIBBBBB", header[:13])
+    total = 0
+    for left, top, across, down in _PNG_PASSES if interlaced else ((0, 0, 1, 1),):
+        columns, rows = math.ceil((width - left) / across), math.ceil((height - top) / down)
+        if columns > 0 and rows > 0:
+            total += rows * (1 + math.ceil(columns * depth * _PNG_SAMPLES[colour] / 8))
+    return total
+
+
+# --- GIF ---
+
+
+def first_of_gif(data: bytes | memoryview) -> bytes | memoryview:
+    """Cut a GIF after its first picture, as a decoder that misses pixels of it would look for them in the others.
+
+    Returns:
+        The file up to that picture's end, and an end mark; or all of it, if there is no such end.
+
+    """
+    try:
+        at = 13 + _colours(data[10])
+        while data[at] == 0x21:  # an extension
+            at = _after_blocks(data, at + 2)
+        if data[at] != 0x2C:
+            return data
+        end = _after_blocks(data, at + 11 + _colours(data[at + 9]))
+    except IndexError:
+        return data
+    return bytes(data[:end]) + b";"
+
+
+def _colours(flags: int) -> int:
+    """Bytes of the colour table that a GIF's flags announce."""
+    return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
+
+
+def _after_blocks(data: bytes | memoryview, at: int) -> int:
+    while data[at]:
+        at += 1 + data[at]
+    return at + 1
+
+
+# --- ICO ---
+
+_DIB = struct.Struct("<IiiHHI12xI")
+
+
+def check_icon(data: bytes | memoryview, offset: int, size: int) -> None:
+    """Check that an icon's bitmap has all its rows before the mask, which would be taken for the others.
+
+    Args:
+        data: The file.
+        offset: Where the bitmap begins, by the file's directory.
+        size: Its bytes, and those of its mask, by the same.
+
+    Raises:
+        DamageError: They are too few.
+
+    """
+    if len(data) < offset + _DIB.size or bytes(data[offset : offset + 8]) == _PNG_MAGIC:
+        return
+    head, width, twice, _, bits, compression, colours = _DIB.unpack_from(data, offset)
+    if compression not in (0, 3) or width <= 0:
+        return
+    palette = 4 * (colours or 2**bits) if bits <= 8 else 0
+    mask = 0 if bits == 32 else 4 * math.ceil(width / 32)
+    needed = head + palette + abs(twice) // 2 * (4 * math.ceil(width * bits / 32) + mask)
+    if min(size, len(data) - offset) < needed:
+        raise DamageError("truncated", f"The ICO file's picture takes {needed:,} bytes and has {size:,} of them.")
+
+
+# --- TIFF ---
+
+_COLUMNS, _ROWS, _BITS, _COMPRESSION, _COLOURS, _SAMPLES, _PLANES = 256, 257, 258, 259, 262, 277, 284
+_OLD_JPEG, _OLD_JPEG_OFFSET, _JPEG, _YCBCR = 6, 513, 7, 6
+_FAX_3, _FAX_4, _FILL_ORDER = 3, 4, 266
+_MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+_STRIPS = (273, 279, 278)  # tags of their offsets, their lengths, and the rows of one
+_TILES = (324, 325, 323)
+_TILE_COLUMNS = 322
+
+
+def check_tiff_parts(tags: Mapping[int, Any], data: bytes | memoryview) -> None:
+    """Check that a TIFF's first picture has all strips or tiles, each within the file (TIFF 6.0, 3 and 15).
+
+    Args:
+        tags: The picture's directory.
+        data: The file.
+
+    Raises:
+        DamageError: One isn't there.
+
+    """
+    compression = tags.get(_COMPRESSION, 1)
+    if compression == _OLD_JPEG and _OLD_JPEG_OFFSET in tags:
+        return  # all of it is at one place
+    offsets_tag, lengths_tag, rows_tag = _TILES if _TILES[0] in tags and _STRIPS[0] not in tags else _STRIPS
+    offsets, lengths = _numbers(tags.get(offsets_tag)), _numbers(tags.get(lengths_tag))
+    rows = max(1, min(tags.get(rows_tag) or tags[_ROWS], 2**31))
+    columns = tags.get(_TILE_COLUMNS) or 1 if offsets_tag == _TILES[0] else tags[_COLUMNS]
+    planes = tags.get(_SAMPLES, 1) if tags.get(_PLANES) == 2 else 1
+    number = math.ceil(tags[_ROWS] / rows) * math.ceil(tags[_COLUMNS] / columns) * planes
+    what = "tiles" if offsets_tag == _TILES[0] else "strips"
+    there = len(offsets) if not lengths else min(len(offsets), len(lengths))
+    if there < number:
+        raise DamageError("truncated", f"The TIFF file has {there:,} of its picture's {number:,} {what}.")
+    for index, offset in enumerate(offsets[:number]):
+        size = lengths[index] if lengths else 1
+        is_there = size > 0 and 0 < offset < len(data) and (compression == 1 or offset + size <= len(data))
+        if is_there and lengths and compression in (_JPEG, _FAX_3, _FAX_4):
+            part = bytes(data[offset : offset + size])
+            above = rows * index % (rows * math.ceil(tags[_ROWS] / rows))
+            is_there = _is_whole(compression, part, min(rows, tags[_ROWS] - above), tags.get(_FILL_ORDER) == 2)
+        if not is_there:
+            raise DamageError(
+                "truncated", f"Number {index + 1} of the TIFF file's {number:,} {what} isn't there, or not whole."
+            )
+    if compression == 1 and lengths and tags.get(_COLOURS) != _YCBCR:
+        _check_uncompressed(tags, lengths[:number], rows if what == "tiles" else 0, columns, planes)
+
+
+def _is_whole(compression: int, part: bytes, rows: int, is_mirrored: bool) -> bool:
+    """Check a strip or tile of a compression whose decoder makes black of what lacks: by its end, or its rows' ends."""
+    if compression == _JPEG:
+        return part.rstrip(b"\0").endswith(_END)
+    if is_mirrored:
+        part = part.translate(_MIRRORED)
+    if compression == _FAX_4:  # ITU-T T.6, 2.4.1.1: two ends of line, and bits that fill the byte
+        last = int.from_bytes(part.rstrip(b"\0")[-4:], "big")
+        return (last // max(1, last & -last)) & 0xFFFFFF == 0x001001
+    ends, zeros = 0, ""
+    for start in range(0, len(part), 2**16):
+        piece = part[start : start + 2**16]
+        bits = f"{zeros}{int.from_bytes(piece, 'big'):0{8 * len(piece)}b}"
+        ends += len(re.findall("0{11}1", bits))
+        zeros = "0" * (len(bits[-11:]) - len(bits[-11:].rstrip("0")))
+    return not ends or ends >= rows  # ITU-T T.4, 4.1.2: one before each row
+
+
+def _check_uncompressed(
+    tags: Mapping[int, Any], lengths: tuple[int, ...], tile_rows: int, columns: int, planes: int
+) -> None:
+    """Check that the strips or tiles together hold all pixels: what lacks would be read from beyond them."""
+    bits = _numbers(tags.get(_BITS, 1))
+    samples = tags.get(_SAMPLES, 1)
+    bits_of_pixel = bits[0] if planes > 1 else sum(bits[:samples]) if len(bits) > 1 else bits[0] * samples
+    rows = tile_rows * len(lengths) if tile_rows else tags[_ROWS] * planes
+    needed = rows * math.ceil(columns * bits_of_pixel / 8)
+    if sum(lengths) < needed:
+        raise DamageError(
+            "truncated", f"The TIFF file's picture takes {needed:,} bytes and has {sum(lengths):,} of them."
+        )
+
+
+def _numbers(values: Any) -> tuple[int, ...]:
+    return tuple(value for value in values if isinstance(value, int)) if isinstance(values, tuple) else ()
+
+
+# --- JPEG 2000 ---
+
+_BOX = struct.Struct(">I4s")
+_START_OF_TILE = b"\xff\x90"
+_CODESTREAM = b"\xff\x4f\xff\x51"
+_SIZE = struct.Struct(">HHH8IH")
+_TILE_PART = struct.Struct(">2sHHIBB")
+
+
+def check_tiles(data: bytes) -> None:
+    """Check that a JPEG 2000 file has its whole codestream: all tiles' parts, and the end mark (ITU-T T.800, annex A).
+
+    Raises:
+        DamageError: Something lacks, and would be blank.
+
+    """
+    start, end, is_open = _codestream(memoryview(data))
+    stream = data[start:end]
+    ends = (stream.rstrip(b"\0") if is_open else stream).endswith(_END)
+    if end > len(data) or not ends or not _has_all_tiles(stream):
+        raise DamageError(
+            "truncated", "The JPEG2000 file ends before its picture does, or lacks a tile or its end mark."
+        )
+
+
+def jpeg2000_depths(data: bytes | memoryview) -> tuple[int, ...]:
+    """Bits of each component's samples; none if they can't be read."""
     view = memoryview(data).cast("B")
+    start = _codestream(view)[0] + 2
+    try:
+        count = _SIZE.unpack_from(view, start)[-1]
+    except struct.error:
+        return ()
+    return tuple((bits & 0x7F) + 1 for bits in view[start + 40 : start + 40 + 3 * count : 3])
+
+
+def with_deeper_samples(data: bytes | memoryview) -> bytes:
+    """The same codestream, but that each component announces one bit more than it has."""
+    deeper = bytearray(data)
+    start = _codestream(memoryview(deeper))[0] + 42
+    for component in range(len(jpeg2000_depths(data))):
+        deeper[start + 3 * component] += 1
+    return bytes(deeper)
+
+
+def _codestream(view: memoryview) -> tuple[int, int, bool]:
+    """Where the codestream begins and ends, and if zeros may be behind it (ITU-T T.800, annex I).
+
+    The file is the codestream itself, or consists of boxes of which one holds it.
+    """
     if bytes(view[:4]) == _CODESTREAM:
-        return bytes(view).rstrip(b"\0").endswith(_END)
+        return 0, len(view), True
     at = 0
     while at + 8 <= len(view):
         length, kind = _BOX.unpack_from(view, at)
@@ -65,9 +358,31 @@ def jpeg2000_is_whole(data: bytes | memoryview) -> bool:
             length, start = int.from_bytes(view[at + 8 : at + 16], "big"), at + 16
         end = len(view) if length == 0 else at + length
         if kind == b"jp2c":
-            whole = bytes(view[start:end])
-            return end <= len(view) and (whole.rstrip(b"\0") if length == 0 else whole).endswith(_END)
+            return start, end, length == 0
         if end <= at:
-            return False
+            break
         at = end
-    return False
+    return 0, len(view) + 1, False
+
+
+def _has_all_tiles(stream: bytes) -> bool:
+    """Follow the lengths of the tiles' parts to the end mark. What can't be read is left to the decoder."""
+    try:
+        width, height, _, _, across, down, left, top = _SIZE.unpack_from(stream, 2)[3:11]
+        number = math.ceil((width - left) / across) * math.ceil((height - top) / down)
+        at = 2
+        while stream[at : at + 2] not in (_START_OF_TILE, _END):  # the main header's segments
+            if stream[at] != 0xFF:
+                return True
+            at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
+        parts: dict[int, int] = {}
+        announced: dict[int, int] = {}
+        while stream[at : at + 2] == _START_OF_TILE:
+            _, _, tile, length, _, count = _TILE_PART.unpack_from(stream, at)
+            parts[tile] = parts.get(tile, 0) + 1
+            announced[tile] = max(announced.get(tile, 0), count)
+            at = at + length if length else len(stream.rstrip(b"\0")) - 2
+    except (struct.error, ZeroDivisionError, IndexError):
+        return True
+    every_part = all(count >= announced[tile] for tile, count in parts.items())
+    return every_part and len(parts) >= number and stream[at : at + 2] == _END
