@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import pickle
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ import ray.data
 from tasks.core import layout, storage
 from tasks.core.cluster import LOST_WORKER_RETRIES, cluster_cpus, data_context
 from tasks.core.conservation import check_equal
-from tasks.core.errors import BalanceError
+from tasks.core.errors import BalanceError, ConfigError
 from tasks.core.exchange import losses_explained
 from tasks.core.manifest import ColumnSpec, FileEntry, RowBalance
 from tasks.core.profile import TableProfile
@@ -49,11 +50,15 @@ from tasks.images.plan import ImagePlan, read_unit
 from tasks.images.records import UnitNote, finished_units
 from tasks.images.rows import rows_schema
 from tasks.images.split import SPLITS
-from tasks.images.stages import ImageJob, augment_unit, resplit_unit
+from tasks.images.stages import ImageJob, augment_again, augment_unit, resplit_unit, unlike_variants
 
 PARTS_FROM = 200_000
 """Images from which on the search for near-duplicates is worth dividing."""
 NAMED_GROUPS = 1000
+SAMPLE, SAMPLE_VARIANTS = 8, 3
+"""Images, and variants of each, that a policy makes twice before anything is made with it."""
+GPU_TOLERANCE = 0.02
+"""Of the values' span: a GPU may sum in another order each time."""
 
 Progress = Callable[[int], None]
 
@@ -120,7 +125,7 @@ def augment_images(
 
     Raises:
         BalanceError: images were lost or doubled on the way.
-        ConfigError: the policy can't be loaded, or gives something else than images.
+        ConfigError: the policy can't be loaded, gives something else than images, or something else each time.
         ResourceError: memory or disk are too small; it says what to do.
 
     """
@@ -135,6 +140,8 @@ def augment_images(
     finished = finished_units(plan)
     on_images(sum(note.images for note in finished.values()))
     todo = [unit for unit in range(plan.units) if unit not in finished]
+    if todo:
+        check_policy(job)
     made = []
     for note in _augment(job, todo):
         made.append(note)
@@ -188,6 +195,46 @@ def augment_images(
         timings=timings,
         stage_seconds=_stage_seconds(ordered),
     )
+
+
+def check_policy(job: ImageJob) -> None:
+    """Make a sample with a policy of the user's own twice, each time in a new process and another order.
+
+    Raises:
+        ConfigError: the variants differ.
+
+    """
+    policy = job.config.augmentation.policy
+    if policy is None:
+        return
+    sample = read_unit(job.plan_uri, 0).slice(0, SAMPLE)
+    few = job.config.augmentation.model_copy(
+        update={"variants": min(job.config.augmentation.variants, SAMPLE_VARIANTS)}
+    )
+    config = job.config.model_copy(update={"augmentation": few})
+    make: Any = _made_apart
+    turns = []
+    for rows in (sample, sample.take(pa.array(np.arange(sample.num_rows)[::-1]))):
+        own_process = {"env_vars": {"POLICY_SAMPLE": uuid.uuid4().hex}}  # no worker has this environment yet
+        options = {"num_cpus": 1, "num_gpus": config.num_gpus, "runtime_env": own_process}
+        turns.append(make.options(**options).remote(config, job.classes, rows))
+    with losses_explained("take smaller images, or another policy"):
+        made, again = ray.get(turns)
+    unlike = unlike_variants(made, again, GPU_TOLERANCE if config.num_gpus else 0.0)
+    if unlike:
+        raise ConfigError(
+            f"policy = '{policy}' isn't reproducible: {len(unlike)} of {made.num_rows} variants of a sample differ "
+            f"when they are made again in another process and order, such as {unlike[0]}; nothing was published. A "
+            "variant must follow from its image and the generators of torch, random and numpy.random alone, which are "
+            "seeded for each one: use them in the call, in place of generators of its own "
+            "(numpy.random.default_rng(), torch.Generator(), random.Random()), the system's randomness (os.urandom, "
+            "secrets) and what is kept from one image to the next"
+        )
+
+
+@ray.remote
+def _made_apart(config: ImageAugmentationConfig, classes: int, planned: pa.Table) -> pa.Table:
+    return augment_again(config, classes, planned)[1]
 
 
 def _augment(job: ImageJob, units: Sequence[int]) -> Iterator[UnitNote]:

@@ -34,7 +34,7 @@ from tasks.images.fingerprint import perceptual_hash
 from tasks.images.jpeg_header import read_jpeg_header
 from tasks.images.plan import read_unit
 from tasks.images.records import OUTCOMES, UnitNote, note_uri, write_note
-from tasks.images.rows import Originals, build_rows, rows_schema
+from tasks.images.rows import Originals, build_rows, decode_images, rows_schema
 from tasks.images.scoring import Scored, score
 from tasks.images.sources import REJECTED_IMAGES
 from tasks.images.split import SPLITS
@@ -218,6 +218,25 @@ def augment_again(config: ImageAugmentationConfig, classes: int, planned: pa.Tab
     # Formats that aren't encoded are views of the engine's own memory, which the next images overwrite.
     kept = [_copied(table) for table in _rows(config, classes, planned, outcomes, _Clock())]
     return _outcome_table(outcomes), pa.concat_tables([schema.empty_table(), *kept])
+
+
+def unlike_variants(made: pa.Table, again: pa.Table, tolerance: float) -> list[str]:
+    """Ids of variants that look otherwise when they are made again.
+
+    Args:
+        made: Rows by `rows_schema`.
+        again: The same variants in any order.
+        tolerance: Mean difference that counts as none, by the span of the values.
+
+    """
+    one, other = (table.sort_by("image_id") for table in (made, again))
+    first, second = (decode_images(table).astype(np.float32) for table in (one, other))
+    unlike = np.ones(len(first), np.bool_)
+    if first.shape == second.shape:
+        gaps = np.abs(first - second).mean(axis=(1, 2, 3))
+        unlike = ~(gaps <= tolerance * np.ptp(first, axis=(1, 2, 3)))  # also NaN
+    names: list[str] = one["image_id"].filter(pa.array(unlike)).to_pylist()
+    return names
 
 
 def _copied(table: pa.Table) -> pa.Table:

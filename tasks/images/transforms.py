@@ -309,7 +309,8 @@ def _seeded(seed: int, device: Any) -> Iterator[None]:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             random.seed(seed)
-            np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
+            # Python and numpy have one algorithm: of the same seed they would give the same numbers.
+            np.random.seed(np.random.SeedSequence(seed).generate_state(8))
             yield
     finally:
         random.setstate(python)

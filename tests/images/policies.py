@@ -27,6 +27,24 @@ class Nested:
     inner = transform
 
 
+_own = np.random.default_rng(0)
+_at_import = float(np.random.default_rng().uniform())
+
+
+def own_generator(image: torch.Tensor) -> torch.Tensor:
+    """Seeded, but drawn from one image to the next."""
+    return function(image, float(_own.uniform()))
+
+
+def system_randomness(image: torch.Tensor) -> torch.Tensor:
+    return function(image, random.SystemRandom().random())
+
+
+def drawn_at_import(image: torch.Tensor) -> torch.Tensor:
+    """The same in a process for each image, and another one in each process."""
+    return function(image, _at_import)
+
+
 class FromClass:
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         return v2.functional.resize(image, [SIZE, SIZE])

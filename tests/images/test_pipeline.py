@@ -16,13 +16,14 @@ import pytest
 from PIL import Image
 
 from tasks.core import layout, storage
-from tasks.core.errors import BalanceError
+from tasks.core.errors import BalanceError, ConfigError
 from tasks.core.reservation import Reservation, reserve
 from tasks.images.config import Augmentation, ImageAugmentationConfig
-from tasks.images.pipeline import AugmentedImages, augment_images
+from tasks.images.pipeline import AugmentedImages, augment_images, check_policy
 from tasks.images.plan import ImagePlan, plan_images, read_unit
 from tasks.images.rows import decode_images
 from tasks.images.sample import picture, picture_class, write_sample
+from tasks.images.stages import ImageJob
 from tests.images.oracle import reference_variant
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -149,6 +150,23 @@ def test_variants_are_torchvisions(sample: dict[str, str], undisturbed: Augmente
         for number, stored in enumerate(own["image"]):
             made = np.frombuffer(stored, np.uint8).reshape(3, 24, 24).astype(int)
             assert np.abs(made - reference_variant(decoded.pixels, draws, number, 24)).mean() < 1
+
+
+@pytest.mark.parametrize("name", ["own_generator", "system_randomness", "drawn_at_import", "transform"])
+def test_a_policy_that_gives_something_else_each_time_is_refused(
+    sample: dict[str, str], tmp_path: Path, name: str
+) -> None:
+    augmentation = Augmentation(size=16, variants=2, policy=f"tests.images.policies:{name}")
+    config = configured(str(tmp_path), sample, augmentation=augmentation)
+    plan = plan_images(config, reserve(config.root, DATASET, "run"), None)
+    job = ImageJob(config=config, reservation=plan.reservation, plan_uri=plan.uri, digests=plan.digests, classes=9)
+    if name == "transform":
+        check_policy(job)
+        return
+    with pytest.raises(
+        ConfigError, match=rf"policies:{name}' isn't reproducible: \d+ of 1\d variants.*seeded for each"
+    ):
+        check_policy(job)
 
 
 def test_variants_of_one_image_share_a_split_and_so_do_copies(undisturbed: AugmentedImages) -> None:

@@ -311,6 +311,12 @@ def test_policies_are_keyed(name: str) -> None:
         assert (engine.apply(images, image_keys(["a", "b", "c"], 2)) != together).any(axis=(1, 2, 3)).all()
 
 
+def test_each_generator_has_a_seed_of_its_own() -> None:
+    with transforms._seeded(7, torch.device("cpu")):
+        drawn = [random.random(), float(np.random.rand()), float(torch.rand((), dtype=torch.float64))]
+    assert len(set(drawn)) == 3, "one generator repeats another's numbers"
+
+
 def test_the_generators_are_left_as_they_were() -> None:
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()
     policy("every_generator").apply([picture(40, 30)], image_keys(["a"], 0))
