@@ -20,10 +20,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tasks.core import layout, storage
-from tasks.core.errors import ConfigError, CorruptVersion
+from tasks.core.errors import ConfigError, CorruptVersion, InputError
 from tasks.core.manifest import FileEntry, Manifest
 from tasks.core.partition import bucket_of
 from tasks.core.reading import data_files
+from tasks.features.keys import read_keys
 
 MOST_KEYS = 2_000_000
 """Keys that are looked through for the closest ones."""
@@ -71,11 +72,13 @@ def typed_key(manifest: Manifest, column: str, text: str) -> int | str:
     if not is_whole(manifest, column):
         return text
     try:
-        return int(text)
-    except ValueError as fault:
+        (value,) = read_keys([text], pa.int64(), f"keys of {manifest.dataset}").to_pylist()
+    except InputError as fault:
         raise ConfigError(
             f"'{text}' is no {column} of {manifest.dataset} v{manifest.version}: those are whole numbers, such as 7"
         ) from fault
+    assert isinstance(value, int), "text that is read is a number"
+    return value
 
 
 def find_rows(

@@ -22,9 +22,10 @@ from tasks.core.manifest import InputFile, InputRecord, Manifest
 from tasks.core.missing import missing_values
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Definitions, DimensionSource, EventSource
+from tasks.features.keys import KeyType
 from tasks.features.loading import is_yaml, load_definitions
 from tasks.features.plan import key_type_of, names_in_files, units_of, with_uris
-from tasks.features.rows import REASON, ColumnPlan, KeyType, RowPlan, judge
+from tasks.features.rows import REASON, ColumnPlan, RowPlan, judge
 from tasks.features.settling import settled
 from tasks.features.sources import ReadUnit, SourceTable, inspect_files, read
 from tasks.features.standard import STANDARD

@@ -16,7 +16,7 @@ from tasks.core.versions import committed_manifests, live_manifests, read_manife
 from tasks.features.plan import FeaturePlan, GroupPlan, SourcePlan
 from tasks.features.state import MAX_LINKS, StateLink, StatePlan, bucket_files
 
-_JUDGES = tuple(Path(__file__).with_name(name) for name in ("rows.py", "sources.py", "texts.py"))
+_JUDGES = tuple(Path(__file__).with_name(name) for name in ("keys.py", "rows.py", "sources.py", "texts.py"))
 Prints = Mapping[str, Sequence[str]]
 
 

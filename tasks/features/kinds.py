@@ -114,11 +114,6 @@ def iso_date(number: int) -> str | None:
     return f"{moment:%Y-%m-%d}" if len(text) == 8 else f"{moment:%Y-%m-%dT%H:%M:%S}"
 
 
-def is_whole(kind: pa.DataType) -> bool:
-    """Whether values of a type can be whole numbers: floats are where a data frame had a null among them."""
-    return bool(pt.is_integer(kind) or pt.is_floating(kind) or pt.is_decimal(kind))
-
-
 def _is_readable(kind: pa.DataType, wanted: ColumnKind) -> bool:
     if pt.is_dictionary(kind) and wanted != "time":
         kind = kind.value_type

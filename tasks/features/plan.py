@@ -18,8 +18,9 @@ from tasks.core.names import closest
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Column, Definitions, DimensionSource, EventSource, FeatureGroup
 from tasks.features.kernel import check_derived
-from tasks.features.kinds import check_kind, check_times, is_whole
-from tasks.features.rows import ColumnPlan, KeyType, RowPlan, judge
+from tasks.features.keys import KeyType, key_type
+from tasks.features.kinds import check_kind, check_times
+from tasks.features.rows import ColumnPlan, RowPlan, judge
 from tasks.features.settling import settled
 from tasks.features.sources import INT64, ReadUnit, SourceTable, check_columns, inspect, read_units
 from tasks.features.state import StatePlan
@@ -173,11 +174,10 @@ def _plan_source(
         return _plan_dimension(present[name], tables[name], keys, only, missing=missing)
 
     check_times(events, file_names[source.time], config.epoch_unit)
+    specs = {ours: _spec(source, ours, groups) for ours in file_names}
     for ours, theirs in file_names.items():
-        check_kind(events, source.columns.get(ours, Column()).kind, ours, theirs)
-    columns = tuple(
-        _column(source.columns.get(ours, Column()), ours, theirs, events, keys) for ours, theirs in file_names.items()
-    )
+        check_kind(events, specs[ours].kind, ours, theirs)
+    columns = tuple(_column(specs[ours], ours, theirs, events, keys) for ours, theirs in file_names.items())
     reject_negative = ("amount",) if config.negative_amounts == "reject" and "amount" in file_names else ()
     rows = RowPlan(
         source=source.name,
@@ -363,7 +363,7 @@ def key_type_of(table: SourceTable, column: str) -> KeyType | None:
     types = [kind for kind in table.types(column) if not pa.types.is_null(kind)]
     if not types:
         return None
-    return "int64" if all(map(is_whole, types)) and table.largest(column) < INT64 else "string"
+    return key_type(types) if table.largest(column) < INT64 else "string"
 
 
 def _settled_events(
@@ -421,13 +421,20 @@ def _plan_dimension(
     return SourcePlan(table=table, rows=RowPlan(source=dimension.name, columns=tuple(columns), missing=missing))
 
 
+def _spec(source: EventSource, column: str, groups: Sequence[FeatureGroup]) -> Column:
+    """How a column is read: as declared, and an entity that isn't declared as a key, so that look-ups can meet it."""
+    declared = source.columns.get(column, Column())
+    is_entity = any(group.entity == column for group in groups)
+    return replace(declared, kind="key") if is_entity and declared.kind == "any" else declared
+
+
 def _column(spec: Column, ours: str, theirs: str, events: SourceTable, keys: Mapping[str, KeyType]) -> ColumnPlan:
     return ColumnPlan(
         name=ours,
         source_name=theirs,
         kind=spec.kind,
         required=spec.required,
-        key_type=keys.get(ours, "string"),
+        key_type=keys.get(ours) or key_type_of(events, theirs) or "string",
         dtype=polars_type(events.type_of(theirs)) if spec.kind == "any" else None,
     )
 

@@ -29,6 +29,7 @@ import polars as pl
 
 from tasks.core.missing import DEFAULT, MissingValues
 from tasks.features.definitions import ColumnKind
+from tasks.features.keys import KeyType, as_key, is_inexact
 from tasks.features.texts import as_type, localised, parsed_time
 
 TIME = pl.Datetime("us", "UTC")
@@ -36,7 +37,6 @@ REASON = "_reason"
 AFTER_AS_OF = "after_as_of"
 
 EpochUnit = Literal["s", "ms", "us", "ns"]
-KeyType = Literal["int64", "string"]
 _TYPED_KINDS = ("key", "number", "time")
 
 
@@ -141,8 +141,6 @@ _RAW = "\x00raw:"
 _TICKS = 2**63 - 1
 _CALENDAR = (-62_135_596_800_000_000, 253_402_300_799_999_999)
 """First microsecond of the year 1 and last of 9999, since 1970."""
-_EXACT = {"Float16": 2**11, "Float32": 2**24, "Float64": 2**53}
-"""From here on a float isn't one whole number alone."""
 _TEXT = (pl.String, pl.Categorical)
 
 
@@ -151,7 +149,7 @@ def _typed(column: ColumnPlan, dtype: pl.DataType, plan: RowPlan) -> pl.Expr:
     source = pl.col(column.source_name)
     match column.kind:
         case "key":
-            typed = _key(source, dtype, column.key_type)
+            typed = as_key(source, dtype, column.key_type)
         case "number":
             text = source.cast(pl.String).str.strip_chars() if dtype in _TEXT else source
             typed = text.cast(pl.Float64, strict=False)
@@ -164,24 +162,6 @@ def _typed(column: ColumnPlan, dtype: pl.DataType, plan: RowPlan) -> pl.Expr:
         case "any":
             typed = source if column.dtype in (None, dtype) else _as_type(source, dtype, column.dtype, plan)
     return typed.alias(column.name)
-
-
-def _key(source: pl.Expr, dtype: pl.DataType, key_type: KeyType) -> pl.Expr:
-    if dtype.is_float():
-        # A data frame with a null among its whole numbers holds floats; 3.7 would silently become customer 3.
-        whole = source.cast(pl.Int64, strict=False)
-        source = pl.when((source == whole) & _is_exact(source, dtype)).then(whole)
-    elif isinstance(dtype, pl.Decimal) and dtype.scale:
-        whole = source.cast(pl.Int64, strict=False)
-        source = pl.when(source == whole.cast(dtype, strict=False)).then(whole)
-    elif key_type == "int64" and dtype in _TEXT:
-        source = source.cast(pl.String).str.strip_chars().str.strip_suffix(".0")  # the same in CSV
-    return source.cast(pl.Int64 if key_type == "int64" else pl.String, strict=False)
-
-
-def _is_exact(source: pl.Expr, dtype: pl.DataType) -> pl.Expr:
-    """Whether a float is one whole number alone."""
-    return source.abs() < pl.lit(_EXACT[str(dtype)])
 
 
 def _as_type(source: pl.Expr, dtype: pl.DataType, wanted: pl.DataType | None, plan: RowPlan) -> pl.Expr:
@@ -244,7 +224,7 @@ def _unreadable(column: ColumnPlan, raw: pl.DataFrame, given: pl.Expr, value: pl
     found = []
     dtype = raw.schema[column.source_name]
     if column.kind == "key" and dtype.is_float():
-        found.append((given.is_finite() & ~_is_exact(given, dtype), f"inexact_{column.name}"))
+        found.append((is_inexact(given, dtype), f"inexact_{column.name}"))
     if column.kind in ("number", "time", "key"):
         found.append((value.is_null(), f"unparsable_{column.name}"))
     return found

@@ -27,8 +27,9 @@ from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import FeatureGroup
 from tasks.features.gate import judge_group
 from tasks.features.kernel import join_dimension
+from tasks.features.keys import key_type
 from tasks.features.parts import repeated_keys, to_arrow
-from tasks.features.rows import REASON, TIME, ColumnPlan, KeyType, RowPlan
+from tasks.features.rows import REASON, TIME, ColumnPlan, RowPlan
 from tasks.features.rows import judge as judge_rows
 from tasks.features.scoring import fences, score_rows
 from tasks.features.stages import unique_dimension_rows
@@ -195,8 +196,8 @@ def _sampled_group(manifest: Manifest) -> tuple[FeatureGroup, tuple[str, ...]]:
 
 
 def _row_plan(group: FeatureGroup, table: pa.Table, as_of: dt.datetime) -> RowPlan:
-    key_type: KeyType = "int64" if pa.types.is_integer(table.schema.field(group.entity).type) else "string"
-    key = ColumnPlan(name=group.entity, source_name=group.entity, kind="key", required=True, key_type=key_type)
+    of_key = key_type([table.schema.field(group.entity).type])
+    key = ColumnPlan(name=group.entity, source_name=group.entity, kind="key", required=True, key_type=of_key)
     time = ColumnPlan(name=EVENT, source_name=EVENT, kind="time", required=True)
     return RowPlan(source=group.source, columns=(key, time), time=EVENT, as_of=as_of)
 

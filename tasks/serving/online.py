@@ -26,11 +26,12 @@ import pyarrow.parquet as pq
 
 from tasks.core import layout, storage
 from tasks.core.disk import MIB
-from tasks.core.errors import CorruptVersion, DefinitionError, InputError
+from tasks.core.errors import CorruptVersion, DefinitionError
 from tasks.core.manifest import Manifest
 from tasks.core.names import closest
 from tasks.core.partition import bucket_of
 from tasks.core.reading import data_files
+from tasks.features.keys import read_keys
 
 CACHE_BYTES = 256 * MIB
 
@@ -87,14 +88,15 @@ class Lookup:
 
         Raises:
             DefinitionError: the version has no such column.
-            InputError: the keys aren't of the entity's type.
+            InputError: a key can't be one of this entity's.
             CorruptVersion: a file is missing.
 
         """
         for name in columns:
             if name not in self.schema.names:
                 raise DefinitionError(f"{self._name()} has no column '{name}'{closest(name, self.schema.names)}")
-        wanted = self._typed(keys)
+        kind = self.schema.field(self.entity).type
+        wanted = read_keys(keys, kind, f"keys of {self._name()} ('{self.entity}')")
         distinct = wanted.unique().drop_null()
         by_place = self._places(distinct)
         places = sorted(by_place)
@@ -120,15 +122,6 @@ class Lookup:
         number = pc.index_in(wanted, value_set=distinct).fill_null(-1).to_numpy()
         rows = np.append(row_of, -1)[number]
         return pa.array(rows, mask=rows < 0)
-
-    def _typed(self, keys: Iterable[Any]) -> pa.Array:
-        kind = self.schema.field(self.entity).type
-        try:
-            array = keys if isinstance(keys, pa.Array | pa.ChunkedArray) else pa.array(list(keys))
-            array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-            return array.cast(kind)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as fault:
-            raise InputError(f"keys of {self._name()} are of type {kind} ('{self.entity}'): {fault}") from fault
 
     def _places(self, distinct: pa.Array) -> dict[Place, npt.NDArray[np.int64]]:
         """Row groups that may have the keys, each with the numbers of those keys."""

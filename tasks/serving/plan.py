@@ -10,16 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import pyarrow as pa
-
 from tasks.core.errors import DefinitionError
 from tasks.core.manifest import InputRecord, RowBalance
 from tasks.core.own_columns import TRAINING_SET
 from tasks.core.times import expand
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Definitions
+from tasks.features.keys import KeyType, key_type
 from tasks.features.plan import FeaturePlan, SourcePlan, plan_features
-from tasks.features.rows import KeyType
 from tasks.features.sources import SourceTable
 from tasks.serving.definition import FeatureReference, Label, Model, Pin, column_names
 from tasks.serving.history import History, resolve_history
@@ -186,9 +184,7 @@ def _key_types(model: Model, histories: list[History]) -> dict[str, KeyType | No
                 f"model '{model.name}': {history.entity} is of type {first.key_type} in {first.group}, of type "
                 f"{history.key_type} in {history.group}; compute one of them again from keys of the same type"
             )
-    types: dict[str, KeyType | None] = {
-        entity: "int64" if pa.types.is_integer(history.key_type) else "string" for entity, history in found.items()
-    }
+    types: dict[str, KeyType | None] = {entity: key_type([history.key_type]) for entity, history in found.items()}
     return {**types, model.entity: types.get(model.entity)}
 
 

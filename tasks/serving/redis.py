@@ -25,6 +25,7 @@ from tasks.core.manifest import Manifest
 from tasks.core.names import closest
 from tasks.core.reading import data_files, live_manifests
 from tasks.features.incremental import as_of_times
+from tasks.features.keys import read_keys
 from tasks.serving.catalogue import feature_names, newest
 
 if TYPE_CHECKING:
@@ -137,18 +138,14 @@ class RedisLookup:
 
         Raises:
             DefinitionError: no such column was exported.
-            InputError: the keys aren't of the entity's type.
+            InputError: a key can't be one of this entity's.
 
         """
         for name in columns:
             if name not in self.schema.names:
                 raise DefinitionError(f"'{self._group}' in Redis has no '{name}'{closest(name, self.features)}")
         kind = self.schema.field(self.entity).type
-        try:
-            array = keys if isinstance(keys, pa.Array | pa.ChunkedArray) else pa.array(list(keys))
-            texts = array.cast(kind).cast(pa.string()).to_pylist()
-        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as fault:
-            raise InputError(f"keys of '{self._group}' are of type {kind} ('{self.entity}'): {fault}") from fault
+        texts = read_keys(keys, kind, f"keys of '{self._group}' ('{self.entity}')").cast(pa.string()).to_pylist()
         pipeline = self._client.pipeline(transaction=False)
         pipeline.hget(self._group, "export")
         for text in texts:

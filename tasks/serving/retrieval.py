@@ -18,6 +18,7 @@ from tasks.core.errors import DefinitionError, InputError, SourceError
 from tasks.core.names import closest
 from tasks.core.own_columns import EVENT_TIME
 from tasks.core.partition import bucket_of
+from tasks.features.keys import read_keys
 from tasks.serving.asof import join_asof
 from tasks.serving.canary import plant
 from tasks.serving.definition import ALL, FeatureReference, Pin
@@ -131,25 +132,11 @@ def _times(spine: pa.Table, event_time: str) -> pl.Series:
 
 
 def _keys(spine: pa.Table, history: History) -> pl.Series:
-    """The keys in the history's type, null where it can't have such a key."""
+    """The keys in the history's type, null where a row has none."""
     _check_column(spine, history.entity, f"the key of '{history.group}'")
-    values = spine[history.entity]
-    if pt.is_dictionary(values.type):
-        values = values.cast(values.type.value_type)
-    if pt.is_null(values.type):
-        values = values.cast(history.key_type)
-    series = _series(values)
-    wanted = _series(pa.array([], history.key_type)).dtype
-    if series.dtype == wanted:
-        return series
-    if not (series.dtype.is_numeric() and wanted.is_numeric()):
-        raise InputError(
-            f"column '{history.entity}' is of type {values.type}, the keys of '{history.group}' are of type "
-            f"{history.key_type}; convert the column"
-        )
-    # Whole numbers become floats where pandas has a missing one among them.
-    cast = series.cast(wanted, strict=False)
-    return cast.to_frame(_KEY).select(pl.when((cast == series).fill_null(value=False)).then(_KEY)).to_series()
+    return _series(
+        read_keys(spine[history.entity], history.key_type, f"keys of '{history.group}' ('{history.entity}')")
+    )
 
 
 def _series(values: pa.Array | pa.ChunkedArray) -> pl.Series:

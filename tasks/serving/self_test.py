@@ -31,8 +31,9 @@ from tasks.core.sampling import sample_rows
 from tasks.core.self_test import Fault, as_previous, inject
 from tasks.core.sketch import QuantileSketch
 from tasks.features.config import FeatureStoreConfig
+from tasks.features.keys import KeyType
 from tasks.features.parts import to_arrow
-from tasks.features.rows import REASON, TIME, ColumnPlan, KeyType, RowPlan
+from tasks.features.rows import REASON, TIME, ColumnPlan, RowPlan
 from tasks.features.rows import judge as judge_rows
 from tasks.features.tallies import Tally
 from tasks.serving.asof import Int64Array, join_asof
@@ -363,8 +364,8 @@ def _raw(spine: pl.DataFrame, entity: str, bad: float) -> pl.DataFrame:
 
 
 def _row_plan(spine: pl.DataFrame, model: Model, source: str) -> RowPlan:
-    key_type: KeyType = "int64" if spine.schema[model.entity].is_integer() else "string"
-    key = ColumnPlan(name=model.entity, source_name=model.entity, kind="key", key_type=key_type)
+    of_key: KeyType = "int64" if spine.schema[model.entity].is_integer() else "string"
+    key = ColumnPlan(name=model.entity, source_name=model.entity, kind="key", key_type=of_key)
     time = ColumnPlan(name=EVENT_TIME, source_name=EVENT_TIME, kind="time", required=True)
     return RowPlan(source=source, columns=(key, time), time=EVENT_TIME)
 

@@ -18,9 +18,10 @@ from tasks.core.names import closest
 from tasks.core.own_columns import EVENT_TIME, TARGET
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import ColumnKind
+from tasks.features.keys import KeyType
 from tasks.features.kinds import check_kind, check_times
 from tasks.features.plan import SourcePlan, key_type_of
-from tasks.features.rows import ColumnPlan, KeyType, RowPlan
+from tasks.features.rows import ColumnPlan, RowPlan
 from tasks.features.settling import settled
 from tasks.features.sources import SourceTable, inspect
 from tasks.features.texts import polars_type

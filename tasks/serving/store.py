@@ -24,6 +24,7 @@ from tasks.core.manifest import Manifest
 from tasks.core.names import closest
 from tasks.core.own_columns import EVENT_TIME
 from tasks.core.reading import live_manifests, resolve
+from tasks.features.keys import as_given
 from tasks.serving import catalogue
 from tasks.serving.catalogue import DatasetSummary, Description, VersionSummary
 from tasks.serving.definition import ALL, FeatureReference, Pin
@@ -230,9 +231,8 @@ class FeatureStore:
                 for name, ref in zip(names, spelled, strict=True)
                 if (ref.group, ref.pin) == (group, pin)
             }
-        table = pa.table(
-            {**{name: pa.array(list(some)) for name, some in keys.items()}, **{n: found[n] for n in names}}
-        )
+        given = {name: as_given(some, f"values of '{name}'") for name, some in keys.items()}
+        table = pa.table({**given, **{name: found[name] for name in names}})
         return Features(lambda: table)
 
     def _values(self, group: str, pin: Pin, from_redis: str | None) -> _Values:

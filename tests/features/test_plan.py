@@ -219,6 +219,16 @@ USERS = DimensionSource(name="users", key="user", columns=("country",))
 VISITS = EventSource(
     name="visits", time="at", columns={"user": Column(kind="key", required=True), "at": Column(kind="time")}
 )
+
+
+@pytest.mark.parametrize("values", [[1.0], [1]])
+def test_an_entity_is_read_as_a_key_though_it_is_not_declared_as_one(tmp_path: Path, values: list[Any]) -> None:
+    group = FeatureGroup(name="by-store", entity="store", features={"n": pl.len()})
+    own = Definitions(groups={"by-store": group}).over(STANDARD)
+    planned = plan(tmp_path, WITH_CATEGORY | {"store": values}, own=own, groups=("by-store",))
+    assert (columns_of(planned)["store"].kind, columns_of(planned)["store"].key_type) == ("key", "int64")
+
+
 BY_USER = FeatureGroup(name="engagement", entity="user", source="visits", features={"n": pl.len()})
 BY_PRODUCT = FeatureGroup(name="by-product", entity="product_id", dimension="customers", features={"n": pl.len()})
 MISTAKES: list[tuple[str, dict[str, Any], type[InputError], str]] = [

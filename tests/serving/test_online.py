@@ -83,7 +83,7 @@ def test_any_columns_in_any_order_and_the_key_too(tmp_path: Path) -> None:
 def test_keys_that_are_of_another_type_are_cast_or_refused(tmp_path: Path) -> None:
     lookup = Lookup(str(tmp_path), publish_features(str(tmp_path), customers(range(5))))
     assert lookup.rows(["3"], ["orders"]).to_pydict() == {"orders": [3]}  # as a command line gives them
-    with pytest.raises(InputError, match=r"keys of feature-store/customer-features v1 are of type int64"):
+    with pytest.raises(InputError, match=r"keys of feature-store/customer-features v1 .* are of type int64"):
         lookup.rows(["three"], ["orders"])
     with pytest.raises(DefinitionError, match=r"v1 has no column 'total_spend'; did you mean 'total_spent'"):
         lookup.rows([3], ["total_spend"])

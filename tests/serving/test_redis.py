@@ -101,5 +101,8 @@ def test_mistakes_are_named(tmp_path: Path, url: str) -> None:
         RedisLookup(GROUP, url).rows([1], ["cty"])
     with pytest.raises(InputError, match="are of type int64"):
         RedisLookup(GROUP, url).rows(["x"], ["city"])
+    for key in (2.0**53, True, 1.5):
+        with pytest.raises(InputError, match="are of type int64"):
+            RedisLookup(GROUP, url).rows([key], ["city"])
     with pytest.raises(DefinitionError, match="is pinned, but Redis has its newest values only"):
         FeatureStore(root).get_online_features([f"{GROUP}:city@v1"], {ENTITY: [1]}, from_redis=url)

@@ -76,7 +76,7 @@ def spine(**columns) -> pa.Table:
 
 def test_pandas_rows_with_a_missing_key_keep_it(store) -> None:
     root, _ = store
-    frame = pd.DataFrame({ENTITY: [1, None, 1.5], "event_timestamp": pd.to_datetime(["2024-02-01"] * 3), "x": "abc"})
+    frame = pd.DataFrame({ENTITY: [1, None, 99], "event_timestamp": pd.to_datetime(["2024-02-01"] * 3), "x": "abc"})
     found = retrieve(root, pa.Table.from_pandas(frame, preserve_index=False), [FeatureReference(GROUP, "*")])
     assert found.column_names == [ENTITY, "event_timestamp", "x", "total_spent", "orders", "city"]
     assert found["orders"].to_pylist() == [1, None, None]
@@ -108,7 +108,9 @@ def test_columns_bear_the_group_where_names_meet(root: str) -> None:
         ),
         (spine().drop(["event_timestamp"]), [TOTAL], SourceError, "no column 'event_timestamp'"),
         (spine(event_timestamp=["a", "b", "c"]), [TOTAL], InputError, "give timestamps"),
-        (spine(customer_id=["a", "b", "c"]), [TOTAL], InputError, "of type int64; convert"),
+        (spine(customer_id=["a", "b", "c"]), [TOTAL], InputError, r"of type int64, which can't be 'a' \(row 0\)"),
+        (spine(customer_id=[1.0, 2.0, 2.0**53]), [TOTAL], InputError, r"may be several whole numbers"),
+        (spine(customer_id=[True, False, True]), [TOTAL], InputError, r"are of type bool; convert"),
     ],
 )
 def test_mistakes_name_the_cure(store, table, references, error, message) -> None:
