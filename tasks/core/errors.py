@@ -16,6 +16,7 @@ PipelineError
 ├── VersionConflict                       another publisher holds or has committed this version
 │   └── Superseded                        another publisher went on first from the version that this one began from
 └── CorruptVersion                        a published file is missing or differs from its manifest
+    └── DamagedManifest                   a manifest was read and is none: readers pass its version over
 
 Anything else that reaches the user is a fault of the environment (network, disk, a lost worker) or of ours.
 """
@@ -83,3 +84,7 @@ class Superseded(VersionConflict):
 
 class CorruptVersion(PipelineError):
     """A published file is missing or differs from what its manifest says."""
+
+
+class DamagedManifest(CorruptVersion):
+    """A version's manifest was read whole and is none: cut short, altered, or another version's."""

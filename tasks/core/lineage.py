@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from tasks.core.errors import CorruptVersion
 from tasks.core.manifest import Count, InputFile, InputRecord, Manifest, Record, RunRecord
 from tasks.core.reading import read_manifest
 from tasks.core.reservation import parse_manifest
+
+_LOG = logging.getLogger(__name__)
 
 
 class VersionNode(Record):
@@ -223,10 +226,13 @@ def _trainings(root: str, manifest: Manifest) -> list[tuple[TrainingNode, RunRec
     found = []
     for report, uri in uris.items():
         if report in contents:
-            raw = json.loads(contents[report])
-            run = RunRecord.model_validate(raw["run"])
-            facts = {"verdict": raw["verdict"], "created_at": raw["created_at"], "run": run.flow_run_id}
-            found.append((TrainingNode(id=uri, uri=uri, **facts), run))
+            try:
+                raw = json.loads(contents[report])
+                run = RunRecord.model_validate(raw["run"])
+                facts = {"verdict": raw["verdict"], "created_at": raw["created_at"], "run": run.flow_run_id}
+                found.append((TrainingNode(id=uri, uri=uri, **facts), run))
+            except (ValueError, LookupError, TypeError) as fault:  # what is known of the version doesn't depend on it
+                _LOG.warning("left out of the lineage: %s is no report of a training (%s)", report, fault)
     return found
 
 

@@ -1,27 +1,64 @@
 """Readers of the store: which versions there are, and exactly the files that a published one lists.
 
-A version is *live* while it is published and not withdrawn; 'latest' is the highest live one, and isn't stored.
+A version is *live* while it is published and not withdrawn; 'latest' is the highest live one, and isn't stored. A
+version whose manifest is damaged isn't live: it is passed over with a warning, and an error for who asks for it by its
+number. What may be read at another time (the store fails), or by a newer release, is never passed over.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.core import layout, storage
-from tasks.core.errors import ConfigError, CorruptVersion, VersionNotFound
+from tasks.core.errors import ConfigError, CorruptVersion, DamagedManifest, VersionNotFound
 from tasks.core.manifest import FileEntry, Manifest
 from tasks.core.reservation import attempts, find_manifest, parse_manifest, version_numbers
+from tasks.core.transient import is_transient
 from tasks.core.withdrawal import Withdrawal, parse_withdrawals, withdrawal_uri
 
 CURE = "publish a new version from the same sources, or restore the file from a copy"
 PRUNED = "pruned"
 """Run that holds the number of a version whose files `retention` has deleted, so that it is never given again."""
+
+_LOG = logging.getLogger(__name__)
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """Committed versions by their numbers, ascending: manifests, those that are damaged, and who is withdrawn."""
+
+    manifests: Mapping[int, Manifest]
+    damaged: Mapping[int, DamagedManifest]
+    withdrawals: Mapping[int, Withdrawal]
+
+    @property
+    def live(self) -> list[Manifest]:
+        """Manifests of the live versions."""
+        withdrawn = self.withdrawals
+        return [one for n, one in self.manifests.items() if one.status == "published" and n not in withdrawn]
+
+    @property
+    def unreadable(self) -> dict[int, DamagedManifest]:
+        """Damaged manifests of versions that nobody has withdrawn."""
+        return {n: fault for n, fault in self.damaged.items() if n not in self.withdrawals}
+
+    def warned(self) -> Committed:
+        """Warn of damaged versions that are passed over, of each once in a process."""
+        for fault in self.unreadable.values():
+            if str(fault) not in _warned:
+                _warned.add(str(fault))
+                _LOG.warning("passed over: %s", fault)
+        return self
 
 
 def read_manifest(root: str, dataset: str, version: int) -> Manifest:
@@ -29,7 +66,7 @@ def read_manifest(root: str, dataset: str, version: int) -> Manifest:
 
     Raises:
         VersionNotFound: the version isn't committed; the message names those that are published.
-        CorruptVersion: the manifest is cut short, altered, another version's, or of a format unknown here.
+        CorruptVersion: the manifest is damaged (`DamagedManifest`), or of a format that a newer release writes.
     """
     root = storage.normalise(root)
     manifest = find_manifest(root, dataset, version)
@@ -42,18 +79,12 @@ def read_manifest(root: str, dataset: str, version: int) -> Manifest:
 
 
 def committed_manifests(root: str, dataset: str) -> list[Manifest]:
-    """Manifests of all committed versions, published and rejected, by ascending version.
+    """Manifests of all committed versions, published and rejected, by ascending version, without damaged ones.
 
     Raises:
-        CorruptVersion: as `read_manifest`.
+        CorruptVersion: a manifest is of a format that a newer release writes.
     """
-    root = storage.normalise(root)
-    uris = {
-        layout.join(layout.version_uri(root, dataset, version), layout.MANIFEST): version
-        for version in version_numbers(root, dataset)
-    }
-    contents = storage.read_many(uris)
-    return [parse_manifest(uri, contents[uri], dataset, version) for uri, version in uris.items() if uri in contents]
+    return list(read_committed(root, dataset).warned().manifests.values())
 
 
 def live_manifests(root: str, dataset: str, known: Mapping[int, Manifest] | None = None) -> list[Manifest]:
@@ -65,26 +96,41 @@ def live_manifests(root: str, dataset: str, known: Mapping[int, Manifest] | None
         known: Manifests that were read before, by version; they never change, so they aren't read again.
 
     Raises:
-        CorruptVersion: as `read_manifest`, or a record of a withdrawal can't be read.
+        CorruptVersion: a manifest is of a format that a newer release writes.
+
+    """
+    return read_committed(root, dataset, known=known).warned().live
+
+
+def read_committed(
+    root: str, dataset: str, numbers: Sequence[int] | None = None, known: Mapping[int, Manifest] | None = None
+) -> Committed:
+    """Read what there is of some versions, or of all, in one round of requests.
+
+    Args:
+        root: Root of the store.
+        dataset: Dataset name.
+        numbers: Versions to look at; None: all that were ever begun.
+        known: Manifests that were read before, by version.
+
+    Raises:
+        CorruptVersion: a manifest is of a format that a newer release writes.
 
     """
     root = storage.normalise(root)
-    numbers = version_numbers(root, dataset)
-    found = _read_committed(root, dataset, numbers, {n: m for n, m in (known or {}).items() if n in numbers})
-    return [manifest for manifest, withdrawal in found if manifest.status == "published" and withdrawal is None]
-
-
-def _read_committed(
-    root: str, dataset: str, numbers: Sequence[int], known: Mapping[int, Manifest]
-) -> list[tuple[Manifest, Withdrawal | None]]:
-    """Committed versions among some numbers, ascending, and whether they are withdrawn, in one round of requests."""
+    numbers = version_numbers(root, dataset) if numbers is None else numbers
+    found = {n: manifest for n, manifest in (known or {}).items() if n in numbers}
+    damaged: dict[int, DamagedManifest] = {}
     manifests = {n: layout.join(layout.version_uri(root, dataset, n), layout.MANIFEST) for n in numbers}
     records = {n: withdrawal_uri(root, dataset, n) for n in numbers}
-    contents = storage.read_many([*(uri for n, uri in manifests.items() if n not in known), *records.values()])
-    found = dict(known)
-    found |= {n: parse_manifest(uri, contents[uri], dataset, n) for n, uri in manifests.items() if uri in contents}
-    withdrawals = parse_withdrawals(records, contents)
-    return [(found[n], withdrawals.get(n)) for n in sorted(found)]
+    contents = storage.read_many([*(uri for n, uri in manifests.items() if n not in found), *records.values()])
+    for number, uri in manifests.items():
+        if uri in contents:
+            try:
+                found[number] = parse_manifest(uri, contents[uri], dataset, number)
+            except DamagedManifest as fault:
+                damaged[number] = fault
+    return Committed(dict(sorted(found.items())), damaged, parse_withdrawals(records, contents))
 
 
 def published_versions(root: str, dataset: str) -> list[int]:
@@ -96,9 +142,8 @@ def latest(root: str, dataset: str) -> Manifest | None:
     """Manifest of the highest live version, or None when there is none."""
     root = storage.normalise(root)
     for version in reversed(version_numbers(root, dataset)):
-        for manifest, withdrawal in _read_committed(root, dataset, [version], {}):
-            if manifest.status == "published" and withdrawal is None:
-                return manifest
+        for manifest in read_committed(root, dataset, [version]).warned().live:
+            return manifest
     return None
 
 
@@ -108,19 +153,21 @@ def resolve(root: str, dataset: str, version: int | Literal["latest"] = "latest"
     Raises:
         VersionNotFound: there is no such version, the gate rejected it, or it is withdrawn; the message names those
             that there are.
-        CorruptVersion: as `read_manifest`.
+        CorruptVersion: as `read_manifest`; of the latest, if nothing is left but damaged versions.
     """
     root = storage.normalise(root)
     if version == "latest":
         newest = latest(root, dataset)
         if newest is None:
+            for fault in reversed(read_committed(root, dataset).unreadable.values()):
+                raise fault
             raise _not_found(root, dataset, f"{dataset} has no published version under {root}")
         return newest
-    found = _read_committed(root, dataset, [version], {})
-    if not found:
-        return read_manifest(root, dataset, version)  # which says what there is instead
-    manifest, withdrawal = found[0]
-    if manifest.status != "published":
+    found = read_committed(root, dataset, [version])
+    manifest, withdrawal = found.manifests.get(version), found.withdrawals.get(version)
+    if manifest is None and (version not in found.damaged or withdrawal is None):
+        return read_manifest(root, dataset, version)  # which says what there is instead, or what is wrong
+    if manifest is not None and manifest.status != "published":
         report = layout.join(layout.version_uri(root, dataset, version), layout.REPORT_HTML)
         cause = f"{dataset} v{version} was rejected by the quality gate (see {report})"
         if manifest.superseded is not None:
@@ -128,6 +175,7 @@ def resolve(root: str, dataset: str, version: int | Literal["latest"] = "latest"
         raise _not_found(root, dataset, cause)
     if withdrawal is not None:
         raise _not_found(root, dataset, f"{dataset} v{version} was {withdrawal}")
+    assert manifest is not None, "a damaged version that isn't withdrawn was refused above"
     return manifest
 
 
@@ -222,16 +270,72 @@ def read_table(
 
 
 def _read_file(uri: str, expected: FileEntry, columns: Sequence[str] | None) -> pa.Table:
+    with opened(uri, expected.bytes) as source:
+        table = pq.ParquetFile(source).read(columns=None if columns is None else list(columns))
+    compare(uri, "rows", expected.rows, table.num_rows)
+    return table if columns is None else table.select(list(columns))
+
+
+@contextmanager
+def opened(uri: str, size: int) -> Iterator[pa.NativeFile]:
+    """A data file, opened, of the size that its manifest says; around all that reads it.
+
+    Raises:
+        CorruptVersion: it is missing, of another size, or no Parquet.
+
+    """
+    with explained(uri), open_data(uri, size) as source:
+        yield source
+
+
+def open_data(uri: str, size: int) -> pa.NativeFile:
+    """The same, for a file that stays open: who reads it later does so within `explained`."""
+    with explained(uri):
+        source = storage.open_input(uri)
+        compare(uri, "bytes", size, source.size())
+        return source
+
+
+@contextmanager
+def explained(uri: str) -> Iterator[None]:
+    """Around reading a data file: name it in what that raises.
+
+    Raises:
+        CorruptVersion: it is missing or can't be read as Parquet.
+
+    """
     try:
-        with storage.open_input(uri) as source:
-            compare(uri, "bytes", expected.bytes, source.size())
-            table = pq.ParquetFile(source).read(columns=None if columns is None else list(columns))
+        yield
     except FileNotFoundError as error:
         raise CorruptVersion(f"{uri} is missing, but its manifest lists it: {CURE}") from error
     except pa.ArrowInvalid as error:
         raise CorruptVersion(f"{uri} can't be read as Parquet ({error}): {CURE}") from error
-    compare(uri, "rows", expected.rows, table.num_rows)
-    return table if columns is None else table.select(list(columns))
+    except OSError as error:
+        # Arrow says of damaged pages what it says of a broken connection: only the latter may pass.
+        if is_transient(error) or isinstance(error, PermissionError):
+            raise
+        cause = str(error).splitlines()[0]
+        raise CorruptVersion(f"{uri} can't be read, it may be damaged ({cause}): {CURE}") from error
+
+
+def faults_of_files(root: str, manifest: Manifest, listed: Mapping[str, int]) -> list[str]:
+    """What is wrong with a published version's data files, one sentence a file, without opening them.
+
+    Args:
+        root: Root of the store.
+        manifest: The version's.
+        listed: Size in bytes of every file below its directory, by URI.
+
+    """
+    if manifest.status != "published":
+        return []
+    found = []
+    for uri, file in zip(data_files(root, manifest), manifest.files, strict=True):
+        if uri not in listed:
+            found.append(f"{file.path} is missing")
+        elif listed[uri] != file.bytes:
+            found.append(f"{file.path} has {listed[uri]} bytes, not {file.bytes}")
+    return found
 
 
 def verify(root: str, manifest: Manifest) -> None:

@@ -24,7 +24,7 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 
 from tasks.core import layout, storage
-from tasks.core.errors import CorruptVersion, VersionConflict
+from tasks.core.errors import CorruptVersion, DamagedManifest, VersionConflict
 from tasks.core.manifest import MANIFEST_FORMAT, FileEntry, Manifest, Record
 
 Ordinal = Annotated[int, Field(ge=1)]
@@ -182,7 +182,10 @@ def _held(root: str, dataset: str, run_id: str, chains: dict[int, tuple[Attempt,
         chain = chains[version]
         if all(link.run_id != run_id for link in chain):
             continue
-        manifest = find_manifest(root, dataset, version)
+        try:
+            manifest = find_manifest(root, dataset, version)
+        except DamagedManifest:  # it was committed, and nothing can be said of it: the run needs a new number
+            continue
         if manifest is None and chain[-1].run_id == run_id:
             return version, False
         # A run that the gate refused and that is tried again, with other input, needs a new number.
@@ -226,7 +229,8 @@ def find_manifest(root: str, dataset: str, version: int) -> Manifest | None:
     """Manifest of a version, or None while it is not committed.
 
     Raises:
-        CorruptVersion: the manifest is cut short, altered, another version's, or of a format unknown here.
+        DamagedManifest: the manifest is cut short, altered or another version's.
+        CorruptVersion: it is of a format that a newer release writes.
     """
     uri = layout.join(layout.version_uri(root, dataset, version), layout.MANIFEST)
     try:
@@ -240,9 +244,12 @@ def parse_manifest(uri: str, data: bytes, dataset: str, version: int) -> Manifes
     """Manifest from its file's contents, checked against the place where it was found.
 
     Raises:
-        CorruptVersion: as `find_manifest`.
+        DamagedManifest, CorruptVersion: as `find_manifest`.
     """
-    cure = "publish a new version from the same sources, or restore the file from a copy"
+    cure = (
+        f"restore the file from a copy, or publish a new version from the same sources; readers of the latest pass "
+        f"v{version} over, and 'rollback {dataset} v{version}' withdraws it"
+    )
     try:
         raw = json.loads(data)
         if isinstance(raw, dict) and isinstance(raw.get("format"), int) and raw["format"] > MANIFEST_FORMAT:
@@ -252,14 +259,14 @@ def parse_manifest(uri: str, data: bytes, dataset: str, version: int) -> Manifes
         manifest = Manifest.model_validate_json(data)
     except (ValueError, RecursionError) as error:  # also ValidationError and UnicodeDecodeError
         reason = str(error).splitlines()[0]
-        raise CorruptVersion(f"{uri} can't be read as a manifest ({len(data)} bytes; {reason}): {cure}") from error
+        raise DamagedManifest(f"{uri} can't be read as a manifest ({len(data)} bytes; {reason}): {cure}") from error
     if (manifest.dataset, manifest.version) != (dataset, version):
-        raise CorruptVersion(
+        raise DamagedManifest(
             f"{uri} is the manifest of {manifest.dataset} v{manifest.version}, "
             f"where that of {dataset} v{version} is expected: {cure}"
         )
     if manifest.status == "published" and not manifest.files:
-        raise CorruptVersion(f"{uri} says that the version is published, and lists no data file: {cure}")
+        raise DamagedManifest(f"{uri} says that the version is published, and lists no data file: {cure}")
     return manifest
 
 

@@ -1,15 +1,18 @@
 """Which versions may go, and their deletion; what somebody still needs stays.
 
 A version stays if it is the latest live one, if a published version anywhere under the root was made from it, or if a
-version that stays continues its state. Its number is never given again: `prune` takes it over as an attempt of its
-own before it deletes anything, as a run takes over what another one has left (`reservation`).
+version that stays continues its state. One whose manifest is damaged stays until it is withdrawn, and so does what it
+may have been made from: a copy of the manifest may still come back.
+
+The number of a deleted version is never given again: `prune` takes it over as an attempt of its own before it deletes
+anything, as a run takes over what another one has left (`reservation`).
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,10 +20,9 @@ from tasks.core import layout, storage
 from tasks.core.errors import ConfigError, VersionConflict
 from tasks.core.listing import FileInfo
 from tasks.core.manifest import Manifest
-from tasks.core.reading import PRUNED, committed_manifests, list_datasets
+from tasks.core.reading import PRUNED, Committed, committed_manifests, list_datasets, read_committed
 from tasks.core.reservation import Attempt, Owner, attempts, version_numbers
 from tasks.core.versions import attempt_of, orphans
-from tasks.core.withdrawal import withdrawn
 
 State = Literal["published", "withdrawn", "rejected", "abandoned"]
 
@@ -76,7 +78,7 @@ def survey(
 
     Raises:
         ConfigError: `keep` is below 1, or `older_than` is negative.
-        CorruptVersion: a manifest can't be read.
+        CorruptVersion: a manifest is of a format that a newer release writes.
 
     """
     if keep is not None and keep < 1:
@@ -85,11 +87,13 @@ def survey(
         raise ConfigError(f"older_than = {older_than}: give a time of 0 or more")
     root = storage.normalise(root)
     now = now or dt.datetime.now(dt.UTC)
-    manifests = {manifest.version: manifest for manifest in committed_manifests(root, dataset)}
-    taken_back = withdrawn(root, dataset)
+    committed = read_committed(root, dataset)
+    manifests, taken_back = committed.manifests, committed.withdrawals
     states = {n: _state(manifest, n in taken_back) for n, manifest in manifests.items()}
     created = {n: manifest.created_at for n, manifest in manifests.items()}
-    for number, since in _abandoned(root, dataset, manifests, now).items():
+    for number in committed.damaged.keys() & taken_back.keys():
+        states[number], created[number] = "withdrawn", taken_back[number].when or now
+    for number, since in _abandoned(root, dataset, manifests.keys() | committed.damaged.keys(), now).items():
         states[number], created[number] = "abandoned", since
 
     live = [n for n in sorted(manifests) if states[n] == "published"]
@@ -97,8 +101,9 @@ def survey(
     if keep is None and older_than is None:
         spared |= {n for n in states if states[n] in ("published", "withdrawn")}
     wanted = {n for n in states if n not in spared and (older_than is None or created[n] < now - older_than)}
-    held = _held(root, dataset, manifests, states, wanted) if wanted else {}
+    held = _held(root, dataset, committed, states, wanted) if wanted else {}
     wanted -= set(held)
+    held |= dict.fromkeys(committed.unreadable, "its manifest is damaged: restore it from a copy, or withdraw it first")
     kept = {moment for n in live if n not in wanted for moment in manifests[n].as_of}
     found = []
     for n in sorted(wanted, key=lambda n: (_ORDER[states[n]], n)):
@@ -189,7 +194,7 @@ def _state(manifest: Manifest, taken_back: bool) -> State:
     return "withdrawn" if taken_back else "published"
 
 
-def _abandoned(root: str, dataset: str, committed: Mapping[int, Manifest], now: dt.datetime) -> dict[int, dt.datetime]:
+def _abandoned(root: str, dataset: str, committed: Set[int], now: dt.datetime) -> dict[int, dt.datetime]:
     """Versions without a manifest that nobody works on and that have files, with the time of their last attempt."""
     found = {}
     for number in version_numbers(root, dataset):
@@ -207,14 +212,23 @@ def _abandoned(root: str, dataset: str, committed: Mapping[int, Manifest], now: 
 
 
 def _held(
-    root: str, dataset: str, manifests: Mapping[int, Manifest], states: Mapping[int, State], wanted: set[int]
+    root: str, dataset: str, committed: Committed, states: Mapping[int, State], wanted: set[int]
 ) -> dict[int, str]:
-    """Versions that somebody needs, and who."""
+    """Versions that somebody needs, or may need, and who."""
     held: dict[int, str] = {}
+    manifests = committed.manifests
+    if layout.kind(dataset) == "features":
+        for number in committed.unreadable:
+            why = f"v{number}, whose manifest is damaged, may continue its state"
+            held |= dict.fromkeys((n for n in wanted if n < number and n in manifests), why)
     for other in list_datasets(root):
         if other == dataset:
             continue
-        for manifest in committed_manifests(root, other):
+        found = read_committed(root, other)
+        if found.unreadable and layout.kind(other) in ("training-set", "streaming-copy"):
+            why = f"{other} v{max(found.unreadable)}, whose manifest is damaged, may have been made from it"
+            held |= dict.fromkeys((n for n in wanted if n in manifests and n not in held), why)
+        for manifest in found.manifests.values():
             if manifest.status != "published":
                 continue
             for record in manifest.inputs:

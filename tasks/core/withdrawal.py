@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pydantic import Field, ValidationError
 
 from tasks.core import layout, storage
-from tasks.core.errors import CorruptVersion, VersionNotFound
+from tasks.core.errors import DamagedManifest, VersionNotFound
 from tasks.core.manifest import Record
 from tasks.core.reservation import find_manifest, version_numbers
 
@@ -21,23 +21,33 @@ class Withdrawal(Record):
     """Why, when and by whom a version was withdrawn."""
 
     reason: str = Field(description="Why readers must not use it, in words.")
-    when: dt.datetime = Field(description="When it was withdrawn, UTC.")
-    by: str = Field(description="Who withdrew it.")
+    when: dt.datetime | None = Field(
+        default=None, description="When it was withdrawn, UTC; None if that can't be read."
+    )
+    by: str = Field(default="unknown", description="Who withdrew it.")
 
     def __str__(self) -> str:
+        if self.when is None:
+            return f"withdrawn: {self.reason}"
         return f"withdrawn by {self.by} at {self.when:%Y-%m-%d %H:%M} UTC: {self.reason}"
 
 
 def withdraw(root: str, dataset: str, version: int, reason: str, by: str) -> None:
     """Let readers pass a published version over; 'latest' is then the one before. A second withdrawal is no error.
 
+    A version whose manifest is damaged can be withdrawn too: nobody is warned of it any more, and `prune` deletes it.
+
     Raises:
         VersionNotFound: the version isn't published.
 
     """
     root = storage.normalise(root)
-    manifest = find_manifest(root, dataset, version)
-    if manifest is None or manifest.status != "published":
+    try:
+        manifest = find_manifest(root, dataset, version)
+        published = manifest is not None and manifest.status == "published"
+    except DamagedManifest:
+        published = True
+    if not published:
         known = ", ".join(f"v{number}" for number in version_numbers(root, dataset)) or "none"
         state = "isn't published" if manifest is None else "was rejected by the quality gate: nobody reads it"
         raise VersionNotFound(f"{dataset} v{version} {state}; name a published version to withdraw (of {known})")
@@ -46,12 +56,7 @@ def withdraw(root: str, dataset: str, version: int, reason: str, by: str) -> Non
 
 
 def withdrawn(root: str, dataset: str) -> dict[int, Withdrawal]:
-    """The withdrawn versions of a dataset, ascending.
-
-    Raises:
-        CorruptVersion: a record can't be read as one.
-
-    """
+    """The withdrawn versions of a dataset, ascending."""
     root = storage.normalise(root)
     uris = {version: withdrawal_uri(root, dataset, version) for version in version_numbers(root, dataset)}
     return parse_withdrawals(uris, storage.read_many(uris.values()))
@@ -65,9 +70,7 @@ def withdrawal_uri(root: str, dataset: str, version: int) -> str:
 def parse_withdrawals(uris: Mapping[int, str], contents: Mapping[str, bytes]) -> dict[int, Withdrawal]:
     """Withdrawals by version, from the contents of those records that exist.
 
-    Raises:
-        CorruptVersion: a record can't be read as one.
-
+    Whoever made a record meant it: one that can't be read withdraws its version all the same.
     """
     found = {}
     for version, uri in uris.items():
@@ -75,8 +78,8 @@ def parse_withdrawals(uris: Mapping[int, str], contents: Mapping[str, bytes]) ->
             try:
                 found[version] = Withdrawal.model_validate_json(contents[uri])
             except ValidationError as fault:
-                raise CorruptVersion(
-                    f"{uri} is no withdrawal ({fault.error_count()} errors in {len(contents[uri])} bytes): "
-                    "delete that file to publish the version again, or withdraw it anew after that"
-                ) from fault
+                found[version] = Withdrawal(
+                    reason=f"{uri} can't be read as a record ({fault.error_count()} errors in {len(contents[uri])} "
+                    "bytes): delete that file to publish the version again, and withdraw it anew after that"
+                )
     return found

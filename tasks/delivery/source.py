@@ -6,10 +6,9 @@ what can be wrong with a row is found in `stages`.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -20,12 +19,11 @@ import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from tasks.core import layout, storage, versions
-from tasks.core.errors import ConfigError, CorruptVersion
+from tasks.core.errors import ConfigError
 from tasks.core.manifest import FileEntry, InputRecord, Manifest
 from tasks.core.own_columns import AS_OF, EVENT_TIME, READY, RECORDS, TARGET
-from tasks.core.reading import CURE, compare, verify_digest
+from tasks.core.reading import compare, explained, opened, verify_digest
 from tasks.core.tensors import TensorSpec, is_tensor, tensor_spec
-from tasks.core.transient import is_transient
 from tasks.delivery.blocks import IMAGE
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.keys import SPLITS
@@ -208,8 +206,8 @@ def read_pieces(unit: Unit, columns: Sequence[str]) -> Iterator[tuple[SourceFile
         CorruptVersion: a file is missing or can't be read.
     """
     for file, groups in unit.pieces:
-        with _explained(file.uri), storage.open_input(file.uri) as opened:
-            table = pq.ParquetFile(opened).read_row_groups(list(groups), columns=list(columns), use_threads=False)
+        with explained(file.uri), storage.open_input(file.uri) as source:
+            table = pq.ParquetFile(source).read_row_groups(list(groups), columns=list(columns), use_threads=False)
         yield (
             file,
             table.cast(_without_views(table.schema)) if any(map(pt.is_string_view, table.schema.types)) else table,
@@ -232,26 +230,8 @@ def check_digests(unit: Unit) -> None:
     """
     for file, groups in unit.pieces:
         if groups[0] == 0:
-            with _explained(file.uri):
+            with explained(file.uri):
                 verify_digest(file.uri, file.digest)
-
-
-@contextlib.contextmanager
-def _explained(uri: str) -> Generator[None]:
-    """Name the file in what reading it raises."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise CorruptVersion(f"{uri} is missing, but its manifest lists it: {CURE}") from error
-    except pa.ArrowInvalid as error:
-        raise CorruptVersion(f"{uri} can't be read as Parquet ({error}): {CURE}") from error
-    except OSError as error:
-        # Arrow says of damaged pages what it says of a broken connection: only the latter may pass.
-        if is_transient(error):
-            raise
-        raise CorruptVersion(
-            f"{uri} can't be read, it may be damaged ({str(error).splitlines()[0]}): {CURE}"
-        ) from error
 
 
 def _look(root: str, manifest: Manifest) -> tuple[tuple[SourceFile, ...], pa.Schema]:
@@ -259,10 +239,9 @@ def _look(root: str, manifest: Manifest) -> tuple[tuple[SourceFile, ...], pa.Sch
     uris = versions.data_files(root, manifest)
 
     def footer(uri: str, entry: FileEntry) -> tuple[SourceFile, pa.Schema]:
-        with _explained(uri), storage.open_input(uri) as opened:
-            file = pq.ParquetFile(opened)
+        with opened(uri, entry.bytes) as source:
+            file = pq.ParquetFile(source)
             rows = tuple(file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups))
-            compare(uri, "bytes", entry.bytes, opened.size())
             compare(uri, "rows", entry.rows, sum(rows))
             return SourceFile(uri, rows, _split_of(uri), entry.digest), file.schema_arrow
 

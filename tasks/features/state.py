@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from tasks.core import layout, storage
 from tasks.core.manifest import FileEntry
 from tasks.core.partition import bucket_of
+from tasks.core.reading import explained
 from tasks.core.reservation import Reservation
 
 DIRECTORY = "_events"
@@ -116,7 +117,7 @@ def _read_link(
     live = None if link.complete else [(FILE, "in", list(link.live))]
     frames = []
     for uri in (link.files[number] for number in numbers if number in link.files):
-        with storage.open_input(uri) as source:
+        with explained(uri), storage.open_input(uri) as source:
             table = pq.read_table(
                 source, columns=list(schema), filters=live, use_threads=False, read_dictionary=texts, pre_buffer=True
             )

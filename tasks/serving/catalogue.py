@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,8 +12,7 @@ from tasks.core.errors import VersionNotFound
 from tasks.core.manifest import Manifest
 from tasks.core.names import closest
 from tasks.core.own_columns import FEATURES
-from tasks.core.reading import committed_manifests, list_datasets, live_manifests, resolve
-from tasks.core.withdrawal import withdrawn
+from tasks.core.reading import CURE, Committed, faults_of_files, list_datasets, read_committed, resolve
 from tasks.features.incremental import as_of_times
 
 Kind = Literal["features", "training set", "streaming copy", "images", "other"]
@@ -21,13 +20,17 @@ Kind = Literal["features", "training set", "streaming copy", "images", "other"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSummary:
-    """One dataset: its latest live version, if it has one, and how many there are."""
+    """One dataset: its latest live version, if it has one, and how many there are.
+
+    status: 'ok', or which versions readers can't use: 'v2 incomplete, v3 damaged'.
+    """
 
     name: str
     dataset: str
     kind: Kind
     version: int | None
     versions: int
+    status: str
     rows: int | None
     columns: int | None
     as_of: dt.datetime | None
@@ -36,13 +39,17 @@ class DatasetSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VersionSummary:
-    """One committed version; note: why readers pass it over, if they do."""
+    """One committed version.
+
+    status: also 'damaged' (its manifest can't be read, so that nothing else is known of it) and 'incomplete' (data
+    files are missing or of another size). note: why, and what to do.
+    """
 
     version: int
-    status: Literal["published", "withdrawn", "rejected"]
-    created: dt.datetime
-    rows: int
-    bytes: int
+    status: Literal["published", "withdrawn", "rejected", "damaged", "incomplete"]
+    created: dt.datetime | None
+    rows: int | None
+    bytes: int | None
     as_of: tuple[dt.datetime, ...]
     verdict: str
     note: str
@@ -63,13 +70,14 @@ class ColumnSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """One version: where it is, what it was made from, and its columns."""
+    """One version: where it is, what it was made from, and its columns; faults: of its data files, a sentence each."""
 
     name: str
     dataset: str
     kind: Kind
     version: int
     uri: str
+    faults: tuple[str, ...]
     created: dt.datetime
     rows: int
     files: int
@@ -121,10 +129,14 @@ def kind_of(dataset: str) -> Kind:
 
 def summaries(root: str) -> list[DatasetSummary]:
     """Every dataset under a root, by name."""
-    return [_summary(dataset, live_manifests(root, dataset)) for dataset in list_datasets(root)]
+    return [_summary(root, dataset) for dataset in list_datasets(root)]
 
 
-def _summary(dataset: str, live: Sequence[Manifest]) -> DatasetSummary:
+def _summary(root: str, dataset: str) -> DatasetSummary:
+    committed, listed = read_committed(root, dataset), _listed(root, dataset)
+    live = committed.live
+    faulty = {manifest.version: "incomplete" for manifest in live if faults_of_files(root, manifest, listed)}
+    faulty |= dict.fromkeys(committed.unreadable, "damaged")
     latest = live[-1] if live else None
     return DatasetSummary(
         name=short_name(dataset),
@@ -132,6 +144,7 @@ def _summary(dataset: str, live: Sequence[Manifest]) -> DatasetSummary:
         kind=kind_of(dataset),
         version=latest.version if latest else None,
         versions=len(live),
+        status=", ".join(f"v{number} {faulty[number]}" for number in sorted(faulty)) or "ok",
         rows=latest.rows if latest else None,
         columns=len(latest.columns) if latest else None,
         as_of=max((moment for manifest in live for moment in as_of_times(manifest)), default=None),
@@ -141,25 +154,53 @@ def _summary(dataset: str, live: Sequence[Manifest]) -> DatasetSummary:
 
 def version_summaries(root: str, dataset: str) -> list[VersionSummary]:
     """Every committed version of a dataset, ascending."""
-    taken_back = withdrawn(root, dataset)
-    found = []
-    for manifest in committed_manifests(root, dataset):
-        withdrawal = taken_back.get(manifest.version)
-        failed = [check.message for check in manifest.gate.checks if check.verdict == "fail"]
-        note = str(withdrawal) if withdrawal else "; ".join(failed) if manifest.status == "rejected" else ""
+    committed, listed = read_committed(root, dataset), _listed(root, dataset)
+    found = [_version_summary(root, manifest, committed, listed) for manifest in committed.manifests.values()]
+    for number, fault in committed.damaged.items():
+        withdrawal = committed.withdrawals.get(number)
         found.append(
             VersionSummary(
-                version=manifest.version,
-                status="withdrawn" if withdrawal else manifest.status,
-                created=manifest.created_at,
-                rows=manifest.rows,
-                bytes=sum(file.bytes for file in manifest.files),
-                as_of=as_of_times(manifest),
-                verdict=manifest.gate.verdict,
-                note=note,
+                version=number,
+                status="withdrawn" if withdrawal else "damaged",
+                created=None,
+                rows=None,
+                bytes=None,
+                as_of=(),
+                verdict="",
+                note=f"{withdrawal}; {fault}" if withdrawal else str(fault),
             )
         )
-    return found
+    return sorted(found, key=lambda one: one.version)
+
+
+def _version_summary(root: str, manifest: Manifest, committed: Committed, listed: Mapping[str, int]) -> VersionSummary:
+    status: Literal["published", "withdrawn", "rejected", "incomplete"] = manifest.status
+    note = ""
+    if manifest.status == "rejected":
+        note = "; ".join(check.message for check in manifest.gate.checks if check.verdict == "fail")
+    elif manifest.version in committed.withdrawals:
+        status, note = "withdrawn", str(committed.withdrawals[manifest.version])
+    elif faults := faults_of_files(root, manifest, listed):
+        more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+        status, note = "incomplete", f"{faults[0]}{more}: {CURE}"
+    return VersionSummary(
+        version=manifest.version,
+        status=status,
+        created=manifest.created_at,
+        rows=manifest.rows,
+        bytes=sum(file.bytes for file in manifest.files),
+        as_of=as_of_times(manifest),
+        verdict=manifest.gate.verdict,
+        note=note,
+    )
+
+
+def _listed(root: str, dataset: str) -> dict[str, int]:
+    return _sizes(layout.dataset_uri(storage.normalise(root), dataset))
+
+
+def _sizes(uri: str) -> dict[str, int]:
+    return {info.uri: info.bytes for info in storage.list_files(uri)}
 
 
 def describe(root: str, dataset: str, version: int | None = None) -> Description:
@@ -171,7 +212,7 @@ def describe(root: str, dataset: str, version: int | None = None) -> Description
     """
     root = storage.normalise(root)
     manifest = resolve(root, dataset, "latest" if version is None else version)
-    by = manifest.partition
+    by, uri = manifest.partition, layout.version_uri(root, dataset, manifest.version)
     inputs = [
         f"{record.name} v{record.version}" if record.version else f"{record.name} ({record.uri})"
         for record in manifest.inputs
@@ -181,7 +222,8 @@ def describe(root: str, dataset: str, version: int | None = None) -> Description
         dataset=dataset,
         kind=kind_of(dataset),
         version=manifest.version,
-        uri=layout.version_uri(root, dataset, manifest.version),
+        uri=uri,
+        faults=tuple(faults_of_files(root, manifest, _sizes(uri))),
         created=manifest.created_at,
         rows=manifest.rows,
         files=len(manifest.files),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import polars as pl
@@ -24,7 +25,7 @@ from tasks.core.manifest import Manifest, Partition
 from tasks.core.names import closest
 from tasks.core.own_columns import AS_OF, CREATED
 from tasks.core.partition import bucket_of
-from tasks.core.reading import data_files, live_manifests, read_manifest, resolve
+from tasks.core.reading import data_files, live_manifests, opened, read_manifest, resolve
 from tasks.features.digests import feature_digests
 from tasks.features.incremental import as_of_times
 from tasks.serving.catalogue import feature_names, find_dataset
@@ -42,7 +43,8 @@ class HistoryVersion:
     """One version in a history.
 
     created: when its features were computed. as_of: times that it holds, ascending, UTC. files: URIs in the
-    manifest's order, and their digests. superseded: as_of → when a newer version that holds it too was created.
+    manifest's order, their digests, and their sizes in bytes by URI. superseded: as_of → when a newer version that
+    holds it too was created.
     """
 
     version: int
@@ -50,6 +52,7 @@ class HistoryVersion:
     as_of: tuple[dt.datetime, ...]
     files: tuple[str, ...]
     digests: tuple[str, ...]
+    sizes: Mapping[str, int]
     rows: int
     partition: Partition | None = None
     superseded: Mapping[dt.datetime, dt.datetime] = field(default_factory=dict)
@@ -188,13 +191,15 @@ def _versions(root: str, manifests: Sequence[Manifest]) -> tuple[HistoryVersion,
     newer: dict[dt.datetime, dt.datetime] = {}
     for manifest in reversed(manifests):
         created, times = _created(manifest), _times(manifest)
+        files = tuple(data_files(root, manifest))
         found.append(
             HistoryVersion(
                 version=manifest.version,
                 created=created,
                 as_of=times,
-                files=tuple(data_files(root, manifest)),
+                files=files,
                 digests=tuple(file.digest for file in manifest.files),
+                sizes={uri: file.bytes for uri, file in zip(files, manifest.files, strict=True)},
                 rows=manifest.rows,
                 partition=manifest.partition,
                 superseded={moment: newer[moment] for moment in times if moment in newer},
@@ -225,21 +230,26 @@ def _moment(text: str) -> dt.datetime:
 
 
 def _schema(root: str, manifest: Manifest) -> pa.Schema:
-    uri = data_files(root, manifest)[0]
-    try:
-        with storage.open_input(uri) as source:
+    with _pruned_told(root, manifest.dataset, manifest.version):
+        uri = data_files(root, manifest)[0]
+        with opened(uri, manifest.files[0].bytes) as source:
             return pq.read_schema(source)
-    except FileNotFoundError as fault:
-        raise _missing(root, manifest.dataset, manifest.version, fault) from fault
 
 
-def _missing(root: str, dataset: str, version: int, fault: FileNotFoundError) -> CorruptVersion:
-    """The error of a file that isn't there; raises VersionNotFound if the whole version was pruned meanwhile."""
-    read_manifest(root, dataset, version)
-    return CorruptVersion(
-        f"{dataset} v{version}: a file that its manifest lists is missing ({fault}); restore it from a copy, or "
-        f"withdraw the version and publish a new one"
-    )
+@contextmanager
+def _pruned_told(root: str, dataset: str, version: int) -> Iterator[None]:
+    """Around reading a version's files: say so if they are gone because the whole version was pruned meanwhile.
+
+    Raises:
+        VersionNotFound: it was.
+        CorruptVersion: a file is missing, of another size, or can't be read.
+
+    """
+    try:
+        yield
+    except CorruptVersion:
+        read_manifest(root, dataset, version)
+        raise
 
 
 def read_bucket(
@@ -260,7 +270,7 @@ def read_bucket(
         first, in each the order of its files.
 
     Raises:
-        CorruptVersion: a file is missing.
+        CorruptVersion: a file is missing, of another size, or can't be read.
         VersionNotFound: a version was pruned meanwhile.
 
     """
@@ -272,14 +282,12 @@ def read_bucket(
         if not known_at and version.as_of and len(version.superseded) == len(version.as_of):
             continue
         files, mixed = version.files_of(history.entity, bucket, buckets)
-        try:
-            for table in _tables(files, history, mixed=mixed, wanted=wanted):
+        with _pruned_told(root, layout.feature_dataset(history.group), version.version):
+            for table in _tables(files, history, version.sizes, mixed=mixed, wanted=wanted):
                 frame = _own(table, history, bucket, buckets) if mixed else _frame(table)
                 if wanted is not None:
                     frame = frame.join(wanted, on=history.entity, how="semi", maintain_order="left")
                 frames.append(_stamped(frame, version, history, known_at=known_at))
-        except FileNotFoundError as fault:
-            raise _missing(root, layout.feature_dataset(history.group), version.version, fault) from fault
     return pl.concat(frames)
 
 
@@ -290,11 +298,13 @@ def _empty(history: History) -> pl.DataFrame:
     return empty.with_columns(times).select(history.entity, AS_OF, FROM, UNTIL, *history.features)
 
 
-def _tables(uris: Sequence[str], history: History, *, mixed: bool, wanted: pl.DataFrame | None) -> Iterator[pa.Table]:
+def _tables(
+    uris: Sequence[str], history: History, sizes: Mapping[str, int], *, mixed: bool, wanted: pl.DataFrame | None
+) -> Iterator[pa.Table]:
     """Needed columns of files: each at once if all of it is wanted, otherwise in pieces."""
     columns = [history.entity, AS_OF, *history.features]
     for uri in uris:
-        with storage.open_input(uri) as source:
+        with opened(uri, sizes[uri]) as source:
             file = pq.ParquetFile(source, pre_buffer=True)
             groups = list(range(file.num_row_groups))
             if wanted is not None:

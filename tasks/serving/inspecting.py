@@ -9,11 +9,11 @@ from typing import Any
 
 from tasks.core import storage
 from tasks.core.numerals import number, share
-from tasks.core.reading import read_manifest, resolve
+from tasks.core.reading import CURE, read_manifest, resolve
 from tasks.serving import catalogue
 from tasks.serving.catalogue import find_dataset
 from tasks.serving.differences import Difference, compare
-from tasks.serving.tables import as_json, brief, facts, moment, moments, show, size
+from tasks.serving.tables import as_json, brief, facts, moment, moments, printable, show, size
 
 
 def list_datasets(arguments: Namespace) -> int:
@@ -26,9 +26,19 @@ def list_datasets(arguments: Namespace) -> int:
         print(f"no datasets under {storage.normalise(arguments.root)}: run the flow, or correct --root")
         return 0
     show(
-        ["NAME", "KIND", "LATEST", "VERSIONS", "ROWS", "COLUMNS", "AS OF", "CREATED"],
+        ["NAME", "KIND", "LATEST", "VERSIONS", "STATUS", "ROWS", "COLUMNS", "AS OF", "CREATED"],
         [
-            (one.name, one.kind, _v(one.version), one.versions, one.rows, one.columns, one.as_of, moment(one.created))
+            (
+                one.name,
+                one.kind,
+                _v(one.version),
+                one.versions,
+                one.status,
+                one.rows,
+                one.columns,
+                one.as_of,
+                moment(one.created),
+            )
             for one in found
         ],
         right=("VERSIONS", "ROWS", "COLUMNS"),
@@ -55,6 +65,7 @@ def describe(arguments: Namespace) -> int:
             "partition": one.partition,
             "as of": moments(one.as_of) if one.as_of else None,
             "verdict": one.verdict,
+            "damaged": f"{'; '.join(one.faults)}: {CURE}" if one.faults else None,
             "made from": ", ".join(one.inputs),
         }
     )
@@ -76,7 +87,7 @@ def describe(arguments: Namespace) -> int:
                 v.status,
                 moment(v.created),
                 v.rows,
-                size(v.bytes),
+                None if v.bytes is None else size(v.bytes),
                 moments(v.as_of),
                 v.verdict,
                 brief(v.note),
@@ -85,6 +96,9 @@ def describe(arguments: Namespace) -> int:
         ],
         right=("ROWS", "SIZE"),
     )
+    for v in versions:
+        if v.status in ("damaged", "incomplete"):
+            print(f"v{v.version} is {v.status}: {printable(v.note)}")
     return 0
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from tasks.core import layout, retention
 from tasks.core.errors import ConfigError
 from tasks.core.numerals import plural
-from tasks.core.reading import list_datasets, live_manifests, resolve
+from tasks.core.reading import list_datasets, live_manifests, read_committed, resolve
 from tasks.core.storage import delete, normalise
 from tasks.core.uploads import Upload, abort_upload, unfinished_uploads
 from tasks.core.withdrawal import withdraw, withdrawn
@@ -31,7 +31,8 @@ def rollback(arguments: Namespace) -> int:
     dataset = find_dataset(root, arguments.name)
     before = withdrawn(root, dataset).get(version)
     if before is None:
-        resolve(root, dataset, version)
+        if version not in read_committed(root, dataset, [version]).damaged:
+            resolve(root, dataset, version)
         left = [manifest.version for manifest in live_manifests(root, dataset) if manifest.version != version]
         if not left and not arguments.force:
             print(

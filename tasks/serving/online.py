@@ -26,11 +26,11 @@ import pyarrow.parquet as pq
 
 from tasks.core import layout, storage
 from tasks.core.disk import MIB
-from tasks.core.errors import CorruptVersion, DefinitionError
+from tasks.core.errors import DefinitionError
 from tasks.core.manifest import Manifest
 from tasks.core.names import closest
 from tasks.core.partition import bucket_of
-from tasks.core.reading import data_files
+from tasks.core.reading import data_files, explained, open_data
 from tasks.features.keys import read_keys
 
 CACHE_BYTES = 256 * MIB
@@ -89,7 +89,7 @@ class Lookup:
         Raises:
             DefinitionError: the version has no such column.
             InputError: a key can't be one of this entity's.
-            CorruptVersion: a file is missing.
+            CorruptVersion: a file is missing, of another size, or can't be read.
 
         """
         for name in columns:
@@ -156,9 +156,10 @@ class Lookup:
         if held is not None and not missing:  # another thread has read it meanwhile
             return held
         file = self._file(place[0])
-        # A reader of its own for each thread; it costs little where the footer is known.
-        reader = pq.ParquetFile(file.source, metadata=file.footer, pre_buffer=storage.is_s3(file.uri))
-        table = reader.read_row_group(place[1], columns=missing, use_threads=False).select(missing).combine_chunks()
+        with explained(file.uri):
+            # A reader of its own for each thread; it costs little where the footer is known.
+            reader = pq.ParquetFile(file.source, metadata=file.footer, pre_buffer=storage.is_s3(file.uri))
+            table = reader.read_row_group(place[1], columns=missing, use_threads=False).select(missing).combine_chunks()
         arrays = [column.chunk(0) for column in table.columns]
         if held is not None:
             missing, arrays = [*held.schema.names, *missing], [*held.columns, *arrays]
@@ -173,7 +174,7 @@ class Lookup:
 
     def _file(self, index: int) -> _OpenFile:
         if index not in self._files:
-            self._files[index] = _open(self._uris[index], self.entity)
+            self._files[index] = _open(self._uris[index], self.manifest.files[index].bytes, self.entity)
         return self._files[index]
 
     def _name(self) -> str:
@@ -184,14 +185,10 @@ def _is_by(manifest: Manifest, entity: str) -> bool:
     return manifest.partition is not None and manifest.partition.key == entity
 
 
-def _open(uri: str, entity: str) -> _OpenFile:
-    try:
-        source = storage.open_input(uri)
+def _open(uri: str, size: int, entity: str) -> _OpenFile:
+    with explained(uri):
+        source = open_data(uri, size)
         reader = pq.ParquetFile(source)
-    except FileNotFoundError as fault:
-        raise CorruptVersion(f"{uri} is missing; the version was deleted, or restore the file from a copy") from fault
-    except pa.ArrowInvalid as fault:
-        raise CorruptVersion(f"{uri} can't be read as Parquet ({fault}); restore the file from a copy") from fault
     footer, schema = reader.metadata, reader.schema_arrow
     number = schema.names.index(entity)
     found = [footer.row_group(group).column(number).statistics for group in range(footer.num_row_groups)]

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, cast
 import polars as pl
 import pyarrow as pa
 
-from tasks.core import layout, storage
+from tasks.core import layout
 from tasks.core.errors import ConfigError, DefinitionError, InputError, VersionConflict, VersionNotFound
 from tasks.core.manifest import Manifest
 from tasks.core.names import closest
-from tasks.core.reading import data_files, live_manifests
+from tasks.core.reading import data_files, live_manifests, opened
 from tasks.features.incremental import as_of_times
 from tasks.features.keys import read_keys
 from tasks.serving.catalogue import feature_names, newest
@@ -75,6 +75,7 @@ def export_latest(root: str, group: str, url: str, *, on_written: Callable[[int]
     Raises:
         VersionNotFound: the group has no published version.
         VersionConflict: another export of the group is under way.
+        CorruptVersion: a file of the version is missing, of another size, or can't be read.
 
     """
     manifest = newest(live_manifests(root, layout.feature_dataset(group)))
@@ -171,8 +172,8 @@ def _newest_rows(root: str, manifest: Manifest) -> Iterator[pa.Table]:
 
     entity = manifest.definition["entity"]
     columns = [entity, *feature_names(manifest)]
-    for uri in data_files(root, manifest):
-        with storage.open_input(uri) as source:
+    for uri, file in zip(data_files(root, manifest), manifest.files, strict=True):
+        with opened(uri, file.bytes) as source:
             table = pq.ParquetFile(source).read(columns=columns).select(columns)
         last = pl.Series(table[entity]).is_last_distinct()
         yield table.filter(last.to_arrow())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tasks.core import layout, storage, versions, withdrawal
-from tasks.core.errors import CorruptVersion, VersionNotFound
+from tasks.core.errors import VersionNotFound
 from tests.core.publishing import DATASET, manifest_of, publish, write
 
 
@@ -55,13 +55,15 @@ def test_only_a_published_version_can_be_withdrawn(tmp_path) -> None:
 
 
 def test_a_record_that_is_cut_short_is_no_leave_to_read(tmp_path) -> None:
-    """Whoever withdrew the version meant it: readers stop rather than go on."""
+    """Whoever withdrew the version meant it, and the others can still be read."""
     root = str(tmp_path)
-    publish(root, "run")
-    storage.write_bytes(layout.join(layout.version_uri(root, DATASET, 1), layout.WITHDRAWN), b'{"reason": "wro')
-    for reads in (versions.latest, versions.resolve, versions.live_manifests, withdrawal.withdrawn):
-        with pytest.raises(CorruptVersion, match=r"_withdrawn.json is no withdrawal"):
-            reads(root, DATASET)
+    publish(root, "a")
+    publish(root, "b")
+    storage.write_bytes(layout.join(layout.version_uri(root, DATASET, 2), layout.WITHDRAWN), b'{"reason": "wro')
+    assert versions.resolve(root, DATASET).version == 1
+    assert versions.published_versions(root, DATASET) == [1]
+    with pytest.raises(VersionNotFound, match=r"v2 was withdrawn: .*_withdrawn.json can't be read .*delete that file"):
+        versions.resolve(root, DATASET, 2)
 
 
 def test_manifests_that_are_known_are_not_read_again(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,7 @@ def test_mistakes_name_the_cure(tmp_path) -> None:
         resolve_history(root, GROUP, ["*"], 7)
     history = resolve_history(root, GROUP, ["*"])
     storage.delete(layout.join(layout.version_uri(root, DATASET, 1), manifest.files[0].path))
-    with pytest.raises(CorruptVersion, match="restore it from a copy"):
+    with pytest.raises(CorruptVersion, match="is missing, but its manifest lists it: publish a new version"):
         whole(root, history)
     withdraw(root, DATASET, 1, "wrong", "me")
     with pytest.raises(VersionNotFound, match="no published version"):

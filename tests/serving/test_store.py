@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from tasks.core import layout, storage
-from tasks.core.errors import DefinitionError, InputError, SourceError, VersionNotFound
+from tasks.core.errors import CorruptVersion, DefinitionError, InputError, SourceError, VersionNotFound
 from tasks.core.withdrawal import withdraw
 from tasks.serving.store import FeatureStore
 from tests.serving.feature_versions import ENTITY, GROUP, customers, days, publish_features
@@ -166,6 +166,31 @@ def test_mistakes_in_historical_features_are_told_at_once(store: FeatureStore) -
 
 
 # What there is
+
+
+def test_damaged_and_incomplete_versions_are_told(store: FeatureStore) -> None:
+    first, second = (Path(layout.version_uri(store.root, DATASET, number)) for number in (1, 2))
+    manifest = (second / layout.MANIFEST).read_bytes()
+    (second / layout.MANIFEST).write_bytes(manifest[:-5])
+    lost = sorted(first.glob("*.parquet"))
+    lost[0].unlink()
+    lost[1].write_bytes(b"x")
+    assert [(one.name, one.version, one.status) for one in store.list()] == [
+        (GROUP, 1, "v1 incomplete, v2 damaged"),
+        (PRODUCTS, 1, "ok"),
+    ]
+    found = {one.version: one for one in store.versions(GROUP)}
+    assert {number: one.status for number, one in found.items()} == {1: "incomplete", 2: "damaged"}
+    assert f"{lost[0].name} is missing and 1 more: publish a new version" in found[1].note
+    assert "can't be read as a manifest" in found[2].note
+    assert store.describe(GROUP).faults[0] == f"{lost[0].name} is missing"
+    for asked in (range(10), [0, 1, 2, 3]):
+        with pytest.raises(CorruptVersion, match=r"is missing, but its manifest|bytes differ from its manifest"):
+            store.get_online_features([f"{GROUP}:city"], {ENTITY: list(asked)})
+    with pytest.raises(CorruptVersion, match=r"is missing, but its manifest|bytes differ from its manifest"):
+        store.get_historical_features(pa.table(SPINE), [f"{GROUP}:city"]).to_arrow()
+    second.joinpath(layout.MANIFEST).write_bytes(manifest)
+    assert store.get_online_features([f"{GROUP}:city"], {ENTITY: [1]}).to_dict()["city"] == ["city 1"]
 
 
 def test_datasets_and_versions_are_told(store: FeatureStore) -> None:
