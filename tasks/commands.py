@@ -107,6 +107,7 @@ def _looking(command: Added) -> None:
     get.add_argument("keys", metavar="KEY", nargs="+", help="Keys of entities.")
     get.add_argument("--features", metavar="A,B", help="Features to show (default: all).")
     _version(get, "--version", help="Version to look up in (default: the one with the newest as-of time).")
+    _ttl(get, "Values older than this are none, and told as expired (default: any age).")
     get.add_argument("--redis", metavar="URL", help="Read what was exported to this Redis server.")
     diff = command("diff", look.diff, "What differs between two versions.")
     _name(diff)
@@ -158,6 +159,7 @@ def _keeping(command: Added) -> None:
     export = command("export", keep.export, "Write a group's newest values to Redis, for look-ups over the network.")
     _name(export, "Feature group, such as customer-features.")
     export.add_argument("--redis", metavar="URL", required=True, help="Server, such as redis://localhost:6379/0.")
+    _ttl(export, "Days after its as-of time at which Redis drops a row (default: never).")
 
 
 def _replay(arguments: Arguments) -> int:
@@ -188,11 +190,17 @@ def _version(parser: argparse.ArgumentParser, name: str, **more: Any) -> None:
     parser.add_argument(name, metavar="vN", type=_number, **more)
 
 
+def _ttl(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--ttl-days", type=float, metavar="DAYS", help=text)
+
+
 def _number(text: str) -> int:
-    digits = text.removeprefix("v")
-    if not digits.isdigit() or int(digits) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no version; write it as v3")
-    return int(digits)
+    from tasks.core.layout import version_number
+
+    try:
+        return version_number(text)
+    except ConfigError as fault:
+        raise argparse.ArgumentTypeError(str(fault)) from fault
 
 
 def _count(text: str) -> int:

@@ -54,7 +54,7 @@ def rows_of(text: str) -> list[list[str]]:
 def test_list_shows_every_dataset(run: Run) -> None:
     code, out, _ = run("list")
     assert (code, rows_of(out)[0][:4]) == (0, ["NAME", "KIND", "LATEST", "VERSIONS"])
-    assert rows_of(out)[1] == [GROUP, "features", "v2", "2", "120", "8", "2024-02-02", "2024-01-31"]
+    assert rows_of(out)[1] == [GROUP, "features", "v2", "2", "ok", "120", "8", "2024-02-02", "2024-01-31"]
     assert rows_of(out)[2][:4] == ["churn", "training", "set", "v1"]
     code, out, _ = run("list --json")
     assert [(one["name"], one["version"]) for one in json.loads(out)] == [(GROUP, 2), ("churn", 1)]
@@ -125,6 +125,33 @@ def test_rollback_withdraws_once_and_names_who_is_hit(run: Run, store: str) -> N
     ]
 
 
+def test_a_damaged_version_is_told_and_can_be_withdrawn(run: Run, store: str) -> None:
+    path = Path(layout.version_uri(store, DATASET, 2)) / layout.MANIFEST
+    path.write_bytes(path.read_bytes()[:100])
+    assert rows_of(run("list")[1])[1][2:7] == ["v1", "1", "v2", "damaged", "200"]
+    code, out, _ = run(f"describe {GROUP}")
+    assert (code, ["v2", "damaged", "–"] in [row[:3] for row in rows_of(out)]) == (0, True)
+    assert f"v2 is damaged: {path} can't be read as a manifest" in out
+    code, _, err = run(f"describe {GROUP} v2")
+    assert (code, f"'rollback {DATASET} v2' withdraws it" in err) == (1, True)
+    assert run(f"rollback {DATASET} 2")[1] == f"{DATASET} v2 is withdrawn; its data stays\nlatest is v1\n"
+    assert rows_of(run("list")[1])[1][2:5] == ["v1", "1", "ok"]
+    assert run(f"prune {GROUP} --keep 1 --yes")[0] == 0
+    assert not path.exists()
+
+
+def test_expired_values_are_told(run: Run) -> None:
+    code, out, err = run(f"get {GROUP} 3 --features orders --ttl-days 1")
+    assert (code, rows_of(out)[1], err) == (1, ["orders", "–"], f"expired in {GROUP}: 3\n")
+    assert run(f"get {GROUP} 3 --ttl-days nan")[0] == 1
+
+
+@pytest.mark.parametrize("version", ["v1", "1"])
+def test_a_version_is_named_with_or_without_v(run: Run, version: str) -> None:
+    assert run(f"get {GROUP} 3 --version {version} --features total_spent")[1].split()[-1] == "3001.0"
+    assert run(f"describe {GROUP} {version}")[0] == run(f"diff {GROUP} {version} {version}")[0] == 0
+
+
 def test_prune_only_shows_until_it_is_told_to_delete(run: Run, store: str) -> None:
     publish_features(store, customers(range(5), days(3)))
     assert run("prune")[1] == "nothing to delete; --keep N or --older-than AGE select more\n"
@@ -188,7 +215,7 @@ def test_watermarks_and_lineage(run: Run) -> None:
         (f"describe {GROUP} v9", 1, "has no version v9"),
         (f"diff {GROUP} v1 v9", 1, "published: v1, v2; name one of them"),
         (f"rollback {GROUP} v9", 1, "has no version v9"),
-        (f"get {GROUP} three", 1, "keys of feature-store/customer-features v2 are of type int64"),
+        (f"get {GROUP} three", 1, "('customer_id') are of type int64, which can't be 'three'"),
         (f"get {GROUP} 3 --features total", 1, "did you mean 'total_spent'?"),
         (f"export {GROUP} --redis redis://127.0.0.1:1/0", 1, "Redis doesn't answer"),
     ],

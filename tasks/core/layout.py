@@ -120,6 +120,18 @@ def parse_version(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def version_number(given: object) -> int:
+    """Number of a version that somebody names, as 3, '3' or 'v3'.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    digits = str(given).strip().removeprefix("v")
+    if isinstance(given, bool) or not digits.isascii() or not digits.isdecimal() or int(digits) < 1:
+        raise ConfigError(f"{given!r} is no version; write it as v3 or 3")
+    return int(digits)
+
+
 def reservation_name(attempt: int) -> str:
     """File that marks an attempt: _reservation.json for the first, _reservation-2.json for the second."""
     return "_reservation.json" if attempt == 1 else f"_reservation-{attempt}.json"

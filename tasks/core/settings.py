@@ -40,12 +40,10 @@ def _location(value: str) -> str:
 
 def _version(value: object) -> object:
     """Let 'v3' and '3' stand for 3."""
-    if not isinstance(value, str) or value == "latest":
-        return value
-    number = layout.parse_version(f"v{value.strip().removeprefix('v')}")
-    if number is None:
-        raise ValueError(f"'{value}' is no version; write it as v3, or 'latest'")
-    return number
+    try:
+        return value if value == "latest" else layout.version_number(value)
+    except ConfigError as fault:
+        raise ValueError(f"{fault}, or 'latest'") from fault
 
 
 def in_order(schema: dict[str, Any]) -> None:

@@ -103,7 +103,9 @@ class DeliveryConfig(Settings):
         description="Published dataset to deliver: features, or images such as training-datasets/images. If none is "
         "given and nothing is published, the features of a sample are made first.",
     )
-    version: Version = Field(default="latest", description="Version of the dataset: a number, or 'latest'.")
+    version: Version = Field(
+        default="latest", description="Version of the dataset: a number such as 3 or v3, or 'latest'."
+    )
     name: DatasetName | None = Field(
         default=None,
         description="Name of the copy under training-datasets/streaming-ready/ (the dataset's last part, by default).",

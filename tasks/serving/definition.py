@@ -24,7 +24,7 @@ from tasks.features.definitions import check_days, check_expression
 ALL = "*"
 Pin = int | Literal["latest"] | None
 
-_REFERENCE = re.compile(rf"([a-z0-9][a-z0-9_-]*):({COLUMN}|\*)(?:@(?:v([1-9][0-9]*)|(latest)))?")
+_REFERENCE = re.compile(rf"([a-z0-9][a-z0-9_-]*):({COLUMN}|\*)(?:@(?:v?([1-9][0-9]*)|(latest)))?")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -47,7 +47,7 @@ class FeatureReference:
             DefinitionError: It is no 'group:feature'.
 
         """
-        match = _REFERENCE.fullmatch(text.strip())
+        match = _REFERENCE.fullmatch(text.strip()) if isinstance(text, str) else None
         if match is None:
             raise DefinitionError(
                 f"'{text}' names no feature; write group:feature such as customer-features:total_spent, "

@@ -13,6 +13,7 @@ from tasks.core.reading import CURE, read_manifest, resolve
 from tasks.serving import catalogue
 from tasks.serving.catalogue import find_dataset
 from tasks.serving.differences import Difference, compare
+from tasks.serving.freshness import STATUS
 from tasks.serving.tables import as_json, brief, facts, moment, moments, printable, show, size
 
 
@@ -116,10 +117,19 @@ def get(arguments: Namespace) -> int:
         entity = RedisLookup(group, arguments.redis).entity
     names = [name.strip() for name in arguments.features.split(",")] if arguments.features else ["*"]
     table = FeatureStore(arguments.root).get_online_features(
-        [f"{group}:{name}{pin}" for name in names], {entity: arguments.keys}, from_redis=arguments.redis
+        [f"{group}:{name}{pin}" for name in names],
+        {entity: arguments.keys},
+        from_redis=arguments.redis,
+        ttl_days=arguments.ttl_days,
+        include_status=True,
     )
-    rows = table.to_arrow().to_pylist()
-    unknown = [row[entity] for row in rows if all(value is None for name, value in row.items() if name != entity)]
+    told = table.to_arrow().to_pylist()
+    rows = [{name: value for name, value in row.items() if not name.endswith(STATUS)} for row in told]
+    by_status = {
+        status: [row[entity] for row in told if any(row[name] == status for name in row if name.endswith(STATUS))]
+        for status in ("NOT_FOUND", "EXPIRED")
+    }
+    none = by_status["NOT_FOUND"] + by_status["EXPIRED"]
     if arguments.json:
         print(as_json(rows))
     elif len(rows) > 4:
@@ -127,9 +137,10 @@ def get(arguments: Namespace) -> int:
     else:
         features = [name for name in rows[0] if name != entity]
         show([entity.upper(), *arguments.keys], [[name, *(_exact(row[name]) for row in rows)] for name in features])
-    if unknown:
-        print(f"not in {group}: {', '.join(map(str, unknown))}", file=sys.stderr)
-    return 1 if len(unknown) == len(rows) else 0
+    for status, words in (("NOT_FOUND", f"not in {group}"), ("EXPIRED", f"expired in {group}")):
+        if by_status[status]:
+            print(f"{words}: {', '.join(map(str, by_status[status]))}", file=sys.stderr)
+    return 1 if len(none) == len(rows) else 0
 
 
 def diff(arguments: Namespace) -> int:

@@ -126,7 +126,7 @@ def export(arguments: Namespace) -> int:
     from tasks.serving.redis import export_latest
 
     group = short_name(find_dataset(arguments.root, arguments.name, "features"))
-    rows = export_latest(arguments.root, group, arguments.redis)
+    rows = export_latest(arguments.root, group, arguments.redis, ttl_days=arguments.ttl_days)
     print(as_json({"group": group, "rows": rows}) if arguments.json else f"{group}: {rows:,} entities are in Redis")
     return 0
 

@@ -1,11 +1,13 @@
 """The newest feature values in Redis, for look-ups over the network in a fraction of a millisecond.
 
-    <group>              hash   version, as_of, entity, schema, export    written last: what readers go by
-    <group>:<entity>     hash   feature → text, _version, _export         one row; a null is a missing field
+    <group>              hash   version, as_of, entity, schema, ttl, export    written last: what readers go by
+    <group>:<entity>     hash   feature → text, _version, _as_of, _export      one row; a null is a missing field
+    <group>/expiring     zset   entity → as_of of each row that has a time to live
     <group>/lock                one export at a time
 
 Export n stamps its rows with n and then says n in the group's own hash. A row with a lower stamp is of an entity that
 has no row any more: readers take it for missing, and the export deletes it at its end. A row is replaced as a whole.
+Of an export with a time to live, Redis drops each row when it expires; that there was one is still known.
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ from tasks.core import layout
 from tasks.core.errors import ConfigError, DefinitionError, InputError, VersionConflict, VersionNotFound
 from tasks.core.manifest import Manifest
 from tasks.core.names import closest
+from tasks.core.own_columns import AS_OF
 from tasks.core.reading import data_files, live_manifests, opened
 from tasks.features.incremental import as_of_times
 from tasks.features.keys import read_keys
 from tasks.serving.catalogue import feature_names, newest
+from tasks.serving.freshness import expired, moment_of, time_to_live
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -34,7 +38,10 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 500
 LOCK_SECONDS = 60
 
-_VERSION, _EXPORT = "_version", "_export"
+_EXPIRING, _COMING = "expiring", "expiring-next"
+
+_VERSION, _EXPORT, _AS_OF = "_version", "_export", "_as_of"
+_MICROSECOND = dt.timedelta(microseconds=1)
 
 
 def connect(url: str) -> Redis:
@@ -60,24 +67,35 @@ def connect(url: str) -> Redis:
     return client
 
 
-def export_latest(root: str, group: str, url: str, *, on_written: Callable[[int], None] | None = None) -> int:
+def export_latest(
+    root: str,
+    group: str,
+    url: str,
+    *,
+    ttl_days: float | None = None,
+    on_written: Callable[[int], None] | None = None,
+) -> int:
     """Write the newest values of every entity of a group; doing it again changes nothing.
 
     Args:
         root: Root of the store.
         group: Feature group.
         url: Redis server.
+        ttl_days: Days after its as-of time at which a row expires: Redis drops it then, and readers say EXPIRED.
+            None: never.
         on_written: Told how many more rows were written.
 
     Returns:
-        Rows written.
+        Rows written; those that have expired by now aren't.
 
     Raises:
+        InputError: `ttl_days` is no number above 0.
         VersionNotFound: the group has no published version.
         VersionConflict: another export of the group is under way.
         CorruptVersion: a file of the version is missing, of another size, or can't be read.
 
     """
+    ttl, now = time_to_live(ttl_days), moment_of(None)
     manifest = newest(live_manifests(root, layout.feature_dataset(group)))
     if manifest is None:
         raise VersionNotFound(f"feature group '{group}' has no published version under {root}; run the flow first")
@@ -91,17 +109,19 @@ def export_latest(root: str, group: str, url: str, *, on_written: Callable[[int]
         number = int(client.hincrby(group, "begun", 1))
         rows = 0
         schema: pa.Schema | None = None
+        client.delete(f"{group}/{_COMING}")
         for table in _newest_rows(root, manifest):
             schema = table.schema
             for start in range(0, table.num_rows, ROWS_AT_ONCE):
                 piece = table.slice(start, ROWS_AT_ONCE)
-                _write(client, group, piece, {_VERSION: str(manifest.version), _EXPORT: str(number)})
+                stamps = {_VERSION: str(manifest.version), _EXPORT: str(number)}
+                written = _write(client, group, piece, stamps, ttl=ttl, now=now)
                 lock.reacquire()
-                rows += piece.num_rows
+                rows += written
                 if on_written is not None:
-                    on_written(piece.num_rows)
+                    on_written(written)
         assert schema is not None, "a published version has a file"
-        client.hset(group, mapping=_header(manifest, schema, number))
+        _hand_over(client, group, _header(manifest, schema, number, ttl_days))
         _delete_gone(client, group, number)
     except LockError as fault:
         raise VersionConflict(f"the export of '{group}' was overtaken by another one; export again") from fault
@@ -131,11 +151,18 @@ class RedisLookup:
             )
         self.schema: pa.Schema = pa.ipc.read_schema(pa.py_buffer(header[b"schema"]))
         self.entity = header[b"entity"].decode()
+        if b"ttl" not in header:
+            raise VersionNotFound(
+                f"feature group '{group}' in Redis is of an earlier release, without times: export it again"
+            )
         self.version = int(header[b"version"])
+        self.ttl = time_to_live(float(header[b"ttl"])) if header[b"ttl"] else None
         self.features: list[str] = json.loads(header[b"features"])
 
     def rows(self, keys: Iterable[Any], columns: Sequence[str]) -> pa.Table:
         """The values of some entities, one row a key in the order of the keys; nulls for a key without a row.
+
+        Of a row that Redis has dropped as expired, as_of is still there.
 
         Raises:
             DefinitionError: no such column was exported.
@@ -147,11 +174,13 @@ class RedisLookup:
                 raise DefinitionError(f"'{self._group}' in Redis has no '{name}'{closest(name, self.features)}")
         kind = self.schema.field(self.entity).type
         texts = read_keys(keys, kind, f"keys of '{self._group}' ('{self.entity}')").cast(pa.string()).to_pylist()
+        fields = [_AS_OF if name == AS_OF else name for name in columns]
         pipeline = self._client.pipeline(transaction=False)
         pipeline.hget(self._group, "export")
+        pipeline.zmscore(f"{self._group}/{_EXPIRING}", [text or "" for text in texts] or [""])
         for text in texts:
-            pipeline.hmget(f"{self._group}:{text}", [_EXPORT, *columns])
-        export, *found = pipeline.execute()
+            pipeline.hmget(f"{self._group}:{text}", [_EXPORT, *fields])
+        export, dropped, *found = pipeline.execute()
         valid = [
             row[0] is not None and int(row[0]) >= int(export) and text is not None
             for row, text in zip(found, texts, strict=True)
@@ -162,7 +191,14 @@ class RedisLookup:
                 self.schema.field(name).type,
             )
             for number, name in enumerate(columns, start=1)
+            if name != AS_OF
         }
+        if AS_OF in columns:
+            ticks = [
+                int(row[fields.index(_AS_OF) + 1]) if there else None if text is None or score is None else int(score)
+                for row, there, text, score in zip(found, valid, texts, dropped, strict=False)
+            ]
+            values[AS_OF] = pa.array(ticks, pa.timestamp("us", "UTC")).cast(self.schema.field(AS_OF).type)
         return pa.table(values, schema=pa.schema([self.schema.field(name) for name in columns]))
 
 
@@ -171,7 +207,7 @@ def _newest_rows(root: str, manifest: Manifest) -> Iterator[pa.Table]:
     import pyarrow.parquet as pq
 
     entity = manifest.definition["entity"]
-    columns = [entity, *feature_names(manifest)]
+    columns = [entity, *feature_names(manifest), AS_OF]
     for uri, file in zip(data_files(root, manifest), manifest.files, strict=True):
         with opened(uri, file.bytes) as source:
             table = pq.ParquetFile(source).read(columns=columns).select(columns)
@@ -179,14 +215,41 @@ def _newest_rows(root: str, manifest: Manifest) -> Iterator[pa.Table]:
         yield table.filter(last.to_arrow())
 
 
-def _write(client: Redis, group: str, table: pa.Table, stamps: Mapping[Any, Any]) -> None:
+def _write(
+    client: Redis,
+    group: str,
+    table: pa.Table,
+    stamps: Mapping[Any, Any],
+    *,
+    ttl: dt.timedelta | None,
+    now: dt.datetime,
+) -> int:
+    """Write rows, and when each expires; give the number of those that haven't yet."""
     entity = table.column_names[0]
-    texts = {name: _texts(table[name], name) for name in table.column_names}
+    ticks = table[AS_OF].cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_pylist()
+    late = expired(table[AS_OF], now, ttl)
+    texts = {name: _texts(table[name], name) for name in table.column_names if name != AS_OF}
     pipeline = client.pipeline(transaction=True)
     for number, key in enumerate(texts[entity]):
         row: dict[Any, Any] = {name: values[number] for name, values in texts.items() if values[number] is not None}
         pipeline.delete(f"{group}:{key}")
-        pipeline.hset(f"{group}:{key}", mapping={**row, **stamps})
+        if not late[number]:
+            pipeline.hset(f"{group}:{key}", mapping={**row, _AS_OF: ticks[number], **stamps})
+        if ttl is not None:
+            pipeline.zadd(f"{group}/{_COMING}", {str(key): ticks[number]})
+            if not late[number]:  # Redis takes a key away in the millisecond after the one that is named
+                pipeline.pexpireat(f"{group}:{key}", (ticks[number] + ttl // _MICROSECOND) // 1000)
+    pipeline.execute()
+    return int(len(late) - late.sum())
+
+
+def _hand_over(client: Redis, group: str, header: Mapping[Any, Any]) -> None:
+    """Let readers go by the new export."""
+    pipeline = client.pipeline(transaction=True)
+    pipeline.hset(group, mapping=dict(header))
+    pipeline.delete(f"{group}/{_EXPIRING}")
+    if client.exists(f"{group}/{_COMING}"):
+        pipeline.rename(f"{group}/{_COMING}", f"{group}/{_EXPIRING}")
     pipeline.execute()
 
 
@@ -202,13 +265,14 @@ def _typed(texts: list[bytes | None], kind: pa.DataType) -> pa.Array:
     return pa.array([None if text is None else text.decode() for text in texts], pa.string()).cast(kind)
 
 
-def _header(manifest: Manifest, schema: pa.Schema, number: int) -> dict[Any, Any]:
+def _header(manifest: Manifest, schema: pa.Schema, number: int, ttl_days: float | None) -> dict[Any, Any]:
     return {
         "entity": manifest.definition["entity"],
         "version": manifest.version,
         "as_of": max(moment.isoformat() for moment in as_of_times(manifest)) if as_of_times(manifest) else "",
         "features": json.dumps(feature_names(manifest)),
         "schema": schema.remove_metadata().serialize().to_pybytes(),
+        "ttl": "" if ttl_days is None else repr(float(ttl_days)),
         "exported_at": dt.datetime.now(dt.UTC).isoformat(),
         "export": number,
     }

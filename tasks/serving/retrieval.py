@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from tasks.features.keys import read_keys
 from tasks.serving.asof import join_asof
 from tasks.serving.canary import plant
 from tasks.serving.definition import ALL, FeatureReference, Pin
+from tasks.serving.freshness import STATUS, statuses, time_to_live
 from tasks.serving.history import TIME, History, read_bucket, resolve_history
 
 BUCKETS = 16
@@ -31,6 +31,7 @@ FEW = 10_000
 """Up to so many rows of a bucket, only the row groups that may have their entities are read."""
 
 _KEY = "\x00key"
+_THERE, _LATE = "\x00there", "\x00late"
 
 
 def retrieve(
@@ -43,6 +44,7 @@ def retrieve(
     strict: bool = False,
     known_at: bool = False,
     full_feature_names: bool = False,
+    include_status: bool = False,
 ) -> pa.Table:
     """Features as they were at each row's time.
 
@@ -55,6 +57,7 @@ def retrieve(
         strict: Whether as_of must be before the event time.
         known_at: Whether only features count that had been computed by the event time.
         full_feature_names: Whether each feature's column is named '<group>__<feature>', not only where names meet.
+        include_status: Whether to give the status of each value behind it, in a column '<feature>__status'.
 
     Returns:
         The spine's columns, its rows in their order, and behind them the features' columns.
@@ -76,14 +79,22 @@ def retrieve(
     histories = {key: resolve_history(root, key[0], features, key[1]) for key, features in asked.items()}
     columns = _columns(references, histories, spine, full=full_feature_names)
     times = _times(spine, event_time)
-    ttl = None if ttl_days is None else dt.timedelta(days=ttl_days)
+    ttl = time_to_live(ttl_days)
     found: dict[str, pa.ChunkedArray] = {}
     for key, history in histories.items():
         rows = pl.DataFrame({_KEY: _keys(spine, history), event_time: times}).rename({_KEY: history.entity})
-        features = _join(root, rows, history, event_time, ttl=ttl, strict=strict, known_at=known_at)
-        found |= {name: features[ref.feature] for name, ref in columns.items() if (ref.group, ref.pin) == key}
+        options: dict[str, Any] = {"entity": history.entity, "event_time": event_time, "ttl": ttl}
+        options |= {"strict": strict, "known_at": known_at}
+        features = _join(root, rows, history, options, with_status=include_status)
+        for name, ref in columns.items():
+            if (ref.group, ref.pin) == key:
+                found[name] = features[ref.feature]
+                if include_status:
+                    there, late = (features[mark].to_numpy().astype(np.bool_) for mark in (_THERE, _LATE))
+                    found[f"{name}{STATUS}"] = statuses(features[ref.feature], there, late)
     for name in columns:
-        spine = spine.append_column(name, found[name])
+        for column in (name, f"{name}{STATUS}") if include_status else (name,):
+            spine = spine.append_column(column, found[column])
     return spine
 
 
@@ -154,13 +165,11 @@ def _join(
     root: str,
     rows: pl.DataFrame,
     history: History,
-    event_time: str,
+    options: dict[str, Any],
     *,
-    ttl: dt.timedelta | None,
-    strict: bool,
-    known_at: bool,
+    with_status: bool,
 ) -> pa.Table:
-    """The history's features for each row, in the rows' order."""
+    """The history's features for each row, in the rows' order; with marks of which found a row, and an expired one."""
     keys = rows[history.entity].to_arrow(compat_level=pl.CompatLevel.oldest())
     schema = pa.schema([pa.field(name, history.types[name]) for name in history.features])
     # Versions without buckets would be read once for each.
@@ -174,14 +183,17 @@ def _join(
     def joined(number: int) -> pa.Table:
         own = parts[number]
         few = own[history.entity].drop_nulls() if own.height <= FEW else None
-        past = read_bucket(root, history, number, buckets, known_at=known_at, keys=few)
-        options: dict[str, Any] = {"entity": history.entity, "event_time": event_time, "ttl": ttl}
-        options |= {"strict": strict, "known_at": known_at}
+        past = read_bucket(root, history, number, buckets, known_at=options["known_at"], keys=few)
         found = join_asof(own, past, **options)
         plant(own, past, found, **options)
         features = past.select(history.features).to_arrow(compat_level=pl.CompatLevel.oldest()).cast(schema)
-        return features.take(pa.array(found, mask=found < 0))
+        taken = features.take(pa.array(found, mask=found < 0))
+        if not with_status:
+            return taken
+        there = join_asof(own, past, **{**options, "ttl": None}) >= 0
+        return taken.append_column(_THERE, pa.array(there)).append_column(_LATE, pa.array(there & (found < 0)))
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="retrieval") as pool:
         tables = list(pool.map(joined, [number for number in range(buckets) if parts[number].height]))
-    return pa.concat_tables([schema.empty_table(), *tables]).take(pa.array(np.argsort(order)))
+    marks = [pa.field(_THERE, pa.bool_()), pa.field(_LATE, pa.bool_())] if with_status else []
+    return pa.concat_tables([pa.schema([*schema, *marks]).empty_table(), *tables]).take(pa.array(np.argsort(order)))

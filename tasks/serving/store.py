@@ -9,6 +9,9 @@ Historical features are as they were known at each row's time; online features a
 
 from __future__ import annotations
 
+import datetime as dt
+import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,18 +19,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 
 from tasks.core import layout, storage
-from tasks.core.errors import DefinitionError, InputError, SourceError
+from tasks.core.errors import ConfigError, DefinitionError, InputError, SourceError
 from tasks.core.manifest import Manifest
 from tasks.core.names import closest
-from tasks.core.own_columns import EVENT_TIME
+from tasks.core.own_columns import AS_OF, EVENT_TIME
 from tasks.core.reading import live_manifests, resolve
 from tasks.features.keys import as_given
 from tasks.serving import catalogue
 from tasks.serving.catalogue import DatasetSummary, Description, VersionSummary
 from tasks.serving.definition import ALL, FeatureReference, Pin
+from tasks.serving.freshness import STATUS, expired, moment_of, statuses, time_to_live, without
 from tasks.serving.online import CACHE_BYTES, Lookup
 
 if TYPE_CHECKING:
@@ -47,6 +52,8 @@ class _Values(Protocol):
 
     @property
     def entity(self) -> str: ...
+    @property
+    def ttl(self) -> dt.timedelta | None: ...
     @property
     def features(self) -> Sequence[str]: ...
     def rows(self, keys: Iterable[Any], columns: Sequence[str]) -> pa.Table: ...
@@ -98,7 +105,11 @@ class FeatureStore:
     """A store under a root; reads only, keeps open what look-ups use, and may be shared by threads."""
 
     def __init__(
-        self, root: str = "data", *, refresh_seconds: float = REFRESH_SECONDS, cache_bytes: int = CACHE_BYTES
+        self,
+        root: str | os.PathLike[str] = "data",
+        *,
+        refresh_seconds: float = REFRESH_SECONDS,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """Remember where the store is.
 
@@ -108,7 +119,11 @@ class FeatureStore:
             cache_bytes: Decoded rows that look-ups keep in memory, for each group.
 
         """
-        self.root = storage.normalise(root)
+        if not isinstance(root, str | os.PathLike) or not str(root).strip():
+            raise ConfigError(f"root = {root!r}: give the path or s3:// URI of a store, such as 'data'")
+        _check_number("refresh_seconds", refresh_seconds)
+        _check_number("cache_bytes", cache_bytes)
+        self.root = storage.normalise(os.fspath(root))
         self._refresh_seconds = refresh_seconds
         self._cache_bytes = cache_bytes
         self._lookups: dict[tuple[str, Pin], _Held] = {}
@@ -119,14 +134,20 @@ class FeatureStore:
         """Every dataset under the root, by name."""
         return catalogue.summaries(self.root)
 
-    def describe(self, group: str, version: int | None = None) -> Description:
+    def describe(self, group: str, version: int | str | None = None) -> Description:
         """What a version of a dataset holds: its columns, times and origin; the latest if none is given.
 
+        Args:
+            group: Name of a dataset, or its last part.
+            version: Its number, as 3 or 'v3'.
+
         Raises:
+            ConfigError: the version is no number.
             VersionNotFound: there is no such dataset or version.
 
         """
-        return catalogue.describe(self.root, catalogue.find_dataset(self.root, group), version)
+        number = None if version in (None, "latest") else layout.version_number(version)
+        return catalogue.describe(self.root, catalogue.find_dataset(self.root, group), number)
 
     def versions(self, group: str) -> Sequence[VersionSummary]:
         """Every committed version of a dataset, ascending, also those that readers pass over.
@@ -146,6 +167,7 @@ class FeatureStore:
         strict: bool = False,
         known_at: bool = False,
         full_feature_names: bool = False,
+        include_status: bool = False,
     ) -> Features:
         """Features as they were at each row's time: the newest with as_of ≤ event_timestamp.
 
@@ -153,10 +175,11 @@ class FeatureStore:
             entity_df: Rows with the groups' entity keys and `event_timestamp`, in memory or as the URI of a Parquet or
                 CSV file. Other columns are kept as they are.
             features: References such as 'customer-features:total_spent', 'customer-features:*' or '…@v3'.
-            ttl_days: Features older than this are none.
+            ttl_days: Features with event_timestamp − as_of above this are none.
             strict: Whether as_of must be before the event time.
             known_at: Whether only features count that had been created by the event time.
             full_feature_names: Whether each feature's column is named '<group>__<feature>', not only where names meet.
+            include_status: As in `get_online_features`.
 
         Returns:
             The rows in their order, with the features' columns behind theirs; nulls where there were none in time.
@@ -164,12 +187,14 @@ class FeatureStore:
         Raises:
             DefinitionError: a reference is none, or the group or feature doesn't exist.
             VersionNotFound: a pinned version doesn't exist.
-            SourceError: a column of the rows is missing.
+            InputError: another argument isn't what it must be.
+            SourceError: a column of the rows is missing, or they can't be read.
 
         """
         from tasks.serving.retrieval import retrieve
 
-        references = [FeatureReference.parse(text) for text in features]
+        references = _references(features)
+        time_to_live(ttl_days)
         for reference in references:
             self._check(reference)
         return Features(
@@ -182,6 +207,7 @@ class FeatureStore:
                 strict=strict,
                 known_at=known_at,
                 full_feature_names=full_feature_names,
+                include_status=include_status,
             )
         )
 
@@ -192,28 +218,35 @@ class FeatureStore:
         *,
         full_feature_names: bool = False,
         from_redis: str | None = None,
+        ttl_days: float | None = None,
+        now: dt.datetime | None = None,
+        include_status: bool = False,
     ) -> Features:
         """The newest features of some entities, without loading the dataset.
 
         Args:
             features: References, as `get_historical_features` takes them.
-            entity_rows: [{'customer_id': 17}, …], or {'customer_id': [17, …]}.
+            entity_rows: [{'customer_id': 17}, …], {'customer_id': [17, …]}, or a pandas, Polars or Arrow table.
             full_feature_names: As in `get_historical_features`.
             from_redis: URL of a Redis server that the groups were exported to, to read from it instead of the files.
+            ttl_days: Values with now − as_of above this are none; those of Redis also after the export's own ttl_days.
+            now: Time to measure ages by, with a time zone; the clock's if none is given.
+            include_status: Whether to give a column '<feature>__status' behind each feature's: PRESENT, NULL, EXPIRED
+                or NOT_FOUND.
 
         Returns:
-            The keys as they were given and the features' columns, one row an entity; nulls for one that is unknown.
+            The keys as they were given and the features' columns, one row an entity; nulls for one that is unknown or
+            whose values have expired.
 
         Raises:
             DefinitionError: a reference is none, or the group or feature doesn't exist.
-            InputError: a group's entity key isn't given, or is of the wrong type.
+            InputError: a group's entity key isn't given, or is of the wrong type; or another argument isn't what it
+                must be.
             VersionNotFound: a pinned version doesn't exist.
 
         """
-        keys = _columns(entity_rows)
-        references = [FeatureReference.parse(text) for text in features]
-        if not references:
-            raise DefinitionError("no features are asked for; give some, such as customer-features:*")
+        keys, references = _columns(entity_rows), _references(features)
+        ttl, moment = time_to_live(ttl_days), moment_of(now)
         values = {(ref.group, ref.pin): self._values(ref.group, ref.pin, from_redis) for ref in references}
         spelled = _spelled_out(references, values)
         names = _names(spelled, full=full_feature_names)
@@ -225,14 +258,18 @@ class FeatureStore:
                     f"{closest(source.entity, list(keys))}"
                 )
             own = [ref.feature for ref in spelled if (ref.group, ref.pin) == (group, pin)]
-            table = source.rows(keys[source.entity], list(dict.fromkeys(own)))
-            found |= {
-                name: table[ref.feature]
-                for name, ref in zip(names, spelled, strict=True)
-                if (ref.group, ref.pin) == (group, pin)
-            }
+            table = source.rows(keys[source.entity], list(dict.fromkeys([*own, AS_OF])))
+            # Redis drops what has expired by the clock, whatever time the caller measures by.
+            late = expired(table[AS_OF], moment, ttl) | expired(table[AS_OF], moment_of(None), source.ttl)
+            there = table[AS_OF].is_valid().to_numpy().astype(np.bool_)
+            for name, ref in zip(names, spelled, strict=True):
+                if (ref.group, ref.pin) == (group, pin):
+                    found[name] = without(table[ref.feature], late)
+                    if include_status:
+                        found[f"{name}{STATUS}"] = statuses(table[ref.feature], there, late)
         given = {name: as_given(some, f"values of '{name}'") for name, some in keys.items()}
-        table = pa.table({**given, **{name: found[name] for name in names}})
+        columns = [f"{name}{end}" for name in names for end in (("", STATUS) if include_status else ("",))]
+        table = pa.table({**given, **{name: found[name] for name in columns}})
         return Features(lambda: table)
 
     def _values(self, group: str, pin: Pin, from_redis: str | None) -> _Values:
@@ -299,6 +336,10 @@ class _Held:
         return self.lookup.entity
 
     @property
+    def ttl(self) -> None:
+        """Files keep their values for ever."""
+
+    @property
     def features(self) -> Sequence[str]:
         return catalogue.feature_names(self.lookup.manifest)
 
@@ -335,29 +376,64 @@ def _names(references: Sequence[FeatureReference], *, full: bool) -> list[str]:
     return names
 
 
-def _columns(entity_rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+def _references(features: Sequence[str]) -> list[FeatureReference]:
+    if isinstance(features, str) or not isinstance(features, Iterable):
+        raise DefinitionError(f"features = {features!r}: give a list, such as ['customer-features:*']")
+    references = [FeatureReference.parse(text) for text in features]
+    if not references:
+        raise DefinitionError("no features are asked for; give some, such as customer-features:*")
+    return references
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ConfigError(f"{name} = {value!r}: give a number of at least 0")
+
+
+def _columns(entity_rows: Any) -> dict[str, Any]:
+    """Keys by their columns' names, of entities in any of the forms that they are taken in."""
+    if not isinstance(entity_rows, Mapping | list | tuple):
+        table = _table(entity_rows)
+        return {name: table[name] for name in table.column_names}
+    if not entity_rows:
+        raise InputError("no entities are asked for; give some, such as {'customer_id': [17]}")
     if isinstance(entity_rows, Mapping):
+        for name, values in entity_rows.items():
+            if isinstance(values, str | bytes) or not hasattr(values, "__len__"):
+                raise InputError(f"'{name}' is {values!r}; give a list of keys, such as {{'{name}': [17]}}")
         lengths = {name: len(values) for name, values in entity_rows.items()}
         if len(set(lengths.values())) > 1:
             raise InputError(f"entity keys are of different lengths: {lengths}; give each row a value of every key")
         return dict(entity_rows)
+    for number, row in enumerate(entity_rows):
+        if not isinstance(row, Mapping):
+            raise InputError(f"row {number} of the entities is {row!r}; give each as {{'customer_id': 17}}")
     names = list(dict.fromkeys(name for row in entity_rows for name in row))
-    return {name: [row.get(name) for row in entity_rows] for name in names}
+    for number, row in enumerate(entity_rows):
+        for name in names:
+            if name not in row:
+                raise InputError(
+                    f"row {number} of the entities has no '{name}', as others have; give None where it has none"
+                )
+    return {name: [row[name] for row in entity_rows] for name in names}
 
 
 def _table(entity_df: pa.Table | pd.DataFrame | pl.DataFrame | str) -> pa.Table:
     """Rows as an Arrow table; a URI is read."""
     if isinstance(entity_df, str):
-        return _read(entity_df)
+        return _single(_read(entity_df))
     if isinstance(entity_df, pa.Table):
-        return entity_df
+        return _single(entity_df)
     import pandas as pd
     import polars as pl
 
     if isinstance(entity_df, pl.DataFrame):
         return entity_df.to_arrow()
     if isinstance(entity_df, pd.DataFrame):
-        return pa.Table.from_pandas(entity_df, preserve_index=False)
+        try:
+            return pa.Table.from_pandas(entity_df, preserve_index=False)
+        except (pa.ArrowException, ValueError, TypeError) as fault:
+            raise SourceError(f"the rows can't be read: {fault}; give each column values of one type") from fault
     raise InputError(
         f"rows of type {type(entity_df).__name__} can't be read; give a pandas, Polars or Arrow table, or a URI"
     )
@@ -377,8 +453,22 @@ def _read(uri: str) -> pa.Table:
         if not info.uri.lower().endswith(".parquet"):
             texts.append(info)
             continue
-        with storage.open_input(info.uri) as source:
-            tables.append(pq.ParquetFile(source).read())
+        try:
+            with storage.open_input(info.uri) as source:
+                tables.append(pq.ParquetFile(source).read())
+        except pa.ArrowInvalid as fault:
+            raise SourceError(f"{info.uri} can't be read: {fault}; mend or remove the file") from fault
     if texts:
         tables.append(read_csv("rows", uri, texts))
-    return pa.concat_tables(tables, promote_options="permissive")
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as fault:
+        raise SourceError(f"the files at {uri!r} don't have the same columns: {fault}") from fault
+
+
+def _single(table: pa.Table) -> pa.Table:
+    """The table, if each of its columns has a name of its own."""
+    twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+    if twice:
+        raise SourceError(f"the rows have several columns named '{twice[0]}'; rename or leave out all but one")
+    return table

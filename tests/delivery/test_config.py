@@ -46,6 +46,11 @@ def test_the_copy_is_named_after_the_dataset(settings: dict[str, str], name: str
     assert DeliveryConfig(**settings).dataset_name == name
 
 
+@pytest.mark.parametrize("version", ["v3", "3", 3])
+def test_a_version_is_named_with_or_without_v(version: object) -> None:
+    assert DeliveryConfig.model_validate({"version": version}).version == 3
+
+
 def test_names_come_from_a_command_line_with_commas() -> None:
     config = DeliveryConfig(features="total_*, age", exclude="city")
     assert config.features == ("total_*", "age")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import time
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -77,6 +79,44 @@ def test_an_export_that_was_stopped_leaves_whole_rows_and_is_finished_by_the_nex
     assert export_latest(root, GROUP, url) == 2000, "the lock of an export that was stopped is free again"
     found = RedisLookup(GROUP, url).rows([999, 1000, 2999], ["total_spent"])
     assert found["total_spent"].to_pylist() == [None, 1_000_001.0, 2_999_001.0]
+
+
+def recent(*ages: dt.timedelta) -> list[dt.datetime]:
+    now = dt.datetime.now(dt.UTC)
+    return [now - age for age in ages]
+
+
+def test_rows_expire_and_are_told_from_those_that_never_were(tmp_path: Path, url: str) -> None:
+    root, client, hour = str(tmp_path), redis.Redis.from_url(url), dt.timedelta(hours=1)
+    old, young = recent(30 * hour, hour)
+    publish_features(root, pl.concat([customers(range(5), [old]), customers(range(5, 10), [young])]))
+    assert export_latest(root, GROUP, url, ttl_days=1) == 5, "what has expired isn't written"
+    assert 22.9 < client.pttl(f"{GROUP}:7") / 3_600_000 < 23, "Redis drops a row a day after its as-of time"
+    features = [f"{GROUP}:orders"]
+
+    def statuses(**options: Any) -> list[str]:
+        store = FeatureStore(root)
+        rows = {ENTITY: [1, 7, 99, None]}
+        return store.get_online_features(features, rows, include_status=True, **options).to_dict()["orders__status"]
+
+    expected = ["EXPIRED", "PRESENT", "NOT_FOUND", "NOT_FOUND"]
+    assert statuses(from_redis=url) == statuses(from_redis=url, ttl_days=9) == statuses(ttl_days=1) == expected
+    assert statuses(from_redis=url, ttl_days=1 / 48)[:2] == ["EXPIRED", "EXPIRED"]
+    aging = (dt.datetime.now(dt.UTC) - young + dt.timedelta(seconds=1)) / dt.timedelta(days=1)
+    assert export_latest(root, GROUP, url, ttl_days=aging) == 5
+    assert statuses(from_redis=url)[1] == "PRESENT"
+    while client.exists(f"{GROUP}:7"):
+        time.sleep(0.05)
+    assert statuses(from_redis=url) == statuses(from_redis=url, now=young) == ["EXPIRED", "EXPIRED", *expected[2:]]
+    export_latest(root, GROUP, url)
+    assert statuses(from_redis=url) == statuses() == ["PRESENT", "PRESENT", "NOT_FOUND", "NOT_FOUND"]
+    assert client.pttl(f"{GROUP}:7") == -1
+    assert not client.exists(f"{GROUP}/expiring")
+    client.hdel(GROUP, "ttl")
+    with pytest.raises(VersionNotFound, match="of an earlier release, without times: export it again"):
+        RedisLookup(GROUP, url)
+    with pytest.raises(InputError, match="ttl_days = -1"):
+        export_latest(root, GROUP, url, ttl_days=-1)
 
 
 def test_one_export_at_a_time(tmp_path: Path, url: str) -> None:

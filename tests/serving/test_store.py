@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import pyarrow as pa
 import pytest
 
 from tasks.core import layout, storage
-from tasks.core.errors import CorruptVersion, DefinitionError, InputError, SourceError, VersionNotFound
+from tasks.core.errors import ConfigError, CorruptVersion, DefinitionError, InputError, SourceError, VersionNotFound
 from tasks.core.withdrawal import withdraw
 from tasks.serving.store import FeatureStore
-from tests.serving.feature_versions import ENTITY, GROUP, customers, days, publish_features
+from tests.serving.feature_versions import DAY, ENTITY, GROUP, customers, days, publish_features
 
 DATASET = layout.feature_dataset(GROUP)
+BAD_DAYS = [-1, 0, float("nan"), float("inf"), True, "30", 1e9]
 PRODUCTS = "product-features"
 
 
@@ -117,6 +119,92 @@ def test_mistakes_get_errors_that_name_the_cure(
         store.get_online_features(features, rows)
 
 
+NOW = DAY + dt.timedelta(days=32)  # the newest values are 30 days old
+
+
+@pytest.mark.parametrize(
+    ("late", "statuses", "value"),
+    [
+        (0, ["PRESENT", "NULL", "NOT_FOUND", "NOT_FOUND"], 7002.0),  # exactly as old as it may be
+        (1, ["EXPIRED", "EXPIRED", "NOT_FOUND", "NOT_FOUND"], None),  # a microsecond older
+    ],
+)
+def test_values_expire_alike_in_look_ups_and_at_a_time(
+    root: str, late: int, statuses: list[str], value: float | None
+) -> None:
+    spent = pl.when(pl.col(ENTITY) != 8).then("total_spent").alias("total_spent")
+    publish_features(root, customers(range(10), days(0, 2)).with_columns(spent))
+    store, now = FeatureStore(root), NOW + dt.timedelta(microseconds=late)
+    keys = [7, 8, 99, None]
+    features: Any = {"features": [f"{GROUP}:total_spent"], "ttl_days": 30, "include_status": True}
+    online = store.get_online_features(entity_rows={ENTITY: keys}, now=now, **features).to_dict()
+    assert online == {ENTITY: keys, "total_spent": [value, None, None, None], "total_spent__status": statuses}
+    spine = pl.DataFrame({ENTITY: keys, "event_timestamp": [now] * 4})
+    past = store.get_historical_features(spine, **features).to_dict()
+    assert {name: past[name] for name in online} == online
+    without = store.get_online_features([f"{GROUP}:total_spent"], {ENTITY: keys}, ttl_days=30, now=now).to_dict()
+    assert without == {ENTITY: keys, "total_spent": [value, None, None, None]}
+    ever = store.get_online_features([f"{GROUP}:*"], {ENTITY: keys}, include_status=True).to_dict()
+    assert ever["total_spent__status"] == ["PRESENT", "NULL", "NOT_FOUND", "NOT_FOUND"]
+    assert list(ever) == [ENTITY, *(f"{n}{end}" for n in ("total_spent", "orders", "city") for end in ("", "__status"))]
+
+
+def test_a_status_at_a_time_tells_expired_from_not_yet_there(store: FeatureStore) -> None:
+    found = store.get_historical_features(
+        pl.DataFrame(SPINE), [f"{GROUP}:city"], ttl_days=2, strict=True, include_status=True
+    )
+    assert found.to_dict()["city__status"] == ["PRESENT", "EXPIRED", "NOT_FOUND"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *(({"ttl_days": days}, r"ttl_days = .*number of days above 0") for days in BAD_DAYS),
+        ({"now": dt.datetime(2024, 1, 1)}, r"datetime with a time zone"),
+        ({"now": dt.datetime(2999, 1, 1, tzinfo=dt.UTC)}, r"now = 2999.* is in the future"),
+        ({"features": f"{GROUP}:city"}, r"give a list"),
+        ({"features": [1]}, r"'1' names no feature"),
+        ({"entity_rows": []}, r"no entities are asked for"),
+        ({"entity_rows": {ENTITY: 17}}, r"give a list of keys, such as \{'customer_id': \[17\]\}"),
+        ({"entity_rows": {ENTITY: "17"}}, r"give a list of keys"),
+        ({"entity_rows": [{ENTITY: 1}, {"custmer_id": 2}]}, r"row 0 of the entities has no 'custmer_id'"),
+        ({"entity_rows": [17]}, r"row 0 of the entities is 17"),
+        ({"entity_rows": 17}, r"rows of type int can't be read"),
+    ],
+)
+def test_arguments_of_look_ups_that_can_not_be_meant(store: FeatureStore, arguments: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        store.get_online_features(**{"features": [f"{GROUP}:city"], "entity_rows": {ENTITY: [1]}, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"root": ""}, "give the path"),
+        ({"root": None}, "give the path"),
+        ({"refresh_seconds": -1}, "refresh_seconds = -1"),
+        ({"cache_bytes": float("nan")}, "cache_bytes = nan"),
+    ],
+)
+def test_a_store_that_can_not_be(arguments: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FeatureStore(**arguments)
+
+
+@pytest.mark.parametrize("version", [1, "1", "v1"])
+def test_a_version_is_named_as_one_likes(store: FeatureStore, version: Any) -> None:
+    assert FeatureStore(Path(store.root)).describe(GROUP, version).version == 1
+    found = store.get_online_features([f"{GROUP}:total_spent@{version}"], {ENTITY: [7]})
+    assert found.to_dict()["total_spent"] == [7001.0]
+    with pytest.raises(ConfigError, match="no version; write it as v3 or 3"):
+        store.describe(GROUP, f"{version}.5")
+
+
+def test_entities_may_be_a_table(store: FeatureStore) -> None:
+    for table in (pa.table({ENTITY: [3]}), pl.DataFrame({ENTITY: [3]}), pd.DataFrame({ENTITY: [3]})):
+        assert store.get_online_features([f"{GROUP}:orders"], table).to_dict() == {ENTITY: [3], "orders": [3]}
+
+
 def test_a_root_without_anything_says_so(tmp_path: Path) -> None:
     store = FeatureStore(str(tmp_path / "nothing"))
     assert list(store.list()) == []
@@ -151,6 +239,19 @@ def test_rows_may_be_a_file(store: FeatureStore, tmp_path: Path, kind: str) -> N
     assert found.to_dict()["total_spent"] == [7001.0, 8002.0, None]
     with pytest.raises(SourceError, match="no Parquet or CSV file"):
         store.get_historical_features(f"{uri}.gone", [f"{GROUP}:total_spent"]).to_arrow()
+
+
+def test_rows_that_can_not_be_read(store: FeatureStore, tmp_path: Path) -> None:
+    def fails(rows: Any, message: str, **options: Any) -> None:
+        with pytest.raises(InputError, match=message):
+            store.get_historical_features(rows, [f"{GROUP}:city"], **options).to_arrow()
+
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1")
+    fails(str(tmp_path / "cut.parquet"), r"cut.parquet can't be read: .*mend or remove the file")
+    twice = pa.table([[1], [1], days(0)], names=[ENTITY, ENTITY, "event_timestamp"])
+    fails(twice, r"several columns named 'customer_id'")
+    fails(pd.DataFrame({ENTITY: [1, "a"], "event_timestamp": days(0, 1)}), r"values of one type")
+    fails(pa.table(SPINE), r"ttl_days = -1", ttl_days=-1)
 
 
 def test_a_ray_dataset_of_historical_features(store: FeatureStore, ray_cluster: None) -> None:
