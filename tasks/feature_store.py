@@ -62,8 +62,9 @@ _CURES = {
 def prepare_sources(config: FeatureStoreConfig) -> FeatureStoreConfig:
     """Make the sample if no source is given; the configuration with every URI spelled out."""
     labels = label_groups(config.models) if config.models is not None else []
-    check_mappings(with_uris(declared(config), config), labels)
-    if not needs_sample(declared(config), config):
+    definitions = declared(config)
+    check_mappings(with_uris(definitions, config), labels)
+    if not needs_sample(definitions, config):
         return config
     uris = write_sample(config.root, config.sample_transactions, config.seed)
     get_run_logger().info("No transactions are given: using the sample in %s", uris["transactions"])
