@@ -40,6 +40,12 @@ _JOINS: dict[frozenset[Kind], Kind] = {
     frozenset(("integer", "float")): "float",
     frozenset(("date", "timestamp")): "timestamp",
 }
+_TIME = pl.Datetime("us", "UTC")
+_FORMS = (
+    *("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M:%S%.f%#z", "%Y-%m-%d"),
+    *("%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M%#z"),
+)
+"""No text is of two of them."""
 _NO_FLOAT = r"^[+-]?0[0-9]|^\+|^-?[0-9]+$"
 """A leading zero or plus, and digits alone: an identifier, or an integer of another size."""
 
@@ -162,16 +168,23 @@ def parsed_time(text: pl.Expr, timezone: str) -> pl.Expr:
         timezone: IANA zone of those without an offset.
 
     """
+    return text.map_batches(lambda values: _parsed(values.cast(pl.String), timezone), return_dtype=_TIME)
+
+
+def _parsed(text: pl.Series, timezone: str) -> pl.Series:
+    """Times in UTC; as a rule all are of one form, so that the other forms needn't be tried."""
     iso = text.str.strip_chars().str.replace("T", " ", literal=True).str.replace(r"[Zz]$", "+00:00")
-    zoned = [
-        iso.str.to_datetime(form, time_unit="us", strict=False, ambiguous="earliest").dt.convert_time_zone("UTC")
-        for form in ("%Y-%m-%d %H:%M:%S%.f%#z", "%Y-%m-%d %H:%M%#z")
-    ]
-    naive = pl.coalesce(
-        iso.str.to_datetime(form, time_unit="us", strict=False)
-        for form in ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d")
-    )
-    return pl.coalesce(*zoned, localised(naive, timezone))
+    found = pl.Series(text.name, dtype=_TIME).extend_constant(None, len(text))
+    for form in _FORMS:
+        if found.null_count() == text.null_count():
+            break
+        times = iso.str.to_datetime(form, time_unit="us", strict=False, ambiguous="earliest")
+        if times.null_count() == len(times):
+            continue
+        if times.dtype != _TIME:
+            times = times.to_frame("x").select(localised(pl.col("x"), timezone))["x"]
+        found = found.zip_with(found.is_not_null(), times)
+    return found
 
 
 def localised(naive: pl.Expr, timezone: str) -> pl.Expr:
