@@ -482,7 +482,12 @@ def _path_values(source: str, uri: str) -> dict[str, str | None]:
 def _csv_schema(uri: str) -> tuple[pa.Schema, bool]:
     """Names of the columns, and whether there are no rows; the beginning must be text in UTF-8."""
     with _open_text(uri) as stream:
-        head = stream.read(_HEAD)
+        try:
+            head = stream.read(_HEAD)
+        except OSError as fault:
+            if is_transient(fault) or not uri.lower().endswith(".gz"):
+                raise
+            raise pa.ArrowInvalid(f"it can't be decompressed: {fault}") from fault
     header = head.split(b"\n", 1)[0].decode("utf-8-sig")
     if not header.strip():
         raise pa.ArrowInvalid("the file is empty: it has not even a header")

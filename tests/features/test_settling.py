@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import random
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.core.errors import SourceError
+from tasks.core.listing import list_files
 from tasks.core.missing import DEFAULT, missing_values
 from tasks.features import sources
 from tasks.features.plan import key_type_of, units_of
 from tasks.features.rows import ColumnPlan, RowPlan, judge
-from tasks.features.settling import settled
+from tasks.features.settling import read_csv, settled
 from tasks.features.sources import SourceTable, inspect, read, read_units
 from tasks.features.texts import EXACT, TYPES, as_type, join, kind_of, polars_type
 
@@ -171,6 +173,24 @@ def test_what_is_given_is_missing_everywhere_and_nothing_else_but_blanks(tmp_pat
     )
     frame = pl.concat(piece.frame for unit in units for piece in read(unit))
     assert frame.rows() == [("-", None), (None, "-"), (None, "7")]
+
+
+# Tables that are read as a whole
+
+
+def test_a_table_of_csv_is_read_with_types_that_hold(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,n,at\n" + "".join(f"{line},2024-01-31\n" for line in LONG.split()))
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(b"id,n,at\n02139,y,NA\n"))
+    table = read_csv("rows", str(tmp_path), list_files(str(tmp_path)))
+    assert table.num_rows == 150_001
+    assert table.slice(150_000).to_pylist() == [{"id": "02139", "n": "y", "at": None}]
+    assert pa.types.is_date(table.schema.field("at").type)
+
+
+def test_a_line_of_another_number_of_fields_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,n\n1,2\n1,2,3\n")
+    with pytest.raises(SourceError, match=r"a\.csv has a line of another number of fields.* 2: '1,2,3'; correct it"):
+        read_csv("rows", str(tmp_path), list_files(str(tmp_path)))
 
 
 # Columns of the path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import gzip
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,6 +79,7 @@ WRONG: list[tuple[str, dict[str, bytes | pa.Table], str]] = [
     ("a header in Latin-1", {"x__csv": "größe\n1\n".encode("latin-1")}, r"x\.csv can't be read as csv: .*utf-8"),
     ("Parquet of no bytes", {"x__parquet": b""}, r"x\.parquet can't be read as parquet: .*0 bytes"),
     ("CSV named Parquet", {"x__parquet": CSV}, r"x\.parquet can't be read as parquet: .*another format"),
+    ("CSV named gzip", {"x__csv__gz": CSV}, r"x\.csv\.gz can't be read as csv: it can't be decompressed"),
     ("a column twice", {"x__csv": b"id,id\n1,2\n"}, r"x\.csv has several columns named 'id'; rename or remove one"),
     ("one of many is broken", {"x__csv": CSV, "y__parquet": CSV}, r"y\.parquet can't be read"),
 ]
@@ -105,6 +107,11 @@ def test_a_csv_file_that_breaks_further_down(tmp_path: Path) -> None:
     table = inspect("events", write(tmp_path, x__csv=b"id,name\n" + good + b"1,K\xf6ln\n"))
     with pytest.raises(SourceError, match=r"x\.csv can't be read as csv: .*UTF8"):
         rows_of(table, ("id", "name"))
+
+
+def test_compressed_csv(tmp_path: Path) -> None:
+    table = inspect("events", write(tmp_path, x__csv__gz=gzip.compress(CSV)))
+    assert rows_of(table, ("id", "name")) == [("1", "a"), ("2", "b")]
 
 
 CSV_TEXT: list[tuple[str, bytes, list[tuple[object, ...]]]] = [
