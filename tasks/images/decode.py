@@ -59,7 +59,7 @@ from tasks.images.parts import (
     check_scans,
     check_tiff_parts,
     check_tiles,
-    first_of_gif,
+    picture_end,
     png_picture,
 )
 from tasks.images.samples import Scale, declared_scale, in_whole_range
@@ -152,8 +152,6 @@ class Decoder:
         return Decoded(pixels, "JPEG")
 
     def _decode_by_pillow(self, data: bytes | memoryview) -> Decoded | Rejection:
-        if data[:4] == b"GIF8":
-            data = first_of_gif(data)
         with _pillow(self._max_pixels):
             image = _identify(data, self._max_pixels)
             if isinstance(image, Rejection):
@@ -171,6 +169,8 @@ class Decoder:
                 if isinstance(image, TiffImagePlugin.TiffImageFile):
                     check_tiff_parts(image.tag_v2, data)
                     _mend_byte_order(image)
+                if (end := picture_end(name, data)) is not None:
+                    _read_until(image, io.BytesIO(data[:end]))
                 _scale_clear_colour(image)
                 image.load()
                 return Decoded(self._painted(image, data), name)
@@ -372,6 +372,14 @@ def _scale_clear_colour(image: ImageFile.ImageFile) -> None:
                 image.info["transparency"] = clear * 17
             case "RGB;16B":
                 image.info["transparency"] = tuple(value >> 8 for value in clear)
+
+
+def _read_until(image: ImageFile.ImageFile, start: io.BytesIO) -> None:
+    """Let an image's decoder have no more than the start of its file; a TGA reads its footer after that."""
+    if image.format == "QOI":
+        image.fp = start  # its decoder reads by itself
+    else:
+        vars(image).update(load_read=start.read, load_seek=start.seek)
 
 
 def _mend_byte_order(image: TiffImagePlugin.TiffImageFile) -> None:

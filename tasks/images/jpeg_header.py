@@ -123,6 +123,6 @@ def _send(scan: bytes, lacking: dict[int, list[int]]) -> None:
         bits = lacking.get(ink, [])
         if len(bits) == 1:  # all at once
             bits[0] = 0
-        for coefficient in range(first, min(last + 1, len(bits))):
-            if known in (0, bits[coefficient]):  # else it refines what was never sent
-                bits[coefficient] = low_bit
+        these = slice(first, max(first, last + 1))
+        if known == 0 or set(bits[these]) == {known}:  # else it refines what was never sent
+            bits[these] = [low_bit] * len(bits[these])

@@ -149,26 +149,43 @@ def _png_size(header: memoryview) -> int:
     return total
 
 
-# --- GIF ---
+# --- what follows the picture ---
+
+_PCX_PALETTE = 1 + 3 * 256
+_QOI_END = bytes(7) + b"\1"
+_TGA_FOOTER, _TGA_NAME = 26, b"TRUEVISION-XFILE.\0"
 
 
-def first_of_gif(data: bytes | memoryview) -> bytes | memoryview:
-    """Cut a GIF after its first picture, as a decoder that misses pixels of it would look for them in the others.
+def picture_end(name: str, data: bytes | memoryview) -> int | None:
+    """Where the bytes of the first picture end at the latest; None if the format doesn't tell.
 
-    Returns:
-        The file up to that picture's end, and an end mark; or all of it, if there is no such end.
+    A decoder that misses pixels would go on with what follows: another picture, a palette, or a footer.
+
+    Args:
+        name: The format's name.
+        data: The file.
 
     """
+    end = None
+    if name == "GIF":
+        end = _gif_end(data)
+    elif name == "PCX" and len(data) > _PCX_PALETTE and data[-_PCX_PALETTE] == 12 and (data[3], data[65]) == (8, 1):
+        end = len(data) - _PCX_PALETTE
+    elif name == "QOI" and bytes(data[-len(_QOI_END) :]) == _QOI_END:
+        end = len(data) - len(_QOI_END)
+    elif name == "TGA" and bytes(data[-len(_TGA_NAME) :]) == _TGA_NAME:
+        end = len(data) - _TGA_FOOTER
+    return end
+
+
+def _gif_end(data: bytes | memoryview) -> int | None:
     try:
         at = 13 + _colours(data[10])
         while data[at] == 0x21:  # an extension
             at = _after_blocks(data, at + 2)
-        if data[at] != 0x2C:
-            return data
-        end = _after_blocks(data, at + 11 + _colours(data[at + 9]))
+        return _after_blocks(data, at + 11 + _colours(data[at + 9])) if data[at] == 0x2C else None
     except IndexError:
-        return data
-    return bytes(data[:end]) + b";"
+        return None
 
 
 def _colours(flags: int) -> int:

@@ -321,6 +321,34 @@ def test_a_strip_that_ends_early_is_truncated(mode: str, compression: str, share
 
 # --- all others ---
 
+
+def test_the_footer_of_a_tga_may_say_that_it_has_no_alpha() -> None:
+    data = encoded(in_mode("RGBA"), "TGA")
+    extension = struct.pack("<H", 495) + bytes(493)  # its last byte is the kind of alpha
+    footer = struct.pack("<II", len(data) - 26, 0) + data[-18:]
+    opaque = data[:-26] + extension + footer
+    assert np.array_equal(pixels_of(opaque), reference(opaque))
+    assert not np.array_equal(pixels_of(opaque), pixels_of(data))
+
+
+# Of rows so short that what follows the picture could be one.
+FOLLOWED: dict[str, tuple[str, dict[str, object], int]] = {
+    "TGA": ("RGB", {}, 14),
+    "packed TGA": ("L", {"compression": "tga_rle"}, 14),
+    "PCX": ("P", {}, 10),
+    "QOI": ("RGB", {}, 11),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+@pytest.mark.parametrize("width", [1, 2, 5, 8])
+def test_what_follows_a_picture_is_no_row_of_it(name: str, width: int) -> None:
+    mode, options, at = FOLLOWED[name]
+    data = encoded(in_mode(mode, scene(30, width)), name.rsplit(maxsplit=1)[-1], **options)
+    assert np.array_equal(pixels_of(data), reference(data))
+    assert rejection_of(data[:at] + bytes([data[at] + 1]) + data[at + 1 :]).reason == "truncated"
+
+
 TALLER: dict[str, tuple[str, dict[str, object], Callable[[bytes], bytes]]] = {
     "PPM": ("RGB", {}, lambda data: data.replace(b"53 37", b"53 38")),
     "PGM": ("L", {}, lambda data: data.replace(b"53 37", b"53 38")),
