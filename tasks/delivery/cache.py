@@ -32,6 +32,7 @@ from tasks.core.digests import PATTERN, Digest
 from tasks.core.disk import told_if_full
 from tasks.core.errors import ConfigError, CorruptVersion
 from tasks.core.manifest import FileEntry
+from tasks.delivery.arguments import place, whole_number
 from tasks.delivery.mapped import CURE
 
 DEFAULT_BYTES = 50 * 10**9
@@ -53,6 +54,33 @@ def default_directory() -> Path:
     """Where files are kept if nothing else is said: in the user's cache directory."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # to be passed over unless absolute, says its specification
     return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "training-data-pipelines"
+
+
+def local_directory(cache_dir: str | os.PathLike[str] | None) -> Path:
+    """The directory that an argument means: None is `default_directory()`.
+
+    Raises:
+        ConfigError: it is no path, an empty one, or a URI.
+    """
+    if cache_dir is None:
+        return default_directory()
+    cure = f"name a directory on a local disk, or leave it out for '{default_directory()}'"
+    name = place("cache_dir", cache_dir, cure)
+    if "://" in name:
+        raise ConfigError(f"cache_dir = {name!r}: {cure}")
+    return Path(name).expanduser().absolute()
+
+
+def limit_of(cache_bytes: int | None) -> int:
+    """The bytes that an argument means: None is `DEFAULT_BYTES`.
+
+    Raises:
+        ConfigError: it is no whole number above 0.
+    """
+    if cache_bytes is None:
+        return DEFAULT_BYTES
+    cure = "give the bytes that files may use, a whole number above 0"
+    return whole_number("cache_bytes", cache_bytes, cure, least=1)
 
 
 @dataclass(slots=True)
@@ -80,21 +108,18 @@ class FileCache:
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None = None, limit: int | None = None) -> None:
-        self.limit = DEFAULT_BYTES if limit is None else limit
+        self.limit, parent = limit_of(limit), local_directory(directory)
         self.counts = CacheCounts()
         self._lock = threading.Lock()
-        if self.limit <= 0:
-            raise ConfigError(f"cache_bytes = {limit} leaves no room for a file: give the bytes that may be used")
-        place = default_directory() if directory is None else _local_directory(directory)
-        self.directory = place / OWN_DIRECTORY
+        self.directory = parent / OWN_DIRECTORY
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with self._locked("tag"):
                 self._tag()
         except OSError as error:
             raise ConfigError(
-                f"cache_dir = '{place}' can't be used ({error.strerror}): name a directory on a local disk that can be "
-                "written"
+                f"cache_dir = '{parent}' can't be used ({error.strerror}): name a directory on a local disk that "
+                "can be written"
             ) from error
 
     def _tag(self) -> None:
@@ -231,17 +256,6 @@ def _copy(uri: str, entry: FileEntry, target: BinaryIO, stop: threading.Event | 
         raise CorruptVersion(f"{uri} is missing, but its manifest lists it: {CURE}") from error
     target.flush()
     return str(digest), size
-
-
-def _local_directory(directory: str | os.PathLike[str]) -> Path:
-    """A directory that is given by a name, which isn't empty and no URI."""
-    name = os.fspath(directory)
-    if not name or "://" in name:
-        raise ConfigError(
-            f"cache_dir = {name!r} is no directory on a local disk: name one, or leave it out for "
-            f"'{default_directory()}'"
-        )
-    return Path(name).expanduser().absolute()
 
 
 def _lock_name(name: str) -> str:

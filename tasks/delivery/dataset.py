@@ -7,6 +7,7 @@ datasets together, `train.get_dataset_shard(...).iter_torch_batches(...)`.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +17,9 @@ import ray.data
 import xxhash
 
 from tasks.core import layout, storage
-from tasks.core.errors import ConfigError, CorruptVersion
+from tasks.core.errors import CorruptVersion
 from tasks.core.tensors import as_fixed_shape_tensors, is_tensor, tensor_array, tensor_field, to_numpy
+from tasks.delivery.arguments import picked_columns, truth_values
 from tasks.delivery.mapped import CHECKSUM, CURE
 from tasks.delivery.opening import misfits, open_version
 
@@ -25,7 +27,7 @@ _REAL = "batch_size"
 
 
 def read_version(
-    uri: str, split: str = "train", columns: Sequence[str] | None = None, *, verify: bool = True
+    uri: str | os.PathLike[str], split: str = "train", columns: Sequence[str] | None = None, *, verify: bool = True
 ) -> ray.data.Dataset:
     """Read the samples of a split: exactly the files that the manifest lists, a row for each sample.
 
@@ -39,17 +41,17 @@ def read_version(
         verify: Whether each block is compared with its checksum, for which all columns are read.
 
     Raises:
-        ConfigError: it is no streaming-ready version, or there is no such split or column.
+        ConfigError: it is no streaming-ready version, there is no such split or column, or `verify` is neither True nor
+            False.
         VersionNotFound: there is no such published version.
         CorruptVersion: a file is missing or has another size. (Within Ray's own error, a block that is damaged.)
     """
+    truth_values(verify=verify)
     version = open_version(uri)
     definition = version.definition
     there = ["features" if definition["kind"] == "table" else "image"]
     there += [*(["label"] if definition["label"] is not None else []), "sample_id"]
-    picked = there if columns is None else list(columns)
-    if not picked or not set(picked) <= set(there):
-        raise ConfigError(f"columns = {columns!r}: give a list of some of {', '.join(map(repr, there))}")
+    picked = picked_columns(columns, there)
     uris = [layout.join(version.uri, entry.path) for entry, _ in version.files(split)]
     for _, fault in misfits(version, version.files(split)):
         raise fault

@@ -8,6 +8,7 @@ in the page's own header, before anybody reads a value by its address.
 from __future__ import annotations
 
 import mmap
+import os
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -60,6 +61,8 @@ class MappedFile:
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self.name = name
+        status = os.fstat(file.fileno())
+        self._inode, self._written = (status.st_dev, status.st_ino), (status.st_mtime_ns, status.st_ctime_ns)
         try:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._bytes = np.frombuffer(self._map, np.uint8)
@@ -83,6 +86,30 @@ class MappedFile:
     def blocks(self) -> int:
         """Number of blocks."""
         return int(self.starts[-1])
+
+    def check_length(self) -> None:
+        """Check that the file hasn't been cut: to read behind its end would end the process by SIGBUS.
+
+        Raises:
+            CorruptVersion: it has been.
+        """
+        size = self._map.size()
+        if size < len(self._map):
+            raise CorruptVersion(f"{self.name} was cut from {len(self._map)} to {size} bytes while it was read: {CURE}")
+
+    def was_written(self) -> bool:
+        """Whether the file, under the path that is its name, has other times than when it was last asked, or mapped.
+
+        Another file under its name is no change: the one that is mapped stays.
+        """
+        try:
+            status = os.stat(self.name)
+        except OSError:
+            return False
+        if (status.st_dev, status.st_ino) != self._inode:
+            return False
+        before, self._written = self._written, (status.st_mtime_ns, status.st_ctime_ns)
+        return before != self._written
 
     def is_intact(self, block: int) -> bool:
         """Whether a block's tensors have the checksum that stands beside them.

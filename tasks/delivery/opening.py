@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +12,11 @@ from tasks.core import layout, storage, versions
 from tasks.core.errors import ConfigError, CorruptVersion
 from tasks.core.manifest import FileEntry, Manifest
 from tasks.core.tensors import TensorSpec
+from tasks.delivery.arguments import place
 from tasks.delivery.mapped import CURE
+
+_PLACES = f"…/{layout.STREAMING_READY}/<name>/vN, or without vN for the latest one"
+_ODD_NUMBER = re.compile(r"v?-?[0-9.]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,24 +56,23 @@ class Version:
         return found
 
 
-def open_version(uri: str) -> Version:
+def open_version(uri: str | os.PathLike[str]) -> Version:
     """Find a streaming-ready version by its directory, or the latest one by that of its dataset.
 
     Raises:
-        ConfigError: the place isn't one of streaming-ready datasets.
+        ConfigError: it is no place, or not one of streaming-ready datasets.
         VersionNotFound: there is no such published version.
         CorruptVersion: its manifest can't be read.
     """
-    uri = storage.normalise(uri)
+    uri = storage.normalise(place("uri", uri, f"name the directory of a version, {_PLACES}"))
     above, _, last = uri.rpartition("/")
     number = layout.parse_version(last)
     directory = uri if number is None else above
     root, found, name = directory.rpartition(f"/{layout.TRAINING_DATASETS}/")
     if not found or not name:
-        raise ConfigError(
-            f"{uri!r} is no streaming-ready version: name …/{layout.TRAINING_DATASETS}/streaming-ready/<name>/vN, or "
-            "without vN for the latest one"
-        )
+        raise ConfigError(f"{uri!r} is no streaming-ready version: name {_PLACES}")
+    if number is None and _ODD_NUMBER.fullmatch(last):
+        raise ConfigError(f"{uri!r} has no version {last!r}: versions are v1, v2, …; name {_PLACES}")
     dataset = layout.join(layout.TRAINING_DATASETS, name)
     manifest = versions.resolve(root, dataset, "latest" if number is None else number)
     version = Version(root, manifest)
@@ -107,7 +112,7 @@ def misfits(version: Version, files: Sequence[tuple[FileEntry, int]]) -> Iterato
     """Which of some files are missing or have another size than the manifest says, by one listing; and what to say."""
     base = version.uri
     directories = {layout.join(base, entry.path.rpartition("/")[0]) for entry, _ in files}
-    sizes = {info.uri: info.bytes for place in directories for info in storage.list_files(place)}
+    sizes = {info.uri: info.bytes for inside in directories for info in storage.list_files(inside)}
     for file, (entry, _) in enumerate(files):
         uri = layout.join(base, entry.path)
         if sizes.get(uri) == entry.bytes:

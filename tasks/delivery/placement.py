@@ -320,7 +320,7 @@ def _device(device: Any) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"device = {device!r} is no device: use 'cpu', 'cuda' or 'cuda:0'") from error
     if found.type == "cuda":
         count = torch.cuda.device_count()
@@ -339,7 +339,7 @@ def _dtype_name(dtype: Any) -> str:
     if name not in DTYPES:
         try:
             name = np.dtype(dtype).name
-        except TypeError:
+        except (TypeError, ValueError, SyntaxError):  # of values, dicts and texts that describe none
             name = str(dtype)
     if name not in DTYPES:
         raise ConfigError(f"dtype = {name} isn't for inputs: use one of {', '.join(DTYPES)}")

@@ -2,12 +2,17 @@
 
 Files on a local disk are mapped into memory as they are. Those of S3 come through the cache, when they are first
 needed or somewhat before; only those that are needed soon stay mapped, so that the cache can let go of the others.
+
+A mapped file that somebody cuts or writes to is noticed: each is looked at before a batch is gathered, unless that was
+done in the last 20 ms. What is cut in between, and read before the next look, still ends the process by SIGBUS; what
+was written is compared with its checksums anew.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +25,7 @@ from tasks.core import layout, storage
 from tasks.core.errors import CorruptVersion
 from tasks.core.manifest import FileEntry
 from tasks.delivery.cache import FileCache
-from tasks.delivery.kernel import BAD, GOOD, Places, blocks_of, fetch, files_of, gather, unknown_blocks
+from tasks.delivery.kernel import BAD, GOOD, UNKNOWN, Places, blocks_of, fetch, files_of, gather, unknown_blocks
 from tasks.delivery.mapped import CURE, MappedFile
 from tasks.delivery.opening import Version, misfits, open_version, sample_columns
 
@@ -32,6 +37,8 @@ OnCorrupt = Literal["raise", "skip"]
 
 _NEAR_ENTRIES = 1 << 20
 _DOWNLOADS = 4  # at a time
+_LOOK_SECONDS = 0.02
+_LOOK_SHARE = 1 / 200  # of the time at most, however many files there are
 _FETCH_BYTES = 1 << 18  # of a chunk that is fetched as a whole; of smaller ones the operating system reads enough ahead
 
 
@@ -56,7 +63,8 @@ class Shards:
 
     Raises:
         ConfigError: as `Version.files`.
-        CorruptVersion: a file is missing, or differs from its manifest or from what it should be like.
+        CorruptVersion: a file is missing, or differs from its manifest or from what it should be like; or all are left
+            out.
 
     """
 
@@ -81,9 +89,10 @@ class Shards:
         self._block_starts = np.concatenate([[0], np.cumsum(blocks)])
         self._status = np.zeros(self._block_starts[-1], np.uint8)
         self._unknown = np.empty(0, np.int64)
-        self._unchecked = len(self._status) if verify else 0
+        self._verify, self._unchecked = verify, len(self._status) if verify else 0
+        self._next_look = 0.0
         self._read = np.empty(0, np.bool_)  # chunks that were fetched, once and for all
-        self._stays = sum(entry.bytes for entry, _ in self._files) < _memory() // 2
+        self._stays = sum(entry.bytes for entry, _ in self._files) < memory_bytes() // 2
         self._picked: tuple[str, ...] = ()
         self._widths = np.empty(0, np.int64)
         self._mapped: dict[int, MappedFile] = {}
@@ -112,10 +121,12 @@ class Shards:
         Files that they are in are mapped afterwards, and their blocks are checked.
 
         Raises:
-            CorruptVersion: some are damaged, and they aren't to be skipped.
+            CorruptVersion: some are damaged, and they aren't to be skipped; or all that there are.
         """
         if self.remote:
             self._require(self._files_of(index))
+        if time.monotonic() >= self._next_look:
+            self._look()
         if self._unchecked or self._damaged:
             blocks = np.empty(len(index), np.int64)
             blocks_of(self._places, index, blocks)
@@ -203,9 +214,37 @@ class Shards:
         if not self._skip:
             raise error
         self._bad.add(file)
-        self._damaged = True
         self.skipped_files += 1
-        self._status[self._block_starts[file] : self._block_starts[file + 1]] = BAD
+        self._mark(slice(self._block_starts[file], self._block_starts[file + 1]), BAD)
+        self._refuse_if_nothing_is_left(error)
+
+    def _mark(self, blocks: slice | int, status: np.uint8) -> None:
+        self._status[blocks] = status
+        self._unchecked = int(np.count_nonzero(self._status == UNKNOWN)) if self._verify else 0
+        self._damaged = self._damaged or status == BAD
+
+    def _refuse_if_nothing_is_left(self, error: CorruptVersion) -> None:
+        if self._damaged and (self._status == BAD).all():
+            raise CorruptVersion(f"all {self.samples:,} samples are damaged or missing; the last: {error}") from error
+
+    def _look(self) -> None:
+        """Look which mapped files were cut or written to since the last look."""
+        started = time.monotonic()
+        for file, mapped in self._mapped.items():
+            if file in self._bad:
+                continue
+            try:
+                mapped.check_length()
+            except CorruptVersion as error:
+                self._leave_out(file, error)
+                continue
+            # To use a file of the cache changes its times.
+            if not self.remote and mapped.was_written():
+                own = self._status[self._block_starts[file] : self._block_starts[file + 1]]
+                own[own == GOOD] = UNKNOWN
+                self._unchecked = int(np.count_nonzero(self._status == UNKNOWN)) if self._verify else 0
+        now = time.monotonic()
+        self._next_look = now + max(_LOOK_SECONDS, (now - started) / _LOOK_SHARE)
 
     def _open(self, file: int) -> MappedFile:
         entry, count = self._files[file]
@@ -247,13 +286,13 @@ class Shards:
                     )
                 self._status[block] = GOOD
                 self._unchecked -= 1
-            except CorruptVersion:
+            except CorruptVersion as error:
                 if self._cache is not None and self.remote:
                     self._cache.discard(self._files[file][0])
                 if not self._skip:
                     raise
-                self._status[block] = BAD
-                self._damaged = True
+                self._mark(int(block), BAD)
+                self._refuse_if_nothing_is_left(error)
 
     def _tabulate(self) -> None:
         """Make the tables of where samples are, of the files that are mapped now."""
@@ -285,7 +324,7 @@ class Shards:
                 row[first:end] = mapped.address + mapped.columns[name].offsets
 
 
-def _memory() -> int:
+def memory_bytes() -> int:
     """Bytes of the machine's memory, in which the operating system keeps what was read."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

@@ -14,6 +14,10 @@ What it promises:
   without losing or repeating a sample.
 - A batch belongs to whoever got it: nothing writes to it later.
 
+A stream belongs to the process that opened it, which alone knows its place: it can't be sent to another one, a forked
+copy says so instead of waiting for a thread that isn't there, and processes of a torch DataLoader are refused, unless
+each opens a stream with a rank and world_size of its own. It is a loader itself, and needs none around it.
+
 It runs in Ray Train's workers, under torchrun, and alone; it needs neither Ray nor, for numpy, PyTorch.
 """
 
@@ -21,7 +25,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -30,20 +34,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tasks.core.errors import ConfigError, InputError, PipelineError
+from tasks.core.errors import ConfigError, CorruptVersion, InputError, PipelineError
 from tasks.core.tensors import TensorSpec
-from tasks.delivery.cache import FileCache
+from tasks.delivery.arguments import LIMIT, one_of, picked_columns, truth_values, whole_number
+from tasks.delivery.cache import FileCache, limit_of, local_directory
 from tasks.delivery.order import ORDER, EpochOrder, Remainder, Sizes, batch_count, step_count
 from tasks.delivery.placement import Constants, Placement, placement
 from tasks.delivery.prefetch import Prefetch
-from tasks.delivery.shards import OnCorrupt, Shards, open_version
+from tasks.delivery.shards import OnCorrupt, Shards, memory_bytes, open_version
 from tasks.delivery.world import place_in_world
 
 Batch = dict[str, Any]
 
 MASK = "mask"
 _MASK_SPEC = TensorSpec((), "bool")
-_SEED_LIMIT = 1 << 63
+_MOST_AHEAD = 10_000
+_OF_A_STATE = "give what state_dict() of a TrainingStream gave"
 
 
 @dataclass(slots=True)
@@ -95,7 +101,8 @@ class TrainingStream:
         batch_size: Samples of a batch of each worker.
         split: 'train', 'validation' or 'test'.
         seed: Decides on the order, together with the epoch; in [0, 2**63).
-        rank: Number of this worker from 0; None: as Ray Train, torch.distributed or torchrun says, else 0.
+        rank: Number of this worker from 0; None: as Ray Train, torch.distributed, torchrun, mpirun or SLURM's srun
+            says, else 0.
         world_size: Number of workers, likewise.
         shuffle: Without, each epoch has the order of the files (which is random by itself, but always the same).
         remainder: What is left at the end of an epoch: 'pad' repeats the epoch's first samples to fill all workers'
@@ -117,13 +124,14 @@ class TrainingStream:
     Raises:
         ConfigError: an argument can't be used, or it is no streaming-ready version.
         VersionNotFound: there is no such published version.
-        CorruptVersion: a file is missing or differs from the manifest, here or while iterating.
+        CorruptVersion: a file is missing or differs from the manifest, here or while iterating; or everything is to be
+            skipped, at the latest by the end of a worker's epoch.
 
     """
 
     def __init__(
         self,
-        uri: str,
+        uri: str | os.PathLike[str],
         *,
         batch_size: int,
         split: str = "train",
@@ -144,7 +152,22 @@ class TrainingStream:
         cache_bytes: int | None = None,
         as_numpy: bool = False,
     ) -> None:
-        _check(batch_size=batch_size, seed=seed, prefetch=prefetch, remainder=remainder, on_corrupt=on_corrupt)
+        batch_size = whole_number("batch_size", batch_size, "a batch has at least one sample", least=1)
+        seed = whole_number("seed", seed, "use one from 0 to 2**63 - 1")
+        prefetch = whole_number(
+            "prefetch",
+            prefetch,
+            f"use 0 for none, or the number of batches to make ahead, below {_MOST_AHEAD:,}",
+            below=_MOST_AHEAD,
+        )
+        one_of("remainder", remainder, ("pad", "drop"))
+        one_of("on_corrupt", on_corrupt, ("raise", "skip"))
+        truth_values(
+            shuffle=shuffle, normalise=normalise, channels_last=channels_last, verify=verify, as_numpy=as_numpy
+        )
+        limit_of(cache_bytes)
+        local_directory(cache_dir)
+        self._process = os.getpid()
         self.rank, self.world_size = place_in_world(rank, world_size)
         version = open_version(uri)
         self.definition = version.definition
@@ -155,9 +178,14 @@ class TrainingStream:
         self._placement = placement(constants, device, as_numpy, prefetch + 4)
         self._cache = FileCache(cache_dir, cache_bytes) if version.uri.startswith("s3://") else None
         self._shards = Shards(version, split, self._cache, on_corrupt, verify)
-        self._columns = _picked(columns, list(self._shards.columns))
+        self._columns = picked_columns(columns, list(self._shards.columns))
         self._shards.pick(tuple(self._columns))
         self._sizes = Sizes.of(self._shards.sample_bytes)
+        if batch_size * self._shards.sample_bytes > memory_bytes():
+            raise ConfigError(
+                f"batch_size = {batch_size}: a batch of samples of {self._shards.sample_bytes:,} bytes is more than "
+                "this machine's memory; use smaller ones"
+            )
         self._batches = batch_count(self._shards.samples, batch_size, remainder)
         self._identity = {
             "dataset": version.manifest.dataset,
@@ -187,9 +215,7 @@ class TrainingStream:
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch."""
-        if not 0 <= epoch < _SEED_LIMIT:
-            raise ConfigError(f"epoch = {epoch}: epochs are counted from 0")
-        self._move(epoch, 0)
+        self._move(whole_number("epoch", epoch, "epochs are counted from 0"), 0)
 
     def __len__(self) -> int:
         """Batches of this worker in a whole epoch."""
@@ -217,20 +243,30 @@ class TrainingStream:
         """Go on from a place, saved by any worker of any number of them.
 
         Raises:
-            InputError: it is a place in something else, or in another order; each difference is named.
+            InputError: it is a place in something else, or in another order, of which each difference is named; or
+                there is no such place.
         """
+        if not isinstance(state, Mapping):
+            raise InputError(f"the state is a {type(state).__name__}: {_OF_A_STATE}")
         missing = [name for name in (*self._identity, "epoch", "batches") if name not in state]
         if missing:
-            raise InputError(f"the state lacks {', '.join(missing)}: give what state_dict() of a TrainingStream gave")
+            raise InputError(f"the state lacks {', '.join(missing)}: {_OF_A_STATE}")
         differences = [
-            f"{name} {state[name]!r} (here {value!r})" for name, value in self._identity.items() if state[name] != value
+            f"{name} {state[name]!r} (here {value!r})"
+            for name, value in self._identity.items()
+            if type(state[name]) is not type(value) or state[name] != value
         ]
         if differences:
             raise InputError(
                 f"the state belongs to another stream: {', '.join(differences)}; open the stream as it was when the "
                 "state was saved (rank, world_size, prefetch and device may differ)"
             )
-        epoch, consumed = int(state["epoch"]), int(state["batches"])
+        epoch, consumed = state["epoch"], state["batches"]
+        for name, value, most in (("epoch", epoch, LIMIT - 2), ("batches", consumed, self._batches)):
+            if type(value) is not int or not 0 <= value <= most:
+                raise InputError(
+                    f"the state's {name} = {value!r} is no place in an epoch of {self._batches} batches: {_OF_A_STATE}"
+                )
         # What is left may be too little for a step of this number of workers, where a remainder is dropped.
         left = step_count(self._batches, self.world_size, self._remainder, consumed)
         self._move(*((epoch, consumed) if left else (epoch + 1, 0)))
@@ -239,13 +275,14 @@ class TrainingStream:
         """The rest of the current epoch."""
         if self._closed:
             raise PipelineError("the stream is closed: open another one")
+        self._refuse_other_process()
         self._stop_making()
         self._moves += 1
         move, epoch, first = self._moves, self._epoch, self._consumed
         steps = step_count(self._batches, self.world_size, self._remainder, first)
         counts, place, clock = self._counts, self._placement, time.perf_counter
-        asked, before = clock(), counts.seconds
-        started = asked
+        given, lost, before = counts.samples, counts.skipped_samples, counts.seconds
+        asked = started = clock()
         with closing(self._made(epoch, first, steps)) as made:
             self._making = made
             for step in range(1, steps + 1):
@@ -257,9 +294,15 @@ class TrainingStream:
                     self._epoch, self._consumed = epoch + 1, 0
                 _count(counts, one, clock() - asked)
                 counts.seconds = before + clock() - started
+                if step == steps and not first and counts.samples == given and counts.skipped_samples > lost:
+                    raise CorruptVersion(
+                        f"epoch {epoch} had no sample for worker {self.rank} of {self.world_size}: all of its "
+                        f"{steps} batches are damaged; publish a new version, or restore it from a copy"
+                    )
                 del one
                 yield batch
                 del batch  # else its memory couldn't be used again while the next one is waited for
+                self._refuse_other_process()
                 if step < steps and move != self._moves:
                     raise PipelineError(
                         "this iteration can't go on: the stream was moved, closed or iterated over anew meanwhile; "
@@ -274,6 +317,20 @@ class TrainingStream:
         self._moves += 1
         self._shards.close()
         self._stop_making()
+
+    def __reduce__(self) -> Any:
+        """Refuse to be copied, or sent to another process."""
+        raise PipelineError(
+            "a TrainingStream can't be copied or sent to another process: open one there with the same arguments, and "
+            "go on from state_dict() of this one by load_state_dict()"
+        )
+
+    def _refuse_other_process(self) -> None:
+        if os.getpid() != self._process:
+            raise PipelineError(
+                f"this stream was opened in process {self._process}, of which process {os.getpid()} is a fork: open "
+                "one in each process that reads (a torch DataLoader around it needs num_workers=0)"
+            )
 
     def __enter__(self) -> TrainingStream:
         return self
@@ -366,24 +423,3 @@ def _gathered(
         mask[:real], mask[real:] = True, False
         gathered[MASK] = mask
     return _Made(place.place(gathered), real, size, skipped)
-
-
-def _picked(columns: Sequence[str] | None, there: list[str]) -> list[str]:
-    if columns is None:
-        return there
-    if isinstance(columns, str) or not columns or not set(columns) <= set(there):
-        raise ConfigError(f"columns = {columns!r}: give a list of some of {', '.join(map(repr, there))}")
-    return list(dict.fromkeys(columns))
-
-
-def _check(*, batch_size: int, seed: int, prefetch: int, remainder: str, on_corrupt: str) -> None:
-    if batch_size < 1:
-        raise ConfigError(f"batch_size = {batch_size}: a batch has at least one sample")
-    if not 0 <= seed < _SEED_LIMIT:
-        raise ConfigError(f"seed = {seed}: use one from 0 to 2**63 - 1")
-    if prefetch < 0:
-        raise ConfigError(f"prefetch = {prefetch}: use 0 for none, or the number of batches to make ahead")
-    if remainder not in ("pad", "drop"):
-        raise ConfigError(f"remainder = {remainder!r}: use 'pad' or 'drop'")
-    if on_corrupt not in ("raise", "skip"):
-        raise ConfigError(f"on_corrupt = {on_corrupt!r}: use 'raise' or 'skip'")

@@ -225,12 +225,12 @@ def test_two_processes_at_once_download_each_file_once(s3_root: str, tmp_path: P
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"limit": 0}, "cache_bytes = 0 leaves no room"),
+        ({"limit": 0}, "cache_bytes = 0: give the bytes that files may use, a whole number above 0"),
         ({"limit": 2}, r"cache_bytes = 2 is less than one file of the version \(.*/a: 3 bytes\)"),
         ({"directory": "/proc/nowhere"}, "cache_dir = '/proc/nowhere' can't be used"),
         ({"directory": "/proc"}, r"cache_dir = '/proc' can't be used \(.*\): name a directory on a local disk"),
-        ({"directory": ""}, "cache_dir = '' is no directory on a local disk: name one, or leave it out for '/"),
-        ({"directory": "s3://bucket/cache"}, "cache_dir = 's3://bucket/cache' is no directory on a local disk"),
+        ({"directory": ""}, "cache_dir = '': name a directory on a local disk, or leave it out for '/"),
+        ({"directory": "s3://bucket/cache"}, "cache_dir = 's3://bucket/cache': name a directory on a local disk"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(s3_root: str, tmp_path: Path, options, message: str) -> None:

@@ -46,3 +46,5 @@ def test_columns_can_be_picked(ray_cluster: None, tmp_path: Path) -> None:
         read_version(uri, columns=["features"])
     with pytest.raises(ConfigError, match="no samples in split 'test'"):
         read_version(uri, split="test")
+    with pytest.raises(ConfigError, match="verify = 'no': use True or False"):
+        read_version(Path(uri), verify="no")  # type: ignore[arg-type]

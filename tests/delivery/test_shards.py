@@ -78,7 +78,7 @@ def test_a_row_group_of_another_size_among_others_is_found(tmp_path: Path) -> No
 
 def test_a_version_is_found_by_its_directory_and_the_latest_by_that_of_its_dataset(tmp_path: Path) -> None:
     first, second = (table_version(str(tmp_path), 5) for _ in range(2))
-    assert open_version(first).uri == first
+    assert open_version(first).uri == open_version(Path(first)).uri == first
     assert open_version(f"{tmp_path}/{DATASET}/").uri == second
     assert open_version(second).manifest.version == 2
     assert open_version(second).definition["kind"] == "table"
@@ -89,6 +89,8 @@ def test_a_version_is_found_by_its_directory_and_the_latest_by_that_of_its_datas
     [
         ("", ConfigError, "is no streaming-ready version: name …/training-datasets/streaming-ready/<name>/vN"),
         (f"{DATASET}/v7", VersionNotFound, "has no version v7.*published: v1"),
+        (f"{DATASET}/v0", ConfigError, "has no version 'v0': versions are v1, v2, …; name …/training-datasets"),
+        (f"{DATASET}/1", ConfigError, "has no version '1': versions are v1, v2, …"),
         ("training-datasets/streaming-ready/toyz", VersionNotFound, "did you mean '.*toys'"),
     ],
 )
@@ -96,6 +98,12 @@ def test_a_version_that_is_not_there_is_named(tmp_path: Path, place: str, error,
     table_version(str(tmp_path), 5)
     with pytest.raises(error, match=message):
         open_version(f"{tmp_path}/{place}")
+
+
+@pytest.mark.parametrize("uri", [None, "", 5, b"v1"])
+def test_what_is_no_place_is_refused(uri) -> None:
+    with pytest.raises(ConfigError, match=r"uri = .*: name the directory of a version, …/training-datasets"):
+        open_version(uri)
 
 
 def test_a_split_without_samples_is_refused(tmp_path: Path) -> None:

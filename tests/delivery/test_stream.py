@@ -4,11 +4,14 @@ import gc
 import itertools
 import json
 import os
+import pickle
+import re
 import subprocess
 import sys
 import threading
 import traceback
 import weakref
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import torch
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tasks.core.errors import ConfigError, CorruptVersion, InputError, PipelineError
 from tasks.delivery.mapped import MappedFile
@@ -260,6 +264,31 @@ def test_a_state_of_another_version_or_split_or_of_nothing_is_refused(version: s
         stream.load_state_dict({})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epoch": -1}, "the state's epoch = -1 is no place in an epoch of 39 batches: give what state_dict"),
+        ({"epoch": 1.0}, "the state's epoch = 1.0 is no place"),
+        ({"epoch": 2**63}, "the state's epoch = 9223372036854775808 is no place"),
+        ({"batches": -1}, "the state's batches = -1 is no place"),
+        ({"batches": 40}, "the state's batches = 40 is no place in an epoch of 39 batches"),
+        ({"batches": "3"}, "the state's batches = '3' is no place"),
+        ({"batches": True}, "the state's batches = True is no place"),
+        ({"seed": False}, r"seed False \(here 0\)"),
+        ({"order": 0}, r"order 0 \(here 1\)"),
+    ],
+)
+def test_a_place_that_there_is_not_is_refused(version: str, change, message: str) -> None:
+    (stream,) = workers(version, 1)
+    run([stream], 3)
+    before = stream.state_dict()
+    with pytest.raises(InputError, match=message):
+        stream.load_state_dict({**before, **change})
+    assert stream.state_dict() == before
+    with pytest.raises(InputError, match="the state is a list: give what state_dict"):
+        stream.load_state_dict([before])  # type: ignore[arg-type]
+
+
 def test_tensors_have_the_values_of_the_version_normalised_by_its_constants(version: str, images: str) -> None:
     by_id = {}
     for samples, name in ((table_samples(SAMPLES), "features"), (image_samples(50), "image")):
@@ -440,6 +469,83 @@ def test_a_bad_file_is_named_or_skipped(tmp_path: Path, harm: str) -> None:
     assert sum(stream.stats.skipped_samples for stream in streams) == 20
 
 
+@pytest.mark.parametrize("harm", ["missing", "damaged"])
+def test_to_skip_everything_is_an_error(tmp_path: Path, harm: str) -> None:
+    version = table_version(str(tmp_path), 60, 40)
+    parts = [PART, PART.replace("00000", "00001")]
+    for part in parts:
+        path = Path(version) / part
+        if harm == "missing":
+            path.unlink()
+        else:
+            with path.open("rb") as file:
+                mapped = MappedFile(file, part)
+            places = mapped.columns["label"]
+            for block in range(mapped.blocks):
+                group = int(np.searchsorted(mapped.starts, block, side="right")) - 1
+                row = block - int(mapped.starts[group])
+                damage(version, part, int(places.offsets[group]) + row * places.spec.width)
+    with pytest.raises(CorruptVersion, match=r"all 100 samples are damaged or missing; the last: .*part-0000"):
+        list(workers(version, 1, on_corrupt="skip", batch_size=16)[0])
+    if harm == "damaged":  # none of several workers sees all blocks
+        for stream in workers(version, 7, on_corrupt="skip", batch_size=5):
+            with pytest.raises(CorruptVersion, match=rf"no sample for worker {stream.rank} of 7: all of its 3"):
+                list(stream)
+
+
+def test_what_is_written_to_a_mapped_file_is_compared_anew(tmp_path: Path, monkeypatch) -> None:
+    version = table_version(str(tmp_path), 60)
+    monkeypatch.setattr("tasks.delivery.shards._LOOK_SECONDS", 0)
+    monkeypatch.setattr("tasks.delivery.shards._LOOK_SHARE", float("inf"))
+    (stream,) = workers(version, 1, prefetch=0)
+    expected = run([stream])
+    path = Path(version) / PART
+    os.utime(path, (0, 0))  # nothing but its times
+    assert flat(expected) != flat(run([stream]))
+    with path.open("r+b") as file:
+        offset = int(MappedFile(file, PART).columns["features"].offsets[0])
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(CorruptVersion, match=f"{PART}: block 0 has not the checksum"):
+        list(stream)
+
+
+CUT = """
+import os, sys
+from tasks.core.errors import CorruptVersion
+from tasks.delivery import shards
+from tasks.delivery.stream import TrainingStream
+shards._LOOK_SECONDS, shards._LOOK_SHARE = 0, float("inf")
+for action in ("skip", "raise"):
+    stream = TrainingStream(sys.argv[1], batch_size=10, as_numpy=True, prefetch=0, on_corrupt=action, shuffle=False)
+    loop = iter(stream)
+    next(loop)
+    path = sys.argv[1] + "/" + sys.argv[2]
+    whole = open(path, "rb").read()
+    os.truncate(path, 100)
+    try:
+        print(sum(int(batch["mask"].sum()) for batch in loop), stream.stats.skipped_files)
+    except CorruptVersion as error:
+        print(error)
+    with open(path, "wb") as file:
+        file.write(whole)
+"""
+
+
+def test_a_file_that_is_cut_while_it_is_mapped_is_named_or_skipped(tmp_path: Path) -> None:
+    """In a process of its own, as it would end by SIGBUS."""
+    version = table_version(str(tmp_path), 5000, 60, block_size=100)
+    done = subprocess.run(
+        [sys.executable, "-c", CUT, version, PART], cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    skipped, named = done.stdout.splitlines()
+    assert skipped == "60 1"
+    assert re.search(rf"{PART} was cut from \d+ to 100 bytes while it was read: publish a new version", named)
+
+
 def test_files_of_s3_come_through_the_cache(s3_root: str, tmp_path: Path) -> None:
     version = table_version(s3_root, 500, 400, 334)
     options = {"cache_dir": tmp_path / "cache", "batch_size": 64}
@@ -545,6 +651,77 @@ def test_a_process_that_ends_in_the_middle_of_a_loop_ends_well(version: str) -> 
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+FORKED = """
+import os, sys
+from tasks.core.errors import PipelineError
+from tasks.delivery.stream import TrainingStream
+stream = TrainingStream(sys.argv[1], batch_size=32, as_numpy=True)
+loop = iter(stream)
+next(loop)
+child = os.fork()
+if not child:
+    for use in (lambda: next(loop), lambda: next(iter(stream))):
+        try:
+            use()
+        except PipelineError as error:
+            print(error)
+    sys.exit()
+print(os.waitpid(child, 0)[1], len(list(loop)))
+"""
+
+
+def test_a_fork_in_mid_iteration_says_so_and_its_parent_goes_on(version: str) -> None:
+    """The fork has no thread that would make the batches it waits for."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED, version],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    first, second, parent = done.stdout.splitlines()
+    assert re.match(r"this stream was opened in process \d+, of which process \d+ is a fork: open one in each", first)
+    assert (second, parent) == (first, "0 38")
+
+
+class Around(IterableDataset[Any]):
+    """What people write around a stream."""
+
+    def __init__(self, open_stream) -> None:
+        self._open = open_stream
+
+    def __iter__(self):
+        return iter(self._open(get_worker_info()))
+
+
+def test_processes_of_a_data_loader_deliver_nothing_twice(version: str, monkeypatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    (stream,) = workers(version, 1)
+
+    def loaded(open_stream, processes: int) -> list[list[int]]:
+        loader = DataLoader(Around(open_stream), batch_size=None, num_workers=processes)
+        return [batch["sample_id"][batch["mask"]].tolist() for batch in loader]
+
+    with pytest.raises(PipelineError, match=r"of which process \d+ is a fork: open one in each process"):
+        loaded(lambda _: stream, 2)
+    with pytest.raises(ConfigError, match=r"opened in process 0 of a DataLoader's 2, .* or set num_workers=0; or give"):
+        loaded(lambda _: TrainingStream(version, batch_size=32), 2)
+    expected = run(workers(version, 1))
+    shared = loaded(lambda info: TrainingStream(version, batch_size=32, rank=info.id, world_size=info.num_workers), 2)
+    assert [batch for batch in shared if batch] == expected
+    assert loaded(lambda _: stream, 0) == expected
+    assert stream.epoch == 1
+
+
+def test_a_stream_is_not_copied_or_sent_elsewhere(version: str) -> None:
+    for send in (pickle.dumps, deepcopy):
+        with pytest.raises(PipelineError, match="can't be copied or sent to another process: open one there"):
+            send(workers(version, 1)[0])
+
+
 def test_rank_and_number_of_workers_come_from_whatever_started_the_process(version: str, monkeypatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -582,15 +759,32 @@ def test_the_real_ray_train_outside_of_a_worker_is_no_world(version: str, monkey
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size = 0: a batch has at least one sample"),
+        ({"batch_size": 2.5}, "batch_size = 2.5: a batch has at least one sample"),
+        ({"batch_size": True}, "batch_size = True: a batch has at least one sample"),
+        ({"batch_size": 10**15}, "batch_size = 1000000000000000: .* is more than this machine's memory; use smaller"),
         ({"seed": -1}, "seed = -1: use one from 0"),
+        ({"seed": 1.0}, "seed = 1.0: use one from 0"),
         ({"prefetch": -1}, "prefetch = -1: use 0 for none"),
+        (
+            {"prefetch": 10**9},
+            "prefetch = 1000000000: .* or the number of batches to make ahead, below 10",
+        ),
+        ({"shuffle": "no"}, "shuffle = 'no': use True or False"),
+        ({"verify": None}, "verify = None: use True or False"),
+        ({"remainder": ["pad"]}, r"remainder = \['pad'\]: use 'pad' or 'drop'"),
+        ({"dtype": {"a": 1}}, "dtype = {'a': 1} isn't for inputs: use one of float32"),
+        ({"device": 10**30, "as_numpy": False}, "device = 1000000000000000000000000000000 is no device: use 'cpu'"),
+        ({"cache_bytes": 2.5}, "cache_bytes = 2.5: give the bytes that files may use"),
+        ({"cache_dir": b"x"}, "cache_dir = b'x': name a directory on a local disk"),
+        ({"split": None}, "has no samples in split None: use 'train'"),
         ({"remainder": "keep"}, "remainder = 'keep': use 'pad' or 'drop'"),
         ({"on_corrupt": "ignore"}, "on_corrupt = 'ignore': use 'raise' or 'skip'"),
         ({"columns": ["image"]}, r"columns = \['image'\]: give a list of some of 'features', 'label', 'sample_id'"),
         ({"columns": "label"}, "columns = 'label': give a list"),
         ({"columns": []}, r"columns = \[\]: give a list"),
+        ({"columns": 5}, "columns = 5: give a list"),
+        ({"columns": [["label"]]}, r"columns = \[\['label'\]\]: give a list"),
         ({"rank": 1}, "rank = 1 and world_size = None: give both"),
-        ({"rank": 2, "world_size": 2}, "rank = 2 of world_size = 2: ranks are 0 to 1"),
         ({"split": "test"}, "has no samples in split 'test': use 'train'"),
         ({"remainder": "drop", "batch_size": 2000}, "has 1234 samples, less than a batch of 2000 for each of 1"),
     ],
