@@ -38,7 +38,7 @@ OnCorrupt = Literal["raise", "skip"]
 _NEAR_ENTRIES = 1 << 20
 _DOWNLOADS = 4  # at a time
 _LOOK_SECONDS = 0.02
-_LOOK_SHARE = 1 / 200  # of the time at most, however many files there are
+_LOOK_SHARE = 1 / 500  # of the time at most, however many files there are
 _FETCH_BYTES = 1 << 18  # of a chunk that is fetched as a whole; of smaller ones the operating system reads enough ahead
 
 
