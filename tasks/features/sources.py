@@ -273,7 +273,7 @@ def _missing(table: SourceTable, file: SourceFile, ours: str, theirs: str) -> st
 
 def _other_separator(names: Sequence[str]) -> str | None:
     """What separates the fields of a CSV file whose header is one name."""
-    separators = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+    separators = {";": "semicolons", "\t": "tabs", "|": "vertical bars", " ": "spaces"}
     return next((word for sign, word in separators.items() if len(names) == 1 and sign in names[0]), None)
 
 

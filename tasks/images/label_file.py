@@ -181,7 +181,7 @@ def _check_columns(names: Sequence[str], wanted: Mapping[str, str]) -> None:
             close = get_close_matches(column.lower(), [name.lower() for name in names], n=1)
             found = next(name for name in names if name.lower() == close[0]) if close else None
             hint = f" Did you mean '{shown(found)}'?" if found is not None else ""
-            if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)):
+            if len(names) == 1 and (other := next((mark for mark in ";\t| " if mark in names[0]), None)):
                 hint = f" Fields seem to be separated by {other!r}; save it with commas."
             there = shortened(shown(", ".join(names)), 5 * _SHOWN)
             raise SourceError(f"no column '{column}'.{hint} Set {setting} to one of its columns: {there}")

@@ -62,6 +62,7 @@ REFUSED: list[tuple[str, str, str | bytes, str]] = [
     ("CSV of other separators", "semicolons", csv(GOOD, ";"), r"Its fields are separated by semicolons; only commas"),
     ("CSV of other separators", "tabs", csv(GOOD, "\t"), r"Its fields are separated by tabs; only commas are read"),
     ("CSV of other separators", "bars", csv(GOOD, "|"), r"Its fields are separated by vertical bars"),
+    ("CSV of other separators", "spaces alone", csv(GOOD, " "), r"Its fields are separated by spaces; only commas"),
     ("CSV of other separators", "spaces", TEXT.replace(",", ", "), r"Did you mean ' product_id'\?"),
     ("a file without rows", "no bytes", b"", r"the file is empty: it has not even a header"),
     ("a file without rows", "a header", HEADER + "\n", r"has no rows in its 1 files"),

@@ -155,6 +155,7 @@ WRONG: list[tuple[str, str, bytes, str]] = [
     ("a space before", "x.csv", b"image_id, class_name\n1,cat\n", r"Did you mean ' class_name'\?"),
     ("semicolons", "x.csv", CSV.replace(b",", b";"), r"Fields seem to be separated by ';'; save it with commas"),
     ("tabs", "x.csv", CSV.replace(b",", b"\t"), r"separated by '\\t'"),
+    ("spaces", "x.csv", CSV.replace(b",", b" "), r"separated by ' '; save it with commas"),
     ("a column twice", "x.csv", b"image_id,class_name,image_id\n1,cat,2\n", r"several columns are named 'image_id'"),
     ("a huge header", "x.csv", b"x" * 200_000, r"can't be read: field larger"),
     ("no Parquet", "x.parquet", CSV, r"can't be read: .*Parquet magic bytes.*give a Parquet file, or CSV"),
