@@ -12,6 +12,7 @@ import importlib
 import logging
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,11 +20,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from tasks.core.errors import ConfigError, InputError, PipelineError
-from tasks.core.stopping import INTERRUPTED, TERMINATED, stops_unwind
+from tasks.core.stopping import stops_unwind
 
 FAILED, WRONG_ARGUMENTS = 1, 2
 
-_TOLD_ONCE = ("Encountered exception during execution", "Crash detected!")
+_TOLD_ONCE = ("Encountered exception during execution",)
 _STATE_DETAILS = re.compile(r"(Finished in state \w+)\(.*\)", re.DOTALL)
 
 
@@ -43,21 +44,24 @@ def run_by_hand(entry: str, config: str, argv: Sequence[str] | None = None) -> i
     """
     argv = sys.argv[1:] if argv is None else argv
     earlier = len(_commits())
-    with stops_unwind():
+
+    def ending(number: int) -> str:
+        word = "terminated" if number == signal.SIGTERM else "interrupted"
+        return f"{word}: {_published(earlier)}"
+
+    with stops_unwind(lambda: ending(stopped[0])) as stopped:
         try:
-            return _run(entry, config, argv, earlier)
-        except KeyboardInterrupt:
-            word, code = "interrupted", INTERRUPTED
-        except SystemExit as stop:
-            if stop.code != TERMINATED:
+            return _run(entry, config, argv, earlier, stopped)
+        except BaseException as fault:
+            if not stopped and not isinstance(fault, KeyboardInterrupt):
                 raise
-            word, code = "terminated", TERMINATED
-        # On a line of its own: a progress bar or a log line may be unfinished.
-        print(f"\n{word}: {_published(earlier)}", file=sys.stderr)
-        return code
+        # Whatever Prefect and Ray have made of it, on a line of its own: a progress bar may be unfinished.
+        number = stopped[0] if stopped else signal.SIGINT
+        print(f"\n{ending(number)}", file=sys.stderr)
+        return 128 + number
 
 
-def _run(entry: str, config: str, argv: Sequence[str], earlier: int) -> int:
+def _run(entry: str, config: str, argv: Sequence[str], earlier: int, stopped: Sequence[int]) -> int:
     module, name = entry.split(":")
     if argv and not argv[0].startswith("-"):
         from tasks import commands
@@ -89,7 +93,7 @@ def _run(entry: str, config: str, argv: Sequence[str], earlier: int) -> int:
                 with tags(flow.name, "by hand"):
                     result = flow(settings)
     except Exception as fault:
-        if debug:
+        if debug or stopped:
             raise
         published = f"; before that, {_published(earlier)}" if len(_commits()) > earlier else ""
         # On a line of its own: Prefect ends some of its complaints without a line break.
@@ -119,7 +123,8 @@ def _published(earlier: int) -> str:
                 told.append(name)
         except Exception as fault:  # noqa: BLE001 - the store may be what failed
             told.append(f"perhaps {name} (the store doesn't say: {one_sentence(fault)})")
-    return f"{' and '.join(told)} was published, nothing else" if told else "nothing was published"
+    verb = "was" if len(told) == 1 else "were"
+    return f"{' and '.join(told)} {verb} published, nothing else" if told else "nothing was published"
 
 
 def one_sentence(fault: BaseException) -> str:

@@ -23,6 +23,7 @@ from tasks.core.own_columns import AS_OF, CREATED, VERSION
 from tasks.core.provenance import code_digest
 from tasks.core.report import Report
 from tasks.core.reservation import Reservation, reserve
+from tasks.core.stopping import held
 from tasks.core.times import expand
 from tasks.features import loading
 from tasks.features.config import FeatureStoreConfig
@@ -215,8 +216,9 @@ def publish_versions(
         VersionConflict: another publisher holds a version.
 
     """
-    published = [*map(committed_version, committed), *publish(judged, root, _CURES)]
-    write_versions_csv(root)
+    with held():
+        published = [*map(committed_version, committed), *publish(judged, root, _CURES)]
+        write_versions_csv(root)
     return published
 
 

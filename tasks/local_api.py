@@ -23,6 +23,7 @@ from tasks.core.errors import PipelineError
 
 START_SECONDS = 120.0  # a first start also migrates a new database: 10 s on an idle machine
 STOP_SECONDS = 10.0
+HURRIED_SECONDS = 3.0
 
 
 @contextmanager
@@ -88,10 +89,14 @@ def _server() -> Generator[tuple[str, "_Ready"]]:
                 "DO_NOT_TRACK": "1",
             },
         )
+    patience = STOP_SECONDS
     try:
         yield url, _Ready(process, url)
+    except (KeyboardInterrupt, SystemExit):
+        patience = HURRIED_SECONDS  # somebody waits; and one that is still starting doesn't listen yet
+        raise
     finally:
-        _stop(process)
+        _stop(process, patience)
 
 
 class _Ready:
@@ -171,12 +176,12 @@ def _sigterm_as_exit() -> Generator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _stop(process: "subprocess.Popen[bytes]") -> None:
+def _stop(process: "subprocess.Popen[bytes]", patience: float) -> None:
     assert process.stdin is not None
     process.stdin.close()
     process.terminate()
     try:
-        process.wait(STOP_SECONDS)
+        process.wait(patience)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
@@ -188,6 +193,8 @@ def _serve(listener: socket.socket) -> None:
     def follow_parent() -> None:
         sys.stdin.buffer.read()
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(STOP_SECONDS)
+        os._exit(1)  # it was still starting, and heard nothing
 
     threading.Thread(target=follow_parent, daemon=True).start()
     import uvicorn

@@ -34,6 +34,7 @@ from tasks.core.settings import seconds_from_environment
 
 DRAIN_SECONDS = 10.0  # for the logs and events of one task at its end; usually about 0.1
 CANCEL_GRACE_SECONDS = 3.0  # a cancelled task may write its last logs before its worker is killed
+LISTEN_SECONDS = 0.5  # between two looks at whether a signal has come
 API_PATIENCE_SECONDS = 300.0  # a server's restart with its migrations takes a minute; PIPELINE_API_PATIENCE_SECONDS
 EVENT_DELAY_SECONDS = 2.0  # a task run is in the API only once the worker's first event has arrived
 
@@ -91,11 +92,17 @@ class RayJobFuture(PrefectRayFuture[Any]):  # type: ignore[misc]  # prefect_ray 
         """Wait for the task run; a lost worker makes it Crashed, here and in the API."""
         if self._final_state is not None:
             return
+        give_up = None if timeout is None else time.monotonic() + timeout
+        # Not ray.get: it waits in C++ and swallows what a signal handler raises, so that a cancel is lost.
+        outcome = self.wrapped_future.future()
+        # Not for ever: a signal that another thread has received doesn't end the main thread's wait.
+        while not outcome.done():
+            left = LISTEN_SECONDS if give_up is None else min(LISTEN_SECONDS, give_up - time.monotonic())
+            if left < 0:
+                return
+            concurrent.futures.wait([outcome], left)
         try:
-            # Not ray.get: it waits in C++ and swallows what a signal handler raises, so that a cancel is lost.
-            state = self.wrapped_future.future().result(timeout)
-        except concurrent.futures.TimeoutError:
-            return
+            state = outcome.result()
         except Exception as error:  # noqa: BLE001  # whatever Ray raises, the task run ended outside of user code
             state = run_coro_as_sync(exception_to_crashed_state(error))
             self.record(state)

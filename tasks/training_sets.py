@@ -20,6 +20,7 @@ from tasks.core.own_columns import EVENT_TIME
 from tasks.core.provenance import code_digest
 from tasks.core.report import Report
 from tasks.core.reservation import Reservation, reserve
+from tasks.core.stopping import held
 from tasks.feature_store import declared
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.plan import with_uris
@@ -153,12 +154,13 @@ def publish_training_sets(
     """
     published = [committed_version(reservation) for reservation in committed]
     failed: list[GateFailed] = []
-    for version in judged:
-        try:
-            published += publish([version], root, _CURES)
-        except GateFailed as fault:
-            failed.append(fault)
-    write_versions_csv(root)
+    with held():
+        for version in judged:
+            try:
+                published += publish([version], root, _CURES)
+            except GateFailed as fault:
+                failed.append(fault)
+        write_versions_csv(root)
     if failed:
         beside = ", ".join(f"{version.dataset} v{version.version}" for version in published)
         raise GateFailed(" ".join(map(str, failed)) + (f" (published beside it: {beside})" if beside else ""))

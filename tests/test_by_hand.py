@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -15,6 +22,7 @@ from tasks.by_hand import FAILED, one_sentence, run_by_hand, summary
 from tasks.core import versions
 from tasks.core.errors import GateFailed, SourceError
 from tasks.core.manifest import RowBalance
+from tasks.core.stopping import stops_unwind
 from tasks.publication import PublishedVersion
 from tests.processes import own_home, shell_environment
 
@@ -135,13 +143,103 @@ def test_a_run_that_fails_ends_with_one_sentence(stack: str, tmp_path: Path, cap
     assert "failed: " not in capfd.readouterr().err, "the traceback tells it"
 
 
-def test_an_interrupted_run_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted() -> None:
-        raise KeyboardInterrupt
+STOPPED_IN_IMPORTS = """
+import os, signal, sys
+from tasks.by_hand import run_by_hand
 
-    monkeypatch.setattr("tasks.local_api.local_stack", interrupted)
-    assert run_by_hand(*FEATURES, []) == 130
-    assert capsys.readouterr().err == "\ninterrupted: nothing was published\n"
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == "prefect_ray":
+            os.kill(os.getpid(), signal.{number})
+
+sys.meta_path.insert(0, Stop())
+sys.exit(run_by_hand("flows.feature_store:feature_store", "tasks.features.config:FeatureStoreConfig", []))
+"""
+
+
+@pytest.mark.parametrize(("number", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_a_stop_while_libraries_are_imported(number: str, code: int, word: str, tmp_path: Path) -> None:
+    program = STOPPED_IN_IMPORTS.format(number=number)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env=shell_environment(tmp_path / "home"),
+    )
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.endswith(f"\n{word}: nothing was published\n")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_signal_that_another_thread_receives_ends_the_wait_for_a_task() -> None:
+    """The kernel may choose any thread; a wait without end in the main thread wouldn't hear of it."""
+    outcome = Future[object]()
+    from tasks.runner import RayJobFuture
+
+    future = RayJobFuture(uuid4(), SimpleNamespace(future=lambda: outcome), task=None, flow_run=None)
+    future.wait(0.01)
+    assert future._final_state is None
+    stop = threading.Timer(0.1, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT))
+    give_up = threading.Timer(10, outcome.set_result, [None])
+    stop.start()
+    give_up.start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        future.wait()
+    give_up.cancel()
+    assert time.monotonic() - started < 8
+
+
+def stop_at_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks.runner import RayJobFuture
+
+    wait = RayJobFuture.wait
+
+    def stopped(self: RayJobFuture, timeout: float | None = None) -> None:
+        if self.task.name == "compute-features" and timeout is None:
+            signal.raise_signal(signal.SIGINT)
+        wait(self, timeout)
+
+    monkeypatch.setattr(RayJobFuture, "wait", stopped)
+
+
+def stop_at_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = versions.commit
+
+    def stopped(*arguments: object) -> object:
+        signal.raise_signal(signal.SIGINT)
+        return commit(*arguments)
+
+    monkeypatch.setattr("tasks.publication.versions.commit", stopped)
+
+
+@pytest.mark.usefixtures("stack")
+@pytest.mark.parametrize(
+    ("arm", "told"),
+    [
+        (stop_at_compute, "nothing was published"),
+        (stop_at_commit, "feature-store/product-features v1 was published, nothing else"),
+    ],
+)
+def test_a_stop_of_a_run(
+    arm: Callable[[pytest.MonkeyPatch], None],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    arm(monkeypatch)
+    monkeypatch.setattr("tasks.by_hand.stops_unwind", partial(stops_unwind, grace=300))  # a busy machine takes longer
+    assert run_by_hand(*FEATURES, [*QUICK, "--no-self-test", "--root", str(tmp_path)]) == 130
+    errors = capfd.readouterr().err
+    assert errors.endswith(f"\ninterrupted: {told}\n")
+    assert "Traceback" not in errors
+    published = versions.published_versions(str(tmp_path), "feature-store/product-features")
+    assert published == ([1] if "v1" in told else [])
 
 
 def test_every_cure_of_a_failed_gate_names_an_option_that_exists() -> None:

@@ -6,15 +6,15 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
-INTERRUPTED, TERMINATED = (128 + number for number in STOPS)
-"""Exit codes of a process that a stop has ended."""
+TERMINATED = 128 + signal.SIGTERM
 
 GRACE_SECONDS = 9.0  # ending a run takes 2 to 5 s: it cancels its tasks, tells the API, stops Ray and the API
+LAST_WORDS_SECONDS = 2.0
 
 
 @contextmanager
@@ -37,7 +37,8 @@ def held() -> Generator[None]:
         waiting.append(number)
         if len(waiting) > 1:
             restore()
-            signal.raise_signal(number)
+            for one in waiting:  # each, as this may itself be within something held
+                signal.raise_signal(one)
 
     for number in before:
         signal.signal(number, note)
@@ -50,37 +51,52 @@ def held() -> Generator[None]:
 
 
 @contextmanager
-def stops_unwind(grace: float = GRACE_SECONDS) -> Generator[None]:
+def stops_unwind(last_words: Callable[[], str], grace: float = GRACE_SECONDS) -> Generator[list[int]]:
     """End the process of a stop within some seconds, after its `finally` blocks have stopped what was started.
 
     The first SIGINT raises `KeyboardInterrupt`, the first SIGTERM `SystemExit` with TERMINATED. A second stop, or one
     that isn't through after `grace` seconds, ends the process as it stands; a Ray and an API of its own follow.
+
+    Args:
+        last_words: What is then said on stderr.
+        grace: Seconds.
+
+    Yields:
+        Signals that have come; what libraries make of the exception doesn't matter to the one who asks here.
+
     """
     stopped: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
 
     def leave(number: int) -> None:
-        print("ended without tidying up: what was started ends by itself", file=sys.stderr, flush=True)
-        os._exit(128 + number)
+        _timer(LAST_WORDS_SECONDS, os._exit, 128 + number)
+        try:
+            print(f"\n{last_words()}; what was started ends by itself", file=sys.stderr, flush=True)
+        finally:
+            os._exit(128 + number)
 
     def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         stopped.append(number)
         if len(stopped) > 1:
             leave(number)
-        timer = threading.Timer(grace, leave, [number])
-        timer.daemon = True
-        timer.start()
-        timers.append(timer)
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        watch.append(_timer(grace, leave, number))
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(TERMINATED)
 
-    timers: list[threading.Timer] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    watch: list[threading.Timer] = []
     before = {number: signal.signal(number, stop) for number in STOPS}
     try:
-        yield
+        yield stopped
     finally:
-        for timer in timers:
+        for timer in watch:
             timer.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _timer(seconds: float, function: Callable[[int], object], number: int) -> threading.Timer:
+    timer = threading.Timer(seconds, function, [number])
+    timer.daemon = True
+    timer.start()
+    return timer
