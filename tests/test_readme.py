@@ -170,6 +170,7 @@ def test_options_that_are_named_exist() -> None:
     known |= {"--config", "--help", "--debug"}
     known |= {
         "--redis",
+        "--ttl-days",
         "--force",
         "--yes",
         "--no-compute",

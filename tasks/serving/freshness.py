@@ -29,21 +29,21 @@ Mask = npt.NDArray[np.bool_]
 STATUS = "__status"
 """What the column of a feature's statuses has behind the name of the feature's."""
 
-_MOST_DAYS = 1_000_000
+_MOST_DAYS = 500_000  # some 1,400 years: a time before the year 1 can't be reckoned
 
 
-def time_to_live(days: Any, what: str = "ttl_days") -> dt.timedelta | None:
+def time_to_live(days: Any) -> dt.timedelta | None:
     """A time to live that somebody gives in days; None is for ever.
 
     Raises:
-        InputError: it is no number above 0, or above a million.
+        InputError: it is no number above 0, or above 500,000.
 
     """
     if days is None:
         return None
     number = isinstance(days, Real) and not isinstance(days, bool | np.bool_)
     if not number or not math.isfinite(days) or not 0 < days <= _MOST_DAYS:
-        raise InputError(f"{what} = {days!r}: give a number of days above 0, such as 30 or 0.5, or None for no limit")
+        raise InputError(f"ttl_days = {days!r}: give a number of days above 0, such as 30 or 0.5, or None for no limit")
     return dt.timedelta(days=float(days))
 
 
@@ -76,10 +76,8 @@ def expired(as_of: pa.Array | pa.ChunkedArray, now: dt.datetime, ttl: dt.timedel
     if ttl is None:
         return np.zeros(len(as_of), np.bool_)
     ticks = as_of.cast(pa.timestamp("us", "UTC")).cast(pa.int64())
-    limit = (now - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) // dt.timedelta(microseconds=1) - ttl // dt.timedelta(
-        microseconds=1
-    )
-    found: Mask = pc.less(ticks, limit).fill_null(False).to_numpy(zero_copy_only=False).astype(np.bool_)
+    oldest = (now - ttl - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) // dt.timedelta(microseconds=1)
+    found: Mask = pc.less(ticks, oldest).fill_null(False).to_numpy(zero_copy_only=False).astype(np.bool_)
     return found
 
 

@@ -231,14 +231,15 @@ def _write(
     texts = {name: _texts(table[name], name) for name in table.column_names if name != AS_OF}
     pipeline = client.pipeline(transaction=True)
     for number, key in enumerate(texts[entity]):
-        row: dict[Any, Any] = {name: values[number] for name, values in texts.items() if values[number] is not None}
-        pipeline.delete(f"{group}:{key}")
-        if not late[number]:
-            pipeline.hset(f"{group}:{key}", mapping={**row, _AS_OF: ticks[number], **stamps})
         if ttl is not None:
             pipeline.zadd(f"{group}/{_COMING}", {str(key): ticks[number]})
-            if not late[number]:  # Redis takes a key away in the millisecond after the one that is named
-                pipeline.pexpireat(f"{group}:{key}", (ticks[number] + ttl // _MICROSECOND) // 1000)
+        if late[number]:  # what an earlier export has of it is deleted at the end, with what else is gone
+            continue
+        row: dict[Any, Any] = {name: values[number] for name, values in texts.items() if values[number] is not None}
+        pipeline.delete(f"{group}:{key}")
+        pipeline.hset(f"{group}:{key}", mapping={**row, _AS_OF: ticks[number], **stamps})
+        if ttl is not None:  # Redis takes a key away in the millisecond after the one that is named
+            pipeline.pexpireat(f"{group}:{key}", (ticks[number] + ttl // _MICROSECOND) // 1000)
     pipeline.execute()
     return int(len(late) - late.sum())
 

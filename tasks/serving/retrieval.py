@@ -119,9 +119,10 @@ def _columns(
         name = f"{ref.group}__{ref.feature}" if full or features.count(ref.feature) > 1 else ref.feature
         if name in found:
             raise DefinitionError(f"'{found[name]}' and '{ref}' would both be the column '{name}'; leave one out")
-        if name in spine.column_names:
+        taken = sorted({name, f"{name}{STATUS}"} & set(spine.column_names))
+        if taken:
             raise DefinitionError(
-                f"the rows have a column '{name}' already, as the feature '{ref}' is named; rename it, or ask for "
+                f"the rows have a column '{taken[0]}' already, as the feature '{ref}' is named; rename it, or ask for "
                 f"full_feature_names"
             )
         found[name] = ref

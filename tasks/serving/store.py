@@ -172,8 +172,9 @@ class FeatureStore:
         """Features as they were at each row's time: the newest with as_of ≤ event_timestamp.
 
         Args:
-            entity_df: Rows with the groups' entity keys and `event_timestamp`, in memory or as the URI of a Parquet or
-                CSV file. Other columns are kept as they are.
+            entity_df: Rows with the groups' entity keys and `event_timestamp` (UTC if it has no time zone; a row
+                without one finds nothing), in memory or as the URI of a Parquet or CSV file. Rows may repeat; other
+                columns are kept as they are.
             features: References such as 'customer-features:total_spent', 'customer-features:*' or '…@v3'.
             ttl_days: Features with event_timestamp − as_of above this are none.
             strict: Whether as_of must be before the event time.
@@ -250,6 +251,13 @@ class FeatureStore:
         values = {(ref.group, ref.pin): self._values(ref.group, ref.pin, from_redis) for ref in references}
         spelled = _spelled_out(references, values)
         names = _names(spelled, full=full_feature_names)
+        columns = [f"{name}{end}" for name in names for end in (("", STATUS) if include_status else ("",))]
+        taken = next((name for name in columns if name in keys), None)
+        if taken is not None:
+            raise DefinitionError(
+                f"the entities have a column '{taken}' already, as a feature is named; leave it out, or ask for "
+                f"full_feature_names"
+            )
         found: dict[str, Any] = {}
         for (group, pin), source in values.items():
             if source.entity not in keys:
@@ -268,7 +276,6 @@ class FeatureStore:
                     if include_status:
                         found[f"{name}{STATUS}"] = statuses(table[ref.feature], there, late)
         given = {name: as_given(some, f"values of '{name}'") for name, some in keys.items()}
-        columns = [f"{name}{end}" for name in names for end in (("", STATUS) if include_status else ("",))]
         table = pa.table({**given, **{name: found[name] for name in columns}})
         return Features(lambda: table)
 

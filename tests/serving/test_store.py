@@ -169,6 +169,7 @@ def test_a_status_at_a_time_tells_expired_from_not_yet_there(store: FeatureStore
         ({"entity_rows": {ENTITY: "17"}}, r"give a list of keys"),
         ({"entity_rows": [{ENTITY: 1}, {"custmer_id": 2}]}, r"row 0 of the entities has no 'custmer_id'"),
         ({"entity_rows": [17]}, r"row 0 of the entities is 17"),
+        ({"entity_rows": {ENTITY: [1], "city": ["a"]}}, r"have a column 'city' already.*full_feature_names"),
         ({"entity_rows": 17}, r"rows of type int can't be read"),
     ],
 )
