@@ -20,10 +20,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tasks.core import layout, storage
-from tasks.core.errors import ConfigError, CorruptVersion, InputError
+from tasks.core.errors import ConfigError, InputError
 from tasks.core.manifest import FileEntry, Manifest
 from tasks.core.partition import bucket_of
-from tasks.core.reading import data_files
+from tasks.core.reading import data_files, explained
 from tasks.features.keys import read_keys
 
 MOST_KEYS = 2_000_000
@@ -130,11 +130,7 @@ def _search(
     uri: str, column: str, value: int | str, columns: Sequence[str] | None
 ) -> tuple[pa.Table | None, list[int], int]:
     """Rows of one file, their numbers in it, and how many row groups were looked into."""
-    try:
-        source = storage.open_input(uri)
-    except FileNotFoundError as fault:
-        raise CorruptVersion(f"{uri} is missing; restore the file from a copy, or publish a new version") from fault
-    with source:
+    with explained(uri), storage.open_input(uri) as source:
         file = pq.ParquetFile(source, pre_buffer=True)
         tables, numbers, groups, start = [], [], 0, 0
         for group in range(file.num_row_groups):
@@ -167,7 +163,7 @@ def closest_keys(root: str, manifest: Manifest, column: str, value: int | str) -
     for uri in data_files(root, manifest):
         if len(keys) >= MOST_KEYS:
             break
-        with storage.open_input(uri) as source:
+        with explained(uri), storage.open_input(uri) as source:
             keys.update(pq.read_table(source, columns=[column])[column].unique().drop_null().to_pylist())
     return closest_of(keys, value)
 

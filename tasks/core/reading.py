@@ -8,12 +8,10 @@ number. What may be read at another time (the store fails), or by a newer releas
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,16 +19,13 @@ import pyarrow.parquet as pq
 from tasks.core import layout, storage
 from tasks.core.errors import ConfigError, CorruptVersion, DamagedManifest, VersionNotFound
 from tasks.core.manifest import FileEntry, Manifest
-from tasks.core.reservation import attempts, find_manifest, parse_manifest, version_numbers
+from tasks.core.reservation import attempts, find_manifest, parse_manifest, pass_over, version_numbers
 from tasks.core.transient import is_transient
 from tasks.core.withdrawal import Withdrawal, parse_withdrawals, withdrawal_uri
 
 CURE = "publish a new version from the same sources, or restore the file from a copy"
 PRUNED = "pruned"
 """Run that holds the number of a version whose files `retention` has deleted, so that it is never given again."""
-
-_LOG = logging.getLogger(__name__)
-_warned: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +50,7 @@ class Committed:
     def warned(self) -> Committed:
         """Warn of damaged versions that are passed over, of each once in a process."""
         for fault in self.unreadable.values():
-            if str(fault) not in _warned:
-                _warned.add(str(fault))
-                _LOG.warning("passed over: %s", fault)
+            pass_over(fault)
         return self
 
 
@@ -147,12 +140,13 @@ def latest(root: str, dataset: str) -> Manifest | None:
     return None
 
 
-def resolve(root: str, dataset: str, version: int | Literal["latest"] = "latest") -> Manifest:
-    """Manifest of a live version.
+def resolve(root: str, dataset: str, version: int | str = "latest") -> Manifest:
+    """Manifest of a live version, which is named as 3, '3', 'v3' or 'latest'.
 
     Raises:
         VersionNotFound: there is no such version, the gate rejected it, or it is withdrawn; the message names those
             that there are.
+        ConfigError: the version is no number.
         CorruptVersion: as `read_manifest`; of the latest, if nothing is left but damaged versions.
     """
     root = storage.normalise(root)
@@ -163,6 +157,7 @@ def resolve(root: str, dataset: str, version: int | Literal["latest"] = "latest"
                 raise fault
             raise _not_found(root, dataset, f"{dataset} has no published version under {root}")
         return newest
+    version = layout.version_number(version)
     found = read_committed(root, dataset, [version])
     manifest, withdrawal = found.manifests.get(version), found.withdrawals.get(version)
     if manifest is None and (version not in found.damaged or withdrawal is None):
@@ -236,7 +231,7 @@ def data_files(root: str, manifest: Manifest) -> list[str]:
 def read_table(
     root: str,
     dataset: str,
-    version: int | Literal["latest"] = "latest",
+    version: int | str = "latest",
     columns: Sequence[str] | None = None,
     verify: bool = False,
 ) -> pa.Table:
@@ -245,7 +240,7 @@ def read_table(
     Args:
         root: Root of the store.
         dataset: Dataset name.
-        version: Version number, or 'latest'.
+        version: Version number, as 3 or 'v3', or 'latest'.
         columns: Columns to read, in this order; None reads all.
         verify: Whether to compare every file's digest first. Without it, sizes and row counts are compared.
 

@@ -6,13 +6,15 @@ A version's attempts are a chain of files, each made by put-if-absent, so that e
     v3/_reservation-2.json    run A, attempt 2      the same run again: a retry; or another run that took v3 over
     v3/_manifest.json         the commit (`versions.commit`)
 
-Only the newest attempt may commit. Data files bear the attempt's number, so that no attempt can damage another's.
+Only the newest attempt may commit. Data files bear the attempt's number, so that no attempt can damage another's. A
+reservation that can't be read is somebody's who can't be named: its version is left alone, with a warning.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -29,6 +31,16 @@ from tasks.core.manifest import MANIFEST_FORMAT, FileEntry, Manifest, Record
 
 Ordinal = Annotated[int, Field(ge=1)]
 
+_LOG = logging.getLogger(__name__)
+_warned: set[str] = set()
+
+
+def pass_over(fault: CorruptVersion) -> None:
+    """Warn of what is damaged and left alone, once in a process."""
+    if str(fault) not in _warned:
+        _warned.add(str(fault))
+        _LOG.warning("passed over: %s", fault)
+
 
 class Owner(Record):
     """A process, told apart from every other one, also from a later one with the same pid."""
@@ -41,6 +53,10 @@ class Owner(Record):
     def is_gone(self) -> bool:
         """Whether the process is known to have ended; False for one that can't be seen from here."""
         return bool(self.boot_id) and self.boot_id == _boot_id() and _process_start(self.pid) != self.process_start
+
+
+NOBODY = Owner(host="", boot_id="", pid=0, process_start="")
+"""Owner of what no process answers for; whether it is gone can't be known."""
 
 
 class Attempt(Record):
@@ -127,11 +143,7 @@ def version_numbers(root: str, dataset: str) -> list[int]:
 
 
 def attempts(root: str, dataset: str, version: int) -> tuple[Attempt, ...]:
-    """Attempts to write a version, first to newest.
-
-    Raises:
-        CorruptVersion: a reservation file can't be read as one.
-    """
+    """Attempts to write a version, first to newest; one whose reservation can't be read is of nobody."""
     return _chains(storage.normalise(root), dataset, [version])[version]
 
 
@@ -161,7 +173,12 @@ def _chains(root: str, dataset: str, versions: list[int]) -> dict[int, tuple[Att
         contents = storage.read_many(uris.values())
         growing = [version for version in growing if uris[version] in contents]
         for version in growing:
-            chains[version] += (_parse(uris[version], contents[uris[version]]),)
+            try:
+                link = _parse(uris[version], contents[uris[version]])
+            except CorruptVersion as fault:
+                pass_over(fault)
+                link = Attempt(run_id="", attempt=attempt, owner=NOBODY, created_at=dt.datetime.now(dt.UTC), token="")
+            chains[version] += (link,)
         attempt += 1
     return chains
 

@@ -21,7 +21,7 @@ from tasks.core.errors import ConfigError, VersionConflict
 from tasks.core.listing import FileInfo
 from tasks.core.manifest import Manifest
 from tasks.core.reading import PRUNED, Committed, committed_manifests, list_datasets, read_committed
-from tasks.core.reservation import Attempt, Owner, attempts, version_numbers
+from tasks.core.reservation import NOBODY, Attempt, attempts, version_numbers
 from tasks.core.versions import attempt_of, orphans
 
 State = Literal["published", "withdrawn", "rejected", "abandoned"]
@@ -32,7 +32,6 @@ ABANDONED_AFTER = dt.timedelta(days=7)
 CUT_OFF_AFTER = dt.timedelta(days=1)
 """No single file takes so long to write: a temporary one of this age was left by a process that was killed."""
 
-_NOBODY = Owner(host="", boot_id="", pid=0, process_start="")
 _ORDER: Mapping[State, int] = {"rejected": 0, "abandoned": 0, "withdrawn": 1, "published": 2}
 
 
@@ -270,7 +269,7 @@ def _take_over(root: str, version: Prunable) -> None:
     mark = Attempt(
         run_id=PRUNED,
         attempt=len(chain) + 1,
-        owner=_NOBODY,
+        owner=NOBODY,
         created_at=dt.datetime.now(dt.UTC),
         token=uuid.uuid4().hex,
     )

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from tasks.core import storage
 from tasks.core.hashing import stable_hash
+from tasks.core.reading import explained
 
 SAMPLE_ROWS = 5000
 MOST_FILES = 16
@@ -64,7 +65,7 @@ def chosen_groups(uris: Sequence[str]) -> list[RowGroup]:
     """The row groups that a sample is taken from, in the order of the files."""
     groups = []
     for uri in (uris[place] for place in sorted(_by_hash(uris)[:MOST_FILES])):
-        with storage.open_input(uri) as source:
+        with explained(uri), storage.open_input(uri) as source:
             metadata = pq.read_metadata(source)
         groups += [
             RowGroup(uri, number, metadata.row_group(number).num_rows) for number in range(metadata.num_row_groups)
@@ -90,13 +91,13 @@ def _tail(uri: str) -> str:
 
 
 def _read(group: RowGroup, columns: Sequence[str], convert: Callable[[str, pa.Table], pa.Table] | None) -> pa.Table:
-    with storage.open_input(group.uri) as source:
+    with explained(group.uri), storage.open_input(group.uri) as source:
         table = pq.ParquetFile(source).read_row_group(group.number, columns=list(columns), use_threads=False)
     table = table.select(list(columns))
     return table if convert is None else convert(group.uri, table)
 
 
 def _empty(uri: str, columns: Sequence[str], convert: Callable[[str, pa.Table], pa.Table] | None) -> pa.Table:
-    with storage.open_input(uri) as source:
+    with explained(uri), storage.open_input(uri) as source:
         table = pq.ParquetFile(source).schema_arrow.empty_table().select(list(columns))
     return table if convert is None else convert(uri, table)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.core import layout, reading, retention, storage, versions, withdrawal
+from tasks.core import layout, reading, reservation, retention, storage, versions, withdrawal
 from tasks.core.errors import CorruptVersion, DamagedManifest, VersionNotFound
 from tasks.core.lineage import trace
 from tests.core.publishing import DATASET, manifest_of, publish, write
@@ -29,7 +29,7 @@ def root(tmp_path: Path) -> str:
     for number in (2, 3):
         whole = place(str(tmp_path), number).read_bytes()
         place(str(tmp_path), number).write_bytes(whole[: len(whole) // 2])
-    reading._warned.clear()
+    reservation._warned.clear()
     return str(tmp_path)
 
 
@@ -99,9 +99,8 @@ def test_it_is_not_taken_for_abandoned_and_keeps_what_it_may_be_made_from(root: 
 def test_what_was_made_from_it_has_a_lineage(root: str) -> None:
     copied = versions.read_manifest(root, DATASET, 1).model_copy(update={"version": 3})
     record = copied.as_input(layout.version_uri(root, DATASET, 3))
-    reservation = versions.reserve(root, COPY, "copy")
-    manifest = manifest_of(reservation, write(reservation)).model_copy(update={"inputs": (record,)})
-    versions.commit(reservation, manifest)
+    held = versions.reserve(root, COPY, "copy")
+    versions.commit(held, manifest_of(held, write(held)).model_copy(update={"inputs": (record,)}))
     assert [one.status for one in trace(root, COPY, 1).versions] == ["published", "gone"]
     runs = Path(layout.training_runs(root, "copy")) / "v1-x"
     runs.mkdir(parents=True)

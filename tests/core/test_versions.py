@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -342,12 +343,17 @@ def test_a_directory_without_a_reservation_is_used_only_if_empty(tmp_path: Path)
     assert foreign.exists()
 
 
-def test_an_unreadable_reservation_is_named(root: str) -> None:
+@pytest.mark.parametrize("committed", [True, False])
+def test_an_unreadable_reservation_is_named_and_left_alone(
+    root: str, committed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    if committed:
+        publish(root, "first")
     storage.write_bytes(version_uri(root) + "/_reservation.json", b"{")
-    with pytest.raises(
-        CorruptVersion, match=r"v1/_reservation.json is no reservation.*remove that version's directory"
-    ):
-        versions.reserve(root, DATASET, "run")
+    with caplog.at_level(logging.WARNING):
+        assert publish(root, "run").version == 2
+    assert re.search(r"v1/_reservation.json is no reservation.*remove that version's directory", caplog.text)
+    assert versions.published_versions(root, DATASET) == [1, 2][not committed :]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -662,9 +668,10 @@ def test_a_manifest_cut_anywhere_is_corrupt(tmp_path_factory: pytest.TempPathFac
     uri = version_uri(root) + "/_manifest.json"
     whole = storage.read_bytes(uri)
     storage.write_bytes(uri, whole[: data.draw(st.integers(0, len(whole) - 1))])
-    for read in (versions.resolve, versions.latest, versions.published_versions):
+    for read in (versions.resolve, lambda *of: versions.resolve(*of, 1), lambda *of: versions.read_manifest(*of, 1)):
         with pytest.raises(CorruptVersion, match=r"v1/_manifest.json can't be read as a manifest"):
             read(root, DATASET)
+    assert (versions.latest(root, DATASET), versions.published_versions(root, DATASET)) == (None, [])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from tasks.core import layout, storage
+from tasks.core import layout, storage, versions
 from tasks.core.errors import ConfigError, CorruptVersion, DefinitionError, InputError, SourceError, VersionNotFound
 from tasks.core.withdrawal import withdraw
 from tasks.serving.store import FeatureStore
@@ -195,6 +195,7 @@ def test_a_store_that_can_not_be(arguments: Any, message: str) -> None:
 @pytest.mark.parametrize("version", [1, "1", "v1"])
 def test_a_version_is_named_as_one_likes(store: FeatureStore, version: Any) -> None:
     assert FeatureStore(Path(store.root)).describe(GROUP, version).version == 1
+    assert versions.read_table(store.root, DATASET, version).num_rows == 20
     found = store.get_online_features([f"{GROUP}:total_spent@{version}"], {ENTITY: [7]})
     assert found.to_dict()["total_spent"] == [7001.0]
     with pytest.raises(ConfigError, match="no version; write it as v3 or 3"):
