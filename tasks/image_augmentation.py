@@ -84,7 +84,7 @@ def augment(plan: ImagePlan, config: ImageAugmentationConfig) -> AugmentedImages
         logger.info("%d of %d units were there from an earlier attempt", augmented.resumed_units, plan.units)
     logger.info(
         "%d variants of %d images written in %d files",
-        augmented.images * config.augmentation.variants,
+        augmented.variants,
         augmented.images,
         len(augmented.files),
     )
@@ -173,7 +173,7 @@ def _summary(plan: ImagePlan, augmented: AugmentedImages, config: ImageAugmentat
         mean_scores=augmented.mean_scores,
         passed=augmented.passed_variants,
         ready=augmented.ready_variants,
-        variants=config.augmentation.variants,
+        variants={split: config.variants_in(split) for split in SPLITS},
     )
 
 
@@ -197,6 +197,8 @@ def _manifest(
         "normalise": {"mean": list(augmentation.mean), "std": list(augmentation.std), "scale": 255},
         "splits": {name: int((augmented.splits == number).sum()) for number, name in enumerate(SPLITS)},
         "variants": augmentation.variants,
+        "evaluation": config.evaluation,
+        "images": {name: int((augmented.class_ids == number).sum()) for name, number in plan.classes.items()},
     }
     return manifest_of(
         augmented,

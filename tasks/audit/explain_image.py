@@ -66,7 +66,7 @@ def explain_image(root: str, manifest: Manifest, key: str, picture: str | None =
     drawn, words = drawn_rows(config, original)
     sections = [
         _source(manifest, original, state),
-        _transforms(config, drawn),
+        _transforms(config.of_split(original["split"]), drawn),
         _quality(config, found),
         split_section(config, known, original),
         gate_section(manifest, {"images": "the images as they were read", "labels": "the labels as they were read"}),
@@ -94,7 +94,8 @@ def _rejected(
 
 def _config(manifest: Manifest) -> ImageAugmentationConfig:
     try:
-        return ImageAugmentationConfig.model_validate(manifest.config)
+        # Versions that don't say it were made when all splits were augmented.
+        return ImageAugmentationConfig.model_validate({"evaluation": "augmented", **manifest.config})
     except ValueError as fault:
         raise PipelineError(f"the version's configuration can't be read here: {str(fault).splitlines()[0]}") from fault
 
@@ -148,7 +149,7 @@ def _variants(
         return entry.path.startswith(directory) and (number in units or (number is not None and number > last // 2))
 
     found = find_rows(root, manifest, _ORIGINAL, original["image_id"], columns=columns, wanted=likely)
-    if found.table.num_rows < config.augmentation.variants:
+    if found.table.num_rows < config.variants_in(original["split"]):
         found = find_rows(root, manifest, _ORIGINAL, original["image_id"], columns=columns)
     return found
 

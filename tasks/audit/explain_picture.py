@@ -87,7 +87,7 @@ def _before(
         return name, f"it can't be decoded here: {decoded.reason}", None
     small = thumbnail(decoded.pixels[:, :, :3], _PIXELS).copy()
     text = f"{size}, {original['format']}, {original['split']}"
-    if config.augmentation.policy is not None:
+    if config.of_split(original["split"]).augmentation.policy is not None:
         return name, text, small
     scale = small.shape[0] / original["height"], small.shape[1] / original["width"]
     for crop, colour in zip(draws_of(config, original).crop.tolist(), _COLOURS, strict=False):

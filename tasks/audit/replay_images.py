@@ -69,13 +69,12 @@ def replay_images(root: str, manifest: Manifest, sample: int, seed: int) -> Answ
     chosen = choose(originals.height, sample, seed)
     replayed: list[Replayed] = []
     for split in SPLITS:
-        files = [(entry, entry.rows // again.variants) for entry in manifest.files if _split_of(entry) == split]
+        variants = again.variants_in(split)
+        files = [(entry, entry.rows // variants) for entry in manifest.files if _split_of(entry) == split]
         own = originals.with_row_index("number").filter(pl.col("split") == split)
         places = np.flatnonzero(np.isin(own["number"].to_numpy(), chosen))
         held = sum(count for _, count in files)
-        replayed += [
-            _without_rows(name, split, again.variants) for name in own["image_id"].gather(places[places >= held])
-        ]
+        replayed += [_without_rows(name, split, variants) for name in own["image_id"].gather(places[places >= held])]
         places = places[places < held]
         for entry, numbers in by_file(files, places):
             # A file's images follow each other in the table of originals, but not in the same order.
@@ -123,8 +122,10 @@ class _Again:
             self.originals = frame_of(stored.read(self._entry))
         except Unreadable as fault:
             raise CorruptVersion(f"{manifest.dataset} v{manifest.version}: {fault.cause.text}") from fault
-        self._config = self._runnable(config_of(ImageAugmentationConfig, manifest))
-        self.variants = self._config.augmentation.variants
+        # Versions that don't say it were made when all splits were augmented.
+        evaluation = manifest.config.get("evaluation", "augmented")
+        self._config = self._runnable(config_of(ImageAugmentationConfig, manifest, evaluation=evaluation))
+        self.variants_in = self._config.variants_in
         self._class_ids: dict[str, int] = manifest.definition["classes"]
         self._labels = self._label()
         self._splits = self._split()
@@ -197,15 +198,16 @@ class _Again:
         except Unreadable as fault:
             return [missing(image, entry, fault.cause) for image in ids]
         planned = self._planned(originals)
-        outcomes, rows = augment_again(self._config, max(self._class_ids.values()) + 1, planned)
+        config = self._config.of_split(_split_of(entry))
+        outcomes, rows = augment_again(config, max(self._class_ids.values()) + 1, planned)
         found = self._of_originals(originals, planned, outcomes)
         names, owners = stored["image_id"].to_pylist(), stored["original_image_id"].to_pylist()
         of_rows = differences(stored, rows, placed(names, rows["image_id"].to_pylist()))
         for image, name, own in zip(owners, names, of_rows, strict=True):
             found[image] += [replace(difference, row=name) for difference in own]
         for image, count in ((image, owners.count(image)) for image in ids):
-            if count != self.variants:
-                found[image].append(Difference("(rows)", str(count), str(self.variants)))
+            if count != config.augmentation.variants:
+                found[image].append(Difference("(rows)", str(count), str(config.augmentation.variants)))
         shared = (*causes_of(self._stored, entry), *causes_of(self._stored, self._entry))
         changed = self._changed(originals, outcomes)
         return [

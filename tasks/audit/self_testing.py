@@ -85,7 +85,10 @@ def results_of(root: str, manifest: Manifest) -> tuple[FaultResult, ...]:
             from tasks.images import self_test as images
             from tasks.images.config import ImageAugmentationConfig
 
-            return images.self_test(root, manifest, _config(ImageAugmentationConfig, manifest), previous)
+            made = _config(ImageAugmentationConfig, manifest)
+            if "evaluation" not in manifest.config:  # made when all splits were augmented
+                made = made.model_copy(update={"evaluation": "augmented"})
+            return images.self_test(root, manifest, made, previous)
         case "streaming-copy":
             from tasks.delivery import self_test as delivery
             from tasks.delivery.config import DeliveryConfig

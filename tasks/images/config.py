@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from tasks.core.settings import DatasetName, Location, Names, Seed, Settings, Share, warn_before_fail
+from tasks.images.split import SPLITS
 
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 Channel = Annotated[int, Field(ge=0, le=255)]
@@ -60,6 +61,10 @@ class Augmentation(Settings):
         if self.policy is not None and not re.fullmatch(r"[\w.]+:[\w.]+", self.policy):
             raise ValueError(f"policy = '{self.policy}' is no import path; write it like 'package.module:name'")
         return self
+
+
+class Centred(Augmentation):
+    """One variant without chance, for images that aren't trained on: resized whole, and the middle taken of it."""
 
 
 class ImageThresholds(Settings):
@@ -140,6 +145,11 @@ class ImageAugmentationConfig(Settings):
     seed: Seed = Field(default=0, description="Seed of every draw and of the split.")
     validation_share: Share = Field(default=0.2, description="Share of the images in the validation split.")
     test_share: Share = Field(default=0.0, description="Share of the images in the test split.")
+    evaluation: Literal["center", "augmented"] = Field(
+        default="center",
+        description="What becomes of validation and test images: one variant without chance, the shorter side resized "
+        "to size × 256/224 and the middle taken, or variants as in training.",
+    )
     near_duplicates: int | None = Field(
         default=6,
         ge=0,
@@ -178,6 +188,21 @@ class ImageAugmentationConfig(Settings):
         default=True, description="Inject faults into a sample of the version, and report which its gate notices."
     )
     sample_images: int = Field(default=500, ge=10, le=1_000_000, description="Size of the sample, images.")
+
+    def of_split(self, split: str) -> ImageAugmentationConfig:
+        """The configuration by which the images of a split become variants."""
+        if split == SPLITS[0] or self.evaluation == "augmented" or isinstance(self.augmentation, Centred):
+            return self
+        kept = self.augmentation.model_dump(include={"size", "mean", "std"})
+        return self.model_copy(update={"augmentation": Centred(**kept, variants=1, degrees=0.0)})
+
+    def alike(self, split: str, other: str) -> bool:
+        """Whether images of two splits become the same variants."""
+        return self.of_split(split) == self.of_split(other)
+
+    def variants_in(self, split: str) -> int:
+        """Variants of each image of a split."""
+        return self.of_split(split).augmentation.variants
 
     @model_validator(mode="after")
     def _choices_agree(self) -> ImageAugmentationConfig:

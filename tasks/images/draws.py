@@ -21,13 +21,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from tasks.core.hashing import stable_hash
-from tasks.images.config import Augmentation
+from tasks.images.config import Augmentation, Centred
 
 UInt64Array = npt.NDArray[np.uint64]
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
 CROP_ATTEMPTS = 10
+_LONGEST = 4
 
 # Purposes of a draw. Their numbers are part of what makes a draw: append to them, never renumber.
 _AREA, _RATIO, _TOP, _LEFT, _FLIP, _ANGLE, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _ORDER, _POLICY = range(12)
@@ -79,7 +80,8 @@ def draw(
     """Parameters of all variants of m images: n = m × variants rows, row i · variants + v for variant v of image i.
 
     As in torchvision, an operation whose range is empty (brightness, contrast, saturation or hue of 0) isn't applied:
-    its factor is exactly 1, its shift exactly 0.
+    its factor is exactly 1, its shift exactly 0. A `Centred` augmentation has no chance: its crop is the whole image,
+    or the middle of one that is longer than four times its shorter side.
 
     Args:
         keys: (m,) from `image_keys`.
@@ -88,6 +90,8 @@ def draw(
         augmentation: The bounds.
 
     """
+    if isinstance(augmentation, Centred):
+        return _whole(np.asarray(heights, np.int64), np.asarray(widths, np.int64))
     variants = augmentation.variants
     streams = _streams(keys, variants)
     height, width = (np.repeat(np.asarray(side, dtype=np.int64), variants) for side in (heights, widths))
@@ -117,6 +121,35 @@ def draw(
         jitter=jitter,
         order=_ORDERS[(uniform[_ORDER] * len(_ORDERS)).astype(np.intp)],
     )
+
+
+def _whole(heights: IntArray, widths: IntArray) -> Draws:
+    count = len(heights)
+    longest = _LONGEST * np.minimum(heights, widths)  # of a line of pixels the whole would be resized to gigabytes
+    height, width = np.minimum(heights, longest), np.minimum(widths, longest)
+    return Draws(
+        crop=np.stack([(heights - height) // 2, (widths - width) // 2, height, width], axis=1).astype(np.int32),
+        flip=np.zeros(count, np.bool_),
+        angle=np.zeros(count, np.float32),
+        jitter=np.tile(np.array([1, 1, 1, 0], np.float32), (count, 1)),
+        order=np.tile(_ORDERS[0], (count, 1)),
+    )
+
+
+def window(height: int, width: int, augmentation: Augmentation) -> tuple[int, int, int, int]:
+    """What a crop of this size is resized to, and which size × size pixels of that are taken.
+
+    Returns:
+        Height and width, pixels; top and left of what is taken. A `Centred` augmentation's are those of torchvision's
+        Resize(size × 256/224) and CenterCrop(size).
+
+    """
+    size = augmentation.size
+    if not isinstance(augmentation, Centred):
+        return size, size, 0, 0
+    side, short = round(size * 256 / 224), min(height, width)
+    tall, wide = int(side * height / short), int(side * width / short)
+    return tall, wide, round((tall - size) / 2), round((wide - size) / 2)
 
 
 def policy_seeds(keys: UInt64Array, variants: int) -> UInt64Array:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tasks.images.config import Augmentation, ImageAugmentationConfig
-from tasks.images.draws import Draws, UInt64Array, draw
+from tasks.images.draws import Draws, UInt64Array, draw, window
 from tasks.images.scoring import Measured, measure
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -167,5 +167,6 @@ def _draws(sizes: Sequence[tuple[int, ...]], keys: UInt64Array, augmentation: Au
 
 
 def _magnification(draws: Draws, rows: slice, augmentation: Augmentation) -> FloatArray:
-    area = draws.crop[rows, 2].astype(np.float32) * draws.crop[rows, 3]
-    return np.asarray(augmentation.size**2 / area, np.float32)
+    crops = draws.crop[rows, 2:]
+    made = np.array([window(tall, wide, augmentation)[:2] for tall, wide in crops.tolist()], np.float32).reshape(-1, 2)
+    return np.asarray(made.prod(axis=1) / (crops[:, 0].astype(np.float32) * crops[:, 1]), np.float32)

@@ -79,7 +79,11 @@ def judge_images(
     checks.append(quality.check_unique("image_id", duplicate_ids))
     checks.append(_distinct_ids(class_ids))
     accounts = [
-        RowBalance(name="variants", rows_in=images * config.augmentation.variants, rows_out=variants),
+        RowBalance(
+            name="variants",
+            rows_in=sum(count * config.variants_in(split) for split, count in sizes.items()),
+            rows_out=variants,
+        ),
         RowBalance(name="data files", rows_in=variants, rows_out=profile.rows),
         RowBalance(name="splits", rows_in=images, rows_out=sizes.total()),
     ]
@@ -116,7 +120,7 @@ def class_summary(
     mean_scores: npt.NDArray[np.floating[Any]],
     passed: npt.NDArray[np.integer[Any]],
     ready: npt.NDArray[np.integer[Any]],
-    variants: int,
+    variants: Mapping[str, int],
     split_names: Sequence[str] = SPLITS,
 ) -> pa.Table:
     """One row for each class and split, in this order, also where there is no image; the images' order is no matter.
@@ -128,7 +132,7 @@ def class_summary(
         mean_scores: Mean quality score of each image's variants.
         passed: Variants of each image that passed validation.
         ready: Variants of each image that are training-ready.
-        variants: Variants of each image.
+        variants: Variants of each image of a split.
         split_names: Splits, in the order of the rows.
 
     Returns:
@@ -164,7 +168,9 @@ def class_summary(
             "class_name": pa.array([name for name in class_names for _ in split_names], pa.string()),
             "split": pa.array(list(split_names) * len(class_names), pa.string()),
             "originals": pa.array(originals, pa.int64()),
-            "variants": pa.array(originals * variants, pa.int64()),
+            "variants": pa.array(
+                originals * np.tile([variants[name] for name in split_names], len(class_names)), pa.int64()
+            ),
             "mean_quality": pa.array(means, pa.float64(), mask=originals == 0),
             "passed": pa.array(total(passed).astype(np.int64)),
             "ready": pa.array(total(ready).astype(np.int64)),
@@ -216,18 +222,12 @@ def _against(
     checks = _compatibility(previous, config, schema)
     warn_above, fail_above = config.thresholds.drift_warn, config.thresholds.drift_fail
     if CLASS in previous.profile:
-        before = _per_image(previous.profile[CLASS], _choices(previous.config)["variants"] or 1)
+        before = _images_before(previous)
         if before.distinct == len(before.top_values):  # else it isn't known which classes there were
             checks.append(_same_classes(previous.version, class_counts, before))
         # Counted by image: the variants of one are no independent witnesses of what chance does.
-        names, counts = pa.array(list(class_counts), pa.string()), pa.array(list(class_counts.values()), pa.int64())
-        images = sum(class_counts.values())
-        partial = ColumnPartial("string", "string", images, 0, top=TopValues.of(names, counts))
-        checks.append(
-            quality.check_drift(
-                CLASS, TableProfile(images, {CLASS: partial}), before, warn_above=warn_above, fail_above=fail_above
-            )
-        )
+        now = _by_image(class_counts)
+        checks.append(quality.check_drift(CLASS, now, before, warn_above=warn_above, fail_above=fail_above))
     if SCORE in previous.profile and SCORE in profile.partials:
         checks.append(
             quality.check_drift(SCORE, profile, previous.profile[SCORE], warn_above=warn_above, fail_above=fail_above)
@@ -299,8 +299,19 @@ def _same_classes(version: int, counts: Mapping[str, int], profile: ColumnProfil
     )
 
 
-def _per_image(profile: ColumnProfile, variants: int) -> ColumnProfile:
-    """The profile of a column that is the same for all variants of an image, counted by image."""
+def _by_image(class_counts: Mapping[str, int]) -> TableProfile:
+    names, counts = pa.array(list(class_counts), pa.string()), pa.array(list(class_counts.values()), pa.int64())
+    images = sum(class_counts.values())
+    return TableProfile(images, {CLASS: ColumnPartial("string", "string", images, 0, top=TopValues.of(names, counts))})
+
+
+def _images_before(previous: Manifest) -> ColumnProfile:
+    """Profile of an earlier version's classes, counted by image; without counts, all had equally many variants."""
+    images = previous.definition.get("images")
+    if images is not None:
+        counted = {name: count for name, count in images.items() if count}
+        return _by_image(counted).columns()[CLASS].model_copy(update={"distinct": len(counted)})
+    profile, variants = previous.profile[CLASS], _choices(previous.config)["variants"] or 1
     top = tuple((value, count // variants) for value, count in profile.top_values)
     return profile.model_copy(
         update={"count": profile.count // variants, "nulls": profile.nulls // variants, "top_values": top}

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tasks.images.config import Augmentation
-from tasks.images.draws import Draws
+from tasks.images.draws import Draws, window
 from tasks.images.resample import jit, resample_rows, triangle_weights, turn
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -62,6 +62,7 @@ class FusedEngine:
 
     def __init__(self, augmentation: Augmentation) -> None:
         size = self.size = augmentation.size
+        self._augmentation = augmentation
         # How far a corner is turned beyond the edge; without bounds checks the gather must find zeros there.
         angle = math.radians(min(augmentation.degrees, 45.0))
         self._margin = math.ceil((math.cos(angle) + math.sin(angle) - 1) * size / 2) + 2
@@ -89,9 +90,11 @@ class FusedEngine:
         assert out.shape[1:] == (3, self.size, self.size), f"out has the shape {out.shape}"
         scratch = self._scratch_for(height, width)
         last = first + len(out)
+        windows = [window(*sides, self._augmentation) for sides in draws.crop[first:last, 2:].tolist()]
         _augment(
             pixels.reshape(height, width * 4),
             draws.crop[first:last],
+            np.array(windows, np.int32),
             draws.flip[first:last],
             draws.angle[first:last],
             draws.jitter[first:last],
@@ -132,14 +135,20 @@ class FusedEngine:
 
 @jit
 def _augment(
-    source, crop, flip, angle, jitter, order, out, figures,
+    source, crop, windows, flip, angle, jitter, order, out, figures,
     padded, margin, spans, line, rows, row, upright, turned, weights_y, weights_x,
 ):  # fmt: skip
     size = out.shape[2]
     for variant in range(out.shape[0]):
         top, left, height, width = crop[variant]
-        triangle_weights(height, size, spans[0], spans[1], weights_y)
-        triangle_weights(width, size, spans[2], spans[3], weights_x)
+        tall, wide, first_y, first_x = windows[variant]
+        triangle_weights(height, tall, first_y, spans[0], spans[1], weights_y)
+        triangle_weights(width, wide, first_x, spans[2], spans[3], weights_x)
+        # Only the columns that are looked at: all, unless a window is taken.
+        skipped = spans[2, 0]
+        left, width = left + skipped, spans[2, size - 1] + spans[3, size - 1] - skipped
+        for x in range(size):
+            spans[2, x] -= skipped
         resample_rows(source, top, left * 4, width * 4, spans[0], spans[1], weights_y, row, upright, 0, width * 4)
         turn(upright.view(np.uint32), turned.view(np.uint32), size, width)
         # The picture stands turned in the padded buffer too: one of its rows is a column x.

@@ -273,7 +273,10 @@ def profile_variants(rows: pa.Table, judged: pa.Table, split: pa.Array | pa.Chun
 
 
 def row_means(scores: pa.ChunkedArray) -> npt.NDArray[np.float32]:
-    """Mean score of each image over its variants, of which all have equally many; shape (n,)."""
+    """Mean score of each image over its variants, of which each has one at least; shape (n,)."""
     lists = scores.combine_chunks()
-    flat = pc.list_flatten(lists).to_numpy()
-    return np.asarray(flat.reshape(len(lists), -1).mean(axis=1), np.float32)
+    counts = pc.list_value_length(lists).to_numpy()
+    if not len(counts):
+        return np.empty(0, np.float32)
+    sums = np.add.reduceat(pc.list_flatten(lists).to_numpy(), np.cumsum(counts) - counts)
+    return np.asarray(sums / counts, np.float32)

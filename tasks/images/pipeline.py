@@ -83,6 +83,7 @@ class AugmentedImages:
     profile: TableProfile
     balances: tuple[RowBalance, ...]
     images: int
+    variants: int
     passed: int
     ready: int
     class_ids: npt.NDArray[np.int64]
@@ -156,12 +157,13 @@ def augment_images(
 
     started = time.monotonic()
     moved = moved_units(found, splits, plan.images_per_unit)
+    for note in _resplit(job, [ordered[unit] for unit in moved], found, splits):
+        ordered[note.unit] = note
     files = {note.unit: note.files for note in ordered}
-    files |= _resplit(job, [ordered[unit] for unit in moved], found, splits)
     timings["move to other splits"] = time.monotonic() - started
 
     started = time.monotonic()
-    _check_files(files, splits, plan)
+    _check_files(files, splits, plan, config)
     firsts, counts = np.unique(groups[groups >= 0], return_counts=True)
     companies = firsts[counts > 1]
     names = _names(plan, companies)
@@ -177,6 +179,7 @@ def augment_images(
         profile=written.profile,
         balances=_balances(plan, ordered),
         images=int(good.sum()),
+        variants=sum(int((splits == number).sum()) * config.variants_in(split) for number, split in enumerate(SPLITS)),
         passed=written.passed,
         ready=written.ready,
         class_ids=found.class_id[good],
@@ -299,7 +302,7 @@ class _ResplitMapper:
         self._job = job
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        return _packed((note.unit, resplit_unit(self._job, note, wanted)) for note, wanted in _unpacked(block))
+        return _packed(resplit_unit(self._job, note, wanted) for note, wanted in _unpacked(block))
 
 
 def _packed(values: Iterator[Any]) -> pa.Table:
@@ -331,23 +334,26 @@ def _pairs_of_part(part: int, parts: int, *arguments: Any) -> npt.NDArray[np.int
     return similar_pairs(hashes, colours, bits, part, parts, valid=valid)
 
 
-def _resplit(
-    job: ImageJob, notes: Sequence[UnitNote], found: Gathered, splits: npt.NDArray[np.int8]
-) -> dict[int, dict[str, FileEntry]]:
-    """New files of the units that hold images of another split by now."""
+def _resplit(job: ImageJob, notes: Sequence[UnitNote], found: Gathered, splits: npt.NDArray[np.int8]) -> list[UnitNote]:
+    """New notes of the units that hold images of another split by now."""
     per_unit = job.config.images_per_file
     items = [
         (note, wanted_splits(found, splits, slice(note.unit * per_unit, (note.unit + 1) * per_unit))) for note in notes
     ]
-    return dict(_mapped(_ResplitMapper, (job,), items, job.config.model_copy(update={"num_gpus": 0.0})))
+    return list(_mapped(_ResplitMapper, (job,), items, job.config))
 
 
-def _check_files(files: Mapping[int, Mapping[str, FileEntry]], splits: npt.NDArray[np.int8], plan: ImagePlan) -> None:
+def _check_files(
+    files: Mapping[int, Mapping[str, FileEntry]],
+    splits: npt.NDArray[np.int8],
+    plan: ImagePlan,
+    config: ImageAugmentationConfig,
+) -> None:
     """Each unit's files must hold as many rows of each split as its images give."""
     for unit, entries in files.items():
         own = splits[unit * plan.images_per_unit : (unit + 1) * plan.images_per_unit]
         for number, split in enumerate(SPLITS):
-            expected = int((own == number).sum()) * plan.variants
+            expected = int((own == number).sum()) * config.variants_in(split)
             rows = entries[split].rows if split in entries else 0
             if rows != expected:
                 raise BalanceError(f"unit {unit}, split {split}: {expected} variants were made, {rows} were written")

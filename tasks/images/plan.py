@@ -65,7 +65,6 @@ class ImagePlan:
     uri: str
     images: int
     images_per_unit: int
-    variants: int
     digests: tuple[str, ...]
     """Of each unit: equal digests give equal files."""
     classes: dict[str, int]
@@ -120,7 +119,6 @@ def plan_images(config: ImageAugmentationConfig, reservation: Reservation, previ
         uri=uri,
         images=rows.num_rows,
         images_per_unit=config.images_per_file,
-        variants=config.augmentation.variants,
         digests=tuple(digests),
         classes=classes,
         balances=(joined.image_balance, *([joined.label_balance] if joined.label_balance is not None else [])),

@@ -18,12 +18,12 @@ jit: Any = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"nn
 
 
 @jit
-def triangle_weights(length, size, starts, counts, weights):
-    """Antialiased bilinear weights, as Pillow's and torch's: shape (size, taps), each row's sum is 1."""
+def triangle_weights(length, size, first, starts, counts, weights):
+    """Antialiased bilinear weights, as Pillow's and torch's, from `first` of `size` on: each row's sum is 1."""
     scale = length / size
     support = max(scale, 1.0)
-    for i in range(size):
-        centre = scale * (i + 0.5)
+    for i in range(len(starts)):
+        centre = scale * (i + first + 0.5)
         low = max(int(centre - support + 0.5), 0)
         high = min(int(centre + support + 0.5), length)
         total = 0.0

@@ -201,6 +201,12 @@ def _check_lengths(originals: Originals, scored: Scored, count: int) -> None:
 
 def _stored(config: ImageAugmentationConfig, images: AnyArray) -> pa.Array:
     if images.dtype == np.float32 and config.format == "float32":
+        if config.evaluation == "center" and config.validation_share + config.test_share > 0:
+            raise ConfigError(
+                f"policy = '{config.augmentation.policy}' gives float32 in a scale of its own, in which validation and "
+                "test images can't be given: end it in uint8 (--format float32 normalises by --augmentation.mean and "
+                ".std), or augment these too, with --evaluation augmented"
+            )
         return tensor_array(images)
     if images.dtype != np.uint8:
         cure = (

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -44,6 +45,7 @@ _JUDGED = ("mean_score", "passed", "ready")
 class _Rows:
     """What a fault changes. table: a row an image, as in the table of originals; schema: of the data files.
 
+    passed, ready: shares of an image's variants, not numbers as there: in another split it has more or fewer of them.
     empty: share of the images whose files are empty. lost: share whose variants get lost before they are written.
     """
 
@@ -65,6 +67,7 @@ class _Trial:
         """Judge some images as the job does."""
         table, rejected = self._decoded(rows)
         written = injection.lost(table, rows.lost) if rows.lost else table
+        variants = self.variants(written)
         counts = self._split_counts(table)
         splits = np.array([SPLITS.index(split) for split in table["split"].to_pylist()], np.int8)
         everything = np.ones(table.num_rows, np.bool_)
@@ -81,9 +84,9 @@ class _Trial:
             schema=rows.schema,
             profile=self.profile(written),
             balances=(images,),
-            variants=written.num_rows * self.config.augmentation.variants,
-            passed=_total(written["passed"]),
-            ready=_total(written["ready"]),
+            variants=int(variants.sum()),
+            passed=round(written["passed"].to_numpy() @ variants),
+            ready=round(written["ready"].to_numpy() @ variants),
             class_counts={name: sum(by_split.values()) for name, by_split in counts.items()},
             split_counts=counts,
             class_ids=self.classes,
@@ -94,12 +97,17 @@ class _Trial:
 
     def profile(self, table: pa.Table) -> TableProfile:
         """Profile of the variants' rows."""
-        variants = self.config.augmentation.variants
+        variants = self.variants(table)
         scores = np.repeat(table["mean_score"].to_numpy().astype(np.float32), variants)
-        offsets = np.arange(table.num_rows + 1, dtype=np.int32) * np.int32(variants)
+        offsets = np.concatenate([[0], np.cumsum(variants)]).astype(np.int32)
         lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(scores))
         judged = pa.table({"scores": pa.chunked_array([lists]), "height": table["height"], "width": table["width"]})
         return profile_variants(table, judged, table["split"])
+
+    def variants(self, table: pa.Table) -> npt.NDArray[np.int64]:
+        """Variants of each image."""
+        counts = {split: self.config.variants_in(split) for split in SPLITS}
+        return np.array([counts[split] for split in table["split"].to_pylist()], np.int64)
 
     def _decoded(self, rows: _Rows) -> tuple[pa.Table, Counter[str]]:
         """The images that can be decoded, and why the others can't."""
@@ -153,9 +161,13 @@ def self_test(
         with storage.open_input(layout.join(uri, manifest.files[0].path)) as source:
             schema = pq.ParquetFile(source).schema_arrow
     trial = _Trial(config=config, classes=classes, name=manifest.balances[0].name, previous=None)
+    variants = trial.variants(table)
+    for name in ("passed", "ready"):
+        table = injection.with_column(table, name, pa.array(table[name].to_numpy() / variants, pa.float64()))
     rows = _Rows(table=table, schema=schema)
     before = as_previous(previous or manifest, schema, trial.profile(table))
-    trial = replace(trial, previous=before.model_copy(update={"config": manifest.config}))
+    definition = {**before.definition, "images": dict(Counter(table[CLASS].to_pylist()))}
+    trial = replace(trial, previous=before.model_copy(update={"config": manifest.config, "definition": definition}))
     return inject(trial.judge(rows), list(_faults(trial, rows)))
 
 
@@ -325,9 +337,8 @@ def _judging(trial: _Trial, rows: _Rows) -> Callable[[Callable[[_Rows], _Rows]],
 def _scored(table: pa.Table, trial: _Trial, mean: float, std: float) -> pa.Table:
     """The images, a share of them with variants of this light and contrast, judged as the job judges them."""
     hit = injection.some(table.num_rows, BAD)
-    variants, count = trial.config.augmentation.variants, int(hit.sum())
-    ones = np.ones(count * variants, np.float32)
-    class_ids = np.repeat(table["class_id"].to_numpy()[hit], variants)
+    ones = np.ones(int(hit.sum()), np.float32)
+    class_ids = table["class_id"].to_numpy()[hit]
     found = score(
         Measured(mean=ones * np.float32(mean), std=ones * np.float32(std)),
         ones,
@@ -335,12 +346,7 @@ def _scored(table: pa.Table, trial: _Trial, mean: float, std: float) -> pa.Table
         len(trial.classes),
         trial.config.thresholds,
     )
-    sums = {
-        "mean_score": found.score.reshape(count, variants).mean(axis=1),
-        "passed": found.passed.reshape(count, variants).sum(axis=1),
-        "ready": found.ready.reshape(count, variants).sum(axis=1),
-    }
-    for name, values in sums.items():
+    for name, values in {"mean_score": found.score, "passed": found.passed, "ready": found.ready}.items():
         column = table[name].to_numpy().copy()
         column[hit] = values
         table = injection.with_column(table, name, pa.array(column, table.schema.field(name).type))
@@ -375,7 +381,3 @@ def _without(table: pa.Table, name: str, keep: int = 0) -> pa.Table:
 def _halved(table: pa.Table) -> pa.Table:
     scores = table["mean_score"].to_numpy() / 2
     return injection.with_column(table, "mean_score", pa.array(scores, table.schema.field("mean_score").type))
-
-
-def _total(column: pa.ChunkedArray) -> int:
-    return int(pc.sum(column).as_py() or 0)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from tasks.core import layout, storage
+from tasks.core.errors import SourceError
 from tasks.core.manifest import FileEntry
 from tasks.core.reservation import Reservation
 from tasks.core.stream import ParquetStream
@@ -33,7 +34,7 @@ from tasks.images.engines import Engine, UInt8Array, make_engine
 from tasks.images.fingerprint import perceptual_hash
 from tasks.images.jpeg_header import read_jpeg_header
 from tasks.images.plan import read_unit
-from tasks.images.records import OUTCOMES, UnitNote, note_uri, write_note
+from tasks.images.records import OUTCOMES, UnitNote, note_uri, read_outcomes, write_note
 from tasks.images.rows import Originals, build_rows, decode_images, rows_schema
 from tasks.images.scoring import Scored, score
 from tasks.images.sources import REJECTED_IMAGES
@@ -99,9 +100,9 @@ class _Clock:
         self.last = now
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def worker_for(config: ImageAugmentationConfig) -> Worker:
-    """This process's worker; loaded once, as long as the configuration stays the same."""
+    """This process's worker for training images, or for others; loaded once, while the configuration stays the same."""
     engine = make_engine(config)
     count = IMAGES_AT_ONCE if engine.keeps else 1
     return Worker(engine, [Decoder(config.max_pixels, config.background) for _ in range(count)])
@@ -124,8 +125,8 @@ def augment_unit(job: ImageJob, unit: int) -> UnitNote:
     files = {}
     for number in np.unique(splits):
         rows = np.flatnonzero(splits == number)
-        uri = job.reservation.data_uri(unit, layout.split_directory(SPLITS[number]))
-        entry = _augment_split(job, uri, planned.take(rows), [outcomes[row] for row in rows], clock)
+        place = unit, SPLITS[number]
+        entry = _augment_split(job, place, planned.take(rows), [outcomes[row] for row in rows], clock)
         if entry is not None:
             files[SPLITS[number]] = entry
     table = _outcome_table(outcomes)
@@ -146,14 +147,15 @@ def augment_unit(job: ImageJob, unit: int) -> UnitNote:
 
 
 def _augment_split(
-    job: ImageJob, uri: str, planned: pa.Table, outcomes: Sequence[_Outcome], clock: _Clock
+    job: ImageJob, place: tuple[int, str], planned: pa.Table, outcomes: Sequence[_Outcome], clock: _Clock
 ) -> FileEntry | None:
-    """Write the file of one split's images to `uri`; None if none of them can be decoded."""
+    """Write the file of a unit's images of one split; None if none of them can be decoded."""
+    unit, split = place
     stream: ParquetStream | None = None
     try:
-        for table in _rows(job.config, job.classes, planned, outcomes, clock):
+        for table in _rows(job.config.of_split(split), job.classes, planned, outcomes, clock):
             if stream is None:
-                stream = open_rows(job, uri)
+                stream = open_rows(job, job.reservation.data_uri(unit, layout.split_directory(split)))
             stream.write(table)
             clock.lap("write")
     except BaseException as error:
@@ -204,7 +206,7 @@ def augment_again(config: ImageAugmentationConfig, classes: int, planned: pa.Tab
     """Make the variants of a few images in memory, as `augment_unit` makes and writes those of a unit.
 
     Args:
-        config: How.
+        config: How, of their split (`of_split`).
         classes: Number of classes.
         planned: Columns image_id, uri, class_name, class_id and key of the plan; with bytes, files of other sizes are
             rejected, as they are by the job.
@@ -353,8 +355,11 @@ def _write_rejected(job: ImageJob, unit: int, planned: pa.Table, outcomes: pa.Ta
     return job.reservation.entry(storage.write_parquet(rows, job.reservation.rejected_uri("images", unit)))
 
 
-def resplit_unit(job: ImageJob, note: UnitNote, wanted: dict[str, npt.NDArray[np.int8]]) -> dict[str, FileEntry]:
+def resplit_unit(job: ImageJob, note: UnitNote, wanted: dict[str, npt.NDArray[np.int8]]) -> UnitNote:
     """Write a unit's rows anew, each to the split that it belongs to now; the old files stay until the commit.
+
+    Rows are copied, but for images that come to train, or leave it: what is made of these differs, so they are read and
+    made again.
 
     Args:
         job: What was done.
@@ -362,31 +367,83 @@ def resplit_unit(job: ImageJob, note: UnitNote, wanted: dict[str, npt.NDArray[np
         wanted: For each file of the note, by its split: the split of each of its images, in the file's order.
 
     Returns:
-        The new files, by split.
+        Its new note, with the new files.
+
+    Raises:
+        SourceError: an image has changed since it was read first.
 
     """
     streams: dict[int, ParquetStream] = {}
     number = len(job.digests) + note.unit  # names of its own: the old files may be needed by another attempt
+
+    def write(target: int, rows: pa.Table) -> None:
+        if target not in streams:
+            directory = layout.split_directory(SPLITS[target])
+            streams[target] = open_rows(job, job.reservation.data_uri(number, directory))
+        streams[target].write(rows)
+
+    outcomes = next(iter(read_outcomes([note], OUTCOMES.names)))
     try:
         for split, entry in note.files.items():
-            per_row = np.repeat(wanted[split], job.config.augmentation.variants)
+            kept = np.array([job.config.alike(split, one) for one in SPLITS])
+            per_row = np.repeat(np.where(kept[wanted[split]], wanted[split], -1), job.config.variants_in(split))
             done = 0
             for rows in _row_groups(layout.join(job.reservation.uri, entry.path)):
                 own = per_row[done : done + rows.num_rows]
                 done += rows.num_rows
-                for target in np.unique(own):
-                    if target not in streams:
-                        directory = layout.split_directory(SPLITS[target])
-                        streams[target] = open_rows(job, job.reservation.data_uri(number, directory))
-                    streams[target].write(rows.filter(pa.array(own == target)))
+                for target in np.unique(own[own >= 0]):
+                    write(target, rows.filter(pa.array(own == target)))
             assert done == len(per_row), f"{entry.path} has {done} rows, its note has {len(per_row)}"
+        outcomes, seconds = _made_again(job, note, wanted, outcomes, write)
     except BaseException as error:
         for stream in streams.values():
             stream.__exit__(type(error), error, error.__traceback__)
         raise
     for stream in streams.values():
         stream.__exit__(None, None, None)
-    return {SPLITS[target]: job.reservation.entry(stream.written) for target, stream in sorted(streams.items())}
+    files = {SPLITS[target]: job.reservation.entry(stream.written) for target, stream in sorted(streams.items())}
+    uri = layout.join(job.reservation.uri, layout.work_name("resplit", note.unit, job.reservation.attempt))
+    moved = replace(note, uri=uri, files=files, seconds=seconds)
+    write_note(moved, outcomes)
+    return moved
+
+
+def _made_again(
+    job: ImageJob,
+    note: UnitNote,
+    wanted: Mapping[str, npt.NDArray[np.int8]],
+    outcomes: pa.Table,
+    write: Callable[[int, pa.Table], None],
+) -> tuple[pa.Table, dict[str, float]]:
+    """Make the variants of images that come to train, or leave it.
+
+    Returns:
+        The outcomes of all images as they are now; and wall time by stage, with that of the first making.
+
+    """
+    clock = _Clock()
+    clock.seconds.update(note.seconds)
+    planned = read_unit(job.plan_uri, note.unit)
+    was = planned["split"].to_numpy()
+    good = outcomes["reason"].is_null().to_numpy()
+    now = was.copy()
+    for split, targets in wanted.items():
+        now[good & (was == SPLITS.index(split))] = targets
+    order = np.arange(len(was))
+    for target in np.unique(now[good]):
+        others = [number for number, one in enumerate(SPLITS) if not job.config.alike(one, SPLITS[target])]
+        rows = np.flatnonzero(good & (now == target) & np.isin(was, others))
+        again = [_Outcome() for _ in rows]
+        for table in _rows(job.config.of_split(SPLITS[target]), job.classes, planned.take(rows), again, clock):
+            write(int(target), table)
+            clock.lap("write")
+        before = outcomes["content"].take(pa.array(rows)).to_pylist()
+        for row, one, content in zip(rows.tolist(), again, before, strict=True):
+            if one.content != content or one.reason is not None:
+                raise SourceError(f"{planned['uri'][row].as_py()} has changed since this run read it first; run again")
+        order[rows] = outcomes.num_rows + np.arange(len(rows))
+        outcomes = pa.concat_tables([outcomes, _outcome_table(again)])
+    return outcomes.take(pa.array(order)), dict(clock.seconds)
 
 
 def _row_groups(uri: str) -> Iterator[pa.Table]:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from tasks.core.errors import ConfigError
 from tasks.images import colours
 from tasks.images.config import Augmentation
-from tasks.images.draws import Draws, policy_seeds
+from tasks.images.draws import Draws, policy_seeds, window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +53,7 @@ class TorchEngine:
         """
         import torch
 
+        self._augmentation = augmentation
         self._variants = augmentation.variants
         self._size = size = augmentation.size
         self._device = _device(device)
@@ -99,11 +100,11 @@ class TorchEngine:
             there = host.to(self._device, non_blocking=True)
             for row in range(number * self._variants, (number + 1) * self._variants):
                 top, left, height, width = draws.crop[row].tolist()
+                tall, wide, first_y, first_x = window(height, width, self._augmentation)
                 steep = self._pinned and max(height, width) > _STEEPEST_ON_GPU * self._size
                 pixels = (host if steep else there)[:, :, :3].permute(2, 0, 1)
-                crop = functional.resized_crop(
-                    pixels, top, left, height, width, [self._size, self._size], antialias=True
-                )
+                crop = functional.resized_crop(pixels, top, left, height, width, [tall, wide], antialias=True)
+                crop = crop[:, first_y : first_y + self._size, first_x : first_x + self._size]
                 yield crop.to(self._device)
 
     def _flip(self, batch: Tensor, flip: npt.NDArray[np.bool_]) -> Tensor:

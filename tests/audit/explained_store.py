@@ -136,7 +136,12 @@ def make_store(place: Path) -> Store:
     sample = write_sample(str(place / "pictures"), 100, 7)
     image_augmentation(
         ImageAugmentationConfig(
-            root=root, **sample, augmentation=Augmentation(size=32, variants=2), images_per_file=40, seed=3
+            root=root,
+            **sample,
+            augmentation=Augmentation(size=32, variants=2),
+            images_per_file=40,
+            seed=3,
+            evaluation="augmented",
         )
     )
     deliver = {"root": root, "training": TrainingConfig(enabled=False), "batch_size": 16}

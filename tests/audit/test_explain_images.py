@@ -12,7 +12,9 @@ import pytest
 import xxhash
 from PIL import Image
 
+from tasks.audit.explain_draws import drawn_rows
 from tasks.core import versions
+from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.images.draws import Draws
 from tasks.images.rows import decode_images
 from tests.audit.explained_store import Store, explained, facts, refused, rows
@@ -131,3 +133,22 @@ def test_the_picture_shows_before_and_after(
         assert inside.mean() < 12, f"variant {number} isn't where it should be"
     red = (shown[:, :side, 0] - shown[:, :side, 1:].max(axis=2) > 60).sum()
     assert red > 500, "the crop of variant 0 isn't framed"
+
+
+def test_what_is_told_of_an_image_that_isnt_trained_on() -> None:
+    """One row, without chance, also where training images go through a policy."""
+    config = ImageAugmentationConfig(augmentation=Augmentation(size=56, variants=3, policy="any:policy"))
+    original = {"image_id": "x", "height": 100, "width": 200, "split": "test"}
+    [row], [words] = drawn_rows(config, original)
+    assert (row["top"], row["left"], row["height"], row["width"], row["flip"], row["degrees"]) == (
+        0,
+        0,
+        100,
+        200,
+        False,
+        0,
+    )
+    assert words.startswith(
+        "200 × 100 px at left 0, top 0 (100.0% of the area), made 128 × 64, of which the middle 56 × 56"
+    )
+    assert len(drawn_rows(config, original | {"split": "train"})[0]) == 3

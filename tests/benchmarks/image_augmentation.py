@@ -57,6 +57,7 @@ def run_flow(source: Path, target: Path) -> tuple[Seconds, Seconds]:
     from tasks.images.plan import plan_images
 
     config = ImageAugmentationConfig(
+        evaluation="augmented",
         root=str(target),
         images=str(source / "images"),
         labels=str(source / "labels.csv"),

@@ -31,6 +31,7 @@ ROWS = VARIANTS * IMAGES
 
 def configured(size: int = SIZE, form: str = "uint8", **changes: Any) -> ImageAugmentationConfig:
     augmentation = Augmentation(size=size, variants=changes.pop("variants", VARIANTS))
+    changes = {"evaluation": "augmented", **changes}
     thresholds = {name: changes.pop(name) for name in list(changes) if name in ImageThresholds.model_fields}
     return ImageAugmentationConfig(
         augmentation=augmentation, format=form, thresholds=ImageThresholds(**thresholds), **changes
@@ -354,6 +355,20 @@ def test_other_constants_of_normalisation_are_told() -> None:
     assert of(judge(previous=published()), "compatibility").verdict == "pass"
 
 
+def test_images_that_arent_trained_on_have_one_row() -> None:
+    config = configured(evaluation="center")
+    counts = split(CLASSES)
+    rows = sum(VARIANTS * one["train"] + one["validation"] for one in counts.values())
+    table = pa.concat_tables([data({n: c["train"] for n, c in counts.items()}, VARIANTS)])
+    table = pa.concat_tables([table, data({n: c["validation"] for n, c in counts.items()}, 1)])
+    before = published(config=config, definition={"images": CLASSES}, profile=profile_table(table).columns())
+    figures = {"variants": rows, "passed": rows, "ready": rows, "previous": before}
+    result = judge(config=config, table=table, **figures)
+    assert {check.name: check.verdict for check in result.checks if check.verdict != "pass"} == {}
+    result = judge(config=config, table=table, **figures | {"variants": rows + 1})
+    assert of(result, "balance", "variants").verdict == "fail"
+
+
 def test_more_variants_are_no_drift() -> None:
     result = judge(previous=published(config=configured(variants=7)))
     assert of(result, "drift", "class_name").verdict == "pass"
@@ -411,7 +426,7 @@ def summary(images: list[Image], names: tuple[str, ...] = ("bee", "cat", "dog"),
         mean_scores=np.array([image.score for image in images], np.float64),
         passed=np.array([image.passed for image in images], np.int64),
         ready=np.array([image.ready for image in images], np.int64),
-        variants=variants,
+        variants=dict.fromkeys(SPLITS, variants),
     )
 
 
@@ -490,5 +505,5 @@ def test_arrays_of_different_lengths_are_refused() -> None:
             mean_scores=np.zeros(2),
             passed=one.astype(np.int64),
             ready=one.astype(np.int64),
-            variants=1,
+            variants=dict.fromkeys(SPLITS, 1),
         )

@@ -13,13 +13,16 @@ import math
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.transforms import v2
 
-from tasks.images.config import Augmentation
+from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.images.draws import Draws, draw, image_keys
 from tasks.images.kernel import FusedEngine
 from tasks.images.scoring import measure
+from tasks.images.transforms import TorchEngine
 from tests.images.oracle import reference_variant
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -55,6 +58,26 @@ def drawn(
         jitter=np.array([jitter], np.float32),
         order=np.array([order], np.uint8),
     )
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (57, 213), (16, 16), (9, 30), (40, 41), (20, 500)])
+@pytest.mark.parametrize("size", [16, 56])
+def test_the_middle_is_torchvisions(shape: tuple[int, int], size: int) -> None:
+    """By both engines; of very long images the middle is cut out before."""
+    config = ImageAugmentationConfig(augmentation=Augmentation(size=size, variants=3)).of_split("validation")
+    assert config.augmentation.variants == 1
+    pixels = natural(*shape)
+    draws = draw(image_keys(["any"], 0), np.array(shape[:1]), np.array(shape[1:]), config.augmentation)
+    out, figures = np.empty((1, 3, size, size), np.uint8), np.empty((1, 2), np.float32)
+    FusedEngine(config.augmentation).augment(pixels, draws, 0, out, figures)
+    by_torch = TorchEngine(config.augmentation).apply([pixels], draws)
+    top, left, height, width = draws.crop[0].tolist()
+    assert (height, width) == shape or max(shape) > 4 * min(shape)
+    tensor = torch.from_numpy(pixels[top : top + height, left : left + width, :3].copy()).permute(2, 0, 1)
+    wanted = v2.Compose([v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)])(tensor).numpy()
+    assert np.array_equal(by_torch[0], wanted)
+    assert np.abs(out[0].astype(int) - wanted).max() <= 1
+    assert figures[0, 0] == pytest.approx(out.mean(), abs=0.01)
 
 
 def run(pixels: UInt8Array, draws: Draws, size: int, degrees: float = 15.0) -> UInt8Array:

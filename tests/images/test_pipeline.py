@@ -23,7 +23,7 @@ from tasks.images.pipeline import AugmentedImages, augment_images, check_policy
 from tasks.images.plan import ImagePlan, plan_images, read_unit
 from tasks.images.rows import decode_images
 from tasks.images.sample import picture, picture_class, write_sample
-from tasks.images.stages import ImageJob
+from tasks.images.stages import ImageJob, augment_again
 from tests.images.oracle import reference_variant
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -131,7 +131,7 @@ def test_every_image_is_a_row_or_rejected_with_a_reason(sample: dict[str, str], 
     assert sorted(reason for source, reason, _ in kept if source != "labels") == sorted(images.rejected)
     assert all(detail for _, _, detail in kept)
     written = rows(undisturbed)
-    assert len(written) == 2 * images.rows_out
+    assert len(written) == undisturbed.variants < 2 * images.rows_out
     assert written["image_id"].n_unique() == len(written)
 
 
@@ -227,13 +227,38 @@ def test_near_duplicates_found_at_the_end_move_to_the_right_split(folders: Calla
     assert moved.height > 0, "nothing had to move: the test shows nothing"
     assert augmented.moved_units > 0
     written = rows(augmented)
-    assert len(written) == 2 * 90
+    assert len(written) == sum({"train": 2, "validation": 1}[split] for split in table["split"])
     now = dict(table.select("image_id", "split").iter_rows())
     assert all(now[name] == split for name, split in written.select("original_image_id", "split").iter_rows())
-    # What moved bears the same pixels as where nothing has to move.
-    apart = run(config.model_copy(update={"near_duplicates": None, "root": str(tmp_path / "apart")}))[1]
-    assert apart.moved_units == 0
-    assert rows(apart).drop("split").equals(written.drop("split"))
+    # What moved has the pixels and the figures of its split.
+    units = pa.concat_tables([read_unit(plan.uri, unit) for unit in range(plan.units)])
+    for split in ("train", "validation"):
+        mine = table.filter(pl.col("split") == split)["image_id"].to_list()
+        chosen = units.filter(pa.compute.is_in(units["image_id"], pa.array(mine)))
+        outcomes, made = augment_again(config.of_split(split), len(plan.classes), chosen)
+        wanted = pl.from_arrow(made.replace_schema_metadata())
+        assert isinstance(wanted, pl.DataFrame)
+        stored = written.filter(pl.col("split") == split).drop("split")
+        assert stored.equals(wanted.sort("image_id"))
+        noted = table.join(pl.DataFrame({"image_id": chosen["image_id"].to_pylist()}), on="image_id", how="inner")
+        noted = noted.sort("image_id").select("mean_score", "passed", "ready", "content_xxh3")
+        by_id = np.argsort(chosen["image_id"].to_pylist())
+        scores = [float(np.mean(outcomes["scores"][row].as_py())) for row in by_id.tolist()]
+        assert noted["mean_score"].to_list() == pytest.approx(scores)
+        assert noted["passed"].to_list() == outcomes["passed"].take(pa.array(by_id)).to_pylist()
+        assert noted["content_xxh3"].to_list() == outcomes["content"].take(pa.array(by_id)).to_pylist()
+
+
+def test_images_that_arent_trained_on_may_be_augmented_like_the_others(
+    sample: dict[str, str], undisturbed: AugmentedImages, tmp_path: Path
+) -> None:
+    augmented = run(configured(str(tmp_path), sample, evaluation="augmented"))[1]
+    every, usual = rows(augmented), rows(undisturbed)
+    assert len(every) == 2 * augmented.images
+    assert every.filter(pl.col("split") == "train").equals(usual.filter(pl.col("split") == "train"))
+    held_out = usual.filter(pl.col("split") == "validation")
+    assert held_out["augmentation_id"].unique().to_list() == [0]
+    assert not every.join(held_out, on="image_id").filter(pl.col("image") == pl.col("image_right")).height
 
 
 def attempt_after(config: ImageAugmentationConfig, run_id: str) -> tuple[ImagePlan, AugmentedImages]:

@@ -41,7 +41,14 @@ COLUMNS = [
 
 
 def configured(form: Format = "uint8", size: int = 16, variants: int = 3, **changes: Any) -> ImageAugmentationConfig:
+    changes = {"evaluation": "augmented", **changes}
     return ImageAugmentationConfig(format=form, augmentation=Augmentation(size=size, variants=variants), **changes)
+
+
+def test_a_policy_with_a_scale_of_its_own_leaves_none_for_images_that_it_isnt_asked_of() -> None:
+    images = np.zeros((2, 3, 16, 16), np.float32)
+    with pytest.raises(ConfigError, match=r"gives float32 in a scale of its own.*--evaluation augmented"):
+        build_rows(configured("float32", variants=1, evaluation="center"), images, originals(2), scored(images), 3)
 
 
 def originals(count: int = 2) -> Originals:

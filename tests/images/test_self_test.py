@@ -96,8 +96,8 @@ def originals(counts: dict[str, int] | None = None) -> pa.Table:
         "alike": [None] * rows,
         "perceptual_hash": np.arange(rows),
         "mean_score": np.random.default_rng(0).choice([0.75, 0.875, 1.0], rows),
-        "passed": [2] * rows,
-        "ready": [2] * rows,
+        "passed": [1 if place % 5 == 0 else 2 for place in places],
+        "ready": [1 if place % 5 == 0 else 2 for place in places],
         "issues": [[]] * rows,
     }
     return pa.table({name: pa.array(columns[name], ORIGINALS.field(name).type) for name in ORIGINALS.names})
