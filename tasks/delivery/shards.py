@@ -5,7 +5,7 @@ needed or somewhat before; only those that are needed soon stay mapped, so that 
 
 A mapped file that somebody cuts or writes to is noticed: each is looked at before a batch is gathered, unless that was
 done in the last 20 ms. What is cut in between, and read before the next look, still ends the process by SIGBUS; what
-was written is compared with its checksums anew.
+was written is compared with its checksums anew within about a second.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OnCorrupt = Literal["raise", "skip"]
 
 _NEAR_ENTRIES = 1 << 20
 _DOWNLOADS = 4  # at a time
-_LOOK_SECONDS = 0.02
+_LOOK_SECONDS, _TIMES_SECONDS = 0.02, 1.0  # between looks at files' lengths, and at their times, which take longer
 _LOOK_SHARE = 1 / 500  # of the time at most, however many files there are
 _FETCH_BYTES = 1 << 18  # of a chunk that is fetched as a whole; of smaller ones the operating system reads enough ahead
 
@@ -90,7 +90,7 @@ class Shards:
         self._status = np.zeros(self._block_starts[-1], np.uint8)
         self._unknown = np.empty(0, np.int64)
         self._verify, self._unchecked = verify, len(self._status) if verify else 0
-        self._next_look = 0.0
+        self._next_look = self._next_times = 0.0
         self._read = np.empty(0, np.bool_)  # chunks that were fetched, once and for all
         self._stays = sum(entry.bytes for entry, _ in self._files) < memory_bytes() // 2
         self._picked: tuple[str, ...] = ()
@@ -230,6 +230,8 @@ class Shards:
     def _look(self) -> None:
         """Look which mapped files were cut or written to since the last look."""
         started = time.monotonic()
+        # To use a file of the cache changes its times.
+        times = not self.remote and started >= self._next_times
         for file, mapped in self._mapped.items():
             if file in self._bad:
                 continue
@@ -238,12 +240,13 @@ class Shards:
             except CorruptVersion as error:
                 self._leave_out(file, error)
                 continue
-            # To use a file of the cache changes its times.
-            if not self.remote and mapped.was_written():
+            if times and mapped.was_written():
                 own = self._status[self._block_starts[file] : self._block_starts[file + 1]]
                 own[own == GOOD] = UNKNOWN
                 self._unchecked = int(np.count_nonzero(self._status == UNKNOWN)) if self._verify else 0
         now = time.monotonic()
+        if times:
+            self._next_times = now + _TIMES_SECONDS
         self._next_look = now + max(_LOOK_SECONDS, (now - started) / _LOOK_SHARE)
 
     def _open(self, file: int) -> MappedFile:

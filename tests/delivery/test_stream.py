@@ -496,6 +496,7 @@ def test_to_skip_everything_is_an_error(tmp_path: Path, harm: str) -> None:
 def test_what_is_written_to_a_mapped_file_is_compared_anew(tmp_path: Path, monkeypatch) -> None:
     version = table_version(str(tmp_path), 60)
     monkeypatch.setattr("tasks.delivery.shards._LOOK_SECONDS", 0)
+    monkeypatch.setattr("tasks.delivery.shards._TIMES_SECONDS", 0)
     monkeypatch.setattr("tasks.delivery.shards._LOOK_SHARE", float("inf"))
     (stream,) = workers(version, 1, prefetch=0)
     expected = run([stream])
