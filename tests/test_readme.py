@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from tasks.command_line import run_by_hand
+from tasks.by_hand import run_by_hand
 from tasks.delivery.config import DeliveryConfig
 from tasks.features.config import FeatureStoreConfig
 from tasks.images.config import ImageAugmentationConfig

@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from flows.feature_store import feature_store
 from flows.image_augmentation import image_augmentation
 from flows.training_delivery import training_delivery
-from tasks.command_line import one_sentence
+from tasks.by_hand import one_sentence
 from tasks.core import layout, storage, versions
 from tasks.core.digests import digest
 from tasks.core.manifest import Manifest
