@@ -73,6 +73,7 @@ def parse_arguments(
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line: forty lines of usage would push it out of sight."""
+        message = " ".join(message.split())
         unknown = message.removeprefix("unrecognized arguments: ").partition(" ")[0].partition("=")[0]
         close = difflib.get_close_matches(unknown, self._option_string_actions, n=1, cutoff=0.75)
         cure = f"did you mean {close[0]}?" if close else "see --help"

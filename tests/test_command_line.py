@@ -88,7 +88,8 @@ def test_help_describes_every_setting(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_options_become_settings() -> None:
     config = parsed(
-        *("--root", "s3://bucket/prefix", "--rows-per-bucket", "5000", "--groups", "a,b", "--as-of", "2025-01-01"),
+        *("--root", "s3://bucket/prefix", "--rows-per-bucket", "5000", "--groups", "a,b"),
+        *("--as-of", "2025-01-01T00:00Z"),
         *("--thresholds.null-fail", "0.75", "--transaction-columns", '{"amount": "sales_value"}', "--join", "left"),
         *("--customer-columns", "age=years,gender=sex", "--allow-schema-change", "--epoch-unit", "ms"),
         *("--transactions", "t.parquet", "--customers", "c.csv"),
@@ -147,7 +148,7 @@ def test_times_of_a_file_are_as_they_are_written(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text("as_of: [2024-12-01, 2024-12-31 12:00:00+02:00]\nearliest: 2020-01-01\n")
     config = parsed("--config", str(file))
-    assert config.as_of == ("2024-12-01T00:00:00+00:00", "2024-12-31T10:00:00+00:00")
+    assert config.as_of == ("2024-12-01T00:00:00", "2024-12-31T10:00:00+00:00")
     assert config.earliest == dt.datetime(2020, 1, 1, tzinfo=dt.UTC)
     assert FeatureStoreConfig(as_of=dt.date(2024, 12, 1)).as_of == config.as_of[:1]
 
@@ -212,8 +213,8 @@ WRONG: list[tuple[type[BaseModel], list[str], str]] = [
     (ImageAugmentationConfig, ["--background", "[1,"], "--background = '[1,': give values separated by commas"),
     (ImageAugmentationConfig, ["--augmentation", "sise=3"], "'augmentation.sise' is no setting; did you mean 'size'?"),
     (ImageAugmentationConfig, ["--name", "v1"], "--name: 'v1' can't name a dataset; use lower case letters"),
-    (DeliveryConfig, ["--version", "newest"], "--version: 'newest' is no version; write it as v3, or 'latest'"),
-    (DeliveryConfig, ["--version", "0"], "--version: '0' is no version; write it as v3, or 'latest'"),
+    (DeliveryConfig, ["--version", "newest"], "--version: 'newest' is no version; write it as v3 or 3, or 'latest'"),
+    (DeliveryConfig, ["--version", "0"], "--version: '0' is no version; write it as v3 or 3, or 'latest'"),
     (DeliveryConfig, ["--training.hidden", "128,many"], "--training.hidden = 'many': give a whole number"),
     (DeliveryConfig, ["--training.function", "x"], "--training.function: 'x' is no import path; write it like"),
 ]

@@ -324,7 +324,7 @@ def _text(text: str) -> str:
     escaped = shortened(" ".join(text.split()), 400).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     for mark in "\\`*_[]|#!":
         escaped = escaped.replace(mark, f"\\{mark}")
-    return escaped
+    return escaped.replace("](", "]\\(")  # no link, whatever a reader makes of the escaped bracket
 
 
 def _target(uri: str) -> str:

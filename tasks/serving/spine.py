@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.types as pt
 
@@ -108,8 +109,8 @@ def _target(model: Model, source_name: str, kind: pa.DataType) -> ColumnPlan:
     """
     if pt.is_floating(kind):
         return ColumnPlan(name=TARGET, source_name=source_name, kind="number", required=True)
-    if pt.is_integer(kind):
-        return ColumnPlan(name=TARGET, source_name=source_name, kind="key", key_type="int64", required=True)
+    if pt.is_integer(kind):  # a file of booleans among them counts as 0 and 1
+        return ColumnPlan(name=TARGET, source_name=source_name, kind="any", required=True, dtype=pl.Int64())
     if pt.is_string(kind) or pt.is_large_string(kind) or pt.is_dictionary(kind):
         return ColumnPlan(name=TARGET, source_name=source_name, kind="key", key_type="string", required=True)
     if not (pt.is_boolean(kind) or pt.is_decimal(kind) or pt.is_string_view(kind) or pt.is_null(kind)):

@@ -133,7 +133,7 @@ def make_images(root: str, config: ImageAugmentationConfig) -> Manifest:
     previous = versions.latest(root, reservation.dataset)
     plan = plan_images(config, reservation, previous)
     augmented = augment_images(plan, config)
-    manifest = image_augmentation._manifest(plan, augmented, config=config, run=run, gate=PASSED, previous=previous)
+    manifest = image_augmentation._manifest(plan, augmented, config=config, run=run, gate=PASSED)
     return versions.commit(reservation, manifest)
 
 

@@ -74,7 +74,7 @@ def test_a_run_that_fails(
 
 
 def test_a_run_with_some_bad_rows_publishes_the_others(tmp_path: Path, proven: Proven) -> None:
-    bad = "1,2\n,2,2024-05-01,1,toys\n1,2,soon,1,toys\n1,2,2024-05-01,NaN,toys\n"
+    bad = "1,2\n,2,2024-05-01,1,toys\n1,2,soon,1,toys\n1,2,2024-05-01,NaN,toys\n1,2,2024-05-01,inf,toys\n"
     run = start(tmp_path, {"t.csv": TEXT + bad})
     assert run.state.is_completed(), run.state.message
     for dataset in DATASETS:
@@ -83,7 +83,8 @@ def test_a_run_with_some_bad_rows_publishes_the_others(tmp_path: Path, proven: P
             "malformed_row": 1,
             "null_customer_id": 1,
             "unparsable_timestamp": 1,
+            "null_amount": 1,
             "not_finite_amount": 1,
         }
-        assert sum(file.rows for file in manifest.rejected_files) == 4
+        assert sum(file.rows for file in manifest.rejected_files) == 5
     proven("some rows are bad", "feature-store", "rejected, counted and kept; the others are published")
