@@ -127,7 +127,7 @@ def _entry_info(entry: os.DirEntry[str] | Path, follow_links: bool) -> Iterator[
             status = entry.stat(follow_symlinks=False)
             if not stat.S_ISLNK(status.st_mode):
                 raise
-            yield FileInfo(os.fspath(entry), 0, str(status.st_mtime_ns))
+            yield FileInfo(os.fspath(entry), 0, _stamp(status))
 
 
 def _glob_everywhere(pattern: str, base: str, follow_links: bool) -> list[str]:
@@ -178,8 +178,17 @@ def _one_path_each(found: dict[str, FileInfo]) -> dict[str, FileInfo]:
     return {uri: info for uri, info in found.items() if os.path.dirname(uri) in kept}
 
 
+def local_stamp(path: str) -> str:
+    """`FileInfo.stamp` of a local file as it is now."""
+    return _stamp(os.stat(path))
+
+
+def _stamp(status: os.stat_result) -> str:
+    return str(status.st_mtime_ns)
+
+
 def _local_info(path: str, status: os.stat_result) -> FileInfo:
-    return FileInfo(path, status.st_size, str(status.st_mtime_ns))
+    return FileInfo(path, status.st_size, _stamp(status))
 
 
 def _list_s3(uri: str, recursive: bool, include_hidden: bool) -> Iterator[FileInfo]:

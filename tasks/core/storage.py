@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from tasks.core.digests import METHOD, Digest, digest
 from tasks.core.disk import MIB, is_temporary, put_in_place, sync_directory, temporary_name, told_if_full
 from tasks.core.errors import ConfigError, PipelineError
-from tasks.core.listing import FileInfo, list_directories, list_files
+from tasks.core.listing import FileInfo, list_directories, list_files, local_stamp
 from tasks.core.location import arrow_filesystem, is_s3, normalise, s3_filesystem
 from tasks.core.refusal import explains_refusals, refusals_explained, s3_error_code
 
@@ -42,6 +42,7 @@ __all__ = [
     "is_temporary",
     "list_directories",
     "list_files",
+    "local_stamp",
     "normalise",
     "open_input",
     "put_if_absent",

@@ -48,6 +48,9 @@ PAGE_BYTES = 1 << 20
 READ_AHEAD = 16
 UNREADABLE = "unreadable"
 
+_Listed = tuple[int | None, str | None]
+"""Size and stamp of a file when it was listed; None where a file may have changed since."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageJob:
@@ -176,7 +179,9 @@ def _rows(
     worker = worker_for(config)
     keys = planned["key"].to_numpy()
     uris = planned["uri"].to_pylist()
-    listed = planned["bytes"].to_pylist() if "bytes" in planned.column_names else [None] * len(uris)
+    listed: list[_Listed] = [(None, None)] * len(uris)
+    if "bytes" in planned.column_names:
+        listed = list(zip(planned["bytes"].to_pylist(), planned["stamp"].to_pylist(), strict=True))
     contents_of = _contents(uris, listed)
     for first, contents in _chunks(contents_of, config):
         own = outcomes[first : first + len(contents)]
@@ -208,8 +213,8 @@ def augment_again(config: ImageAugmentationConfig, classes: int, planned: pa.Tab
     Args:
         config: How, of their split (`of_split`).
         classes: Number of classes.
-        planned: Columns image_id, uri, class_name, class_id and key of the plan; with bytes, files of other sizes are
-            rejected, as they are by the job.
+        planned: Columns image_id, uri, class_name, class_id and key of the plan; with bytes and stamp, files that have
+            changed since they were listed are rejected, as they are by the job.
 
     Returns:
         What becomes of each image, by `OUTCOMES`; and the rows of those that are augmented, by `rows_schema`.
@@ -299,23 +304,27 @@ def _decoded(
         clock.lap("augment")
 
 
-def _contents(uris: Sequence[str], sizes: Sequence[int | None]) -> Iterator[bytes | OSError]:
+def _contents(uris: Sequence[str], listed: Sequence[_Listed]) -> Iterator[bytes | OSError]:
     """Contents of each file, in order, or why it can't be used; from S3 some are read ahead."""
     if not uris or not storage.is_s3(uris[0]):
-        yield from map(_content, uris, sizes)
+        yield from map(_content, uris, listed)
         return
     ahead: deque[Future[bytes | OSError]] = deque()
     with ThreadPoolExecutor(READ_AHEAD) as readers:
-        for uri, size in zip(uris, sizes, strict=True):
-            ahead.append(readers.submit(_content, uri, size))
+        for uri, known in zip(uris, listed, strict=True):
+            ahead.append(readers.submit(_content, uri, known))
             if len(ahead) == READ_AHEAD:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
 
 
-def _content(uri: str, size: int | None) -> bytes | OSError:
-    """A file of the size that was listed, if it was: copies were looked for among files of one size."""
+def _content(uri: str, listed: _Listed) -> bytes | OSError:
+    """A file as it was listed, if it was: copies were looked for in what it held then.
+
+    On a local disk its size and time of modification must be the same, on S3 its size: its ETag would cost a request.
+    """
+    size, stamp = listed
     try:
         data = storage.read_bytes(uri)
     except OSError as error:
@@ -324,6 +333,8 @@ def _content(uri: str, size: int | None) -> bytes | OSError:
         return error
     if size is not None and len(data) != size:
         return OSError(f"it had {size:,} bytes when it was listed and has {len(data):,} now; run again")
+    if stamp is not None and not storage.is_s3(uri) and storage.local_stamp(uri) != stamp:
+        return OSError("it was written to after it was listed; run again")
     return data
 
 

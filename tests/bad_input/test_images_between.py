@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ def swapped_for_a_directory(images: Path) -> None:
     (images / "cats/1.png").mkdir()
 
 
+def replaced_by_one_of_its_size(images: Path) -> None:
+    os.utime(images / "cats/1.png", ns=(1, 1))
+
+
 def linked_to_itself(images: Path) -> None:
     (images / "cats/1.png").unlink()
     (images / "cats/1.png").symlink_to(images / "cats/1.png")
@@ -61,6 +66,7 @@ BETWEEN = {
     "vanishes": (lambda images: (images / "cats/1.png").unlink(), "No such file"),
     "grows": (lambda images: (images / "cats/1.png").write_bytes(PICTURE + b"x"), "bytes when it was listed and has"),
     "is cut": (lambda images: (images / "cats/1.png").write_bytes(PICTURE[:99]), "and has 99 now; run again"),
+    "is replaced by another of its size": (replaced_by_one_of_its_size, "written to after it was listed; run again"),
     "becomes a directory": (swapped_for_a_directory, "Is a directory"),
     "becomes a link to itself": (linked_to_itself, "symbolic links"),
 }
