@@ -255,10 +255,11 @@ def _edges_around(values: FloatArray) -> FloatArray:
     middles = values[:-1] / 2 + values[1:] / 2
     middles = np.where(middles > values[:-1], middles, values[1:])
     margin = np.abs(values) * 2.0**-50
-    if len(values) == 1:
-        return np.concatenate([values - np.maximum(margin, 0.5), values + np.maximum(margin, 0.5)])
     limit = np.finfo(np.float64).max
     with np.errstate(over="ignore"):
+        if len(values) == 1:
+            half = np.maximum(margin, 0.5)
+            return np.clip(np.concatenate([values - half, values + half]), -limit, limit)
         first = max(values[0] - np.maximum(middles[0] - values[0], margin[0]), -limit)
         last = min(values[-1] + np.maximum(values[-1] - middles[-1], margin[-1]), limit)
     return np.concatenate([[first], middles, [last]])

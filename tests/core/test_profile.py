@@ -196,6 +196,15 @@ def test_histogram(
     assert len(values) < 100 or 900 in histogram.counts
 
 
+@pytest.mark.parametrize("value", [1.7976931348623157e308, -1.7976931348623157e308, 0.0, 5e-324])
+def test_a_column_of_one_value_has_finite_edges_around_it(value: float) -> None:
+    histogram = profile_of([value] * 3, pa.float64()).histogram
+    assert histogram is not None
+    assert histogram.counts == (3,)
+    assert all(map(math.isfinite, histogram.edges))
+    assert histogram.edges[0] <= value <= histogram.edges[1]
+
+
 def test_continuous_bins_hold_about_equal_counts() -> None:
     histogram = profile_of(list(np.random.default_rng(0).lognormal(size=50_000)), pa.float64()).histogram
     assert histogram is not None
