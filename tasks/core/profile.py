@@ -259,7 +259,8 @@ def _edges_around(values: FloatArray) -> FloatArray:
     with np.errstate(over="ignore"):
         if len(values) == 1:
             half = np.maximum(margin, 0.5)
-            return np.clip(np.concatenate([values - half, values + half]), -limit, limit)
+            around: FloatArray = np.clip(np.concatenate([values - half, values + half]), -limit, limit)
+            return around
         first = max(values[0] - np.maximum(middles[0] - values[0], margin[0]), -limit)
         last = min(values[-1] + np.maximum(values[-1] - middles[-1], margin[-1]), limit)
     return np.concatenate([[first], middles, [last]])
