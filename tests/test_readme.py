@@ -72,7 +72,8 @@ def run_line(line: str) -> None:
         case ["python3", "-m", module, *argv] if module in CONFIGS:
             entry = f"{module}:{module.rpartition('.')[2]}"
             try:
-                status = run_by_hand(entry, CONFIGS[module], argv)
+                config = CONFIGS[module]
+                status = run_by_hand(entry, f"{config.__module__}:{config.__name__}", argv)
             except SystemExit as end:  # of --help
                 status = int(end.code or 0)
             assert status == 0, line

@@ -180,7 +180,9 @@ class Reader(threading.Thread):
 
     def run(self) -> None:
         try:
-            while not self._end.wait(0.1):
+            ended = False
+            while not ended:
+                ended = self._end.wait(0.1)  # one look more then: what came last is seen, too
                 for dataset in self._datasets:
                     manifest = versions.resolve(str(self._store.root), dataset)
                     versions.verify(str(self._store.root), manifest)
