@@ -1,6 +1,6 @@
 """Where the rows of a feature job went, by three counts that know nothing of each other. Pure.
 
-What the tasks say that they sent, what the exchange carried, and what the tasks say that they took must be the same;
+What the tasks say that they sent, what the shuffle carried, and what the tasks say that they took must be the same;
 what was read must be what the files' footers say.
 """
 
@@ -21,7 +21,7 @@ Int64Array = npt.NDArray[np.int64]
 
 
 def group_balances(
-    job: Job, number: int, notes: Sequence[UnitNote], summaries: Sequence[BucketSummary], carried: Int64Array
+    job: Job, number: int, notes: Sequence[UnitNote], summaries: Sequence[BucketSummary], sent: Int64Array
 ) -> tuple[RowBalance, ...]:
     """Balances of the events, the dimension and the entities of a group, each checked.
 
@@ -32,14 +32,13 @@ def group_balances(
         number: Number of the group.
         notes: One a unit.
         summaries: One a bucket of the group.
-        carried: Rows that went from each unit to each bucket of the group, shape (units, buckets).
+        sent: Rows that each unit sent to the group's buckets.
 
     Raises:
         BalanceError: rows were lost or doubled; it has the figures.
 
     """
     planned = job.plan.groups[number]
-    sent = carried.sum(axis=1)
     balances = _event_balances(job, number, notes, summaries, sent)
     if planned.dimension is not None:
         balances.append(_dimension_balance(job, number, notes, summaries, sent))

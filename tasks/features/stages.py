@@ -9,7 +9,7 @@ met them.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +43,6 @@ from tasks.features.tallies import BucketSummary, EventTally, Tally, UnitNote
 
 LINE = "_line"
 MALFORMED = "malformed_row"
-PART = "\x00part"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +69,25 @@ class Job:
     join: JoinHow
     created: dt.datetime
 
-    def scatter(self, wave: range, index: int) -> tuple[UnitNote, list[pl.DataFrame]]:
+    @property
+    def typed(self) -> tuple[int, ...]:
+        """Numbers of the first unit of each source: their frames tell a bucket its columns, also without rows."""
+        firsts: dict[int | None, int] = {}
+        for index, unit in enumerate(self.units):
+            firsts.setdefault(unit.group, index)
+        return tuple(firsts.values())
+
+    def scatter(self, index: int) -> tuple[UnitNote, list[pl.DataFrame]]:
         """Read and judge one unit and split its rows by entity, for each group that wants them.
 
         Args:
-            wave: Slots to give frames for; slot = group number · buckets + bucket.
-            index: Number of the unit. The wave that has slot 0 also writes the rejected rows.
+            index: Number of the unit.
 
         Returns:
-            Counts, and one frame a slot of the wave.
+            Counts, and one frame a slot.
 
         """
         unit = self.units[index]
-        if unit.group is not None and 0 not in wave and not self._slots_of(unit.group, wave):
-            # A dimension whose group is computed in another wave; wave 0 has counted its rows.
-            return UnitNote(Tally()), [pl.DataFrame()] * len(wave)
         numbered = bool(self.plan.states) and unit.group is None
         kept, tally, rejected = read_and_judge(unit.source, unit.read, unit.file if numbered else None)
         note = UnitNote(tally)
@@ -100,11 +103,9 @@ class Job:
                     rows = rows.clear()
             elif unit.group == number:
                 rows = kept
-            if wanted := self._slots_of(number, wave):
-                first = number * self.buckets
-                split = split_by_key(rows, planned.group.entity, self.buckets) if rows.height else [rows] * self.buckets
-                frames += split[wanted.start - first : wanted.stop - first]
-        if rejected is not None and 0 in wave:
+            split = split_by_key(rows, planned.group.entity, self.buckets) if rows.height else [rows] * self.buckets
+            frames += split
+        if rejected is not None:
             for number in self._readers(unit):
                 entry = write_rejected(self.reservations[number], unit.source.name, unit.index, rejected)
                 note.rejected_files[number] = entry
@@ -121,16 +122,11 @@ class Job:
         places = [FILE, ROW] if self.plan.states else []
         return events.select([*planned.columns, *places]).filter(pl.col(planned.group.entity).is_not_null())
 
-    def _slots_of(self, group: int, wave: range) -> range:
-        """The slots of a group that are in the wave."""
-        first = group * self.buckets
-        return range(max(first, wave.start), min(first + self.buckets, wave.stop))
-
-    def gather(self, wave: range, index: int, frames: list[pl.DataFrame]) -> tuple[BucketSummary, pa.Table]:
+    def gather(self, slot: int, frames: Mapping[int, pl.DataFrame]) -> tuple[BucketSummary, pa.Table]:
         """Compute the features of a bucket's entities, join their dimension rows, stamp and profile them."""
-        number, part = divmod(wave[index], self.buckets)
+        number, part = divmod(slot, self.buckets)
         planned, reservation = self.plan.groups[number], self.reservations[number]
-        events, counts = self._events(number, part, frames)
+        events, counts = self._events(number, part, self._of(frames, None))
         features = snapshots_of(planned, events, self.plan.time, self.plan.as_of)
         entities = Tally(rows_in=entity_rows(events, planned.group.entity, self.plan.time, self.plan.as_of))
         check_equal(planned.group.name, entities.rows_in, features.height, "have events, {} got features")
@@ -138,7 +134,7 @@ class Job:
         rejected_files: list[FileEntry] = []
         unmatched = 0
         if planned.dimension is not None:
-            rows = pl.concat([f for f, unit in zip(frames, self.units, strict=True) if unit.group == number])
+            rows = pl.concat(self._of(frames, number))
             rows, conflicting = unique_dimension_rows(rows, planned.group.entity, dimension)
             joined = join_dimension(planned.group, features, rows, self.join)
             features, unmatched = joined.kept, joined.unmatched
@@ -163,7 +159,11 @@ class Job:
             profile=merge_profiles(profiles),
             quantiles=[sketches(profile) for profile in profiles] if several else [],
         )
-        return summary, table.append_column(PART, pa.array([part] * len(table), pa.int32()))
+        return summary, table
+
+    def _of(self, frames: Mapping[int, pl.DataFrame], group: int | None) -> list[pl.DataFrame]:
+        """The frames that came from a group's dimension, or from the events (None)."""
+        return [frame for index, frame in frames.items() if self.units[index].group == group]
 
     def _suspects(self, planned: GroupPlan, features: pl.DataFrame) -> list[str]:
         """Entities that look like missing values; a category may well be unknown."""
@@ -171,10 +171,9 @@ class Job:
         is_key = any(column.name == entity and column.kind == "key" for column in self.plan.events.rows.columns)
         return suspects(features[entity]) if is_key else []
 
-    def _events(self, number: int, part: int, frames: list[pl.DataFrame]) -> tuple[pl.DataFrame, EventTally]:
+    def _events(self, number: int, part: int, arrived: list[pl.DataFrame]) -> tuple[pl.DataFrame, EventTally]:
         """The events of a bucket that count, in the order of the files; an incremental run's new ones are kept."""
         planned, time = self.plan.groups[number], self.plan.time
-        arrived = [f for f, unit in zip(frames, self.units, strict=True) if unit.group is None]
         counts = EventTally(new=sum(frame.height for frame in arrived))
         if not self.plan.states:
             events = pl.concat(arrived)

@@ -113,7 +113,7 @@ def check_rows_read(source: SourcePlan, units: Sequence[ReadUnit], tally: Tally)
 
 
 def check_way(name: str, sent: int, carried: int, taken: int) -> None:
-    """Compare what was sent to the buckets, what the exchange carried there, and what was taken from it.
+    """Compare what was sent to the buckets, what the shuffle carried there, and what was taken from it.
 
     Raises:
         BalanceError: they differ.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -109,11 +110,11 @@ class Job:
             note.tally.filtered[f"null_{entity}"] += lost
         return note, split_by_key(rows, entity, buckets)
 
-    def label_gather(self, _: int, frames: list[pl.DataFrame]) -> tuple[LabelledBucket, pa.Table]:
+    def label_gather(self, _: int, frames: Mapping[int, pl.DataFrame]) -> tuple[LabelledBucket, pa.Table]:
         """Make the label's rows of a bucket of entities, at all its times."""
         assert self.plan.label is not None
         plan = self.plan.label
-        events = pl.concat(frames)
+        events = pl.concat(frames.values())
         rows = label_rows(plan.label, events, plan.events.time, plan.times)
         return LabelledBucket(events.height, rows.height, rows[TARGET].null_count()), to_arrow(rows)
 
@@ -138,7 +139,7 @@ class Job:
         return kept, SpineNote(tally, entry, newest)
 
     def gather(
-        self, number: int, buckets: int, index: int, frames: list[pl.DataFrame]
+        self, number: int, buckets: int, index: int, frames: Mapping[int, pl.DataFrame]
     ) -> tuple[JoinedBucket, pa.Table]:
         """Join the features of one entity key to a bucket of rows; in the last turn write them.
 
@@ -146,11 +147,11 @@ class Job:
             number: Number of the turn, which is that of the entity key.
             buckets: Number of buckets.
             index: Number of the bucket.
-            frames: Its rows, in the order of the spine.
+            frames: Its rows by unit, in the order of the spine.
 
         """
         entity = self.plan.entities[number]
-        rows = pl.concat(frames)
+        rows = pl.concat(frames.values())
         order = [ORDER] if ORDER in rows.columns else []
         rows = rows.sort(entity, EVENT_TIME, *order, maintain_order=True)
         summary = JoinedBucket(rows.height)

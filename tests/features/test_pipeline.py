@@ -1,4 +1,4 @@
-"""The Ray job: how it is cut into waves changes nothing that is written."""
+"""The Ray job: how its rows are brought to their buckets changes nothing that is written."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from tasks.core import engine
 from tasks.core.hashing import stable_hash
 from tasks.core.reservation import reserve
 from tasks.features import pipeline
@@ -54,18 +55,16 @@ def test_rows_lie_where_a_look_up_finds_them(ray_cluster: None, tmp_path: Path) 
         assert before_all not in set(rows["as_of"].to_pylist())
 
 
-@pytest.mark.parametrize("waves", [2, 3, 8])
-def test_waves_change_no_byte_and_no_count(
-    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waves: int
+@pytest.mark.parametrize("partitions", [1, 3, 16])
+def test_the_partitions_of_the_shuffle_change_no_byte_and_no_count(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partitions: int
 ) -> None:
     sample = write_sample(str(tmp_path / "sample"), 5_000, 0)
     whole, pieces = compute(sample, tmp_path / "whole")
-    # Both groups need two keys, the time and the amount, customers also the category: a store for a wave's share of it.
-    size = pipeline.PACKED_BYTES
-    volume = 5_000 * (2 * (2 * size["key"] + size["time"] + size["number"]) + size["any"])
-    monkeypatch.setattr(pipeline, "object_store_bytes", lambda: int(volume / waves / pipeline.STORE_SHARE) + 10)
+    monkeypatch.setattr(engine, "MAX_PARTITIONS", partitions)
+    monkeypatch.setattr(engine, "PARTITION_BYTES", 1)
     cut, cut_pieces = compute(sample, tmp_path / "cut")
-    assert cut_pieces == waves * pieces
+    assert cut_pieces == pieces
     for one, other in zip(whole, cut, strict=True):
         assert other.files == one.files
         assert other.rejected_files == one.rejected_files
