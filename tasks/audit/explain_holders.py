@@ -15,8 +15,8 @@ from tasks.core.errors import CorruptVersion, PipelineError
 from tasks.core.lineage import trace
 from tasks.core.manifest import Manifest
 from tasks.core.own_columns import AS_OF, EVENT_TIME
-from tasks.core.reading import committed_manifests, list_datasets
-from tasks.core.withdrawal import withdrawn
+from tasks.core.reading import committed_manifests, latest, list_datasets
+from tasks.core.withdrawal import withdrawal_of
 from tasks.serving.catalogue import newest
 
 MOST_VERSIONS = 30
@@ -58,18 +58,17 @@ def holders_section(
 def _own_versions(root: str, manifest: Manifest, column: str, value: int | str) -> Iterator[dict[str, Any]]:
     """The other versions of the dataset, newest first."""
     versions = [one for one in committed_manifests(root, manifest.dataset) if one.status == "published"]
-    taken_back = withdrawn(root, manifest.dataset)
-    live = [one for one in versions if one.version not in taken_back]
-    latest = newest(live) if layout.kind(manifest.dataset) == "features" else (live[-1] if live else None)
+    read = newest if layout.kind(manifest.dataset) == "features" else latest
+    served = read(root, manifest.dataset)
     for one in versions[::-1][:MOST_VERSIONS]:
         what = "this version" if one.version == manifest.version else "other version"
-        what += ", the one that readers get" if latest is not None and one.version == latest.version else ""
-        if one.version != manifest.version or latest is None or latest.version == one.version:
+        what += ", the one that readers get" if served is not None and one.version == served.version else ""
+        if one.version != manifest.version or served is None or served.version == one.version:
             yield _row(root, one, what, _count(root, one, column, value))
 
 
 def _row(root: str, manifest: Manifest, relation: str, holds: str) -> dict[str, Any]:
-    status = "withdrawn" if manifest.version in withdrawn(root, manifest.dataset) else manifest.status
+    status = "withdrawn" if withdrawal_of(root, manifest.dataset, manifest.version) else manifest.status
     return {
         "who": f"{manifest.dataset} v{manifest.version}",
         "relation": relation,

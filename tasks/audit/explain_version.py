@@ -15,7 +15,7 @@ from tasks.core import layout, storage
 from tasks.core.errors import ConfigError, CorruptVersion, InputError
 from tasks.core.manifest import Manifest
 from tasks.core.times import expand
-from tasks.core.withdrawal import withdrawn
+from tasks.core.withdrawal import withdrawal_of
 
 _STYLES = (("_reason", "_file", "_row"), ("reason", "uri", "row"))
 """Reason, file and row as rejected rows bear them: those of features' sources, of copies, of images and labels."""
@@ -23,7 +23,7 @@ _STYLES = (("_reason", "_file", "_row"), ("reason", "uri", "row"))
 
 def version_section(root: str, manifest: Manifest) -> Section:
     """Where the version stands, who made it, and with what."""
-    withdrawal = withdrawn(root, manifest.dataset).get(manifest.version)
+    withdrawal = withdrawal_of(root, manifest.dataset, manifest.version)
     facts = {
         "version": f"{manifest.dataset} v{manifest.version}",
         "status": "withdrawn" if withdrawal else manifest.status,

@@ -40,14 +40,14 @@ from tasks.audit.replay_tables import (
 )
 from tasks.core import layout
 from tasks.core.errors import DefinitionError, PipelineError
-from tasks.core.manifest import Manifest
+from tasks.core.manifest import Manifest, as_of_times
 from tasks.core.own_columns import AS_OF, CREATED, QUALITY
 from tasks.core.partition import bucket_of
 from tasks.core.profile import profile_table
 from tasks.core.reading import read_manifest
 from tasks.core.sketch import QuantileSketch
 from tasks.features.config import FeatureStoreConfig
-from tasks.features.incremental import as_of_times, kept_links
+from tasks.features.incremental import kept_links
 from tasks.features.kernel import join_dimension
 from tasks.features.loading import declared
 from tasks.features.lookups import lookup_tables

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 from tasks.core import layout, storage
 from tasks.core.errors import InputError
 from tasks.core.manifest import FaultResult, Manifest
-from tasks.core.reading import live_manifests, resolve
+from tasks.core.reading import first_live, resolve
+from tasks.core.reservation import version_numbers
 from tasks.core.self_test import ORDER, blind, summary, unproven
 from tasks.serving.catalogue import find_dataset
 from tasks.serving.tables import as_json, show
@@ -68,8 +69,8 @@ def results_of(root: str, manifest: Manifest) -> tuple[FaultResult, ...]:
         InputError: the version can't be tested.
 
     """
-    earlier = [one for one in live_manifests(root, manifest.dataset) if one.version < manifest.version]
-    previous = earlier[-1] if earlier else None
+    earlier = [number for number in version_numbers(root, manifest.dataset) if number < manifest.version]
+    previous = first_live(root, manifest.dataset, earlier[::-1])
     match layout.kind(manifest.dataset):
         case "features":
             from tasks.features import self_test as features

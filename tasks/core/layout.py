@@ -8,6 +8,8 @@
     {root}/{dataset}/v{N}/_originals/….parquet      what is known of each input, such as an image
     {root}/{dataset}/v{N}/_work/….parquet           notes of finished work, for a later attempt; gone after the commit
     {root}/{dataset}/v{N}/_report.html, _report.json
+    {root}/{dataset}/_index/versions.json           what the manifests say in short; made from them
+    {root}/{dataset}/_index/changing-v{N}           vN is withdrawn or pruned, or about to be
 
     {root}/training-runs/{name}/{run}/…             checkpoints, records and the report of a training
 
@@ -28,6 +30,7 @@ METADATA = f"{FEATURE_STORE}/metadata/feature_versions.csv"
 
 MANIFEST = "_manifest.json"
 WITHDRAWN = "_withdrawn.json"
+INDEX = "_index"
 REPORT_HTML = "_report.html"
 REPORT_JSON = "_report.json"
 REJECTED = "_rejected"
@@ -35,6 +38,7 @@ WORK = "_work"
 CLASS_SUMMARY = "_class_summary.csv"
 
 _VERSION = re.compile(r"v([1-9][0-9]*)")
+_MARK = re.compile(r"changing-(v[1-9][0-9]*)")
 _PART = re.compile(r"(?:^|/)part-([0-9]+)-a[0-9]+\.parquet$")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -118,6 +122,30 @@ def parse_version(name: str) -> int | None:
     """Version number of a directory name 'v12', or None for any other name."""
     match = _VERSION.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def index_uri(root: str, dataset: str) -> str:
+    """The index of a dataset's versions.
+
+    Raises:
+        ConfigError: as `dataset_uri`.
+    """
+    return join(dataset_uri(root, dataset), INDEX, "versions.json")
+
+
+def mark_uri(root: str, dataset: str, version: int) -> str:
+    """Mark of a version that the index must not be asked about.
+
+    Raises:
+        ConfigError: as `dataset_uri`.
+    """
+    return join(dataset_uri(root, dataset), INDEX, f"changing-v{version}")
+
+
+def marked_version(uri: str) -> int | None:
+    """Number of the version that a mark is of; None for any other file."""
+    match = _MARK.fullmatch(uri.rpartition("/")[2])
+    return parse_version(match[1]) if match else None
 
 
 def version_number(given: object) -> int:

@@ -26,6 +26,8 @@ SCHEMA = pa.schema(
 def versions_table(root: str, datasets: Iterable[str]) -> pa.Table:
     """Describe every committed version of some datasets, published and rejected, by dataset and version.
 
+    It is made from the index: a version whose manifest was damaged since keeps its row.
+
     Returns:
         One row a version, in `SCHEMA`: feature_count is the number of columns, keys included; record_count is the
         number of rows; thresholds is the JSON of the configuration's 'thresholds', or null where it has none.
@@ -35,16 +37,16 @@ def versions_table(root: str, datasets: Iterable[str]) -> pa.Table:
     """
     rows = [
         {
-            "version": manifest.version,
-            "dataset": manifest.dataset,
-            "feature_count": len(manifest.columns),
-            "record_count": manifest.rows,
-            "status": manifest.status,
-            "thresholds": _json(manifest.config.get("thresholds")),
-            "creation_date": manifest.created_at,
+            "version": one.version,
+            "dataset": dataset,
+            "feature_count": one.columns,
+            "record_count": one.rows,
+            "status": one.status,
+            "thresholds": _json(one.thresholds),
+            "creation_date": one.created_at,
         }
         for dataset in sorted(set(datasets))
-        for manifest in versions.committed_manifests(root, dataset)
+        for one in versions.overview(root, dataset).warned().versions.values()
     ]
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 

@@ -3,55 +3,84 @@
 A version is *live* while it is published and not withdrawn; 'latest' is the highest live one, and isn't stored. A
 version whose manifest is damaged isn't live: it is passed over with a warning, and an error for who asks for it by its
 number. What may be read at another time (the store fails), or by a newer release, is never passed over.
+
+Who asks about all versions gets them from the index (`version_index`), which isn't the truth: a version that is chosen
+to be read is looked at itself.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Generic, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.core import layout, storage
-from tasks.core.errors import ConfigError, CorruptVersion, DamagedManifest, VersionNotFound
+from tasks.core.errors import ConfigError, CorruptVersion, DamagedManifest, PipelineError, VersionNotFound
+from tasks.core.listing import FileInfo
 from tasks.core.manifest import FileEntry, Manifest
 from tasks.core.reservation import attempts, find_manifest, parse_manifest, pass_over, version_numbers
 from tasks.core.transient import is_transient
+from tasks.core.version_index import IndexedVersion, indexed, marked, read_index, write_index
 from tasks.core.withdrawal import Withdrawal, parse_withdrawals, withdrawal_uri
 
 CURE = "publish a new version from the same sources, or restore the file from a copy"
 PRUNED = "pruned"
 """Run that holds the number of a version whose files `retention` has deleted, so that it is never given again."""
+_AT_ONCE = 32
+_LOG = logging.getLogger(__name__)
+
+Version = TypeVar("Version", Manifest, IndexedVersion)
 
 
 @dataclass(frozen=True, slots=True)
-class Committed:
-    """Committed versions by their numbers, ascending: manifests, those that are damaged, and who is withdrawn."""
+class Committed(Generic[Version]):
+    """Committed versions by their numbers, ascending, those whose manifests are damaged, and who is withdrawn."""
 
-    manifests: Mapping[int, Manifest]
+    versions: Mapping[int, Version]
     damaged: Mapping[int, DamagedManifest]
     withdrawals: Mapping[int, Withdrawal]
 
     @property
-    def live(self) -> list[Manifest]:
-        """Manifests of the live versions."""
+    def live(self) -> list[Version]:
+        """The live versions."""
         withdrawn = self.withdrawals
-        return [one for n, one in self.manifests.items() if one.status == "published" and n not in withdrawn]
+        return [one for n, one in self.versions.items() if one.status == "published" and n not in withdrawn]
 
     @property
     def unreadable(self) -> dict[int, DamagedManifest]:
         """Damaged manifests of versions that nobody has withdrawn."""
         return {n: fault for n, fault in self.damaged.items() if n not in self.withdrawals}
 
-    def warned(self) -> Committed:
+    def warned(self) -> Self:
         """Warn of damaged versions that are passed over, of each once in a process."""
         for fault in self.unreadable.values():
             pass_over(fault)
         return self
+
+
+@dataclass(frozen=True, slots=True)
+class Overview(Committed[IndexedVersion]):
+    """All committed versions of a dataset in short.
+
+    pruned: entries of pruned versions. undecided: numbers that are reserved, and no more is known of. stored: what the
+    index has.
+    """
+
+    pruned: Mapping[int, IndexedVersion]
+    undecided: Sequence[int]
+    stored: Mapping[int, IndexedVersion]
+
+    @property
+    def settled(self) -> dict[int, IndexedVersion]:
+        """Entries that never have to be taken back."""
+        return {**self.pruned, **{n: one for n, one in self.versions.items() if n not in self.withdrawals}}
 
 
 def read_manifest(root: str, dataset: str, version: int) -> Manifest:
@@ -77,34 +106,26 @@ def committed_manifests(root: str, dataset: str) -> list[Manifest]:
     Raises:
         CorruptVersion: a manifest is of a format that a newer release writes.
     """
-    return list(read_committed(root, dataset).warned().manifests.values())
+    return list(read_committed(root, dataset).warned().versions.values())
 
 
-def live_manifests(root: str, dataset: str, known: Mapping[int, Manifest] | None = None) -> list[Manifest]:
-    """Manifests of all live versions, by ascending version.
-
-    Args:
-        root: Root of the store.
-        dataset: Dataset name.
-        known: Manifests that were read before, by version; they never change, so they aren't read again.
+def live_manifests(root: str, dataset: str) -> list[Manifest]:
+    """Manifests of all live versions, by ascending version; for those who need each of them whole.
 
     Raises:
         CorruptVersion: a manifest is of a format that a newer release writes.
 
     """
-    return read_committed(root, dataset, known=known).warned().live
+    return read_committed(root, dataset).warned().live
 
 
-def read_committed(
-    root: str, dataset: str, numbers: Sequence[int] | None = None, known: Mapping[int, Manifest] | None = None
-) -> Committed:
-    """Read what there is of some versions, or of all, in one round of requests.
+def read_committed(root: str, dataset: str, numbers: Sequence[int] | None = None) -> Committed[Manifest]:
+    """Read the manifests of some versions, or of all, and who is withdrawn, in one round of requests.
 
     Args:
         root: Root of the store.
         dataset: Dataset name.
         numbers: Versions to look at; None: all that were ever begun.
-        known: Manifests that were read before, by version.
 
     Raises:
         CorruptVersion: a manifest is of a format that a newer release writes.
@@ -112,11 +133,11 @@ def read_committed(
     """
     root = storage.normalise(root)
     numbers = version_numbers(root, dataset) if numbers is None else numbers
-    found = {n: manifest for n, manifest in (known or {}).items() if n in numbers}
+    found: dict[int, Manifest] = {}
     damaged: dict[int, DamagedManifest] = {}
-    manifests = {n: layout.join(layout.version_uri(root, dataset, n), layout.MANIFEST) for n in numbers}
+    manifests = {n: _manifest_uri(root, dataset, n) for n in numbers}
     records = {n: withdrawal_uri(root, dataset, n) for n in numbers}
-    contents = storage.read_many([*(uri for n, uri in manifests.items() if n not in found), *records.values()])
+    contents = storage.read_many([*manifests.values(), *records.values()])
     for number, uri in manifests.items():
         if uri in contents:
             try:
@@ -126,17 +147,136 @@ def read_committed(
     return Committed(dict(sorted(found.items())), damaged, parse_withdrawals(records, contents))
 
 
+def overview(
+    root: str,
+    dataset: str,
+    known: Mapping[int, IndexedVersion] | None = None,
+    listed: Mapping[str, FileInfo] | None = None,
+) -> Overview:
+    """All committed versions of a dataset, as the index has them; what isn't settled there is looked at itself.
+
+    The number of requests depends on how many versions aren't settled, not on how many there are.
+
+    Args:
+        root: Root of the store.
+        dataset: Dataset name.
+        known: Settled entries of an earlier look.
+        listed: Every file of the dataset, as `list_dataset` gives them: entries are compared with the manifests' sizes
+            and stamps, so that a manifest that was damaged or removed since is noticed. None: it isn't noticed, and
+            who goes on to use a version must read its manifest.
+
+    Raises:
+        CorruptVersion: a manifest is of a format that a newer release writes.
+
+    """
+    root = storage.normalise(root)
+    numbers = version_numbers(root, dataset) if listed is None else _numbers(root, dataset, listed)
+    stored = {} if known is not None and known.keys() >= set(numbers) else read_index(root, dataset)
+    entries = {**stored, **(known or {})}
+    entries = {n: entries[n] for n in numbers if n in entries}
+    pruned = {n: one for n, one in entries.items() if one.status == "pruned"}
+    if listed is None:
+        marks = marked(root, dataset)  # after the index: whatever it says was true until the mark was made
+        found = {n: one for n, one in entries.items() if n not in marks and n not in pruned}
+        unsure = [n for n in numbers if n not in found and n not in pruned]
+    else:
+        found = {n: one for n, one in entries.items() if _unchanged(root, dataset, one, listed)}
+        unsure = [n for n in numbers if n not in found and _manifest_uri(root, dataset, n) in listed]
+        pruned = {n: one for n, one in pruned.items() if n not in unsure}
+    damaged: dict[int, DamagedManifest] = {}
+    withdrawals: dict[int, Withdrawal] = {}
+    for start in range(0, len(unsure), _AT_ONCE):
+        some = unsure[start : start + _AT_ONCE]
+        manifests = {n: _manifest_uri(root, dataset, n) for n in some}
+        records = {n: withdrawal_uri(root, dataset, n) for n in some}
+        contents = storage.read_many([*manifests.values(), *records.values()])
+        withdrawals |= parse_withdrawals(records, contents)
+        for number, uri in manifests.items():
+            if uri not in contents:
+                continue
+            data = contents[uri]
+            try:
+                manifest = parse_manifest(uri, data, dataset, number)
+            except DamagedManifest as fault:
+                damaged[number] = fault
+                continue
+            found[number] = indexed(manifest, len(data), storage.stamp_of(uri, data))
+    undecided = [n for n in unsure if n not in found and n not in damaged]
+    return Overview(dict(sorted(found.items())), damaged, withdrawals, pruned, undecided, stored)
+
+
+def _numbers(root: str, dataset: str, listed: Iterable[str]) -> list[int]:
+    begin = len(layout.dataset_uri(root, dataset)) + 1
+    names = {uri[begin:].partition("/")[0] for uri in listed}
+    return sorted(n for name in names if (n := layout.parse_version(name)) is not None)
+
+
+def _unchanged(root: str, dataset: str, entry: IndexedVersion, listed: Mapping[str, FileInfo]) -> bool:
+    """Compare an entry with what a listing shows of its manifest; a version that may be withdrawn is looked at."""
+    info = listed.get(_manifest_uri(root, dataset, entry.version))
+    same = info is not None and (info.bytes, info.stamp) == (entry.manifest_bytes, entry.manifest_stamp)
+    return same and withdrawal_uri(root, dataset, entry.version) not in listed
+
+
+def _manifest_uri(root: str, dataset: str, version: int) -> str:
+    return layout.join(layout.version_uri(root, dataset, version), layout.MANIFEST)
+
+
+def list_dataset(root: str, dataset: str, *, follow_links: bool = True) -> dict[str, FileInfo]:
+    """Every file of a dataset by its URI, hidden ones too."""
+    place = layout.dataset_uri(storage.normalise(root), dataset)
+    return {info.uri: info for info in storage.list_files(place, include_hidden=True, follow_links=follow_links)}
+
+
+def update_index(root: str, dataset: str) -> None:
+    """Add to the index what was settled since it was written; make it anew where it is missing or damaged.
+
+    Worth doing after each change. Where it can't be done, readers are slower and see the same.
+    """
+    root = storage.normalise(root)
+    try:
+        found = overview(root, dataset)
+        settled = found.settled
+        for number in set(found.undecided) & marked(root, dataset) if found.undecided else ():
+            chain = attempts(root, dataset, number)
+            if chain and chain[-1].run_id == PRUNED:
+                settled[number] = IndexedVersion(version=number, status="pruned")
+        if settled != found.stored:
+            write_index(root, dataset, settled)
+    except (OSError, PipelineError) as error:
+        _LOG.warning(
+            "the index of %s isn't up to date, so readers look at more versions than they need: %s", dataset, error
+        )
+
+
 def published_versions(root: str, dataset: str) -> list[int]:
     """Numbers of the live versions, ascending."""
-    return [manifest.version for manifest in live_manifests(root, dataset)]
+    return [one.version for one in overview(root, dataset, listed=list_dataset(root, dataset)).warned().live]
 
 
 def latest(root: str, dataset: str) -> Manifest | None:
     """Manifest of the highest live version, or None when there is none."""
     root = storage.normalise(root)
-    for version in reversed(version_numbers(root, dataset)):
-        for manifest in read_committed(root, dataset, [version]).warned().live:
-            return manifest
+    numbers = version_numbers(root, dataset)[::-1]
+    newest = first_live(root, dataset, numbers[:1])  # mostly it is that one, and nothing more has to be asked
+    if newest is None and numbers:
+        entries = read_index(root, dataset)
+        # What was rejected or pruned stays so; whatever else the index says is looked at.
+        left = [n for n in numbers[1:] if n not in entries or entries[n].status == "published"]
+        newest = first_live(root, dataset, left)
+    return newest
+
+
+def first_live(root: str, dataset: str, numbers: Sequence[int]) -> Manifest | None:
+    """Manifest of the first version in a row that is live, by the versions themselves; None: none of them is."""
+    start, some = 0, 1
+    while start < len(numbers):
+        tried = numbers[start : start + some]
+        live = {manifest.version: manifest for manifest in read_committed(root, dataset, tried).warned().live}
+        for number in tried:
+            if number in live:
+                return live[number]
+        start, some = start + some, min(2 * some, _AT_ONCE)
     return None
 
 
@@ -153,13 +293,14 @@ def resolve(root: str, dataset: str, version: int | str = "latest") -> Manifest:
     if version == "latest":
         newest = latest(root, dataset)
         if newest is None:
-            for fault in reversed(read_committed(root, dataset).unreadable.values()):
-                raise fault
+            damaged = overview(root, dataset, listed=list_dataset(root, dataset)).unreadable
+            if damaged:
+                raise damaged[max(damaged)]
             raise _not_found(root, dataset, f"{dataset} has no published version under {root}")
         return newest
     version = layout.version_number(version)
     found = read_committed(root, dataset, [version])
-    manifest, withdrawal = found.manifests.get(version), found.withdrawals.get(version)
+    manifest, withdrawal = found.versions.get(version), found.withdrawals.get(version)
     if manifest is None and (version not in found.damaged or withdrawal is None):
         return read_manifest(root, dataset, version)  # which says what there is instead, or what is wrong
     if manifest is not None and manifest.status != "published":

@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,7 @@ from pydantic import Field, ValidationError
 from tasks.core import layout, storage
 from tasks.core.errors import CorruptVersion, DamagedManifest, VersionConflict
 from tasks.core.manifest import MANIFEST_FORMAT, FileEntry, Manifest, Record
+from tasks.core.version_index import IndexedVersion, read_index, write_index
 
 Ordinal = Annotated[int, Field(ge=1)]
 
@@ -124,10 +126,16 @@ def reserve(root: str, dataset: str, run_id: str, owner: Owner | None = None) ->
     root = storage.normalise(root)
     owner = owner or current_owner()
     while True:  # every turn after the first means that another publisher got the number, so somebody always advances
-        chains = _chains(root, dataset, version_numbers(root, dataset))
-        held, committed = _held(root, dataset, run_id, chains)
-        version = held or next(iter(_abandoned(root, dataset, chains)), max(chains, default=0) + 1)
-        attempt = len(chains.get(version, ())) + 1
+        numbers = version_numbers(root, dataset)
+        entries = read_index(root, dataset)
+        decided = {number: entries[number] for number in numbers if number in entries}
+        chains = _chains(root, dataset, [number for number in numbers if number not in decided])
+        held, committed = _held(root, dataset, run_id, chains, decided)
+        version = held or next(iter(_abandoned(root, dataset, chains, decided)), max(numbers, default=0) + 1)
+        if version in entries and version not in decided:
+            write_index(root, dataset, decided)  # of versions that somebody has removed, and not of the one to come
+        chain = attempts(root, dataset, version) if version in decided else chains.get(version, ())
+        attempt = len(chain) + 1
         reservation = Reservation(
             root=root, dataset=dataset, version=version, run_id=run_id, attempt=attempt, committed=committed
         )
@@ -193,17 +201,23 @@ def _parse(uri: str, data: bytes) -> Attempt:
         ) from error
 
 
-def _held(root: str, dataset: str, run_id: str, chains: dict[int, tuple[Attempt, ...]]) -> tuple[int | None, bool]:
+def _held(
+    root: str,
+    dataset: str,
+    run_id: str,
+    chains: Mapping[int, tuple[Attempt, ...]],
+    decided: Mapping[int, IndexedVersion],
+) -> tuple[int | None, bool]:
     """The version that a run has published or still holds, if any, and whether it is published."""
-    for version in sorted(chains, reverse=True):
-        chain = chains[version]
-        if all(link.run_id != run_id for link in chain):
-            continue
+    published = (number for number, entry in decided.items() if (entry.run_id, entry.status) == (run_id, "published"))
+    begun = (number for number, chain in chains.items() if any(link.run_id == run_id for link in chain))
+    for version in sorted((*published, *begun), reverse=True):
+        chain = chains.get(version, ())
         try:
             manifest = find_manifest(root, dataset, version)
         except DamagedManifest:  # it was committed, and nothing can be said of it: the run needs a new number
             continue
-        if manifest is None and chain[-1].run_id == run_id:
+        if manifest is None and chain and chain[-1].run_id == run_id:
             return version, False
         # A run that the gate refused and that is tried again, with other input, needs a new number.
         if manifest is not None and manifest.run.flow_run_id == run_id and manifest.status == "published":
@@ -211,13 +225,16 @@ def _held(root: str, dataset: str, run_id: str, chains: dict[int, tuple[Attempt,
     return None, False
 
 
-def _abandoned(root: str, dataset: str, chains: dict[int, tuple[Attempt, ...]]) -> list[int]:
+def _abandoned(
+    root: str, dataset: str, chains: Mapping[int, tuple[Attempt, ...]], decided: Mapping[int, IndexedVersion]
+) -> list[int]:
     """Unpublished versions that nobody works on, above all others, ascending.
 
     Only above all others: a version taken over below a published one would be newer than 'latest'.
     """
     numbers: list[int] = []
-    for version in sorted(chains, reverse=True):
+    highest = max(decided, default=0)
+    for version in sorted((number for number in chains if number > highest), reverse=True):
         chain, uri = chains[version], layout.version_uri(root, dataset, version)
         if storage.exists(layout.join(uri, layout.MANIFEST)) or (chain and not chain[-1].owner.is_gone()):
             break

@@ -14,14 +14,14 @@ import datetime as dt
 import uuid
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from tasks.core import layout, storage
 from tasks.core.errors import ConfigError, VersionConflict
 from tasks.core.listing import FileInfo
-from tasks.core.manifest import Manifest
-from tasks.core.reading import PRUNED, Committed, committed_manifests, list_datasets, read_committed
+from tasks.core.reading import PRUNED, Overview, list_dataset, list_datasets, overview, read_committed, update_index
 from tasks.core.reservation import NOBODY, Attempt, attempts, version_numbers
+from tasks.core.version_index import IndexedVersion, mark
 from tasks.core.versions import attempt_of, orphans
 
 State = Literal["published", "withdrawn", "rejected", "abandoned"]
@@ -86,16 +86,17 @@ def survey(
         raise ConfigError(f"older_than = {older_than}: give a time of 0 or more")
     root = storage.normalise(root)
     now = now or dt.datetime.now(dt.UTC)
-    committed = read_committed(root, dataset)
-    manifests, taken_back = committed.manifests, committed.withdrawals
-    states = {n: _state(manifest, n in taken_back) for n, manifest in manifests.items()}
-    created = {n: manifest.created_at for n, manifest in manifests.items()}
+    listed = list_dataset(root, dataset, follow_links=False)
+    committed = overview(root, dataset, listed=listed)
+    known, taken_back = committed.versions, committed.withdrawals
+    states = {n: _state(one, n in taken_back) for n, one in known.items()}
+    created = {n: one.created_at or now for n, one in known.items()}
     for number in committed.damaged.keys() & taken_back.keys():
         states[number], created[number] = "withdrawn", taken_back[number].when or now
-    for number, since in _abandoned(root, dataset, manifests.keys() | committed.damaged.keys(), now).items():
+    for number, since in _abandoned(root, dataset, known.keys() | committed.damaged.keys(), listed, now).items():
         states[number], created[number] = "abandoned", since
 
-    live = [n for n in sorted(manifests) if states[n] == "published"]
+    live = [n for n in sorted(known) if states[n] == "published"]
     spared = set(live[-(keep or 1) :])
     if keep is None and older_than is None:
         spared |= {n for n in states if states[n] in ("published", "withdrawn")}
@@ -103,11 +104,11 @@ def survey(
     held = _held(root, dataset, committed, states, wanted) if wanted else {}
     wanted -= set(held)
     held |= dict.fromkeys(committed.unreadable, "its manifest is damaged: restore it from a copy, or withdraw it first")
-    kept = {moment for n in live if n not in wanted for moment in manifests[n].as_of}
+    kept = {moment for n in live if n not in wanted for moment in known[n].as_of}
     found = []
     for n in sorted(wanted, key=lambda n: (_ORDER[states[n]], n)):
         files = _files(root, dataset, n)
-        lost = tuple(t for t in manifests[n].as_of if t not in kept) if states[n] == "published" else ()
+        lost = tuple(t for t in known[n].as_of if t not in kept) if states[n] == "published" else ()
         size = sum(info.bytes for info in files)
         found.append(
             Prunable(
@@ -144,13 +145,18 @@ def prune(root: str, chosen: Iterable[Prunable]) -> int:
     """
     root = storage.normalise(root)
     deleted = 0
+    changed: dict[str, None] = {}
     for version in chosen:
+        changed[version.dataset] = None
         uri = layout.version_uri(root, version.dataset, version.version)
+        mark(root, version.dataset, version.version)
         _take_over(root, version)
         storage.delete(layout.join(uri, layout.MANIFEST))
         for info in _files(root, version.dataset, version.version):
             storage.delete(info.uri)
         deleted += version.bytes
+    for dataset in changed:
+        update_index(root, dataset)
     return deleted
 
 
@@ -173,7 +179,8 @@ def leftovers(root: str, datasets: Iterable[str], now: dt.datetime | None = None
     root = storage.normalise(root)
     found: dict[str, FileInfo] = {}
     for dataset in datasets:
-        for manifest in committed_manifests(root, dataset):
+        committed = (read_committed(root, dataset, [number]).warned() for number in version_numbers(root, dataset))
+        for manifest in (manifest for one in committed for manifest in one.versions.values()):
             uri = layout.version_uri(root, dataset, manifest.version)
             # What somebody else has put there isn't ours to delete.
             left = [path for path in orphans(uri, manifest) if attempt_of(path) or storage.is_temporary(path)]
@@ -187,68 +194,62 @@ def leftovers(root: str, datasets: Iterable[str], now: dt.datetime | None = None
     return [found[uri] for uri in sorted(found)]
 
 
-def _state(manifest: Manifest, taken_back: bool) -> State:
-    if manifest.status != "published":
+def _state(version: IndexedVersion, taken_back: bool) -> State:
+    if version.status != "published":
         return "rejected"
     return "withdrawn" if taken_back else "published"
 
 
-def _abandoned(root: str, dataset: str, committed: Set[int], now: dt.datetime) -> dict[int, dt.datetime]:
+def _abandoned(
+    root: str, dataset: str, committed: Set[int], listed: Iterable[str], now: dt.datetime
+) -> dict[int, dt.datetime]:
     """Versions without a manifest that nobody works on and that have files, with the time of their last attempt."""
     found = {}
-    for number in version_numbers(root, dataset):
-        if number in committed:
-            continue
+    begin = len(layout.dataset_uri(root, dataset)) + 1
+    # Without files there is nothing to gain, and a number that was pruned is done with.
+    filled = {layout.parse_version(uri[begin:].partition("/")[0]) for uri in listed if not _holds_number(uri)}
+    for number in sorted(number for number in filled if number is not None and number not in committed):
         chain = attempts(root, dataset, number)
         if not chain:
             continue  # a directory that isn't ours
         last = chain[-1]
-        over = last.run_id == PRUNED or last.owner.is_gone() or last.created_at < now - ABANDONED_AFTER
-        # Without files there is nothing to gain, and a number that was pruned is done with.
-        if over and _files(root, dataset, number):
+        if last.run_id == PRUNED or last.owner.is_gone() or last.created_at < now - ABANDONED_AFTER:
             found[number] = last.created_at
     return found
 
 
 def _held(
-    root: str, dataset: str, committed: Committed, states: Mapping[int, State], wanted: set[int]
+    root: str, dataset: str, committed: Overview, states: Mapping[int, State], wanted: set[int]
 ) -> dict[int, str]:
     """Versions that somebody needs, or may need, and who."""
     held: dict[int, str] = {}
-    manifests = committed.manifests
+    known = committed.versions
     if layout.kind(dataset) == "features":
         for number in committed.unreadable:
             why = f"v{number}, whose manifest is damaged, may continue its state"
-            held |= dict.fromkeys((n for n in wanted if n < number and n in manifests), why)
+            held |= dict.fromkeys((n for n in wanted if n < number and n in known), why)
     for other in list_datasets(root):
         if other == dataset:
             continue
-        found = read_committed(root, other)
+        found = overview(root, other, listed=list_dataset(root, other))
         if found.unreadable and layout.kind(other) in ("training-set", "streaming-copy"):
             why = f"{other} v{max(found.unreadable)}, whose manifest is damaged, may have been made from it"
-            held |= dict.fromkeys((n for n in wanted if n in manifests and n not in held), why)
-        for manifest in found.manifests.values():
-            if manifest.status != "published":
+            held |= dict.fromkeys((n for n in wanted if n in known and n not in held), why)
+        for one in found.versions.values():
+            if one.status != "published":
                 continue
-            for record in manifest.inputs:
-                if record.name == dataset and record.version in wanted:
-                    held.setdefault(record.version, f"{other} v{manifest.version} was made from it")
+            for name, version in one.made_from:
+                if name == dataset and version in wanted:
+                    held.setdefault(version, f"{other} v{one.version} was made from it")
     # A chain of states: what a version that stays continues stays, and what that one continues.
-    staying = sorted(n for n in manifests if states[n] != "rejected" and (n not in wanted or n in held))
+    staying = sorted(n for n in known if states[n] != "rejected" and (n not in wanted or n in held))
     while staying:
         number = staying.pop()
-        parent = state_parent(manifests[number].definition)
+        parent = known[number].state_parent
         if parent in wanted and parent not in held:
             held[parent] = f"v{number} continues its state"
             staying.append(parent)
     return held
-
-
-def state_parent(definition: Mapping[str, Any]) -> int | None:
-    """The version whose state a version continues, as an incremental run notes it; None: it stands alone."""
-    state = definition.get("state")
-    parent = state.get("parent") if isinstance(state, Mapping) else None
-    return parent if isinstance(parent, int) else None
 
 
 def _files(root: str, dataset: str, version: int) -> Sequence[FileInfo]:
@@ -256,8 +257,12 @@ def _files(root: str, dataset: str, version: int) -> Sequence[FileInfo]:
     uri = layout.version_uri(root, dataset, version)
     # What a link leads to isn't the version's, and must never be deleted with it.
     found = storage.list_files(uri, include_hidden=True, follow_links=False)
-    reserved = layout.reservation_name(1).removesuffix(".json")
-    return [info for info in found if not info.uri.rpartition("/")[2].startswith(reserved)]
+    return [info for info in found if not _holds_number(info.uri)]
+
+
+def _holds_number(uri: str) -> bool:
+    """Whether a file is a reservation, which stays for ever."""
+    return uri.rpartition("/")[2].startswith(layout.reservation_name(1).removesuffix(".json"))
 
 
 def _take_over(root: str, version: Prunable) -> None:

@@ -48,6 +48,7 @@ __all__ = [
     "put_if_absent",
     "read_bytes",
     "read_many",
+    "stamp_of",
     "write_bytes",
     "write_parquet",
 ]
@@ -374,6 +375,23 @@ def digest_of(uri: str, like: str = f"{METHOD}:") -> str:
         while piece := file.read(8 * MIB):
             made.update(piece)
     return str(made)
+
+
+def stamp_of(uri: str, data: bytes) -> str:
+    """`FileInfo.stamp` that a listing will show of a file with these contents, without another request.
+
+    Where S3 makes its ETags otherwise than by MD5, as it does of encrypted objects, no listing ever shows this stamp.
+
+    Returns:
+        The stamp; '' for a local file that isn't there.
+    """
+    uri = normalise(uri)
+    if is_s3(uri):
+        return hashlib.md5(data, usedforsecurity=False).hexdigest()
+    try:
+        return local_stamp(uri)
+    except FileNotFoundError:
+        return ""
 
 
 def fingerprint(info: FileInfo) -> str:

@@ -31,10 +31,13 @@ from tasks.core.reading import (
     latest,
     list_datasets,
     live_manifests,
+    overview,
     published_versions,
+    read_committed,
     read_manifest,
     read_table,
     resolve,
+    update_index,
     verify,
 )
 from tasks.core.reservation import (
@@ -48,6 +51,7 @@ from tasks.core.reservation import (
     reserve,
     version_numbers,
 )
+from tasks.core.version_index import read_index
 
 __all__ = [
     "Attempt",
@@ -65,11 +69,13 @@ __all__ = [
     "list_datasets",
     "live_manifests",
     "orphans",
+    "overview",
     "published_versions",
     "read_manifest",
     "read_table",
     "reserve",
     "resolve",
+    "update_index",
     "verify",
     "version_numbers",
 ]
@@ -128,6 +134,7 @@ def commit(reservation: Reservation, manifest: Manifest, base: int | None = None
         decided = stored if storage.put_if_absent(uri, data) else _decided(reservation, data)
         assert decided is not None, "a committed manifest is never removed"
     _delete(reservation, orphans(reservation.uri, decided))
+    update_index(reservation.root, reservation.dataset)
     return decided
 
 
@@ -163,10 +170,15 @@ def _go_on_from(base: int, reservation: Reservation, manifest: Manifest) -> None
     """
     run = RunRecord(flow_run_id=reservation.run_id, attempt=reservation.attempt)
     first = f"Run {reservation.run_id} went on first from {_named(base)}, with v{reservation.version}."
-    for number in range(base + 1, reservation.version):
+    entries = read_index(reservation.root, reservation.dataset)
+    between = [number for number in range(base + 1, reservation.version) if number not in entries]
+    known = read_committed(reservation.root, reservation.dataset, between)
+    for number in between:
+        if number in known.versions or number in known.damaged:
+            continue
         uri = layout.join(layout.version_uri(reservation.root, reservation.dataset, number), layout.MANIFEST)
-        chain = () if storage.exists(uri) else attempts(reservation.root, reservation.dataset, number)
-        if not storage.exists(uri) and not (chain and chain[-1].run_id == PRUNED):
+        chain = attempts(reservation.root, reservation.dataset, number)
+        if not (chain and chain[-1].run_id == PRUNED):
             closed = Manifest(
                 dataset=reservation.dataset,
                 version=number,
@@ -222,8 +234,9 @@ def discard_attempt_files(reservation: Reservation, keep: Sequence[str] = ()) ->
     owner = chain[reservation.attempt - 1].owner
     earlier = chain[: reservation.attempt - 1]
     over = {link.attempt for link in earlier if link.owner == owner or link.owner.is_gone()}
+    kept = set(keep)
     paths = [path for path in _paths(reservation.uri) if attempt_of(path) in over] if over else []
-    paths = [path for path in paths if path not in set(keep)]
+    paths = [path for path in paths if path not in kept]
     _delete(reservation, paths)
     return paths
 
@@ -234,8 +247,9 @@ def _replaced(reservation: Reservation, listed: Sequence[str]) -> list[str]:
     They go before the manifest comes: a reader that just opens the directory would see their rows twice, and for ever
     if this process were killed in between.
     """
+    kept = set(listed)
     own = [path for path in _paths(reservation.uri) if attempt_of(path) == reservation.attempt]
-    return [path for path in own if path not in set(listed) and not path.startswith(("_", "."))]
+    return [path for path in own if path not in kept and not path.startswith(("_", "."))]
 
 
 def _paths(uri: str) -> list[str]:

@@ -15,6 +15,7 @@ from tasks.core import layout, storage
 from tasks.core.errors import DamagedManifest, VersionNotFound
 from tasks.core.manifest import Record
 from tasks.core.reservation import find_manifest, version_numbers
+from tasks.core.version_index import mark
 
 
 class Withdrawal(Record):
@@ -51,8 +52,15 @@ def withdraw(root: str, dataset: str, version: int, reason: str, by: str) -> Non
         known = ", ".join(f"v{number}" for number in version_numbers(root, dataset)) or "none"
         state = "isn't published" if manifest is None else "was rejected by the quality gate: nobody reads it"
         raise VersionNotFound(f"{dataset} v{version} {state}; name a published version to withdraw (of {known})")
+    mark(root, dataset, version)
     record = Withdrawal(reason=reason, when=dt.datetime.now(dt.UTC), by=by)
     storage.put_if_absent(withdrawal_uri(root, dataset, version), record.model_dump_json(indent=2).encode())
+
+
+def withdrawal_of(root: str, dataset: str, version: int) -> Withdrawal | None:
+    """The withdrawal of a version; None if it isn't withdrawn."""
+    uris = {version: withdrawal_uri(storage.normalise(root), dataset, version)}
+    return parse_withdrawals(uris, storage.read_many(uris.values())).get(version)
 
 
 def withdrawn(root: str, dataset: str) -> dict[int, Withdrawal]:

@@ -113,11 +113,11 @@ def needs_sample(config: DeliveryConfig) -> bool:
     if config.model_fields_set & {"dataset", "version"}:
         return False
     committed = (
-        manifest
+        one
         for name in versions.list_datasets(config.root)
-        for manifest in versions.committed_manifests(config.root, name)
+        for one in versions.overview(config.root, name).warned().versions.values()
     )
-    return not any(manifest.status == "published" for manifest in committed)
+    return not any(one.status == "published" for one in committed)
 
 
 def find_source(config: DeliveryConfig) -> Source:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tasks.core import layout, storage
 from tasks.core.manifest import Manifest
-from tasks.core.versions import committed_manifests, live_manifests, read_manifest
+from tasks.core.reading import first_live, list_dataset, overview, read_committed, read_manifest
 from tasks.features.plan import FeaturePlan, GroupPlan, SourcePlan
 from tasks.features.state import MAX_LINKS, StateLink, StatePlan, bucket_files
 
@@ -36,19 +36,10 @@ def watermark(root: str, dataset: str) -> Watermark:
         dataset: Dataset name, such as 'feature-store/customer-features'.
 
     """
-    manifests = live_manifests(root, dataset)
-    times = [moment for manifest in manifests for moment in as_of_times(manifest)]
-    newest = [text for manifest in manifests if (text := manifest.definition.get("newest_event")) is not None]
-    return Watermark(max(times, default=None), max(map(dt.datetime.fromisoformat, newest), default=None))
-
-
-def as_of_times(manifest: Manifest) -> tuple[dt.datetime, ...]:
-    """Times that a feature version holds; versions that don't list them say their only one in the configuration."""
-    earlier = manifest.config.get("as_of")
-    if manifest.as_of or not isinstance(earlier, str):
-        return manifest.as_of
-    moment = dt.datetime.fromisoformat(earlier)
-    return (moment.replace(tzinfo=dt.UTC) if moment.tzinfo is None else moment.astimezone(dt.UTC),)
+    live = overview(root, dataset, listed=list_dataset(root, dataset)).warned().live
+    times = [moment for one in live for moment in one.as_of]
+    events = [one.newest_event for one in live if one.newest_event is not None]
+    return Watermark(max(times, default=None), max(events, default=None))
 
 
 def with_state(plan: FeaturePlan, root: str) -> FeaturePlan:
@@ -112,18 +103,21 @@ def kept_links(manifest: Manifest, root: str, source: str) -> tuple[StateLink, .
 
 def _newest_chain(root: str, dataset: str, digest: str) -> list[Manifest]:
     """Manifests of the newest published version with a state that fits, and of those it builds upon, oldest first."""
-    live = live_manifests(root, dataset)
-    # A version that was withdrawn since can't be built upon, but it may be a link of one that was before.
-    known = {manifest.version: manifest for manifest in committed_manifests(root, dataset)} if live else {}
-    for manifest in reversed(live):
+    found = overview(root, dataset).warned()
+    for newest in (one.version for one in reversed(found.live) if one.state_digest == digest):
+        if first_live(root, dataset, [newest]) is None:
+            continue
         chain: list[Manifest] = []
-        link: Manifest | None = manifest
-        while link is not None and link.definition.get("state", {}).get("digest") == digest:
+        number: int | None = newest
+        while number is not None and number in found.versions and found.versions[number].state_digest == digest:
+            # A version that was withdrawn since can't be built upon, but it may be a link of one that was before.
+            link = read_committed(root, dataset, [number]).warned().versions.get(number)
+            if link is None:  # pruned, or damaged since
+                break
             chain.insert(0, link)
-            parent = link.definition["state"]["parent"]
-            if parent is None:
+            number = link.definition["state"]["parent"]
+            if number is None:
                 return chain
-            link = known.get(parent)  # None: it was pruned
     return []
 
 

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from tasks.core import layout, storage
 from tasks.core.errors import VersionNotFound
-from tasks.core.manifest import Manifest
+from tasks.core.listing import FileInfo
+from tasks.core.manifest import Manifest, as_of_times
 from tasks.core.names import closest
 from tasks.core.own_columns import FEATURES
-from tasks.core.reading import CURE, Committed, faults_of_files, list_datasets, read_committed, resolve
-from tasks.features.incremental import as_of_times
+from tasks.core.reading import (
+    CURE,
+    Overview,
+    faults_of_files,
+    first_live,
+    list_dataset,
+    list_datasets,
+    overview,
+    read_manifest,
+    resolve,
+)
+from tasks.core.version_index import IndexedVersion, files_digest
 
 Kind = Literal["features", "training set", "streaming copy", "images", "other"]
 
@@ -133,9 +144,10 @@ def summaries(root: str) -> list[DatasetSummary]:
 
 
 def _summary(root: str, dataset: str) -> DatasetSummary:
-    committed, listed = read_committed(root, dataset), _listed(root, dataset)
-    live = committed.live
-    faulty = {manifest.version: "incomplete" for manifest in live if faults_of_files(root, manifest, listed)}
+    listed = list_dataset(root, dataset)
+    committed = overview(root, dataset, listed=listed)
+    live, there = committed.live, _data_by_version(root, dataset, listed)
+    faulty = {one.version: "incomplete" for one in live if _faults(root, dataset, one, there)}
     faulty |= dict.fromkeys(committed.unreadable, "damaged")
     latest = live[-1] if live else None
     return DatasetSummary(
@@ -146,16 +158,18 @@ def _summary(root: str, dataset: str) -> DatasetSummary:
         versions=len(live),
         status=", ".join(f"v{number} {faulty[number]}" for number in sorted(faulty)) or "ok",
         rows=latest.rows if latest else None,
-        columns=len(latest.columns) if latest else None,
-        as_of=max((moment for manifest in live for moment in as_of_times(manifest)), default=None),
+        columns=latest.columns if latest else None,
+        as_of=max((moment for one in live for moment in one.as_of), default=None),
         created=latest.created_at if latest else None,
     )
 
 
 def version_summaries(root: str, dataset: str) -> list[VersionSummary]:
     """Every committed version of a dataset, ascending."""
-    committed, listed = read_committed(root, dataset), _listed(root, dataset)
-    found = [_version_summary(root, manifest, committed, listed) for manifest in committed.manifests.values()]
+    root = storage.normalise(root)
+    listed = list_dataset(root, dataset)
+    committed, there = overview(root, dataset, listed=listed), _data_by_version(root, dataset, listed)
+    found = [_version_summary(root, dataset, one, committed, there) for one in committed.versions.values()]
     for number, fault in committed.damaged.items():
         withdrawal = committed.withdrawals.get(number)
         found.append(
@@ -173,30 +187,50 @@ def version_summaries(root: str, dataset: str) -> list[VersionSummary]:
     return sorted(found, key=lambda one: one.version)
 
 
-def _version_summary(root: str, manifest: Manifest, committed: Committed, listed: Mapping[str, int]) -> VersionSummary:
-    status: Literal["published", "withdrawn", "rejected", "incomplete"] = manifest.status
+def _version_summary(
+    root: str, dataset: str, version: IndexedVersion, committed: Overview, there: Mapping[int, Mapping[str, int]]
+) -> VersionSummary:
+    status: Literal["published", "withdrawn", "rejected", "incomplete"] = "published"
     note = ""
-    if manifest.status == "rejected":
-        note = "; ".join(check.message for check in manifest.gate.checks if check.verdict == "fail")
-    elif manifest.version in committed.withdrawals:
-        status, note = "withdrawn", str(committed.withdrawals[manifest.version])
-    elif faults := faults_of_files(root, manifest, listed):
+    if version.status != "published":
+        status, note = "rejected", version.note
+    elif version.version in committed.withdrawals:
+        status, note = "withdrawn", str(committed.withdrawals[version.version])
+    elif faults := _faults(root, dataset, version, there):
         more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
         status, note = "incomplete", f"{faults[0]}{more}: {CURE}"
     return VersionSummary(
-        version=manifest.version,
+        version=version.version,
         status=status,
-        created=manifest.created_at,
-        rows=manifest.rows,
-        bytes=sum(file.bytes for file in manifest.files),
-        as_of=as_of_times(manifest),
-        verdict=manifest.gate.verdict,
+        created=version.created_at,
+        rows=version.rows,
+        bytes=version.bytes,
+        as_of=version.as_of,
+        verdict=version.verdict,
         note=note,
     )
 
 
-def _listed(root: str, dataset: str) -> dict[str, int]:
-    return _sizes(layout.dataset_uri(storage.normalise(root), dataset))
+def _data_by_version(root: str, dataset: str, listed: Mapping[str, FileInfo]) -> dict[int, dict[str, int]]:
+    """Sizes of the visible files of each version, by their paths in its directory."""
+    begin = len(layout.dataset_uri(storage.normalise(root), dataset)) + 1
+    found: dict[int, dict[str, int]] = {}
+    for info in listed.values():
+        name, _, path = info.uri[begin:].partition("/")
+        number = layout.parse_version(name)
+        if number is not None and not any(part.startswith(("_", ".")) for part in path.split("/")):
+            found.setdefault(number, {})[path] = info.bytes
+    return found
+
+
+def _faults(root: str, dataset: str, version: IndexedVersion, there: Mapping[int, Mapping[str, int]]) -> list[str]:
+    """What is wrong with a live version's data files; its manifest is read only where they aren't just those."""
+    files = there.get(version.version, {})
+    if files_digest(files.items()) == version.files_digest:
+        return []
+    uri = layout.version_uri(storage.normalise(root), dataset, version.version)
+    sizes = {layout.join(uri, path): size for path, size in files.items()}
+    return faults_of_files(root, read_manifest(root, dataset, version.version), sizes)
 
 
 def _sizes(uri: str) -> dict[str, int]:
@@ -274,10 +308,18 @@ def feature_names(manifest: Manifest) -> list[str]:
     return [column.name for column in manifest.columns if column.name not in others]
 
 
-def newest(manifests: Sequence[Manifest]) -> Manifest | None:
+def newest(root: str, dataset: str, known: Overview | None = None) -> Manifest | None:
     """The feature version to look up in: the newest of those that hold the newest as-of time; None of none.
 
     It isn't always 'latest': a version that computes an old day again is later, and has old values.
+
+    Args:
+        root: Root of the store.
+        dataset: Dataset name.
+        known: The dataset as it is now; looked at if none is given.
+
     """
     first = dt.datetime.min.replace(tzinfo=dt.UTC)
-    return max(manifests, key=lambda m: (max(as_of_times(m), default=first), m.version), default=None)
+    found = (overview(root, dataset) if known is None else known).warned()
+    ranked = sorted(found.live, key=lambda one: (max(one.as_of, default=first), one.version), reverse=True)
+    return first_live(root, dataset, [one.version for one in ranked])

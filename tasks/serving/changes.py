@@ -15,13 +15,12 @@ import polars as pl
 
 from tasks.core import layout
 from tasks.core.errors import DefinitionError, VersionNotFound
-from tasks.core.manifest import Manifest
+from tasks.core.manifest import Manifest, as_of_times
 from tasks.core.names import closest
 from tasks.core.numerals import plural
 from tasks.core.reading import list_datasets, live_manifests, resolve
 from tasks.features.definitions import Definitions, EventSource, FeatureGroup
 from tasks.features.digests import feature_digests
-from tasks.features.incremental import as_of_times
 from tasks.features.kernel import evaluate
 from tasks.features.rows import TIME
 from tasks.serving.catalogue import feature_names

@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tasks.core.drift import population_stability_index
-from tasks.core.manifest import ColumnProfile, Manifest
+from tasks.core.manifest import ColumnProfile, Manifest, as_of_times
 from tasks.core.own_columns import AS_OF, CREATED, VERSION
 from tasks.features.digests import feature_digests
-from tasks.features.incremental import as_of_times
 from tasks.serving.catalogue import declarations
 
 Counts = npt.NDArray[np.int64]

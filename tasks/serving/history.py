@@ -21,13 +21,12 @@ import pyarrow.parquet as pq
 
 from tasks.core import layout, storage
 from tasks.core.errors import CorruptVersion, DefinitionError
-from tasks.core.manifest import Manifest, Partition
+from tasks.core.manifest import Manifest, Partition, as_of_times
 from tasks.core.names import closest
 from tasks.core.own_columns import AS_OF, CREATED
 from tasks.core.partition import bucket_of
 from tasks.core.reading import data_files, live_manifests, opened, read_manifest, resolve
 from tasks.features.digests import feature_digests
-from tasks.features.incremental import as_of_times
 from tasks.serving.catalogue import feature_names, find_dataset
 from tasks.serving.definition import ALL, Pin
 

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from tasks.core import layout, retention
 from tasks.core.errors import ConfigError
 from tasks.core.numerals import plural
-from tasks.core.reading import list_datasets, live_manifests, read_committed, resolve
+from tasks.core.reading import list_datasets, overview, published_versions, read_committed, resolve
 from tasks.core.storage import delete, normalise
 from tasks.core.uploads import Upload, abort_upload, unfinished_uploads
-from tasks.core.withdrawal import withdraw, withdrawn
+from tasks.core.withdrawal import withdraw, withdrawal_of
 from tasks.serving.catalogue import find_dataset, short_name
 from tasks.serving.tables import as_json, moment, moments, show, size
 
@@ -29,11 +29,11 @@ def rollback(arguments: Namespace) -> int:
     """Withdraw a version."""
     root, version = arguments.root, arguments.version
     dataset = find_dataset(root, arguments.name)
-    before = withdrawn(root, dataset).get(version)
+    before = withdrawal_of(root, dataset, version)
     if before is None:
         if version not in read_committed(root, dataset, [version]).damaged:
             resolve(root, dataset, version)
-        left = [manifest.version for manifest in live_manifests(root, dataset) if manifest.version != version]
+        left = [number for number in published_versions(root, dataset) if number != version]
         if not left and not arguments.force:
             print(
                 f"error: v{version} is the only version of {dataset}, so that readers would find none; "
@@ -42,7 +42,7 @@ def rollback(arguments: Namespace) -> int:
             )
             return REFUSED
         withdraw(root, dataset, version, arguments.reason, f"{_user()}@{socket.gethostname()}")
-    latest = max((manifest.version for manifest in live_manifests(root, dataset)), default=None)
+    latest = max(published_versions(root, dataset), default=None)
     users = _made_from(root, dataset, version)
     if arguments.json:
         print(as_json({"dataset": dataset, "withdrawn": version, "latest": latest, "made_from_it": users}))
@@ -151,11 +151,11 @@ def plan(arguments: Namespace) -> int:
 def _made_from(root: str, dataset: str, version: int) -> list[str]:
     """Live versions of other datasets that were made from a version."""
     return [
-        f"{other} v{manifest.version}"
+        f"{other} v{one.version}"
         for other in list_datasets(root)
         if other != dataset
-        for manifest in live_manifests(root, other)
-        if any(record.name == dataset and record.version == version for record in manifest.inputs)
+        for one in overview(root, other).warned().live
+        if (dataset, version) in one.made_from
     ]
 
 

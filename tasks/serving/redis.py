@@ -23,11 +23,10 @@ import pyarrow as pa
 
 from tasks.core import layout
 from tasks.core.errors import ConfigError, DefinitionError, InputError, VersionConflict, VersionNotFound
-from tasks.core.manifest import Manifest
+from tasks.core.manifest import Manifest, as_of_times
 from tasks.core.names import closest
 from tasks.core.own_columns import AS_OF
-from tasks.core.reading import data_files, live_manifests, opened
-from tasks.features.incremental import as_of_times
+from tasks.core.reading import data_files, opened
 from tasks.features.keys import read_keys
 from tasks.serving.catalogue import feature_names, newest
 from tasks.serving.freshness import expired, moment_of, time_to_live
@@ -96,7 +95,7 @@ def export_latest(
 
     """
     ttl, now = time_to_live(ttl_days), moment_of(None)
-    manifest = newest(live_manifests(root, layout.feature_dataset(group)))
+    manifest = newest(root, layout.feature_dataset(group))
     if manifest is None:
         raise VersionNotFound(f"feature group '{group}' has no published version under {root}; run the flow first")
     client = connect(url)

@@ -27,7 +27,8 @@ from tasks.core.errors import ConfigError, DefinitionError, InputError, SourceEr
 from tasks.core.manifest import Manifest
 from tasks.core.names import closest
 from tasks.core.own_columns import AS_OF, EVENT_TIME
-from tasks.core.reading import live_manifests, resolve
+from tasks.core.reading import latest, overview, resolve
+from tasks.core.version_index import IndexedVersion
 from tasks.features.keys import as_given
 from tasks.serving import catalogue
 from tasks.serving.catalogue import DatasetSummary, Description, VersionSummary
@@ -303,14 +304,15 @@ class FeatureStore:
     def _refreshed(self, group: str, pin: Pin, before: _Held | None) -> _Held:
         """The group's look-up, which stays what it is while its version is the newest."""
         dataset = layout.feature_dataset(group)
-        known = dict(before.manifests) if before is not None else {}
+        known = before.known if before is not None else {}
         if isinstance(pin, int):
             self._find_group(group)
             chosen: Manifest | None = resolve(self.root, dataset, pin)
+        elif pin is None:
+            found = overview(self.root, dataset, known)
+            known, chosen = found.settled, catalogue.newest(self.root, dataset, found)
         else:
-            live = live_manifests(self.root, dataset, known)
-            known = {manifest.version: manifest for manifest in live}
-            chosen = catalogue.newest(live) if pin is None else live[-1] if live else None
+            chosen = latest(self.root, dataset)
         if chosen is None:
             self._find_group(group)
             chosen = resolve(self.root, dataset)  # which says why there is none
@@ -335,7 +337,7 @@ class _Held:
     """A look-up, and since when it is known to be the newest."""
 
     lookup: Lookup
-    manifests: Mapping[int, Manifest]
+    known: Mapping[int, IndexedVersion]
     since: float
 
     @property

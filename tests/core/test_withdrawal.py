@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tasks.core import layout, storage, versions, withdrawal
+from tasks.core import layout, reading, storage, versions, withdrawal
 from tasks.core.errors import VersionNotFound
 from tests.core.publishing import DATASET, manifest_of, publish, write
 
@@ -26,8 +26,9 @@ def test_readers_pass_a_withdrawn_version_over(root: str) -> None:
     ):
         versions.resolve(root, DATASET, 3)
     after = {info.uri: info.stamp for info in storage.list_files(storage.normalise(root), include_hidden=True)}
-    added = layout.join(layout.version_uri(storage.normalise(root), DATASET, 3), layout.WITHDRAWN)
-    assert after == before | {added: after[added]}
+    place = storage.normalise(root)
+    added = [withdrawal.withdrawal_uri(place, DATASET, 3), layout.mark_uri(place, DATASET, 3)]
+    assert after == before | {uri: after[uri] for uri in added}
     assert publish(root, "run-4").version == 4, "the number isn't given again"
 
 
@@ -68,8 +69,11 @@ def test_a_record_that_is_cut_short_is_no_leave_to_read(tmp_path) -> None:
 
 def test_manifests_that_are_known_are_not_read_again(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = str(tmp_path)
-    known = {manifest.version: manifest for manifest in (publish(root, "a"), publish(root, "b"))}
+    publish(root, "a")
+    publish(root, "b")
+    known = reading.overview(root, DATASET).settled
     publish(root, "c")
+    storage.delete(layout.index_uri(root, DATASET))
     withdrawal.withdraw(root, DATASET, 1, "why", "anna")
     asked: list[str] = []
     read_many = storage.read_many
@@ -79,5 +83,6 @@ def test_manifests_that_are_known_are_not_read_again(tmp_path, monkeypatch: pyte
         return read_many(asked)
 
     monkeypatch.setattr(storage, "read_many", counted)
-    assert [manifest.version for manifest in versions.live_manifests(root, DATASET, known)] == [2, 3]
-    assert [uri.split("/")[-2] for uri in asked if uri.endswith(layout.MANIFEST)] == ["v3"]
+    assert [one.version for one in reading.overview(root, DATASET, known).live] == [2, 3]
+    asked_for = [uri.split("/")[-2] for uri in asked if uri.endswith(layout.MANIFEST)]
+    assert asked_for == ["v1", "v3"], "the one that has a mark and the one that is new"
