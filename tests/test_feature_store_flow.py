@@ -64,7 +64,7 @@ def completed(root: str, **settings: object) -> FeatureRun:
     return run
 
 
-@pytest.fixture(scope="module", params=["local", "s3"])
+@pytest.fixture(scope="module", params=["local", pytest.param("s3", marks=pytest.mark.nightly)])
 def twice(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[FeatureRun]:
     """The default sample, two times into the same root."""
     if request.param == "local":

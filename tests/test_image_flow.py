@@ -159,7 +159,7 @@ def labelled(path: Path, rows: list[tuple[str, ...]], header: str = "image_id,cl
     return str(path)
 
 
-@pytest.fixture(scope="module", params=["local", "s3"])
+@pytest.fixture(scope="module", params=["local", pytest.param("s3", marks=pytest.mark.nightly)])
 def sample(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ImageRun:
     """The sample, with the usual flaws; its images stand where the data goes, so on S3 both are there."""
     if request.param == "local":
@@ -538,7 +538,7 @@ def test_copies_and_groups_share_a_split(tmp_path: Path) -> None:
     "settings",
     [
         {"format": "float32", "workers": "actors", "actors": 1},
-        {"format": "jpeg", "device": "cpu"},
+        pytest.param({"format": "jpeg", "device": "cpu"}, marks=pytest.mark.nightly),
         {"format": "webp", "quality": 80},
         {"augmentation": Augmentation(size=SIZE, policy="tests.test_image_flow:ToFit")},
     ],

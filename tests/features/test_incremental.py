@@ -118,6 +118,7 @@ def read_rows(manifest: Manifest) -> int:
     return next(balance.rows_in for balance in manifest.balances if balance.name == "transactions")
 
 
+@pytest.mark.parametrize("root", ["local", pytest.param("s3", marks=pytest.mark.nightly)], indirect=True)
 def test_day_by_day_equals_a_full_rebuild(ray_cluster: None, store: Store, tmp_path: Path) -> None:
     a, b, c, d, e = parts()
     store.put("b.parquet", a)

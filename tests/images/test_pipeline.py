@@ -152,7 +152,15 @@ def test_variants_are_torchvisions(sample: dict[str, str], undisturbed: Augmente
             assert np.abs(made - reference_variant(decoded.pixels, draws, number, 24)).mean() < 1
 
 
-@pytest.mark.parametrize("name", ["own_generator", "system_randomness", "drawn_at_import", "transform"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "own_generator",
+        pytest.param("system_randomness", marks=pytest.mark.nightly),
+        "drawn_at_import",
+        pytest.param("transform", marks=pytest.mark.nightly),
+    ],
+)
 def test_a_policy_that_gives_something_else_each_time_is_refused(
     sample: dict[str, str], tmp_path: Path, name: str
 ) -> None:
