@@ -30,9 +30,9 @@ def group_balances(
     Args:
         job: The job.
         number: Number of the group.
-        notes: One a unit.
+        notes: One a split.
         summaries: One a bucket of the group.
-        sent: Rows that each unit sent to the group's buckets.
+        sent: Rows that each split sent to the group's buckets.
 
     Raises:
         BalanceError: rows were lost or doubled; it has the figures.
@@ -56,11 +56,11 @@ def _event_balances(
 ) -> list[RowBalance]:
     """Balance of the events that were read and, in an incremental run, of those that earlier versions have kept."""
     planned, source = job.plan.groups[number], job.plan.events
-    own = [i for i, unit in enumerate(job.units) if unit.group is None and job.plan.reads(number, unit.file)]
+    own = [index for index, split in enumerate(job.splits) if job.reads(number, split)]
     events = Tally()
     for index in own:
         events.add(notes[index].tally)
-    check_rows_read(source, [job.units[index].read for index in own], events)
+    check_rows_read(source, [unit for index in own for unit in job.splits[index].units], events)
     _filter(events, f"null_{planned.group.entity}", sum(notes[index].without_entity[number] for index in own))
     arrived = [summary.events for summary in summaries]
     check_way(source.name, events.rows_out, int(sent[own].sum()), sum(tally.new for tally in arrived))
@@ -86,13 +86,13 @@ def _dimension_balance(
 ) -> RowBalance:
     dimension = job.plan.groups[number].dimension
     assert dimension is not None, "only a group with a dimension has its balance"
-    own = [index for index, unit in enumerate(job.units) if unit.group == number]
+    own = [index for index, split in enumerate(job.splits) if split.group == number]
     read, kept = Tally(), Tally()
     for index in own:
         read.add(notes[index].tally)
     for summary in summaries:
         kept.add(summary.dimension)
-    check_rows_read(dimension, [job.units[index].read for index in own], read)
+    check_rows_read(dimension, [unit for index in own for unit in job.splits[index].units], read)
     check_way(dimension.name, read.rows_out, int(sent[own].sum()), kept.rows_in)
     read.pass_on(kept)
     return read.balance(dimension.name)

@@ -34,7 +34,8 @@ from tasks.features.lookups import LookedUp, categorised, read_lookup
 from tasks.features.parts import WrittenPart, feature_columns, write_part
 from tasks.features.plan import FeaturePlan, GroupPlan
 from tasks.features.scoring import Fences, fences
-from tasks.features.stages import Job, Unit
+from tasks.features.sources import ReadUnit, together
+from tasks.features.stages import Job, Split
 from tasks.features.tallies import BucketSummary, UnitNote
 
 MAX_BUCKETS = 4096
@@ -128,7 +129,7 @@ def compute_groups(
     buckets, groups = bucket_count(plan), len(plan.groups)
     lookups = [read_lookup(lookup, plan.rows_per_bucket) for lookup in plan.lookups]
     tables = tuple(categorised(plan, lookup) for lookup in lookups)
-    job = Job(plan, tuple(reservations), tuple(_units(plan)), buckets, tables, config.join, created)
+    job = Job(plan, tuple(reservations), tuple(_splits(plan)), buckets, tables, config.join, created)
     quantiles: list[list[Sketches]] = [[] for _ in plan.groups]
 
     def on_summary(summary: BucketSummary) -> None:
@@ -140,7 +141,7 @@ def compute_groups(
     started = time.monotonic()
     with losses_explained(f"lower --rows-per-bucket (it is {config.rows_per_bucket:,})"):
         done = shuffle(
-            Parts(len(job.units)),
+            Parts(len(job.splits)),
             groups * buckets,
             job.scatter,
             job.gather,
@@ -174,7 +175,7 @@ def _merged(one: Sketches, other: Sketches) -> Sketches:
 
 def pieces_to_read(plan: FeaturePlan) -> int:
     """Pieces of files that the job will read."""
-    return sum(1 for _ in _units(plan))
+    return sum(1 for _ in _splits(plan))
 
 
 def _packed_bytes(plan: FeaturePlan) -> int:
@@ -184,14 +185,20 @@ def _packed_bytes(plan: FeaturePlan) -> int:
     return plan.read_table.estimated_rows() * row_bytes
 
 
-def _units(plan: FeaturePlan) -> Iterator[Unit]:
+def _splits(plan: FeaturePlan) -> Iterator[Split]:
     numbers = {file.info.uri: number for number, file in enumerate(plan.events.table.files)}
-    for index, unit in enumerate(plan.events.units(plan.rows_per_bucket, plan.read_table)):
-        yield Unit(plan.events, None, index, unit, numbers[unit.uri])
-    for number, planned in enumerate(plan.groups):
+
+    def readers(unit: ReadUnit) -> tuple[bool, ...]:
+        return tuple(plan.reads(group, numbers[unit.uri]) for group in range(len(plan.groups)))
+
+    units = plan.events.units(plan.rows_per_bucket, plan.read_table)
+    for index, own in enumerate(together(units, plan.rows_per_bucket, readers)):
+        yield Split(plan.events, None, index, own, tuple(numbers[unit.uri] for unit in own))
+    for group, planned in enumerate(plan.groups):
         if planned.dimension is not None:
-            for index, unit in enumerate(planned.dimension.units(plan.rows_per_bucket)):
-                yield Unit(planned.dimension, number, index, unit)
+            units = planned.dimension.units(plan.rows_per_bucket)
+            for index, own in enumerate(together(units, plan.rows_per_bucket)):
+                yield Split(planned.dimension, group, index, own)
 
 
 def _joins(planned: GroupPlan, lookup: LookedUp) -> bool:

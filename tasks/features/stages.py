@@ -46,15 +46,17 @@ MALFORMED = "malformed_row"
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
-    """One reading task: a unit of the events (group None), or of the dimension of a group."""
+class Split:
+    """What one task reads: some units of the events (group None), or of the dimension of a group.
+
+    files: numbers of the events' files, one a unit; they are all new to the same groups.
+    """
 
     source: SourcePlan
     group: int | None
     index: int
-    read: ReadUnit
-    file: int = 0
-    """Number of the events' file."""
+    units: tuple[ReadUnit, ...]
+    files: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ class Job:
 
     plan: FeaturePlan
     reservations: tuple[Reservation, ...]
-    units: tuple[Unit, ...]
+    splits: tuple[Split, ...]
     buckets: int
     lookups: tuple[pl.DataFrame, ...]
     join: JoinHow
@@ -71,51 +73,54 @@ class Job:
 
     @property
     def typed(self) -> tuple[int, ...]:
-        """Numbers of the first unit of each source: their frames tell a bucket its columns, also without rows."""
+        """Numbers of the first split of each source: their frames tell a bucket its columns, also without rows."""
         firsts: dict[int | None, int] = {}
-        for index, unit in enumerate(self.units):
-            firsts.setdefault(unit.group, index)
+        for index, split in enumerate(self.splits):
+            firsts.setdefault(split.group, index)
         return tuple(firsts.values())
 
     def scatter(self, index: int) -> tuple[UnitNote, list[pl.DataFrame]]:
-        """Read and judge one unit and split its rows by entity, for each group that wants them.
+        """Read and judge one split and cut its rows by entity, for each group that wants them.
 
         Args:
-            index: Number of the unit.
+            index: Number of the split.
 
         Returns:
             Counts, and one frame a slot.
 
         """
-        unit = self.units[index]
-        numbered = bool(self.plan.states) and unit.group is None
-        kept, tally, rejected = read_and_judge(unit.source, unit.read, unit.file if numbered else None)
+        split = self.splits[index]
+        numbered = bool(self.plan.states) and split.group is None
+        kept, tally, rejected = read_and_judge(split.source, *split.units, files=split.files if numbered else None)
         note = UnitNote(tally)
-        if unit.group is None:
+        if split.group is None:
             kept = looked_up(kept, self.plan.lookups, self.lookups)
         frames: list[pl.DataFrame] = []
         for number, planned in enumerate(self.plan.groups):
             rows = kept.clear()
-            if unit.group is None:
+            if split.group is None:
                 rows = self._of_group(kept, planned)
                 note.without_entity[number] = kept.height - rows.height
-                if not self.plan.reads(number, unit.file):
+                if not self.reads(number, split):
                     rows = rows.clear()
-            elif unit.group == number:
+            elif split.group == number:
                 rows = kept
-            split = split_by_key(rows, planned.group.entity, self.buckets) if rows.height else [rows] * self.buckets
-            frames += split
+            frames += split_by_key(rows, planned.group.entity, self.buckets) if rows.height else [rows] * self.buckets
         if rejected is not None:
-            for number in self._readers(unit):
-                entry = write_rejected(self.reservations[number], unit.source.name, unit.index, rejected)
+            for number in self._readers(split):
+                entry = write_rejected(self.reservations[number], split.source.name, split.index, rejected)
                 note.rejected_files[number] = entry
         return note, frames
 
-    def _readers(self, unit: Unit) -> list[int]:
-        """The groups that a unit is read for."""
-        if unit.group is not None:
-            return [unit.group]
-        return [number for number in range(len(self.plan.groups)) if self.plan.reads(number, unit.file)]
+    def reads(self, group: int, split: Split) -> bool:
+        """Whether a group takes the rows of a split of the events."""
+        return split.group is None and self.plan.reads(group, split.files[0])
+
+    def _readers(self, split: Split) -> list[int]:
+        """The groups that a split is read for."""
+        if split.group is not None:
+            return [split.group]
+        return [number for number in range(len(self.plan.groups)) if self.reads(number, split)]
 
     def _of_group(self, events: pl.DataFrame, planned: GroupPlan) -> pl.DataFrame:
         """The events that a group sees: its columns, and only where its entity is known."""
@@ -163,7 +168,7 @@ class Job:
 
     def _of(self, frames: Mapping[int, pl.DataFrame], group: int | None) -> list[pl.DataFrame]:
         """The frames that came from a group's dimension, or from the events (None)."""
-        return [frame for index, frame in frames.items() if self.units[index].group == group]
+        return [frame for index, frame in frames.items() if self.splits[index].group == group]
 
     def _suspects(self, planned: GroupPlan, features: pl.DataFrame) -> list[str]:
         """Entities that look like missing values; a category may well be unknown."""
@@ -237,36 +242,37 @@ def entity_rows(events: pl.DataFrame, entity: str, time: str, as_of: Sequence[dt
 
 
 def read_and_judge(
-    source: SourcePlan, unit: ReadUnit, file: int | None = None
+    source: SourcePlan, *units: ReadUnit, files: Sequence[int] | None = None
 ) -> tuple[pl.DataFrame, Tally, pl.DataFrame | None]:
-    """Read a unit of a source and judge its rows: those kept, the counts, and those rejected (None: none).
+    """Read units of a source and judge their rows: those kept, the counts, and those rejected (None: none).
 
-    With the number of its file, the kept rows bear it (`FILE`) and their number in it (`ROW`).
+    With the numbers of their files, the kept rows bear them (`FILE`), and their own number in the file (`ROW`).
     """
     tally = Tally()
     kept, rejected = [], []
-    for raw in read(unit):
-        judged = judge(raw.frame, source.rows)
-        kept.append(judged.kept if file is None else _placed(judged, raw, file))
-        tally.rows_in += raw.frame.height + len(raw.malformed)
-        tally.rows_out += judged.kept.height
-        tally.filtered.update(judged.filtered)
-        if judged.rejected.height:
-            tally.rejected.update(judged.rejected[REASON].to_list())
-            rejected.append(
-                judged.rejected.with_columns(
-                    pl.lit(unit.uri).alias(FILE), (judged.rejected_rows + raw.first_row).alias(ROW)
+    for unit, file in zip(units, [None] * len(units) if files is None else files, strict=True):
+        for raw in read(unit):
+            judged = judge(raw.frame, source.rows)
+            kept.append(judged.kept if file is None else _placed(judged, raw, file))
+            tally.rows_in += raw.frame.height + len(raw.malformed)
+            tally.rows_out += judged.kept.height
+            tally.filtered.update(judged.filtered)
+            if judged.rejected.height:
+                tally.rejected.update(judged.rejected[REASON].to_list())
+                rejected.append(
+                    judged.rejected.with_columns(
+                        pl.lit(unit.uri).alias(FILE), (judged.rejected_rows + raw.first_row).alias(ROW)
+                    )
                 )
-            )
-        if raw.malformed:
-            tally.rejected[MALFORMED] += len(raw.malformed)
-            lines = pl.DataFrame({LINE: list(raw.malformed)}, schema={LINE: pl.String})
-            rejected.append(lines.with_columns(pl.lit(MALFORMED).alias(REASON), pl.lit(unit.uri).alias(FILE)))
+            if raw.malformed:
+                tally.rejected[MALFORMED] += len(raw.malformed)
+                lines = pl.DataFrame({LINE: list(raw.malformed)}, schema={LINE: pl.String})
+                rejected.append(lines.with_columns(pl.lit(MALFORMED).alias(REASON), pl.lit(unit.uri).alias(FILE)))
     # An empty file, too, has typed columns.
     if not kept:
-        nothing = RawRows(_no_rows(unit), 0)
+        nothing = RawRows(_no_rows(units[0]), 0)
         judged = judge(nothing.frame, source.rows)
-        kept.append(judged.kept if file is None else _placed(judged, nothing, file))
+        kept.append(judged.kept if files is None else _placed(judged, nothing, files[0]))
     return pl.concat(kept), tally, pl.concat(rejected, how="diagonal_relaxed") if rejected else None
 
 

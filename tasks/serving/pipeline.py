@@ -42,6 +42,7 @@ from tasks.serving.stages import (
     SpineNote,
     label_lookups,
     later_bound,
+    splits_of,
     units_of,
 )
 
@@ -109,7 +110,7 @@ def bucket_count(plan: TrainingSetPlan) -> int:
 
 def pieces_to_read(plan: TrainingSetPlan) -> int:
     """Pieces of the spine's or the label's files that the job will read."""
-    return len(units_of(plan))
+    return len(splits_of(plan))
 
 
 def build_training_set(
@@ -137,7 +138,7 @@ def build_training_set(
     """
     started = time.monotonic()
     lookups = label_lookups(plan)
-    job = Job(plan, reservation, units_of(plan), tuple(lookup.rows for lookup in lookups))
+    job = Job(plan, reservation, splits_of(plan), tuple(lookup.rows for lookup in lookups))
     sources, rejected = Tally(), list[FileEntry]()
     newest: list[dt.datetime] = []
 
@@ -210,7 +211,7 @@ def _label(job: Job, noted: Callable[[SpineNote], None], on_read: Progress) -> _
     assert plan is not None
     buckets = bucket_count(job.plan)
     done: Shuffled[SpineNote, LabelledBucket] = shuffle(
-        Parts(len(job.units)),
+        Parts(len(job.splits)),
         buckets,
         partial(job.label_scatter, buckets),
         job.label_gather,
@@ -254,7 +255,7 @@ def _turns(
         elif labelled is not None:
             source, scatter = labelled.tables, partial(_scatter_labelled, job, labelled.finished, buckets)
         else:
-            source, scatter = Parts(len(job.units)), partial(job.scatter, buckets)
+            source, scatter = Parts(len(job.splits)), partial(job.scatter, buckets)
         done: Shuffled[SpineNote, JoinedBucket] = shuffle(
             source,
             buckets,
@@ -315,7 +316,7 @@ def _balances(
 ) -> tuple[RowBalance, ...]:
     """Balances of the source and of the rows, each checked: what was sent must have been carried and taken."""
     plan = job.plan
-    check_rows_read(plan.source, job.units, sources)
+    check_rows_read(plan.source, units_of(plan), sources)
     balances = [sources.balance(plan.source.name)]
     if labelled is not None:
         assert plan.label is not None
