@@ -45,7 +45,7 @@ from tasks.images.originals import (
     write_originals,
 )
 from tasks.images.pictures import Example, choose_examples
-from tasks.images.plan import ImagePlan, read_unit
+from tasks.images.plan import ImagePlan, read_unit, read_units
 from tasks.images.records import UnitNote, finished_units
 from tasks.images.rows import rows_schema
 from tasks.images.split import SPLITS
@@ -150,7 +150,7 @@ def augment_images(
     timings = {"augment and write": time.monotonic() - started}
 
     started = time.monotonic()
-    found = gather(plan, ordered, (read_unit(plan.uri, unit) for unit in range(plan.units)))
+    found = gather(plan, ordered, read_units(plan.uri, range(plan.units), plan.images_per_unit))
     groups, splits = settle(found, config, lambda images: _near_duplicates(images, config))
     timings["find duplicates and split"] = time.monotonic() - started
 
@@ -209,7 +209,7 @@ def check_policy(job: ImageJob) -> None:
     policy = job.config.augmentation.policy
     if policy is None:
         return
-    sample = read_unit(job.plan_uri, 0).slice(0, SAMPLE)
+    sample = read_unit(job.plan_uri, 0, job.config.images_per_file).slice(0, SAMPLE)
     few = job.config.augmentation.model_copy(
         update={"variants": min(job.config.augmentation.variants, SAMPLE_VARIANTS)}
     )
@@ -349,9 +349,10 @@ def _names(plan: ImagePlan, rows: npt.NDArray[np.int64]) -> dict[int, str]:
     """Image ids of some rows of the plan."""
     per_unit = plan.images_per_unit
     names: dict[int, str] = {}
-    for unit in np.unique(rows // per_unit).tolist():
+    units = np.unique(rows // per_unit).tolist()
+    for unit, planned in zip(units, read_units(plan.uri, units, per_unit), strict=True):
         own = rows[rows // per_unit == unit]
-        ids = read_unit(plan.uri, unit)["image_id"].take(pa.array(own - unit * per_unit)).to_pylist()
+        ids = planned["image_id"].take(pa.array(own - unit * per_unit)).to_pylist()
         names |= dict(zip(own.tolist(), ids, strict=True))
     return names
 
@@ -379,7 +380,7 @@ def _examples(
     good = np.flatnonzero(found.augmented)
     for row in good[choose_examples(found.key[good], found.class_id[good], scores)].tolist():
         unit, place = divmod(row, plan.images_per_unit)
-        planned = read_unit(plan.uri, unit).slice(place, 1).to_pylist()[0]
+        planned = read_unit(plan.uri, unit, plan.images_per_unit).slice(place, 1).to_pylist()[0]
         split = SPLITS[splits[row]]
         yield Example(
             image_id=planned["image_id"],
