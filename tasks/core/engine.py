@@ -174,6 +174,7 @@ def shuffle(
     typed: Sequence[int] = (0,),
     on_scattered: Progress = lambda _: None,
     on_gathered: Progress = lambda _: None,
+    on_note: Callable[[Note], None] = lambda _: None,
     on_summary: Callable[[Summary], None] = lambda _: None,
 ) -> Shuffled[Note, Summary]:
     """Run `scatter` on each part, bring the frames of each bucket together, run `gather` on each bucket.
@@ -190,7 +191,8 @@ def shuffle(
         typed: Parts whose frames travel even without rows, for their columns.
         on_scattered: Called with numbers of parts as they are done.
         on_gathered: Called with numbers of buckets as they are done.
-        on_summary: Called with each summary as it arrives, in any order, to take from it what needn't be kept.
+        on_note: Called with each note as it arrives, in any order, to take from it what needn't be kept.
+        on_summary: Called with each summary, likewise.
 
     Raises:
         BalanceError: Rows that were sent didn't arrive, or others did.
@@ -229,7 +231,7 @@ def shuffle(
                 step = Parts(buckets).dataset(context)
                 done = step.map_batches(gather_nothing, **_options(names[1], gather_nothing)).materialize()
         reports = done.map_batches(_without_data, **_options("report", _without_data))
-        return _added_up(reports.iter_rows(), done, (count, buckets, lanes), on_summary)
+        return _added_up(reports.iter_rows(), done, (count, buckets, lanes), on_note, on_summary)
 
 
 @contextlib.contextmanager
@@ -373,6 +375,7 @@ def _added_up(
     reports: Iterator[Mapping[str, Any]],
     tables: ray.data.Dataset,
     shape: tuple[int, int, int],
+    on_note: Callable[[Any], None],
     on_summary: Callable[[Any], None],
 ) -> Shuffled[Any, Any]:
     """What was reported, in order; the rows that were sent compared with those that arrived.
@@ -381,6 +384,7 @@ def _added_up(
         reports: One a part and one a bucket, in any order.
         tables: The buckets' tables.
         shape: Numbers of parts, buckets and lanes.
+        on_note: Called with each note.
         on_summary: Called with each summary.
 
     Raises:
@@ -397,6 +401,7 @@ def _added_up(
         report = pickle.loads(row[_REPORT])  # noqa: S301 - made by our own tasks a moment ago
         if row[_BUCKET] == _NOTE:
             notes[number], heights = report
+            on_note(notes[number])
             sent += heights
             carried[number] = heights.reshape(lanes, -1).sum(axis=1)
             continue

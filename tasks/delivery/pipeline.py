@@ -25,7 +25,7 @@ from tasks.core.engine import Parts, Shuffled, shuffle
 from tasks.core.errors import BalanceError
 from tasks.core.losses import losses_explained
 from tasks.core.manifest import RowBalance
-from tasks.core.profile import merge_profiles
+from tasks.core.profile import TableProfile, added
 from tasks.core.reservation import Reservation
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.definition import describe, named_profile
@@ -72,6 +72,13 @@ def write_streaming_ready(
     started = time.monotonic()
     shares = max(1, min(MAX_PARTS, source.manifest.rows // KEYS_PER_PART))
     look = Look(config, source, reservation, units, shares)
+    profile: TableProfile | None = None
+
+    def on_note(note: UnitNote) -> None:
+        nonlocal profile
+        assert note.profile is not None
+        profile, note.profile = added(profile, note.profile), None
+
     with losses_explained(f"lower --file-megabytes (it is {config.file_megabytes:g})"):
         seen: Shuffled[UnitNote, Checked] = shuffle(
             Parts(len(units)),
@@ -81,10 +88,11 @@ def write_streaming_ready(
             names=("look at rows", "check keys"),
             volume=source.manifest.rows * KEY_BYTES,
             lanes=2,
+            on_note=on_note,
         )
         on_rows(sum(note.left_out for note in seen.notes))
         looked = time.monotonic()
-        profile = merge_profiles([note.profile for note in seen.notes])
+        assert profile is not None, "a source has a unit"
         delivery = fit(look, seen.notes, profile)
         made, keys = int(samples_of(seen.notes).sum()), int(seen.carried[:, 0].sum())
         check_equal(source.manifest.dataset, made, keys, "became samples, {} had their keys checked")

@@ -66,7 +66,7 @@ class UnitNote:
         rejected_file: Where they are.
         samples: Rows that became samples, by split.
         labels: Values of a target that may be classes, by split; without such a target, none.
-        profile: Of the features, and of the target's numbers, in the train split.
+        profile: Of the features, and of the target's numbers, in the train split, until it is added to the others.
     """
 
     unit: int
@@ -76,7 +76,7 @@ class UnitNote:
     rejected_file: FileEntry | None = None
     samples: npt.NDArray[np.int64]
     labels: list[TopValues] | None
-    profile: TableProfile
+    profile: TableProfile | None
 
     @property
     def left_out(self) -> int:

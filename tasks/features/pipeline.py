@@ -25,7 +25,7 @@ from tasks.core.conservation import check_equal
 from tasks.core.engine import Parts, Shuffled, mapped, shuffle
 from tasks.core.losses import losses_explained
 from tasks.core.manifest import ColumnSpec, FileEntry, RowBalance
-from tasks.core.profile import TableProfile, merge_profiles
+from tasks.core.profile import TableProfile, added, merge_profiles
 from tasks.core.reservation import Reservation
 from tasks.core.sketch import QuantileSketch
 from tasks.features.balances import group_balances
@@ -131,10 +131,13 @@ def compute_groups(
     tables = tuple(categorised(plan, lookup) for lookup in lookups)
     job = Job(plan, tuple(reservations), tuple(_splits(plan)), buckets, tables, config.join, created)
     quantiles: list[list[Sketches]] = [[] for _ in plan.groups]
+    numbers: list[TableProfile | None] = [None] * groups
 
     def on_summary(summary: BucketSummary) -> None:
         # Those of all buckets and as-of times are large: they are added up as they come.
-        found, summary.quantiles = summary.quantiles, []
+        assert summary.profile is not None
+        numbers[summary.group] = added(numbers[summary.group], summary.profile)
+        found, summary.quantiles, summary.profile = summary.quantiles, [], None
         sums = quantiles[summary.group]
         quantiles[summary.group] = [_merged(*pair) for pair in zip(sums, found, strict=True)] if sums else found
 
@@ -154,7 +157,7 @@ def compute_groups(
             on_summary=on_summary,
         )
         computed = time.monotonic()
-        results = [_results(job, number, done, quantiles[number]) for number in range(groups)]
+        results = [_results(job, number, done, numbers[number], quantiles[number]) for number in range(groups)]
         written = _write(job, done.tables, results, config.thresholds)
     timings = {"read and compute": computed - started, "score and write": time.monotonic() - computed}
     return [
@@ -223,11 +226,17 @@ class _Result:
     rows: npt.NDArray[np.int64]
 
 
-def _results(job: Job, number: int, done: Shuffled[UnitNote, BucketSummary], quantiles: Sequence[Sketches]) -> _Result:
+def _results(
+    job: Job,
+    number: int,
+    done: Shuffled[UnitNote, BucketSummary],
+    numbers: TableProfile | None,
+    quantiles: Sequence[Sketches],
+) -> _Result:
     """Add up what the tasks reported of a group."""
     own = slice(number * job.buckets, (number + 1) * job.buckets)
     summaries = done.summaries[own]
-    numbers = merge_profiles([summary.profile for summary in summaries])
+    assert numbers is not None, "each group has a bucket"
     return _Result(
         number=number,
         notes=done.notes,

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
@@ -27,7 +28,7 @@ from tasks.core.errors import SourceError
 from tasks.core.losses import losses_explained
 from tasks.core.manifest import ColumnSpec, FileEntry, RowBalance
 from tasks.core.own_columns import EVENT_TIME
-from tasks.core.profile import TableProfile, merge_profiles
+from tasks.core.profile import TableProfile, added, merge_profiles
 from tasks.core.reading import verify_digest
 from tasks.core.reservation import Reservation
 from tasks.core.sketch import QuantileSketch
@@ -162,8 +163,8 @@ def build_training_set(
     schema = _schema(last)
     if not files:  # without a single row there is still one file: a schema for the gate to judge
         files = [job.write(schema.empty_table(), 0)]
-    reviews = _review(job, files, QuantileSketch.merge_all(bucket.times for bucket in last if bucket.times is not None))
-    earlier, later = (merge_profiles([getattr(one, half) for one in reviews]) for half in ("earlier", "later"))
+    times = QuantileSketch.merge_all(bucket.times for bucket in last if bucket.times is not None)
+    earlier, later, sample = _review(job, files, times)
     timings = {"read and join": joined - made, "profile": time.monotonic() - joined}
     return ComputedSet(
         reservation=reservation,
@@ -180,7 +181,7 @@ def build_training_set(
         null_keys=sum(bucket.null_keys for bucket in last),
         rows=sum(bucket.rows for bucket in last),
         planted=sum(bucket.planted for turn in turns for bucket in turn.summaries),
-        sample=_sample(reviews),
+        sample=sample,
         newest_event=max(newest) if newest else None,
         duplicates=sum(bucket.duplicates for bucket in last),
         timings=({"label": made - started} if labelled else {}) | timings,
@@ -347,24 +348,32 @@ def _schema(buckets: Sequence[JoinedBucket]) -> pa.Schema:
     return schema
 
 
-def _review(job: Job, files: Sequence[FileEntry], times: QuantileSketch) -> list[Review]:
-    """Profile and sample the files; the latest share of the rows by time apart, as even as equal times allow."""
-    later = later_bound(times, job.plan.later_share)
+def _review(job: Job, files: Sequence[FileEntry], times: QuantileSketch) -> tuple[TableProfile, TableProfile, pa.Table]:
+    """Profile and sample the files.
+
+    Returns:
+        Profiles of the earlier rows and of the latest share by time, as even as equal times allow; and the rows of the
+        lowest hashes, by their hash: which task met them leaves no trace.
+    """
+    bound = later_bound(times, job.plan.later_share)
     rows = sum(file.rows for file in files)
     share = 1.05 * SAMPLE_ROWS / max(1, rows)  # a little more, of which the lowest hashes are taken
+    earlier: TableProfile | None = None
+    later: TableProfile | None = None
+    samples: dict[int, pa.Table] = {}
+    hashes: dict[int, npt.NDArray[np.uint64]] = {}
 
     def review(number: int) -> tuple[int, Review]:
-        return number, job.review(files[number], later, share)
+        return number, job.review(files[number], bound, share)
 
-    found = mapped(Parts(len(files)), review, name="profile and sample")
-    return [one for _, one in sorted(found, key=lambda pair: pair[0])]
-
-
-def _sample(reviews: Sequence[Review]) -> pa.Table:
-    """The rows of the lowest hashes, by their hash: which task met them leaves no trace."""
-    hashes = np.concatenate([review.hashes for review in reviews])
-    order = np.argsort(hashes, kind="stable")[:SAMPLE_ROWS]
-    return pa.concat_tables([review.sample for review in reviews]).take(pa.array(order)).combine_chunks()
+    for number, one in mapped(Parts(len(files)), review, name="profile and sample"):
+        earlier, later = added(earlier, one.earlier), added(later, one.later)
+        samples[number], hashes[number] = one.sample, one.hashes
+    assert earlier is not None, "there is a file"
+    assert later is not None
+    order = np.argsort(np.concatenate([hashes[number] for number in sorted(hashes)]), kind="stable")[:SAMPLE_ROWS]
+    sample = pa.concat_tables([samples[number] for number in sorted(samples)]).take(pa.array(order)).combine_chunks()
+    return earlier, later, sample
 
 
 def _unfinished(plan: TrainingSetPlan, labelled: _Labelled | None) -> list[str]:

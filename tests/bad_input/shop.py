@@ -188,6 +188,7 @@ def here_and_now(patch: Any) -> None:
             iter(engine._without_data(done).to_pylist()),
             done,
             (parts.count, buckets, settings["lanes"]),
+            settings.get("on_note", lambda _: None),
             settings["on_summary"],
         )
 

@@ -138,6 +138,7 @@ def test_the_profile_is_of_the_train_split_alone(tmp_path: Path) -> None:
             )
         ]
     )
+    assert note.profile is not None
     assert note.profile.rows == kept.sum() == note.samples[0]
     spent = table["spent"].to_numpy()[kept]
     assert note.profile.partial("spent").nulls == (~np.isfinite(spent)).sum()
