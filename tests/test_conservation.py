@@ -189,7 +189,7 @@ class JoinLosesOnWriting(JoinJob):
 class JoinForgetsAUnit(JoinJob):
     def _read(self, index: int) -> Any:
         kept, note = super()._read(index)
-        if index == 1:
+        if index == 0:
             kept = kept.clear()
             note.tally.rows_in = note.tally.rows_out = 0
             note.tally.rejected.clear()
