@@ -186,10 +186,14 @@ def nodes() -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def data_context(cpus: int | None = None) -> Iterator[Any]:
+def data_context(cpus: int | None = None, **more: Any) -> Iterator[Any]:
     """Ray Data's settings for one job, restored afterwards; yields the DataContext.
 
-    A Dataset copies the context when it is created, so create it inside. `cpus` is the cluster's size if not given.
+    A Dataset copies the context when it is created, so create it inside.
+
+    Args:
+        cpus: The cluster's size, if it is known.
+        more: Further settings, by their names in the DataContext.
     """
     from ray._private.log import PlainRayHandler
     from ray.data import DataContext  # 1.6 s to import: only jobs pay for it
@@ -203,6 +207,7 @@ def data_context(cpus: int | None = None) -> Iterator[Any]:
         # Else a map function's error arrives as UserCodeException, its cause only as text: nobody could tell a
         # transient fault of the store from bad input.
         "raise_original_map_exception": True,
+        **more,
     }
     before = {name: getattr(context, name) for name in settings}
     # Each job announces its start, plan and end on the console; Ray's own log file keeps them.

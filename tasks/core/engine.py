@@ -218,10 +218,13 @@ def shuffle(
         for (bucket,) in _items(block):
             yield _result(bucket, {}, *gather(bucket, {}))
 
-    with original_errors(), data_context() as context:
-        context.shuffle_input_batch_bytes = _batch_bytes(volume)
-        context.shuffle_compression = "none" if len(nodes()) == 1 else "lz4"
-        steps = [_Reached(names[0], count, on_scattered), _Reached(names[1], buckets, on_gathered)]
+    compression = "none" if len(nodes()) == 1 else "lz4"  # on one machine nothing goes over a network
+    settings: dict[str, Any] = {
+        "shuffle_input_batch_bytes": _batch_bytes(volume),
+        "shuffle_compression": compression,
+    }
+    steps = [_Reached(names[0], count, on_scattered), _Reached(names[1], buckets, on_gathered)]
+    with original_errors(), data_context(**settings) as context:
         with _watched(context, steps):
             if count:
                 rows = source.dataset(context).map_batches(scatter_block, **_options(names[0], scatter_block))
@@ -488,11 +491,12 @@ def _watched(context: Any, steps: Sequence[_Reached]) -> Iterator[None]:
     """Watch the steps of the plans that are made within."""
     name = uuid.uuid4().hex
     _WATCHED[name] = (contextvars.copy_context(), steps)
+    others = context.custom_execution_callback_classes
     context.set_config(_WATCH, name)
-    context.custom_execution_callback_classes = [_Watch]
+    context.custom_execution_callback_classes = [*others, _Watch]
     try:
         yield
     finally:
         context.remove_config(_WATCH)
-        context.custom_execution_callback_classes = []
+        context.custom_execution_callback_classes = others
         del _WATCHED[name]

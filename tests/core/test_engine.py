@@ -91,6 +91,16 @@ def test_rows_come_to_their_bucket_in_the_parts_order(monkeypatch: pytest.Monkey
     assert {name: sum(counts) for name, counts in told.items()} == {"read": 3, "computed": BUCKETS}
 
 
+def test_settings_of_ray_data_are_those_of_before() -> None:
+    context = ray.data.DataContext.get_current()
+    names = ("shuffle_input_batch_bytes", "shuffle_compression", "custom_execution_callback_classes")
+    before = {name: getattr(context, name) for name in names}
+    done = shuffle(Parts(3), BUCKETS, read, compute, names=NAMES, volume=10_000)
+    assert {name: getattr(context, name) for name in names} == before
+    assert done.tables.tables is not None
+    assert done.tables.tables.context.shuffle_compression == "none", "the plan had other settings"
+
+
 def test_tables_of_a_shuffle_are_parts_of_the_next_one() -> None:
     first = shuffle(Parts(3), BUCKETS, read, compute, names=NAMES, volume=10_000)
 
