@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -133,18 +133,35 @@ def read_committed(root: str, dataset: str, numbers: Sequence[int] | None = None
     """
     root = storage.normalise(root)
     numbers = version_numbers(root, dataset) if numbers is None else numbers
-    found: dict[int, Manifest] = {}
+    return _looked_at(root, dataset, numbers, _whole)
+
+
+def _looked_at(
+    root: str, dataset: str, numbers: Sequence[int], keep: Callable[[Manifest, str, bytes], Version]
+) -> Committed[Version]:
+    """Read some versions in one round of requests; `keep` is given a manifest, its URI and its bytes."""
+    found: dict[int, Version] = {}
     damaged: dict[int, DamagedManifest] = {}
-    manifests = {n: _manifest_uri(root, dataset, n) for n in numbers}
-    records = {n: withdrawal_uri(root, dataset, n) for n in numbers}
+    manifests: dict[int, str] = {n: _manifest_uri(root, dataset, n) for n in numbers}
+    records: dict[int, str] = {n: withdrawal_uri(root, dataset, n) for n in numbers}
     contents = storage.read_many([*manifests.values(), *records.values()])
     for number, uri in manifests.items():
         if uri in contents:
             try:
-                found[number] = parse_manifest(uri, contents[uri], dataset, number)
+                manifest = parse_manifest(uri, contents[uri], dataset, number)
             except DamagedManifest as fault:
                 damaged[number] = fault
+            else:
+                found[number] = keep(manifest, uri, contents[uri])
     return Committed(dict(sorted(found.items())), damaged, parse_withdrawals(records, contents))
+
+
+def _whole(manifest: Manifest, *_: object) -> Manifest:
+    return manifest
+
+
+def _in_short(manifest: Manifest, uri: str, data: bytes) -> IndexedVersion:
+    return indexed(manifest, len(data), storage.stamp_of(uri, data))
 
 
 def overview(
@@ -186,21 +203,10 @@ def overview(
     damaged: dict[int, DamagedManifest] = {}
     withdrawals: dict[int, Withdrawal] = {}
     for start in range(0, len(unsure), _AT_ONCE):
-        some = unsure[start : start + _AT_ONCE]
-        manifests = {n: _manifest_uri(root, dataset, n) for n in some}
-        records = {n: withdrawal_uri(root, dataset, n) for n in some}
-        contents = storage.read_many([*manifests.values(), *records.values()])
-        withdrawals |= parse_withdrawals(records, contents)
-        for number, uri in manifests.items():
-            if uri not in contents:
-                continue
-            data = contents[uri]
-            try:
-                manifest = parse_manifest(uri, data, dataset, number)
-            except DamagedManifest as fault:
-                damaged[number] = fault
-                continue
-            found[number] = indexed(manifest, len(data), storage.stamp_of(uri, data))
+        looked_at = _looked_at(root, dataset, unsure[start : start + _AT_ONCE], _in_short)
+        found |= looked_at.versions
+        damaged |= looked_at.damaged
+        withdrawals |= looked_at.withdrawals
     undecided = [n for n in unsure if n not in found and n not in damaged]
     return Overview(dict(sorted(found.items())), damaged, withdrawals, pruned, undecided, stored)
 
