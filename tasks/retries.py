@@ -28,7 +28,7 @@ from ray.exceptions import (
 )
 
 from tasks.core.errors import PipelineError
-from tasks.core.exchange import causes, explained_loss
+from tasks.core.losses import causes, explained_loss
 from tasks.core.refusal import refusal, refused_credentials
 from tasks.core.settings import seconds_from_environment
 from tasks.core.transient import is_transient

@@ -138,8 +138,10 @@ def another_ray(**environment: str) -> Iterator[None]:
 def _start_ray(environment: dict[str, str]) -> None:
     from tasks.core.cluster import connect
 
+    # Between two tests a worker is idle; ended, the next test would wait for another one and pay for its imports.
+    kept = {"RAY_num_workers_soft_limit": "6", "RAY_idle_worker_killing_time_threshold_ms": "120000"}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
+        for name, value in {**kept, **environment}.items():
             patch.setenv(name, value)
         assert connect(num_cpus=2, object_store_memory=200 * 2**20), "a test has left its Ray running"
 

@@ -21,7 +21,7 @@ from ray.exceptions import (
 
 from tasks.core.cluster import data_context
 from tasks.core.errors import BalanceError, ConfigError, GateFailed, SourceError
-from tasks.core.exchange import causes
+from tasks.core.losses import causes
 from tasks.retries import RETRY, final_unless_transient, retry_condition, worth_retrying
 
 

@@ -161,7 +161,7 @@ class _Again:
         lookups = lookup_tables(plan)
         frames = []
         for unit in source.units(plan.rows_per_bucket):
-            rows, _, _ = read_and_judge(source, unit, numbers[unit.uri])
+            rows, _, _ = read_and_judge(source, unit, files=[numbers[unit.uri]])
             rows = looked_up(rows, plan.lookups, lookups).select(*planned.columns, FILE)
             frames.append(only_of(rows, keys))
         frames += self._kept(source.name, keys, frames[0].schema)

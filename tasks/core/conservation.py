@@ -4,7 +4,7 @@
 
 A stage says how many rows it took, kept and left out (`RowBalance`). That this adds up proves little: who loses a row
 may also forget to count it. So the same figures are counted a second time by others and compared: rows of a file by
-its Parquet footer, rows on their way by the exchange that carries them, rows written and rejected by the footers of
+its Parquet footer, rows on their way by the shuffle that carries them, rows written and rejected by the footers of
 the files that the manifest will list. A difference fails the run with both figures.
 """
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -11,13 +12,11 @@ import pyarrow as pa
 
 from tasks.core.hashing import stable_hash
 
+Frame: TypeAlias = pl.DataFrame | pa.Table
 
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """Rows on their way: an Arrow stream, and the int64 columns that travel in a narrower type."""
-
-    stream: npt.NDArray[np.uint8]
-    narrowed: tuple[str, ...]
+_POLARS, _NARROWED = b"polars", b"narrowed"
+_ALIGNMENT = 8
+"""Bytes: an Arrow stream is read in place only where it begins at a multiple of this."""
 
 
 def bucket_of(keys: pa.Array | pa.ChunkedArray, buckets: int) -> npt.NDArray[np.uint16]:
@@ -47,22 +46,62 @@ def split_by_key(frame: pl.DataFrame, key: str, buckets: int) -> list[pl.DataFra
     return [ordered.slice(start, end - start) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def pack(frame: pl.DataFrame) -> Packed:
-    """Rows as an Arrow stream in a numpy array, which Ray stores and maps without a copy.
+def pack(values: Sequence[Frame | bytes]) -> pa.LargeBinaryArray:
+    """Pack frames for their way to another process: each becomes an Arrow stream, all in one buffer.
 
-    Whole numbers travel in the narrowest type that holds them, which takes a quarter off the volume for a tenth of
-    the time that lz4 takes (on 1.25 million transactions: 36 to 26 bytes a row in 10 ms; lz4: 19 bytes in 90 ms).
+    Whole numbers of a Polars frame travel in the narrowest type that holds them, which takes a quarter off the volume
+    for a tenth of the time that lz4 takes (on 1.25 million transactions: 36 to 26 bytes a row in 10 ms; lz4: 19 bytes
+    in 90 ms).
+
+    Args:
+        values: Frames of Polars or Arrow; bytes are taken as they are, with zeros behind them.
+
+    Returns:
+        One value each. Where its buffer is aligned, so is each value: `unpack` copies nothing.
     """
-    narrowed = [column.shrink_dtype() for column in frame if column.dtype == pl.Int64]
-    names = tuple(column.name for column in narrowed if column.dtype != pl.Int64)
-    stream = frame.with_columns(narrowed).write_ipc_stream(
-        None, compression="uncompressed", compat_level=pl.CompatLevel.newest()
-    )
-    return Packed(np.frombuffer(stream.getbuffer(), dtype=np.uint8), names)
+    tables = [value if isinstance(value, bytes) else _travelling(value) for value in values]
+    ends = np.cumsum([0, *(_size(table) for table in tables)], dtype=np.int64)
+    buffer = pa.allocate_buffer(int(ends[-1]))
+    with pa.FixedSizeBufferWriter(buffer) as sink:
+        for table, end in zip(tables, ends[1:].tolist(), strict=True):
+            if isinstance(table, bytes):
+                sink.write(table)
+                sink.write(bytes(end - sink.tell()))
+            else:
+                _write(table, sink)
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(tables), [None, pa.py_buffer(ends), buffer])
 
 
-def unpack(packed: Packed) -> pl.DataFrame:
-    """The rows again: a view of the packed ones, but for the numbers that were narrowed."""
-    frame = pl.from_arrow(pa.ipc.open_stream(pa.py_buffer(packed.stream)).read_all(), rechunk=False)
+def unpack(stream: pa.Buffer) -> Frame:
+    """Return a packed frame: a view of the stream, but for the numbers that were narrowed."""
+    table = pa.ipc.open_stream(stream).read_all()
+    metadata = table.schema.metadata or {}
+    if _POLARS not in metadata:
+        return table
+    frame = pl.from_arrow(table, rechunk=False)
     assert isinstance(frame, pl.DataFrame)
-    return frame.with_columns(pl.col(packed.narrowed).cast(pl.Int64)) if packed.narrowed else frame
+    names = [frame.columns[int(number)] for number in metadata[_NARROWED].split()]
+    return frame.with_columns(pl.col(names).cast(pl.Int64)) if names else frame
+
+
+def _travelling(frame: Frame) -> pa.Table:
+    if isinstance(frame, pa.Table):
+        return frame
+    narrowed = [column.shrink_dtype() for column in frame if column.dtype == pl.Int64]
+    names = {column.name for column in narrowed if column.dtype != pl.Int64}
+    table = frame.with_columns(narrowed).to_arrow(compat_level=pl.CompatLevel.newest())
+    numbers = " ".join(str(number) for number, name in enumerate(frame.columns) if name in names)
+    return table.replace_schema_metadata({_POLARS: b"", _NARROWED: numbers.encode()})
+
+
+def _size(value: pa.Table | bytes) -> int:
+    if isinstance(value, bytes):
+        return -(-len(value) // _ALIGNMENT) * _ALIGNMENT
+    sink = pa.MockOutputStream()
+    _write(value, sink)
+    return int(sink.size())
+
+
+def _write(table: pa.Table, sink: pa.NativeFile) -> None:
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)

@@ -104,6 +104,11 @@ def profile_table(table: pa.Table) -> TableProfile:
     return TableProfile(table.num_rows, {name: _partial(table[name]) for name in table.column_names})
 
 
+def added(total: TableProfile | None, profile: TableProfile) -> TableProfile:
+    """A running total of profiles with another one: kept one by one, those of many blocks are large."""
+    return profile if total is None else merge_profiles([total, profile])
+
+
 def merge_profiles(profiles: Sequence[TableProfile]) -> TableProfile:
     """Profile of all the rows of one or more profiles of one schema; their order makes no difference.
 

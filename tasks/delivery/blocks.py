@@ -7,6 +7,7 @@ block's tensors in the schema's order: its name and its checksum.
 
 from __future__ import annotations
 
+from ast import literal_eval
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +26,7 @@ AnyArray = npt.NDArray[Any]
 FEATURES, IMAGE, LABEL, SAMPLE_ID = "features", "image", "label", "sample_id"
 SIZE, WIDTH, CHECKSUM = "batch_size", "feature_count", "batch_id"
 DIMENSIONS = ("channel", "height", "width")
+_SHAPE, _DTYPE = b"shape", b"dtype"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +92,42 @@ class Samples:
     def take(self, index: npt.NDArray[np.int64]) -> Samples:
         """Some of them, copied."""
         return Samples(self.values[index], None if self.labels is None else self.labels[index], self.ids[index])
+
+    def to_arrow(self) -> pa.Table:
+        """The same samples as a table, a view where they lie in one piece."""
+        columns = {"values": self.values, "ids": self.ids} | ({} if self.labels is None else {"labels": self.labels})
+        fields = [
+            pa.field(
+                name,
+                pa.binary(int(np.prod(column.shape[1:])) * column.dtype.itemsize),
+                metadata={_SHAPE: str(column.shape[1:]), _DTYPE: str(column.dtype)},
+            )
+            for name, column in columns.items()
+        ]
+        raw = [pa.py_buffer(np.ascontiguousarray(column)) for column in columns.values()]
+        arrays = [
+            pa.FixedSizeBinaryArray.from_buffers(field.type, len(self), [None, buffer])
+            for field, buffer in zip(fields, raw, strict=True)
+        ]
+        return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+
+    @classmethod
+    def from_arrow(cls, table: pa.Table) -> Samples:
+        """Samples of a table that `to_arrow` made, a view."""
+        found = {field.name: _column(table[field.name], field) for field in table.schema}
+        return cls(found["values"], found.get("labels"), found["ids"])
+
+
+def _column(values: pa.ChunkedArray, field: pa.Field) -> AnyArray:
+    shape = (len(values), *literal_eval(field.metadata[_SHAPE].decode()))
+    dtype = np.dtype(field.metadata[_DTYPE].decode())
+    if not len(values):
+        return np.empty(shape, dtype)
+    (array,) = values.chunks
+    row = field.type.byte_width
+    raw = np.frombuffer(array.buffers()[1], np.uint8, len(array) * row, array.offset * row)
+    found: AnyArray = raw.view(dtype).reshape(shape)
+    return found
 
 
 def pick(parts: Sequence[Samples], index: npt.NDArray[np.int64]) -> Samples:

@@ -1,15 +1,12 @@
-"""The delivery job on Ray: a published version becomes streaming-ready files in a global random order.
+"""The delivery job as Ray Data plans: a published version becomes streaming-ready files in a global random order.
 
     units ─ look ─ notes ─ profile ─ encoder, label ─┐
                └─ hashes ─ check ─ repeated keys ────┴─ units ─ scatter ─ buckets ─ gather ─ files
 
-The order must be random over the whole split, so every file gets samples from every unit: bytes go through Ray's
-object store once, from the unit that read them to the bucket that sorts and writes them. Gathering each file straight
-from the sources instead would read each row group once a file. The store holds a share of the samples at a time (a
-wave: the sources are read again for the next one, which takes a fraction of the time of writing them); what is more
-than `MAX_WAVES` of them spills to disk. A task holds a unit or a bucket, however large the whole is: on 2 CPUs, 12,000
-images of 150 KB took 4 s and 310 MB a worker, 4,000 took 294 MB; 6 million rows of 20 numbers, in row groups of a
-million, took 21 s and 890 MB a worker, 2 million took 855 MB.
+The order must be random over the whole split, so every file gets samples from every unit: their bytes go through Ray
+Data's shuffle, from the unit that read them to the bucket that sorts and writes them. Gathering each file straight from
+the sources instead would read each row group once a file. What the object store can't hold spills to disk. A task holds
+a unit or a bucket, however large the whole is.
 
 Nothing here is visible to readers until the version is committed.
 """
@@ -18,33 +15,30 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
-import ray
 
-from tasks.core.cluster import LOST_WORKER_RETRIES, object_store_bytes
 from tasks.core.conservation import check_equal
+from tasks.core.engine import Parts, Shuffled, shuffle
 from tasks.core.errors import BalanceError
-from tasks.core.exchange import collect, exchange, losses_explained
+from tasks.core.losses import losses_explained
 from tasks.core.manifest import RowBalance
-from tasks.core.profile import merge_profiles
+from tasks.core.profile import TableProfile, added
 from tasks.core.reservation import Reservation
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.definition import describe, named_profile
 from tasks.delivery.fitting import class_counts, fit, samples_of
 from tasks.delivery.keys import SPLITS, Repeats, merge_repeats
 from tasks.delivery.source import Source, read_units
-from tasks.delivery.stages import Look, Shuffle, StreamingReady, UnitNote, WrittenBucket
+from tasks.delivery.stages import Checked, Look, Shuffle, StreamingReady, UnitNote, WrittenBucket
 
 KEYS_PER_PART = 4_000_000
 """Hashes that one task checks, about."""
 MAX_PARTS = 256
-MAX_WAVES = 8
-STORE_SHARE = 0.6
-"""Of the object store that one wave's samples may take; Ray begins to spill at 0.8."""
+KEY_BYTES = 24
+"""Bytes of a row's hashes on their way."""
 
 Progress = Callable[[int], None]
 
@@ -76,74 +70,70 @@ def write_streaming_ready(
     """
     units = tuple(read_units(source, unit_bytes))
     started = time.monotonic()
-    parts = max(1, min(MAX_PARTS, source.manifest.rows // KEYS_PER_PART))
-    look = Look(config, source, reservation, units, parts)
+    shares = max(1, min(MAX_PARTS, source.manifest.rows // KEYS_PER_PART))
+    look = Look(config, source, reservation, units, shares)
+    profile: TableProfile | None = None
+
+    def on_note(note: UnitNote) -> None:
+        nonlocal profile
+        assert note.profile is not None
+        profile, note.profile = added(profile, note.profile), None
+
     with losses_explained(f"lower --file-megabytes (it is {config.file_megabytes:g})"):
-        seen = exchange(len(units), 2 * parts, look.scatter, look.gather, on_note=lambda note: on_rows(note.left_out))
+        seen: Shuffled[UnitNote, Checked] = shuffle(
+            Parts(len(units)),
+            2 * shares,
+            look.scatter,
+            look.gather,
+            names=("look at rows", "check keys"),
+            volume=source.manifest.rows * KEY_BYTES,
+            lanes=2,
+            on_note=on_note,
+        )
+        on_rows(sum(note.left_out for note in seen.notes))
         looked = time.monotonic()
-        profile = merge_profiles([note.profile for note in seen.notes])
-        shuffle = fit(look, seen.notes, profile)
-        made, keys = int(samples_of(seen.notes).sum()), int(seen.carried[:, :parts].sum())
+        assert profile is not None, "a source has a unit"
+        delivery = fit(look, seen.notes, profile)
+        made, keys = int(samples_of(seen.notes).sum()), int(seen.carried[:, 0].sum())
         check_equal(source.manifest.dataset, made, keys, "became samples, {} had their keys checked")
         repeats = merge_repeats(checked.repeats for checked in seen.summaries)
-        written = list(_write(shuffle, repeats, on_rows))
+        written = _write(delivery, repeats, len(units), on_rows)
     timings = {"look": looked - started, "shuffle and write": time.monotonic() - looked}
     samples = dict(zip(SPLITS, samples_of(seen.notes).tolist(), strict=True))
-    entities = np.sum([part.entities for part in seen.summaries], axis=0).tolist()
+    entities = np.sum([checked.entities for checked in seen.summaries], axis=0).tolist()
     return StreamingReady(
         reservation=reservation,
         files=tuple(made.entry for made in written),
         rejected_files=tuple(note.rejected_file for note in seen.notes if note.rejected_file is not None),
-        schema=shuffle.form.schema,
-        profile=named_profile(profile, shuffle.label, seen.notes),
+        schema=delivery.form.schema,
+        profile=named_profile(profile, delivery.label, seen.notes),
         balances=(_balance(source, seen.notes, written),),
-        definition=describe(shuffle, written, {split: count for split, count in samples.items() if count}),
+        definition=describe(delivery, written, {split: count for split, count in samples.items() if count}),
         samples=samples,
-        class_counts=class_counts(shuffle.label, written),
+        class_counts=class_counts(delivery.label, written),
         entities=dict(zip(SPLITS, entities, strict=True)),
-        leaking_entities=sum(part.leaking for part in seen.summaries),
+        leaking_entities=sum(checked.leaking for checked in seen.summaries),
         repeated_keys=sum(len(own.rows) for own in repeats.values()),
         duplicate_ids=sum(made.duplicate_ids for made in written),
         timings=timings,
     )
 
 
-def _write(shuffle: Shuffle, repeats: dict[int, Repeats], on_rows: Progress) -> Iterator[WrittenBucket]:
-    """Write all buckets, some at a time; files in the buckets' order."""
-    shared = ray.put(shuffle)
-    for wave in _waves(shuffle):
-        scattered: list[Any] = [
-            _scatter_unit.options(num_returns=len(wave) + 1).remote(shared, unit, repeats.get(unit, Repeats()), wave)
-            for unit in range(len(shuffle.units))
-        ]
-        gathered: list[Any] = [
-            _gather_bucket.remote(shared, bucket, *(refs[number + 1] for refs in scattered))
-            for number, bucket in enumerate(wave)
-        ]
-        # From here on only the gathering tasks hold the samples, so each part is freed when its task is done.
-        sent = [refs[0] for refs in scattered]
-        del scattered
-        made = collect([*sent, *gathered], lambda one: on_rows(one.samples) if isinstance(one, WrittenBucket) else None)
-        yield from (one for one in made if isinstance(one, WrittenBucket))
-
-
-def _waves(shuffle: Shuffle) -> list[range]:
-    """Buckets in turns, by the size of all samples and of the object store."""
-    count = len(shuffle.buckets)
-    volume = shuffle.source.manifest.rows * shuffle.form.sample_bytes
-    waves = min(-(-volume // max(1, int(STORE_SHARE * object_store_bytes()))), MAX_WAVES, count)
-    bounds = [count * wave // max(waves, 1) for wave in range(waves + 1)]
-    return [range(first, last) for first, last in pairwise(bounds)]
-
-
-@ray.remote(num_cpus=1, max_retries=LOST_WORKER_RETRIES, scheduling_strategy="SPREAD")
-def _scatter_unit(shuffle: Shuffle, unit: int, repeats: Repeats, wave: range) -> list[Any]:
-    return [unit, *shuffle.scatter(unit, repeats, wave)]
-
-
-@ray.remote(num_cpus=1, max_retries=LOST_WORKER_RETRIES, scheduling_strategy="SPREAD")
-def _gather_bucket(shuffle: Shuffle, bucket: int, *parts: Any) -> WrittenBucket | None:
-    return shuffle.gather(bucket, parts)
+def _write(delivery: Shuffle, repeats: dict[int, Repeats], units: int, on_rows: Progress) -> list[WrittenBucket]:
+    """Bring the samples of each bucket together and write them; files in the buckets' order."""
+    buckets = len(delivery.buckets)
+    if not buckets:
+        return []
+    done: Shuffled[int, WrittenBucket | None] = shuffle(
+        Parts(units),
+        buckets,
+        partial(delivery.scatter, repeats),
+        delivery.gather,
+        names=("encode samples", "sort and write"),
+        volume=delivery.source.manifest.rows * delivery.form.sample_bytes,
+        on_summary=lambda made: on_rows(made.samples) if made is not None else None,
+    )
+    return [made for made in done.summaries if made is not None]
 
 
 def _balance(source: Source, notes: Sequence[UnitNote], written: Sequence[WrittenBucket]) -> RowBalance:

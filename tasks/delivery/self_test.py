@@ -85,6 +85,7 @@ class _Trial:
         given = table[SPLIT].to_numpy().astype(np.int8)
         loaded = admit(table, given, judged, source, self.config, rejected=table.slice(0, 0))
         note = note_of(0, loaded, source, self.config)
+        assert note.profile is not None
         shuffle = fit(Look(self.config, source, self.reservation, (), 1), [note], note.profile)
         keys = keys_of(loaded.rows, source)
         repeats = find_repeats(keys, np.zeros(len(keys), np.int64), np.arange(len(keys))).get(0, Repeats())

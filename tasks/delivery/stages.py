@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -66,7 +66,7 @@ class UnitNote:
         rejected_file: Where they are.
         samples: Rows that became samples, by split.
         labels: Values of a target that may be classes, by split; without such a target, none.
-        profile: Of the features, and of the target's numbers, in the train split.
+        profile: Of the features, and of the target's numbers, in the train split, until it is added to the others.
     """
 
     unit: int
@@ -76,7 +76,7 @@ class UnitNote:
     rejected_file: FileEntry | None = None
     samples: npt.NDArray[np.int64]
     labels: list[TopValues] | None
-    profile: TableProfile
+    profile: TableProfile | None
 
     @property
     def left_out(self) -> int:
@@ -184,12 +184,12 @@ class Look:
         entities = pl.DataFrame({"key": loaded.entities, "split": loaded.splits.astype(np.int64)}).unique()
         return note, [*split_by_key(keys, "key", self.parts), *split_by_key(entities, "key", self.parts)]
 
-    def gather(self, part: int, frames: list[pl.DataFrame]) -> tuple[Checked, pa.Table]:
-        """Check a part of the keys, or, behind those, of the entities."""
-        rows = pl.concat(frames)
+    def gather(self, part: int, frames: Mapping[int, pl.DataFrame]) -> tuple[Checked, pa.Table]:
+        """Check a part of the keys, or, behind those, of the entities; frames by unit."""
+        rows = pl.concat(frames.values())
         hashes = rows["key"].to_numpy()
         if part < self.parts:
-            units = np.repeat(np.arange(len(frames)), [len(frame) for frame in frames])
+            units = np.repeat(list(frames), [len(frame) for frame in frames.values()])
             found = Checked(repeats=find_repeats(hashes, units, rows["row"].to_numpy()))
         else:
             entities, leaking = split_entities(hashes, rows["split"].to_numpy().astype(np.int8))
@@ -220,18 +220,23 @@ class Shuffle:
     buckets: tuple[Bucket, ...]
     """By split, then part."""
 
-    def scatter(self, index: int, repeats: Repeats, wave: range) -> list[Samples]:
-        """Samples of a unit, for each bucket of a wave."""
+    def scatter(self, repeats: Mapping[int, Repeats], index: int) -> tuple[int, list[pa.Table]]:
+        """Return the number of a unit's samples, and the samples for each bucket.
+
+        Args:
+            repeats: Rows whose keys others have, too, by unit.
+            index: Number of the unit.
+        """
         columns = self.source.columns + ([IMAGE] if self.source.image else [])
         loaded = load(self.units[index], self.source, self.config, columns)
-        ids = sample_ids(keys_of(loaded.rows, self.source), repeats)
+        ids = sample_ids(keys_of(loaded.rows, self.source), repeats.get(index, Repeats()))
         label = None if self.label is None else self.label.encode(loaded.rows[self.label.column])
         values = to_numpy(loaded.rows, IMAGE) if self.encoder is None else self.encoder.encode(loaded.rows)
         samples = Samples(values, label, ids)
         number = self._bucket_numbers(loaded.splits, random_keys(ids, self.config.seed))
         order = np.argsort(number, kind="stable")
-        bounds = np.searchsorted(number[order], [*wave, wave.stop])
-        return [samples.take(order[start:end]) for start, end in pairwise(bounds.tolist())]
+        bounds = np.searchsorted(number[order], np.arange(len(self.buckets) + 1))
+        return len(ids), [samples.take(order[start:end]).to_arrow() for start, end in pairwise(bounds.tolist())]
 
     def _bucket_numbers(self, splits: SplitArray, keys: UInt64Array) -> npt.NDArray[np.int64]:
         numbers = np.empty(len(keys), np.int64)
@@ -241,11 +246,12 @@ class Shuffle:
             numbers[own] = first + bucket_of(keys[own], self.buckets[first].parts)
         return numbers
 
-    def gather(self, number: int, parts: Sequence[Samples]) -> WrittenBucket | None:
-        """Write a bucket's samples by their random keys; None if there are none."""
+    def gather(self, number: int, frames: Mapping[int, pa.Table]) -> tuple[WrittenBucket | None, pa.Table]:
+        """Write a bucket's samples by their random keys; nothing if there are none."""
+        parts = [Samples.from_arrow(frame) for frame in frames.values()]
         ids = np.concatenate([part.ids for part in parts])
         if not len(ids):
-            return None
+            return None, pa.table({})
         bucket = self.buckets[number]
         keys = random_keys(ids, self.config.seed)
         order = np.argsort(keys, kind="stable")
@@ -255,13 +261,14 @@ class Shuffle:
         if self.label is not None and self.label.kind == "class":
             labels = np.concatenate([part.labels for part in parts if part.labels is not None])
             counts = np.bincount(labels, minlength=len(self.label.classes))
-        return WrittenBucket(
+        made = WrittenBucket(
             entry=self.reservation.entry(written),
             split=bucket.split,
             samples=len(ids),
             class_counts=counts,
             duplicate_ids=repeated(keys[order]),  # the keys are a bijection of the ids
         )
+        return made, pa.table({})
 
 
 def note_of(unit: int, loaded: Loaded, source: Source, config: DeliveryConfig) -> UnitNote:

@@ -1,6 +1,6 @@
 """Where the rows of a feature job went, by three counts that know nothing of each other. Pure.
 
-What the tasks say that they sent, what the exchange carried, and what the tasks say that they took must be the same;
+What the tasks say that they sent, what the shuffle carried, and what the tasks say that they took must be the same;
 what was read must be what the files' footers say.
 """
 
@@ -21,7 +21,7 @@ Int64Array = npt.NDArray[np.int64]
 
 
 def group_balances(
-    job: Job, number: int, notes: Sequence[UnitNote], summaries: Sequence[BucketSummary], carried: Int64Array
+    job: Job, number: int, notes: Sequence[UnitNote], summaries: Sequence[BucketSummary], sent: Int64Array
 ) -> tuple[RowBalance, ...]:
     """Balances of the events, the dimension and the entities of a group, each checked.
 
@@ -30,16 +30,15 @@ def group_balances(
     Args:
         job: The job.
         number: Number of the group.
-        notes: One a unit.
+        notes: One a split.
         summaries: One a bucket of the group.
-        carried: Rows that went from each unit to each bucket of the group, shape (units, buckets).
+        sent: Rows that each split sent to the group's buckets.
 
     Raises:
         BalanceError: rows were lost or doubled; it has the figures.
 
     """
     planned = job.plan.groups[number]
-    sent = carried.sum(axis=1)
     balances = _event_balances(job, number, notes, summaries, sent)
     if planned.dimension is not None:
         balances.append(_dimension_balance(job, number, notes, summaries, sent))
@@ -57,11 +56,11 @@ def _event_balances(
 ) -> list[RowBalance]:
     """Balance of the events that were read and, in an incremental run, of those that earlier versions have kept."""
     planned, source = job.plan.groups[number], job.plan.events
-    own = [i for i, unit in enumerate(job.units) if unit.group is None and job.plan.reads(number, unit.file)]
+    own = [index for index, split in enumerate(job.splits) if job.reads(number, split)]
     events = Tally()
     for index in own:
         events.add(notes[index].tally)
-    check_rows_read(source, [job.units[index].read for index in own], events)
+    check_rows_read(source, [unit for index in own for unit in job.splits[index].units], events)
     _filter(events, f"null_{planned.group.entity}", sum(notes[index].without_entity[number] for index in own))
     arrived = [summary.events for summary in summaries]
     check_way(source.name, events.rows_out, int(sent[own].sum()), sum(tally.new for tally in arrived))
@@ -87,13 +86,13 @@ def _dimension_balance(
 ) -> RowBalance:
     dimension = job.plan.groups[number].dimension
     assert dimension is not None, "only a group with a dimension has its balance"
-    own = [index for index, unit in enumerate(job.units) if unit.group == number]
+    own = [index for index, split in enumerate(job.splits) if split.group == number]
     read, kept = Tally(), Tally()
     for index in own:
         read.add(notes[index].tally)
     for summary in summaries:
         kept.add(summary.dimension)
-    check_rows_read(dimension, [job.units[index].read for index in own], read)
+    check_rows_read(dimension, [unit for index in own for unit in job.splits[index].units], read)
     check_way(dimension.name, read.rows_out, int(sent[own].sum()), kept.rows_in)
     read.pass_on(kept)
     return read.balance(dimension.name)

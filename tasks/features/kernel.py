@@ -1,6 +1,6 @@
 """A feature group evaluated on whole entities. Pure: frames in, frames out; one bucket of entities at a time.
 
-Every row of an entity is in the same frame (the exchange sees to that), so the expressions see all of them, and
+Every row of an entity is in the same frame (the shuffle sees to that), so the expressions see all of them, and
 the rows of an entity come in the order of the files, so that sums of floats don't depend on how the work was cut.
 """
 

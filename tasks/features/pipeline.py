@@ -1,7 +1,7 @@
-"""The feature-store jobs on Ray: one exchange computes all groups of a source, a Ray Data job scores and writes.
+"""The feature-store job as a Ray Data plan: a shuffle computes all groups of a source, then all is scored and written.
 
     read units ─ judge ─ look up ─ split by entity ─┐
-                                                    ├─ exchange ─ evaluate ─ join ─ profile ─ score ─ write
+                                                    ├─ shuffle ─ evaluate ─ join ─ profile ─ score ─ write
     dimension files ─ judge ─ split by key ─────────┘
 
 Nothing here is visible to readers until the versions are committed.
@@ -10,27 +10,22 @@ Nothing here is visible to readers until the versions are committed.
 from __future__ import annotations
 
 import datetime as dt
-import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
-import ray
-import ray.data
 
-from tasks.core.cluster import LOST_WORKER_RETRIES, data_context, object_store_bytes
 from tasks.core.conservation import check_equal
-from tasks.core.exchange import Exchanged, exchange, losses_explained
+from tasks.core.engine import Parts, Shuffled, mapped, shuffle
+from tasks.core.losses import losses_explained
 from tasks.core.manifest import ColumnSpec, FileEntry, RowBalance
-from tasks.core.profile import TableProfile, merge_profiles
+from tasks.core.profile import TableProfile, added, merge_profiles
 from tasks.core.reservation import Reservation
 from tasks.core.sketch import QuantileSketch
 from tasks.features.balances import group_balances
@@ -39,22 +34,27 @@ from tasks.features.lookups import LookedUp, categorised, read_lookup
 from tasks.features.parts import WrittenPart, feature_columns, write_part
 from tasks.features.plan import FeaturePlan, GroupPlan
 from tasks.features.scoring import Fences, fences
-from tasks.features.stages import PART, Job, Unit
+from tasks.features.sources import ReadUnit, together
+from tasks.features.stages import Job, Split
 from tasks.features.tallies import BucketSummary, UnitNote
 
-MAX_BUCKETS = 256
+MAX_BUCKETS = 4096
 SNAPSHOTS_PER_BUCKET = 8
 """As-of times whose rows take about the memory that the events themselves take, with some ten events an entity."""
-
-MAX_WAVES = 8
-STORE_SHARE = 0.7
-"""Of the object store that one wave's rows may take; Ray begins to spill at 0.8."""
 
 PACKED_BYTES = {"key": 5, "time": 8, "number": 8, "category": 3, "any": 16}
 """Bytes that a value of each kind takes on its way, about."""
 
 Progress = Callable[[int], None]
 Sketches = dict[str, QuantileSketch]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPart:
+    """A file of a group, by the group's number."""
+
+    group: int
+    part: WrittenPart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,68 +126,50 @@ def compute_groups(
         ResourceError: memory or disk are too small; it says what to do.
 
     """
-    buckets = bucket_count(plan)
+    buckets, groups = bucket_count(plan), len(plan.groups)
     lookups = [read_lookup(lookup, plan.rows_per_bucket) for lookup in plan.lookups]
     tables = tuple(categorised(plan, lookup) for lookup in lookups)
-    job = Job(plan, tuple(reservations), tuple(_units(plan)), buckets, tables, config.join, created)
-    started = time.monotonic()
+    job = Job(plan, tuple(reservations), tuple(_splits(plan)), buckets, tables, config.join, created)
     quantiles: list[list[Sketches]] = [[] for _ in plan.groups]
-    explained = partial(losses_explained, f"lower --rows-per-bucket (it is {config.rows_per_bucket:,})")
-    with explained():
-        done = _exchange_in_waves(job, quantiles, on_read, on_computed)
-    compute_seconds = time.monotonic() - started
-    computed = []
-    for number in range(len(plan.groups)):
-        own = slice(number * buckets, (number + 1) * buckets)
-        started = time.monotonic()
-        with explained():
-            group = _finish(
-                job,
-                number,
-                Exchanged(done.notes, done.summaries[own], done.tables[own], done.carried[:, own], done.rows[own]),
-                [lookup for lookup in lookups if _joins(plan.groups[number], lookup)],
-                quantiles=quantiles[number],
-                thresholds=config.thresholds,
-            )
-        timings = {"read and compute (all groups)": compute_seconds, "score and write": time.monotonic() - started}
-        computed.append(replace(group, timings=timings))
-    return computed
-
-
-def _exchange_in_waves(
-    job: Job, quantiles: list[list[Sketches]], on_read: Progress, on_computed: Progress
-) -> Exchanged[UnitNote, BucketSummary]:
-    """Exchange some slots at a time, so many that their rows stay within the object store, reading anew for each wave.
-
-    Reading a Parquet unit again takes a tenth of the time that its rows take to spill to disk and to come back.
-    The quantiles of each group at each as-of time are added up as they come, since those of all buckets are large.
-    """
+    numbers: list[TableProfile | None] = [None] * groups
 
     def on_summary(summary: BucketSummary) -> None:
-        found, summary.quantiles = summary.quantiles, []
+        # Those of all buckets and as-of times are large: they are added up as they come.
+        assert summary.profile is not None
+        numbers[summary.group] = added(numbers[summary.group], summary.profile)
+        found, summary.quantiles, summary.profile = summary.quantiles, [], None
         sums = quantiles[summary.group]
         quantiles[summary.group] = [_merged(*pair) for pair in zip(sums, found, strict=True)] if sums else found
-        on_computed(1)
 
-    notes: list[UnitNote] = []
-    summaries: list[BucketSummary] = []
-    tables: list[Any] = []
-    carried, rows = [], []
-    for wave in _waves(job.plan):
-        done = exchange(
-            len(job.units),
-            len(wave),
-            partial(job.scatter, wave),
-            partial(job.gather, wave),
-            on_note=lambda _: on_read(1),
+    started = time.monotonic()
+    with losses_explained(f"lower --rows-per-bucket (it is {config.rows_per_bucket:,})"):
+        done = shuffle(
+            Parts(len(job.splits)),
+            groups * buckets,
+            job.scatter,
+            job.gather,
+            names=(f"read {plan.events.name}", "compute features"),
+            volume=_packed_bytes(plan),
+            lanes=groups,
+            typed=job.typed,
+            on_scattered=on_read,
+            on_gathered=on_computed,
             on_summary=on_summary,
         )
-        notes = notes or done.notes
-        summaries += done.summaries
-        tables += done.tables
-        carried.append(done.carried)
-        rows.append(done.rows)
-    return Exchanged(notes, summaries, tables, np.concatenate(carried, axis=1), np.concatenate(rows))
+        computed = time.monotonic()
+        results = [_results(job, number, done, numbers[number], quantiles[number]) for number in range(groups)]
+        written = _write(job, done.tables, results, config.thresholds)
+    timings = {"read and compute": computed - started, "score and write": time.monotonic() - computed}
+    return [
+        _finish(
+            job,
+            result,
+            [part for part in written if part.group == number],
+            [lookup for lookup in lookups if _joins(plan.groups[number], lookup)],
+            timings,
+        )
+        for number, result in enumerate(results)
+    ]
 
 
 def _merged(one: Sketches, other: Sketches) -> Sketches:
@@ -195,31 +177,31 @@ def _merged(one: Sketches, other: Sketches) -> Sketches:
 
 
 def pieces_to_read(plan: FeaturePlan) -> int:
-    """Pieces of files that the job will read, in all its waves."""
-    return len(_waves(plan)) * sum(1 for _ in _units(plan))
+    """Pieces of files that the job will read."""
+    return sum(1 for _ in _splits(plan))
 
 
-def _waves(plan: FeaturePlan) -> list[range]:
-    """Slots in turns, by the rows' estimated size on their way and the object store's."""
+def _packed_bytes(plan: FeaturePlan) -> int:
+    """Bytes of all rows on their way to their buckets, about."""
     kinds = {column.name: column.kind for column in plan.events.rows.columns}
     row_bytes = sum(PACKED_BYTES[kinds.get(name, "any")] for group in plan.groups for name in group.columns)
-    volume = plan.read_table.estimated_rows() * row_bytes
-    count = -(-volume // max(1, int(STORE_SHARE * object_store_bytes())))
-    slots = bucket_count(plan) * len(plan.groups)
-    # Text is slow to parse again, and far too large data would be read too often: those spill instead.
-    count = 1 if any(file.format == "csv" for file in plan.read_table.files) else max(1, min(count, MAX_WAVES, slots))
-    bounds = [slots * wave // count for wave in range(count + 1)]
-    return [range(first, last) for first, last in pairwise(bounds)]
+    return plan.read_table.estimated_rows() * row_bytes
 
 
-def _units(plan: FeaturePlan) -> Iterator[Unit]:
+def _splits(plan: FeaturePlan) -> Iterator[Split]:
     numbers = {file.info.uri: number for number, file in enumerate(plan.events.table.files)}
-    for index, unit in enumerate(plan.events.units(plan.rows_per_bucket, plan.read_table)):
-        yield Unit(plan.events, None, index, unit, numbers[unit.uri])
-    for number, planned in enumerate(plan.groups):
+
+    def readers(unit: ReadUnit) -> tuple[bool, ...]:
+        return tuple(plan.reads(group, numbers[unit.uri]) for group in range(len(plan.groups)))
+
+    units = plan.events.units(plan.rows_per_bucket, plan.read_table)
+    for index, own in enumerate(together(units, plan.rows_per_bucket, readers)):
+        yield Split(plan.events, None, index, own, tuple(numbers[unit.uri] for unit in own))
+    for group, planned in enumerate(plan.groups):
         if planned.dimension is not None:
-            for index, unit in enumerate(planned.dimension.units(plan.rows_per_bucket)):
-                yield Unit(planned.dimension, number, index, unit)
+            units = planned.dimension.units(plan.rows_per_bucket)
+            for index, own in enumerate(together(units, plan.rows_per_bucket)):
+                yield Split(planned.dimension, group, index, own)
 
 
 def _joins(planned: GroupPlan, lookup: LookedUp) -> bool:
@@ -228,26 +210,85 @@ def _joins(planned: GroupPlan, lookup: LookedUp) -> bool:
     return lookup.balance.name != own and bool(set(lookup.plan.columns) & set(planned.columns))
 
 
-def _finish(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Result:
+    """What is known of a group before its rows are scored.
+
+    numbers: profile of the numeric features. rows: of each bucket's table.
+    """
+
+    number: int
+    notes: Sequence[UnitNote]
+    summaries: Sequence[BucketSummary]
+    balances: tuple[RowBalance, ...]
+    numbers: TableProfile
+    fences: Mapping[dt.datetime, Mapping[str, Fences]]
+    rows: npt.NDArray[np.int64]
+
+
+def _results(
     job: Job,
     number: int,
-    done: Exchanged[UnitNote, BucketSummary],
-    lookups: Sequence[LookedUp],
-    *,
+    done: Shuffled[UnitNote, BucketSummary],
+    numbers: TableProfile | None,
     quantiles: Sequence[Sketches],
-    thresholds: Thresholds,
+) -> _Result:
+    """Add up what the tasks reported of a group."""
+    own = slice(number * job.buckets, (number + 1) * job.buckets)
+    summaries = done.summaries[own]
+    assert numbers is not None, "each group has a bucket"
+    return _Result(
+        number=number,
+        notes=done.notes,
+        summaries=summaries,
+        balances=group_balances(job, number, done.notes, summaries, done.carried[:, number]),
+        numbers=numbers,
+        fences=_fences(job.plan.as_of, numbers, quantiles),
+        rows=done.rows[own],
+    )
+
+
+def _write(job: Job, tables: Parts, results: Sequence[_Result], thresholds: Thresholds) -> list[GroupPart]:
+    """Score the rows of all buckets and write a file for each that has some; by group, in the buckets' order.
+
+    A group without a single row still has one file: a schema for the gate to judge.
+    """
+    writers = [
+        partial(
+            write_part,
+            planned=job.plan.groups[result.number],
+            reservation=job.reservations[result.number],
+            bounds=result.fences,
+            thresholds=thresholds,
+        )
+        for result in results
+    ]
+    empty = [not result.rows.any() for result in results]
+    buckets = job.buckets
+
+    def score_and_write(slot: int, table: pa.Table) -> GroupPart | None:
+        number, part = divmod(slot, buckets)
+        if not table.num_rows and not (empty[number] and part == 0):
+            return None
+        return GroupPart(number, writers[number](table, part))
+
+    found = mapped(tables, score_and_write, name="score and write")
+    return sorted(filter(None, found), key=lambda made: (made.group, made.part.entry.path))
+
+
+def _finish(
+    job: Job,
+    result: _Result,
+    parts_written: Sequence[GroupPart],
+    lookups: Sequence[LookedUp],
+    timings: Mapping[str, float],
 ) -> ComputedGroup:
-    """Score and write one group, and add up what its tasks reported."""
+    """Put together what was written of one group and what is known of it."""
+    number, notes, summaries, balances = result.number, result.notes, result.summaries, result.balances
     planned, reservation = job.plan.groups[number], job.reservations[number]
-    notes, summaries, tables = done.notes, done.summaries, done.tables
-    balances = group_balances(job, number, notes, summaries, done.carried)
-    numbers = merge_profiles([summary.profile for summary in summaries])
-    bounds = _fences(job.plan.as_of, numbers, quantiles)
-    write = partial(write_part, planned=planned, reservation=reservation, bounds=bounds, thresholds=thresholds)
-    # Without a single entity there is still one file: a schema for the gate to judge.
-    written = _write(tables, write) if balances[-1].rows_out else [write(ray.get(tables[0]).drop_columns([PART]), 0)]
+    written = [made.part for made in parts_written]
     entities = balances[-1]
-    handed_on, in_files = int(done.rows.sum()), sum(part.entry.rows for part in written)
+    handed_on, in_files = int(result.rows.sum()), sum(part.entry.rows for part in written)
     check_equal(reservation.dataset, entities.rows_out, handed_on, "of features were computed, {} were handed on")
     check_equal(reservation.dataset, handed_on, in_files, "of features were handed on, {} were written")
     newest = [summary.events.newest for summary in summaries if summary.events.newest is not None]
@@ -264,7 +305,7 @@ def _finish(
         if job.plan.states
         else None,
         schema=written[0].schema,
-        profile=_whole_profile(written, numbers),
+        profile=_whole_profile(written, result.numbers),
         balances=(*balances[:-1], *(lookup.balance for lookup in lookups), entities),
         features=tuple(feature_columns(written[0].schema.names, planned)),
         duplicate_keys=sum(summary.duplicate_keys for summary in summaries),
@@ -273,7 +314,7 @@ def _finish(
         unmatched=sum(summary.unmatched for summary in summaries),
         ready=sum(part.ready for part in written),
         newest_event=max(newest) if newest else None,
-        timings={},
+        timings=dict(timings),
     )
 
 
@@ -298,27 +339,3 @@ def _whole_profile(written: Sequence[WrittenPart], numbers: TableProfile) -> Tab
     rest = merge_profiles([part.profile for part in written])
     partials = {**rest.partials, **numbers.partials}
     return TableProfile(rest.rows, {name: partials[name] for name in written[0].schema.names})
-
-
-def _write(tables: Sequence[Any], write: Callable[[pa.Table, int], WrittenPart]) -> list[WrittenPart]:
-    """Score and write every part in a Ray Data job; parts in order."""
-
-    def write_block(block: pa.Table) -> pa.Table:
-        # A block is a part; one that got no entity has no rows, and so no part number.
-        written = [
-            write(block.filter(pc.equal(block[PART], part)).drop_columns([PART]), part)
-            for part in block[PART].unique().to_pylist()
-        ]
-        return pa.table({"part": pa.array([pickle.dumps(part) for part in written], pa.large_binary())})
-
-    with data_context():
-        dataset = ray.data.from_arrow_refs(list(tables)).map_batches(
-            write_block,
-            batch_size=None,
-            batch_format="pyarrow",
-            zero_copy_batch=True,
-            max_retries=LOST_WORKER_RETRIES,  # Ray Data would try for ever
-        )
-        # What comes back was made by our own tasks a moment ago, so it may be unpickled.
-        parts: list[WrittenPart] = [pickle.loads(row["part"]) for row in dataset.take_all()]  # noqa: S301
-    return sorted(parts, key=lambda part: part.entry.path)

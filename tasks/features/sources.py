@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -80,6 +80,11 @@ class SourceFile:
         """Number of rows, if the file says."""
         return None if self.row_groups is None else sum(self.row_groups)
 
+    @property
+    def estimated_rows(self) -> int:
+        """Number of rows, if the file says; a CSV file is taken to have 50 bytes a row."""
+        return self.info.bytes // 50 + 1 if self.rows is None else self.rows
+
 
 @dataclass(frozen=True, slots=True)
 class SourceTable:
@@ -134,8 +139,8 @@ class SourceTable:
         return together
 
     def estimated_rows(self) -> int:
-        """Rows, as far as the files say; a CSV file is taken to have 50 bytes a row."""
-        return sum(f.info.bytes // 50 + 1 if f.rows is None else f.rows for f in self.files)
+        """Rows of all files, about."""
+        return sum(file.estimated_rows for file in self.files)
 
     def fingerprints(self) -> tuple[str, ...]:
         """Fingerprint of each file, which on a local disk means to read it."""
@@ -175,17 +180,19 @@ def _common_type(kinds: Sequence[pa.DataType], largest: int) -> pa.DataType | No
 
 @dataclass(frozen=True, slots=True)
 class ReadUnit:
-    """What one task reads: some row groups of a Parquet file, or a whole CSV file.
+    """What is read at once: some row groups of a Parquet file, or a whole CSV file.
 
-    first_row: number of its first row in the file, from 0. columns: the file's names of the columns to read.
-    dictionary: those of them to read as dictionaries, which for a few values is several times as fast as text.
-    in_path, added: as the file has them. missing: text of CSV that is no value; typed: columns of keys, numbers, times.
+    rows: how many it has, of CSV about. first_row: number of its first row in the file, from 0. columns: the file's
+    names of the columns to read. dictionary: those of them to read as dictionaries, which for a few values is several
+    times as fast as text. in_path, added: as the file has them. missing: text of CSV that is no value; typed: columns
+    of keys, numbers, times.
     """
 
     uri: str
     format: Format
     columns: tuple[str, ...]
     row_groups: tuple[int, ...] = ()
+    rows: int = 0
     first_row: int = 0
     dictionary: tuple[str, ...] = ()
     in_path: Mapping[str, str | None] = field(default_factory=dict)
@@ -314,6 +321,7 @@ def read_units(
             added=file.added,
             missing=missing,
             typed=tuple(typed),
+            rows=file.estimated_rows,
         )
         if file.row_groups is None:
             units.append(whole)
@@ -324,14 +332,38 @@ def read_units(
         held = start = position = 0
         for index, rows in enumerate(file.row_groups):
             if groups and held + rows > rows_per_unit:
-                units.append(replace(whole, row_groups=tuple(groups), first_row=start))
+                units.append(replace(whole, row_groups=tuple(groups), rows=held, first_row=start))
                 groups, held, start = [], 0, position
             groups.append(index)
             held += rows
             position += rows
         if held:
-            units.append(replace(whole, row_groups=tuple(groups), first_row=start))
+            units.append(replace(whole, row_groups=tuple(groups), rows=held, first_row=start))
     return units
+
+
+def together(
+    units: Sequence[ReadUnit], rows: int, kind: Callable[[ReadUnit], Hashable] = lambda _: None
+) -> list[tuple[ReadUnit, ...]]:
+    """Put small units together, so that a task reads about as many rows, however small the files are.
+
+    Args:
+        units: Units, which stay in order.
+        rows: Rows of a task; a unit that has more is read by a task of its own.
+        kind: Units of different kinds aren't put together.
+
+    Returns:
+        The units of each task.
+    """
+    tasks: list[list[ReadUnit]] = []
+    held = 0
+    for unit in units:
+        if not tasks or held + unit.rows > rows or kind(unit) != kind(tasks[-1][-1]):
+            tasks.append([])
+            held = 0
+        tasks[-1].append(unit)
+        held += unit.rows
+    return [tuple(task) for task in tasks]
 
 
 def read(unit: ReadUnit) -> Iterator[RawRows]:

@@ -9,7 +9,7 @@ met them.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,19 +43,20 @@ from tasks.features.tallies import BucketSummary, EventTally, Tally, UnitNote
 
 LINE = "_line"
 MALFORMED = "malformed_row"
-PART = "\x00part"
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
-    """One reading task: a unit of the events (group None), or of the dimension of a group."""
+class Split:
+    """What one task reads: some units of the events (group None), or of the dimension of a group.
+
+    files: numbers of the events' files, one a unit; they are all new to the same groups.
+    """
 
     source: SourcePlan
     group: int | None
     index: int
-    read: ReadUnit
-    file: int = 0
-    """Number of the events' file."""
+    units: tuple[ReadUnit, ...]
+    files: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,73 +65,73 @@ class Job:
 
     plan: FeaturePlan
     reservations: tuple[Reservation, ...]
-    units: tuple[Unit, ...]
+    splits: tuple[Split, ...]
     buckets: int
     lookups: tuple[pl.DataFrame, ...]
     join: JoinHow
     created: dt.datetime
 
-    def scatter(self, wave: range, index: int) -> tuple[UnitNote, list[pl.DataFrame]]:
-        """Read and judge one unit and split its rows by entity, for each group that wants them.
+    @property
+    def typed(self) -> tuple[int, ...]:
+        """Numbers of the first split of each source: their frames tell a bucket its columns, also without rows."""
+        firsts: dict[int | None, int] = {}
+        for index, split in enumerate(self.splits):
+            firsts.setdefault(split.group, index)
+        return tuple(firsts.values())
+
+    def scatter(self, index: int) -> tuple[UnitNote, list[pl.DataFrame]]:
+        """Read and judge one split and cut its rows by entity, for each group that wants them.
 
         Args:
-            wave: Slots to give frames for; slot = group number · buckets + bucket.
-            index: Number of the unit. The wave that has slot 0 also writes the rejected rows.
+            index: Number of the split.
 
         Returns:
-            Counts, and one frame a slot of the wave.
+            Counts, and one frame a slot.
 
         """
-        unit = self.units[index]
-        if unit.group is not None and 0 not in wave and not self._slots_of(unit.group, wave):
-            # A dimension whose group is computed in another wave; wave 0 has counted its rows.
-            return UnitNote(Tally()), [pl.DataFrame()] * len(wave)
-        numbered = bool(self.plan.states) and unit.group is None
-        kept, tally, rejected = read_and_judge(unit.source, unit.read, unit.file if numbered else None)
+        split = self.splits[index]
+        numbered = bool(self.plan.states) and split.group is None
+        kept, tally, rejected = read_and_judge(split.source, *split.units, files=split.files if numbered else None)
         note = UnitNote(tally)
-        if unit.group is None:
+        if split.group is None:
             kept = looked_up(kept, self.plan.lookups, self.lookups)
         frames: list[pl.DataFrame] = []
         for number, planned in enumerate(self.plan.groups):
             rows = kept.clear()
-            if unit.group is None:
+            if split.group is None:
                 rows = self._of_group(kept, planned)
                 note.without_entity[number] = kept.height - rows.height
-                if not self.plan.reads(number, unit.file):
+                if not self.reads(number, split):
                     rows = rows.clear()
-            elif unit.group == number:
+            elif split.group == number:
                 rows = kept
-            if wanted := self._slots_of(number, wave):
-                first = number * self.buckets
-                split = split_by_key(rows, planned.group.entity, self.buckets) if rows.height else [rows] * self.buckets
-                frames += split[wanted.start - first : wanted.stop - first]
-        if rejected is not None and 0 in wave:
-            for number in self._readers(unit):
-                entry = write_rejected(self.reservations[number], unit.source.name, unit.index, rejected)
+            frames += split_by_key(rows, planned.group.entity, self.buckets) if rows.height else [rows] * self.buckets
+        if rejected is not None:
+            for number in self._readers(split):
+                entry = write_rejected(self.reservations[number], split.source.name, split.index, rejected)
                 note.rejected_files[number] = entry
         return note, frames
 
-    def _readers(self, unit: Unit) -> list[int]:
-        """The groups that a unit is read for."""
-        if unit.group is not None:
-            return [unit.group]
-        return [number for number in range(len(self.plan.groups)) if self.plan.reads(number, unit.file)]
+    def reads(self, group: int, split: Split) -> bool:
+        """Whether a group takes the rows of a split of the events."""
+        return split.group is None and self.plan.reads(group, split.files[0])
+
+    def _readers(self, split: Split) -> list[int]:
+        """The groups that a split is read for."""
+        if split.group is not None:
+            return [split.group]
+        return [number for number in range(len(self.plan.groups)) if self.reads(number, split)]
 
     def _of_group(self, events: pl.DataFrame, planned: GroupPlan) -> pl.DataFrame:
         """The events that a group sees: its columns, and only where its entity is known."""
         places = [FILE, ROW] if self.plan.states else []
         return events.select([*planned.columns, *places]).filter(pl.col(planned.group.entity).is_not_null())
 
-    def _slots_of(self, group: int, wave: range) -> range:
-        """The slots of a group that are in the wave."""
-        first = group * self.buckets
-        return range(max(first, wave.start), min(first + self.buckets, wave.stop))
-
-    def gather(self, wave: range, index: int, frames: list[pl.DataFrame]) -> tuple[BucketSummary, pa.Table]:
+    def gather(self, slot: int, frames: Mapping[int, pl.DataFrame]) -> tuple[BucketSummary, pa.Table]:
         """Compute the features of a bucket's entities, join their dimension rows, stamp and profile them."""
-        number, part = divmod(wave[index], self.buckets)
+        number, part = divmod(slot, self.buckets)
         planned, reservation = self.plan.groups[number], self.reservations[number]
-        events, counts = self._events(number, part, frames)
+        events, counts = self._events(number, part, self._of(frames, None))
         features = snapshots_of(planned, events, self.plan.time, self.plan.as_of)
         entities = Tally(rows_in=entity_rows(events, planned.group.entity, self.plan.time, self.plan.as_of))
         check_equal(planned.group.name, entities.rows_in, features.height, "have events, {} got features")
@@ -138,7 +139,7 @@ class Job:
         rejected_files: list[FileEntry] = []
         unmatched = 0
         if planned.dimension is not None:
-            rows = pl.concat([f for f, unit in zip(frames, self.units, strict=True) if unit.group == number])
+            rows = pl.concat(self._of(frames, number))
             rows, conflicting = unique_dimension_rows(rows, planned.group.entity, dimension)
             joined = join_dimension(planned.group, features, rows, self.join)
             features, unmatched = joined.kept, joined.unmatched
@@ -163,7 +164,11 @@ class Job:
             profile=merge_profiles(profiles),
             quantiles=[sketches(profile) for profile in profiles] if several else [],
         )
-        return summary, table.append_column(PART, pa.array([part] * len(table), pa.int32()))
+        return summary, table
+
+    def _of(self, frames: Mapping[int, pl.DataFrame], group: int | None) -> list[pl.DataFrame]:
+        """The frames that came from a group's dimension, or from the events (None)."""
+        return [frame for index, frame in frames.items() if self.splits[index].group == group]
 
     def _suspects(self, planned: GroupPlan, features: pl.DataFrame) -> list[str]:
         """Entities that look like missing values; a category may well be unknown."""
@@ -171,10 +176,9 @@ class Job:
         is_key = any(column.name == entity and column.kind == "key" for column in self.plan.events.rows.columns)
         return suspects(features[entity]) if is_key else []
 
-    def _events(self, number: int, part: int, frames: list[pl.DataFrame]) -> tuple[pl.DataFrame, EventTally]:
+    def _events(self, number: int, part: int, arrived: list[pl.DataFrame]) -> tuple[pl.DataFrame, EventTally]:
         """The events of a bucket that count, in the order of the files; an incremental run's new ones are kept."""
         planned, time = self.plan.groups[number], self.plan.time
-        arrived = [f for f, unit in zip(frames, self.units, strict=True) if unit.group is None]
         counts = EventTally(new=sum(frame.height for frame in arrived))
         if not self.plan.states:
             events = pl.concat(arrived)
@@ -238,36 +242,37 @@ def entity_rows(events: pl.DataFrame, entity: str, time: str, as_of: Sequence[dt
 
 
 def read_and_judge(
-    source: SourcePlan, unit: ReadUnit, file: int | None = None
+    source: SourcePlan, *units: ReadUnit, files: Sequence[int] | None = None
 ) -> tuple[pl.DataFrame, Tally, pl.DataFrame | None]:
-    """Read a unit of a source and judge its rows: those kept, the counts, and those rejected (None: none).
+    """Read units of a source and judge their rows: those kept, the counts, and those rejected (None: none).
 
-    With the number of its file, the kept rows bear it (`FILE`) and their number in it (`ROW`).
+    With the numbers of their files, the kept rows bear them (`FILE`), and their own number in the file (`ROW`).
     """
     tally = Tally()
     kept, rejected = [], []
-    for raw in read(unit):
-        judged = judge(raw.frame, source.rows)
-        kept.append(judged.kept if file is None else _placed(judged, raw, file))
-        tally.rows_in += raw.frame.height + len(raw.malformed)
-        tally.rows_out += judged.kept.height
-        tally.filtered.update(judged.filtered)
-        if judged.rejected.height:
-            tally.rejected.update(judged.rejected[REASON].to_list())
-            rejected.append(
-                judged.rejected.with_columns(
-                    pl.lit(unit.uri).alias(FILE), (judged.rejected_rows + raw.first_row).alias(ROW)
+    for unit, file in zip(units, [None] * len(units) if files is None else files, strict=True):
+        for raw in read(unit):
+            judged = judge(raw.frame, source.rows)
+            kept.append(judged.kept if file is None else _placed(judged, raw, file))
+            tally.rows_in += raw.frame.height + len(raw.malformed)
+            tally.rows_out += judged.kept.height
+            tally.filtered.update(judged.filtered)
+            if judged.rejected.height:
+                tally.rejected.update(judged.rejected[REASON].to_list())
+                rejected.append(
+                    judged.rejected.with_columns(
+                        pl.lit(unit.uri).alias(FILE), (judged.rejected_rows + raw.first_row).alias(ROW)
+                    )
                 )
-            )
-        if raw.malformed:
-            tally.rejected[MALFORMED] += len(raw.malformed)
-            lines = pl.DataFrame({LINE: list(raw.malformed)}, schema={LINE: pl.String})
-            rejected.append(lines.with_columns(pl.lit(MALFORMED).alias(REASON), pl.lit(unit.uri).alias(FILE)))
+            if raw.malformed:
+                tally.rejected[MALFORMED] += len(raw.malformed)
+                lines = pl.DataFrame({LINE: list(raw.malformed)}, schema={LINE: pl.String})
+                rejected.append(lines.with_columns(pl.lit(MALFORMED).alias(REASON), pl.lit(unit.uri).alias(FILE)))
     # An empty file, too, has typed columns.
     if not kept:
-        nothing = RawRows(_no_rows(unit), 0)
+        nothing = RawRows(_no_rows(units[0]), 0)
         judged = judge(nothing.frame, source.rows)
-        kept.append(judged.kept if file is None else _placed(judged, nothing, file))
+        kept.append(judged.kept if files is None else _placed(judged, nothing, files[0]))
     return pl.concat(kept), tally, pl.concat(rejected, how="diagonal_relaxed") if rejected else None
 
 

@@ -83,8 +83,8 @@ class EventTally:
 class BucketSummary:
     """What a gather task reports of its bucket; entities are counted once for each as-of time.
 
-    suspects: keys that look like missing values. profile: of the numeric features; quantiles: theirs at each as-of
-    time, where there are several.
+    suspects: keys that look like missing values. profile: of the numeric features, until it is added to the others;
+    quantiles: theirs at each as-of time, where there are several.
     """
 
     group: int
@@ -95,7 +95,7 @@ class BucketSummary:
     suspects: list[str]
     unmatched: int
     rejected_files: list[FileEntry]
-    profile: TableProfile
+    profile: TableProfile | None
     quantiles: list[dict[str, QuantileSketch]]
 
 
@@ -113,7 +113,7 @@ def check_rows_read(source: SourcePlan, units: Sequence[ReadUnit], tally: Tally)
 
 
 def check_way(name: str, sent: int, carried: int, taken: int) -> None:
-    """Compare what was sent to the buckets, what the exchange carried there, and what was taken from it.
+    """Compare what was sent to the buckets, what the shuffle carried there, and what was taken from it.
 
     Raises:
         BalanceError: they differ.

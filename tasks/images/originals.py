@@ -17,7 +17,7 @@ from tasks.core.profile import TableProfile, merge_profiles, profile_table
 from tasks.core.stream import ParquetStream
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.duplicates import group_images
-from tasks.images.plan import ImagePlan, read_unit
+from tasks.images.plan import ImagePlan, read_units
 from tasks.images.records import UnitNote, read_outcomes
 from tasks.images.split import SPLITS, split_images
 
@@ -213,14 +213,14 @@ def write_originals(
     start = 0
     with ParquetStream(uri, ORIGINALS) as stream:
         outcomes = read_outcomes(notes, [*_JUDGED, "content", "format", "height", "width", "hash"])
-        for number, noted in enumerate(outcomes):
-            rows = read_unit(plan.uri, number)
-            unit = slice(start, start + rows.num_rows)
+        planned = read_units(plan.uri, range(plan.units), plan.images_per_unit)
+        for noted, images in zip(outcomes, planned, strict=True):
+            unit = slice(start, start + images.num_rows)
             start = unit.stop
             good = noted["reason"].is_null()
             judged = noted.filter(good)
             mask = good.to_numpy()
-            rows = rows.filter(good)
+            rows = images.filter(good)
             if not rows.num_rows:
                 continue
             split = pa.array([SPLITS[one] for one in splits[unit][mask].tolist()], pa.string())

@@ -10,7 +10,6 @@ version is committed.
 
 from __future__ import annotations
 
-import pickle
 import time
 import uuid
 from collections import Counter
@@ -23,13 +22,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-import ray.data
 
 from tasks.core import layout, storage
-from tasks.core.cluster import LOST_WORKER_RETRIES, cluster_cpus, data_context
+from tasks.core.cluster import cluster_cpus
 from tasks.core.conservation import check_equal
+from tasks.core.engine import Parts, mapped
 from tasks.core.errors import BalanceError, ConfigError
-from tasks.core.exchange import losses_explained
+from tasks.core.losses import losses_explained
 from tasks.core.manifest import ColumnSpec, FileEntry, RowBalance
 from tasks.core.profile import TableProfile
 from tasks.core.reservation import Reservation
@@ -46,7 +45,7 @@ from tasks.images.originals import (
     write_originals,
 )
 from tasks.images.pictures import Example, choose_examples
-from tasks.images.plan import ImagePlan, read_unit
+from tasks.images.plan import ImagePlan, read_unit, read_units
 from tasks.images.records import UnitNote, finished_units
 from tasks.images.rows import rows_schema
 from tasks.images.split import SPLITS
@@ -151,7 +150,7 @@ def augment_images(
     timings = {"augment and write": time.monotonic() - started}
 
     started = time.monotonic()
-    found = gather(plan, ordered, (read_unit(plan.uri, unit) for unit in range(plan.units)))
+    found = gather(plan, ordered, read_units(plan.uri, range(plan.units), plan.images_per_unit))
     groups, splits = settle(found, config, lambda images: _near_duplicates(images, config))
     timings["find duplicates and split"] = time.monotonic() - started
 
@@ -210,7 +209,7 @@ def check_policy(job: ImageJob) -> None:
     policy = job.config.augmentation.policy
     if policy is None:
         return
-    sample = read_unit(job.plan_uri, 0).slice(0, SAMPLE)
+    sample = read_unit(job.plan_uri, 0, job.config.images_per_file).slice(0, SAMPLE)
     few = job.config.augmentation.model_copy(
         update={"variants": min(job.config.augmentation.variants, SAMPLE_VARIANTS)}
     )
@@ -242,7 +241,11 @@ def _made_apart(config: ImageAugmentationConfig, classes: int, planned: pa.Table
 
 def _augment(job: ImageJob, units: Sequence[int]) -> Iterator[UnitNote]:
     """Notes of the units as they are finished, in any order."""
-    yield from _mapped(_UnitMapper, (job,), units, job.config)
+
+    def augment(_: int, unit: int) -> UnitNote:
+        return augment_unit(job, unit)
+
+    yield from _mapped(augment, "augment images", units, job.config)
 
 
 def _each_once(plan: ImagePlan, notes: Sequence[UnitNote]) -> list[UnitNote]:
@@ -255,30 +258,14 @@ def _each_once(plan: ImagePlan, notes: Sequence[UnitNote]) -> list[UnitNote]:
 
 
 def _mapped(
-    mapper: type[Any], arguments: tuple[Any, ...], items: Sequence[Any], config: ImageAugmentationConfig
-) -> Iterator[Any]:
-    """Run a mapper on each item in a Ray Data job, one item a block."""
+    function: Callable[[int, Any], UnitNote], name: str, items: Sequence[Any], config: ImageAugmentationConfig
+) -> Iterator[UnitNote]:
+    """Run a function on each item, in tasks or actors, as the configuration says."""
     if not items:
         return
-    options: dict[str, Any] = {"batch_size": None, "num_cpus": 1, "fn_constructor_args": arguments}
-    if config.num_gpus:
-        options["num_gpus"] = config.num_gpus
-    if config.workers == "actors":
-        size = config.actors or max(1, _places(config))
-        options["compute"] = ray.data.ActorPoolStrategy(size=min(size, len(items)))
-        options["max_task_retries"] = LOST_WORKER_RETRIES
-    else:
-        instance = mapper(*arguments)
-        mapper = instance.__call__
-        options["max_retries"] = LOST_WORKER_RETRIES
-        del options["fn_constructor_args"]
-    # Ray Data would try for ever, also what kills each of its workers.
-    with losses_explained(f"lower --images-per-file (it is {config.images_per_file})"), data_context():
-        blocks = [pa.table({"item": pa.array([pickle.dumps(item)], pa.large_binary())}) for item in items]
-        dataset = ray.data.from_arrow(blocks).map_batches(mapper, batch_format="pyarrow", **options)
-        # What comes back was made by our own tasks a moment ago, so it may be unpickled.
-        for row in dataset.iter_rows():
-            yield pickle.loads(row["made"])  # noqa: S301
+    actors = min(config.actors or max(1, _places(config)), len(items)) if config.workers == "actors" else None
+    with losses_explained(f"lower --images-per-file (it is {config.images_per_file})"):
+        yield from mapped(Parts(len(items), items), function, name=name, actors=actors, num_gpus=config.num_gpus)
 
 
 def _places(config: ImageAugmentationConfig) -> int:
@@ -289,30 +276,6 @@ def _places(config: ImageAugmentationConfig) -> int:
     return cluster_cpus()
 
 
-class _UnitMapper:
-    def __init__(self, job: ImageJob) -> None:
-        self._job = job
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        return _packed(augment_unit(self._job, unit) for unit in _unpacked(block))
-
-
-class _ResplitMapper:
-    def __init__(self, job: ImageJob) -> None:
-        self._job = job
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        return _packed(resplit_unit(self._job, note, wanted) for note, wanted in _unpacked(block))
-
-
-def _packed(values: Iterator[Any]) -> pa.Table:
-    return pa.table({"made": pa.array([pickle.dumps(value) for value in values], pa.large_binary())})
-
-
-def _unpacked(block: pa.Table) -> Iterator[Any]:
-    yield from (pickle.loads(item) for item in block["item"].to_pylist())  # noqa: S301 - made by the driver
-
-
 def _near_duplicates(found: Gathered, config: ImageAugmentationConfig) -> list[npt.NDArray[np.int64]]:
     """Pairs of near-duplicates among the augmented images, rows of the plan; in parts where they are many."""
     if config.near_duplicates is None:
@@ -321,17 +284,13 @@ def _near_duplicates(found: Gathered, config: ImageAugmentationConfig) -> list[n
     arguments = (found.hash, found.colours, config.near_duplicates)
     if len(found.key) < PARTS_FROM:
         return [similar_pairs(*arguments, valid=valid)]
-    parts = 2 * cluster_cpus()
-    shared = [ray.put(value) for value in (*arguments, valid)]
-    search: Any = _pairs_of_part
+    count = 2 * cluster_cpus()
+
+    def search(part: int) -> npt.NDArray[np.int64]:
+        return similar_pairs(*arguments, part, count, valid=valid)
+
     with losses_explained(f"turn the search off with --near-duplicates null (it is {config.near_duplicates})"):
-        return list(ray.get([search.remote(part, parts, *shared) for part in range(parts)]))
-
-
-@ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
-def _pairs_of_part(part: int, parts: int, *arguments: Any) -> npt.NDArray[np.int64]:
-    hashes, colours, bits, valid = arguments
-    return similar_pairs(hashes, colours, bits, part, parts, valid=valid)
+        return list(mapped(Parts(count), search, name="find near-duplicates"))
 
 
 def _resplit(job: ImageJob, notes: Sequence[UnitNote], found: Gathered, splits: npt.NDArray[np.int8]) -> list[UnitNote]:
@@ -340,7 +299,11 @@ def _resplit(job: ImageJob, notes: Sequence[UnitNote], found: Gathered, splits: 
     items = [
         (note, wanted_splits(found, splits, slice(note.unit * per_unit, (note.unit + 1) * per_unit))) for note in notes
     ]
-    return list(_mapped(_ResplitMapper, (job,), items, job.config))
+
+    def move(_: int, item: tuple[UnitNote, Any]) -> UnitNote:
+        return resplit_unit(job, *item)
+
+    return list(_mapped(move, "move images to their splits", items, job.config))
 
 
 def _check_files(
@@ -386,9 +349,10 @@ def _names(plan: ImagePlan, rows: npt.NDArray[np.int64]) -> dict[int, str]:
     """Image ids of some rows of the plan."""
     per_unit = plan.images_per_unit
     names: dict[int, str] = {}
-    for unit in np.unique(rows // per_unit).tolist():
+    units = np.unique(rows // per_unit).tolist()
+    for unit, planned in zip(units, read_units(plan.uri, units, per_unit), strict=True):
         own = rows[rows // per_unit == unit]
-        ids = read_unit(plan.uri, unit)["image_id"].take(pa.array(own - unit * per_unit)).to_pylist()
+        ids = planned["image_id"].take(pa.array(own - unit * per_unit)).to_pylist()
         names |= dict(zip(own.tolist(), ids, strict=True))
     return names
 
@@ -416,7 +380,7 @@ def _examples(
     good = np.flatnonzero(found.augmented)
     for row in good[choose_examples(found.key[good], found.class_id[good], scores)].tolist():
         unit, place = divmod(row, plan.images_per_unit)
-        planned = read_unit(plan.uri, unit).slice(place, 1).to_pylist()[0]
+        planned = read_unit(plan.uri, unit, plan.images_per_unit).slice(place, 1).to_pylist()[0]
         split = SPLITS[splits[row]]
         yield Example(
             image_id=planned["image_id"],

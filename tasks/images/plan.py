@@ -1,13 +1,12 @@
 """What a run will do: every image with its label, class id and split, in units that one task augments and writes.
 
-The plan is a Parquet file in the reserved version's directory, one row group a unit, so that a task reads only its
-own share and the driver holds nothing.
+The plan is a Parquet file in the reserved version's directory, of which a task reads the row group that has its unit.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +49,9 @@ PLAN = pa.schema(
 )
 """A row an image. key: of its draws and its place in the split. linked: number of the first image that is known to
 belong with it, by contents or by the group column. split: as far as near-duplicates aren't known yet."""
+
+PLAN_ROW_GROUP = 8192
+"""Images of a row group, about."""
 
 # Settings that change no byte of a unit's files, but for what they do to the plan's own rows.
 _ELSEWHERE = {"root", "name", "images", "labels", "near_duplicates", "workers", "actors", "sample_images", "self_test"}
@@ -108,11 +110,13 @@ def plan_images(config: ImageAugmentationConfig, reservation: Reservation, previ
     uri = layout.join(reservation.uri, layout.work_name("plan", 0, reservation.attempt))
     job = _job_digest(config, classes)
     digests = []
-    with ParquetStream(uri, PLAN, row_group_size=config.images_per_file) as stream:
-        for start in range(0, rows.num_rows, config.images_per_file):
-            unit = rows.slice(start, config.images_per_file)
-            digests.append(_unit_digest(unit, job))
-            stream.write(unit)
+    together = _units_together(config.images_per_file) * config.images_per_file
+    with ParquetStream(uri, PLAN, row_group_size=together) as stream:
+        for first in range(0, rows.num_rows, together):
+            group = rows.slice(first, together)
+            stream.write(group)
+            starts = range(0, group.num_rows, config.images_per_file)
+            digests += [_unit_digest(group.slice(start, config.images_per_file), job) for start in starts]
     return ImagePlan(
         reservation=reservation,
         base=previous.version if previous is not None else 0,
@@ -144,10 +148,27 @@ def _class_ids(names: Sequence[str], previous: Manifest | None, root: str) -> di
         ) from fault
 
 
-def read_unit(uri: str, unit: int) -> pa.Table:
-    """One unit's rows of the plan."""
+def read_unit(uri: str, unit: int, images_per_unit: int) -> pa.Table:
+    """Return one unit's rows of the plan."""
+    [rows] = read_units(uri, [unit], images_per_unit)
+    return rows
+
+
+def read_units(uri: str, units: Iterable[int], images_per_unit: int) -> Iterator[pa.Table]:
+    """Return the rows of some units of the plan one by one; each row group is read once where they are in order."""
+    together, held, rows = _units_together(images_per_unit), -1, pa.table({})
     with storage.open_input(uri) as source:
-        return pq.ParquetFile(source).read_row_group(unit)
+        file = pq.ParquetFile(source)
+        for unit in units:
+            group, place = divmod(unit, together)
+            if group != held:
+                held, rows = group, file.read_row_group(group)
+            yield rows.slice(place * images_per_unit, images_per_unit)
+
+
+def _units_together(images_per_unit: int) -> int:
+    """Units of a row group: each task parses the plan's footer, which has an entry a row group and column."""
+    return -(-PLAN_ROW_GROUP // images_per_unit)
 
 
 def _rows(images: pa.Table, classes: Mapping[str, int], config: ImageAugmentationConfig) -> pa.Table:

@@ -121,7 +121,7 @@ def augment_unit(job: ImageJob, unit: int) -> UnitNote:
         OSError: the store fails in a way that may pass; an image that can't be read at all is rejected instead.
 
     """
-    planned = read_unit(job.plan_uri, unit)
+    planned = read_unit(job.plan_uri, unit, job.config.images_per_file)
     clock = _Clock()
     outcomes = [_Outcome() for _ in range(planned.num_rows)]
     splits = planned["split"].to_numpy()
@@ -434,7 +434,7 @@ def _made_again(
     """
     clock = _Clock()
     clock.seconds.update(note.seconds)
-    planned = read_unit(job.plan_uri, note.unit)
+    planned = read_unit(job.plan_uri, note.unit, job.config.images_per_file)
     was = planned["split"].to_numpy()
     good = outcomes["reason"].is_null().to_numpy()
     now = was.copy()

@@ -1,8 +1,8 @@
-"""The training-set job on Ray: rows of the spine go to their entities' buckets and find their features there.
+"""The training-set job as Ray Data plans: rows of the spine go to their entities' buckets and find features there.
 
-    label events ─ exchange ─ rows ─┐
-                                    ├─ exchange by each entity key ─ as-of join ─ canary ─ write ─ review
-    spine files ─ judge ────────────┘                  └─ each version's part of the bucket, read in place
+    label events ─ shuffle ─ rows ─┐
+                                   ├─ shuffle by each entity key ─ as-of join ─ canary ─ write ─ review
+    spine files ─ judge ───────────┘                  └─ each version's part of the bucket, read in place
 
 Only the spine travels; the features, usually many times as large, are read where they are needed. Nothing here is
 visible to readers until the version is committed.
@@ -16,20 +16,19 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
-import ray
 
-from tasks.core.cluster import LOST_WORKER_RETRIES
 from tasks.core.conservation import check_equal
+from tasks.core.engine import Parts, Shuffled, mapped, shuffle
 from tasks.core.errors import SourceError
-from tasks.core.exchange import Exchanged, collect, exchange, losses_explained
+from tasks.core.losses import losses_explained
 from tasks.core.manifest import ColumnSpec, FileEntry, RowBalance
 from tasks.core.own_columns import EVENT_TIME
-from tasks.core.profile import TableProfile, merge_profiles
+from tasks.core.profile import TableProfile, added, merge_profiles
 from tasks.core.reading import verify_digest
 from tasks.core.reservation import Reservation
 from tasks.core.sketch import QuantileSketch
@@ -44,6 +43,7 @@ from tasks.serving.stages import (
     SpineNote,
     label_lookups,
     later_bound,
+    splits_of,
     units_of,
 )
 
@@ -52,11 +52,10 @@ HISTORY_SHARE = 4
 """Feature rows that take the memory of one row of `rows_per_bucket`: they aren't held with copies on their way."""
 
 SAMPLE_ROWS = 200_000
-VERIFIERS = 64
-"""Tasks that compare feature files with their manifests, at most."""
+VALUE_BYTES = 8
+"""Bytes that a value takes on its way, about."""
 
 Progress = Callable[[int], None]
-Scatter = Callable[[int], tuple[SpineNote, list[pl.DataFrame]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +97,7 @@ class ComputedSet:
 class _Labelled:
     """Rows of a label, one table a bucket, with the times that are over and what was counted."""
 
-    tables: list[Any]
+    tables: Parts
     finished: tuple[dt.datetime, ...]
     rows: Tally
 
@@ -112,7 +111,7 @@ def bucket_count(plan: TrainingSetPlan) -> int:
 
 def pieces_to_read(plan: TrainingSetPlan) -> int:
     """Pieces of the spine's or the label's files that the job will read."""
-    return len(units_of(plan))
+    return len(splits_of(plan))
 
 
 def build_training_set(
@@ -140,7 +139,7 @@ def build_training_set(
     """
     started = time.monotonic()
     lookups = label_lookups(plan)
-    job = Job(plan, reservation, units_of(plan), tuple(lookup.rows for lookup in lookups))
+    job = Job(plan, reservation, splits_of(plan), tuple(lookup.rows for lookup in lookups))
     sources, rejected = Tally(), list[FileEntry]()
     newest: list[dt.datetime] = []
 
@@ -150,13 +149,12 @@ def build_training_set(
             rejected.append(note.rejected)
         if note.newest is not None:
             newest.append(note.newest)
-        on_read(1)
 
     with losses_explained(f"lower --rows-per-bucket (it is {plan.rows_per_bucket:,})"):
         _verify_histories(plan)
-        labelled = _label(job, noted, newest) if plan.label is not None else None
+        labelled = _label(job, noted, on_read) if plan.label is not None else None
         made = time.monotonic()
-        turns = _turns(job, noted, labelled, on_joined)
+        turns = _turns(job, noted, labelled, on_read, on_joined)
     joined = time.monotonic()
     balances = _balances(job, sources, labelled, turns)
     last = turns[-1].summaries
@@ -165,8 +163,8 @@ def build_training_set(
     schema = _schema(last)
     if not files:  # without a single row there is still one file: a schema for the gate to judge
         files = [job.write(schema.empty_table(), 0)]
-    reviews = _review(job, files, QuantileSketch.merge_all(bucket.times for bucket in last if bucket.times is not None))
-    earlier, later = (merge_profiles([getattr(one, half) for one in reviews]) for half in ("earlier", "later"))
+    times = QuantileSketch.merge_all(bucket.times for bucket in last if bucket.times is not None)
+    earlier, later, sample = _review(job, files, times)
     timings = {"read and join": joined - made, "profile": time.monotonic() - joined}
     return ComputedSet(
         reservation=reservation,
@@ -183,7 +181,7 @@ def build_training_set(
         null_keys=sum(bucket.null_keys for bucket in last),
         rows=sum(bucket.rows for bucket in last),
         planted=sum(bucket.planted for turn in turns for bucket in turn.summaries),
-        sample=_sample(reviews),
+        sample=sample,
         newest_event=max(newest) if newest else None,
         duplicates=sum(bucket.duplicates for bucket in last),
         timings=({"label": made - started} if labelled else {}) | timings,
@@ -200,32 +198,36 @@ def _verify_histories(plan: TrainingSetPlan) -> None:
     """
     versions = [version for history in plan.histories for version in history.versions]
     files = [pair for version in versions for pair in zip(version.files, version.digests, strict=True)]
-    parts = min(len(files), VERIFIERS)
-    collect([_verify_files.remote(files[part::parts]) for part in range(parts)], _ignored)
+
+    def verify(number: int) -> None:
+        verify_digest(*files[number])
+
+    for _ in mapped(Parts(len(files)), verify, name="verify feature files"):
+        pass
 
 
-@ray.remote(num_cpus=1, max_retries=LOST_WORKER_RETRIES, scheduling_strategy="SPREAD")
-def _verify_files(files: Sequence[tuple[str, str]]) -> None:
-    for uri, digest in files:
-        verify_digest(uri, digest)
-
-
-def _label(job: Job, noted: Callable[[SpineNote], None], newest: Sequence[dt.datetime]) -> _Labelled:
+def _label(job: Job, noted: Callable[[SpineNote], None], on_read: Progress) -> _Labelled:
     """Make the label's rows, one table a bucket of entities."""
     plan = job.plan.label
     assert plan is not None
     buckets = bucket_count(job.plan)
+    done: Shuffled[SpineNote, LabelledBucket] = shuffle(
+        Parts(len(job.splits)),
+        buckets,
+        partial(job.label_scatter, buckets),
+        job.label_gather,
+        names=(f"read {job.plan.source.name}", "make the label"),
+        volume=_packed_bytes(job.plan),
+        on_scattered=on_read,
+    )
     sent = Tally()
-
-    def noted_too(note: SpineNote) -> None:
+    newest = [note.newest for note in done.notes if note.newest is not None]
+    for note in done.notes:
         sent.add(note.tally)
         noted(note)
-
-    done = exchange(len(job.units), buckets, partial(job.label_scatter, buckets), job.label_gather, on_note=noted_too)
-    summaries: list[LabelledBucket] = done.summaries
-    taken = sum(summary.events for summary in summaries)
+    taken = sum(summary.events for summary in done.summaries)
     check_way(job.plan.source.name, sent.rows_out, int(done.carried.sum()), taken)
-    made = sum(summary.rows for summary in summaries)
+    made = sum(summary.rows for summary in done.summaries)
     check_equal(f"label {plan.label.name}", made, int(done.rows.sum()), "were made, {} were handed on")
     finished = plan.finished(max(newest) if newest else None)
     if not finished:
@@ -238,56 +240,64 @@ def _label(job: Job, noted: Callable[[SpineNote], None], newest: Sequence[dt.dat
 
 
 def _turns(
-    job: Job, noted: Callable[[SpineNote], None], labelled: _Labelled | None, on_joined: Progress
-) -> list[Exchanged[SpineNote, JoinedBucket]]:
-    """Exchange the rows by each entity key in turn, the model's own last."""
+    job: Job,
+    noted: Callable[[SpineNote], None],
+    labelled: _Labelled | None,
+    on_read: Progress,
+    on_joined: Progress,
+) -> list[Shuffled[SpineNote, JoinedBucket]]:
+    """Shuffle the rows by each entity key in turn, the model's own last."""
     buckets = bucket_count(job.plan)
-    turns: list[Exchanged[SpineNote, JoinedBucket]] = []
-    tables: list[Any] | None = None
-    on_note: Callable[[SpineNote], None]
-    for number in range(len(job.plan.entities)):
-        is_last = number + 1 == len(job.plan.entities)
-        if tables is not None:
-            units, scatter, on_note = len(tables), partial(_scatter_table, job, tables, number, buckets), _ignored
+    turns: list[Shuffled[SpineNote, JoinedBucket]] = []
+    for number, entity in enumerate(job.plan.entities):
+        scatter: Callable[..., tuple[SpineNote, list[pl.DataFrame]]]
+        if turns:
+            source, scatter = turns[-1].tables, partial(_scatter_table, job, number, buckets)
         elif labelled is not None:
-            units, on_note = len(labelled.tables), partial(_counted, labelled.rows)
-            scatter = partial(_scatter_labelled, job, labelled.tables, labelled.finished, buckets)
+            source, scatter = labelled.tables, partial(_scatter_labelled, job, labelled.finished, buckets)
         else:
-            units, scatter, on_note = len(job.units), partial(job.scatter, buckets), noted
-        done = exchange(
-            units,
+            source, scatter = Parts(len(job.splits)), partial(job.scatter, buckets)
+        done: Shuffled[SpineNote, JoinedBucket] = shuffle(
+            source,
             buckets,
             scatter,
             partial(job.gather, number, buckets),
-            on_note=on_note,
-            on_summary=(lambda _: on_joined(1)) if is_last else _ignored,
+            names=(f"split by {entity}", f"join features of {entity}"),
+            volume=_packed_bytes(job.plan),
+            on_scattered=on_read if not turns and labelled is None else _ignored,
+            on_gathered=on_joined if number + 1 == len(job.plan.entities) else _ignored,
         )
-        tables = done.tables
+        for note in () if turns else done.notes:
+            if labelled is None:
+                noted(note)
+            else:
+                labelled.rows.rows_out += note.tally.rows_out
+                labelled.rows.filtered += note.tally.filtered
         turns.append(done)
     return turns
+
+
+def _packed_bytes(plan: TrainingSetPlan) -> int:
+    """Bytes of all rows on their way to their buckets, about; features that were found travel on."""
+    return plan.source.table.estimated_rows() * VALUE_BYTES * (len(plan.source.rows.columns) + len(plan.columns))
 
 
 def _ignored(_: object) -> None:
     """Nothing is to be told."""
 
 
-def _counted(tally: Tally, note: SpineNote) -> None:
-    tally.rows_out += note.tally.rows_out
-    tally.filtered += note.tally.filtered
-
-
 def _scatter_table(
-    job: Job, tables: Sequence[Any], number: int, buckets: int, index: int
+    job: Job, number: int, buckets: int, index: int, rows: pa.Table
 ) -> tuple[SpineNote, list[pl.DataFrame]]:
     """Split a bucket of the turn before by the next entity key."""
-    return SpineNote(Tally()), job.split(_frame(ray.get(tables[index])), index, number, buckets)
+    return SpineNote(Tally()), job.split(_frame(rows), index, number, buckets)
 
 
 def _scatter_labelled(
-    job: Job, tables: Sequence[Any], finished: tuple[dt.datetime, ...], buckets: int, index: int
+    job: Job, finished: tuple[dt.datetime, ...], buckets: int, index: int, table: pa.Table
 ) -> tuple[SpineNote, list[pl.DataFrame]]:
     """Split a bucket of a label's rows, without those whose days aren't over and those that have no target."""
-    rows = _frame(ray.get(tables[index]))
+    rows = _frame(table)
     over = rows.filter(pl.col(EVENT_TIME).is_in(pl.Series(finished, dtype=rows.schema[EVENT_TIME]).implode()))
     kept = over.drop_nulls("target")
     counts = {"not_over": rows.height - over.height, "no_target": over.height - kept.height}
@@ -303,11 +313,11 @@ def _frame(table: pa.Table) -> pl.DataFrame:
 
 
 def _balances(
-    job: Job, sources: Tally, labelled: _Labelled | None, turns: Sequence[Exchanged[SpineNote, JoinedBucket]]
+    job: Job, sources: Tally, labelled: _Labelled | None, turns: Sequence[Shuffled[SpineNote, JoinedBucket]]
 ) -> tuple[RowBalance, ...]:
     """Balances of the source and of the rows, each checked: what was sent must have been carried and taken."""
     plan = job.plan
-    check_rows_read(plan.source, job.units, sources)
+    check_rows_read(plan.source, units_of(plan), sources)
     balances = [sources.balance(plan.source.name)]
     if labelled is not None:
         assert plan.label is not None
@@ -324,7 +334,7 @@ def _balances(
     return tuple(balances)
 
 
-def _matched(plan: TrainingSetPlan, turns: Sequence[Exchanged[SpineNote, JoinedBucket]]) -> dict[str, int]:
+def _matched(plan: TrainingSetPlan, turns: Sequence[Shuffled[SpineNote, JoinedBucket]]) -> dict[str, int]:
     found: Counter[str] = Counter()
     for turn in turns:
         for bucket in turn.summaries:
@@ -338,27 +348,32 @@ def _schema(buckets: Sequence[JoinedBucket]) -> pa.Schema:
     return schema
 
 
-def _review(job: Job, files: Sequence[FileEntry], times: QuantileSketch) -> list[Review]:
-    """Profile and sample the files; the latest share of the rows by time apart, as even as equal times allow."""
-    later = later_bound(times, job.plan.later_share)
+def _review(job: Job, files: Sequence[FileEntry], times: QuantileSketch) -> tuple[TableProfile, TableProfile, pa.Table]:
+    """Profile and sample the files.
+
+    Returns:
+        Profiles of the earlier rows and of the latest share by time, as even as equal times allow; and the rows of the
+        lowest hashes, by their hash: which task met them leaves no trace.
+    """
+    bound = later_bound(times, job.plan.later_share)
     rows = sum(file.rows for file in files)
     share = 1.05 * SAMPLE_ROWS / max(1, rows)  # a little more, of which the lowest hashes are taken
-    job_ref = ray.put(job)
-    refs = [_review_file.remote(job_ref, file, later, share) for file in files]
-    reviews: list[Review] = collect(refs, _ignored)
-    return reviews
+    earlier: TableProfile | None = None
+    later: TableProfile | None = None
+    samples: dict[int, pa.Table] = {}
+    hashes: dict[int, npt.NDArray[np.uint64]] = {}
 
+    def review(number: int) -> tuple[int, Review]:
+        return number, job.review(files[number], bound, share)
 
-@ray.remote(num_cpus=1, max_retries=LOST_WORKER_RETRIES, scheduling_strategy="SPREAD")
-def _review_file(job: Job, file: FileEntry, later: tuple[float, bool], share: float) -> Review:
-    return job.review(file, later, share)
-
-
-def _sample(reviews: Sequence[Review]) -> pa.Table:
-    """The rows of the lowest hashes, by their hash: which task met them leaves no trace."""
-    hashes = np.concatenate([review.hashes for review in reviews])
-    order = np.argsort(hashes, kind="stable")[:SAMPLE_ROWS]
-    return pa.concat_tables([review.sample for review in reviews]).take(pa.array(order)).combine_chunks()
+    for number, one in mapped(Parts(len(files)), review, name="profile and sample"):
+        earlier, later = added(earlier, one.earlier), added(later, one.later)
+        samples[number], hashes[number] = one.sample, one.hashes
+    assert earlier is not None, "there is a file"
+    assert later is not None
+    order = np.argsort(np.concatenate([hashes[number] for number in sorted(hashes)]), kind="stable")[:SAMPLE_ROWS]
+    sample = pa.concat_tables([samples[number] for number in sorted(samples)]).take(pa.array(order)).combine_chunks()
+    return earlier, later, sample
 
 
 def _unfinished(plan: TrainingSetPlan, labelled: _Labelled | None) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,7 +31,7 @@ from tasks.core.reservation import Reservation
 from tasks.core.sketch import QuantileSketch
 from tasks.features.lookups import LookedUp, read_lookup
 from tasks.features.parts import ROW_GROUP, to_arrow, write_rejected
-from tasks.features.sources import ReadUnit
+from tasks.features.sources import ReadUnit, together
 from tasks.features.stages import looked_up, read_and_judge
 from tasks.features.tallies import Tally
 from tasks.serving.asof import join_asof
@@ -40,9 +41,9 @@ from tasks.serving.labels import label_rows
 from tasks.serving.plan import TrainingSetPlan
 
 ORDER = "_spine_order"
-"""Number of a row in the spine, where rows travel several times; a unit has fewer than 2**40 rows."""
+"""Number of a row in the spine, where rows travel several times; a split has fewer than 2**40 rows."""
 
-_UNIT_BITS = 40
+_SPLIT_BITS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +94,11 @@ class Job:
 
     plan: TrainingSetPlan
     reservation: Reservation
-    units: tuple[ReadUnit, ...]
+    splits: tuple[tuple[ReadUnit, ...], ...]
     lookups: tuple[pl.DataFrame, ...] = ()
 
     def label_scatter(self, buckets: int, index: int) -> tuple[SpineNote, list[pl.DataFrame]]:
-        """Read and judge one unit of a label's events and split them by entity; those of nobody are filtered."""
+        """Read and judge one split of a label's events and split them by entity; those of nobody are filtered."""
         assert self.plan.label is not None
         events = self.plan.label.events
         kept, note = self._read(index)
@@ -109,36 +110,36 @@ class Job:
             note.tally.filtered[f"null_{entity}"] += lost
         return note, split_by_key(rows, entity, buckets)
 
-    def label_gather(self, _: int, frames: list[pl.DataFrame]) -> tuple[LabelledBucket, pa.Table]:
+    def label_gather(self, _: int, frames: Mapping[int, pl.DataFrame]) -> tuple[LabelledBucket, pa.Table]:
         """Make the label's rows of a bucket of entities, at all its times."""
         assert self.plan.label is not None
         plan = self.plan.label
-        events = pl.concat(frames)
+        events = pl.concat(frames.values())
         rows = label_rows(plan.label, events, plan.events.time, plan.times)
         return LabelledBucket(events.height, rows.height, rows[TARGET].null_count()), to_arrow(rows)
 
     def scatter(self, buckets: int, index: int) -> tuple[SpineNote, list[pl.DataFrame]]:
-        """Read and judge one unit of the spine and split its rows by their first entity key."""
+        """Read and judge one split of the spine and split its rows by their first entity key."""
         kept, note = self._read(index)
         return note, self.split(kept, index, 0, buckets)
 
     def split(self, rows: pl.DataFrame, index: int, number: int, buckets: int) -> list[pl.DataFrame]:
         """Split rows by the entity key of a turn, numbering them in the first of several."""
         if number == 0 and len(self.plan.entities) > 1:
-            first = index << _UNIT_BITS
+            first = index << _SPLIT_BITS
             rows = rows.with_columns(pl.int_range(first, first + rows.height, dtype=pl.Int64).alias(ORDER))
         return split_by_key(rows, self.plan.entities[number], buckets)
 
     def _read(self, index: int) -> tuple[pl.DataFrame, SpineNote]:
         source = self.plan.source
-        kept, tally, rejected = read_and_judge(source, self.units[index])
+        kept, tally, rejected = read_and_judge(source, *self.splits[index])
         entry = None if rejected is None else write_rejected(self.reservation, source.name, index, rejected)
         assert source.rows.time is not None
         newest: dt.datetime | None = kept[source.rows.time].max()  # type: ignore[assignment]
         return kept, SpineNote(tally, entry, newest)
 
     def gather(
-        self, number: int, buckets: int, index: int, frames: list[pl.DataFrame]
+        self, number: int, buckets: int, index: int, frames: Mapping[int, pl.DataFrame]
     ) -> tuple[JoinedBucket, pa.Table]:
         """Join the features of one entity key to a bucket of rows; in the last turn write them.
 
@@ -146,11 +147,11 @@ class Job:
             number: Number of the turn, which is that of the entity key.
             buckets: Number of buckets.
             index: Number of the bucket.
-            frames: Its rows, in the order of the spine.
+            frames: Its rows by unit, in the order of the spine.
 
         """
         entity = self.plan.entities[number]
-        rows = pl.concat(frames)
+        rows = pl.concat(frames.values())
         order = [ORDER] if ORDER in rows.columns else []
         rows = rows.sort(entity, EVENT_TIME, *order, maintain_order=True)
         summary = JoinedBucket(rows.height)
@@ -208,9 +209,14 @@ class Job:
         )
 
 
-def units_of(plan: TrainingSetPlan) -> tuple[ReadUnit, ...]:
-    """The pieces of the spine's or the label's files that tasks read."""
-    return tuple(plan.source.units(plan.rows_per_bucket))
+def units_of(plan: TrainingSetPlan) -> list[ReadUnit]:
+    """The pieces of the spine's or the label's files."""
+    return plan.source.units(plan.rows_per_bucket)
+
+
+def splits_of(plan: TrainingSetPlan) -> tuple[tuple[ReadUnit, ...], ...]:
+    """What each task reads of them."""
+    return tuple(together(units_of(plan), plan.rows_per_bucket))
 
 
 def label_lookups(plan: TrainingSetPlan) -> tuple[LookedUp, ...]:

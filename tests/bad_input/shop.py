@@ -5,30 +5,24 @@ from __future__ import annotations
 import datetime as dt
 import io
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
-from tasks.core import layout, storage
-from tasks.core.exchange import Exchanged
+from tasks.core import engine, layout, storage
 from tasks.core.manifest import FileEntry, GateResult, RowBalance
-from tasks.core.partition import pack, unpack
 from tasks.core.reservation import reserve
 from tasks.features import pipeline
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.gate import judge_group
-from tasks.features.parts import WrittenPart
 from tasks.features.pipeline import ComputedGroup, compute_groups
 from tasks.features.plan import plan_features, with_uris
-from tasks.features.stages import PART
 from tasks.features.standard import STANDARD
 
 Table = dict[str, Any]
@@ -184,26 +178,22 @@ def written(group: ComputedGroup, file: FileEntry) -> io.BytesIO:
 def here_and_now(patch: Any) -> None:
     """Let the job's tasks run one after another in this process, packed and unpacked as between processes."""
 
-    def exchange(units: int, buckets: int, scatter: Any, gather: Any, **on: Any) -> Exchanged[Any, Any]:
-        notes, packed = [], []
-        for unit in range(units):
-            note, frames = scatter(unit)
-            notes.append(note)
-            packed.append([pack(frame) for frame in frames])
-        done = [gather(bucket, [unpack(frames[bucket]) for frames in packed]) for bucket in range(buckets)]
-        for summary, _ in done:
-            on["on_summary"](summary)
-        return Exchanged(
-            notes=notes,
-            summaries=[summary for summary, _ in done],
-            tables=[ray.put(table) for _, table in done],
-            carried=np.array([[unpack(piece).height for piece in pieces] for pieces in packed]),
-            rows=np.array([table.num_rows for _, table in done]),
+    def shuffle(
+        parts: engine.Parts, buckets: int, scatter: Any, gather: Any, **settings: Any
+    ) -> engine.Shuffled[Any, Any]:
+        keys, typed = [0], settings["typed"]
+        sent = [engine._sent(unit, *scatter(unit), keys, with_empty=unit in typed) for unit in range(parts.count)]
+        done = pa.concat_tables(engine._gathered(pa.concat_tables(sent), gather))
+        return engine._added_up(
+            iter(engine._without_data(done).to_pylist()),
+            done,
+            (parts.count, buckets, settings["lanes"]),
+            settings.get("on_note", lambda _: None),
+            settings["on_summary"],
         )
 
-    def write(tables: list[Any], write_part: Any) -> list[WrittenPart]:
-        found = [ray.get(table) for table in tables]
-        return [write_part(t.drop_columns([PART]), number) for number, t in enumerate(found) if t.num_rows]
+    def mapped(parts: engine.Parts, function: Any, **_: Any) -> Iterator[Any]:
+        return (function(*item) for item in engine._items(parts.tables))
 
-    patch.setattr(pipeline, "exchange", exchange)
-    patch.setattr(pipeline, "_write", write)
+    patch.setattr(pipeline, "shuffle", shuffle)
+    patch.setattr(pipeline, "mapped", mapped)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 
 import polars as pl
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -95,18 +96,37 @@ PACKED = [
 
 @pytest.mark.parametrize(("why", "frame"), PACKED, ids=[case[0] for case in PACKED])
 def test_packed_and_unpacked(why: str, frame: pl.DataFrame) -> None:
-    unpacked = unpack(pack(frame))
+    [packed] = pack([frame])
+    unpacked = unpack(packed.as_buffer())
+    assert isinstance(unpacked, pl.DataFrame)
     assert unpacked.schema == frame.schema
     assert unpacked.equals(frame)
 
 
 def test_small_whole_numbers_travel_light() -> None:
     small, large = numbered([1] * 10_000, pl.Int64), numbered([2**62] * 10_000, pl.Int64)
-    assert pack(small).stream.nbytes < pack(large).stream.nbytes - 60_000
+    assert pack([small]).nbytes < pack([large]).nbytes - 60_000
 
 
 @settings(deadline=None)
 @given(frame=frames, buckets=st.integers(1, 5))
 def test_split_packed_and_unpacked(frame: pl.DataFrame, buckets: int) -> None:
-    parts = [unpack(pack(part)) for part in split_by_key(frame, "key", buckets)]
+    packed = pack(split_by_key(frame, "key", buckets))
+    parts = [unpack(part.as_buffer()) for part in packed]
     assert pl.concat(parts).sort("row").equals(frame)
+
+
+def test_arrow_tables_and_bytes_travel_too_and_each_begins_where_it_can_be_read_in_place() -> None:
+    table = pa.table({"x": pa.array([b"abc", b"def"], pa.binary(3)), "y": [1, None]}).replace_schema_metadata(
+        {"a": "b"}
+    )
+    packed = pack([b"note", table, b"", numbered([1, 2], pl.Int64), table.slice(0, 0)])
+    values = [value.as_buffer() for value in packed]
+    assert all((value.address - values[0].address) % 8 == 0 for value in values)
+    assert values[0].to_pybytes() == b"note" + bytes(4)
+    assert unpack(values[1]).equals(table, check_metadata=True)
+    assert len(values[2]) == 0
+    assert unpack(values[3]).equals(numbered([1, 2], pl.Int64))
+    assert unpack(values[4]).schema.equals(table.schema, check_metadata=True)
+    column = unpack(values[1])["x"].chunk(0).buffers()[1]
+    assert values[1].address <= column.address < values[1].address + len(values[1]), "it was copied"

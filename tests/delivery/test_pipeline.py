@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pytest
 
-from tasks.core import layout, versions
+from tasks.core import engine, layout, versions
 from tasks.core.errors import BalanceError, ConfigError, CorruptVersion
 from tasks.core.hashing import stable_hash
 from tasks.core.manifest import GateResult, Manifest, RunRecord
@@ -110,7 +110,7 @@ def test_the_bytes_are_the_same_however_the_work_is_divided(
     first = deliver(roots[0], **settings)
     assert len(first.files) > 5
     few = deliver(roots[1], unit_bytes=1, **settings)
-    monkeypatch.setattr(pipeline, "STORE_SHARE", 1e-4)  # several waves
+    monkeypatch.setattr(engine, "PARTITION_BYTES", 1)  # as many partitions as buckets
     monkeypatch.setattr(pipeline, "KEYS_PER_PART", 100)  # several parts
     many = deliver(roots[2], unit_bytes=3000, **settings)
     for other in (few, many):

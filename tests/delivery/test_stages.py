@@ -103,7 +103,7 @@ def test_hashes_of_all_rows_are_found_in_some_part(tmp_path: Path) -> None:
     note, frames = look.scatter(0)
     assert len(frames) == 8
     assert sum(len(frame) for frame in frames[:4]) == sum(len(frame) for frame in frames[4:]) == note.samples.sum()
-    checked = [look.gather(part, [frame])[0] for part, frame in enumerate(frames)]
+    checked = [look.gather(part, {0: frame})[0] for part, frame in enumerate(frames)]
     assert sum(part.entities for part in checked).tolist() == note.samples.tolist()  # type: ignore[union-attr]
     assert not any(part.repeats or part.leaking for part in checked)
 
@@ -138,6 +138,7 @@ def test_the_profile_is_of_the_train_split_alone(tmp_path: Path) -> None:
             )
         ]
     )
+    assert note.profile is not None
     assert note.profile.rows == kept.sum() == note.samples[0]
     spent = table["spent"].to_numpy()[kept]
     assert note.profile.partial("spent").nulls == (~np.isfinite(spent)).sum()

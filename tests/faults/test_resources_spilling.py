@@ -16,7 +16,7 @@ from subprocess import PIPE
 import pytest
 
 from tasks.core.spilled import OLDER_THAN
-from tests.faults import large_exchange
+from tests.faults import large_shuffle
 from tests.faults.three_flows import DELIVERY, FEATURES, Reader, Starter, Store, assert_same_rows, copied
 from tests.processes import PATIENCE, PROJECT, Command
 from tests.tables import Proven
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 # So that small data is spilled: all but the smallest results go to the store, which spills when a thousandth is full.
 EAGER = {
-    "PIPELINE_OBJECT_STORE_BYTES": str(large_exchange.STORE_BYTES),
+    "PIPELINE_OBJECT_STORE_BYTES": str(large_shuffle.STORE_BYTES),
     "RAY_max_direct_call_object_size": "1000",
     "RAY_object_spilling_threshold": "0.001",
     "RAY_min_spilling_size": "0",
@@ -63,17 +63,17 @@ def spilled(tmp_path: Path) -> Iterator[Path]:
     assert left == [], "spilled files stay on the disk"
 
 
-EXCHANGE = (sys.executable, "-m", large_exchange.__name__)
+SHUFFLE = (sys.executable, "-m", large_shuffle.__name__)
 
 
-def run_exchange(**environment: str) -> subprocess.CompletedProcess[str]:
-    """The large exchange in a process of its own: twice as much as the object store holds."""
+def run_shuffle(**environment: str) -> subprocess.CompletedProcess[str]:
+    """The large shuffle in a process of its own: twice as much as the object store holds."""
     whole = {**os.environ, "PYTHONPATH": str(PROJECT), **environment}
-    return subprocess.run(EXCHANGE, env=whole, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    return subprocess.run(SHUFFLE, env=whole, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def test_no_room_to_spill_to(disk: Path) -> None:
-    done = run_exchange(RAY_object_spilling_directory=str(disk))
+    done = run_shuffle(RAY_object_spilling_directory=str(disk))
     assert done.returncode == 1, f"it ended well: {done.stdout}"
     [told] = [line for line in done.stdout.splitlines() if line.startswith("DiskFull ")]
     assert "RAY_object_spilling_directory" in told
@@ -96,16 +96,16 @@ def test_a_flow_whose_objects_are_spilled(
 def test_what_doesnt_fit_is_spilled_and_what_a_killed_ray_has_spilled_goes_with_the_next_one(proven: Proven) -> None:
     with tempfile.TemporaryDirectory(prefix="ray-") as short:  # the paths of Ray's sockets have little room
         environment = {**os.environ, "PYTHONPATH": str(PROJECT), "RAY_TMPDIR": short}
-        killed = Command(subprocess.Popen(EXCHANGE, env=environment, stdout=PIPE, stderr=PIPE, text=True))
+        killed = Command(subprocess.Popen(SHUFFLE, env=environment, stdout=PIPE, stderr=PIPE, text=True))
         killed.kill_when(lambda: any(path.is_file() for path in Path(short).glob("ray/session_*/ray_spilled_*/*")))
         killed.end_family()
         [left] = {path.parent for path in Path(short).glob("ray/session_2*/ray_spilled_*/*")}
         then = time.time() - 2 * OLDER_THAN
         os.utime(left.parent, (then, then))
         with Watcher(Path(short)) as watcher:
-            done = run_exchange(RAY_TMPDIR=short)
+            done = run_shuffle(RAY_TMPDIR=short)
         assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout.splitlines()[-1]) == large_exchange.expected()
+        assert json.loads(done.stdout.splitlines()[-1]) == large_shuffle.expected()
         assert not left.exists(), "the killed Ray's objects stay on the disk"
         assert any("ray_spilled" in path and not path.startswith(str(left)) for path in watcher.seen), (
             "nothing is spilled"

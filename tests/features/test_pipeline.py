@@ -1,13 +1,17 @@
-"""The Ray job: how it is cut into waves changes nothing that is written."""
+"""The Ray job: how its rows are brought to their buckets changes nothing that is written."""
 
 from __future__ import annotations
 
 import datetime as dt
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tasks.core import engine
 from tasks.core.hashing import stable_hash
 from tasks.core.reservation import reserve
 from tasks.features import pipeline
@@ -15,6 +19,7 @@ from tasks.features.config import FeatureStoreConfig
 from tasks.features.pipeline import ComputedGroup, compute_groups, pieces_to_read
 from tasks.features.plan import plan_features, with_uris
 from tasks.features.sample import SAMPLE_AS_OF, write_sample
+from tasks.features.sources import ReadUnit, together
 from tasks.features.standard import STANDARD
 
 SLOTS = 16  # 8 buckets of each of the two groups
@@ -54,18 +59,51 @@ def test_rows_lie_where_a_look_up_finds_them(ray_cluster: None, tmp_path: Path) 
         assert before_all not in set(rows["as_of"].to_pylist())
 
 
-@pytest.mark.parametrize("waves", [2, 3, 8])
-def test_waves_change_no_byte_and_no_count(
-    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waves: int
+def test_many_small_files_are_read_by_few_tasks_and_give_the_same_bytes(ray_cluster: None, tmp_path: Path) -> None:
+    sample = write_sample(str(tmp_path / "sample"), 5_000, 0)
+    table = pq.read_table(sample["transactions"])
+    small = tmp_path / "small"
+    small.mkdir()
+    for number in range(100):
+        pq.write_table(table.slice(number * 50, 50), small / f"{number:03d}.parquet")
+    few, _ = compute(sample, tmp_path / "few")
+    many, pieces = compute({**sample, "transactions": str(small)}, tmp_path / "many")
+    assert pieces == 5 + 2, "tasks read a thousand rows, whatever their files; and each dimension"
+    for one, other in zip(few, many, strict=True):
+        assert other.files == one.files
+        assert other.balances == one.balances
+        assert sum(entry.rows for entry in other.rejected_files) == sum(entry.rows for entry in one.rejected_files)
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(0, 30), st.booleans()), max_size=40),
+    rows=st.integers(1, 40),
+)
+def test_units_are_put_together_in_order_by_size_and_kind(sizes: list[tuple[int, bool]], rows: int) -> None:
+    units = [
+        ReadUnit(f"{number}", "parquet", (), rows=size, first_row=kind) for number, (size, kind) in enumerate(sizes)
+    ]
+    tasks = together(units, rows, lambda unit: unit.first_row)
+    assert [unit for task in tasks for unit in task] == units
+    assert all(task for task in tasks)
+    assert all(len(task) == 1 or sum(unit.rows for unit in task) <= rows for task in tasks)
+    assert all(len({unit.first_row for unit in task}) == 1 for task in tasks)
+    for one, other in pairwise(tasks):
+        full = sum(unit.rows for unit in one) + other[0].rows > rows
+        assert full or one[-1].first_row != other[0].first_row, "there was room for another unit"
+
+
+@pytest.mark.parametrize("partitions", [1, 3, 16])
+def test_the_partitions_of_the_shuffle_change_no_byte_and_no_count(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partitions: int
 ) -> None:
     sample = write_sample(str(tmp_path / "sample"), 5_000, 0)
     whole, pieces = compute(sample, tmp_path / "whole")
-    # Both groups need two keys, the time and the amount, customers also the category: a store for a wave's share of it.
-    size = pipeline.PACKED_BYTES
-    volume = 5_000 * (2 * (2 * size["key"] + size["time"] + size["number"]) + size["any"])
-    monkeypatch.setattr(pipeline, "object_store_bytes", lambda: int(volume / waves / pipeline.STORE_SHARE) + 10)
+    monkeypatch.setattr(engine, "MAX_PARTITIONS", partitions)
+    monkeypatch.setattr(engine, "PARTITION_BYTES", 1)
     cut, cut_pieces = compute(sample, tmp_path / "cut")
-    assert cut_pieces == waves * pieces
+    assert cut_pieces == pieces
     for one, other in zip(whole, cut, strict=True):
         assert other.files == one.files
         assert other.rejected_files == one.rejected_files

@@ -20,7 +20,7 @@ from tasks.core.errors import BalanceError, ConfigError
 from tasks.core.reservation import Reservation, reserve
 from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.images.pipeline import AugmentedImages, augment_images, check_policy
-from tasks.images.plan import ImagePlan, plan_images, read_unit
+from tasks.images.plan import ImagePlan, plan_images, read_units
 from tasks.images.rows import decode_images
 from tasks.images.sample import picture, picture_class, write_sample
 from tasks.images.stages import ImageJob, augment_again
@@ -223,7 +223,7 @@ def test_near_duplicates_found_at_the_end_move_to_the_right_split(folders: Calla
         root=str(tmp_path / "root"), images=source, augmentation=SMALL, images_per_file=16, validation_share=0.3
     )
     plan, augmented = run(config)
-    planned = pl.concat([pl.from_arrow(read_unit(plan.uri, unit)) for unit in range(plan.units)])
+    planned = pl.from_arrow(pa.concat_tables(read_units(plan.uri, range(plan.units), plan.images_per_unit)))
     assert isinstance(planned, pl.DataFrame)
     table = originals(augmented).with_columns(copy=pl.col("image_id").str.replace("copy-", ""))
     pairs = table.group_by("copy").agg(pl.len(), pl.col("split").n_unique().alias("splits"))
@@ -239,7 +239,7 @@ def test_near_duplicates_found_at_the_end_move_to_the_right_split(folders: Calla
     now = dict(table.select("image_id", "split").iter_rows())
     assert all(now[name] == split for name, split in written.select("original_image_id", "split").iter_rows())
     # What moved has the pixels and the figures of its split.
-    units = pa.concat_tables([read_unit(plan.uri, unit) for unit in range(plan.units)])
+    units = pa.concat_tables(read_units(plan.uri, range(plan.units), plan.images_per_unit))
     for split in ("train", "validation"):
         mine = table.filter(pl.col("split") == split)["image_id"].to_list()
         chosen = units.filter(pa.compute.is_in(units["image_id"], pa.array(mine)))

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -15,8 +17,9 @@ from flows import image_augmentation as module
 from tasks.commands import run as run_command
 from tasks.core import versions
 from tasks.core.errors import CorruptVersion, VersionConflict
+from tasks.images import plan as plan_module
 from tasks.images.config import ImageAugmentationConfig
-from tasks.images.plan import plan_images
+from tasks.images.plan import plan_images, read_unit, read_units
 from tests.core.publishing import manifest_of, write
 
 DATASET = "training-datasets/images"
@@ -49,6 +52,30 @@ def test_a_version_that_gives_one_id_to_two_classes_has_the_cure_that_its_error_
     assert run_command(command.split()) == 0
     planned = plan()
     assert (planned.base, planned.classes) == (1, {"cat": 0, "dog": 1, "emu": 2})
+
+
+def test_the_footer_of_a_plan_grows_with_its_images_not_with_its_units(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each task parses it: with a row group a unit, twice as many units took four times as long."""
+    config = configured(tmp_path, "cat")
+    for number in range(2, 41):
+        Image.new("L", (8, 8), number).save(tmp_path / "images" / "cat" / f"{number}.png")
+    monkeypatch.setattr(plan_module, "PLAN_ROW_GROUP", 16)
+    for units, together, cut in (
+        (20, 8, config.model_copy(update={"images_per_file": 2})),
+        (2, 1, config.model_copy(update={"images_per_file": 20})),
+    ):
+        planned = plan_images(cut, versions.reserve(cut.root, f"{DATASET}-{units}", "run"), None)
+        assert planned.units == units
+        assert pq.ParquetFile(planned.uri).num_row_groups == -(-units // together)
+        whole = pq.read_table(planned.uri)
+        size = cut.images_per_file
+        rows = list(read_units(planned.uri, range(units), size))
+        assert pa.concat_tables(rows).equals(whole)
+        assert all(len(unit) == size for unit in rows)
+        assert read_unit(planned.uri, units - 1, size).equals(rows[-1])
+        assert list(read_units(planned.uri, [1, 0], size)) == [rows[1], rows[0]]
 
 
 class Step:

@@ -299,7 +299,7 @@ def test_a_join_that_looks_ahead_is_found_out(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(stages, "join_asof", leaky)
     with pytest.raises(LeakFound):
-        job.gather(0, 1, 0, [spine(500)])
+        job.gather(0, 1, 0, {0: spine(500)})
 
 
 def test_without_rows_there_is_a_file_with_the_schema(ray_cluster: None, tmp_path: Path) -> None:

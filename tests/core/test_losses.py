@@ -16,7 +16,7 @@ from ray.exceptions import (
 from tasks import retries
 from tasks.core.cluster import worker_env
 from tasks.core.errors import DiskFull, PipelineError, SourceError, WorkersKilled
-from tasks.core.exchange import losses_explained
+from tasks.core.losses import losses_explained
 from tasks.retries import final_unless_transient, worth_retrying
 
 # As Ray 2.60's memory monitor writes it.

@@ -1,8 +1,9 @@
-"""An exchange of 160 MB, for a Ray whose object store holds 80 MB; prints the sums of its buckets as JSON."""
+"""A shuffle of 160 MB, for a Ray whose object store holds 80 MB; prints the sums of its buckets as JSON."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 import numpy as np
 import polars as pl
@@ -10,8 +11,9 @@ import pyarrow as pa
 import ray
 
 from tasks.core.cluster import connect
+from tasks.core.engine import Parts, shuffle
 from tasks.core.errors import PipelineError
-from tasks.core.exchange import exchange, losses_explained
+from tasks.core.losses import losses_explained
 
 UNITS, BUCKETS, ROWS = 16, 2, 625_000
 STORE_BYTES = 80_000_000
@@ -23,9 +25,9 @@ def scatter(unit: int) -> tuple[int, list[pl.DataFrame]]:
     return unit, [pl.DataFrame({"x": part}) for part in np.split(rows, BUCKETS)]
 
 
-def gather(_: int, frames: list[pl.DataFrame]) -> tuple[int, pa.Table]:
+def gather(_: int, frames: Mapping[int, pl.DataFrame]) -> tuple[int, pa.Table]:
     """The sum of all numbers."""
-    return sum(int(frame["x"].sum()) for frame in frames), pa.table({})
+    return sum(int(frame["x"].sum()) for frame in frames.values()), pa.table({})
 
 
 def expected() -> list[int]:
@@ -37,7 +39,8 @@ if __name__ == "__main__":
     connect(num_cpus=2, object_store_memory=STORE_BYTES)
     try:
         with losses_explained("lower ROWS"):
-            print(json.dumps(exchange(UNITS, BUCKETS, scatter, gather).summaries))
+            done = shuffle(Parts(UNITS), BUCKETS, scatter, gather, names=("scatter", "gather"), volume=2 * STORE_BYTES)
+            print(json.dumps(done.summaries))
     except PipelineError as error:
         print(type(error).__name__, error)
         raise SystemExit(1) from error
