@@ -11,6 +11,7 @@ logs. There, give the nodes a role or their own environment.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -24,6 +25,7 @@ from typing import Any
 import ray
 from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants
+from ray.exceptions import GetTimeoutError
 
 from tasks.core.errors import ConfigError
 from tasks.core.spilled import delete_left_over
@@ -37,6 +39,9 @@ RESERVATION_FROM_CPUS = 8
 
 LOST_WORKER_RETRIES = 3
 """Times that Ray runs a task again whose worker has died; a task that kills each of its workers must end some time."""
+
+FETCH_SECONDS, FETCHES = 60.0, 20
+"""How long a task of a shuffle's second half waits for some of its rows at most, and how often it is run again."""
 
 # Workers killed for memory are counted apart, and by Ray's default without end. The caller's setting goes first.
 _OOM_RETRIES = "RAY_task_oom_retries"
@@ -200,8 +205,10 @@ def data_context(cpus: int | None = None, **more: Any) -> Iterator[Any]:
     from ray.util.debug import log_once
 
     _share_workers()
+    _give_up_waiting_for_lost_rows()
     context = DataContext.get_current()
     settings = {
+        "hash_shuffle_reduce_get_timeout_s": min(context.hash_shuffle_reduce_get_timeout_s, FETCH_SECONDS),
         "op_resource_reservation_enabled": (cpus or cluster_cpus()) >= RESERVATION_FROM_CPUS,
         "enable_progress_bars": sys.stderr.isatty(),
         # Else a map function's error arrives as UserCodeException, its cause only as text: nobody could tell a
@@ -244,6 +251,27 @@ def _share_workers() -> None:
     # Both are read anew for each plan. There is no setting for it in Ray 2.60, which pyproject.toml pins.
     hash_shuffle_v2._SHUFFLE_MAP_RUNTIME_ENV.clear()
     shuffle_reduce_operator._SHUFFLE_REDUCE_RUNTIME_ENV.clear()
+
+
+@functools.cache
+def _give_up_waiting_for_lost_rows() -> None:
+    """Let the second half of a shuffle try again after `FETCH_SECONDS` of waiting for rows.
+
+    When a node dies, Ray makes again what it held: rows of the first half, and of the second. A task of the second half
+    that is run again waits for its rows inside `ray.get`, and keeps its CPU meanwhile: Ray 2.60 lends a CPU on only
+    where the awaited object was never made, not where it was lost. With as many of them as CPUs left, the tasks that
+    would make the rows never run. So it has to end, and come again behind those.
+    """
+    from ray.data._internal.execution.operators.shuffle_operators.shuffle_reduce_operator import ShuffleReduceOp
+
+    original = ShuffleReduceOp._reduce_task_remote_args
+
+    def patient(self: ShuffleReduceOp, memory_estimate: int) -> dict[str, Any]:
+        options = {"retry_exceptions": [GetTimeoutError], "max_retries": FETCHES}
+        return {**original(self, memory_estimate), **options}
+
+    # There is no setting for a shuffle's tasks in Ray 2.60.
+    ShuffleReduceOp._reduce_task_remote_args = patient  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

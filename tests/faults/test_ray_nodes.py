@@ -36,6 +36,8 @@ CLUSTER = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
     "RAY_max_direct_call_object_size": "1000",
+    # Tasks that wait for lost rows hold the one CPU that is left: after so long they let those go first that make them.
+    "RAY_DATA_HASH_SHUFFLE_REDUCE_GET_TIMEOUT_S": "10",
 }
 
 
