@@ -40,7 +40,7 @@ from tasks.audit.replay_tables import (
 )
 from tasks.core import layout
 from tasks.core.errors import DefinitionError, PipelineError
-from tasks.core.manifest import Manifest, as_of_times
+from tasks.core.manifest import Manifest
 from tasks.core.own_columns import AS_OF, CREATED, QUALITY
 from tasks.core.partition import bucket_of
 from tasks.core.profile import profile_table
@@ -150,7 +150,7 @@ class _Again:
         # Which columns are needed, and rows rejected for, is decided for all groups of a run that read one source.
         beside = [one.name for one in definitions.select(self._config.groups) if one.source == group.source]
         config = self._config.model_copy(update={"groups": tuple(beside)})
-        [plan] = plan_features(definitions, config, as_of_times(manifest), self._sources.tables)
+        [plan] = plan_features(definitions, config, manifest.as_of, self._sources.tables)
         return next(one for one in plan.groups if one.group.name == name), plan
 
     def _events(self, plan: FeaturePlan, planned: GroupPlan, keys: pl.DataFrame) -> pl.DataFrame:

@@ -124,6 +124,16 @@ def parse_version(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def version_and_path(root: str, dataset: str, uri: str) -> tuple[int | None, str]:
+    """Number of the version that a file of a dataset belongs to, None if to none, and its path within the version.
+
+    Raises:
+        ConfigError: as `dataset_uri`.
+    """
+    name, _, path = uri.removeprefix(dataset_uri(root, dataset) + "/").partition("/")
+    return parse_version(name), path
+
+
 def index_uri(root: str, dataset: str) -> str:
     """The index of a dataset's versions.
 

@@ -240,12 +240,3 @@ class Manifest(Record):
             InputFile(uri=f"{uri}/{file.path}", bytes=file.bytes, fingerprint=file.digest) for file in self.files
         )
         return InputRecord(name=self.dataset, uri=uri, version=self.version, rows=self.rows, files=files)
-
-
-def as_of_times(manifest: Manifest) -> tuple[dt.datetime, ...]:
-    """Times that a feature version holds; versions that don't list them say their only one in the configuration."""
-    earlier = manifest.config.get("as_of")
-    if manifest.as_of or not isinstance(earlier, str):
-        return manifest.as_of
-    moment = dt.datetime.fromisoformat(earlier)
-    return (moment.replace(tzinfo=dt.UTC) if moment.tzinfo is None else moment.astimezone(dt.UTC),)

@@ -212,9 +212,8 @@ def overview(
 
 
 def _numbers(root: str, dataset: str, listed: Iterable[str]) -> list[int]:
-    begin = len(layout.dataset_uri(root, dataset)) + 1
-    names = {uri[begin:].partition("/")[0] for uri in listed}
-    return sorted(n for name in names if (n := layout.parse_version(name)) is not None)
+    found = {layout.version_and_path(root, dataset, uri)[0] for uri in listed}
+    return sorted(number for number in found if number is not None)
 
 
 def _unchanged(root: str, dataset: str, entry: IndexedVersion, listed: Mapping[str, FileInfo]) -> bool:

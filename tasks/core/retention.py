@@ -205,9 +205,8 @@ def _abandoned(
 ) -> dict[int, dt.datetime]:
     """Versions without a manifest that nobody works on and that have files, with the time of their last attempt."""
     found = {}
-    begin = len(layout.dataset_uri(root, dataset)) + 1
     # Without files there is nothing to gain, and a number that was pruned is done with.
-    filled = {layout.parse_version(uri[begin:].partition("/")[0]) for uri in listed if not _holds_number(uri)}
+    filled = {layout.version_and_path(root, dataset, uri)[0] for uri in listed if not _holds_number(uri)}
     for number in sorted(number for number in filled if number is not None and number not in committed):
         chain = attempts(root, dataset, number)
         if not chain:

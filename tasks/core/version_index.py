@@ -25,7 +25,7 @@ from pydantic import Field, ValidationError
 
 from tasks.core import layout, storage
 from tasks.core.digests import digest
-from tasks.core.manifest import Count, Manifest, Record, as_of_times
+from tasks.core.manifest import Count, Manifest, Record
 
 _FORMAT = 1
 
@@ -83,7 +83,7 @@ def indexed(manifest: Manifest, size: int, stamp: str) -> IndexedVersion:
         bytes=sum(file.bytes for file in manifest.files),
         files_digest=files_digest((file.path, file.bytes) for file in manifest.files),
         columns=len(manifest.columns),
-        as_of=as_of_times(manifest),
+        as_of=manifest.as_of,
         newest_event=dt.datetime.fromisoformat(event) if isinstance(event, str) else None,
         verdict=manifest.gate.verdict,
         note="; ".join(failed) if manifest.status == "rejected" else "",

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from tasks.core import layout, storage
 from tasks.core.errors import VersionNotFound
 from tasks.core.listing import FileInfo
-from tasks.core.manifest import Manifest, as_of_times
+from tasks.core.manifest import Manifest
 from tasks.core.names import closest
 from tasks.core.own_columns import FEATURES
 from tasks.core.reading import (
@@ -213,11 +213,10 @@ def _version_summary(
 
 def _data_by_version(root: str, dataset: str, listed: Mapping[str, FileInfo]) -> dict[int, dict[str, int]]:
     """Sizes of the visible files of each version, by their paths in its directory."""
-    begin = len(layout.dataset_uri(storage.normalise(root), dataset)) + 1
+    root = storage.normalise(root)
     found: dict[int, dict[str, int]] = {}
     for info in listed.values():
-        name, _, path = info.uri[begin:].partition("/")
-        number = layout.parse_version(name)
+        number, path = layout.version_and_path(root, dataset, info.uri)
         if number is not None and not any(part.startswith(("_", ".")) for part in path.split("/")):
             found.setdefault(number, {})[path] = info.bytes
     return found
@@ -233,10 +232,6 @@ def _faults(root: str, dataset: str, version: IndexedVersion, there: Mapping[int
     return faults_of_files(root, read_manifest(root, dataset, version.version), sizes)
 
 
-def _sizes(uri: str) -> dict[str, int]:
-    return {info.uri: info.bytes for info in storage.list_files(uri)}
-
-
 def describe(root: str, dataset: str, version: int | None = None) -> Description:
     """What a version holds; the latest live one if none is given.
 
@@ -247,6 +242,7 @@ def describe(root: str, dataset: str, version: int | None = None) -> Description
     root = storage.normalise(root)
     manifest = resolve(root, dataset, "latest" if version is None else version)
     by, uri = manifest.partition, layout.version_uri(root, dataset, manifest.version)
+    there = {info.uri: info.bytes for info in storage.list_files(uri)}
     inputs = [
         f"{record.name} v{record.version}" if record.version else f"{record.name} ({record.uri})"
         for record in manifest.inputs
@@ -257,14 +253,14 @@ def describe(root: str, dataset: str, version: int | None = None) -> Description
         kind=kind_of(dataset),
         version=manifest.version,
         uri=uri,
-        faults=tuple(faults_of_files(root, manifest, _sizes(uri))),
+        faults=tuple(faults_of_files(root, manifest, there)),
         created=manifest.created_at,
         rows=manifest.rows,
         files=len(manifest.files),
         bytes=sum(file.bytes for file in manifest.files),
         entity=manifest.definition.get("entity"),
         partition=f"{by.buckets} buckets by {by.key}" if by else None,
-        as_of=as_of_times(manifest),
+        as_of=manifest.as_of,
         verdict=manifest.gate.verdict,
         run=manifest.run.flow_run_name or manifest.run.flow_run_id,
         inputs=tuple(inputs),

@@ -15,7 +15,7 @@ import polars as pl
 
 from tasks.core import layout
 from tasks.core.errors import DefinitionError, VersionNotFound
-from tasks.core.manifest import Manifest, as_of_times
+from tasks.core.manifest import Manifest
 from tasks.core.names import closest
 from tasks.core.numerals import plural
 from tasks.core.reading import list_datasets, live_manifests, resolve
@@ -179,7 +179,7 @@ def _compare(group: FeatureGroup, live: Sequence[Manifest], definitions: Definit
         removed=removed,
         redeclared=redeclared,
         retyped=retyped,
-        recompute=tuple(sorted({moment for manifest in live for moment in as_of_times(manifest)})) if moved else (),
+        recompute=tuple(sorted({moment for manifest in live for moment in manifest.as_of})) if moved else (),
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tasks.core.drift import population_stability_index
-from tasks.core.manifest import ColumnProfile, Manifest, as_of_times
+from tasks.core.manifest import ColumnProfile, Manifest
 from tasks.core.own_columns import AS_OF, CREATED, VERSION
 from tasks.features.digests import feature_digests
 from tasks.serving.catalogue import declarations
@@ -56,7 +56,7 @@ class Difference:
 def compare(before: Manifest, after: Manifest) -> Difference:
     """What changed from one version of a dataset to another."""
     types = {column.name: column.type for column in before.columns}, {c.name: c.type for c in after.columns}
-    times = as_of_times(before), as_of_times(after)
+    times = before.as_of, after.as_of
     both = [name for name in types[1] if name in types[0]]
     # They differ between versions by their nature.
     stamps = {after.definition.get("entity"), AS_OF, CREATED, VERSION}

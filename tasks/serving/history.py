@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from tasks.core import layout, storage
 from tasks.core.errors import CorruptVersion, DefinitionError
-from tasks.core.manifest import Manifest, Partition, as_of_times
+from tasks.core.manifest import Manifest, Partition
 from tasks.core.names import closest
 from tasks.core.own_columns import AS_OF, CREATED
 from tasks.core.partition import bucket_of
@@ -216,7 +216,7 @@ def _created(manifest: Manifest) -> dt.datetime:
 
 def _times(manifest: Manifest) -> tuple[dt.datetime, ...]:
     """As-of times of a version; one made before histories, as of its start, says it in its profile only."""
-    times = as_of_times(manifest)
+    times = manifest.as_of
     profile = manifest.profile.get(AS_OF)
     if not times and profile and isinstance(profile.maximum, str) and profile.minimum == profile.maximum:
         times = (_moment(profile.maximum),)

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from tasks.core import layout
 from tasks.core.errors import ConfigError, DefinitionError, InputError, VersionConflict, VersionNotFound
-from tasks.core.manifest import Manifest, as_of_times
+from tasks.core.manifest import Manifest
 from tasks.core.names import closest
 from tasks.core.own_columns import AS_OF
 from tasks.core.reading import data_files, opened
@@ -269,7 +269,7 @@ def _header(manifest: Manifest, schema: pa.Schema, number: int, ttl_days: float 
     return {
         "entity": manifest.definition["entity"],
         "version": manifest.version,
-        "as_of": max(moment.isoformat() for moment in as_of_times(manifest)) if as_of_times(manifest) else "",
+        "as_of": max(moment.isoformat() for moment in manifest.as_of) if manifest.as_of else "",
         "features": json.dumps(feature_names(manifest)),
         "schema": schema.remove_metadata().serialize().to_pybytes(),
         "ttl": "" if ttl_days is None else repr(float(ttl_days)),

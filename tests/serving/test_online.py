@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from tasks.core import storage, versions
 from tasks.core.errors import CorruptVersion, DefinitionError, InputError
-from tasks.core.manifest import as_of_times
 from tasks.core.withdrawal import withdraw
 from tasks.serving import online
 from tasks.serving.catalogue import newest
@@ -145,7 +144,7 @@ def test_an_old_day_computed_again_does_not_serve_old_values(tmp_path: Path) -> 
         assert newest(root, dataset) == versions.read_manifest(root, dataset, served)
     publish_features(root, customers(range(5), days(1)), buckets=None)  # made before there were histories
     live = versions.live_manifests(root, dataset)
-    assert [as_of_times(manifest) for manifest in live] == [days(0, 1), days(2), days(0), days(1)]
+    assert [manifest.as_of for manifest in live] == [days(0, 1), days(2), days(0), days(1)]
     assert newest(root, dataset) == live[1]
     withdraw(root, dataset, 2, "wrong", "anna")
     assert newest(root, dataset) == live[3], "of those that hold the newest as-of time that is left the newest"
