@@ -40,8 +40,8 @@ RESERVATION_FROM_CPUS = 8
 LOST_WORKER_RETRIES = 3
 """Times that Ray runs a task again whose worker has died; a task that kills each of its workers must end some time."""
 
-FETCH_SECONDS, FETCHES = 60.0, 20
-"""How long a task of a shuffle's second half waits for some of its rows at most, and how often it is run again."""
+FETCH_SECONDS = 60.0
+"""How long a task of a shuffle's second half waits for some of its rows."""
 
 # Workers killed for memory are counted apart, and by Ray's default without end. The caller's setting goes first.
 _OOM_RETRIES = "RAY_task_oom_retries"
@@ -205,7 +205,7 @@ def data_context(cpus: int | None = None, **more: Any) -> Iterator[Any]:
     from ray.util.debug import log_once
 
     _share_workers()
-    _give_up_waiting_for_lost_rows()
+    _come_again_for_lost_rows()
     context = DataContext.get_current()
     settings = {
         "hash_shuffle_reduce_get_timeout_s": min(context.hash_shuffle_reduce_get_timeout_s, FETCH_SECONDS),
@@ -224,7 +224,10 @@ def data_context(cpus: int | None = None, **more: Any) -> Iterator[Any]:
         setattr(context, name, value)
     for handler in consoles:
         handler.setLevel(logging.WARNING)
-    log_once("ray_data_progress_manager_disabled")  # a warning that bars are off, in each worker: said by this call
+    # Warnings in each worker, said by these calls: that bars are off, and that the job will hang where no CPU is free,
+    # as it happens for a moment between two jobs.
+    for warning in ("ray_data_progress_manager_disabled", "cpu_warning"):
+        log_once(warning)
     try:
         with warnings.catch_warnings():
             # `max_retries` has no other way to a job's tasks, and Ray Data's own is to try for ever.
@@ -254,20 +257,21 @@ def _share_workers() -> None:
 
 
 @functools.cache
-def _give_up_waiting_for_lost_rows() -> None:
-    """Let the second half of a shuffle try again after `FETCH_SECONDS` of waiting for rows.
+def _come_again_for_lost_rows() -> None:
+    """Let a task of a shuffle's second half that has waited `FETCH_SECONDS` for rows end, and be run again.
 
-    When a node dies, Ray makes again what it held: rows of the first half, and of the second. A task of the second half
-    that is run again waits for its rows inside `ray.get`, and keeps its CPU meanwhile: Ray 2.60 lends a CPU on only
-    where the awaited object was never made, not where it was lost. With as many of them as CPUs left, the tasks that
-    would make the rows never run. So it has to end, and come again behind those.
+    When a node dies, Ray makes again what it held, of the first half and of the second. A task of the second half that
+    is run again waits for its rows inside `ray.get`, and keeps its CPU meanwhile: Ray 2.60 lends a CPU on only where
+    the awaited object was never made, not where it was lost. With as many of them as CPUs left, the tasks that would
+    make the rows never run. Once it has ended, they may; where others like it go first, again and again, the job fails
+    in the end, and Prefect runs it anew (`is_transient`).
     """
     from ray.data._internal.execution.operators.shuffle_operators.shuffle_reduce_operator import ShuffleReduceOp
 
     original = ShuffleReduceOp._reduce_task_remote_args
 
     def patient(self: ShuffleReduceOp, memory_estimate: int) -> dict[str, Any]:
-        options = {"retry_exceptions": [GetTimeoutError], "max_retries": FETCHES}
+        options = {"retry_exceptions": [GetTimeoutError], "max_retries": LOST_WORKER_RETRIES}
         return {**original(self, memory_estimate), **options}
 
     # There is no setting for a shuffle's tasks in Ray 2.60.

@@ -54,6 +54,9 @@ MIN_BATCH_BYTES, MAX_BATCH_BYTES = 16 * 2**20, 2**30
 MAX_PARTITIONS = 1024
 """Each mapping task of the shuffle has an object for each partition."""
 
+REPORTED_BYTES = 2**20
+"""Tables that may come to the driver with what is reported of them."""
+
 _KEY, _BUCKET, _INDEX, _ROWS = "partition", "bucket", "index", "rows"
 _VALUE, _REPORT, _DATA = "value", "report", "data"
 _ADVICE = "\nFailed to apply UDF transform"
@@ -233,7 +236,9 @@ def shuffle(
             else:
                 step = Parts(buckets).dataset(context)
                 done = step.map_batches(gather_nothing, **_options(names[1], gather_nothing)).materialize()
-        reports = done.map_batches(_without_data, **_options("report", _without_data))
+        # Tables that are small come along: a step that leaves them out takes longer.
+        large = done.size_bytes() > REPORTED_BYTES
+        reports = done.map_batches(_without_data, **_options("report", _without_data)) if large else done
         return _added_up(reports.iter_rows(), done, (count, buckets, lanes), on_note, on_summary)
 
 

@@ -32,6 +32,8 @@ _TRANSIENT_NAMES = frozenset(
         *("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError"),
         *("HTTPClientError", "IncompleteReadError", "ResponseStreamingError", "ResponseParserError"),
         *("ClientConnectionError", "ClientPayloadError", "ServerDisconnectedError", "IncompleteRead"),
+        # Of Ray, whose node has died with what it held, and which couldn't make it again.
+        *("ObjectLostError", "StreamingGeneratorReplayInconsistentError"),
     }
 )
 _PERMANENT_NAMES = frozenset({"SSLError", "ClientSSLError", "ClientConnectorCertificateError"})

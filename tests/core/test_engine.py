@@ -69,10 +69,17 @@ def test_a_pool_of_processes_keeps_what_it_has_loaded() -> None:
     assert len(set(found.values())) == 1
 
 
-@pytest.mark.parametrize("partitions", [1, 4, 1024])
-def test_rows_come_to_their_bucket_in_the_parts_order(monkeypatch: pytest.MonkeyPatch, partitions: int) -> None:
+@pytest.mark.parametrize(
+    ("partitions", "disk"),
+    [(1, False), (4, False), (1024, False), pytest.param(4, True, marks=pytest.mark.nightly)],
+)
+def test_rows_come_to_their_bucket_in_the_parts_order(
+    monkeypatch: pytest.MonkeyPatch, partitions: int, disk: bool
+) -> None:
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "use_disk_based_hash_shuffle", disk)
     monkeypatch.setattr(engine, "MAX_PARTITIONS", partitions)
     monkeypatch.setattr(engine, "PARTITION_BYTES", 1)
+    monkeypatch.setattr(engine, "REPORTED_BYTES", 0 if partitions == 4 else 2**20)
     told: dict[str, list[int]] = {"read": [], "computed": []}
     done = shuffle(
         Parts(3), BUCKETS, read, compute, names=NAMES, volume=10_000, lanes=2,

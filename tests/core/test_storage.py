@@ -16,6 +16,12 @@ import pytest
 from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.exceptions import (
+    GetTimeoutError,
+    ObjectReconstructionFailedError,
+    RayTaskError,
+    StreamingGeneratorReplayInconsistentError,
+)
 
 from tasks.core import storage
 from tasks.core.errors import ConfigError, GateFailed, PipelineError, SourceError
@@ -448,6 +454,9 @@ def arrow(text: str) -> OSError:
         (GateFailed("x"), False),
         (chained(SourceError("x"), ConnectionError()), False),  # we have judged it already
         (chained(RuntimeError("wrapper"), ConnectionError()), True),
+        (RayTaskError("step", "Traceback …", GetTimeoutError()).as_instanceof_cause(), True),
+        (StreamingGeneratorReplayInconsistentError("fewer objects"), True),
+        (ObjectReconstructionFailedError("00", b"", "step"), True),
         (chained(RuntimeError("wrapper"), SourceError("x")), False),
         (chained(ConnectionError(), FileNotFoundError()), True),  # what went wrong last counts
         (ValueError("x"), False),

@@ -1,4 +1,7 @@
-"""A node of two, killed -9 in mid-run with what its object store holds: lost objects are made again, by the other."""
+"""A node of two, killed -9 in mid-run with what its object store holds: lost objects are made again, by the other.
+
+Nightly: with one CPU left, Ray may need several tries of some seconds (`tasks/core/cluster.py`).
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from tests.processes import cluster_of_two
 from tests.tables import Proven
 from tests.test_runner import eventually
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 # The first call waits while the node is killed. By then each node's store holds what the scattering tasks have made.
 HELD = {
@@ -41,14 +44,7 @@ CLUSTER = {
 }
 
 
-@pytest.mark.parametrize(
-    "flow",
-    [
-        FEATURES,
-        pytest.param(IMAGES, marks=pytest.mark.nightly),
-        pytest.param(DELIVERY, marks=pytest.mark.nightly),
-    ],
-)
+@pytest.mark.parametrize("flow", [FEATURES, IMAGES, DELIVERY])
 def test_a_node_killed_in_mid_run(
     flow: str, undisturbed: Store, start: Starter, tmp_path: Path, proven: Proven
 ) -> None:
@@ -63,4 +59,4 @@ def test_a_node_killed_in_mid_run(
         planted.go_on()
         command.finish()
     assert_same_rows(store, flow)
-    proven("a Ray node killed with its objects", flow, "its objects are made again, same digests")
+    proven("a Ray node killed with its objects", flow, "its objects are made again, or the job runs anew: same digests")
