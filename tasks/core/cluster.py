@@ -11,7 +11,6 @@ logs. There, give the nodes a role or their own environment.
 """
 
 import contextlib
-import functools
 import logging
 import os
 import signal
@@ -25,7 +24,6 @@ from typing import Any
 import ray
 from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants
-from ray.exceptions import GetTimeoutError
 
 from tasks.core.errors import ConfigError
 from tasks.core.spilled import delete_left_over
@@ -51,7 +49,7 @@ _WORKER_ENV = {
     "POLARS_MAX_THREADS": "1",  # a worker holds one CPU; a thread pool per worker would fight over the same cores
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-_OF_THE_API = ("PREFECT_API_URL", "PIPELINE_API_PATIENCE_SECONDS")
+_PASSED_ON = ("PREFECT_API_URL", "PIPELINE_API_PATIENCE_SECONDS", "PIPELINE_NODE_PATIENCE_SECONDS")
 _SECRET_MARKS = ("KEY", "SECRET", "TOKEN", "PASSWORD", "AUTH")
 
 
@@ -61,19 +59,19 @@ def cluster_address() -> str | None:
 
 
 def worker_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The variables that every Ray worker needs; those of Prefect's API are passed on when the driver has them.
+    """The variables that every Ray worker needs; some are passed on when the driver has them.
 
     Raises:
         ConfigError: `extra` names a credential, which would be readable in the dashboard of a remote cluster.
     """
-    api = {name: os.environ[name] for name in _OF_THE_API if os.environ.get(name)}
+    passed_on = {name: os.environ[name] for name in _PASSED_ON if os.environ.get(name)}
     for name in extra or {}:
         if any(mark in name.upper() for mark in _SECRET_MARKS):
             raise ConfigError(
                 f"{name} looks like a credential and can't be sent to Ray workers by runtime_env, which anybody "
                 "sees in Ray's dashboard; set it in the environment of the nodes instead"
             )
-    return {**_WORKER_ENV, **_retries_for_memory(), **api, **(extra or {})}
+    return {**_WORKER_ENV, **_retries_for_memory(), **passed_on, **(extra or {})}
 
 
 def _retries_for_memory() -> dict[str, str]:
@@ -205,9 +203,9 @@ def data_context(cpus: int | None = None, **more: Any) -> Iterator[Any]:
     from ray.util.debug import log_once
 
     _share_workers()
-    _come_again_for_lost_rows()
     context = DataContext.get_current()
     settings = {
+        # A task that waits for what a dead node held keeps its CPU, see `engine`: it has to end some time.
         "hash_shuffle_reduce_get_timeout_s": min(context.hash_shuffle_reduce_get_timeout_s, FETCH_SECONDS),
         "op_resource_reservation_enabled": (cpus or cluster_cpus()) >= RESERVATION_FROM_CPUS,
         "enable_progress_bars": sys.stderr.isatty(),
@@ -254,28 +252,6 @@ def _share_workers() -> None:
     # Both are read anew for each plan. There is no setting for it in Ray 2.60, which pyproject.toml pins.
     hash_shuffle_v2._SHUFFLE_MAP_RUNTIME_ENV.clear()
     shuffle_reduce_operator._SHUFFLE_REDUCE_RUNTIME_ENV.clear()
-
-
-@functools.cache
-def _come_again_for_lost_rows() -> None:
-    """Let a task of a shuffle's second half that has waited `FETCH_SECONDS` for rows end, and be run again.
-
-    When a node dies, Ray makes again what it held, of the first half and of the second. A task of the second half that
-    is run again waits for its rows inside `ray.get`, and keeps its CPU meanwhile: Ray 2.60 lends a CPU on only where
-    the awaited object was never made, not where it was lost. With as many of them as CPUs left, the tasks that would
-    make the rows never run. Once it has ended, they may; where others like it go first, again and again, the job fails
-    in the end, and Prefect runs it anew (`is_transient`).
-    """
-    from ray.data._internal.execution.operators.shuffle_operators.shuffle_reduce_operator import ShuffleReduceOp
-
-    original = ShuffleReduceOp._reduce_task_remote_args
-
-    def patient(self: ShuffleReduceOp, memory_estimate: int) -> dict[str, Any]:
-        options = {"retry_exceptions": [GetTimeoutError], "max_retries": LOST_WORKER_RETRIES}
-        return {**original(self, memory_estimate), **options}
-
-    # There is no setting for a shuffle's tasks in Ray 2.60.
-    ShuffleReduceOp._reduce_task_remote_args = patient  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

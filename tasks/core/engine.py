@@ -17,6 +17,7 @@ import contextlib
 import contextvars
 import itertools
 import pickle
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import ray
 import ray.data
 from ray.data._internal.arrow_ops.transform_pyarrow import hash_partition
 from ray.data._internal.execution.execution_callback import ExecutionCallback
@@ -35,6 +37,7 @@ from tasks.core.conservation import check_equal
 from tasks.core.errors import BalanceError, PipelineError
 from tasks.core.losses import causes
 from tasks.core.partition import Frame, pack, unpack
+from tasks.core.settings import seconds_from_environment
 
 Note = TypeVar("Note")
 Summary = TypeVar("Summary")
@@ -54,8 +57,8 @@ MIN_BATCH_BYTES, MAX_BATCH_BYTES = 16 * 2**20, 2**30
 MAX_PARTITIONS = 1024
 """Each mapping task of the shuffle has an object for each partition."""
 
-REPORTED_BYTES = 2**20
-"""Tables that may come to the driver with what is reported of them."""
+NODE_PATIENCE_SECONDS = 300.0
+"""How long a plan that has lost a node may come no further."""
 
 _KEY, _BUCKET, _INDEX, _ROWS = "partition", "bucket", "index", "rows"
 _VALUE, _REPORT, _DATA = "value", "report", "data"
@@ -145,7 +148,7 @@ def mapped(
 
     if not source.count:
         return
-    with original_errors(), data_context() as context:
+    with original_errors(), data_context() as context, _watched(context, []):
         step = source.dataset(context).map_batches(
             run if actors is None else type(name, (_Runner,), {}),
             **_options(name, run, actors=actors, num_gpus=num_gpus),
@@ -227,18 +230,15 @@ def shuffle(
         "shuffle_compression": compression,
     }
     steps = [_Reached(names[0], count, on_scattered), _Reached(names[1], buckets, on_gathered)]
-    with original_errors(), data_context(**settings) as context:
-        with _watched(context, steps):
-            if count:
-                rows = source.dataset(context).map_batches(scatter_block, **_options(names[0], scatter_block))
-                grouped = rows.repartition(partitions, keys=[_KEY])
-                done = grouped.map_batches(gather_block, **_options(names[1], gather_block)).materialize()
-            else:
-                step = Parts(buckets).dataset(context)
-                done = step.map_batches(gather_nothing, **_options(names[1], gather_nothing)).materialize()
-        # Tables that are small come along: a step that leaves them out takes longer.
-        large = done.size_bytes() > REPORTED_BYTES
-        reports = done.map_batches(_without_data, **_options("report", _without_data)) if large else done
+    with original_errors(), data_context(**settings) as context, _watched(context, steps):
+        if count:
+            rows = source.dataset(context).map_batches(scatter_block, **_options(names[0], scatter_block))
+            grouped = rows.repartition(partitions, keys=[_KEY])
+            done = grouped.map_batches(gather_block, **_options(names[1], gather_block)).materialize()
+        else:
+            step = Parts(buckets).dataset(context)
+            done = step.map_batches(gather_nothing, **_options(names[1], gather_nothing)).materialize()
+        reports = done.map_batches(_without_data, **_options("report", _without_data))
         return _added_up(reports.iter_rows(), done, (count, buckets, lanes), on_note, on_summary)
 
 
@@ -464,12 +464,52 @@ class _Reached:
             self.told = self.total
 
 
-_WATCHED: dict[str, tuple[contextvars.Context, Sequence[_Reached]]] = {}
+class _Nodes:
+    """Ends a plan that has lost a node and comes no further, so that it is run anew.
+
+    Ray makes again what a dead node held, and may wait for ever: a task of a shuffle's second half that is run again
+    waits for its rows inside `ray.get`, and keeps its CPU meanwhile (Ray 2.60 lends a CPU on only where the awaited
+    object was never made, not where it was lost). With as many of them as CPUs left, the tasks that would make the rows
+    never run.
+    """
+
+    def __init__(self) -> None:
+        self._patience = seconds_from_environment("PIPELINE_NODE_PATIENCE_SECONDS", NODE_PATIENCE_SECONDS, most=86_400)
+        self._nodes = self._alive()
+        self._ended, self._since = 0, time.monotonic()
+
+    def look(self, topology: Any) -> None:
+        """Look whether a task has ended since the last look.
+
+        Raises:
+            TimeoutError: None has for too long, and there are nodes less than there were.
+        """
+        ended = sum(operator.metrics.num_tasks_finished for operator in topology)
+        now = time.monotonic()
+        if ended != self._ended:
+            self._ended, self._since = ended, now
+        elif now - self._since > self._patience:
+            self._since = now
+            if lost := self._nodes - self._alive():
+                raise TimeoutError(
+                    f"of {len(self._nodes)} Ray nodes {len(lost)} were lost, and no task of the job has ended for "
+                    f"{self._patience:g} s (PIPELINE_NODE_PATIENCE_SECONDS) since: it is given up, to be run anew"
+                )
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    @staticmethod
+    def _alive() -> frozenset[str]:
+        return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
+
+
+_WATCHED: dict[str, tuple[contextvars.Context, Sequence[_Reached | _Nodes]]] = {}
 _WATCH = "steps-watched"
 
 
 class _Watch(ExecutionCallback):
-    """Tells how far the steps of a plan have come; which, stands in the plan's context.
+    """Tells how far a plan has come; whom, stands in the plan's context.
 
     It is called by the thread that runs the plan, which doesn't know whose flow run this is: it gets our context. (The
     class and not the steps are in Ray Data's context, as that is pickled for each task.)
@@ -484,7 +524,7 @@ class _Watch(ExecutionCallback):
             context.run(step.finish)
 
     @staticmethod
-    def _steps(executor: Any) -> Iterator[tuple[contextvars.Context, _Reached]]:
+    def _steps(executor: Any) -> Iterator[tuple[contextvars.Context, _Reached | _Nodes]]:
         context, steps = _WATCHED.get(executor._data_context.get_config(_WATCH, ""), (None, ()))
         for step in steps:
             assert context is not None
@@ -493,9 +533,9 @@ class _Watch(ExecutionCallback):
 
 @contextlib.contextmanager
 def _watched(context: Any, steps: Sequence[_Reached]) -> Iterator[None]:
-    """Watch the steps of the plans that are made within."""
+    """Watch the steps of the plans that are made within, and the nodes that they run on."""
     name = uuid.uuid4().hex
-    _WATCHED[name] = (contextvars.copy_context(), steps)
+    _WATCHED[name] = (contextvars.copy_context(), [*steps, _Nodes()])
     others = context.custom_execution_callback_classes
     context.set_config(_WATCH, name)
     context.custom_execution_callback_classes = [*others, _Watch]

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,14 @@ import polars as pl
 import psutil
 import pyarrow as pa
 import pytest
+import ray
 import ray.data
 
 from tasks.core import engine
 from tasks.core.cluster import data_context
 from tasks.core.engine import Parts, mapped, partition_keys, shuffle
 from tasks.core.errors import BalanceError, PipelineError, SourceError
+from tasks.core.transient import is_transient
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -79,7 +82,6 @@ def test_rows_come_to_their_bucket_in_the_parts_order(
     monkeypatch.setattr(ray.data.DataContext.get_current(), "use_disk_based_hash_shuffle", disk)
     monkeypatch.setattr(engine, "MAX_PARTITIONS", partitions)
     monkeypatch.setattr(engine, "PARTITION_BYTES", 1)
-    monkeypatch.setattr(engine, "REPORTED_BYTES", 0 if partitions == 4 else 2**20)
     told: dict[str, list[int]] = {"read": [], "computed": []}
     done = shuffle(
         Parts(3), BUCKETS, read, compute, names=NAMES, volume=10_000, lanes=2,
@@ -244,3 +246,31 @@ def test_what_still_runs_when_another_part_fails_ends(tmp_path: Path) -> None:
     while worker is not None and worker.is_running() and "linger" in " ".join(worker.cmdline()):
         assert time.monotonic() < deadline, "the other part goes on"
         time.sleep(0.1)
+
+
+def test_a_plan_that_lost_a_node_and_comes_no_further_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tests/faults/test_ray_nodes.py` kills real ones."""
+    alive, clock = {"a": True, "b": True}, [0.0]
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": node, "Alive": up} for node, up in alive.items()])
+    monkeypatch.setattr(engine.time, "monotonic", lambda: clock[0])
+    monkeypatch.setenv("PIPELINE_NODE_PATIENCE_SECONDS", "10")
+    step = SimpleNamespace(metrics=SimpleNamespace(num_tasks_finished=0))
+    watch = engine._Nodes()
+
+    def look(after: float) -> None:
+        clock[0] += after
+        watch.look([step])
+
+    look(11)  # all nodes are there: a task may take its time
+    alive["b"] = False
+    look(9)
+    step.metrics.num_tasks_finished = 1
+    look(9)  # it came further
+    look(9)
+    with pytest.raises(TimeoutError, match="of 2 Ray nodes 1 were lost, and no task of the job has ended") as e:
+        look(2)
+    assert is_transient(e.value)
+    alive["c"] = True
+    again = engine._Nodes()  # the job that runs anew knows of no loss
+    clock[0] += 60
+    again.look([step])

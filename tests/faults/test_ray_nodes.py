@@ -1,6 +1,6 @@
 """A node of two, killed -9 in mid-run with what its object store holds: lost objects are made again, by the other.
 
-Nightly: with one CPU left, Ray may need several tries of some seconds (`tasks/core/cluster.py`).
+Nightly: with one CPU left, Ray may wait for ever, and the job is run anew.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ CLUSTER = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
     "RAY_max_direct_call_object_size": "1000",
-    # Tasks that wait for lost rows hold the one CPU that is left: after so long they let those go first that make them.
+    # It may be given up, to be run anew.
     "RAY_DATA_HASH_SHUFFLE_REDUCE_GET_TIMEOUT_S": "10",
+    "PIPELINE_NODE_PATIENCE_SECONDS": "15",
 }
 
 
