@@ -63,7 +63,7 @@ def publish_features(
     inputs: tuple[InputRecord, ...] = (),
     dataset: str | None = None,
 ) -> Manifest:
-    """Publish the rows as the next version; `buckets` None: in one file and without as_of, as it was done before."""
+    """Publish the rows as the next version; `buckets` None: in one file, of no partition."""
     reservation = versions.reserve(root, dataset or layout.feature_dataset(group), uuid.uuid4().hex)
     stamped = frame.with_columns(
         pl.lit(created, pl.Datetime("us", "UTC")).alias("feature_creation_date"),
@@ -89,12 +89,12 @@ def publish_features(
         files=tuple(files),
         columns=tuple(ColumnSpec(name=field.name, type=str(field.type)) for field in schema),
         partition=Partition(key=entity, buckets=buckets) if buckets else None,
-        as_of=times if buckets else (),
+        as_of=times,
         balances=(RowBalance(name="transactions", rows_in=frame.height, rows_out=frame.height),),
         profile=merge_profiles(profiles).columns(),
         gate=GateResult(verdict="pass", checks=()),
         inputs=inputs,
-        config={"as_of": [t.isoformat() for t in times] if buckets else times[-1].isoformat(), "seed": 0},
+        config={"as_of": [t.isoformat() for t in times], "seed": 0},
         definition=definition
         or {
             "name": group,

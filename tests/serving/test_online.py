@@ -142,7 +142,7 @@ def test_an_old_day_computed_again_does_not_serve_old_values(tmp_path: Path) -> 
     for times, served in ((days(0, 1), 1), (days(2), 2), (days(0), 2)):
         publish_features(root, customers(range(5), times))
         assert newest(root, dataset) == versions.read_manifest(root, dataset, served)
-    publish_features(root, customers(range(5), days(1)), buckets=None)  # made before there were histories
+    publish_features(root, customers(range(5), days(1)), buckets=None)
     live = versions.live_manifests(root, dataset)
     assert [manifest.as_of for manifest in live] == [days(0, 1), days(2), days(0), days(1)]
     assert newest(root, dataset) == live[1]
