@@ -38,9 +38,6 @@ RESERVATION_FROM_CPUS = 8
 LOST_WORKER_RETRIES = 3
 """Times that Ray runs a task again whose worker has died; a task that kills each of its workers must end some time."""
 
-FETCH_SECONDS = 60.0
-"""How long a task of a shuffle's second half waits for some of its rows."""
-
 # Workers killed for memory are counted apart, and by Ray's default without end. The caller's setting goes first.
 _OOM_RETRIES = "RAY_task_oom_retries"
 
@@ -205,8 +202,6 @@ def data_context(cpus: int | None = None, **more: Any) -> Iterator[Any]:
     _share_workers()
     context = DataContext.get_current()
     settings = {
-        # A task that waits for what a dead node held keeps its CPU, see `engine`: it has to end some time.
-        "hash_shuffle_reduce_get_timeout_s": min(context.hash_shuffle_reduce_get_timeout_s, FETCH_SECONDS),
         "op_resource_reservation_enabled": (cpus or cluster_cpus()) >= RESERVATION_FROM_CPUS,
         "enable_progress_bars": sys.stderr.isatty(),
         # Else a map function's error arrives as UserCodeException, its cause only as text: nobody could tell a

@@ -57,6 +57,9 @@ MIN_BATCH_BYTES, MAX_BATCH_BYTES = 16 * 2**20, 2**30
 MAX_PARTITIONS = 1024
 """Each mapping task of the shuffle has an object for each partition."""
 
+FETCH_SECONDS = 60.0
+"""How long a task of a shuffle's second half waits for some of its rows: what a dead node held may never come."""
+
 NODE_PATIENCE_SECONDS = 300.0
 """How long a plan that has lost a node may come no further."""
 
@@ -228,9 +231,12 @@ def shuffle(
     settings: dict[str, Any] = {
         "shuffle_input_batch_bytes": _batch_bytes(volume),
         "shuffle_compression": compression,
+        "hash_shuffle_reduce_get_timeout_s": min(
+            ray.data.DataContext.get_current().hash_shuffle_reduce_get_timeout_s, FETCH_SECONDS
+        ),
     }
-    steps = [_Reached(names[0], count, on_scattered), _Reached(names[1], buckets, on_gathered)]
-    with original_errors(), data_context(**settings) as context, _watched(context, steps):
+    watchers = [_Reached(names[0], count, on_scattered), _Reached(names[1], buckets, on_gathered)]
+    with original_errors(), data_context(**settings) as context, _watched(context, watchers):
         if count:
             rows = source.dataset(context).map_batches(scatter_block, **_options(names[0], scatter_block))
             grouped = rows.repartition(partitions, keys=[_KEY])
@@ -482,7 +488,7 @@ class _Nodes:
         """Look whether a task has ended since the last look.
 
         Raises:
-            TimeoutError: None has for too long, and there are nodes less than there were.
+            TimeoutError: None has for too long, and nodes that there were are lost.
         """
         ended = sum(operator.metrics.num_tasks_finished for operator in topology)
         now = time.monotonic()
@@ -505,37 +511,37 @@ class _Nodes:
 
 
 _WATCHED: dict[str, tuple[contextvars.Context, Sequence[_Reached | _Nodes]]] = {}
-_WATCH = "steps-watched"
+_WATCH = "watchers"
 
 
 class _Watch(ExecutionCallback):
-    """Tells how far a plan has come; whom, stands in the plan's context.
+    """Lets the watchers of a plan look at it, again and again; their name stands in the plan's context.
 
     It is called by the thread that runs the plan, which doesn't know whose flow run this is: it gets our context. (The
-    class and not the steps are in Ray Data's context, as that is pickled for each task.)
+    class and not the watchers are in Ray Data's context, as that is pickled for each task.)
     """
 
     def on_execution_step(self, executor: Any) -> None:
-        for context, step in self._steps(executor):
-            context.run(step.look, executor._topology)
+        for context, watcher in self._watchers(executor):
+            context.run(watcher.look, executor._topology)
 
     def after_execution_succeeds(self, executor: Any) -> None:
-        for context, step in self._steps(executor):
-            context.run(step.finish)
+        for context, watcher in self._watchers(executor):
+            context.run(watcher.finish)
 
     @staticmethod
-    def _steps(executor: Any) -> Iterator[tuple[contextvars.Context, _Reached | _Nodes]]:
-        context, steps = _WATCHED.get(executor._data_context.get_config(_WATCH, ""), (None, ()))
-        for step in steps:
+    def _watchers(executor: Any) -> Iterator[tuple[contextvars.Context, _Reached | _Nodes]]:
+        context, watchers = _WATCHED.get(executor._data_context.get_config(_WATCH, ""), (None, ()))
+        for watcher in watchers:
             assert context is not None
-            yield context, step
+            yield context, watcher
 
 
 @contextlib.contextmanager
-def _watched(context: Any, steps: Sequence[_Reached]) -> Iterator[None]:
-    """Watch the steps of the plans that are made within, and the nodes that they run on."""
+def _watched(context: Any, watchers: Sequence[_Reached]) -> Iterator[None]:
+    """Have the plans that are made within watched, and the nodes that they run on."""
     name = uuid.uuid4().hex
-    _WATCHED[name] = (contextvars.copy_context(), [*steps, _Nodes()])
+    _WATCHED[name] = (contextvars.copy_context(), [*watchers, _Nodes()])
     others = context.custom_execution_callback_classes
     context.set_config(_WATCH, name)
     context.custom_execution_callback_classes = [*others, _Watch]

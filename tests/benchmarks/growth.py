@@ -19,7 +19,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +32,7 @@ import psutil
 import pyarrow.parquet as pq
 
 from tests.benchmarks.data import transactions
-from tests.benchmarks.turns import GIB, PeakMemory, machine, scratch
+from tests.benchmarks.turns import GIB, PeakMemory, Sampler, machine, scratch
 
 AS_OF = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 CPUS = 2
@@ -187,25 +186,18 @@ LAWS = {
 }
 
 
-class References(threading.Thread):
-    """The most objects of Ray's store that this process held references to, sampled."""
+class References(Sampler):
+    """The most objects of Ray's store that this process held references to."""
 
     def __init__(self) -> None:
-        super().__init__(daemon=True)
+        super().__init__(0.1)
         self.most = 0
-        self._done = threading.Event()
 
-    def run(self) -> None:
+    def sample(self) -> None:
         import ray
 
         core = ray._private.worker.global_worker.core_worker
-        while not self._done.wait(0.1):
-            self.most = max(self.most, len(core.get_all_reference_counts()))
-
-    def stop(self) -> int:
-        self._done.set()
-        self.join()
-        return self.most
+        self.most = max(self.most, len(core.get_all_reference_counts()))
 
 
 def measure(name: str, size: int, directory: Path) -> dict[str, float]:
@@ -228,11 +220,13 @@ def measure(name: str, size: int, directory: Path) -> dict[str, float]:
         with scratch(PREFIX) as target:
             work(target)
         seconds = time.perf_counter() - started
+        memory.stop()
+        references.stop()
         return {
             "seconds": seconds,
             "driver MiB": max(0, psutil.Process().memory_info().rss - before) / MIB,
-            "all MiB": memory.stop() / MIB,
-            "objects": references.stop(),
+            "all MiB": memory.bytes / MIB,
+            "objects": references.most,
         }
     finally:
         ray.shutdown()

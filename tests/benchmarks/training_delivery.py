@@ -32,7 +32,7 @@ import psutil
 from tests.benchmarks import loaders
 from tests.benchmarks.delivery_data import IMAGES, TABLES, Source, write
 from tests.benchmarks.loaders import Consumed, Epochs, Task
-from tests.benchmarks.turns import PeakMemory, machine, ratio
+from tests.benchmarks.turns import Sampler, machine, ratio
 from tests.benchmarks.workers import CannotRun, Maker, Workers
 
 WARM_SECONDS = 2.0
@@ -191,19 +191,14 @@ def evict(directory: Path) -> None:
             os.close(file)
 
 
-class SideMemory(PeakMemory):
+class SideMemory(Sampler):
     """Largest proportional set size of this process's children; `own` is without files that they have mapped."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.own = 0
-
-    def run(self) -> None:
-        while not self._done.wait(0.3):
-            self.sample()
+        super().__init__(0.3)
+        self.bytes = self.own = 0
 
     def sample(self) -> None:
-        """Look once."""
         whole = own = 0
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(OSError):

@@ -83,8 +83,8 @@ def timed_with_memory(side: Side, target: Path) -> tuple[float, int]:
     try:
         elapsed = timed(side, target)
     finally:
-        peak = memory.stop()
-    return elapsed, peak
+        memory.stop()
+    return elapsed, memory.bytes
 
 
 def round_name(turn: int) -> str:
@@ -114,23 +114,37 @@ def machine() -> str:
     return f"{cores} cores of {name}"
 
 
-class PeakMemory(threading.Thread):
-    """Largest proportional set size of this process and its children, sampled; shared memory counts once."""
+class Sampler(threading.Thread):
+    """Looks at something again and again until it is stopped."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
         super().__init__(daemon=True)
-        self.bytes = 0
+        self._seconds = seconds
         self._done = threading.Event()
 
-    def run(self) -> None:
-        while not self._done.wait(0.5):
-            total = 0
-            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-                with contextlib.suppress(psutil.Error):
-                    total += process.memory_full_info().pss
-            self.bytes = max(self.bytes, total)
+    def sample(self) -> None:
+        """Look once."""
+        raise NotImplementedError
 
-    def stop(self) -> int:
+    def run(self) -> None:
+        while not self._done.wait(self._seconds):
+            self.sample()
+
+    def stop(self) -> None:
         self._done.set()
         self.join()
-        return self.bytes
+
+
+class PeakMemory(Sampler):
+    """Largest proportional set size of this process and its children; shared memory counts once."""
+
+    def __init__(self) -> None:
+        super().__init__(0.5)
+        self.bytes = 0
+
+    def sample(self) -> None:
+        total = 0
+        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_full_info().pss
+        self.bytes = max(self.bytes, total)
