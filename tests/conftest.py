@@ -19,9 +19,7 @@ os.environ.update(
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("PREFECT_API_URL", None)
 
-import shutil
 import sqlite3
-import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,26 +33,19 @@ from tests.tables import proven, pytest_addoption, pytest_configure  # noqa: F40
 
 
 @pytest.fixture(scope="session")
-def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Prefect home with a database; its migration (10 s) is done once per machine and Prefect version."""
-    import prefect
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real API server of this session's own.
 
-    home = tmp_path_factory.mktemp("prefect")
-    if (template := _migrated_template(prefect.__version__)).exists():
-        shutil.copy(template, home / "prefect.db")
-    return home
-
-
-@pytest.fixture(scope="session")
-def prefect_api(prefect_home: Path) -> Iterator[str]:
-    """The address of a real API server of this session's own."""
-    import prefect
+    Its database's migration (10 s) is done once per machine and Prefect release, for it and for `own_home`.
+    """
     import prefect.settings as names
     from prefect.server.api.server import SubprocessASGIServer
     from prefect.settings import temporary_settings
 
     from tasks.runner import drain_api_queues
+    from tests.processes import migrated_template, own_home
 
+    prefect_home = own_home(tmp_path_factory.mktemp("prefect"))
     database = prefect_home / "prefect.db"
     settings = {
         names.PREFECT_HOME: prefect_home,
@@ -65,7 +56,7 @@ def prefect_api(prefect_home: Path) -> Iterator[str]:
         server = SubprocessASGIServer()
         server.start(timeout=90)
         try:
-            _keep_template(database, _migrated_template(prefect.__version__))
+            _keep_template(database, migrated_template())
             api = {names.PREFECT_API_URL: server.api_url}
             with temporary_settings(api, set_defaults={names.PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
                 yield server.api_url
@@ -160,10 +151,6 @@ def ray_cluster(s3_url: str) -> Iterator[None]:
 def stack(prefect_api: str, ray_cluster: None) -> str:
     """Both, for flows; the value is the API's address."""
     return prefect_api
-
-
-def _migrated_template(version: str) -> Path:
-    return Path(tempfile.gettempdir()) / f"prefect-{version}-migrated-{os.getuid()}.db"
 
 
 def _keep_template(database: Path, template: Path) -> None:

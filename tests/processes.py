@@ -9,11 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import prefect
 import psutil
 
 from tasks.local_api import _Ready
@@ -36,11 +38,16 @@ cluster.shutdown()
 """
 
 
-def own_home(prefect_home: Path, home: Path) -> Path:
-    """Make a Prefect home for one process, with a database that is migrated if there is one (which saves 10 s)."""
+def migrated_template() -> Path:
+    """Where an empty, migrated database of this Prefect release is kept (see `tests.conftest.prefect_api`)."""
+    return Path(tempfile.gettempdir()) / f"prefect-{prefect.__version__}-migrated-{os.getuid()}.db"
+
+
+def own_home(home: Path) -> Path:
+    """Make a Prefect home of its own, with an empty database that is migrated if there is one (which saves 10 s)."""
     home.mkdir(parents=True, exist_ok=True)
-    if (database := prefect_home / "prefect.db").exists():
-        shutil.copy(database, home / "prefect.db")
+    if (template := migrated_template()).exists():
+        shutil.copy(template, home / "prefect.db")
     return home
 
 

@@ -32,14 +32,14 @@ ANSI = "\x1b["
 
 
 @pytest.fixture
-def shell(prefect_home: Path, tmp_path: Path) -> Callable[..., Finished]:
+def shell(tmp_path: Path) -> Callable[..., Finished]:
     """Run the flow's command as somebody does in a shell, in an empty directory."""
 
     def run(*argv: str) -> Finished:
         home = tmp_path / "home"
         return subprocess.run(
             [sys.executable, "-m", "flows.feature_store", *argv],
-            env=shell_environment(home if home.exists() else own_home(prefect_home, home)),
+            env=shell_environment(home if home.exists() else own_home(home)),
             cwd=tmp_path,
             capture_output=True,
             text=True,

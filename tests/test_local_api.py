@@ -46,14 +46,14 @@ with local_api() as url:
 
 
 @pytest.fixture
-def start(prefect_home: Path, tmp_path: Path):
+def start(tmp_path: Path):
     """Start a script as somebody at a terminal would: with a Prefect home, without an API address."""
     started = []
 
     def run(script: str) -> "subprocess.Popen[str]":
         process = subprocess.Popen(
             [sys.executable, "-c", script],
-            env=shell_environment(own_home(prefect_home, tmp_path / str(len(started)))),
+            env=shell_environment(own_home(tmp_path / str(len(started)))),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -142,7 +142,7 @@ def test_a_server_that_ends_at_once_is_explained() -> None:
         _Ready(process, "http://127.0.0.1:9/api")()
 
 
-def test_a_real_prefect_server(prefect_home: Path, ray_cluster: None, tmp_path: Path) -> None:
+def test_a_real_prefect_server(ray_cluster: None, tmp_path: Path) -> None:
     """What flows do here also works against the server that people run, not only against the embedded one."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -150,7 +150,7 @@ def test_a_real_prefect_server(prefect_home: Path, ray_cluster: None, tmp_path: 
     from tasks.runner import drain_api_queues, ray_runner
     from tests.test_runner import count_rows, messages
 
-    with prefect_server(own_home(prefect_home, tmp_path)) as url, temporary_settings({PREFECT_API_URL: url}):
+    with prefect_server(own_home(tmp_path)) as url, temporary_settings({PREFECT_API_URL: url}):
         from prefect import flow
 
         @flow(task_runner=ray_runner())

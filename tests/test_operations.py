@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -111,8 +110,8 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(s3_url: str, prefect_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    home = own_home(prefect_home, tmp_path_factory.mktemp("server"))
+def site(s3_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    home = own_home(tmp_path_factory.mktemp("server"))
     root = new_bucket(s3_url)
     quick = {"PREFECT_API_SERVICES_SCHEDULER_LOOP_SECONDS": "2", "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2"}
     with prefect_server(home, **quick) as url, two_nodes() as address:

@@ -165,12 +165,10 @@ SECRETS = {
     "fails",
     [pytest.param(False, id="a good run"), pytest.param(True, id="a failed run", marks=pytest.mark.nightly)],
 )
-def test_credentials_are_nowhere_but_in_the_environment(
-    s3_url: str, prefect_home: Path, tmp_path: Path, fails: bool
-) -> None:
+def test_credentials_are_nowhere_but_in_the_environment(s3_url: str, tmp_path: Path, fails: bool) -> None:
     """Neither in what the run prints and logs, nor on storage, in Prefect's database, or in Ray's session."""
     root = new_bucket(s3_url)
-    home = own_home(prefect_home, tmp_path / "home")
+    home = own_home(tmp_path / "home")
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as ray_folder:  # paths of sockets must be short
         environment = {**shell_environment(home), **SECRETS, "RAY_TMPDIR": ray_folder, "AWS_ENDPOINT_URL": s3_url}
         options = ["--root", root, "--sample-transactions", "2000", "--debug"]

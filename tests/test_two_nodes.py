@@ -37,13 +37,13 @@ def address() -> Iterator[str]:
         yield found
 
 
-def test_a_cluster_of_two_nodes(stack: str, address: str, prefect_home: Path, tmp_path: Path) -> None:
+def test_a_cluster_of_two_nodes(stack: str, address: str, tmp_path: Path) -> None:
     root = str(tmp_path / "root")
     feature_store(FeatureStoreConfig(root=root, sample_transactions=4000))
     options = ["--root", root, "--target", "spending_trend", "--no-ready-only", "--training.epochs", "2"]
     options += ["--training.workers", "2", "--training.cpus-per-worker", "1", "--training.batch-size", "32"]
     options += ["--training.function", "tests.test_two_nodes:train_and_say_where"]
-    environment = shell_environment(own_home(prefect_home, tmp_path / "home")) | {"RAY_ADDRESS": address}
+    environment = shell_environment(own_home(tmp_path / "home")) | {"RAY_ADDRESS": address}
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "flows.training_delivery", *options],

@@ -53,7 +53,7 @@ def run(stack: str, planted: Planted) -> Iterator[Runner]:
 
 
 @pytest.fixture
-def start(prefect_api: str, prefect_home: Path, tmp_path: Path) -> Iterator[Starter]:
-    starter = Starter(prefect_home, tmp_path)
+def start(prefect_api: str, tmp_path: Path) -> Iterator[Starter]:
+    starter = Starter(tmp_path)
     yield starter
     starter.stop()

@@ -83,10 +83,10 @@ class Server:
 
 
 @pytest.fixture
-def server(prefect_home: Path, tmp_path: Path) -> Iterator[Server]:
+def server(tmp_path: Path) -> Iterator[Server]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    made = Server(own_home(prefect_home, tmp_path / "server"), port)
+    made = Server(own_home(tmp_path / "server"), port)
     made.start()
     yield made
     made.kill()

@@ -258,7 +258,6 @@ class Runner:
 class Starter:
     """Starts flows as processes of their own, on this session's Prefect API."""
 
-    home: Path
     folder: Path
     started: list[Command] = field(default_factory=list)
 
@@ -271,7 +270,7 @@ class Starter:
 
     def start(self, module: str, options: Sequence[str], *, alone: bool = False, **environment: str) -> Command:
         """Start a module."""
-        home = own_home(self.home, self.folder / f"home-{len(self.started)}")
+        home = own_home(self.folder / f"home-{len(self.started)}")
         api = {} if alone else {"PREFECT_API_URL": str(PREFECT_API_URL.value())}
         self.started.append(Command.start(module, options, home, **api | environment))
         return self.started[-1]
