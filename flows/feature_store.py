@@ -65,7 +65,7 @@ def feature_store(config: FeatureStoreConfig = DEFAULTS) -> list[PublishedVersio
         config: What to read, compute, check, join and publish.
 
     """
-    with final_unless_transient():
+    with final_unless_transient(config.less_at_once):
         started = flow_run.scheduled_start_time or dt.datetime.now(dt.UTC)
         config = config.model_copy(update={"root": storage.normalise(config.root)})
         sourced = prepare_sources.submit(config).result()

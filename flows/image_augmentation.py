@@ -62,7 +62,7 @@ def image_augmentation(config: ImageAugmentationConfig = DEFAULTS) -> list[Publi
         VersionConflict: other runs published the dataset first, time after time.
 
     """
-    with final_unless_transient():
+    with final_unless_transient(config.less_at_once):
         config = config.model_copy(update={"root": storage.normalise(config.root)})
         sourced = prepare_images.submit(config).result()
         for _ in range(TRIES):

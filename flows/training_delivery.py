@@ -59,7 +59,7 @@ def training_delivery(config: DeliveryConfig = DEFAULTS) -> list[PublishedVersio
         config: What to deliver, how, and what to train.
 
     """
-    with final_unless_transient():
+    with final_unless_transient(config.less_at_once):
         config = config.model_copy(update={"root": storage.normalise(config.root)})
         features = _sample_features(config) if needs_sample(config) else []
         source = find_source.submit(config).result()

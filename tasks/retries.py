@@ -42,7 +42,6 @@ RAY_LOSSES = (
     OutOfMemoryError,
     WorkerCrashedError,
 )
-_LESS_AT_ONCE = "lower what a task holds at once (--images-per-file, --rows-per-bucket, --file-megabytes)"
 API_LOSSES = (
     ConcurrencySlotAcquisitionError,  # a task that starts while the API is away
     CrashedRun,
@@ -67,11 +66,14 @@ def worth_retrying(error: BaseException) -> bool:
 
 
 @contextmanager
-def final_unless_transient() -> Iterator[None]:
+def final_unless_transient(less_at_once: str) -> Iterator[None]:
     """Around a flow's body: only what may pass another time starts the flow's own retries (Prefect has no condition).
 
     A lost worker does; bad input and a failed gate end the run at once. What libraries tell in a page of their own
     becomes a sentence: that the store refused the credentials, or that a task's worker was killed for memory.
+
+    Args:
+        less_at_once: What to do so that a task takes less memory.
 
     Raises:
         CredentialsRefused: the store refused them to a library that reads on its own.
@@ -88,16 +90,16 @@ def final_unless_transient() -> Iterator[None]:
                 client.update_flow_run(run.id, empirical_policy=policy)
         if any(isinstance(link, PipelineError) for link in causes(error)):
             raise
-        told = _told(error)
+        told = _told(error, less_at_once)
         if told is None:
             raise
         raise told from error
 
 
-def _told(error: BaseException) -> PipelineError | None:
+def _told(error: BaseException, less_at_once: str) -> PipelineError | None:
     """What a library's error means for the one who started the run, where that is known."""
     refused = next((cause for link in causes(error) if (cause := refused_credentials(link))), None)
-    return refusal("the store", refused) if refused else explained_loss(error, _LESS_AT_ONCE)
+    return refusal("the store", refused) if refused else explained_loss(error, less_at_once)
 
 
 def retry_condition(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001

@@ -105,7 +105,7 @@ def test_a_task_is_tried_again_only_for_transient_errors(
 def test_a_flow_tells_of_credentials_that_a_library_met_on_its_own(prefect_api: str) -> None:
     @flow(retries=1)
     def read() -> None:
-        with final_unless_transient():
+        with final_unless_transient("take less"):
             raise RuntimeError("the job failed") from carried(
                 OSError(
                     "AWS Error UNKNOWN (HTTP status 400) during GetObject operation: Unable to parse ExceptionName: "

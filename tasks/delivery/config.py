@@ -181,3 +181,8 @@ class DeliveryConfig(Settings):
     def dataset_name(self) -> str:
         """Name of the copy under training-datasets/streaming-ready/."""
         return self.name or self.dataset.rstrip("/").rpartition("/")[2]
+
+    @property
+    def less_at_once(self) -> str:
+        """What to do so that a task takes less memory."""
+        return f"lower --file-megabytes (it is {self.file_megabytes:g})"

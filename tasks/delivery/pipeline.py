@@ -79,7 +79,7 @@ def write_streaming_ready(
         assert note.profile is not None
         profile, note.profile = added(profile, note.profile), None
 
-    with losses_explained(f"lower --file-megabytes (it is {config.file_megabytes:g})"):
+    with losses_explained(config.less_at_once):
         seen: Shuffled[UnitNote, Checked] = shuffle(
             Parts(len(units)),
             2 * shares,

@@ -219,6 +219,11 @@ class FeatureStoreConfig(Settings):
     )
     seed: Seed = Field(default=0, description="Seed of the sample.")
 
+    @property
+    def less_at_once(self) -> str:
+        """What to do so that a task takes less memory."""
+        return f"lower --rows-per-bucket (it is {self.rows_per_bucket:,})"
+
     @model_validator(mode="after")
     def _something_to_do(self) -> FeatureStoreConfig:
         if self.models is None and (self.only_models or not self.compute):

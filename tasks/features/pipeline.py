@@ -142,7 +142,7 @@ def compute_groups(
         quantiles[summary.group] = [_merged(*pair) for pair in zip(sums, found, strict=True)] if sums else found
 
     started = time.monotonic()
-    with losses_explained(f"lower --rows-per-bucket (it is {config.rows_per_bucket:,})"):
+    with losses_explained(config.less_at_once):
         done = shuffle(
             Parts(len(job.splits)),
             groups * buckets,

@@ -189,6 +189,11 @@ class ImageAugmentationConfig(Settings):
     )
     sample_images: int = Field(default=500, ge=10, le=1_000_000, description="Size of the sample, images.")
 
+    @property
+    def less_at_once(self) -> str:
+        """What to do so that a task takes less memory."""
+        return f"lower --images-per-file (it is {self.images_per_file})"
+
     def of_split(self, split: str) -> ImageAugmentationConfig:
         """The configuration by which the images of a split become variants."""
         if split == SPLITS[0] or self.evaluation == "augmented" or isinstance(self.augmentation, Centred):

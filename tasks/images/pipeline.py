@@ -264,7 +264,7 @@ def _mapped(
     if not items:
         return
     actors = min(config.actors or max(1, _places(config)), len(items)) if config.workers == "actors" else None
-    with losses_explained(f"lower --images-per-file (it is {config.images_per_file})"):
+    with losses_explained(config.less_at_once):
         yield from mapped(Parts(len(items), items), function, name=name, actors=actors, num_gpus=config.num_gpus)
 
 

@@ -77,11 +77,11 @@ def test_workers_that_are_killed_for_memory_are_replaced_some_times(monkeypatch:
 
 def test_a_whole_task_that_was_killed_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "worth_retrying", lambda _: True)  # else it asks the API for the flow run
-    with pytest.raises(WorkersKilled) as told, final_unless_transient():
+    with pytest.raises(WorkersKilled) as told, final_unless_transient("lower --file-megabytes (it is 128)"):
         raise OutOfMemoryError(KILLED)
     assert str(told.value).startswith("out of memory: Ray killed the worker of a task, as its node had too little")
-    assert "--images-per-file, --rows-per-bucket, --file-megabytes" in str(told.value)
+    assert "To go on: lower --file-megabytes (it is 128), or give each node more memory" in str(told.value)
     for other in (SourceError("bad"), ConnectionResetError("the store hung up")):
-        with pytest.raises(type(other)) as told, final_unless_transient():
+        with pytest.raises(type(other)) as told, final_unless_transient("lower --file-megabytes (it is 128)"):
             raise other
         assert told.value is other
