@@ -205,6 +205,11 @@ class Manifest(Record):
     side_files: tuple[FileEntry, ...] = Field(
         default=(), description="Files that tell more about the version, such as its inputs one by one."
     )
+    file_lists: FileEntry | None = Field(
+        default=None,
+        description="Parquet file that holds all lists of files, of the inputs too, where they are long: they are "
+        "empty here then. See tasks/core/file_lists.py.",
+    )
     columns: tuple[ColumnSpec, ...] = Field(description="Schema of the data files.")
     partition: Partition | None = Field(default=None, description="How the rows are spread over the files, if by key.")
     as_of: tuple[dt.datetime, ...] = Field(
@@ -228,6 +233,12 @@ class Manifest(Record):
     def rows(self) -> int:
         """Number of rows in the data files."""
         return sum(file.rows for file in self.files)
+
+    @property
+    def companions(self) -> tuple[FileEntry, ...]:
+        """Files beside the data, which stay if the version is rejected: rejected rows, side files, lists of files."""
+        lists = () if self.file_lists is None else (self.file_lists,)
+        return (*self.rejected_files, *self.side_files, *lists)
 
     @property
     def superseded(self) -> str | None:

@@ -487,7 +487,7 @@ def verify(root: str, manifest: Manifest) -> None:
     """
     published = manifest.status == "published"
     data = manifest.files if published else ()
-    _verify_files(root, manifest, (*data, *manifest.rejected_files, *manifest.side_files))
+    _verify_files(root, manifest, (*data, *manifest.companions))
     if manifest.report is not None:
         base = layout.version_uri(storage.normalise(root), manifest.dataset, manifest.version)
         verify_digest(layout.join(base, layout.REPORT_JSON), f"sha256:{manifest.report.json_sha256}")

@@ -28,6 +28,7 @@ from pydantic import Field, ValidationError
 
 from tasks.core import layout, storage
 from tasks.core.errors import CorruptVersion, DamagedManifest, VersionConflict
+from tasks.core.file_lists import with_lists
 from tasks.core.manifest import MANIFEST_FORMAT, FileEntry, Manifest, Record
 from tasks.core.version_index import IndexedVersion, read_index, write_index
 
@@ -290,7 +291,7 @@ def parse_manifest(uri: str, data: bytes, dataset: str, version: int) -> Manifes
             raise CorruptVersion(
                 f"{uri} has format {raw['format']}, this release reads up to {MANIFEST_FORMAT}: use a newer release"
             )
-        manifest = Manifest.model_validate_json(data)
+        manifest = with_lists(uri.rpartition("/")[0], Manifest.model_validate_json(data))
     except (ValueError, RecursionError) as error:  # also ValidationError and UnicodeDecodeError
         reason = str(error).splitlines()[0]
         raise DamagedManifest(f"{uri} can't be read as a manifest ({len(data)} bytes; {reason}): {cure}") from error

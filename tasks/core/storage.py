@@ -349,11 +349,16 @@ def write_parquet(table: pa.Table, uri: str, **settings: Any) -> WrittenFile:
     Returns:
         Rows, bytes and digest of what was written.
     """
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, **parquet_options(settings))
-    data = sink.getvalue()
+    data = parquet_bytes(table, **settings)
     write_bytes(uri, data)
     return WrittenFile(normalise(uri), table.num_rows, data.size, digest(data))
+
+
+def parquet_bytes(table: pa.Table, **settings: Any) -> pa.Buffer:
+    """Contents of a Parquet file, as `write_parquet` writes it."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **parquet_options(settings))
+    return sink.getvalue()
 
 
 def parquet_options(settings: dict[str, Any]) -> dict[str, Any]:

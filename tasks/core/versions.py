@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 from tasks.core import layout, storage
 from tasks.core.errors import CorruptVersion, GateFailed, Superseded, VersionConflict
+from tasks.core.file_lists import lists_apart
 from tasks.core.manifest import SUPERSEDED, CheckResult, FileEntry, GateResult, Manifest, RunRecord
 from tasks.core.reading import (
     PRUNED,
@@ -116,15 +117,17 @@ def commit(reservation: Reservation, manifest: Manifest, base: int | None = None
         failed = "; ".join(check.message for check in manifest.gate.checks if check.verdict == "fail")
         raise GateFailed(f"{manifest.dataset} v{manifest.version} is not published: the quality gate says: {failed}")
 
-    data = manifest.model_dump_json(indent=2).encode()
+    stated, lists = lists_apart(manifest)
+    data = stated.model_dump_json(indent=2).encode()
     uri = layout.join(reservation.uri, layout.MANIFEST)
-    stored = parse_manifest(uri, data, manifest.dataset, manifest.version)
     decided = _decided(reservation, data)
     if decided is None:
         ensure_newest(reservation)
-        kept = (*manifest.rejected_files, *manifest.side_files)
-        listed = (*manifest.files, *kept)
-        _check_present(reservation, listed if published else kept)
+        if stated.file_lists is not None:
+            storage.write_bytes(layout.join(reservation.uri, stated.file_lists.path), lists)
+        stored = parse_manifest(uri, data, manifest.dataset, manifest.version)
+        listed = (*stored.files, *stored.companions)
+        _check_present(reservation, listed if published else stored.companions)
         if published and base is not None:
             _go_on_from(base, reservation, manifest)
         discard_attempt_files(reservation, keep=[file.path for file in listed])
@@ -274,7 +277,7 @@ def orphans(uri: str, manifest: Manifest) -> list[str]:
     Returns:
         Paths relative to the directory.
     """
-    kept = {file.path for file in (*manifest.rejected_files, *manifest.side_files)}
+    kept = {file.path for file in manifest.companions}
     if manifest.status == "published":
         kept |= {file.path for file in manifest.files}
     # Of the temporary files one may be another process's reservation on its way, which is then written again.

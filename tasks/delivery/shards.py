@@ -1,7 +1,8 @@
 """The files of a version's split, as one long row of samples that can be gathered from.
 
-Files on a local disk are mapped into memory as they are. Those of S3 come through the cache, when they are first
-needed or somewhat before; only those that are needed soon stay mapped, so that the cache can let go of the others.
+Files on a local disk are mapped into memory as they are: of a split of many files the first ones at once, others
+somewhat before they are first needed. Those of S3 come through the cache, likewise; only those that are needed soon
+stay mapped, so that the cache can let go of the others.
 
 A mapped file that somebody cuts or writes to is noticed: each is looked at before a batch is gathered, unless that was
 done in the last 20 ms. What is cut in between, and read before the next look, still ends the process by SIGBUS; what
@@ -37,6 +38,7 @@ OnCorrupt = Literal["raise", "skip"]
 
 _NEAR_ENTRIES = 1 << 20
 _DOWNLOADS = 4  # at a time
+_MAPPED_AT_ONCE = 512  # local files, when a split is opened: what is wrong with them is told then
 _LOOK_SECONDS, _TIMES_SECONDS = 0.02, 1.0  # between looks at files' lengths, and at their times, which take longer
 _LOOK_SHARE = 1 / 500  # of the time at most, however many files there are
 _FETCH_BYTES = 1 << 18  # of a chunk that is fetched as a whole; of smaller ones the operating system reads enough ahead
@@ -105,7 +107,7 @@ class Shards:
         self._near, self._shift = _near(self._starts)
         self._check_sizes()
         if not self.remote:
-            for file in range(len(self._files)):
+            for file in range(min(len(self._files), _MAPPED_AT_ONCE)):
                 self._map(file)
         self._tabulate()
 
@@ -123,7 +125,7 @@ class Shards:
         Raises:
             CorruptVersion: some are damaged, and they aren't to be skipped; or all that there are.
         """
-        if self.remote:
+        if len(self._mapped) + len(self._bad) < len(self._files):
             self._require(self._files_of(index))
         if time.monotonic() >= self._next_look:
             self._look()
@@ -158,17 +160,19 @@ class Shards:
     def soon(self, firsts: IntArray, chunk: int) -> None:
         """Tell which samples will be needed, so that they are there then.
 
-        Remote files are downloaded, and others needn't stay mapped. Local ones are read ahead at their first use.
+        Remote files are downloaded, and others needn't stay mapped. Local ones are mapped, and read ahead at their
+        first use.
 
         Args:
             firsts: First samples of chunks.
             chunk: Samples of a chunk.
         """
-        if not self.remote:
-            self._read_ahead(firsts, chunk)
-            return
         lasts = np.minimum(firsts + chunk, self.samples) - 1
         wanted = self._files_of(np.concatenate([firsts, lasts]))
+        if not self.remote:
+            self._require(wanted)
+            self._read_ahead(firsts, chunk)
+            return
         for file in wanted:
             if file not in self._mapped and file not in self._bad and file not in self._coming:
                 self._coming[file] = self._pool.submit(self._open, file)

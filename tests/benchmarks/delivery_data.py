@@ -50,11 +50,26 @@ _SYNTHETIC = 146
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where the samples are; each format in a directory of its own."""
+    """Where the samples are; each format in a directory of its own.
+
+    Attributes:
+        kind: 'images' or 'tables'.
+        samples: how many there are.
+        directory: where they are.
+        most_files: of the version.
+        chunk: samples that are made at a time, a multiple of a block; 0: `CHUNK`.
+    """
 
     kind: str
     samples: int
     directory: Path
+    most_files: int = FILES
+    chunk: int = 0
+
+    @property
+    def at_once(self) -> int:
+        """Samples that are made at a time."""
+        return self.chunk or CHUNK[self.kind]
 
     @property
     def by_row(self) -> int:
@@ -102,8 +117,8 @@ def _samples(source: Source, photographs: Path | None) -> Iterator[Arrays]:
     """All samples, a chunk at a time: features or image, and label."""
     draw = np.random.Generator(np.random.Philox(key=[11, 0]))
     base = pictures(photographs) if source.kind == IMAGES else None
-    for first in range(0, source.samples, CHUNK[source.kind]):
-        label = np.arange(first, min(first + CHUNK[source.kind], source.samples))
+    for first in range(0, source.samples, source.at_once):
+        label = np.arange(first, min(first + source.at_once, source.samples))
         if base is None:
             yield {"features": draw.standard_normal((len(label), FEATURES), dtype=np.float32), "label": label}
         else:
@@ -129,8 +144,8 @@ def _write_version(source: Source, photographs: Path | None) -> None:
     reservation = versions.reserve(str(source.directory / "root"), _dataset(source.kind), "benchmark")
     length = 1 if source.kind == IMAGES else BLOCK
     schema = _version_schema(source.kind)
-    chunks = -(-source.samples // CHUNK[source.kind])
-    files = min(FILES, chunks)
+    chunks = -(-source.samples // source.at_once)
+    files = min(source.most_files, chunks)
     made = _samples(source, photographs)
     entries, counts = [], {}
     for index in range(files):

@@ -6,13 +6,16 @@
 
 Each size is a run of its own in a process of its own, on a Ray of its own, after a small run that warms it up. Printed:
 seconds; how much the driving process's memory grew; peak memory of all processes; the most objects of Ray's store that
-the driver held at a time; and the exponent of each, by least squares of its logarithm on the size's (1: in proportion,
-0: not at all). What is too small to tell (under `FLOOR`) counts as that much.
+the driver held at a time; of versions on S3 the requests, of a stream the maps that opening takes; and the exponent of
+each, by least squares of its logarithm on the size's (1: in proportion, 0: not at all). What is too small to tell
+(below `FLOOR`) counts as that much.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import datetime as dt
 import json
 import os
@@ -41,7 +44,8 @@ PREFIX = "growth-benchmark-"
 FLOOR = {"seconds": 0.5, "driver MiB": 32.0, "all MiB": 256.0, "objects": 16.0}
 """What can't be told from noise, or is there at any size."""
 
-Work = Callable[[Path], object]
+Work = Callable[[Path], Mapping[str, float] | None]
+"""Works in an empty directory; gives what it has counted itself, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +83,12 @@ def features(directory: Path, rows: int, *, files: int = 8, buckets: int = 8, co
         )
         definitions = Definitions(events=STANDARD.events, dimensions={}, groups={"wide": wide})
 
-    def work(target: Path) -> object:
+    def work(target: Path) -> None:
         config = FeatureStoreConfig(root=str(target), transactions=str(source), rows_per_bucket=-(-rows // buckets))
         as_of = tuple(AS_OF - dt.timedelta(days=6 * number) for number in reversed(range(times)))
         (plan,) = plan_features(with_uris(definitions, config), config, as_of)
         reservations = [reserve(str(target), planned.group.name, uuid.uuid4().hex) for planned in plan.groups]
-        return compute_groups(plan, config, reservations, AS_OF)
+        compute_groups(plan, config, reservations, AS_OF)
 
     return work
 
@@ -123,7 +127,7 @@ def images(directory: Path, count: int) -> Work:
             Image.fromarray(pixels).save(made / f"{number:07d}.jpg", quality=80)
         made.rename(source)
 
-    def work(target: Path) -> object:
+    def work(target: Path) -> None:
         config = ImageAugmentationConfig(
             root=str(target),
             images=str(source.parent),
@@ -132,7 +136,7 @@ def images(directory: Path, count: int) -> Work:
             near_duplicates=None,
         )
         reservation = reserve(str(target), image_dataset("images"), uuid.uuid4().hex)
-        return augment_images(plan_images(config, reservation, None), config)
+        augment_images(plan_images(config, reservation, None), config)
 
     return work
 
@@ -147,15 +151,70 @@ def versions(directory: Path, count: int) -> Work:
         for number in range(count):
             publish(str(root), f"run-{number}")
 
-    def work(_: Path) -> object:
+    def work(_: Path) -> None:
         for _number in range(3):
             latest = publish(str(root), uuid.uuid4().hex)
         found = store.latest(str(root), latest.dataset)
         assert found is not None
         assert found.version == latest.version
-        return found
 
     return work
+
+
+def versions_on_s3(_: Path, count: int) -> Work:
+    """A publish, a look at the latest version and a reader's refresh, in a dataset on S3 that has some versions."""
+    from tests.conftest import new_bucket
+    from tests.core.publishing import publish
+    from tests.core.test_version_index import requests
+    from tests.s3 import ENVIRONMENT, s3_endpoint
+
+    if "AWS_ENDPOINT_URL" not in os.environ:
+        server = contextlib.ExitStack()
+        atexit.register(server.close)
+        os.environ.update({**ENVIRONMENT, "AWS_ENDPOINT_URL": server.enter_context(s3_endpoint())})
+
+    def work(_: Path) -> Mapping[str, float]:
+        root = new_bucket(os.environ["AWS_ENDPOINT_URL"])
+        publish(root, "first")
+        return {f"{step} requests": number for step, number in requests(root, count).items()}
+
+    return work
+
+
+def labels(directory: Path, rows: int) -> Work:
+    """Some labels joined with the features of 50,000 entities at 10 times."""
+    from tests.benchmarks.serving import ours, planned_join
+
+    place = directory / f"labels-{rows}"
+    planned = planned_join(place, rows, 50_000, 10)
+
+    def work(target: Path) -> None:
+        ours(planned, target)
+
+    return work
+
+
+def shards(directory: Path, count: int) -> Work:
+    """A stream over a split in some shards of one block, opened, and its first batch."""
+    from tasks.delivery.stream import TrainingStream
+    from tests.benchmarks.delivery_data import BLOCK, TABLES, Source, write
+
+    source = Source(TABLES, count * BLOCK, directory / f"shards-{count}", most_files=count, chunk=BLOCK)
+    write(source, "version")
+
+    def work(_: Path) -> Mapping[str, float]:
+        before = _maps()
+        with TrainingStream(str(source.version), batch_size=1024) as stream:
+            opened = _maps() - before
+            next(iter(stream))
+            return {"maps at the start": opened, "maps": _maps() - before}
+
+    return work
+
+
+def _maps() -> int:
+    """Memory maps of Parquet files that this process holds."""
+    return sum(".parquet" in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 
 FLAT = {"driver MiB": 0.05, "objects": 0.05}
@@ -181,8 +240,13 @@ LAWS = {
         (1, 6, 60),
         {"seconds": 1.1, "driver MiB": 1.1},
     ),
-    "images": Law(images, (2_000, 8_000, 32_000), {"seconds": 1.1, "driver MiB": 1.1}),
+    "labels": Law(labels, (250_000, 1_000_000, 4_000_000), {"seconds": 1.1, "driver MiB": 0.05}),
+    "images": Law(images, (2_000, 10_000, 50_000), {"seconds": 1.1, **FLAT}),
     "versions": Law(versions, (10, 100, 1000), {"seconds": 0.3, "driver MiB": 0.05}),
+    "versions-on-s3": Law(
+        versions_on_s3, (10, 100, 990), {f"{step} requests": 0.0 for step in ("latest", "refresh", "publish")}
+    ),
+    "shards": Law(shards, (1_000, 3_000, 10_000), {"maps at the start": 0.0, "driver MiB": 0.3}),
 }
 
 
@@ -218,7 +282,7 @@ def measure(name: str, size: int, directory: Path) -> dict[str, float]:
         references.start()
         started = time.perf_counter()
         with scratch(PREFIX) as target:
-            work(target)
+            counted = work(target)
         seconds = time.perf_counter() - started
         memory.stop()
         references.stop()
@@ -227,6 +291,7 @@ def measure(name: str, size: int, directory: Path) -> dict[str, float]:
             "driver MiB": max(0, psutil.Process().memory_info().rss - before) / MIB,
             "all MiB": memory.bytes / MIB,
             "objects": references.most,
+            **(counted or {}),
         }
     finally:
         ray.shutdown()
@@ -245,17 +310,17 @@ def show(name: str, sizes: Sequence[int], directory: Path) -> bool:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found.append(json.loads(done.stdout.splitlines()[-1]))
         figures = "  ".join(f"{key} {value:8.1f}" for key, value in found[-1].items())
-        print(f"{name:10s} {size:>10,}  {figures}", flush=True)
+        print(f"{name:14s} {size:>10,}  {figures}", flush=True)
     held = True
     told = []
-    for key, floor in FLOOR.items():
-        slope = exponent(sizes, [max(floor, one[key]) for one in found])
+    for key in found[0]:
+        slope = exponent(sizes, [max(FLOOR.get(key, 1.0), one[key]) for one in found])
         bound = LAWS[name].bounds.get(key)
         missed = bound is not None and slope > bound
         held = held and not missed
         goal = "" if bound is None else f" (goal {bound}{', missed' if missed else ''})"
         told.append(f"{key} n^{slope:.2f}{goal}")
-    print(f"{name:10s}   exponents  " + "  ".join(told), flush=True)
+    print(f"{name:14s}   exponents  " + "  ".join(told), flush=True)
     return held
 
 

@@ -91,6 +91,21 @@ def with_duckdb(spine: str, history: str, target: Path) -> None:
         )
 
 
+def planned_join(place: Path, rows: int, entities: int, times: int) -> TrainingSetPlan:
+    """Plan of the join of a spine in `place`/spine with the history below `place`/root, made unless they are there."""
+    root, folder = str(place / "root"), place / "spine"
+    if not folder.exists():
+        publish_history(root, entities, times)
+        write_spine(folder, rows, entities, times)
+    model = Model(
+        name="bench",
+        entity=ENTITY,
+        spine=SpineSource(uri=str(folder)),
+        features=tuple(FeatureReference(GROUP, name) for name in NAMES),
+    )
+    return plan_training_set(model, STANDARD, FeatureStoreConfig(root=root), STARTED)
+
+
 def check_equal(sides: dict[str, Side], place: Path) -> None:
     """Every side must find the same features, row for row."""
     found = {}
@@ -116,18 +131,9 @@ def main() -> None:
     arguments = parser.parse_args()
     rows, entities = arguments.rows, max(1, arguments.rows // 10)
     with scratch("serving-", arguments.directory) as place:
-        root, folder = str(place / "root"), place / "spine"
-        publish_history(root, entities, arguments.times)
-        write_spine(folder, rows, entities, arguments.times)
-        model = Model(
-            name="bench",
-            entity=ENTITY,
-            spine=SpineSource(uri=str(folder)),
-            features=tuple(FeatureReference(GROUP, name) for name in NAMES),
-        )
-        planned = plan_training_set(model, STANDARD, FeatureStoreConfig(root=root), STARTED)
+        planned = planned_join(place, rows, entities, arguments.times)
         print(f"{machine()}: {rows:,} rows, {planned.history_rows:,} of history, {bucket_count(planned)} buckets")
-        spine, history = f"{folder}/*.parquet", f"{root}/feature-store/{GROUP}/*/part-*.parquet"
+        spine, history = f"{place}/spine/*.parquet", f"{place}/root/feature-store/{GROUP}/*/part-*.parquet"
         sides: dict[str, Side] = {
             "ours": partial(ours, planned),
             "polars": partial(with_polars, spine, history),

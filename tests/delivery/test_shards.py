@@ -76,6 +76,23 @@ def test_a_row_group_of_another_size_among_others_is_found(tmp_path: Path) -> No
     assert all(mapped.is_intact(block) for block in range(20))
 
 
+def test_of_many_files_some_are_mapped_when_it_is_opened_and_others_when_they_are_needed(tmp_path: Path) -> None:
+    sizes = [3] * 700
+    shards = Shards(open_version(table_version(str(tmp_path), *sizes)), "train")
+    assert mapped_below(tmp_path) == 512
+    samples, index = table_samples(sum(sizes)), np.arange(sum(sizes))
+    shards.soon(index[-30:], 1)
+    assert mapped_below(tmp_path) == 522
+    for some in np.array_split(np.random.default_rng(1).permutation(index), 9):
+        for name, values in gathered(shards, some).items():
+            assert np.array_equal(values, samples[name][some]), name
+    assert mapped_below(tmp_path) == 700
+
+
+def mapped_below(path: Path) -> int:
+    return sum(str(path) in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
 def test_a_version_is_found_by_its_directory_and_the_latest_by_that_of_its_dataset(tmp_path: Path) -> None:
     first, second = (table_version(str(tmp_path), 5) for _ in range(2))
     assert open_version(first).uri == open_version(Path(first)).uri == first
