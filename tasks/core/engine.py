@@ -28,6 +28,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray
 import ray.data
+from ray.core.generated.common_pb2 import NodeDeathInfo  # type: ignore[attr-defined]
 from ray.data._internal.arrow_ops.transform_pyarrow import hash_partition
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.exceptions import RayTaskError
@@ -365,8 +366,8 @@ def _gathered(block: pa.Table, gather: Callable[[int, dict[int, Any]], tuple[Any
 
 
 def _result(bucket: int, frames: Mapping[int, Frame], summary: Any, table: pa.Table) -> pa.Table:
-    arrived = {part: len(frame) for part, frame in frames.items()}
-    report = pickle.dumps((summary, arrived, table.num_rows))
+    parts, arrived = np.array(list(frames), np.int32), np.array([len(frame) for frame in frames.values()], np.int64)
+    report = pickle.dumps((summary, parts, arrived, table.num_rows))
     return _reported(bucket, [bucket], [report], pack([table]))
 
 
@@ -419,10 +420,10 @@ def _added_up(
             sent += heights
             carried[number] = heights.reshape(lanes, -1).sum(axis=1)
             continue
-        summaries[number], found, rows[number] = report
+        summaries[number], parts, received, rows[number] = report
         on_summary(summaries[number])
-        arrived[number] = sum(found.values())
-        taken[list(found), number * lanes // buckets] += np.fromiter(found.values(), np.int64, len(found))
+        arrived[number] = received.sum()
+        taken[parts, number * lanes // buckets] += received
     check_equal("parts of the work", count, len(notes), "were begun, {} have told what they did")
     check_equal("buckets of rows", buckets, len(summaries), "were planned, {} have told what they did")
     for what, before, after in (("bucket", sent, arrived), ("part", carried.ravel(), taken.ravel())):
@@ -488,7 +489,7 @@ class _Nodes:
         """Look whether a task has ended since the last look.
 
         Raises:
-            TimeoutError: None has for too long, and nodes that there were are lost.
+            TimeoutError: None has for too long, and nodes that there were are lost, and not just let go as idle.
         """
         ended = sum(operator.metrics.num_tasks_finished for operator in topology)
         now = time.monotonic()
@@ -496,7 +497,7 @@ class _Nodes:
             self._ended, self._since = ended, now
         elif now - self._since > self._patience:
             self._since = now
-            if lost := self._nodes - self._alive():
+            if lost := self._nodes - self._alive(_LET_GO):
                 raise TimeoutError(
                     f"of {len(self._nodes)} Ray nodes {len(lost)} were lost, and no task of the job has ended for "
                     f"{self._patience:g} s (PIPELINE_NODE_PATIENCE_SECONDS) since: it is given up, to be run anew"
@@ -506,10 +507,13 @@ class _Nodes:
         """Nothing is left to do."""
 
     @staticmethod
-    def _alive() -> frozenset[str]:
-        return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
+    def _alive(*deaths: int) -> frozenset[str]:
+        """Nodes that are alive, or that ended for one of some reasons."""
+        found = ray.nodes()  # type: ignore[no-untyped-call]
+        return frozenset(node["NodeID"] for node in found if node["Alive"] or node.get("DeathReason") in deaths)
 
 
+_LET_GO = NodeDeathInfo.AUTOSCALER_DRAIN_IDLE  # which holds no rows
 _WATCHED: dict[str, tuple[contextvars.Context, Sequence[_Reached | _Nodes]]] = {}
 _WATCH = "watchers"
 

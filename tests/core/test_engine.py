@@ -250,8 +250,12 @@ def test_what_still_runs_when_another_part_fails_ends(tmp_path: Path) -> None:
 
 def test_a_plan_that_lost_a_node_and_comes_no_further_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """`tests/faults/test_ray_nodes.py` kills real ones."""
-    alive, clock = {"a": True, "b": True}, [0.0]
-    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": node, "Alive": up} for node, up in alive.items()])
+    alive, idle, clock = {"a": True, "b": True}, set[str](), [0.0]
+
+    def nodes() -> list[dict[str, object]]:
+        return [{"NodeID": one, "Alive": up, "DeathReason": 4 if one in idle else 2} for one, up in alive.items()]
+
+    monkeypatch.setattr(ray, "nodes", nodes)
     monkeypatch.setattr(engine.time, "monotonic", lambda: clock[0])
     monkeypatch.setenv("PIPELINE_NODE_PATIENCE_SECONDS", "10")
     step = SimpleNamespace(metrics=SimpleNamespace(num_tasks_finished=0))
@@ -270,6 +274,8 @@ def test_a_plan_that_lost_a_node_and_comes_no_further_ends(monkeypatch: pytest.M
     with pytest.raises(TimeoutError, match="of 2 Ray nodes 1 were lost, and no task of the job has ended") as e:
         look(2)
     assert is_transient(e.value)
+    idle.add("b")  # an autoscaler lets go what holds nothing
+    look(60)
     alive["c"] = True
     again = engine._Nodes()  # the job that runs anew knows of no loss
     clock[0] += 60
