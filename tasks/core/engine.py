@@ -58,6 +58,9 @@ MIN_BATCH_BYTES, MAX_BATCH_BYTES = 16 * 2**20, 2**30
 MAX_PARTITIONS = 1024
 """Each mapping task of the shuffle has an object for each partition."""
 
+MAX_SHARDS = 2**17
+"""Such objects in all, about: the driver holds some kilobytes for each."""
+
 FETCH_SECONDS = 60.0
 """How long a task of a shuffle's second half waits for some of its rows: what a dead node held may never come."""
 
@@ -230,7 +233,7 @@ def shuffle(
 
     compression = "none" if len(nodes()) == 1 else "lz4"  # on one machine nothing goes over a network
     settings: dict[str, Any] = {
-        "shuffle_input_batch_bytes": _batch_bytes(volume),
+        "shuffle_input_batch_bytes": _batch_bytes(volume, partitions),
         "shuffle_compression": compression,
         "hash_shuffle_reduce_get_timeout_s": min(
             ray.data.DataContext.get_current().hash_shuffle_reduce_get_timeout_s, FETCH_SECONDS
@@ -289,9 +292,10 @@ def _partition_count(buckets: int, volume: int) -> int:
     return min(buckets, wanted, MAX_PARTITIONS)
 
 
-def _batch_bytes(volume: int) -> int:
-    """Bytes that a mapping task of the shuffle takes: enough tasks for all CPUs, and no more objects than needed."""
-    return min(max(volume // (2 * cluster_cpus()), MIN_BATCH_BYTES), MAX_BATCH_BYTES)
+def _batch_bytes(volume: int, partitions: int) -> int:
+    """Bytes that a mapping task of the shuffle takes: enough tasks for all CPUs, and not too many objects."""
+    tasks = min(2 * cluster_cpus(), MAX_SHARDS // partitions)
+    return min(max(volume // tasks, MIN_BATCH_BYTES), MAX_BATCH_BYTES)
 
 
 def _options(name: str, function: Any, *, actors: int | None = None, num_gpus: float = 0) -> dict[str, Any]:

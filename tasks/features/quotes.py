@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from tasks.core.errors import SourceError
+from tasks.features.pieces import PieceText
 
 _QUOTE = ord('"')
 _BESIDE = np.isin(np.arange(256), list(b',\r\n"'))
@@ -27,12 +28,12 @@ class QuotedText:
     isn't quoted, fields are followed one by one.
     """
 
-    def __init__(self, uri: str, stream: pa.NativeFile) -> None:
-        """Read a stream that stands at its beginning."""
+    def __init__(self, uri: str, stream: pa.NativeFile | PieceText, left_out: int = 0) -> None:
+        """Read a stream that stands at its beginning, and behind whose header some lines of the file are left out."""
         self._uri, self._stream = uri, stream
         self._before, self._pending = b"\n", b""
         self._inside, self._begins = False, True
-        self._line = self._opened = 1
+        self._line = self._opened = 1 + left_out
         self.closed = False
 
     def read(self, size: int | None = None) -> bytes:

@@ -26,6 +26,7 @@ from tasks.core.errors import SourceError
 from tasks.core.manifest import InputFile, InputRecord
 from tasks.core.missing import DEFAULT, MissingValues, without
 from tasks.core.transient import is_transient
+from tasks.features.pieces import Piece, PieceText, cut
 from tasks.features.quotes import QuotedText
 from tasks.features.texts import EXACT, TYPES, Kind, join
 
@@ -59,7 +60,7 @@ class SourceFile:
 
     schema: columns of the file, those of CSV as text, and then of its path. in_path: values of the columns that its
     path names ('year=2024/month=01/…'), None for null. added: those of them that the file itself doesn't have.
-    values: what `settling` has found out about columns.
+    values: what `settling` has found out about columns. pieces: what a large CSV file is cut into; none of others.
     """
 
     info: storage.FileInfo
@@ -69,6 +70,7 @@ class SourceFile:
     in_path: Mapping[str, str | None] = field(default_factory=dict)
     added: tuple[str, ...] = ()
     values: Mapping[str, ColumnValues] = field(default_factory=dict)
+    pieces: tuple[Piece, ...] = ()
 
     def type_of(self, column: str) -> pa.DataType:
         """Type of a column, of CSV the one of its values as far as they have been looked at."""
@@ -180,12 +182,12 @@ def _common_type(kinds: Sequence[pa.DataType], largest: int) -> pa.DataType | No
 
 @dataclass(frozen=True, slots=True)
 class ReadUnit:
-    """What is read at once: some row groups of a Parquet file, or a whole CSV file.
+    """What is read at once: some row groups of a Parquet file, or a CSV file or a piece of it.
 
-    rows: how many it has, of CSV about. first_row: number of its first row in the file, from 0. columns: the file's
-    names of the columns to read. dictionary: those of them to read as dictionaries, which for a few values is several
-    times as fast as text. in_path, added: as the file has them. missing: text of CSV that is no value; typed: columns
-    of keys, numbers, times.
+    rows: how many it has, of a whole CSV file about. first_row: number of its first row in the file, from 0. columns:
+    the file's names of the columns to read. dictionary: those of them to read as dictionaries, which for a few values
+    is several times as fast as text. in_path, added: as the file has them. missing: text of CSV that is no value;
+    typed: columns of keys, numbers, times.
     """
 
     uri: str
@@ -199,6 +201,7 @@ class ReadUnit:
     added: tuple[str, ...] = ()
     missing: MissingValues = DEFAULT
     typed: tuple[str, ...] = ()
+    piece: Piece | None = None
 
     @property
     def own(self) -> tuple[str, ...]:
@@ -302,6 +305,8 @@ def read_units(
 ) -> list[ReadUnit]:
     """Cut a source into units of about `rows_per_unit` rows, never across files and in the files' order.
 
+    A large CSV file is read in the pieces that it was cut into.
+
     Args:
         table: The source.
         columns: The file's names of the columns to read.
@@ -324,7 +329,8 @@ def read_units(
             rows=file.estimated_rows,
         )
         if file.row_groups is None:
-            units.append(whole)
+            parts = [replace(whole, piece=one, rows=one.rows, first_row=one.first_row) for one in file.pieces]
+            units += parts or [whole]
             continue
         texts = [name for name in dictionary if name not in file.added and pt.is_string(file.schema.field(name).type)]
         whole = replace(whole, dictionary=tuple(texts))
@@ -442,8 +448,12 @@ def _read_csv(unit: ReadUnit) -> Iterator[RawRows]:
 
     typed = [name for name in unit.typed if name in unit.own] if unit.missing.ambiguous else []
     nulls = [without(pl.col(name), unit.missing.ambiguous) for name in typed]
-    position = 0
-    text = pa.PythonFile(QuotedText(unit.uri, _open_text(unit.uri)), mode="r")
+    position, stream = unit.first_row, _open_text(unit.uri)
+    if unit.piece is None:
+        checked = QuotedText(unit.uri, stream)
+    else:
+        checked = QuotedText(unit.uri, PieceText(stream, unit.piece), unit.piece.lines)
+    text = pa.PythonFile(checked, mode="r")
     with text, _open_csv(text, unit, note) as reader:
         for batch in reader:
             frame = _frame(pa.Table.from_batches([batch]), unit).with_columns(nulls)
@@ -482,7 +492,7 @@ def _inspect_file(name: str, uri: str, info: storage.FileInfo) -> SourceFile:
             file = SourceFile(info, "parquet", metadata.schema.to_arrow_schema(), groups)
         else:
             schema, empty = _csv_schema(info.uri)
-            file = SourceFile(info, "csv", schema, (0,) if empty else None)
+            file = SourceFile(info, "csv", schema, (0,) if empty else None, pieces=cut(info))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as fault:
         kind = "parquet" if info.uri.lower().endswith(".parquet") else "csv"
         raise SourceError(

@@ -253,8 +253,8 @@ LAWS = {
 class References(Sampler):
     """The most objects of Ray's store that this process held references to."""
 
-    def __init__(self) -> None:
-        super().__init__(0.1)
+    def __init__(self, seconds: float = 0.1) -> None:
+        super().__init__(seconds)
         self.most = 0
 
     def sample(self) -> None:

@@ -22,6 +22,7 @@ from tasks.core.cluster import data_context
 from tasks.core.engine import Parts, mapped, partition_keys, shuffle
 from tasks.core.errors import BalanceError, PipelineError, SourceError
 from tasks.core.transient import is_transient
+from tests.benchmarks.growth import References
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -98,6 +99,40 @@ def test_rows_come_to_their_bucket_in_the_parts_order(
     sent = [[len(frame) for frame in read(part)[1]] for part in range(3)]
     assert done.carried.tolist() == np.array(sent).reshape(3, 2, 3).sum(axis=2).tolist()
     assert {name: sum(counts) for name, counts in told.items()} == {"read": 3, "computed": BUCKETS}
+
+
+def test_the_driver_holds_no_object_for_each_part_and_bucket() -> None:
+    """What `tests/benchmarks/growth.py` measures, as counts: objects by parts and buckets, not by their product."""
+    held = {}
+    for parts in (12, 48):
+        references = References(0.02)
+        references.start()
+        done = shuffle(
+            Parts(parts),
+            parts,
+            lambda part, parts=parts: (None, [pl.DataFrame({"x": [part]})] * parts),
+            lambda _, frames: (len(frames), pl.concat(frames.values()).to_arrow()),
+            names=NAMES,
+            volume=parts * engine.PARTITION_BYTES,  # a partition a bucket
+        )
+        references.stop()
+        assert done.summaries == [parts] * parts
+        held[parts] = references.most
+    assert held[48] < 48 * 48 / 4, f"{held} objects"
+    assert held[48] <= 5 * held[12], f"{held} objects"
+
+
+@pytest.mark.parametrize("cpus", [2, 64, 1600])
+@pytest.mark.parametrize("gibibytes", [0.1, 10, 100])
+def test_objects_of_a_shuffle_have_a_bound_on_any_cluster(
+    monkeypatch: pytest.MonkeyPatch, cpus: int, gibibytes: float
+) -> None:
+    monkeypatch.setattr(engine, "cluster_cpus", lambda: cpus)
+    volume = int(gibibytes * 2**30)
+    for buckets in (1, 100, 4096):
+        partitions = engine._partition_count(buckets, volume)
+        batch = engine._batch_bytes(volume, partitions)
+        assert -(-volume // batch) * partitions <= 1.01 * engine.MAX_SHARDS + partitions
 
 
 def test_settings_of_ray_data_are_those_of_before() -> None:
