@@ -32,6 +32,13 @@ from tests.s3 import ENVIRONMENT, s3_endpoint
 from tests.tables import proven, pytest_addoption, pytest_configure  # noqa: F401 - a fixture and hooks
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run side by side, those of a file run in one process, and those of the stores that `audit` makes."""
+    for item in items:
+        place = item.path.parent if item.path.parent.name == "audit" else item.path
+        item.add_marker(pytest.mark.xdist_group(str(place)))
+
+
 @pytest.fixture(scope="session")
 def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a real API server of this session's own.

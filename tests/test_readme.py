@@ -155,7 +155,7 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     ci = (ROOT / ".ci" / "run").read_text()
     assert test_command.strip() == "python3 -m pip install -e '.[dev]' && python3 -m pytest"
     assert "python3 -m pip install --quiet -e '.[dev]'" in ci
-    assert re.search(r"^python3 -m pytest$", ci, re.MULTILINE)
+    assert re.search(r"^python3 -m pytest --numprocesses", ci, re.MULTILINE)
     assert re.search(r"^python3 -m pytest -m 'slow and not nightly' ", ci, re.MULTILINE)
     assert "`python3 -m pytest -m 'slow and not nightly'`" in README
 

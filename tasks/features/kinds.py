@@ -50,9 +50,11 @@ def check_kind(table: SourceTable, kind: ColumnKind, ours: str, theirs: str, map
         SourceError: names the file, the column, its type and what it must be.
 
     """
+    types: dict[pa.DataType, str] = {}
     for file in table.files:
-        found = file.type_of(theirs)
-        where = f"{table.name}: column '{theirs}' of {file.info.uri} is of type {found}"
+        types.setdefault(file.type_of(theirs), file.info.uri)
+    for found, uri in types.items():
+        where = f"{table.name}: column '{theirs}' of {uri} is of type {found}"
         if polars_type(found) is None:
             raise SourceError(f"{where}, which can't be read; convert it to a plain type such as double or string")
         if kind in _WANTED and not _is_readable(found, kind):

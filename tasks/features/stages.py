@@ -9,7 +9,7 @@ met them.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +43,8 @@ from tasks.features.tallies import BucketSummary, EventTally, Tally, UnitNote
 
 LINE = "_line"
 MALFORMED = "malformed_row"
+JUDGED_ROWS = 65_536
+"""Rows that are judged at once, of small pieces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,36 +252,71 @@ def read_and_judge(
     """
     tally = Tally()
     kept, rejected = [], []
-    for unit, file in zip(units, [None] * len(units) if files is None else files, strict=True):
-        for raw in read(unit):
-            judged = judge(raw.frame, source.rows)
-            kept.append(judged.kept if file is None else _placed(judged, raw, file))
-            tally.rows_in += raw.frame.height + len(raw.malformed)
-            tally.rows_out += judged.kept.height
-            tally.filtered.update(judged.filtered)
-            if judged.rejected.height:
-                tally.rejected.update(judged.rejected[REASON].to_list())
-                rejected.append(
-                    judged.rejected.with_columns(
-                        pl.lit(unit.uri).alias(FILE), (judged.rejected_rows + raw.first_row).alias(ROW)
-                    )
-                )
-            if raw.malformed:
-                tally.rejected[MALFORMED] += len(raw.malformed)
-                lines = pl.DataFrame({LINE: list(raw.malformed)}, schema={LINE: pl.String})
-                rejected.append(lines.with_columns(pl.lit(MALFORMED).alias(REASON), pl.lit(unit.uri).alias(FILE)))
+    numbers: Sequence[int] | Sequence[None] = [None] * len(units) if files is None else files
+    for pieces in _judged_together(units, numbers):
+        frames = [piece.raw.frame for piece in pieces]
+        judged = judge(pl.concat(frames), source.rows)
+        starts = np.cumsum([0, *(frame.height for frame in frames)])
+        kept.append(judged.kept if files is None else _placed(judged, pieces))
+        tally.rows_in += int(starts[-1])
+        tally.rows_out += judged.kept.height
+        tally.filtered.update(judged.filtered)
+        if judged.rejected.height:
+            tally.rejected.update(judged.rejected[REASON].to_list())
+            rows = judged.rejected_rows.to_numpy()
+            which = np.searchsorted(starts, rows, side="right") - 1
+            firsts = np.array([piece.raw.first_row for piece in pieces])
+            places = pl.Series(FILE, [pieces[number].unit.uri for number in which], pl.String)
+            numbered = pl.Series(ROW, rows - starts[which] + firsts[which], pl.Int64)
+            rejected.append(judged.rejected.with_columns(places, numbered))
+        for piece in pieces:
+            if lines := list(piece.raw.malformed):
+                tally.rows_in += len(lines)
+                tally.rejected[MALFORMED] += len(lines)
+                bad = pl.DataFrame({LINE: lines}, schema={LINE: pl.String})
+                rejected.append(bad.with_columns(pl.lit(MALFORMED).alias(REASON), pl.lit(piece.unit.uri).alias(FILE)))
     # An empty file, too, has typed columns.
     if not kept:
-        nothing = RawRows(_no_rows(units[0]), 0)
-        judged = judge(nothing.frame, source.rows)
-        kept.append(judged.kept if files is None else _placed(judged, nothing, files[0]))
+        nothing = _Piece(units[0], None if files is None else files[0], RawRows(_no_rows(units[0]), 0))
+        judged = judge(nothing.raw.frame, source.rows)
+        kept.append(judged.kept if files is None else _placed(judged, [nothing]))
     return pl.concat(kept), tally, pl.concat(rejected, how="diagonal_relaxed") if rejected else None
 
 
-def _placed(judged: JudgedRows, raw: RawRows, file: int) -> pl.DataFrame:
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Rows as they stand in a file, with its number if that is asked for."""
+
+    unit: ReadUnit
+    file: int | None
+    raw: RawRows
+
+
+def _judged_together(units: Sequence[ReadUnit], files: Sequence[int] | Sequence[None]) -> Iterator[list[_Piece]]:
+    """Read units; pieces of small ones with the same types come together, as a judgement takes 2 ms for any number."""
+    held: list[_Piece] = []
+    rows = 0
+    for unit, file in zip(units, files, strict=True):
+        for raw in read(unit):
+            if held and (rows + raw.frame.height > JUDGED_ROWS or raw.frame.schema != held[0].raw.frame.schema):
+                yield held
+                held, rows = [], 0
+            held.append(_Piece(unit, file, raw))
+            rows += raw.frame.height
+    if held:
+        yield held
+
+
+def _placed(judged: JudgedRows, pieces: Sequence[_Piece]) -> pl.DataFrame:
     """The kept rows with the file and the row that they stood in; nothing may have been filtered."""
-    rows = np.delete(np.arange(raw.first_row, raw.first_row + raw.frame.height), judged.rejected_rows.to_numpy())
-    return judged.kept.with_columns(pl.lit(file, pl.Int32).alias(FILE), pl.Series(ROW, rows, pl.Int64))
+    heights = [piece.raw.frame.height for piece in pieces]
+    files = np.repeat(np.array([piece.file for piece in pieces], np.int32), heights)
+    firsts = [np.arange(piece.raw.first_row, piece.raw.first_row + piece.raw.frame.height) for piece in pieces]
+    bad = judged.rejected_rows.to_numpy()
+    return judged.kept.with_columns(
+        pl.Series(FILE, np.delete(files, bad), pl.Int32),
+        pl.Series(ROW, np.delete(np.concatenate(firsts), bad), pl.Int64),
+    )
 
 
 def _no_rows(unit: ReadUnit) -> pl.DataFrame:

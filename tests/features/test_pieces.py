@@ -1,8 +1,9 @@
-"""Large CSV files are read in pieces, side by side, as if each were read as a whole."""
+"""Large CSV files are read in pieces, side by side, and small files are judged together: neither makes a difference."""
 
 from __future__ import annotations
 
 import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -11,8 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.core.errors import SourceError
-from tasks.features import pieces
+from tasks.features import pieces, stages
+from tasks.features.config import FeatureStoreConfig
+from tasks.features.plan import plan_features, with_uris
+from tasks.features.sample import SAMPLE_AS_OF, write_sample
 from tasks.features.sources import ReadUnit, inspect, read, read_units
+from tasks.features.standard import STANDARD
 
 FIELDS = st.sampled_from(
     ["", "x", "7.5", '"a,b"', '"two\nlines"', '"with ""quotes"""', 'in"side', '""', "é", " ", '"\r\n"']
@@ -99,3 +104,43 @@ def test_a_quote_that_is_not_closed_is_told_with_its_line_in_the_file(
     assert len(units) == 4
     with pytest.raises(SourceError, match=r"the quoted field that begins in line 54 isn't closed"):
         all_rows(units)
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+@pytest.mark.parametrize("at_once", [1, 7, 65_536])
+def test_small_files_that_are_judged_together_are_judged_as_each_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int, numbered: bool
+) -> None:
+    monkeypatch.setattr(stages, "JUDGED_ROWS", at_once)
+    sample = write_sample(str(tmp_path / "sample"), 400, 0)
+    table = pl.read_parquet(sample["transactions"])
+    amounts = pl.when(pl.int_range(pl.len()) % 9 == 4).then(pl.lit(float("nan"))).otherwise("amount")
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for number, rows in enumerate(table.with_columns(amounts.alias("amount")).iter_slices(31)):
+        if number % 3:
+            rows.write_parquet(folder / f"{number:02d}.parquet", row_group_size=10)
+        else:
+            rows.write_csv(folder / f"{number:02d}.csv")
+            with (folder / f"{number:02d}.csv").open("a") as lines:
+                lines.write("too,few\n")
+    config = FeatureStoreConfig(root=str(tmp_path), **{**sample, "transactions": str(folder)})
+    (plan,) = plan_features(with_uris(STANDARD, config), config, (SAMPLE_AS_OF,))
+    # An incremental run, which asks for numbers, keeps later events.
+    source = replace(plan.events, rows=replace(plan.events.rows, as_of=None)) if numbered else plan.events
+    units = source.units(10)
+    files = list(range(len(units))) if numbered else None
+    kept, tally, rejected = stages.read_and_judge(source, *units, files=files)
+    alone = [
+        stages.read_and_judge(source, unit, files=[number] if numbered else None) for number, unit in enumerate(units)
+    ]
+    assert kept.equals(pl.concat([rows for rows, _, _ in alone]))
+    assert rejected is not None
+    wanted = pl.concat([rows for _, _, rows in alone if rows is not None], how="diagonal_relaxed")
+    order = ["_file", "_row", "_line"]
+    assert rejected.sort(order).equals(wanted.select(rejected.columns).sort(order))
+    assert rejected.height > 40
+    for name in ("rows_in", "rows_out"):
+        assert getattr(tally, name) == sum(getattr(one, name) for _, one, _ in alone)
+    assert tally.rejected == sum((one.rejected for _, one, _ in alone), type(tally.rejected)())
+    assert tally.rejected["malformed_row"] == len(list(folder.glob("*.csv")))
