@@ -46,8 +46,8 @@ Result = TypeVar("Result")
 Int64Array = npt.NDArray[np.int64]
 Progress = Callable[[int], None]
 
-MAX_BLOCKS = 2048
-"""Blocks that a plan begins with: a block may hold several parts."""
+MAX_BLOCKS = 512
+"""Blocks that a plan begins with, on up to 128 CPUs: a block may hold several parts. Each takes 45 KB of the driver."""
 
 PARTITION_BYTES = 64 * 2**20
 """Packed rows that one reducing task maps, about."""
@@ -96,7 +96,7 @@ class Parts:
             # A dataset keeps the settings of the moment that it was made, and what is derived from it has them, too.
             vars(self.tables.context).update(vars(context.copy()))
             return self.tables
-        blocks = min(self.count, max(MAX_BLOCKS, 16 * cluster_cpus()))
+        blocks = min(self.count, max(MAX_BLOCKS, 4 * cluster_cpus()))
         tables = []
         for block in range(blocks):
             first, last = self.count * block // blocks, self.count * (block + 1) // blocks

@@ -241,7 +241,7 @@ LAWS = {
         {"seconds": 1.1, "driver MiB": 1.1},
     ),
     "labels": Law(labels, (250_000, 1_000_000, 4_000_000), {"seconds": 1.1, "driver MiB": 0.05}),
-    "images": Law(images, (2_000, 10_000, 50_000), {"seconds": 1.1, **FLAT}),
+    "images": Law(images, (2_000, 20_000, 100_000), {"seconds": 1.1, **FLAT}),
     "versions": Law(versions, (10, 100, 1000), {"seconds": 0.3, "driver MiB": 0.05}),
     "versions-on-s3": Law(
         versions_on_s3, (10, 100, 990), {f"{step} requests": 0.01 for step in ("latest", "refresh", "publish")}
