@@ -250,7 +250,11 @@ def inspect_files(name: str, uri: str, infos: Sequence[storage.FileInfo]) -> Sou
 
     """
     with ThreadPoolExecutor(min(_READERS, len(infos))) as pool:
-        return SourceTable(name, uri, tuple(pool.map(lambda info: _inspect_file(name, uri, info), infos)))
+        files = list(pool.map(lambda info: _inspect_file(name, uri, info), infos))
+    # Files have the same few schemas, which take more memory than all else that is known of them.
+    known: dict[pa.Schema, pa.Schema] = {}
+    shared = (known.setdefault(file.schema, file.schema) for file in files)
+    return SourceTable(name, uri, tuple(replace(one, schema=schema) for one, schema in zip(files, shared, strict=True)))
 
 
 def check_columns(table: SourceTable, wanted: Mapping[str, str]) -> None:
@@ -489,7 +493,7 @@ def _inspect_file(name: str, uri: str, info: storage.FileInfo) -> SourceFile:
         if info.uri.lower().endswith(".parquet"):
             metadata = pq.read_metadata(storage.open_input(info.uri))
             groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-            file = SourceFile(info, "parquet", metadata.schema.to_arrow_schema(), groups)
+            file = SourceFile(info, "parquet", metadata.schema.to_arrow_schema().remove_metadata(), groups)
         else:
             schema, empty = _csv_schema(info.uri)
             file = SourceFile(info, "csv", schema, (0,) if empty else None, pieces=cut(info))
