@@ -178,6 +178,6 @@ def test_options_that_are_named_exist() -> None:
         "--no-self-test",
         "--label-thresholds",
     }  # the commands', and flags
-    known |= {"--repartition", "--map-groups", "--large", "--memory"}  # the benchmarks'
+    known |= {"--map-groups", "--memory", "--rows"}  # the benchmarks'
     prose = BLOCK.sub("", README).replace("ruff format --check", "")
     assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= known

@@ -58,8 +58,8 @@ MIN_BATCH_BYTES, MAX_BATCH_BYTES = 16 * 2**20, 2**30
 MAX_PARTITIONS = 1024
 """Each mapping task of the shuffle has an object for each partition."""
 
-MAX_SHARDS = 2**17
-"""Such objects in all, about: the driver holds some kilobytes for each."""
+MAX_SHARDS = 2**15
+"""Such objects in all, as long as mapping tasks aren't larger than they may be: the driver takes 20 KB for each."""
 
 FETCH_SECONDS = 60.0
 """How long a task of a shuffle's second half waits for some of its rows: what a dead node held may never come."""

@@ -132,7 +132,9 @@ def test_objects_of_a_shuffle_have_a_bound_on_any_cluster(
     for buckets in (1, 100, 4096):
         partitions = engine._partition_count(buckets, volume)
         batch = engine._batch_bytes(volume, partitions)
-        assert -(-volume // batch) * partitions <= 1.01 * engine.MAX_SHARDS + partitions
+        few = -(-volume // batch) * partitions <= 1.01 * engine.MAX_SHARDS + partitions
+        assert few or batch == engine.MAX_BATCH_BYTES
+        assert batch <= max(engine.MIN_BATCH_BYTES, volume // min(2 * cpus, engine.MAX_SHARDS // partitions))
 
 
 def test_settings_of_ray_data_are_those_of_before() -> None:
