@@ -79,7 +79,7 @@ def with_lists(uri: str, manifest: Manifest) -> Manifest:
     lists = {
         field: tuple(
             FileEntry(path=path, rows=rows, bytes=size, digest=stated)
-            for path, rows, size, stated in _rows(table, pc.field("list") == name)
+            for path, rows, size, stated in _rows(table, pc.equal(table["list"], name))
         )
         for name, field in _LISTS.items()
     }
@@ -88,7 +88,7 @@ def with_lists(uri: str, manifest: Manifest) -> Manifest:
             update={
                 "files": tuple(
                     InputFile(uri=path, bytes=size, fingerprint=stated)
-                    for path, _, size, stated in _rows(table, pc.field("input") == place)
+                    for path, _, size, stated in _rows(table, pc.equal(table["input"], place))
                 )
             }
         )
@@ -111,6 +111,6 @@ def _table(name: str, place: int | None, files: Sequence[FileEntry | InputFile])
     return pa.table(columns, schema=_SCHEMA)
 
 
-def _rows(table: pa.Table, which: pc.Expression) -> Iterator[tuple[str, int, int, str]]:
+def _rows(table: pa.Table, which: pa.ChunkedArray) -> Iterator[tuple[str, int, int, str]]:
     found = table.filter(which)
     yield from zip(*(found[name].to_pylist() for name in ("path", "rows", "bytes", "digest")), strict=True)
