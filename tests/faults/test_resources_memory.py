@@ -33,8 +33,8 @@ def test_a_task_that_always_takes_too_much_memory(
     with Reader(store, DELIVERY):
         told = start(DELIVERY, store.config(DELIVERY), **environment, **monitor).fail()
     assert "out of memory: Ray killed the worker of a task" in told, told
-    # It may have taken the task that drives the job with it: then the flow has run again, once.
-    assert 2 <= planted.struck() < 100
+    # It may have taken the task that drives the job with it, even before a second try: then the flow has run again.
+    assert 1 <= planted.struck() < 100
     assert "memory" in told.splitlines()[-1], told
     assert cure in told.splitlines()[-1], told
     for dataset in DATASETS[DELIVERY]:
