@@ -275,11 +275,6 @@ def read_and_judge(
                 tally.rejected[MALFORMED] += len(lines)
                 bad = pl.DataFrame({LINE: lines}, schema={LINE: pl.String})
                 rejected.append(bad.with_columns(pl.lit(MALFORMED).alias(REASON), pl.lit(piece.unit.uri).alias(FILE)))
-    # An empty file, too, has typed columns.
-    if not kept:
-        nothing = _Piece(units[0], None if files is None else files[0], RawRows(_no_rows(units[0]), 0))
-        judged = judge(nothing.raw.frame, source.rows)
-        kept.append(judged.kept if files is None else _placed(judged, [nothing]))
     return pl.concat(kept), tally, pl.concat(rejected, how="diagonal_relaxed") if rejected else None
 
 
@@ -294,17 +289,17 @@ class _Piece:
 
 def _judged_together(units: Sequence[ReadUnit], files: Sequence[int] | Sequence[None]) -> Iterator[list[_Piece]]:
     """Read units; pieces of small ones with the same types come together, as a judgement takes 2 ms for any number."""
-    held: list[_Piece] = []
-    rows = 0
-    for unit, file in zip(units, files, strict=True):
-        for raw in read(unit):
-            if held and (rows + raw.frame.height > JUDGED_ROWS or raw.frame.schema != held[0].raw.frame.schema):
-                yield held
-                held, rows = [], 0
-            held.append(_Piece(unit, file, raw))
-            rows += raw.frame.height
-    if held:
-        yield held
+    found = (_Piece(unit, file, raw) for unit, file in zip(units, files, strict=True) for raw in read(unit))
+    # An empty file, too, has typed columns.
+    first = next(found, _Piece(units[0], files[0], RawRows(_no_rows(units[0]), 0)))
+    held, rows = [first], first.raw.frame.height
+    for piece in found:
+        if rows + piece.raw.frame.height > JUDGED_ROWS or piece.raw.frame.schema != first.raw.frame.schema:
+            yield held
+            first, held, rows = piece, [], 0
+        held.append(piece)
+        rows += piece.raw.frame.height
+    yield held
 
 
 def _placed(judged: JudgedRows, pieces: Sequence[_Piece]) -> pl.DataFrame:
