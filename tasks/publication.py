@@ -14,7 +14,7 @@ from prefect.runtime import deployment, flow_run
 from pydantic import BaseModel
 
 from tasks.artifacts import publish_report
-from tasks.core import layout, storage, versions
+from tasks.core import layout, page, storage, versions
 from tasks.core.conservation import check_written
 from tasks.core.errors import GateFailed
 from tasks.core.manifest import (
@@ -117,7 +117,7 @@ def write_report(report: Report, manifest: Manifest, reservation: Reservation, n
     name = name or manifest.dataset.rpartition("/")[2]
     versions.ensure_newest(reservation)
     html_uri = layout.join(reservation.uri, layout.REPORT_HTML)
-    faces = {html_uri: report.to_html(), layout.join(reservation.uri, layout.REPORT_JSON): report.to_json()}
+    faces = {html_uri: page.html(report), layout.join(reservation.uri, layout.REPORT_JSON): report.to_json()}
     for uri, content in faces.items():
         storage.write_bytes(uri, content)
     publish_report(name, report.to_markdown(), report.checks_table(), html_uri)

@@ -17,7 +17,7 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from tasks.artifacts import Progress, progress, publish_report, publish_table
-from tasks.core import layout, storage, versions
+from tasks.core import layout, page, storage, versions
 from tasks.core.manifest import GateResult, Manifest, RunRecord
 from tasks.core.provenance import code_digest
 from tasks.core.report import Report
@@ -209,7 +209,7 @@ def _report_training(
         tables=(epoch_table(result.epochs, result.workers), workers),
     )
     html = layout.join(result.run_uri, layout.REPORT_HTML)
-    storage.write_bytes(html, report.to_html())
+    storage.write_bytes(html, page.html(report))
     storage.write_bytes(layout.join(result.run_uri, layout.REPORT_JSON), report.to_json())
     name = f"{config.dataset_name}-training"
     publish_report(name, report.to_markdown(), report.checks_table(), html)

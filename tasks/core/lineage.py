@@ -87,24 +87,6 @@ class Lineage(Record):
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False, indent=1)
         return text.encode() + b"\n"
 
-    def to_text(self) -> str:
-        """A tree from the version back to the sources; what stands in it twice is unfolded once."""
-        from tasks.core import lineage_graph
-
-        return lineage_graph.text(self)
-
-    def to_mermaid(self) -> str:
-        """A flowchart in Mermaid's language, from the sources on."""
-        from tasks.core import lineage_graph
-
-        return lineage_graph.mermaid(self)
-
-    def to_svg(self) -> str:
-        """A picture from the sources on; everything from the data is escaped."""
-        from tasks.core import lineage_picture
-
-        return lineage_picture.svg(self)
-
 
 def trace(root: str, dataset: str, version: int) -> Lineage:
     """Lineage of a committed version, published or rejected, with the trainings on it.

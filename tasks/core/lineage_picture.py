@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from tasks.core.lineage import Lineage
 from tasks.core.lineage_graph import Box, drawn
-from tasks.core.templates import template
 
 WIDTH, HEIGHT = 240.0, 74.0  # of a box, pixels
 ACROSS, DOWN = 38.0, 14.0  # between boxes
@@ -50,12 +49,6 @@ class _Passing:
 
 _Point = str | _Passing
 _Corners = dict[_Point, tuple[float, float]]
-
-
-def svg(lineage: Lineage) -> str:
-    """The picture as a file of its own; the template escapes all text."""
-    found: str = template("lineage.svg.j2").render(picture=place(lineage), styled=True)
-    return found
 
 
 def place(lineage: Lineage) -> Picture:

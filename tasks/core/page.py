@@ -8,17 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tasks.core.lineage_picture import place
 from tasks.core.manifest import CheckResult, ColumnProfile, InputRecord, RowBalance
 from tasks.core.numerals import plural, share, shortened
 from tasks.core.plots import Distribution, distributions, short_name
+from tasks.core.report import Report
 from tasks.core.self_test_section import section
 from tasks.core.templates import template
-
-if TYPE_CHECKING:
-    from tasks.core.report import Report
 
 WIDTH, HEIGHT = 236.0, 84.0  # drawing area of one small multiple, in CSS pixels
 _ROW = 19.0
@@ -54,12 +52,12 @@ class Panel:
     names: tuple[tuple[float, str, str], ...]
 
 
-def render(report: Report) -> str:
-    """HTML of a report."""
+def html(report: Report) -> bytes:
+    """Return a report as one self-contained page in UTF-8: no script, no external address, all data escaped."""
     drift = {check.column: check for check in report.gate.checks if check.name == "drift"}
     drawn = distributions(report.drawable, report.previous_profile, report.gate.checks)
     counted = {verdict: sum(c.verdict == verdict for c in report.checks) for verdict in ("fail", "warn", "pass")}
-    html: str = template("report.html.j2").render(
+    text: str = template("report.html.j2").render(
         report=report,
         counted=counted,
         self_test=section(report.gate, report.self_test),
@@ -77,7 +75,7 @@ def render(report: Report) -> str:
         timings=_timings(report.timings),
         settings=[(name, _json(value)) for name, value in _settings(report) if value],
     )
-    return html
+    return text.encode()
 
 
 def _panel(one: Distribution, check: CheckResult | None) -> Panel:

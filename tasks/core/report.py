@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from tasks.core import lineage_graph
 from tasks.core.lineage import Lineage
 from tasks.core.manifest import (
     CheckResult,
@@ -176,12 +177,6 @@ class Report(Record):
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False, indent=1)
         return text.encode() + b"\n"
 
-    def to_html(self) -> bytes:
-        """One self-contained page, UTF-8: no script, no external address; everything from the data is escaped."""
-        from tasks.core.page import render
-
-        return render(self).encode()
-
     def to_markdown(self, html_uri: str | None = None, max_bytes: int = MARKDOWN_BYTES) -> str:
         """Summary for a Prefect artifact: the verdict and why, checks that failed or warned, pictures, rows, lineage.
 
@@ -254,7 +249,7 @@ class Report(Record):
         spent = f", {duration(sum(self.timings.values()))}" if self.timings else ""
         parts = ["## Made from", "\n".join(lines), f"By run {run}, attempt {self.run.attempt}{spent}."]
         if self.lineage is not None:
-            tree = "\n".join(shortened(line, 400) for line in self.lineage.to_text().splitlines())
+            tree = "\n".join(shortened(line, 400) for line in lineage_graph.text(self.lineage).splitlines())
             parts += ["## Lineage", "```text\n" + tree.replace("`", "'") + "\n```"]
         return parts
 

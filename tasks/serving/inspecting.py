@@ -7,7 +7,7 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from tasks.core import storage
+from tasks.core import lineage_graph, storage
 from tasks.core.numerals import number, share
 from tasks.core.reading import CURE, read_manifest, resolve
 from tasks.serving import catalogue
@@ -226,7 +226,7 @@ def lineage(arguments: Namespace) -> int:
     if arguments.json:
         sys.stdout.write(found.to_json().decode())
     else:
-        print((found.to_mermaid() if arguments.mermaid else found.to_text()).rstrip("\n"))
+        print((lineage_graph.mermaid(found) if arguments.mermaid else lineage_graph.text(found)).rstrip("\n"))
     return 0
 
 

@@ -10,13 +10,15 @@ from collections.abc import Sequence
 
 import pytest
 
-from tasks.core import layout, storage, versions
+from tasks.core import layout, lineage_graph, storage, versions
 from tasks.core.errors import VersionNotFound
 from tasks.core.lineage import Lineage, trace, trace_manifest
 from tasks.core.lineage_graph import drawn
 from tasks.core.lineage_picture import place
 from tasks.core.manifest import InputFile, InputRecord, Manifest
+from tasks.core.page import html as as_html
 from tasks.core.report import Report
+from tasks.core.templates import template
 from tests.core.publishing import manifest_of, write
 
 FEATURES = "feature-store/customer-features"
@@ -75,6 +77,11 @@ def store(root: str, history: int = 2) -> str:
 
 def edges(lineage: Lineage) -> set[tuple[str, str]]:
     return {(edge.source.partition(" ")[0], edge.target) for edge in lineage.edges}
+
+
+def _svg(lineage: Lineage) -> str:
+    """The drawing as the report's page has it."""
+    return str(template("lineage.svg.j2").render(picture=place(lineage)))
 
 
 def test_from_the_copy_to_the_files(root: str) -> None:
@@ -142,8 +149,8 @@ def test_what_is_withdrawn_or_gone_is_still_told(root: str) -> None:
     }
     gone = found.versions[-1]
     assert (gone.rows, gone.run, gone.created_at) == (100, None, None)
-    assert "gone" in found.to_text()
-    assert "withdrawn" in found.to_svg()
+    assert "gone" in lineage_graph.text(found)
+    assert "withdrawn" in _svg(found)
 
 
 def test_a_broken_manifest_before_it_is_no_reason_to_fail(tmp_path: object) -> None:
@@ -170,8 +177,8 @@ def test_trainings_on_a_copy(root: str) -> None:
     (training,) = found.trainings
     assert (training.run, training.verdict, training.uri.rpartition("/")[2]) == ("trained", "pass", "v1-trained")
     assert (f"{COPY}@v1", training.id) in {(edge.source, edge.target) for edge in found.edges}
-    assert found.to_text().startswith("training · ")
-    assert "brave-finch" in found.to_svg()
+    assert lineage_graph.text(found).startswith("training · ")
+    assert "brave-finch" in _svg(found)
     assert trace(root, TRAINING, 1).trainings == ()
 
 
@@ -187,7 +194,7 @@ def test_json_reads_back(tmp_path: object) -> None:
 
 
 def test_a_tree(tmp_path: object) -> None:
-    lines = trace(store(str(tmp_path)), COPY, 1).to_text().splitlines()
+    lines = lineage_graph.text(trace(store(str(tmp_path)), COPY, 1)).splitlines()
     names = [re.sub(r" · .*", "", line) for line in lines]
     assert names == [
         COPY,
@@ -224,7 +231,7 @@ def test_a_long_history_is_one_box(tmp_path: object) -> None:
 
 
 def test_mermaid(tmp_path: object) -> None:
-    lines = trace(store(str(tmp_path)), TRAINING, 1).to_mermaid().splitlines()
+    lines = lineage_graph.mermaid(trace(store(str(tmp_path)), TRAINING, 1)).splitlines()
     assert lines[0] == "flowchart LR"
     nodes = [line for line in lines[1:] if "-->" not in line]
     assert all(re.fullmatch(r'  n\d+(\[".*"\]|\[\(".*"\)\]|\(\[".*"\]\))', line) for line in nodes)
@@ -252,12 +259,12 @@ def test_text_from_the_data_stays_text(tmp_path: object) -> None:
     root = str(tmp_path)
     manifest = judged(root, TRAINING, [source(NASTY, f"{NASTY}:1")], NASTY)
     found = trace_manifest(root, manifest)
-    picture = ET.fromstring(found.to_svg())
+    picture = ET.fromstring(_svg(found))
     assert "script" not in {element.tag.rpartition("}")[2] for element in picture.iter()}
-    assert '"<' not in found.to_mermaid()
-    assert "<script" not in found.to_mermaid()
+    assert '"<' not in lineage_graph.mermaid(found)
+    assert "<script" not in lineage_graph.mermaid(found)
     report = Report.of(manifest, None, lineage=found)
-    page = report.to_html().decode()
+    page = as_html(report).decode()
     assert "<script" not in page
     assert 'aria-label="Lineage, from the sources on"' in page
     assert "`" not in report.to_markdown().partition("```text\n")[2].partition("\n```")[0]
@@ -267,7 +274,7 @@ def test_the_report_shows_it(tmp_path: object) -> None:
     root = store(str(tmp_path))
     manifest = versions.read_manifest(root, COPY, 1)
     report = Report.of(manifest, None, lineage=trace(root, COPY, 1))
-    page, text = report.to_html().decode(), report.to_markdown()
+    page, text = as_html(report).decode(), report.to_markdown()
     assert page.count("<svg xmlns") == 1
     assert "transactions" in page
     assert "Inputs, run and version" not in page

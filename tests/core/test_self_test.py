@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tasks.core import injection, sampling, storage
 from tasks.core.errors import ConfigError, LeakFound
 from tasks.core.manifest import CheckResult, FaultResult, GateResult, Verdict
+from tasks.core.page import html as as_html
 from tasks.core.quality import gate
 from tasks.core.report import Report
 from tasks.core.sampling import sample_rows
@@ -104,7 +105,7 @@ def test_a_self_test_that_failed_is_blind_and_says_so() -> None:
 
 def test_the_report_shows_the_blind_first_and_escapes_everything() -> None:
     made = report(self_test=results())
-    html = made.to_html().decode()
+    html = as_html(made).decode()
     start = html.index("<h2>Self-test</h2>")
     section = html[start : html.index("<h2>", start + 4)]
     assert [section.index(f">{name}<") for name in "cbad"] == sorted(section.index(f">{name}<") for name in "cbad")
@@ -120,12 +121,12 @@ def test_the_report_shows_the_blind_first_and_escapes_everything() -> None:
 
 
 def test_a_version_without_a_self_test_has_no_section() -> None:
-    assert "Self-test" not in report().to_html().decode()
+    assert "Self-test" not in as_html(report()).decode()
     assert "Self-test" not in report().to_markdown()
 
 
 def test_a_failed_self_test_stands_in_the_report_without_unproven_checks() -> None:
-    html = report(self_test=(failed(RuntimeError("no disk")),)).to_html().decode()
+    html = as_html(report(self_test=(failed(RuntimeError("no disk")),))).decode()
     assert "The self-test failed: RuntimeError: no disk" in html
     assert "unproven" not in html
 
