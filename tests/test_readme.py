@@ -1,4 +1,4 @@
-"""The README's commands and examples, in order, in one directory."""
+"""The commands and examples of the README and its chapters, in order, in one directory."""
 
 from __future__ import annotations
 
@@ -25,12 +25,19 @@ CONFIGS: dict[str, type[BaseModel]] = {
     "flows.training_delivery": DeliveryConfig,
 }
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+CHAPTERS = [
+    ROOT / place / "README.md"
+    for place in (
+        *(".", "tasks/images", "tasks/loader", "tasks/features", "tasks/serving", "tasks/audit", "tasks/store"),
+        "tests/benchmarks",
+    )
+]
+README = "\n".join(chapter.read_text() for chapter in CHAPTERS)
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks() -> list[tuple[str, str, str]]:
-    """Language, its attributes and the text of each fenced block."""
+    """Return language, attributes and text of each fenced block."""
     return [(language, attributes.strip(), text) for language, attributes, text in BLOCK.findall(README)]
 
 
@@ -163,6 +170,16 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 @pytest.mark.parametrize("path", re.findall(r"`((?:tasks|flows|tests|deployments)/[\w/.]+\.\w+)`", README))
 def test_files_that_are_named_exist(path: str) -> None:
     assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("chapter", [*CHAPTERS, ROOT / "deployments" / "README.md"], ids=lambda path: path.parent.name)
+def test_links_lead_somewhere(chapter: Path) -> None:
+    links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", chapter.read_text())
+    assert [link for link in links if not (chapter.parent / link).exists()] == []
+
+
+def test_the_readme_is_read_within_minutes() -> None:
+    assert len(CHAPTERS[0].read_bytes()) <= 12_000
 
 
 def test_options_that_are_named_exist() -> None:
