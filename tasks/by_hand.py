@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tasks.core.errors import ConfigError, InputError, PipelineError
+from tasks.core.errors import ConfigError, InputError, PipelineError, causes
 from tasks.core.stopping import stops_unwind
 
 FAILED, WRONG_ARGUMENTS = 1, 2
@@ -162,7 +162,7 @@ def summary(result: Sequence[Any]) -> str:
 
 def _own(fault: BaseException | None) -> PipelineError | None:
     """The first of our own errors in a chain of causes."""
-    for link in _causes(fault):
+    for link in causes(fault, contexts=True):
         for own in (getattr(link, "cause", None), link):  # what Ray carried is of its kind too, but with a traceback
             if isinstance(own, PipelineError):
                 return own
@@ -172,17 +172,9 @@ def _own(fault: BaseException | None) -> PipelineError | None:
 def _lost_api(fault: BaseException | None) -> BaseException | None:
     """The first error of a connection to Prefect's API, which nothing but Prefect's client raises."""
     names = {"TransportError", "ConcurrencySlotAcquisitionError"}
-    return next((link for link in _causes(fault) if names & {kind.__name__ for kind in type(link).__mro__}), None)
-
-
-def _causes(fault: BaseException | None) -> Iterator[BaseException]:
-    """A chain of causes; Ray and Prefect wrap what a worker raised."""
-    seen: set[int] = set()
-    while fault is not None and id(fault) not in seen:
-        seen.add(id(fault))
-        yield fault
-        carried = getattr(fault, "cause", None)
-        fault = carried if isinstance(carried, BaseException) else fault.__cause__ or fault.__context__
+    return next(
+        (link for link in causes(fault, contexts=True) if names & {kind.__name__ for kind in type(link).__mro__}), None
+    )
 
 
 @contextmanager

@@ -23,12 +23,11 @@ from ray.exceptions import (
     NodeDiedError,
     ObjectLostError,
     OutOfMemoryError,
-    RayTaskError,
     WorkerCrashedError,
 )
 
-from tasks.core.errors import PipelineError
-from tasks.core.losses import causes, explained_loss
+from tasks.core.errors import PipelineError, causes
+from tasks.core.losses import explained_loss
 from tasks.core.refusal import refusal, refused_credentials
 from tasks.core.settings import seconds_from_environment
 from tasks.core.transient import is_transient
@@ -60,9 +59,7 @@ def worth_retrying(error: BaseException) -> bool:
         return False
     if any(isinstance(link, (*RAY_LOSSES, *API_LOSSES)) for link in chain):
         return True
-    # `is_transient` follows ordinary causes itself, but not into what Ray carried from a worker.
-    carried = [link.cause for link in chain if isinstance(link, RayTaskError)]
-    return any(is_transient(start) for start in (error, *carried))
+    return is_transient(error)
 
 
 @contextmanager
@@ -98,7 +95,7 @@ def final_unless_transient(less_at_once: str) -> Iterator[None]:
 
 def _told(error: BaseException, less_at_once: str) -> PipelineError | None:
     """What a library's error means for the one who started the run, where that is known."""
-    refused = next((cause for link in causes(error) if (cause := refused_credentials(link))), None)
+    refused = refused_credentials(error)
     return refusal("the store", refused) if refused else explained_loss(error, less_at_once)
 
 

@@ -35,8 +35,7 @@ from ray.exceptions import RayTaskError
 
 from tasks.core.cluster import LOST_WORKER_RETRIES, cluster_cpus, data_context, nodes
 from tasks.core.conservation import check_equal
-from tasks.core.errors import BalanceError, PipelineError
-from tasks.core.losses import causes
+from tasks.core.errors import BalanceError, PipelineError, causes
 from tasks.core.partition import Frame, pack, unpack
 from tasks.core.settings import seconds_from_environment
 

@@ -21,6 +21,10 @@ PipelineError
 Anything else that reaches the user is a fault of the environment (network, disk, a lost worker) or of ours.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+
 
 class PipelineError(Exception):
     """Base of every error that this project raises on purpose."""
@@ -88,3 +92,24 @@ class CorruptVersion(PipelineError):
 
 class DamagedManifest(CorruptVersion):
     """A version's manifest was read whole and is none: cut short, altered, or another version's."""
+
+
+def causes(error: BaseException | None, *, contexts: bool = False) -> Iterator[BaseException]:
+    """Yield an error, what Ray carried of it from a worker, and what it was raised from, each once.
+
+    Args:
+        error: The outermost error.
+        contexts: Follow errors that were being handled, too, where no cause is named.
+
+    """
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        link = waiting.pop()
+        if link is None or id(link) in seen:
+            continue
+        seen.add(id(link))
+        yield link
+        handled = link.__context__ if contexts and not link.__suppress_context__ else None
+        carried = getattr(link, "cause", None)  # of Ray's RayTaskError
+        waiting += [link.__cause__ or handled, carried if isinstance(carried, BaseException) else None]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import ray.exceptions
 
 from tasks.core.cluster import LOST_WORKER_RETRIES
-from tasks.core.errors import DiskFull, PipelineError, WorkersKilled
+from tasks.core.errors import DiskFull, PipelineError, WorkersKilled, causes
 
 
 @contextlib.contextmanager
@@ -47,21 +47,6 @@ def explained_loss(error: BaseException, cure: str, often: str = "") -> Pipeline
 
     """
     return next(filter(None, (_explained(link, cure, often) for link in causes(error))), None)
-
-
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it was raised from, and what Ray carried from a worker, each once."""
-    seen: set[int] = set()
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        link = waiting.pop()
-        if link is None or id(link) in seen:
-            continue
-        seen.add(id(link))
-        yield link
-        if isinstance(link, ray.exceptions.RayTaskError):
-            waiting.append(link.cause)
-        waiting.append(link.__cause__)
 
 
 def _explained(error: BaseException, cure: str, often: str) -> PipelineError | None:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
-from tasks.core.errors import CredentialsRefused
+from tasks.core.errors import CredentialsRefused, causes
 from tasks.core.location import is_s3, normalise, s3_filesystem
 
 P = ParamSpec("P")
@@ -35,8 +35,7 @@ _BY_STATUS = re.compile(r"HTTP status 40[03]|AWS Error ACCESS_DENIED")
 
 def refused_credentials(error: BaseException) -> str | None:
     """What the store has against the credentials, as an error or one of its causes names it; None if it is no such."""
-    link: BaseException | None = error
-    while link is not None:
+    for link in causes(error):
         response = getattr(link, "response", None)
         code = str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else type(link).__name__
         if code in _CAUSES:
@@ -44,7 +43,6 @@ def refused_credentials(error: BaseException) -> str | None:
         # pyarrow, and what s3fs has raised in another process, say it in their text alone.
         if isinstance(link, OSError) and (named := _NAMED.search(str(link))):
             return _CAUSES[named[1]]
-        link = link.__cause__
     return None
 
 

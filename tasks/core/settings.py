@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from collections.abc import Sequence
@@ -56,6 +57,34 @@ class Settings(BaseModel):
     """Base of every part of a flow's configuration: frozen, without unknown fields, NaN or infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, json_schema_extra=in_order)
+
+
+def load_object(setting: str, path: str) -> Any:
+    """Import what a user's import path names, 'package.module:name'.
+
+    Args:
+        setting: Name of the setting, for messages.
+        path: The import path; importing it runs the module.
+
+    Raises:
+        ConfigError: it is no import path, can't be imported, or isn't there; the message says which part is wrong.
+
+    """
+    module, _, name = path.partition(":")
+    if not (module and name):
+        raise ConfigError(f"{setting} = '{path}' is no import path; write it like 'package.module:name'")
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # whatever the module's own code raises
+        raise ConfigError(
+            f"{setting} = '{path}': can't import '{module}': {type(error).__name__}: {error}; "
+            "check its name, that it is on the path of every worker, and that it can be imported by itself"
+        ) from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ConfigError(f"{setting} = '{path}': '{module}' has no '{name}'; check the name")
+        found = getattr(found, part)
+    return found
 
 
 def seconds_from_environment(name: str, default: float, most: float) -> float:

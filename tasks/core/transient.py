@@ -5,9 +5,8 @@ from __future__ import annotations
 import errno
 import re
 import ssl
-from collections.abc import Iterator
 
-from tasks.core.errors import PipelineError
+from tasks.core.errors import PipelineError, causes
 
 _PERMANENT = (
     PipelineError,
@@ -66,20 +65,11 @@ def is_transient(error: BaseException) -> bool:
     The error and then its causes are looked at, outermost first; the first one that can be judged decides. So an
     `InputError` raised because of a lost connection stays permanent, and an unknown wrapper takes its cause's verdict.
     """
-    for link in _chain(error):
+    for link in causes(error, contexts=True):
         verdict = _verdict(link)
         if verdict is not None:
             return verdict
     return False
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    link: BaseException | None = error
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
-        yield link
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
 
 
 def _verdict(error: BaseException) -> bool | None:

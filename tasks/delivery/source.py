@@ -6,7 +6,6 @@ what can be wrong with a row is found in `stages`.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ import pyarrow.types as pt
 from tasks.core import layout, storage, versions
 from tasks.core.errors import ConfigError
 from tasks.core.manifest import FileEntry, InputRecord, Manifest
+from tasks.core.names import closest
 from tasks.core.own_columns import AS_OF, EVENT_TIME, READY, RECORDS, TARGET
 from tasks.core.reading import compare, explained, opened, verify_digest
 from tasks.core.tensors import TensorSpec, is_tensor, tensor_spec
@@ -344,9 +344,7 @@ def _matching(patterns: Sequence[str], known: Sequence[str], schema: pa.Schema, 
 
 def _check_column(column: str, schema: pa.Schema, name: str, option: str) -> None:
     if column not in schema.names:
-        close = difflib.get_close_matches(column, schema.names, n=3, cutoff=0.5)
-        cure = "did you mean " + " or ".join(map(repr, close)) + "?" if close else "it has " + ", ".join(schema.names)
-        raise ConfigError(f"{option}: {name} has no column '{column}'; {cure}")
+        raise ConfigError(f"{option}: {name} has no column '{column}'{closest(column, schema.names)}")
 
 
 def is_text(kind: pa.DataType) -> bool:

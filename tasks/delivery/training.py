@@ -7,7 +7,6 @@ the run goes on.
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import logging
@@ -26,6 +25,7 @@ import torch
 from tasks.core import layout, storage
 from tasks.core.cluster import connect, environment, handler_kept
 from tasks.core.errors import ConfigError, PipelineError
+from tasks.core.settings import load_object
 from tasks.delivery.config import TrainingConfig
 from tasks.delivery.loops import Send, State, TrainingRun, open_run
 from tasks.delivery.monitoring import TrainingResult, WorkerEpoch
@@ -95,20 +95,7 @@ def load_function(path: str) -> Callable[[TrainingRun], Any]:
     Raises:
         ConfigError: it can't be imported, or is no function; the message says which part is wrong.
     """
-    module_name, colon, name = path.partition(":")
-    if not (module_name and colon and name):
-        raise ConfigError(f"function = '{path}' is no import path; write it like 'package.module:name'")
-    try:
-        found: Any = importlib.import_module(module_name)
-    except Exception as error:
-        raise ConfigError(
-            f"function = '{path}': can't import '{module_name}': {type(error).__name__}: {error}; check its name, that "
-            "it is on the path of every worker, and that it can be imported by itself"
-        ) from error
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise ConfigError(f"function = '{path}': '{module_name}' has no '{name}'; check the name")
-        found = getattr(found, part)
+    found = load_object("function", path)
     if not callable(found):
         raise ConfigError(
             f"function = '{path}' is a {type(found).__name__}, no function; name a function of one TrainingRun"

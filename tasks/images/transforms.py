@@ -7,7 +7,6 @@ one by one (each has its own size); all that follows works on many variants at o
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 import random
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tasks.core.errors import ConfigError
+from tasks.core.settings import load_object
 from tasks.images import colours
 from tasks.images.config import Augmentation
 from tasks.images.draws import Draws, policy_seeds, window
@@ -245,18 +245,7 @@ def load_policy(path: str) -> Callable[..., Any]:
         ConfigError: it can't be imported, isn't there, or is no transform.
 
     """
-    module_name, _, name = path.partition(":")
-    try:
-        found = importlib.import_module(module_name)
-    except Exception as error:  # whatever the module's own code raises
-        raise ConfigError(
-            f"policy = '{path}': can't import '{module_name}': {type(error).__name__}: {error}; "
-            "check its name, that it is on the path of every worker, and that it can be imported by itself"
-        ) from error
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise ConfigError(f"policy = '{path}': '{module_name}' has no '{name}'; check the name")
-        found = getattr(found, part)
+    found: Callable[..., Any] = load_object("policy", path)
     if not callable(found):
         raise ConfigError(
             f"policy = '{path}' is {_described(found)}, no transform; name a torchvision.transforms.v2 transform, "
