@@ -19,26 +19,24 @@ from prefect.runtime import flow_run
 
 from tasks.core import storage
 from tasks.feature_store import (
+    build_set,
     compute_features,
     plan_sources,
+    plan_training_sets,
     prepare_sources,
+    publish_training_sets,
     publish_versions,
+    reserve_training_sets,
     reserve_versions,
     unfinished,
     validate_features,
+    validate_set,
 )
 from tasks.features.config import FeatureStoreConfig
 from tasks.open_lineage import LINEAGE_HOOKS
 from tasks.publication import PublishedVersion, run_record
 from tasks.retries import final_unless_transient
 from tasks.runner import ray_runner
-from tasks.training_sets import (
-    build_set,
-    plan_training_sets,
-    publish_training_sets,
-    reserve_training_sets,
-    validate_set,
-)
 
 DEFAULTS = FeatureStoreConfig()
 

@@ -6,7 +6,6 @@ What a task gives to the next is a small frozen value; what it makes stands on s
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 from prefect import get_run_logger, task
@@ -16,8 +15,7 @@ from tasks.artifacts import progress, publish_table
 from tasks.core import layout, storage, versions
 from tasks.core.errors import Superseded
 from tasks.core.manifest import GateResult, Manifest, RunRecord
-from tasks.core.provenance import code_digest
-from tasks.core.report import DataTable, Picture, Report
+from tasks.core.report import DataTable, Picture
 from tasks.core.reservation import Reservation, reserve
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.gate import class_summary, judge_images, summary_csv
@@ -27,10 +25,9 @@ from tasks.images.plan import ImagePlan, plan_images
 from tasks.images.sample import write_sample
 from tasks.images.self_test import self_test
 from tasks.images.split import SPLITS
-from tasks.publication import JudgedVersion, PublishedVersion, manifest_of, proven, publish, write_report
+from tasks.publication import JudgedVersion, PublishedVersion, judged_version, manifest_of, publish
 from tasks.retries import RETRY
 
-_CODE = Path(__file__).parent
 _CURES = {
     "rejected": "see _rejected/ for each image and its reason, or raise --thresholds.rejected-fail",
     "invalid": "look at the contact sheet, or raise --thresholds.invalid-fail",
@@ -119,22 +116,19 @@ def validate_images(
         previous=previous,
     )
     manifest = _manifest(plan, augmented, config=config, run=run, gate=gate)
-    if config.self_test:
-        manifest = proven(manifest, lambda: self_test(reservation.root, manifest, config, previous))
     summary = _summary(plan, augmented, config)
     storage.write_bytes(layout.join(reservation.uri, layout.CLASS_SUMMARY), summary_csv(summary))
     publish_table(f"{config.name}-classes", summary.to_pylist(), f"Classes and splits of {reservation.dataset}")
-    report = Report.of(
+    return judged_version(
         manifest,
+        reservation,
         previous,
+        (lambda: self_test(reservation.root, manifest, config, previous)) if config.self_test else None,
+        base=plan.base,
         timings=augmented.timings,
         pictures=tuple(_pictures(augmented, config, counts)),
         tables=tuple(_tables(plan, augmented)),
     )
-    manifest = write_report(report, manifest, reservation)
-    log = get_run_logger()
-    (log.info if gate.verdict == "pass" else log.warning)("%s: verdict %s", reservation.dataset, gate.verdict)
-    return JudgedVersion(reservation, manifest, plan.base)
 
 
 @task(name="publish-version", cache_policy=NO_CACHE, **RETRY)
@@ -205,7 +199,7 @@ def _manifest(
         gate,
         config,
         run,
-        code_digest(_CODE / "core", _CODE / "images"),
+        packages=("images",),
         side_files=augmented.side_files,
         inputs=plan.inputs,
         definition=definition,

@@ -29,7 +29,7 @@ from tasks.core.manifest import (
     RunRecord,
 )
 from tasks.core.profile import TableProfile
-from tasks.core.provenance import package_versions
+from tasks.core.provenance import job_digest, package_versions
 from tasks.core.report import Report
 from tasks.core.reservation import Reservation, find_manifest
 from tasks.core.self_test import ITSELF, blind, failed, summary
@@ -126,16 +126,24 @@ def write_report(report: Report, manifest: Manifest, reservation: Reservation, n
 
 
 def manifest_of(
-    written: Written, gate: GateResult, config: BaseModel, run: RunRecord, code_digest: str, **more: Any
+    written: Written,
+    gate: GateResult,
+    config: BaseModel,
+    run: RunRecord,
+    *,
+    packages: Sequence[str],
+    declaration: str = "",
+    **more: Any,
 ) -> Manifest:
-    """The manifest of a version that is written and judged.
+    """Return the manifest of a version that is written and judged.
 
     Args:
         written: What the job wrote.
         gate: The gate's verdict.
         config: The run's configuration; credentials never stand in it.
         run: The run.
-        code_digest: Digest of the code and the declaration that made it.
+        packages: Packages below `tasks` whose code made it, besides the shared ones.
+        declaration: Digest of the declaration that made it.
         more: Further fields of the manifest: inputs always, and whatever the kind of dataset has.
 
     Raises:
@@ -156,11 +164,45 @@ def manifest_of(
         profile=written.profile.columns(),
         gate=gate,
         config=config.model_dump(mode="json"),
-        code_digest=code_digest,
+        code_digest=job_digest(*packages, extra=declaration),
         packages=package_versions(),
         run=run.model_copy(update={"attempt": reservation.attempt}),
         **more,
     )
+
+
+def judged_version(
+    manifest: Manifest,
+    reservation: Reservation,
+    previous: Manifest | None,
+    self_test: Callable[[], tuple[FaultResult, ...]] | None,
+    *,
+    base: int | None = None,
+    name: str | None = None,
+    **report: Any,
+) -> JudgedVersion:
+    """Let the gate of a judged version prove itself, write its report and show both in Prefect.
+
+    Args:
+        manifest: The version's.
+        reservation: Where it is written.
+        previous: The version that it is compared with.
+        self_test: Injects faults into a sample of the version and judges each; None leaves it out.
+        base: As in `JudgedVersion`.
+        name: As in `write_report`.
+        report: Further fields of the report.
+
+    Raises:
+        VersionConflict: a newer attempt exists, whose report has the same place.
+
+    """
+    if self_test is not None:
+        manifest = proven(manifest, self_test)
+    manifest = write_report(Report.of(manifest, previous, **report), manifest, reservation, name)
+    log = get_run_logger()
+    verdict = manifest.gate.verdict
+    (log.info if verdict == "pass" else log.warning)("%s: verdict %s", reservation.dataset, verdict)
+    return JudgedVersion(reservation, manifest, base)
 
 
 def proven(manifest: Manifest, self_test: Callable[[], tuple[FaultResult, ...]]) -> Manifest:

@@ -11,7 +11,6 @@ import datetime as dt
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -19,7 +18,6 @@ from prefect.cache_policies import NO_CACHE
 from tasks.artifacts import Progress, progress, publish_report, publish_table
 from tasks.core import layout, page, storage, versions
 from tasks.core.manifest import GateResult, Manifest, RunRecord
-from tasks.core.provenance import code_digest
 from tasks.core.report import Report
 from tasks.core.reservation import Reservation, reserve
 from tasks.delivery.config import DeliveryConfig
@@ -36,15 +34,13 @@ from tasks.publication import (
     JudgedVersion,
     PublishedVersion,
     committed_version,
+    judged_version,
     manifest_of,
-    proven,
     publish,
-    write_report,
 )
 from tasks.retries import RETRY
 
 LOOK_SECONDS = 2.0
-_CODE = Path(__file__).parent
 _CURES = {
     "drift": "if the change is meant, raise --thresholds.drift-fail",
     "schema": "if the change is meant, give --allow-schema-change",
@@ -102,15 +98,16 @@ def validate_copy(source: Source, copy: StreamingReady, config: DeliveryConfig, 
     previous = versions.latest(reservation.root, reservation.dataset)
     gate = judge_copy(config, copy, previous)
     manifest = _manifest(source, copy, config=config, run=run, gate=gate)
-    if config.self_test:
-        manifest = proven(manifest, lambda: self_test(source, manifest, config, previous))
-    title = f"{config.dataset_name} v{manifest.version}, streaming-ready"
-    report = Report.of(manifest, previous, title, rows=_samples(manifest), timings=copy.timings)
-    # The source's own report has its name.
-    manifest = write_report(report, manifest, reservation, f"{config.dataset_name}-streaming")
-    log = get_run_logger()
-    (log.info if gate.verdict == "pass" else log.warning)("%s: verdict %s", reservation.dataset, gate.verdict)
-    return JudgedVersion(reservation, manifest)
+    return judged_version(
+        manifest,
+        reservation,
+        previous,
+        (lambda: self_test(source, manifest, config, previous)) if config.self_test else None,
+        name=f"{config.dataset_name}-streaming",  # the source's own report has the plain name
+        title=f"{config.dataset_name} v{manifest.version}, streaming-ready",
+        rows=_samples(manifest),
+        timings=copy.timings,
+    )
 
 
 @task(name="publish-version", cache_policy=NO_CACHE, **RETRY)
@@ -226,7 +223,7 @@ def _manifest(
         gate,
         config,
         run,
-        code_digest(_CODE / "core", _CODE / "delivery"),
+        packages=("delivery",),
         inputs=(source.record(),),
         definition=copy.definition,
     )

@@ -12,6 +12,21 @@ PACKAGES = (
     *("numba", "pillow", "simplejpeg", "torch", "torchvision"),
 )
 
+_TASKS = Path(__file__).parents[1]
+_SHARED = ("core",)
+"""Packages whose code takes part in every job."""
+
+
+def job_digest(*packages: str, extra: str = "") -> str:
+    """Return the digest of the code that makes one kind of dataset, as `code_digest`.
+
+    Args:
+        packages: Names of the kind's own packages below `tasks`.
+        extra: Anything else that decides the result.
+
+    """
+    return code_digest(*(_TASKS / name for name in (*_SHARED, *packages)), extra=extra)
+
 
 def code_digest(*packages: Path, extra: str = "") -> str:
     """SHA-256 over the Python files of some directories and a text, hexadecimal; the same wherever they are.

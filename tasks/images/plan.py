@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,7 @@ from tasks.core.errors import CorruptVersion
 from tasks.core.hashing import stable_hash
 from tasks.core.manifest import FileEntry, InputRecord, Manifest, RowBalance
 from tasks.core.missing import missing_values
-from tasks.core.provenance import code_digest, package_versions
+from tasks.core.provenance import job_digest, package_versions
 from tasks.core.reservation import Reservation
 from tasks.core.stream import ParquetStream
 from tasks.images.config import ImageAugmentationConfig
@@ -191,11 +190,10 @@ def _group_links(groups: pa.ChunkedArray) -> list[Int64Array]:
 
 
 def _job_digest(config: ImageAugmentationConfig, classes: Mapping[str, int]) -> str:
-    package = Path(__file__).parent
     settings = config.model_dump_json(exclude=_ELSEWHERE)
     libraries = sorted(package_versions().items())
     extra = f"{settings}\n{len(classes)}\n{libraries}\n{len(SPLITS)}"
-    return code_digest(package, package.parent / "core", extra=extra)
+    return job_digest("images", extra=extra)
 
 
 def _unit_digest(unit: pa.Table, job: str) -> str:
