@@ -27,16 +27,32 @@ from pathlib import Path
 
 import pytest
 import s3fs
+from xdist.remote import Producer
+from xdist.scheduler.loadfile import LoadFileScheduling
 
 from tests.s3 import ENVIRONMENT, s3_endpoint
 from tests.tables import proven, pytest_addoption, pytest_configure  # noqa: F401 - a fixture and hooks
 
+_LONGEST = ("tests/test_readme.py", "tests/test_operations.py")
+"""Files that are dealt out first where tests run side by side: begun last, one of them would run alone at the end."""
+
+
+class _ByFile(LoadFileScheduling):
+    """Tests of a file run in one process, and those of the stores that `tests/audit` makes once a session."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/audit" if nodeid.startswith("tests/audit/") else str(super()._split_scope(nodeid))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
+    """Deal out the tests of a run with several processes."""
+    return _ByFile(config, log)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run side by side, those of a file run in one process, and those of the stores that `audit` makes."""
-    for item in items:
-        place = item.path.parent if item.path.parent.name == "audit" else item.path
-        item.add_marker(pytest.mark.xdist_group(str(place)))
+    """Put the longest files first where tests run side by side."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: not item.nodeid.startswith(_LONGEST))
 
 
 @pytest.fixture(scope="session")
