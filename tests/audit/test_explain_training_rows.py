@@ -106,6 +106,8 @@ def test_samples_stand_where_the_stream_delivers_them(
                 if real:
                     values = batch["features" if name == "churn" else "image"][place]
                     delivered[str(sample)] = (step, rank, place, np.array(values), batch["label"][place])
+        # The images have so many files that their order has several streams.
+        assert (stream._sizes.streams > 1) == (name == "images")
     seen = 0
     for key in ["7", "3", "8", "41"] if name == "churn" else ["img-000020", "img-000041", "img-000062_aug_1"]:
         answer = explained(store, capsys, f"{COPIES}/{name} v1 {key}")
