@@ -43,7 +43,7 @@ from tasks.core.tensors import is_tensor, to_numpy
 from tasks.delivery.blocks import CHECKSUM, IMAGE, LABEL
 from tasks.delivery.encoding import Encoder, Feature
 from tasks.delivery.opening import Version
-from tasks.delivery.order import EpochOrder, Share, Sizes
+from tasks.delivery.order import EpochOrder, Share, Sizes, batch_count, step_count
 
 MOST_ORDERED = 20_000_000
 """Samples of a split up to which their order in an epoch is computed."""
@@ -192,23 +192,25 @@ def _trainings(root: str, manifest: Manifest) -> list[tuple[str, dict[str, Any]]
     return [*found, ("the flow's settings", manifest.config["training"])]
 
 
-def _first_epoch(root: str, manifest: Manifest, sample: Sample, training: Mapping[str, Any]) -> dict[str, int]:
+def _first_epoch(root: str, manifest: Manifest, sample: Sample, training: Mapping[str, Any]) -> dict[str, int | str]:
     """In which step, of which worker, at which place of its batch a sample is delivered in epoch 0."""
     count = int(manifest.definition["samples"]["train"])
     if count > MOST_ORDERED:
         return {}
-    files = len(Version(root, manifest).files(sample.split))
-    sizes = Sizes.of(block_format(manifest).sample_bytes, count, files)
-    order = EpochOrder(count, sizes, int(training["seed"]), 0)
+    batch_size, workers, remainder = int(training["batch_size"]), int(training["workers"]), training["remainder"]
+    files = len(Version(root, manifest).files("train"))
+    order = EpochOrder(count, Sizes.of(block_format(manifest).sample_bytes, count, files), int(training["seed"]), 0)
     position = int(np.flatnonzero(order.take(0, count) == sample.position)[0])
-    shares = [Share(rank, int(training["workers"]), int(training["batch_size"])) for rank in range(training["workers"])]
-    step = position // shares[0].step
-    for share in shares:
+    step = position // (workers * batch_size)
+    if step >= step_count(batch_count(count, batch_size, remainder), workers, remainder):
+        return {"step": "none: it is in the remainder, which is dropped"}
+    for rank in range(workers):
+        share = Share(rank, workers, batch_size)
         batch, real = order.part(step * share.step, share)
-        places = np.flatnonzero(batch[:real] == sample.position)
-        if len(places):
-            return {"step": step, "worker": share.rank, "in batch": int(places[0])}
-    raise AssertionError("each sample of a step is in the batch of a worker")
+        if sample.position in batch[:real]:
+            place = int(np.flatnonzero(batch == sample.position)[0])
+            return {"step": step, "worker": rank, "in batch": place}
+    raise AssertionError("a step's samples are in its workers' batches")
 
 
 def _encoded(root: str, manifest: Manifest, sample: Sample, *, several: bool) -> Section:

@@ -190,17 +190,17 @@ def collect(  # noqa: PLR0917 - compiled functions take arrays one by one
     """
     while run < len(runs):
         stream, place, count = runs[run]
-        if count:
-            if not starts[stream] <= place < ends[stream]:
-                break
-            here, within = min(count, ends[stream] - place), place - starts[stream]
-            for i in range(here):
-                out[done + i] = windows[stream, within + i]
+        if not starts[stream] <= place < ends[stream]:
+            break
+        here, within = min(count, ends[stream] - place), place - starts[stream]
+        for i in range(here):
+            out[done + i] = windows[stream, within + i]
+        done += here
+        if here == count:
+            run += 1
+        else:
             runs[run, 1] += here
             runs[run, 2] -= here
-            done += here
-        if not runs[run, 2]:
-            run += 1
     return run, done
 
 

@@ -391,15 +391,16 @@ def _make(
 ) -> Iterator[_Made]:
     """Make a worker's batches of the steps from some positions on."""
     streams = order.streams_of(starts.start, share)
-    sizes, reached = order.sizes, -1
+    sizes, named = order.sizes, 0
     for start in starts:
-        number = order.round_at(start)
-        if number != reached:
-            # Files of a remote version are fetched well ahead; from a disk a window ahead will do.
-            ahead = sizes.ahead if shards.remote else sizes.window * (1 if reached >= 0 else 2)
-            later = not shards.remote and reached >= 0
-            shards.soon(*order.chunks_of(streams, number + later, ahead), sizes.chunk)
-            reached = number
+        first, last = order.round_at(start), order.round_at(start + share.step - 1)
+        if last + 2 > named:  # a stream may be a round ahead
+            if shards.remote:
+                chunks = order.chunks_of(streams, first, max(sizes.ahead, (last + 1 - first) * sizes.window))
+            else:
+                chunks = order.chunks_of(streams, max(first, named), (last + 2 - max(first, named)) * sizes.window)
+            shards.soon(*chunks, sizes.chunk)
+            named = last + 2
         index, real = order.part(start, share)
         kept, good = real, shards.usable(index)
         if good is not None:
