@@ -42,7 +42,8 @@ from tasks.core.reading import data_files
 from tasks.core.tensors import is_tensor, to_numpy
 from tasks.delivery.blocks import CHECKSUM, IMAGE, LABEL
 from tasks.delivery.encoding import Encoder, Feature
-from tasks.delivery.order import EpochOrder, Sizes
+from tasks.delivery.opening import Version
+from tasks.delivery.order import EpochOrder, Share, Sizes, batch_count, step_count
 
 MOST_ORDERED = 20_000_000
 """Samples of a split up to which their order in an epoch is computed."""
@@ -173,7 +174,7 @@ def _position(root: str, manifest: Manifest, held: Sequence[Sample]) -> Section:
         if sample.file is None:
             notes.append(f"Sample {sample.sample_id} isn't in its split's files: the copy isn't what its source says.")
         elif sample.split == "train":
-            row |= _first_epoch(manifest, sample, trainings[0][1])
+            row |= _first_epoch(root, manifest, sample, trainings[0][1])
         rows.append(row)
     facts = {"samples in split": manifest.definition["samples"].get(held[0].split)}
     if any("step" in row for row in rows):
@@ -191,16 +192,25 @@ def _trainings(root: str, manifest: Manifest) -> list[tuple[str, dict[str, Any]]
     return [*found, ("the flow's settings", manifest.config["training"])]
 
 
-def _first_epoch(manifest: Manifest, sample: Sample, training: Mapping[str, Any]) -> dict[str, int]:
+def _first_epoch(root: str, manifest: Manifest, sample: Sample, training: Mapping[str, Any]) -> dict[str, int | str]:
     """In which step, of which worker, at which place of its batch a sample is delivered in epoch 0."""
     count = int(manifest.definition["samples"]["train"])
     if count > MOST_ORDERED:
         return {}
-    order = EpochOrder(count, Sizes.of(block_format(manifest).sample_bytes), int(training["seed"]), 0)
+    batch_size, workers, remainder = int(training["batch_size"]), int(training["workers"]), training["remainder"]
+    files = len(Version(root, manifest).files("train"))
+    order = EpochOrder(count, Sizes.of(block_format(manifest).sample_bytes, count, files), int(training["seed"]), 0)
     position = int(np.flatnonzero(order.take(0, count) == sample.position)[0])
-    batch, place = divmod(position, int(training["batch_size"]))
-    step, worker = divmod(batch, int(training["workers"]))
-    return {"step": step, "worker": worker, "in batch": place}
+    step = position // (workers * batch_size)
+    if step >= step_count(batch_count(count, batch_size, remainder), workers, remainder):
+        return {"step": "none: it is in the remainder, which is dropped"}
+    for rank in range(workers):
+        share = Share(rank, workers, batch_size)
+        batch, real = order.part(step * share.step, share)
+        if sample.position in batch[:real]:
+            place = int(np.flatnonzero(batch == sample.position)[0])
+            return {"step": step, "worker": rank, "in batch": place}
+    raise AssertionError("a step's samples are in its workers' batches")
 
 
 def _encoded(root: str, manifest: Manifest, sample: Sample, *, several: bool) -> Section:

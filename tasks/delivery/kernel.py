@@ -131,6 +131,80 @@ def shuffle(values: IntArray, key: Any) -> None:
 
 
 @jit
+def deal(  # noqa: PLR0917 - compiled functions take numbers one by one
+    turns: IntArray, samples: int, start: int, count: int, low: int, high: int
+) -> tuple[IntArray, int]:
+    """Sort some consecutive samples of an epoch by stream, and take a part of them.
+
+    Args:
+        turns: (S,) turn of each stream: it gives the samples at positions whose remainder by S is its turn.
+        samples: Samples of the epoch; after the last one the first ones follow again.
+        start: Position of the first sample, below `samples`.
+        count: Number of samples.
+        low: Where the part begins among the sorted samples.
+        high: Where it ends.
+
+    Returns:
+        (n, 3) stream, place in the stream, and number of samples of each run; those that follow again come last. And
+        how many of the part's samples don't follow again.
+
+    """
+    streams, laps = len(turns), (start + count - 1) // samples + 1
+    runs, found, real = np.empty((streams * laps, 3), np.int64), 0, 0
+    for again in range(min(laps, 2)):
+        before = 0
+        for stream in range(streams):
+            for lap in range(laps):
+                first = start if lap == 0 else 0
+                end = min(start + count - lap * samples, samples)
+                place = (first - turns[stream] + streams - 1) // streams
+                size = (end - turns[stream] + streams - 1) // streams - place
+                skipped = max(low - before, 0)
+                taken = min(size, high - before) - skipped
+                before += size
+                if taken > 0 and again == min(lap, 1):
+                    runs[found] = stream, place + skipped, taken
+                    found += 1
+                    real += 0 if again else taken
+    return runs[:found], real
+
+
+@jit
+def collect(  # noqa: PLR0917 - compiled functions take arrays one by one
+    runs: IntArray, run: int, windows: IntArray, starts: IntArray, ends: IntArray, out: IntArray, done: int
+) -> tuple[int, int]:
+    """Copy the samples of runs from the windows of their streams, up to one that isn't there.
+
+    Args:
+        runs: (n, 3) stream, place in the stream, and number of samples; what was copied is taken off.
+        run: The run to begin with.
+        windows: (S, W) samples of a window of each stream.
+        starts: (S,) place in the stream at which its window begins.
+        ends: (S,) place at which it ends.
+        out: Where the samples go.
+        done: How many are there already.
+
+    Returns:
+        The run whose next sample is in another window, n if there is none; and how many samples are there now.
+
+    """
+    while run < len(runs):
+        stream, place, count = runs[run]
+        if not starts[stream] <= place < ends[stream]:
+            break
+        here, within = min(count, ends[stream] - place), place - starts[stream]
+        for i in range(here):
+            out[done + i] = windows[stream, within + i]
+        done += here
+        if here == count:
+            run += 1
+        else:
+            runs[run, 1] += here
+            runs[run, 2] -= here
+    return run, done
+
+
+@jit
 def _file(places: Places, sample: Any) -> Any:
     file = np.int64(places.near[sample >> places.shift])
     while sample >= places.files[file + 1]:
@@ -186,7 +260,7 @@ def gather(places: Places, index: IntArray, addresses: IntArray, widths: IntArra
 
 @jit
 def fetch(  # noqa: PLR0917 - compiled functions take arrays one by one
-    places: Places, firsts: IntArray, chunk: int, addresses: IntArray, widths: IntArray, stop: UInt8Array
+    places: Places, firsts: IntArray, ends: IntArray, addresses: IntArray, widths: IntArray, stop: UInt8Array
 ) -> None:
     """Read chunks of samples from the disk, and enter their pages into this process's table.
 
@@ -195,13 +269,13 @@ def fetch(  # noqa: PLR0917 - compiled functions take arrays one by one
     Args:
         places: Where samples are.
         firsts: (n,) first samples of the chunks, all of them in mapped files.
-        chunk: Samples of a chunk.
+        ends: (n,) where they end.
         addresses: (C, G) where the values of each row group begin, for each column.
         widths: (C,) bytes of a value.
         stop: (1,) not 0 ends it.
     """
-    for first in firsts:
-        sample, end = first, min(first + chunk, places.files[-1])
+    for i in range(len(firsts)):
+        sample, end = firsts[i], ends[i]
         while sample < end and not stop[0]:
             group, file = _group(places, sample), _file(places, sample)
             last = places.starts[group + 1] if group + 1 < places.groups[file + 1] else places.files[file + 1]
@@ -214,10 +288,16 @@ def fetch(  # noqa: PLR0917 - compiled functions take arrays one by one
 
 
 @jit
-def files_of(places: Places, index: IntArray, seen: UInt8Array) -> None:
-    """Set seen[f] to 1 for each file f that holds one of some samples."""
-    for i in range(len(index)):
-        seen[_file(places, index[i])] = 1
+def files_of(places: Places, firsts: IntArray, ends: IntArray, out: IntArray) -> int:
+    """Write the files that hold some ranges of samples to `out`, each once, as they come; how many they are."""
+    seen, count = np.zeros(len(out), np.uint8), 0
+    for i in range(len(firsts)):
+        for file in range(_file(places, firsts[i]), _file(places, ends[i] - 1) + 1):
+            if not seen[file]:
+                seen[file] = 1
+                out[count] = file
+                count += 1
+    return count
 
 
 @jit

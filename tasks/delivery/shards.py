@@ -60,6 +60,7 @@ class Shards:
         samples: number of samples, the damaged ones included.
         columns: what there is to gather of each sample, by name.
         sample_bytes: bytes of all columns of a sample.
+        files: number of files, those left out included.
         remote: whether its files come through the cache.
         skipped_files: number of files left out.
 
@@ -85,7 +86,7 @@ class Shards:
         self.columns = sample_columns(version.definition)
         self.sample_bytes = sum(spec.width for spec in self.columns.values())
         counts = np.array([count for _, count in self._files], np.int64)
-        self.samples = int(counts.sum())
+        self.samples, self.files = int(counts.sum()), len(self._files)
         self.skipped_files = 0
         blocks = np.array([entry.rows for entry, _ in self._files], np.int64)
         self._block_starts = np.concatenate([[0], np.cumsum(blocks)])
@@ -126,7 +127,7 @@ class Shards:
             CorruptVersion: some are damaged, and they aren't to be skipped; or all that there are.
         """
         if len(self._mapped) + len(self._bad) < len(self._files):
-            self._require(self._files_of(index))
+            self._require(self._files_of(index, index + 1))
         if time.monotonic() >= self._next_look:
             self._look()
         if self._unchecked or self._damaged:
@@ -157,44 +158,51 @@ class Shards:
             self._widths = np.array([self.columns[name].width for name in names], np.int64)
             self._pick()
 
-    def soon(self, firsts: IntArray, chunk: int) -> None:
+    def soon(self, firsts: IntArray, ends: IntArray, chunk: int) -> None:
         """Tell which samples will be needed, so that they are there then.
 
-        Remote files are downloaded, and others needn't stay mapped. Local ones are mapped, and read ahead at their
-        first use.
+        Remote files are downloaded in this order, and others needn't stay mapped. Local ones are mapped, and read ahead
+        at their first use.
 
         Args:
-            firsts: First samples of chunks.
-            chunk: Samples of a chunk.
+            firsts: (n,) first samples of chunks.
+            ends: (n,) where the chunks end.
+            chunk: Samples of a whole chunk.
         """
-        lasts = np.minimum(firsts + chunk, self.samples) - 1
-        wanted = self._files_of(np.concatenate([firsts, lasts]))
+        wanted = self._files_of(firsts, ends)
         if not self.remote:
             self._require(wanted)
-            self._read_ahead(firsts, chunk)
+            self._read_ahead(firsts, ends, chunk)
             return
         for file in wanted:
             if file not in self._mapped and file not in self._bad and file not in self._coming:
                 self._coming[file] = self._pool.submit(self._open, file)
-        dropped = self._mapped.keys() - set(wanted)
+        kept = set(wanted)
+        for file in self._coming.keys() - kept:
+            # One that is here and was never used would stay mapped, and in the cache.
+            if self._coming[file].cancel() or self._coming[file].done():
+                del self._coming[file]
+        dropped = self._mapped.keys() - kept
         for file in dropped:
             del self._mapped[file]
         if dropped:
             self._tabulate()
 
-    def _read_ahead(self, firsts: IntArray, chunk: int) -> None:
+    def _read_ahead(self, firsts: IntArray, ends: IntArray, chunk: int) -> None:
         if chunk * self.sample_bytes < _FETCH_BYTES or self._bad:
             return
         if not len(self._read):
             self._read = np.zeros(-(-self.samples // chunk), np.bool_)
-        fresh = firsts[~self._read[firsts // chunk]]
+        # The short chunk that ends a stream may share its number with the next stream's first one; either will do.
+        fresh = ~self._read[firsts // chunk]
         self._read[firsts // chunk] = self._stays
-        self._pool.submit(fetch, self._places, fresh, chunk, self._addresses, self._widths, self._halt)
+        addresses, widths = self._addresses, self._widths
+        self._pool.submit(fetch, self._places, firsts[fresh], ends[fresh], addresses, widths, self._halt)
 
-    def _files_of(self, index: IntArray) -> list[int]:
-        seen = np.zeros(len(self._files), np.uint8)
-        files_of(self._places, index, seen)
-        return [int(file) for file in np.flatnonzero(seen)]
+    def _files_of(self, firsts: IntArray, ends: IntArray) -> list[int]:
+        """Files of some ranges of samples, as they come."""
+        found = np.empty(self.files, np.int64)
+        return [int(file) for file in found[: files_of(self._places, firsts, ends, found)]]
 
     def _require(self, files: Sequence[int]) -> None:
         """Map some files that may not be yet."""

@@ -9,7 +9,8 @@
 What it promises:
 
 - Over all workers each sample comes exactly once an epoch, and each worker gets as many batches as the others.
-- The order depends on the version, the seed and the epoch alone. Which worker gets what follows from their number.
+- The order depends on the version, the seed and the epoch alone. Which worker gets what of a step follows from their
+  number: each reads about its share of the files.
 - A state is the place of all workers together: any of them can save it, and any number of workers can go on from it,
   without losing or repeating a sample.
 - A batch belongs to whoever got it: nothing writes to it later.
@@ -38,7 +39,7 @@ from tasks.core.errors import ConfigError, CorruptVersion, InputError, PipelineE
 from tasks.core.tensors import TensorSpec
 from tasks.delivery.arguments import LIMIT, one_of, picked_columns, truth_values, whole_number
 from tasks.delivery.cache import FileCache, limit_of, local_directory
-from tasks.delivery.order import ORDER, EpochOrder, Remainder, Sizes, batch_count, step_count
+from tasks.delivery.order import ORDER, EpochOrder, Remainder, Share, Sizes, batch_count, step_count
 from tasks.delivery.placement import Constants, Placement, placement
 from tasks.delivery.prefetch import Prefetch
 from tasks.delivery.shards import OnCorrupt, Shards, memory_bytes, open_version
@@ -180,7 +181,8 @@ class TrainingStream:
         self._shards = Shards(version, split, self._cache, on_corrupt, verify)
         self._columns = picked_columns(columns, list(self._shards.columns))
         self._shards.pick(tuple(self._columns))
-        self._sizes = Sizes.of(self._shards.sample_bytes)
+        files = self._shards.files if shuffle else 1  # as stored: one stream
+        self._sizes = Sizes.of(self._shards.sample_bytes, self._shards.samples, files)
         if batch_size * self._shards.sample_bytes > memory_bytes():
             raise ConfigError(
                 f"batch_size = {batch_size}: a batch of samples of {self._shards.sample_bytes:,} bytes is more than "
@@ -346,7 +348,8 @@ class TrainingStream:
 
     def _made(self, epoch: int, first: int, steps: int) -> Any:
         """The batches of this worker from a place on, an iterator that can be closed."""
-        numbers = range(first + self.rank, first + self.rank + steps * self.world_size, self.world_size)
+        share = Share(self.rank, self.world_size, self._batch_size)
+        start = first * self._batch_size
         masked = self._remainder == "pad"
         order = EpochOrder(self._shards.samples, self._sizes, self._seed, epoch, self._shuffle)
         # Not a method: the thread mustn't keep the stream from being collected.
@@ -355,8 +358,8 @@ class TrainingStream:
             self._placement,
             order,
             columns=self._columns,
-            numbers=numbers,
-            batch_size=self._batch_size,
+            share=share,
+            starts=range(start, start + steps * share.step, share.step),
             masked=masked,
         )
         return Prefetch(items, self._prefetch) if self._prefetch else items
@@ -382,22 +385,23 @@ def _make(
     order: EpochOrder,
     *,
     columns: Sequence[str],
-    numbers: range,
-    batch_size: int,
+    share: Share,
+    starts: range,
     masked: bool,
 ) -> Iterator[_Made]:
-    """Make the batches with some numbers."""
-    reached = -1
-    for number in numbers:
-        start = number * batch_size
-        window = order.window_at(min(start, order.samples - 1))
-        if window != reached:
-            # A region is what a node needs of a remote version at a time; from a disk a window ahead will do.
-            ahead = order.sizes.region if shards.remote else order.sizes.window * (1 if reached >= 0 else 2)
-            shards.soon(order.chunks_from(window + (not shards.remote and reached >= 0), ahead), order.sizes.chunk)
-            reached = window
-        index = order.take(start, batch_size)
-        real = min(max(order.samples - start, 0), batch_size)
+    """Make a worker's batches of the steps from some positions on."""
+    streams = order.streams_of(starts.start, share)
+    sizes, named = order.sizes, 0
+    for start in starts:
+        first, last = order.round_at(start), order.round_at(start + share.step - 1)
+        if last + 2 > named:  # a stream may be a round ahead
+            if shards.remote:
+                chunks = order.chunks_of(streams, first, max(sizes.ahead, (last + 1 - first) * sizes.window))
+            else:
+                chunks = order.chunks_of(streams, max(first, named), (last + 2 - max(first, named)) * sizes.window)
+            shards.soon(*chunks, sizes.chunk)
+            named = last + 2
+        index, real = order.part(start, share)
         kept, good = real, shards.usable(index)
         if good is not None:
             index, kept = index[good], int(np.count_nonzero(good[:real]))

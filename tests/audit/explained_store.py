@@ -145,7 +145,7 @@ def make_store(place: Path) -> Store:
         )
     )
     deliver = {"root": root, "training": TrainingConfig(enabled=False), "batch_size": 16}
-    training_delivery(DeliveryConfig(dataset="training-datasets/images", **deliver))
+    training_delivery(DeliveryConfig(dataset="training-datasets/images", file_megabytes=0.02, **deliver))
     training_delivery(DeliveryConfig(dataset="feature-store/training-ready/churn", **deliver | {"seed": 4}))
     return Store(root, place, sample["images"])
 

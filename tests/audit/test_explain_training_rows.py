@@ -106,6 +106,8 @@ def test_samples_stand_where_the_stream_delivers_them(
                 if real:
                     values = batch["features" if name == "churn" else "image"][place]
                     delivered[str(sample)] = (step, rank, place, np.array(values), batch["label"][place])
+        # The images have so many files that their order has several streams.
+        assert (stream._sizes.streams > 1) == (name == "images")
     seen = 0
     for key in ["7", "3", "8", "41"] if name == "churn" else ["img-000020", "img-000041", "img-000062_aug_1"]:
         answer = explained(store, capsys, f"{COPIES}/{name} v1 {key}")
@@ -142,8 +144,9 @@ def test_splits_are_those_of_the_copys_files(store: Store, capsys: pytest.Captur
     assert found == {"train", "validation"}
 
 
-def test_trainings_on_a_copy_are_named(store: Store, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    root = str(tmp_path / "root")
+def with_training(store: Store, place: Path, **settings: object) -> tuple[Store, str]:
+    """A copy of the store in which a model was trained on the copy of churn, and the training's place."""
+    root = str(place / "root")
     shutil.copytree(store.root, root)
     manifest = versions.read_manifest(root, f"{COPIES}/churn", 1)
     run = layout.join(layout.training_runs(root, "churn"), "v1-run")
@@ -153,13 +156,26 @@ def test_trainings_on_a_copy_are_named(store: Store, capsys: pytest.CaptureFixtu
         verdict="pass",
         created_at=dt.datetime(2024, 7, 1, tzinfo=dt.UTC),
         gate=GateResult(verdict="pass", checks=()),
-        config=manifest.config["training"] | {"batch_size": 8, "workers": 1, "seed": 9},
+        config=manifest.config["training"] | settings,
     )
     storage.write_bytes(layout.join(run, layout.REPORT_JSON), report.to_json())
-    there = Store(root, store.place, store.images)
+    return Store(root, store.place, store.images), run
+
+
+def test_trainings_on_a_copy_are_named(store: Store, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    there, run = with_training(store, tmp_path, batch_size=8, workers=1, seed=9)
     answer = explained(there, capsys, f"{COPIES}/churn v1 7")
     held = {row["who"]: row["holds"] for row in rows(answer, "held_by")}
     split = facts(answer, "split")["split"]
     assert held[run] == ("learned from it, each epoch" if split == "train" else "was measured on it")
     assert facts(answer, "position")["epoch 0 as of"] == f"{run}: seed 9, batch_size 8, workers 1"
     assert run in {row["who"] for row in rows(explained(there, capsys, "customer-features v1 7"), "held_by")}
+
+
+def test_a_sample_of_the_remainder_that_a_training_drops_has_no_step(
+    store: Store, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    there, _ = with_training(store, tmp_path, batch_size=1000, remainder="drop")
+    answers = [explained(there, capsys, f"{COPIES}/churn v1 {key}") for key in (7, 3, 8, 41)]
+    steps = [row["step"] for answer in answers for row in rows(answer, "position") if row["split"] == "train"]
+    assert set(steps) == {"none: it is in the remainder, which is dropped"}

@@ -81,7 +81,7 @@ def test_of_many_files_some_are_mapped_when_it_is_opened_and_others_when_they_ar
     shards = Shards(open_version(table_version(str(tmp_path), *sizes)), "train")
     assert mapped_below(tmp_path) == 512
     samples, index = table_samples(sum(sizes)), np.arange(sum(sizes))
-    shards.soon(index[-30:], 1)
+    shards.soon(index[-30::15], index[-30::15] + 15, 15)
     assert mapped_below(tmp_path) == 522
     for some in np.array_split(np.random.default_rng(1).permutation(index), 9):
         for name, values in gathered(shards, some).items():
@@ -225,11 +225,31 @@ def test_files_of_s3_come_when_they_are_needed_and_go_when_they_are_not(s3_root:
     for index in ([3, 40], [119, 55, 4]):
         assert np.array_equal(gathered(shards, index)["features"], samples["features"][index])
     assert sorted(shards._mapped) == [0, 1, 2]
-    shards.soon(np.array([95]), 8)
+    shards.soon(np.array([95]), np.array([103]), 8)
     assert sorted(shards._mapped) == [2]
-    shards.soon(np.array([0, 95]), 8)
+    shards.soon(np.array([95, 0]), np.array([103, 8]), 8)
     assert np.array_equal(gathered(shards, range(50))["label"], samples["label"][:50])
     assert (cache.counts.hits, cache.counts.misses) == (1, 3)
+    shards.close()
+
+
+def test_files_are_downloaded_in_the_order_of_their_use_and_let_go_if_they_are_not_used(
+    s3_root: str, tmp_path: Path, monkeypatch
+) -> None:
+    from tasks.delivery.cache import FileCache
+
+    shards = Shards(open_version(table_version(s3_root, *[10] * 8)), "train", FileCache(tmp_path))
+    asked: list[int] = []
+    real = shards._pool.submit
+    monkeypatch.setattr(shards._pool, "submit", lambda call, file: (asked.append(file), real(call, file))[1])
+    # A chunk may have several files, and end with the last sample of one.
+    shards.soon(np.array([65, 0]), np.array([75, 40]), 40)
+    assert asked == [6, 7, 0, 1, 2, 3]
+    for coming in shards._coming.values():
+        coming.result(60)
+    gathered(shards, [3, 15])
+    shards.soon(np.array([15]), np.array([25]), 40)
+    assert (sorted(shards._mapped), sorted(shards._coming)) == ([1], [2])
     shards.close()
 
 
@@ -247,7 +267,7 @@ def test_chunks_are_fetched_ahead_once_and_whole(tmp_path: Path, monkeypatch) ->
     )
     before = resident(FIRST)
     for firsts in ([8, 0], [8, 16]):
-        shards.soon(np.array(firsts), 8)
+        shards.soon(np.array(firsts), np.array(firsts) + 8, 8)
     assert calls == [[8, 0], [16]]
     # All of the first file; opening touched a little of each of its row groups.
     assert resident(FIRST) > before + 2000

@@ -26,10 +26,13 @@ from tasks.core.errors import ConfigError, CorruptVersion, InputError, PipelineE
 from tasks.delivery.mapped import MappedFile
 from tasks.delivery.order import Sizes
 from tasks.delivery.stream import TrainingStream
+from tests.conftest import new_bucket
 from tests.delivery.making import damage, image_samples, image_version, publish, table_samples, table_version
 from tests.processes import PROJECT
 
 SAMPLES = 1234
+MANY = [20 + number * 7 % 11 for number in range(64)]
+"""Samples of files, of which a version has so many that its order has eight streams."""
 PART = "split=train/part-00000-a1.parquet"
 
 
@@ -43,6 +46,11 @@ def version(tmp_path_factory: pytest.TempPathFactory) -> str:
 def images(tmp_path_factory: pytest.TempPathFactory) -> str:
     """50 images: chunks of 256 of such small ones."""
     return image_version(str(tmp_path_factory.mktemp("root")), 30, 20)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return table_version(str(tmp_path_factory.mktemp("root")), *MANY)
 
 
 def workers(uri: str, count: int, state=None, **options: Any) -> list[TrainingStream]:
@@ -72,6 +80,11 @@ def run(streams: list[TrainingStream], steps: int | None = None) -> list[list[in
 
 def flat(batches: list[list[int]]) -> list[int]:
     return [sample for batch in batches for sample in batch]
+
+
+def steps_of(batches: list[list[int]], count: int) -> list[list[int]]:
+    """Samples of each step of some workers, sorted."""
+    return [sorted(flat(batches[at : at + count])) for at in range(0, len(batches), count)]
 
 
 def digest(samples: list[int]) -> str:
@@ -198,6 +211,37 @@ def test_the_number_of_workers_may_change_within_an_epoch(version: str, remainde
 
 
 @pytest.mark.parametrize("remainder", ["pad", "drop"])
+def test_a_version_of_many_files_gives_each_step_the_same_samples_whoever_takes_them(many: str, remainder) -> None:
+    options = {"remainder": remainder, "batch_size": 16}
+    (alone,) = workers(many, 1, **options, prefetch=0)
+    assert alone._sizes.streams == 8
+    batches = [run([alone]) for _ in range(2)]
+    for count in (2, 3, 8):
+        streams = workers(many, count, **options)
+        for expected in batches:
+            assert steps_of(run(streams), count) == steps_of(expected, count)[: len(streams[0])]
+    found, state = [], None
+    for count, steps in ((2, 5), (3, 4), (8, 2), (1, None)):
+        streams = workers(many, count, state, **options)
+        found += flat(run(streams, steps))
+        state = streams[-1].state_dict()
+    assert (state["epoch"], state["batches"]) == (1, 0)
+    assert sorted(found) == sorted(flat(batches[0]))
+    again = workers(many, 3, **options)
+    run(again, 4)
+    expected = run(again)
+    (first,) = workers(many, 1, **options)
+    run([first], 12)  # as many samples as four steps of three workers
+    assert run(workers(many, 3, first.state_dict(), **options)) == expected
+
+
+def test_a_version_of_many_files_comes_as_it_is_stored_without_a_shuffle(many: str) -> None:
+    streams = workers(many, 2, shuffle=False)
+    assert streams[0]._sizes.streams == 1
+    assert flat(run(streams)) == table_samples(sum(MANY))["sample_id"].tolist()
+
+
+@pytest.mark.parametrize("remainder", ["pad", "drop"])
 def test_an_epoch_ends_with_its_last_batch(version: str, remainder) -> None:
     """Loops of `len(stream)` batches, as those of Lightning, get one epoch after the other, and none is empty."""
     expected = workers(version, 2, remainder=remainder)
@@ -274,7 +318,7 @@ def test_a_state_of_another_version_or_split_or_of_nothing_is_refused(version: s
         ({"batches": "3"}, "the state's batches = '3' is no place"),
         ({"batches": True}, "the state's batches = True is no place"),
         ({"seed": False}, r"seed False \(here 0\)"),
-        ({"order": 0}, r"order 0 \(here 1\)"),
+        ({"order": 1}, r"order 1 \(here 2\)"),
     ],
 )
 def test_a_place_that_there_is_not_is_refused(version: str, change, message: str) -> None:
@@ -562,12 +606,45 @@ def test_files_of_s3_come_through_the_cache(s3_root: str, tmp_path: Path) -> Non
     again.close()
 
 
-def test_a_small_cache_serves_a_large_version_region_by_region(s3_root: str, tmp_path: Path, monkeypatch) -> None:
+@pytest.fixture(scope="module")
+def many_on_s3(s3_url: str) -> str:
+    return table_version(new_bucket(s3_url), *MANY)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
+def test_each_worker_downloads_its_share_of_the_files(many_on_s3: str, tmp_path: Path, count: int) -> None:
+    found, most = [], len(MANY) // count + 2 * 8  # two streams more
+    for rank in range(count):  # each with a cache of its own, as on a node of its own
+        with TrainingStream(
+            many_on_s3,
+            batch_size=16,
+            rank=rank,
+            world_size=count,
+            as_numpy=True,
+            cache_dir=tmp_path / str(rank),
+            columns=["sample_id"],
+        ) as stream:
+            found += [sample for batch in stream for sample in batch["sample_id"][batch["mask"]].tolist()]
+            assert stream.stats.cache_misses <= most
+    assert sorted(found) == sorted(table_samples(sum(MANY))["sample_id"].tolist())
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        Sizes(8, 64, 64, 1, 64),  # a region is a window, of 512 images in 4 files
+        Sizes(8, 8, 16, 2, 16),  # a region of each stream is a file
+    ],
+    ids=["one stream", "two"],
+)
+def test_a_small_cache_serves_a_large_version_region_by_region(
+    s3_root: str, tmp_path: Path, monkeypatch, cut: Sizes
+) -> None:
     sizes = [128] * 16
     version = image_version(s3_root, *sizes, group_blocks=64)
     whole = 16 * 128 * (3 * 4 * 5 + 16)
     stream = TrainingStream(version, batch_size=64, as_numpy=True, cache_dir=tmp_path, cache_bytes=whole * 3 // 4)
-    monkeypatch.setattr(stream, "_sizes", Sizes(8, 64, 64))  # a region is a window, of 512 images in 4 files
+    monkeypatch.setattr(stream, "_sizes", cut)
     for _ in range(2):
         found = [sample for batch in stream for sample in batch["sample_id"][batch["mask"]].tolist()]
         assert sorted(found) == sorted(image_samples(sum(sizes))["sample_id"].tolist())
