@@ -74,9 +74,8 @@ def results_of(root: str, manifest: Manifest) -> tuple[FaultResult, ...]:
             from tasks.images import self_test as images
             from tasks.images.config import ImageAugmentationConfig
 
-            of_images = _config(ImageAugmentationConfig, manifest)
-            if "evaluation" not in manifest.config:  # made when all splits were augmented
-                of_images = of_images.model_copy(update={"evaluation": "augmented"})
+            # A configuration that doesn't say is of a time when all splits were augmented.
+            of_images = _config(ImageAugmentationConfig, manifest, evaluation="augmented")
             return images.self_test(root, manifest, of_images, previous)
         case "streaming-copy":
             from tasks.delivery import self_test as delivery
@@ -90,9 +89,10 @@ def results_of(root: str, manifest: Manifest) -> tuple[FaultResult, ...]:
     raise InputError(f"{manifest.dataset} is no dataset of these flows: it has no gate to test")
 
 
-def _config(model: type[Config], manifest: Manifest) -> Config:
+def _config(model: type[Config], manifest: Manifest, **older: str) -> Config:
+    """Return the configuration of a version; `older` are values of fields that older ones don't have."""
     try:
-        return model.model_validate(manifest.config)
+        return model.model_validate({**older, **manifest.config})
     except ValidationError as error:
         name = f"{manifest.dataset} v{manifest.version}"
         raise InputError(

@@ -1,7 +1,7 @@
-"""The catalogue of faults: each that several kinds of datasets can have is written here, once. Pure.
+"""The catalogue of faults that datasets of several kinds can have. Pure.
 
-A kind of dataset is a `Trial`: it computes of changed rows what its job computes of a version's, and has its gate judge
-that. Its `faults` are those of the catalogue, each with the checks that must notice it, and the few of its own.
+A kind of dataset is a subclass of `Trial`: it computes the figures of changed rows as its job does, and has its gate
+judge them. Its `faults` takes faults from the catalogue, names the checks that must notice them, and adds its own.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ MOST_FEATURES = 64
 ALIKE = "No feature is a number that differs between rows."
 
 Aims = str | tuple[str, ...]
+Faults = Iterator[Fault]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +74,8 @@ class Trial(ABC, Generic[S]):
         """Judge the figures of some rows against `previous`."""
 
     @abstractmethod
-    def faults(self) -> Iterator[Fault]:
-        """Yield what is injected, one at a time."""
+    def faults(self) -> Faults:
+        """Yield the faults, in the order of the report."""
 
     def results(self) -> tuple[FaultResult, ...]:
         """Inject each fault and compare with the verdict on the sample as it is."""

@@ -50,15 +50,18 @@ def inject(baseline: GateResult, faults: Iterable[Fault]) -> tuple[FaultResult, 
 
     Args:
         baseline: The gate's verdict on the sample without any fault.
-        faults: What is injected, one at a time.
+        faults: The faults, each made when the one before is judged.
 
     """
     before = {_title(check): SEVERITY[check.verdict] for check in baseline.checks}
-    return tuple(
-        FaultResult(fault=fault.name, injected=fault.injected, outcome=outcome, message=message, caught_by=caught)
-        for fault in faults
-        for outcome, message, caught in [_outcome(before, fault)]
-    )
+    results = []
+    for fault in faults:
+        outcome, message, caught = _outcome(before, fault)
+        result = FaultResult(
+            fault=fault.name, injected=fault.injected, outcome=outcome, caught_by=caught, message=message
+        )
+        results.append(result)
+    return tuple(results)
 
 
 def failed(error: BaseException) -> FaultResult:
@@ -110,10 +113,10 @@ def _outcome(before: Mapping[str, int], fault: Fault) -> tuple[Outcome, str, tup
     if worse and _is_aimed(worse[0], fault):
         return "refused" if worse[0].verdict == "fail" else "warned", worse[0].message, caught
     aimed = [check for check in checks if _is_aimed(check, fault)]
-    sore = next((check for check in aimed if check.verdict != "pass"), None)
-    if sore is not None:
-        word = "fails" if sore.verdict == "fail" else "warns"
-        message = f"'{_title(sore)}' {word} on the sample as it is, so that the fault can't make it worse."
+    bad = next((check for check in aimed if check.verdict != "pass"), None)
+    if bad is not None:
+        word = "fails" if bad.verdict == "fail" else "warns"
+        message = f"'{_title(bad)}' {word} on the sample as it is, so that the fault can't make it worse."
         return "not applicable", message, caught
     message = f"'{_title(aimed[0])}' still passes: {aimed[0].message}" if aimed else "No check looks at it."
     if worse:

@@ -6,7 +6,6 @@ source rows ─ judge ─ split ─ profile ─ encoder, label ─┐   the same
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -19,12 +18,11 @@ import pyarrow.compute as pc
 from tasks.core import injection
 from tasks.core.digests import METHOD
 from tasks.core.errors import ConfigError
-from tasks.core.faults import ALIKE, MOST_FEATURES, Sample, Trial, rarest
+from tasks.core.faults import ALIKE, MOST_FEATURES, Faults, Sample, Trial, rarest
 from tasks.core.injection import DOUBLED, BoolArray
 from tasks.core.manifest import FaultResult, FileEntry, GateResult, Manifest, RowBalance
 from tasks.core.reservation import Reservation
 from tasks.core.sampling import sample_rows
-from tasks.core.self_test import Fault
 from tasks.delivery.columns import text_of
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.definition import describe, named_profile
@@ -123,7 +121,7 @@ class _Trial(Trial[_Rows]):
             written.append(made)
         return written
 
-    def faults(self) -> Iterator[Fault]:
+    def faults(self) -> Faults:
         source, first, target = self.sample.source, self.first, self.sample.source.target or ""
         name, entity = source.manifest.dataset, source.entity
         yield replace(self.no_rows(), raises=(ConfigError,))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime as dt
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -18,13 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks.core import injection, layout
-from tasks.core.faults import MOST_FEATURES, Sample, Trial
+from tasks.core.faults import MOST_FEATURES, Faults, Sample, Trial
 from tasks.core.injection import NULLS
 from tasks.core.manifest import FaultResult, GateResult, Manifest, RowBalance
 from tasks.core.own_columns import AS_OF, CREATED, FEATURES, READY, VERSION
 from tasks.core.profile import profile_table
 from tasks.core.sampling import sample_rows
-from tasks.core.self_test import Fault
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import FeatureGroup
 from tasks.features.gate import judge_group
@@ -106,7 +104,7 @@ class _Trial(Trial[_Rows]):
             scored.append(score_rows(rows, features, usual, **limits))
         return pl.concat(scored)
 
-    def faults(self) -> Iterator[Fault]:
+    def faults(self) -> Faults:
         group, bounds = self.group, self.config.thresholds
         yield self.no_rows()
         yield self.duplicates(f"unique of {group.entity}")
@@ -188,29 +186,17 @@ def _sampled_group(manifest: Manifest) -> tuple[FeatureGroup, tuple[str, ...]]:
     known = [column.name for column in manifest.columns if column.name not in stamps]
     wanted = set([*definition["bounds"], *known][:MOST_FEATURES])
     columns = tuple(name for name in known if name in wanted)
-    group = FeatureGroup(
-        name=definition["name"],
-        entity=definition["entity"],
-        source=definition["source"],
-        features={name: pl.lit(None) for name in own if name in wanted},
-        dimension=definition["dimension"],
-        bounds={name: tuple(bounds) for name, bounds in definition["bounds"].items() if name in wanted},
-    )
-    return group, columns
+    same = {name: definition[name] for name in ("name", "entity", "source", "dimension")}
+    bounds = {name: tuple(bounds) for name, bounds in definition["bounds"].items() if name in wanted}
+    return FeatureGroup(features={name: pl.lit(None) for name in own if name in wanted}, bounds=bounds, **same), columns
 
 
 def judge_events(
     events: pl.DataFrame, source: str, bad: float, *, required: bool, as_of: dt.datetime | None = None
 ) -> tuple[pl.DataFrame, RowBalance]:
-    """Judge events as the job does, of which a share has lost its time.
+    """Judge events, a key and a time each, as the job does; the times of a share (`bad`) are lost before.
 
-    Args:
-        events: Key and time of each.
-        source: Name of their source.
-        bad: The share.
-        required: Rejects events without a key, too.
-        as_of: Time after which events are left out.
-
+    `required` rejects events without a key, too; those after `as_of` are left out.
     """
     key, time = events.columns
     raw = events.with_columns(pl.when(~pl.Series(injection.some(events.height, bad))).then(pl.col(time)).alias(time))

@@ -11,7 +11,7 @@ takes the place of its variants' scores.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from tasks.core import injection, layout, storage
 from tasks.core.errors import InputError
-from tasks.core.faults import Sample, Trial, rarest
+from tasks.core.faults import Faults, Sample, Trial, rarest
 from tasks.core.hashing import stable_hash
 from tasks.core.injection import BAD, DOUBLED
 from tasks.core.manifest import FaultResult, GateResult, Manifest, RowBalance
@@ -98,7 +98,7 @@ class _Trial(Trial[_Rows]):
             duplicate_ids=repeated_keys(stable_hash(table["image_id"])),
         )
 
-    def faults(self) -> Iterator[Fault]:
+    def faults(self) -> Faults:
         bounds, schema, classes = self.config.thresholds, self.sample.schema, self.sample.classes
         counts = Counter(self.table[CLASS].to_pylist())
         rare, largest = rarest(counts), min(counts, key=lambda name: (-counts[name], name), default="")
@@ -131,9 +131,9 @@ class _Trial(Trial[_Rows]):
         yield self.fault("worse pictures", "Every image's quality score was halved.", f"drift of {SCORE}", table=table)
         yield self.out_of_range("range", "range of class_id", "class_id", len(classes))
         yield self.out_of_range("score range", f"range of {SCORE}", "mean_score", 1.5)
-        first, *_, last = ["", *classes, ""] if len(classes) < 2 else classes
-        words, alone = f"Class {last} was given the id of another class.", "" if last else alike
-        shared = {**classes, last: classes.get(first, 0)}
+        names = list(classes) if len(classes) > 1 else [""]
+        words, alone = f"Class {names[-1]} was given the id of another class.", "" if names[-1] else alike
+        shared = {**classes, names[-1]: classes.get(names[0], 0)}
         yield self.fault("shared class id", words, "unique of class_id", alone, classes=shared)
         words, column = f"Column {schema.names[0]} was left out.", f"schema of {schema.names[0]}"
         yield self.fault("schema", words, column, schema=schema.remove(0))

@@ -9,7 +9,7 @@ history ┘                            the features that a row found become a hi
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -21,14 +21,13 @@ import pyarrow.compute as pc
 
 from tasks.core import injection, layout
 from tasks.core.errors import LeakFound
-from tasks.core.faults import MOST_FEATURES, Sample, Trial
+from tasks.core.faults import MOST_FEATURES, Faults, Sample, Trial
 from tasks.core.injection import NULLS
 from tasks.core.leakage import as_text
 from tasks.core.manifest import FaultResult, GateResult, Manifest, RowBalance
 from tasks.core.own_columns import AS_OF, EVENT_TIME, TARGET
 from tasks.core.profile import merge_profiles, profile_table
 from tasks.core.sampling import sample_rows
-from tasks.core.self_test import Fault
 from tasks.core.sketch import QuantileSketch
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.parts import to_arrow
@@ -107,7 +106,7 @@ class _Trial(Trial[_Rows]):
         times = table[EVENT_TIME].drop_null().cast(pa.int64()).to_numpy().astype(np.float64)
         return is_later(table, later_bound(QuantileSketch.of(times), self.config.label_thresholds.later_share))
 
-    def faults(self) -> Iterator[Fault]:
+    def faults(self) -> Faults:
         table, entity = self.table, self.model.entity
         yield self.no_rows()
         yield self.duplicates("repeated rows")
@@ -147,14 +146,9 @@ def self_test(
     Drift and types are compared with the sample as it is.
     """
     definition = manifest.definition
-    model = Model(
-        name=definition["name"],
-        entity=definition["entity"],
-        spine=SpineSource(uri=""),
-        features=tuple(FeatureReference.parse(text) for text in definition["features"]),
-        strict=definition["strict"],
-        known_at=definition["known_at"],
-    )
+    same = {name: definition[name] for name in ("name", "entity", "strict", "known_at")}
+    features = tuple(FeatureReference.parse(text) for text in definition["features"])
+    model = Model(spine=SpineSource(uri=""), features=features, **same)
     columns: Mapping[str, str] = definition["columns"]
     groups: dict[str, tuple[str, ...]] = {}
     for name in list(columns)[:MOST_FEATURES]:
