@@ -31,11 +31,11 @@ Faults = Iterator[Fault]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """What a fault changes; a kind of dataset adds to it.
+    """Values that a fault changes; a kind of dataset adds its own.
 
     Attributes:
         table: The rows.
-        bad: Share of the rows that their source has in a state that the job rejects.
+        bad: Share of the rows that are so in their source that the job rejects them.
         lost: Share of the rows that vanish between computing and writing.
     """
 
@@ -194,9 +194,9 @@ class Trial(ABC, Generic[S]):
 
     def rare_class(self, column: str, name: str, own: BoolArray, good: BoolArray, why_not: str) -> Fault:
         """Take the rows of a class away, but for its first good one; without its name it has no place."""
-        gone = own.copy()
-        gone[np.flatnonzero(own & good)[:1]] = False
-        words, table = f"All {self.noun}s but one of class {name} were taken away.", injection.lost(self.table, gone)
+        others = own.copy()
+        others[np.flatnonzero(own & good)[:1]] = False
+        words, table = f"All {self.noun}s but one of class {name} were taken away.", injection.lost(self.table, others)
         return self.fault("rare class", words, f"class balance of {column}", "" if name else why_not, table=table)
 
     def split_overlap(self, injected: str, aims: str, copies: pa.Table) -> Fault:

@@ -1,4 +1,4 @@
-"""A bounded sample of a version's rows, the same whoever takes it: by stable hashes, from a few row groups."""
+"""A bounded sample of a version's rows, from a few row groups: by stable hashes, so always the same."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def sample_rows(
         uris: Parquet files of one schema, at least one.
         columns: Columns to read.
         key: The column among them whose hashes decide.
-        convert: Makes of a file's name and rows what is sampled, such as a column that follows from its directory.
+        convert: Changes the rows of a file by its name, such as by a column that follows from its directory.
 
     """
     tables = []
@@ -77,7 +77,7 @@ def chosen_groups(uris: Sequence[str]) -> list[RowGroup]:
 
 
 def _by_hash(names: Sequence[str]) -> list[int]:
-    """Order names by their last parts' hashes, and return their places: the store's own place makes no difference."""
+    """Return the places of names in the order of their last parts' hashes, so that the store's path doesn't matter."""
     hashes = stable_hash(pa.array(["/".join(name.split("/")[-2:]) for name in names], pa.string()))
     places: list[int] = np.argsort(hashes, kind="stable").tolist()
     return places

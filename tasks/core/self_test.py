@@ -1,8 +1,8 @@
 """Gates that prove themselves: faults are injected into a sample of a version, and its gate judges each again.
 
-A gate that passes says nothing unless it would have failed. So each kind of dataset says how its data goes wrong
-(`tasks.core.faults`), and this module finds which of its checks noticed. Each fault is aimed at a check: if that one's
-verdict doesn't get worse, the gate is blind to it on this data, whatever else may have noticed it.
+A gate that passes proves nothing unless it would fail on bad data. So each kind of dataset has faults
+(`tasks.core.faults`), and this module finds the checks that notice them. Each fault is aimed at a check: if the verdict
+of that check doesn't get worse, the gate is blind to the fault on this data, whatever other check noticed it.
 
     sample ─┬─ as it is ──── the pipeline's own functions ─ gate ─ baseline ─┐
             └─ with a fault ─ the pipeline's own functions ─ gate ────────────┴─ refused, warned or blind

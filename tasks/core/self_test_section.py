@@ -1,4 +1,4 @@
-"""The report's section on the self-test: which faults were injected, which checks noticed, and what stays unproven."""
+"""The report's section on the self-test: the faults, the checks that noticed them, and those that stay unproven."""
 
 from __future__ import annotations
 

@@ -28,16 +28,7 @@ from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.definition import describe, named_profile
 from tasks.delivery.fitting import class_counts, fit
 from tasks.delivery.gate import judge_copy
-from tasks.delivery.keys import (
-    SPLITS,
-    Repeats,
-    SplitArray,
-    find_repeats,
-    random_keys,
-    repeated,
-    sample_ids,
-    split_entities,
-)
+from tasks.delivery.keys import SPLITS, Repeats, find_repeats, random_keys, repeated, sample_ids, split_entities
 from tasks.delivery.source import Source
 from tasks.delivery.stages import Loaded, Look, Shuffle, WrittenBucket, admit, judge, keys_of, note_of
 
@@ -141,7 +132,7 @@ class _Trial(Trial[_Rows]):
         why_not = "" if rare and other else "There are no two classes in two splits."
         table = injection.lost(self.table, own & (splits == SPLITS.index(other)) if other else own)
         yield self.fault("missing class", words, f"classes of {other}", why_not, table=table)
-        # Where a row without a value is rejected, there is none left to count.
+        # If rows without a value are rejected, none is left to count.
         more = [f"rejected of {name}"] if self.config.nulls == "reject" else []
         none = "Images have no features."
         yield self.nulls(*more, why_not=none)
@@ -156,7 +147,7 @@ class _Trial(Trial[_Rows]):
         why_not = "There is no number and no class that differs between rows."
         yield self.shift() if self.number else self.one_class(target if rare else "", value, why_not)
 
-    def _of_class(self, name: str) -> tuple[BoolArray, SplitArray]:
+    def _of_class(self, name: str) -> tuple[BoolArray, npt.NDArray[np.int8]]:
         """Mark the rows of a class, none for ''; with the split of each row, −1 of those that the job leaves out."""
         source, table = self.sample.source, self.table
         good = judge(table, source, self.config)[0] == 0

@@ -41,7 +41,7 @@ EVENT = "_event_time"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rows(Sample):
-    """Rows of a version. orphaned: share of the dimension's rows that are missing. days: by which events are older."""
+    """Rows of a version. orphaned: share of the dimension's rows that are missing. days: added to the events' age."""
 
     orphaned: float = 0.0
     days: float = 0.0

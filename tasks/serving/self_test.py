@@ -45,7 +45,7 @@ _YEAR = dt.timedelta(days=366)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rows(Sample):
-    """Rows with the features that they found. late: time by which these are known too late. join: finds them."""
+    """Rows with the features that they found. late: delay until these are known. join: function that finds them."""
 
     late: dt.timedelta = dt.timedelta()
     join: Callable[..., Int64Array] = join_asof
@@ -56,7 +56,7 @@ class _Trial(Trial[_Rows]):
     model: Model
     config: FeatureStoreConfig
     groups: Mapping[str, tuple[str, ...]]
-    """Group → its columns in the sample."""
+    """Columns of the sample by group."""
     source: str
 
     def judge(self, rows: _Rows) -> GateResult:
@@ -94,7 +94,7 @@ class _Trial(Trial[_Rows]):
 
     def _history(self, rows: pl.DataFrame, columns: list[str], late: dt.timedelta) -> pl.DataFrame:
         """Return the features that rows found, as a history: known at their rows' own time, or later."""
-        entity, before = self.model.entity, dt.timedelta(microseconds=self.model.strict)
+        entity, before = self.model.entity, dt.timedelta(microseconds=1 if self.model.strict else 0)
         some = pl.any_horizontal(pl.lit(value=False), *(pl.col(name).is_not_null() for name in columns))
         known = rows.filter(some).drop_nulls([entity, EVENT_TIME])
         never = (pl.lit(None, TIME).alias(name) for name in (FROM, UNTIL))
@@ -112,11 +112,8 @@ class _Trial(Trial[_Rows]):
         yield self.duplicates("repeated rows")
         yield self.lost_rows(self.model.name)
         yield self.bad_rows("bad rows", f"the rows of {self.source} lost their time", self.source)
-        words, aims = (
-            "All features were computed as of a year after their rows.",
-            f"unmatched of {next(iter(self.groups))}",
-        )
-        yield self.fault("late features", words, aims, late=_YEAR)
+        words, group = "All features were computed as of a year after their rows.", next(iter(self.groups))
+        yield self.fault("late features", words, f"unmatched of {group}", late=_YEAR)
         words = "The join was made to take features of up to a year after a row."
         ahead = self.fault("future features", words, "canary", join=_looking_ahead)
         yield replace(ahead, raises=(LeakFound,))
@@ -171,7 +168,7 @@ def self_test(
 
 
 def _as_number(label: pa.ChunkedArray) -> pa.Array:
-    """Return a label as a number that tells it: the number itself, or the place of its class."""
+    """Return a label as a number: itself, or the place of its class."""
     if injection.is_number(label.type):
         return label.cast(pa.float64(), safe=False).combine_chunks()
     return as_text(label).combine_chunks().dictionary_encode().indices.cast(pa.float64())
