@@ -1,4 +1,4 @@
-"""The command `self-test NAME [vN]`: which faults, put into a sample of a published version, does its gate notice?"""
+"""The command `self-test NAME [vN]`: judge faults in a sample of a published version by its gate."""
 
 from __future__ import annotations
 
@@ -33,25 +33,17 @@ def self_test(arguments: Namespace) -> int:
     root = storage.normalise(arguments.root)
     manifest = resolve(root, find_dataset(root, arguments.name), arguments.version or "latest")
     results = results_of(root, manifest)
-    unseen = blind(results)
-    checks = unproven(manifest.gate, results)
+    unseen, checks = blind(results), unproven(manifest.gate, results)
     if arguments.json:
-        answer = {
-            "dataset": manifest.dataset,
-            "version": manifest.version,
-            "faults": [result.model_dump(mode="json") for result in results],
-            "blind": unseen,
-            "unproven": checks,
-        }
-        print(as_json(answer))
+        faults = [result.model_dump(mode="json") for result in results]
+        answer = {"faults": faults, "blind": unseen, "unproven": checks}
+        print(as_json({"dataset": manifest.dataset, "version": manifest.version, **answer}))
         return 1 if unseen else 0
-    show(
-        ["OUTCOME", "FAULT", "INJECTED", "NOTICED BY", "IN WORDS"],
-        [
-            (one.outcome, one.fault, one.injected, ", ".join(one.caught_by[:2]), one.message)
-            for one in sorted(results, key=lambda result: ORDER[result.outcome])
-        ],
-    )
+    rows = [
+        (one.outcome, one.fault, one.injected, ", ".join(one.caught_by[:2]), one.message)
+        for one in sorted(results, key=lambda result: ORDER[result.outcome])
+    ]
+    show(["OUTCOME", "FAULT", "INJECTED", "NOTICED BY", "IN WORDS"], rows)
     print(f"\n{manifest.dataset} v{manifest.version}: {summary(results)}")
     if checks:
         print(f"checks that no fault made worse: {', '.join(checks)}")
@@ -60,10 +52,6 @@ def self_test(arguments: Namespace) -> int:
 
 def results_of(root: str, manifest: Manifest) -> tuple[FaultResult, ...]:
     """Inject faults into a sample of a published version, by the configuration that its manifest has.
-
-    Args:
-        root: Root of the store.
-        manifest: The version's.
 
     Raises:
         InputError: the version can't be tested.
@@ -86,10 +74,9 @@ def results_of(root: str, manifest: Manifest) -> tuple[FaultResult, ...]:
             from tasks.images import self_test as images
             from tasks.images.config import ImageAugmentationConfig
 
-            made = _config(ImageAugmentationConfig, manifest)
-            if "evaluation" not in manifest.config:  # made when all splits were augmented
-                made = made.model_copy(update={"evaluation": "augmented"})
-            return images.self_test(root, manifest, made, previous)
+            # A configuration that doesn't say is of a time when all splits were augmented.
+            of_images = _config(ImageAugmentationConfig, manifest, evaluation="augmented")
+            return images.self_test(root, manifest, of_images, previous)
         case "streaming-copy":
             from tasks.delivery import self_test as delivery
             from tasks.delivery.config import DeliveryConfig
@@ -102,9 +89,10 @@ def results_of(root: str, manifest: Manifest) -> tuple[FaultResult, ...]:
     raise InputError(f"{manifest.dataset} is no dataset of these flows: it has no gate to test")
 
 
-def _config(model: type[Config], manifest: Manifest) -> Config:
+def _config(model: type[Config], manifest: Manifest, **older: str) -> Config:
+    """Return the configuration of a version; `older` are values of fields that older ones don't have."""
     try:
-        return model.model_validate(manifest.config)
+        return model.model_validate({**older, **manifest.config})
     except ValidationError as error:
         name = f"{manifest.dataset} v{manifest.version}"
         raise InputError(

@@ -1,4 +1,4 @@
-"""The report's section on the self-test: which faults were injected, which checks noticed, and what stays unproven."""
+"""The report's section on the self-test: the faults, the checks that noticed them, and those that stay unproven."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BADGES: dict[Outcome, str] = {"blind": "warn", "warned": "pass", "refused": "pa
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """What the section says; plain text, which the template escapes.
+    """Content of the section in plain text, which the template escapes.
 
     rows: each fault with the badge of its outcome, the blind ones first.
     """
@@ -27,11 +27,11 @@ class Section:
 
 
 def section(gate: GateResult, results: Sequence[FaultResult]) -> Section | None:
-    """The section; None for a version without a self-test."""
+    """Return the section; None for a version without a self-test."""
     if not results:
         return None
     ordered = sorted(results, key=lambda result: ORDER[result.outcome])
-    names = [] if results[0].fault == ITSELF else list(unproven(gate, results))
+    names = [] if results[0].fault == ITSELF else unproven(gate, results)
     words = f"No fault made these checks worse, so nothing shows that they can fail: {', '.join(names)}."
     return Section(
         heading=HEADING,
@@ -42,15 +42,13 @@ def section(gate: GateResult, results: Sequence[FaultResult]) -> Section | None:
 
 
 def markdown(gate: GateResult, results: Sequence[FaultResult], text: Callable[[str], str]) -> list[str]:
-    """The section as Markdown, one part a paragraph; `text` escapes what comes from the data."""
+    """Return the section as paragraphs of Markdown; `text` escapes what comes from the data."""
     found = section(gate, results)
     if found is None:
         return []
     lines = ["| outcome | fault | what was injected | noticed by | |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {_SIGNS[result.outcome]} | {text(result.fault)} | {text(result.injected)} "
-        f"| {text(', '.join(result.caught_by[:3]))} | {text(result.message)} |"
-        for result, _ in found.rows
-    ]
+    for result, _ in found.rows:
+        cells = (result.fault, result.injected, ", ".join(result.caught_by[:3]), result.message)
+        lines.append(f"| {_SIGNS[result.outcome]} | {' | '.join(map(text, cells))} |")
     parts = [f"## {HEADING}", text(found.summary), "\n".join(lines)]
     return [*parts, *([text(found.unproven)] if found.unproven else [])]

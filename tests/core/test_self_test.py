@@ -172,11 +172,19 @@ def test_one_key_with_nearly_all_rows_still_gives_a_sample(tmp_path: Path) -> No
     assert sample_rows([str(tmp_path / "x.parquet")], ["key"], "key").num_rows == 5_000
 
 
+def test_a_version_without_rows_gives_a_sample_with_its_columns(tmp_path: Path) -> None:
+    with pq.ParquetWriter(tmp_path / "x.parquet", pa.schema([("key", pa.int64()), ("text", pa.string())])):
+        pass
+    sample = sample_rows([str(tmp_path / "x.parquet")], ["text", "key"], "key")
+    assert (sample.num_rows, sample.schema.types) == (0, [pa.string(), pa.int64()])
+
+
 @given(rows=st.integers(0, 50), share=st.floats(0.001, 1))
 @settings(max_examples=50, deadline=None)
 def test_a_fault_hits_as_many_rows_as_it_says(rows: int, share: float) -> None:
     hit = injection.some(rows, share)
     assert hit.sum() == min(rows, max(1, int(np.ceil(round(share * rows, 6)))))
+    assert not injection.some(rows, 0.0).any()
 
 
 @pytest.mark.parametrize("kind", [pa.int8(), pa.uint8(), pa.int64(), pa.uint64(), pa.float32(), pa.float64()])
