@@ -17,8 +17,7 @@ from tests.test_architecture import Sources, sources
 BETWEEN_OWN_TASKS = {"tasks/core/engine.py"}
 # Modules that import or run what a configuration names, and from which function.
 BY_CONFIGURATION = {
-    "tasks/images/transforms.py": {"load_policy"},
-    "tasks/delivery/training.py": {"load_function"},
+    "tasks/core/settings.py": {"load_object"},
     "tasks/features/loading.py": {"python_values"},
     "tasks/by_hand.py": {"_run"},
 }
