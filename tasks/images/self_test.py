@@ -79,7 +79,7 @@ class _Trial(Trial[_Rows]):
         linked = stable_hash(pc.coalesce(table["alike"], table["image_id"])).view(np.int64)
         groups = grouped([], linked, stable_hash(table["content_xxh3"]), np.ones(table.num_rows, np.bool_))
         written = injection.lost(table, rows.lost)
-        variants = variants_of(written, self.config)
+        variants = _variants_of(written, self.config)
         scores = np.repeat(written["mean_score"].to_numpy().astype(np.float32), variants)
         ends = np.cumsum([0, *variants]).astype(np.int32)
         judged = written.append_column("scores", pa.ListArray.from_arrays(pa.array(ends), pa.array(scores)))
@@ -173,7 +173,7 @@ def self_test(
         with storage.open_input(layout.join(uri, manifest.files[0].path)) as source:
             schema = pq.ParquetFile(source).schema_arrow
     for name in ("passed", "ready"):
-        table = injection.with_column(table, name, pa.array(table[name].to_numpy() / variants_of(table, config)))
+        table = injection.with_column(table, name, pa.array(table[name].to_numpy() / _variants_of(table, config)))
     before = previous or manifest
     definition = {**before.definition, "images": dict(Counter(table[CLASS].to_pylist()))}
     trial = _Trial(
@@ -186,7 +186,7 @@ def self_test(
     return trial.results()
 
 
-def variants_of(table: pa.Table, config: ImageAugmentationConfig) -> npt.NDArray[np.int64]:
+def _variants_of(table: pa.Table, config: ImageAugmentationConfig) -> npt.NDArray[np.int64]:
     """Return the number of each image's variants."""
     counts = {split: config.variants_in(split) for split in SPLITS}
     return np.array([counts[split] for split in table["split"].to_pylist()], np.int64)
