@@ -2,7 +2,7 @@
 
     samples of a split, in the order of its files
       └─ canonical streams: C ranges of equally many samples, C a power of two up to 64, of at least 8 files each
-           └─ regions of consecutive chunks, in all streams together about 1 GiB
+           └─ regions of consecutive chunks: about 1 GiB in all streams together, and a file at least
                 └─ chunks of some consecutive samples: what is read together from a disk
 
 In a stream the regions are permuted, and the chunks in each region. Some consecutive chunks of that order form a
@@ -151,7 +151,7 @@ class EpochOrder:
     def part(self, start: int, share: Share) -> tuple[IntArray, int]:
         """A worker's batch of the step from a position on: (batch_size,) samples, and how many of them are real.
 
-        A step beyond the end of the epoch is filled with the epoch's first samples. They come last in a batch.
+        A step that goes beyond the epoch's end is filled with the epoch's first samples. They come last in a batch.
         """
         runs, real = self._deal(start, share)
         return self._collect(runs, share.batch_size), real
