@@ -170,6 +170,17 @@ def deal(  # noqa: PLR0917 - compiled functions take numbers one by one
 
 
 @jit
+def samples_of(firsts: IntArray, chunk: int, end: int, out: IntArray) -> int:
+    """Write the samples of chunks to `out`, those below an end; how many they are."""
+    count = 0
+    for first in firsts:
+        for sample in range(first, min(first + chunk, end)):
+            out[count] = sample
+            count += 1
+    return count
+
+
+@jit
 def collect(  # noqa: PLR0917 - compiled functions take arrays one by one
     runs: IntArray, run: int, windows: IntArray, starts: IntArray, ends: IntArray, out: IntArray, done: int
 ) -> tuple[int, int]:

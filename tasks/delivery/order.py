@@ -2,7 +2,7 @@
 
     samples of a split, in the order of its files
       └─ canonical streams: C ranges of equally many samples, C a power of two up to 64, of at least 8 files each
-           └─ regions of consecutive chunks, in all streams together about 1 GiB
+           └─ regions of consecutive chunks: about 1 GiB in all streams together, and a file at least
                 └─ chunks of some consecutive samples: what is read together from a disk
 
 In a stream the regions are permuted, and the chunks in each region. Some consecutive chunks of that order form a
@@ -30,7 +30,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tasks.delivery.kernel import collect, deal, draw_key, shuffle
+from tasks.delivery.kernel import collect, deal, draw_key, samples_of, shuffle
 
 IntArray = npt.NDArray[np.int64]
 Remainder = Literal["pad", "drop"]
@@ -151,7 +151,7 @@ class EpochOrder:
     def part(self, start: int, share: Share) -> tuple[IntArray, int]:
         """A worker's batch of the step from a position on: (batch_size,) samples, and how many of them are real.
 
-        A step beyond the end of the epoch is filled with the epoch's first samples. They come last in a batch.
+        A step that goes beyond the epoch's end is filled with the epoch's first samples. They come last in a batch.
         """
         runs, real = self._deal(start, share)
         return self._collect(runs, share.batch_size), real
@@ -198,10 +198,8 @@ class EpochOrder:
         """Make the window of a place in a stream the current one."""
         stream = self._stream(number)
         window = stream.window_at(place)
-        samples = stream.samples_of(window)
-        self._windows[number, : len(samples)] = samples
-        self._starts[number] = stream.start(window)
-        self._ends[number] = self._starts[number] + len(samples)
+        start = stream.start(window)
+        self._starts[number], self._ends[number] = start, start + stream.fill(window, self._windows[number])
 
     def _stream(self, number: int) -> _Stream:
         if number not in self._streams:
@@ -245,14 +243,11 @@ class _Stream:
         start = window * self._sizes.window
         return self._first + self._order[start : start + count] * self._sizes.chunk
 
-    def samples_of(self, window: int) -> IntArray:
-        """Samples of a window in their order."""
-        firsts = self.chunks(window, self._sizes.window)
-        found = (firsts[:, None] + np.arange(self._sizes.chunk)).ravel()
-        if self._missing and found.max() >= self._end:
-            found = found[found < self._end]
-        self._shuffle(found, _SAMPLES, window)
-        return found
+    def fill(self, window: int, out: IntArray) -> int:
+        """Write a window's samples in their order to an array that may be longer; how many they are."""
+        count = samples_of(self.chunks(window, self._sizes.window), self._sizes.chunk, self._end, out)
+        self._shuffle(out[:count], _SAMPLES, window)
+        return count
 
     def _chunk_order(self) -> IntArray:
         size = self._sizes.region
