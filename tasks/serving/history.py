@@ -87,6 +87,11 @@ class History:
     versions: tuple[HistoryVersion, ...]
     left_out: tuple[tuple[int, str], ...] = ()
 
+    @property
+    def buckets(self) -> int:
+        """Number of buckets by which the files of every version can be told apart."""
+        return max([1, *(version.partition.buckets for version in self.versions if version.partition is not None)])
+
 
 def resolve_history(root: str, group: str, features: Sequence[str], pin: Pin = None) -> History:
     """The history of some features of a group, from the manifests as they stand now.
