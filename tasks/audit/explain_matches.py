@@ -1,4 +1,4 @@
-"""Which row of a feature history a training row was given, and why that one, or why none.
+"""Matches of a training row: the row of each feature history that it was given, and why that one, or why none.
 
 The history is that of the versions which the training set's manifest names, whatever has been published or withdrawn
 since; the match is the flow's own (`tasks.serving.asof`).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import polars as pl
@@ -23,12 +23,10 @@ from tasks.serving.asof import join_asof
 from tasks.serving.definition import FeatureReference
 from tasks.serving.history import FROM, TIME, UNTIL, History, HistoryVersion, history_of, read_bucket
 
-ENTITY_OF = "entity"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Match:
-    """What a feature group has for a training row.
+    """Match of a feature group and a training row.
 
     Attributes:
         group: Name of the group.
@@ -44,16 +42,16 @@ class Match:
 
     group: str
     versions: tuple[int, ...]
-    version: int | None
-    as_of: dt.datetime | None
-    age: dt.timedelta | None
+    version: int | None = None
+    as_of: dt.datetime | None = None
+    age: dt.timedelta | None = None
     why: str
-    columns: Mapping[str, Any]
+    columns: Mapping[str, Any] = field(default_factory=dict)
     gone: tuple[int, ...] = ()
 
 
 def matches(root: str, manifest: Manifest, row: Mapping[str, Any]) -> list[Match]:
-    """The match of each group for a row of a training set.
+    """Find the match of each group for a row of a training set.
 
     Args:
         root: Root of the store.
@@ -79,29 +77,28 @@ def _match(root: str, manifest: Manifest, row: Mapping[str, Any], group: str, ow
             known.append(read_manifest(root, dataset, version))
         except VersionNotFound:
             gone.append(version)
-    told: dict[str, Any] = {"group": group, "versions": tuple(read), "gone": tuple(gone), "columns": {}}
-    nothing: dict[str, Any] = {"version": None, "as_of": None, "age": None}
+    told: dict[str, Any] = {"group": group, "versions": tuple(read), "gone": tuple(gone)}
     if not known:
-        return Match(**told, **nothing, why="every version that was read has been deleted since")
+        return Match(**told, why="every version that was read has been deleted since")
     try:
         history = history_of(root, group, list(dict.fromkeys(own.values())), known)
         value = row.get(history.entity)
         if value is None:
-            return Match(**told, **nothing, why=f"the row has no {history.entity}")
+            return Match(**told, why=f"the row has no {history.entity}")
         rows, versions = _rows_of(root, history, value, known_at=bool(manifest.definition["known_at"]))
     except PipelineError as fault:
-        return Match(**told, **nothing, why=f"the history can't be read: {fault}")
+        return Match(**told, why=f"the history can't be read: {fault}")
     when, options = row[EVENT_TIME], _options(manifest)
     spine = pl.DataFrame({history.entity: [value], EVENT_TIME: [when]}, schema_overrides={EVENT_TIME: TIME})
     place = int(join_asof(spine, rows, entity=history.entity, event_time=EVENT_TIME, **options)[0])
     if place < 0:
-        return Match(**told, **nothing, why=_why_not(rows, when, options))
+        return Match(**told, why=_why_not(rows, when, options))
     as_of = rows[AS_OF][place]
     values = rows.row(place, named=True)
-    told["columns"] = {column: values[feature] for column, feature in own.items()}
-    age, before = when - as_of, "before" if options["strict"] else "at or before"
+    columns = {column: values[feature] for column, feature in own.items()}
+    before = "before" if options["strict"] else "at or before"
     why = f"the newest {before} the event" + (" that was known by then" if options["known_at"] else "")
-    return Match(**told, version=versions[place].version, as_of=as_of, age=age, why=why)
+    return Match(**told, version=versions[place].version, as_of=as_of, age=when - as_of, why=why, columns=columns)
 
 
 def _options(manifest: Manifest) -> dict[str, Any]:
@@ -111,21 +108,20 @@ def _options(manifest: Manifest) -> dict[str, Any]:
 
 
 def _rows_of(root: str, history: History, value: Any, known_at: bool) -> tuple[pl.DataFrame, list[HistoryVersion]]:
-    """Rows of an entity in all versions, oldest first, and the version of each."""
+    """Read the rows of an entity in all versions, oldest first, and the version of each."""
     keys = pl.Series(history.entity, [value])
-    buckets = max((version.partition.buckets for version in history.versions if version.partition), default=1)
-    bucket = int(bucket_of(keys.to_arrow(), buckets)[0])
+    bucket = int(bucket_of(keys.to_arrow(), history.buckets)[0])
     frames, owners = [], []
     for version in history.versions:
         alone = replace(history, versions=(version,))
-        frame = read_bucket(root, alone, bucket, buckets, known_at=known_at, keys=keys)
+        frame = read_bucket(root, alone, bucket, history.buckets, known_at=known_at, keys=keys)
         frames.append(frame)
         owners += [version] * frame.height
     return pl.concat(frames), owners
 
 
 def _why_not(rows: pl.DataFrame, when: dt.datetime, options: Mapping[str, Any]) -> str:
-    """Why no row of a history counts."""
+    """Say why no row of a history counts."""
     times = rows[AS_OF].to_list()
     before = [moment for moment in times if (moment < when if options["strict"] else moment <= when)]
     if not times:
@@ -141,6 +137,6 @@ def _why_not(rows: pl.DataFrame, when: dt.datetime, options: Mapping[str, Any]) 
 
 
 def days_of(span: dt.timedelta) -> str:
-    """A span of time in days."""
+    """Return a span of time in days."""
     days = span / dt.timedelta(days=1)
     return f"{days:.4g} day{'s' if days != 1 else ''}"

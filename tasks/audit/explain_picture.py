@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tasks.audit.explain_draws import draws_of
 from tasks.core import storage
 from tasks.core.errors import ConfigError
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.decode import Decoded, Decoder
+from tasks.images.draws import draws_of
 from tasks.images.pictures import levels
 from tasks.images.rows import decode_images
 from tasks.images.sheet import thumbnail, tile_sheet
