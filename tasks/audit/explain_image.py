@@ -34,6 +34,7 @@ from tasks.audit.inputs import check_files
 from tasks.core import layout, storage
 from tasks.core.hashing import stable_hash
 from tasks.core.manifest import FileEntry, Manifest
+from tasks.core.own_columns import READY
 from tasks.core.reading import data_files, explained
 from tasks.core.settings import config_of
 from tasks.images.config import Augmentation, ImageAugmentationConfig
@@ -50,7 +51,7 @@ OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 _NEUTRAL = (1.0, 1.0, 1.0, 0.0)
 _DECIDING = ["image_id", "class_id", "alike", "split", "content_xxh3", "perceptual_hash"]
 _ORIGINAL, _VARIANT = "original_image_id", re.compile(r"(.+)_aug_[0-9]+")
-_FACTS = (_ORIGINAL, "image_id", "augmentation_id", "data_quality_score", "validation_passed", "quality_issues")
+_FACTS = ("image_id", "augmentation_id", "data_quality_score", "validation_passed", "quality_issues", READY)
 _MEMBERS = 50
 
 
@@ -70,7 +71,8 @@ def explain_image(root: str, manifest: Manifest, key: str, picture: str | None =
         sections = rejected_sections(rejected, notes)
         return absent(root, manifest, ("image", key), "it was rejected", sections, concerned=concerned)
     [original] = _read_originals(root, manifest, filters=[("image_id", "=", image_id)]).to_pylist()
-    found = _variants(root, manifest, known, original, config)
+    columns = [*_FACTS, *([] if picture is None else [IMAGE])]
+    found = _variants(root, manifest, known, original, config, columns=columns)
     state = _file_state(original)
     drawn, words = drawn_rows(config, original)
     sections = [
@@ -83,7 +85,7 @@ def explain_image(root: str, manifest: Manifest, key: str, picture: str | None =
         version_section(root, manifest),
     ]
     if picture is not None:
-        told = write_picture(picture, config, (original, state), _pixels(root, manifest, found), words)
+        told = write_picture(picture, config, (original, state), found.table, words)
         sections.insert(0, Section(title="picture", facts=told))
     headline = f"image {image_id} of {manifest.dataset} v{manifest.version}: {found.table.num_rows} variants"
     return Explanation(manifest, key, "held", f"{headline} in {original['split']}", sections)
@@ -107,10 +109,15 @@ def _named(known: pa.Table, key: str) -> str | None:
 
 
 def _variants(
-    root: str, manifest: Manifest, known: pa.Table, original: Mapping[str, Any], config: ImageAugmentationConfig
+    root: str,
+    manifest: Manifest,
+    known: pa.Table,
+    original: Mapping[str, Any],
+    config: ImageAugmentationConfig,
+    *,
+    columns: Sequence[str],
 ) -> Found:
     """Find the rows of an image's variants: in the files of its unit, if they are named as the flow names them."""
-    columns = [*_FACTS, "is_training_ready"]
     directory = layout.split_directory(original["split"]) + "/"
     place = pc.index(known["image_id"], original["image_id"]).as_py()
     rejected = sum(sum(balance.rejected.values()) for balance in manifest.balances[:1])
@@ -126,15 +133,6 @@ def _variants(
     if found.table.num_rows < config.variants_in(original["split"]):
         found = find_rows(root, manifest, _ORIGINAL, original["image_id"], columns=columns)
     return found
-
-
-def _pixels(root: str, manifest: Manifest, found: Found) -> pa.Table:
-    """Read the stored variants, in their order."""
-    paths = {path for path, _ in found.places}
-    wanted = found.rows[0][_ORIGINAL] if found.rows else ""
-    table = find_rows(root, manifest, _ORIGINAL, wanted, wanted=lambda entry: entry.path in paths).table
-    names = [name for name in ("augmentation_id", IMAGE, "quality_issues") if name in table.column_names]
-    return table.select(names).sort_by("augmentation_id") if table.num_rows else table
 
 
 def _file_state(original: Mapping[str, Any]) -> str:
@@ -204,7 +202,7 @@ def _quality(config: ImageAugmentationConfig, found: Found) -> Section:
                 "score": row["data_quality_score"],
                 "issues": issues,
                 "valid": row["validation_passed"],
-                "training-ready": row["is_training_ready"],
+                "training-ready": row[READY],
                 "why": why,
                 "file": path,
                 "row": number,

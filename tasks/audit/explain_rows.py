@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -23,7 +24,7 @@ from tasks.core import layout, storage
 from tasks.core.errors import ConfigError, InputError
 from tasks.core.manifest import FileEntry, Manifest
 from tasks.core.partition import bucket_of
-from tasks.core.reading import data_files, explained
+from tasks.core.reading import data_files, explained, rows_of
 from tasks.features.keys import read_keys
 
 MOST_KEYS = 2_000_000
@@ -93,7 +94,7 @@ def find_rows(
         column: The key column.
         value: The key, as the column has it.
         columns: Columns to give; None gives all.
-        wanted: Which of the data files to look into; all that may have it, by default.
+        wanted: Filter of the data files to look into; all that may have it, by default.
 
     Raises:
         CorruptVersion: a file is missing.
@@ -115,6 +116,18 @@ def find_rows(
         files=len(entries),
         groups=sum(groups for _, _, groups in found),
     )
+
+
+def read_row(root: str, manifest: Manifest, path: str, row: int, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read one row of a data file by its number.
+
+    Raises:
+        CorruptVersion: the file is missing or can't be read.
+
+    """
+    uri = layout.join(layout.version_uri(root, manifest.dataset, manifest.version), path)
+    with explained(uri), storage.open_input(uri) as source:
+        return rows_of(pq.ParquetFile(source), np.array([row]), columns)
 
 
 def _search(

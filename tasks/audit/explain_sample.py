@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tasks.audit.explain_holders import holders_section
-from tasks.audit.explain_rows import closest_keys, find_rows, typed_key
+from tasks.audit.explain_rows import closest_keys, read_row, typed_key
 from tasks.audit.explain_samples import Sample, Samples, feature_columns, find_samples, source_of, split_row
 from tasks.audit.explained import (
     Explanation,
@@ -30,7 +29,8 @@ from tasks.core import layout, storage
 from tasks.core.errors import ConfigError, PipelineError
 from tasks.core.lineage import trace
 from tasks.core.manifest import Manifest
-from tasks.core.reading import data_files, explained, rows_of
+from tasks.core.numerals import plural
+from tasks.core.reading import data_files
 from tasks.core.settings import config_of
 from tasks.core.tensors import to_numpy
 from tasks.delivery.blocks import CHECKSUM, IMAGE, LABEL, block_checksums
@@ -86,7 +86,7 @@ def explain_sample(root: str, manifest: Manifest, key: str, at: str | None) -> E
         holders_section(root, manifest, entity, value),
         version_section(root, manifest),
     ]
-    what = f"{len(held)} sample{'s' if len(held) != 1 else ''} of {entity} {value}"
+    what = f"{plural(len(held), 'sample')} of {entity} {value}"
     return Explanation(manifest, key, "held", f"{what} in {manifest.dataset} v{manifest.version}", sections)
 
 
@@ -181,9 +181,7 @@ def _encoded(root: str, manifest: Manifest, sample: Sample, *, several: bool) ->
     name = f"values of {sample.source.get('image_id', sample.sample_id)}" if several else "values"
     if sample.file is None:
         return Section(title=name, notes=["It isn't there."])
-    uri = layout.join(layout.version_uri(root, manifest.dataset, manifest.version), sample.file)
-    with explained(uri), storage.open_input(uri) as source:
-        block = rows_of(pq.ParquetFile(source), np.array([sample.block]))
+    block = read_row(root, manifest, sample.file, sample.block)
     [noted], [found] = block[CHECKSUM].to_pylist(), block_checksums(block)
     facts = _label(manifest, sample, block)
     intact = "matches" if found == noted else "DOESN'T match"
@@ -255,26 +253,12 @@ def _image_facts(root: str, manifest: Manifest, sample: Sample, block: pa.Table)
     }
     source = manifest.definition["source"]
     try:
-        found = _source_picture(root, manifest, sample)
+        found = read_row(root, source_of(root, manifest), sample.source_file, sample.source_row, [IMAGE])
         same = np.array_equal(to_numpy(found, IMAGE)[0], image)
         facts["check"] = "the same pixels as in the source" if same else "OTHER pixels than in the source"
     except PipelineError as fault:
         facts["check"] = f"can't be compared with {source['dataset']} v{source['version']}: {fault}"
     return facts
-
-
-def _source_picture(root: str, manifest: Manifest, sample: Sample) -> pa.Table:
-    """The row of the source version with its picture."""
-    first = manifest.definition["keys"][0]
-    found = find_rows(
-        root,
-        source_of(root, manifest),
-        first,
-        sample.source[first],
-        columns=[IMAGE],
-        wanted=lambda entry: entry.path == sample.source_file,
-    )
-    return found.table
 
 
 def _left_out(found: Samples) -> Section:

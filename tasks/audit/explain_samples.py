@@ -18,6 +18,7 @@ from tasks.core import layout, storage
 from tasks.core.errors import ConfigError, PipelineError
 from tasks.core.hashing import stable_hash
 from tasks.core.manifest import Manifest
+from tasks.core.numerals import plural
 from tasks.core.own_columns import READY
 from tasks.core.reading import explained, read_manifest
 from tasks.core.settings import config_of
@@ -206,6 +207,6 @@ def summary(root: str, copy: Manifest, key: str) -> str:
         return f"can't be told: {fault}"
     held = [sample for sample in found.held if sample.file is not None]
     splits, reasons = ({sample.split for sample in held}, {reason for _, reason in found.left_out})
-    told = f"{len(held)} sample{'s' if len(held) != 1 else ''}" if held else "no sample"
+    told = plural(len(held), "sample") if held else "no sample"
     told += f" in {' and '.join(sorted(splits))}" if splits else ""
     return told + (f"; {len(found.left_out)} rows left out ({', '.join(sorted(reasons))})" if reasons else "")

@@ -22,12 +22,11 @@ from tasks.core.manifest import InputRecord, Manifest
 from tasks.core.missing import missing_values
 from tasks.core.settings import config_of
 from tasks.features.config import FeatureStoreConfig
-from tasks.features.definitions import Definitions, EventSource
+from tasks.features.definitions import Definitions, EventSource, FeatureGroup
 from tasks.features.keys import KeyType
 from tasks.features.loading import is_yaml, load_definitions
-from tasks.features.plan import key_type_of, names_in_files, units_of, with_uris
-from tasks.features.rows import REASON, ColumnPlan, RowPlan, judge
-from tasks.features.settling import settled
+from tasks.features.plan import names_in_files, plan_dimension, plan_features, units_of, with_uris
+from tasks.features.rows import REASON, RowPlan, judge
 from tasks.features.sources import ReadUnit, SourceTable, inspect_files, read
 from tasks.features.standard import STANDARD
 
@@ -96,7 +95,7 @@ def events_section(
         return files_section(title, record, f"Events aren't counted: {cause}.")
     files = check_files(record)
     try:
-        plan = _event_plan(declared.config, source, entity, manifest, table_of(record, files))
+        plan = _event_plan(declared, source, entity, manifest, table_of(record, files))
         with ThreadPoolExecutor(_READERS) as pool:
             found = list(pool.map(lambda file: rows_of_key(file, plan, entity, value), files))
     except PipelineError as fault:
@@ -122,13 +121,10 @@ def dimension_section(declared: Declared, manifest: Manifest, record: InputRecor
     source = declared.definitions.dimensions.get(record.name)
     if source is None:
         return files_section(title, record, declared.note)
-    theirs = source.mapping.get(source.key, source.key)
-    kind = key_type_in(manifest, source.key)
-    key = ColumnPlan(name=source.key, source_name=theirs, kind="key", required=True, key_type=kind)
-    missing = missing_values(manifest.config.get("null_values"))
-    plan = RowPlan(source=source.name, columns=(key,), missing=missing)
+    keys, missing = {source.key: key_type_in(manifest, source.key)}, missing_values(declared.config.null_values)
     files = check_files(record)
     try:
+        plan = plan_dimension(source, table_of(record, files), keys, (), missing=missing).rows
         found = [rows_of_key(file, plan, source.key, value) for file in files]
     except PipelineError as fault:
         return files_section(title, record, str(fault))
@@ -161,34 +157,19 @@ def key_type_in(manifest: Manifest, column: str) -> KeyType:
 
 
 def _event_plan(
-    config: FeatureStoreConfig, source: EventSource, entity: str, manifest: Manifest, table: SourceTable
+    declared: Declared, source: EventSource, entity: str, manifest: Manifest, table: SourceTable
 ) -> RowPlan:
     """Plan how the events of a source are read, as far as it decides which rows of an entity count."""
-    amount = config.negative_amounts == "reject" and "amount" in source.columns
-    missing = missing_values(config.null_values)
-    keys = [source.mapping.get(ours, ours) for ours, spec in source.columns.items() if spec.kind == "key"]
-    table = settled(table, [theirs for theirs in keys if table.has(theirs)], missing)
-    columns = []
-    mapping = names_in_files(source, table)
-    for ours, spec in source.columns.items():
-        theirs = mapping.get(ours, ours)
-        needed = spec.required or ours in (entity, source.time) or (amount and ours == "amount")
-        if needed and all(theirs in file.schema.names for file in table.files):
-            kind = key_type_in(manifest, ours) if ours == entity else key_type_of(table, theirs)
-            plan = ColumnPlan(
-                name=ours, source_name=theirs, kind=spec.kind, required=spec.required, key_type=kind or "string"
-            )
-            columns.append(plan)
-    return RowPlan(
-        source=source.name,
-        columns=tuple(columns),
-        time=source.time,
-        earliest=config.earliest,
-        timezone=config.timezone,
-        epoch_unit=config.epoch_unit,
-        reject_negative=("amount",) if amount and any(column.name == "amount" for column in columns) else (),
-        missing=missing,
-    )
+    config = declared.config
+    features = {"found": pl.len()}
+    if config.negative_amounts == "reject" and table.has(names_in_files(source, table).get("amount", "amount")):
+        features["amounts"] = pl.col("amount").sum()
+    group = FeatureGroup(name="explained", entity=entity, source=source.name, features=features)
+    only = Definitions(events=declared.definitions.events, dimensions={}, groups={group.name: group})
+    [plan] = plan_features(only, config.model_copy(update={"groups": ()}), (manifest.created_at,), {source.name: table})
+    rows, kind = plan.events.rows, key_type_in(manifest, entity)
+    columns = tuple(replace(one, key_type=kind) if one.name == entity else one for one in rows.columns)
+    return replace(rows, columns=columns, as_of=None)
 
 
 @dataclass(slots=True)

@@ -324,7 +324,7 @@ class Held:
         moment: Time of the row.
         row: Its values.
         rejected: Rows of the entity that were rejected.
-        section: Where it is.
+        section: Its place.
 
     """
 

@@ -12,15 +12,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tasks.audit.inputs import Cause, input_version, why_not
+from tasks.audit.inputs import input_version, why_not
 from tasks.audit.replay_rows import (
-    Answer,
+    Again,
     Difference,
+    IntArray,
     Replayed,
     StoredFiles,
     Unreadable,
     by_file,
-    choose,
     differences,
     missing,
     placed,
@@ -37,94 +37,47 @@ from tasks.delivery.keys import SPLITS, Repeats, bucket_of, find_repeats, random
 from tasks.delivery.source import read_units, source_of
 from tasks.delivery.stages import encode, keys_of, load, plan_buckets
 
-IntArray = npt.NDArray[np.int64]
 
+class CopyAgain(Again):
+    """The samples of one copy, to be made again with the blocks that they are in."""
 
-def replay_copy(root: str, manifest: Manifest, sample: int, seed: int) -> Answer:
-    """Make the blocks of some samples of a streaming-ready copy again, and compare the samples and their blocks."""
-    stored = StoredFiles(root, manifest)
-    counts = {path: int(count) for path, count in manifest.definition["file_samples"].items()}
-    size, total = int(manifest.definition["block_size"]), sum(counts.values())
-    chosen = by_file([(entry, counts[entry.path]) for entry in manifest.files], choose(total, sample, seed))
-    blocks = {entry.path: np.unique(numbers // size) for entry, numbers in chosen}
-    causes: list[Cause] = []
-    made: dict[str, pa.Table] = {}
-    try:
-        made = _Again(root, manifest, causes).blocks(blocks)
-    except (PipelineError, OSError) as fault:
-        causes.append(why_not(fault))
-    replayed: list[Replayed] = []
-    for entry, numbers in chosen:
-        replayed += _compare(stored, entry, numbers, size=size, blocks=blocks[entry.path], made=made.get(entry.path))
-    return Answer(unit="sample", total=total, replayed=tuple(replayed), causes=tuple(causes), altered=stored.altered)
+    unit = "sample"
 
-
-def _compare(
-    stored: StoredFiles, entry: FileEntry, numbers: IntArray, *, size: int, blocks: IntArray, made: pa.Table | None
-) -> list[Replayed]:
-    """Compare some samples of one file, and the blocks that they are in.
-
-    Args:
-        stored: The version's files.
-        entry: The file.
-        numbers: Samples, by their number in the file.
-        size: Samples of a block.
-        blocks: Numbers of the blocks that have them.
-        made: These blocks, made again, as far as there are so many now.
-
-    """
-    names = [f"{entry.path} sample {number}" for number in numbers.tolist()]
-    try:
-        table = stored.read(entry, blocks)
-    except Unreadable as fault:
-        return [missing(name, entry, fault.cause) for name in names]
-    rows = np.searchsorted(blocks, numbers // size)
-    before = _samples(table, rows, numbers % size, size)
-    there = np.zeros(0, np.bool_) if made is None else rows < made.num_rows
-    now = before.slice(0, 0) if made is None else _samples(made, rows[there], (numbers % size)[there], size)
-    found = differences(before, now, placed(range(len(names)), np.flatnonzero(there).tolist()))
-    checksums = zip(table[CHECKSUM].to_pylist(), block_checksums(table), strict=True)
-    of_block = [
-        () if noted == own else (Difference(f"{CHECKSUM} of the block", noted, own),) for noted, own in checksums
-    ]
-    return [
-        Replayed(name=name, file=entry.path, differences=(*own, *of_block[row]), causes=stored.check(entry))
-        for name, own, row in zip(names, found, rows.tolist(), strict=True)
-    ]
-
-
-def _samples(blocks: pa.Table, rows: IntArray, within: IntArray, size: int) -> pa.Table:
-    """Take some samples of blocks, with the numbers of their blocks; a tensor is its bytes."""
-    columns: dict[str, pa.Array] = {}
-    for field in blocks.schema:
-        if not is_tensor(field):
-            columns[field.name] = blocks[field.name].take(pa.array(rows))
-            continue
-        values = to_numpy(blocks, field.name)
-        own = values.reshape(blocks.num_rows, size, *values.shape[1 if size == 1 and field.name == IMAGE else 2 :])
-        picked = own[rows, within]
-        columns[field.name] = pa.array(picked) if picked.ndim == 1 else tensor_array(picked)
-    return pa.table(columns)
-
-
-class _Again:
-    """The samples of one copy, to be made again."""
-
-    def __init__(self, root: str, manifest: Manifest, causes: list[Cause]) -> None:
-        self._causes = causes
-        [record] = manifest.inputs
-        source = input_version(root, record, causes)
-        if source is None:
-            raise SourceError(f"the version that it was made from, {record.name} v{record.version}, can't be read")
-        self._config = config_of(DeliveryConfig, manifest, root=root)
-        self._source = source_of(self._config, root, source)
-        self._units = tuple(read_units(self._source))
-        self._files = StoredFiles(root, source, f"of the input {source.dataset} v{source.version}, ")
+    def __init__(self, root: str, manifest: Manifest) -> None:
+        super().__init__(root, manifest)
+        self._counts = {path: int(count) for path, count in manifest.definition["file_samples"].items()}
         self._form, self._encoder = block_format(manifest), encoder_of(manifest)
-        self._label = label_of(manifest, numbered=self._source.classes is not None)
 
-    def blocks(self, wanted: Mapping[str, IntArray]) -> dict[str, pa.Table]:
+    @property
+    def total(self) -> int:
+        """Number of samples."""
+        return sum(self._counts.values())
+
+    def replay(self, chosen: IntArray) -> list[Replayed]:
+        """Make the blocks of some samples again, and compare the samples and their blocks."""
+        files = by_file([(entry, self._counts[entry.path]) for entry in self.manifest.files], chosen)
+        size = self._form.block_size
+        blocks = {entry.path: np.unique(numbers // size) for entry, numbers in files}
+        made: dict[str, pa.Table] = {}
+        try:
+            made = self._blocks(blocks)
+        except (PipelineError, OSError) as fault:
+            self.causes.append(why_not(fault))
+        replayed: list[Replayed] = []
+        for entry, numbers in files:
+            own, again = blocks[entry.path], made.get(entry.path)
+            replayed += _compare(self.stored, entry, numbers, size=size, blocks=own, made=again)
+        return replayed
+
+    def _blocks(self, wanted: Mapping[str, IntArray]) -> dict[str, pa.Table]:
         """Make the blocks of some numbers of each file, as far as there are so many."""
+        [record] = self.manifest.inputs
+        version = input_version(self.root, record, self.causes)
+        if version is None:
+            raise SourceError(f"the version that it was made from, {record.name} v{record.version}, can't be read")
+        self._config = config_of(DeliveryConfig, self.manifest, root=self.root)
+        self._source = source_of(self._config, self.root, version)
+        self._units = tuple(read_units(self._source))
         keys, splits = [], []
         for unit in self._units:
             loaded = load(unit, self._source, self._config, self._source.columns)
@@ -174,16 +127,67 @@ class _Again:
         starts = np.cumsum([0, *(len(own) for own in ids)])
         unit_of = np.searchsorted(starts, rows, side="right") - 1
         columns = self._source.columns + ([IMAGE] if self._source.image else [])
-        entries = {layout.join(self._files.base, entry.path): entry for entry in self._source.manifest.files}
+        version = self._source.manifest
+        files = StoredFiles(self.root, version, f"of the input {version.dataset} v{version.version}, ")
+        entries = {layout.join(files.base, entry.path): entry for entry in version.files}
+        label = label_of(self.manifest, numbered=self._source.classes is not None)
         parts = []
         for number in np.unique(unit_of).tolist():
             for file, _ in self._units[number].pieces:
-                found = self._files.check(entries[file.uri])
-                self._causes += [cause for cause in found if cause not in self._causes]
+                found = files.check(entries[file.uri])
+                self.causes += [cause for cause in found if cause not in self.causes]
             loaded = load(self._units[number], self._source, self._config, columns)
             own = rows[unit_of == number] - starts[number]
-            parts.append(encode(loaded.rows.take(pa.array(own)), ids[number][own], self._encoder, self._label))
+            parts.append(encode(loaded.rows.take(pa.array(own)), ids[number][own], self._encoder, label))
         return parts
+
+
+def _compare(
+    stored: StoredFiles, entry: FileEntry, numbers: IntArray, *, size: int, blocks: IntArray, made: pa.Table | None
+) -> list[Replayed]:
+    """Compare some samples of one file, and the blocks that they are in.
+
+    Args:
+        stored: The version's files.
+        entry: The file.
+        numbers: Samples, by their number in the file.
+        size: Samples of a block.
+        blocks: Numbers of the blocks that have them.
+        made: These blocks, made again, as far as there are so many now.
+
+    """
+    names = [f"{entry.path} sample {number}" for number in numbers.tolist()]
+    try:
+        table = stored.read(entry, blocks)
+    except Unreadable as fault:
+        return [missing(name, entry, fault.cause) for name in names]
+    rows = np.searchsorted(blocks, numbers // size)
+    before = _samples(table, rows, numbers % size, size)
+    there = np.zeros(0, np.bool_) if made is None else rows < made.num_rows
+    now = before.slice(0, 0) if made is None else _samples(made, rows[there], (numbers % size)[there], size)
+    found = differences(before, now, placed(range(len(names)), np.flatnonzero(there).tolist()))
+    checksums = zip(table[CHECKSUM].to_pylist(), block_checksums(table), strict=True)
+    of_block = [
+        () if noted == own else (Difference(f"{CHECKSUM} of the block", noted, own),) for noted, own in checksums
+    ]
+    return [
+        Replayed(name=name, file=entry.path, differences=(*own, *of_block[row]), causes=stored.check(entry))
+        for name, own, row in zip(names, found, rows.tolist(), strict=True)
+    ]
+
+
+def _samples(blocks: pa.Table, rows: IntArray, within: IntArray, size: int) -> pa.Table:
+    """Take some samples of blocks, with the numbers of their blocks; a tensor is its bytes."""
+    columns: dict[str, pa.Array] = {}
+    for field in blocks.schema:
+        if not is_tensor(field):
+            columns[field.name] = blocks[field.name].take(pa.array(rows))
+            continue
+        values = to_numpy(blocks, field.name)
+        own = values.reshape(blocks.num_rows, size, *values.shape[1 if size == 1 and field.name == IMAGE else 2 :])
+        picked = own[rows, within]
+        columns[field.name] = pa.array(picked) if picked.ndim == 1 else tensor_array(picked)
+    return pa.table(columns)
 
 
 def _place_of(path: str) -> tuple[str, int]:

@@ -7,7 +7,6 @@ events that versions have kept of files deleted since ──────┘
 
 from __future__ import annotations
 
-import datetime as dt
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -16,10 +15,10 @@ import polars as pl
 import pyarrow as pa
 
 from tasks.audit.inputs import other_declaration, present, sources_of
-from tasks.audit.replay_rows import Again, StoredFiles, Unreadable, frame_of, matching
+from tasks.audit.replay_rows import StoredFiles, TableAgain, Unreadable, frame_of, matching
 from tasks.core.errors import DefinitionError
 from tasks.core.manifest import Manifest
-from tasks.core.own_columns import AS_OF, CREATED, QUALITY
+from tasks.core.own_columns import AS_OF, QUALITY
 from tasks.core.partition import bucket_of
 from tasks.core.reading import read_manifest
 from tasks.core.settings import config_of
@@ -34,23 +33,16 @@ from tasks.features.scoring import fences_again
 from tasks.features.stages import looked_up, read_and_judge, snapshots_of, unique_dimension_rows
 from tasks.features.state import FILE, StateLink, in_order, read_kept
 from tasks.features.tallies import Tally
+from tasks.serving.history import created_of
 
 
-def created_of(manifest: Manifest) -> dt.datetime:
-    """Return the stamp of a feature version's rows, as its profile has it."""
-    profile = manifest.profile.get(CREATED)
-    if profile is None or not isinstance(profile.maximum, str):
-        return manifest.created_at
-    return dt.datetime.fromisoformat(profile.maximum)
-
-
-class FeaturesAgain(Again):
+class FeaturesAgain(TableAgain):
     """The rows of a feature version, to be made again."""
 
     time = AS_OF
 
-    def __init__(self, root: str, manifest: Manifest, stored: StoredFiles) -> None:
-        super().__init__(root, manifest, stored)
+    def __init__(self, root: str, manifest: Manifest) -> None:
+        super().__init__(root, manifest)
         self._config = config_of(FeatureStoreConfig, manifest, root=root)
 
     def rows(self, sampled: pa.Table) -> pa.Table:

@@ -1,6 +1,6 @@
 """Images of a version made again, from their files: decoded, drawn, augmented, judged, labelled and split anew.
 
-What depends on all images is made of what the version knows of all of them (`_originals`): the split, from ids,
+The split depends on all images, and is made from the version's table of all of them (`_originals`): from ids,
 classes and groups. Which images are alike is taken from there as it is, since to find it all of them are decoded.
 """
 
@@ -16,13 +16,12 @@ import pyarrow.compute as pc
 
 from tasks.audit.inputs import Cause, check_files, input_causes
 from tasks.audit.replay_rows import (
-    Answer,
+    Again,
     Difference,
+    IntArray,
     Replayed,
-    StoredFiles,
     Unreadable,
     by_file,
-    choose,
     differences,
     frame_of,
     missing,
@@ -48,63 +47,50 @@ _OF_ALL_IMAGES = frozenset({"class_id", "class_name", "one_hot_label", "split", 
 """Columns that the listing and the labels decide, not what is in an image's own file."""
 
 
-def replay_images(root: str, manifest: Manifest, sample: int, seed: int) -> Answer:
-    """Make all variants of some images of a version again, and compare them and what is noted of their originals."""
-    again = _Again(manifest, StoredFiles(root, manifest))
-    originals = again.originals.with_row_index("number")
-    chosen = choose(originals.height, sample, seed)
-    replayed: list[Replayed] = []
-    for split in SPLITS:
-        variants = again.config.variants_in(split)
-        files = [(entry, entry.rows // variants) for entry in manifest.files if _split_of(entry) == split]
-        own = originals.filter(pl.col("split") == split)
-        places = np.flatnonzero(np.isin(own["number"].to_numpy(), chosen))
-        counts = [count for _, count in files]
-        held = sum(counts)
-        # The table of originals may have more images in a split than its files have room for.
-        no_rows = (Difference("(rows)", "0", str(variants)),)
-        replayed += [
-            Replayed(name=name, file=split, differences=no_rows)
-            for name in own["image_id"].gather(places[places >= held])
-        ]
-        starts = dict(zip((entry.path for entry, _ in files), np.cumsum(counts) - counts, strict=True))
-        for entry, numbers in by_file(files, places[places < held]):
-            # A file's images follow each other in the table of originals, but not in the same order.
-            for start in range(0, len(numbers), AT_ONCE):
-                replayed += again.compare(entry, own[starts[entry.path] + numbers[start : start + AT_ONCE]])
-    return Answer(
-        unit="image",
-        total=originals.height,
-        replayed=tuple(replayed),
-        causes=tuple(again.causes),
-        altered=again.stored.altered,
-        notes=tuple(again.notes),
-    )
+class ImagesAgain(Again):
+    """The images of one version, to be made again, each with all of its variants and what is noted of it."""
 
+    unit = "image"
 
-def _split_of(entry: FileEntry) -> str:
-    return entry.path.partition("/")[0].removeprefix("split=")
-
-
-class _Again:
-    """The images of one version, to be made again."""
-
-    def __init__(self, manifest: Manifest, stored: StoredFiles) -> None:
-        self.causes: list[Cause] = []
-        self.notes: list[str] = []
-        self.stored = stored
-        self._manifest = manifest
+    def __init__(self, root: str, manifest: Manifest) -> None:
+        super().__init__(root, manifest)
         self._entry = originals_entry(manifest)
         try:
-            table = stored.read(self._entry)
+            table = self.stored.read(self._entry)
         except Unreadable as fault:
             raise CorruptVersion(f"{manifest.dataset} v{manifest.version}: {fault.cause.text}") from fault
-        self.originals = frame_of(table)
-        self.config = self._runnable(config_of(ImageAugmentationConfig, manifest))
+        self._originals = frame_of(table)
+        self._config = self._runnable(config_of(ImageAugmentationConfig, manifest))
         self._class_ids: dict[str, int] = manifest.definition["classes"]
         self._labels = self._label()
-        _, splits = split_again(table, self.config)
-        self._splits = {image: SPLITS[n] for image, n in zip(self.originals["image_id"], splits.tolist(), strict=True)}
+        _, splits = split_again(table, self._config)
+        ids = self._originals["image_id"]
+        self._splits = {image: SPLITS[split] for image, split in zip(ids, splits.tolist(), strict=True)}
+
+    @property
+    def total(self) -> int:
+        """Number of images."""
+        return self._originals.height
+
+    def replay(self, chosen: IntArray) -> list[Replayed]:
+        """Make some images again, and compare them."""
+        replayed: list[Replayed] = []
+        for split in SPLITS:
+            variants = self._config.variants_in(split)
+            files = [(entry, entry.rows // variants) for entry in self.manifest.files if _split_of(entry) == split]
+            own = self._originals.with_row_index("number").filter(pl.col("split") == split)
+            places = np.flatnonzero(np.isin(own["number"].to_numpy(), chosen))
+            counts = [count for _, count in files]
+            # The table of originals may have more images in a split than its files have room for.
+            no_rows = (Difference("(rows)", "0", str(variants)),)
+            left = own["image_id"].gather(places[places >= sum(counts)])
+            replayed += [Replayed(name=name, file=split, differences=no_rows) for name in left]
+            starts = dict(zip((entry.path for entry, _ in files), np.cumsum(counts) - counts, strict=True))
+            for entry, numbers in by_file(files, places[places < sum(counts)]):
+                # A file's images follow each other in the table of originals, but not in the same order.
+                for start in range(0, len(numbers), AT_ONCE):
+                    replayed += self._compare(entry, own[starts[entry.path] + numbers[start : start + AT_ONCE]])
+        return replayed
 
     def _runnable(self, config: ImageAugmentationConfig) -> ImageAugmentationConfig:
         """Fit the configuration to this machine; without a GPU, one that asks for it runs on the CPU."""
@@ -127,7 +113,7 @@ class _Again:
 
     def _label(self) -> dict[str, tuple[str, int]] | None:
         """Label the images as a run would now: class and size by id; None if they can't be listed any more."""
-        config, records = self.config, {record.name: record for record in self._manifest.inputs}
+        config, records = self._config, {record.name: record for record in self.manifest.inputs}
         if "labels" in records:
             found = input_causes(records["labels"], check_files(records["labels"]))
             self.causes += [replace(cause, columns=_OF_ALL_IMAGES) for cause in found]
@@ -150,7 +136,7 @@ class _Again:
             return None
         return {image: (name, size) for image, name, size in joined.select("image_id", "class_name", "bytes").rows()}
 
-    def compare(self, entry: FileEntry, originals: pl.DataFrame) -> list[Replayed]:
+    def _compare(self, entry: FileEntry, originals: pl.DataFrame) -> list[Replayed]:
         """Compare some images of one file with what is made of them now."""
         ids = originals["image_id"].to_list()
         try:
@@ -160,7 +146,7 @@ class _Again:
         except Unreadable as fault:
             return [missing(image, entry, fault.cause) for image in ids]
         planned = self._planned(originals)
-        config = self.config.of_split(_split_of(entry))
+        config = self._config.of_split(_split_of(entry))
         outcomes, rows = augment_again(config, max(self._class_ids.values()) + 1, planned.drop_columns(["bytes"]))
         found = self._of_originals(originals, planned, outcomes)
         names, owners = stored["image_id"].to_pylist(), stored["original_image_id"].to_pylist()
@@ -194,7 +180,7 @@ class _Again:
                 "bytes": pa.array(sizes, pa.int64()),
                 "class_name": pa.array(classes, pa.string()),
                 "class_id": pa.array([self._class_ids[name] for name in classes], pa.int32()),
-                "key": image_keys(ids, self.config.seed),
+                "key": image_keys(ids, self._config.seed),
             }
         )
 
@@ -216,6 +202,10 @@ class _Again:
                 if now not in (was, *self._class_ids):  # such a class could be given to no row
                     found[number] = (*found[number], Difference("class_name", was, now))
         return {image: list(own) for image, own in zip(ids, found, strict=True)}
+
+
+def _split_of(entry: FileEntry) -> str:
+    return entry.path.partition("/")[0].removeprefix("split=")
 
 
 def _changed(originals: pl.DataFrame, outcomes: pa.Table) -> Mapping[str, Sequence[Cause]]:

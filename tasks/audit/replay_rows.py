@@ -50,28 +50,6 @@ class Replayed:
     causes: tuple[Cause, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """Result of replaying a version.
-
-    Attributes:
-        unit: Kind of thing that was sampled: 'row', 'image' or 'sample'.
-        total: Number of them in the version.
-        replayed: Those that were made again.
-        causes: Why any of them may differ.
-        altered: Stored files that aren't as the manifest says.
-        notes: What couldn't be made again, or only alike.
-
-    """
-
-    unit: str
-    total: int
-    replayed: tuple[Replayed, ...]
-    causes: tuple[Cause, ...] = ()
-    altered: tuple[Cause, ...] = ()
-    notes: tuple[str, ...] = ()
-
-
 class Unreadable(Exception):
     """A stored file was altered so that nothing can be read of it."""
 
@@ -164,71 +142,90 @@ def missing(name: str, entry: FileEntry, cause: Cause) -> Replayed:
 
 
 class Again(ABC):
-    """The rows of one version of a table, to be made again.
+    """The rows, images or samples of one version, to be made again.
 
     Attributes:
+        unit: Kind of thing: 'row', 'image' or 'sample'.
+        stored: The version's files.
         causes: Things that are otherwise than they were; they gather while rows are made.
         notes: Things that couldn't be made again, or only alike; likewise.
-        entity: First column that names a row.
-        time: Second column that names a row.
+
+    Raises:
+        ConfigError: this code can't use the version's configuration.
+        CorruptVersion: a file that says what the version holds was altered.
 
     """
 
-    time: str
+    unit = "row"
 
-    def __init__(self, root: str, manifest: Manifest, stored: StoredFiles) -> None:
-        self.causes: list[Cause] = []
-        self.notes: list[str] = []
-        self.entity: str = manifest.definition["entity"]
+    def __init__(self, root: str, manifest: Manifest) -> None:
         self.root = root
         self.manifest = manifest
-        self.stored = stored
+        self.stored = StoredFiles(root, manifest)
+        self.causes: list[Cause] = []
+        self.notes: list[str] = []
+
+    @property
+    def total(self) -> int:
+        """Number of them in the version."""
+        return self.manifest.rows
+
+    @abstractmethod
+    def replay(self, chosen: IntArray) -> list[Replayed]:
+        """Make some of them again, by their numbers, ascending, and compare them.
+
+        Raises:
+            CorruptVersion: a stored file has the right digest and can't be read.
+
+        """
+
+
+class TableAgain(Again):
+    """The rows of one version of a table, which are named by an entity and a time."""
+
+    time: str
+    """Column of the time."""
 
     @abstractmethod
     def rows(self, sampled: pa.Table) -> pa.Table:
         """Make the rows of the sampled entities, in the order in which a file has those of one key."""
 
+    @property
+    def entity(self) -> str:
+        """Column of the entity."""
+        return str(self.manifest.definition["entity"])
 
-def replay_table(how: type[Again], root: str, manifest: Manifest, sample: int, seed: int) -> Answer:
-    """Make some rows of a table again, and compare them."""
-    stored = StoredFiles(root, manifest)
-    again = how(root, manifest, stored)
-    columns = (again.entity, again.time)
-    tables: list[pa.Table] = []
-    files: list[FileEntry] = []
-    keys: list[tuple[Any, ...]] = []
-    unreadable: list[Replayed] = []
-    for entry, rows in by_file([(entry, entry.rows) for entry in manifest.files], choose(manifest.rows, sample, seed)):
-        try:
-            table, every = stored.read(entry, rows), stored.read(entry, columns=columns)
-        except Unreadable as fault:
-            unreadable += [missing(f"{entry.path} row {row}", entry, fault.cause) for row in rows.tolist()]
-            continue
-        tables.append(table)
-        in_file = _ordinals(every, columns)
-        files += [entry] * len(rows)
-        keys += [in_file[row] for row in rows.tolist()]
-    replayed: list[Replayed] = []
-    if tables:
+    def replay(self, chosen: IntArray) -> list[Replayed]:
+        """Make some rows again, and compare them."""
+        columns = (self.entity, self.time)
+        tables: list[pa.Table] = []
+        files: list[FileEntry] = []
+        keys: list[tuple[Any, ...]] = []
+        unreadable: list[Replayed] = []
+        for entry, rows in by_file([(entry, entry.rows) for entry in self.manifest.files], chosen):
+            try:
+                table, every = self.stored.read(entry, rows), self.stored.read(entry, columns=columns)
+            except Unreadable as fault:
+                unreadable += [missing(f"{entry.path} row {row}", entry, fault.cause) for row in rows.tolist()]
+                continue
+            tables.append(table)
+            files += [entry] * len(rows)
+            in_file = _ordinals(every, columns)
+            keys += [in_file[row] for row in rows.tolist()]
+        if not tables:
+            return unreadable
         taken = pa.concat_tables(tables)
         made = taken.slice(0, 0)
         try:
-            made = again.rows(taken)
+            made = self.rows(taken)
         except (PipelineError, OSError) as fault:
-            again.causes.append(why_not(fault))
+            self.causes.append(why_not(fault))
         found = differences(taken, made, placed(keys, _ordinals(made, columns)))
         replayed = [
-            Replayed(name=_name(columns, key), file=entry.path, differences=own, causes=stored.check(entry))
+            Replayed(name=_name(columns, key), file=entry.path, differences=own, causes=self.stored.check(entry))
             for key, entry, own in zip(keys, files, found, strict=True)
         ]
-    return Answer(
-        unit="row",
-        total=manifest.rows,
-        replayed=(*replayed, *unreadable),
-        causes=tuple(again.causes),
-        altered=stored.altered,
-        notes=tuple(again.notes),
-    )
+        return [*replayed, *unreadable]
 
 
 def _ordinals(table: pa.Table, columns: Sequence[str]) -> list[tuple[Any, ...]]:

@@ -9,7 +9,7 @@ import polars as pl
 import pyarrow as pa
 
 from tasks.audit.inputs import input_version, other_declaration, present, sources_of
-from tasks.audit.replay_rows import Again, StoredFiles, frame_of, matching
+from tasks.audit.replay_rows import StoredFiles, TableAgain, frame_of, matching
 from tasks.core import layout
 from tasks.core.errors import DefinitionError, SourceError
 from tasks.core.manifest import Manifest
@@ -22,24 +22,23 @@ from tasks.features.parts import to_arrow
 from tasks.features.plan import with_uris
 from tasks.features.stages import looked_up, read_and_judge
 from tasks.features.texts import polars_type
-from tasks.serving.asof import join_asof
 from tasks.serving.definition import Label, Pin
-from tasks.serving.history import History, history_among, read_bucket
+from tasks.serving.history import History, history_among
 from tasks.serving.labels import label_rows
 from tasks.serving.loading import load_models
 from tasks.serving.plan import TrainingSetPlan, plan_training_set
-from tasks.serving.stages import label_lookups, taken, units_of
+from tasks.serving.stages import find_features, label_lookups, taken, units_of
 
 _PLACE = "\x00place"
 
 
-class TrainingSetAgain(Again):
+class TrainingSetAgain(TableAgain):
     """The rows of a training set, to be made again."""
 
     time = EVENT_TIME
 
-    def __init__(self, root: str, manifest: Manifest, stored: StoredFiles) -> None:
-        super().__init__(root, manifest, stored)
+    def __init__(self, root: str, manifest: Manifest) -> None:
+        super().__init__(root, manifest)
         self._config = config_of(FeatureStoreConfig, manifest, root=root)
         self._versions: dict[str, list[tuple[Manifest, StoredFiles]]] = {}
 
@@ -105,8 +104,7 @@ class TrainingSetAgain(Again):
 
     def _joined(self, plan: TrainingSetPlan, history: History, rows: pl.DataFrame) -> pl.DataFrame:
         """Join each row with the newest features of one group that were there at its time."""
-        model, buckets = plan.model, history.buckets
-        kind = polars_type(history.key_type)
+        kind, buckets = polars_type(history.key_type), history.buckets
         assert kind is not None, "a published key has a type that can be read"
         keys = rows[history.entity].cast(kind, strict=False)
         part_of = bucket_of(keys.to_arrow(compat_level=pl.CompatLevel.oldest()), buckets)
@@ -116,16 +114,7 @@ class TrainingSetAgain(Again):
             own = numbered.filter(pl.Series(part_of == part))
             own_keys = own[history.entity].cast(keys.dtype, strict=False)
             self._check(history, part)
-            known = read_bucket(self.root, history, part, buckets, known_at=model.known_at, keys=own_keys)
-            found = join_asof(
-                own,
-                known,
-                entity=history.entity,
-                event_time=EVENT_TIME,
-                ttl=plan.ttl,
-                strict=model.strict,
-                known_at=model.known_at,
-            )
+            known, found = find_features(plan, history, own, part, buckets, keys=own_keys)
             pieces.append(own.hstack(taken(known, found, plan.columns_of(history))))
         return pl.concat(pieces).sort(_PLACE).drop(_PLACE) if pieces else rows
 

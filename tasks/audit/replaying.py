@@ -9,14 +9,14 @@ import hashlib
 import json
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tasks.audit.inputs import Cause
 from tasks.audit.kinds import kind_of
-from tasks.audit.replay_rows import Answer, Replayed
+from tasks.audit.replay_rows import Again, Replayed, choose
 from tasks.core import storage
 from tasks.core.manifest import Manifest
 from tasks.core.numerals import plural
@@ -41,17 +41,17 @@ class Verdict:
     """The answer about one version.
 
     Attributes:
-        manifest: The version's.
+        again: The version, and the causes and notes that its replay gave.
         seed: Seed of the sample.
-        answer: Outcome of the replay.
+        replayed: Rows, images or samples that were made again.
         code: Digests of the code, then and now.
         libraries: Name → versions then and now, of those that differ.
 
     """
 
-    manifest: Manifest
+    again: Again
     seed: int
-    answer: Answer
+    replayed: Sequence[Replayed]
     code: tuple[str, str]
     libraries: Mapping[str, tuple[str, str]]
 
@@ -68,7 +68,7 @@ class Verdict:
 
     def reasons(self, one: Replayed) -> tuple[Cause, ...]:
         """Return the causes of some differences; the alarm, if one of them is explained by nothing."""
-        known = [*one.causes, *self.answer.causes]
+        known = [*one.causes, *self.again.causes]
         if self.other_code:
             known.append(Cause("code", f"the code isn't the same ({self.other_code})"))
         if self.other_libraries:
@@ -83,12 +83,12 @@ class Verdict:
     @property
     def differing(self) -> tuple[Replayed, ...]:
         """Rows, images or samples that aren't as they are stored."""
-        return tuple(one for one in self.answer.replayed if one.differences)
+        return tuple(one for one in self.replayed if one.differences)
 
     @property
     def ok(self) -> bool:
         """True if everything is as it is stored, and every stored file that was read as the manifest says."""
-        return not self.differing and not self.answer.altered
+        return not self.differing and not self.again.stored.altered
 
     @property
     def sentence(self) -> str:
@@ -111,23 +111,23 @@ class Verdict:
                 "differences": [asdict(difference) for difference in one.differences],
                 "reasons": [_said(cause) for cause in self.reasons(one)],
             }
-            for one in self.answer.replayed
+            for one in self.replayed
         ]
         return {
-            "dataset": self.manifest.dataset,
-            "version": self.manifest.version,
+            "dataset": self.again.manifest.dataset,
+            "version": self.again.manifest.version,
             "outcome": "ok" if self.ok else "differs",
             "seed": self.seed,
-            "unit": self.answer.unit,
-            "total": self.answer.total,
+            "unit": self.again.unit,
+            "total": self.again.total,
             "replayed": len(rows),
             "differing": len(self.differing),
             "made_by": self.sentence,
             "code": {"then": self.code[0], "now": self.code[1]},
             "libraries": {name: {"then": then, "now": now} for name, (then, now) in self.libraries.items()},
-            "changed": [_said(cause) for cause in self.answer.causes],
-            "altered": [cause.text for cause in self.answer.altered],
-            "notes": list(self.answer.notes),
+            "changed": [_said(cause) for cause in self.again.causes],
+            "altered": [cause.text for cause in self.again.stored.altered],
+            "notes": list(self.again.notes),
             "rows": rows,
         }
 
@@ -151,10 +151,11 @@ def replay(arguments: Namespace) -> int:
     root = storage.normalise(arguments.root)
     manifest = read_manifest(root, find_dataset(root, arguments.name), arguments.version)
     data_files(root, manifest)
+    again = kind_of(manifest).again(root, manifest)
     verdict = Verdict(
-        manifest=manifest,
+        again=again,
         seed=arguments.seed,
-        answer=kind_of(manifest).replay(root, manifest, arguments.sample, arguments.seed),
+        replayed=again.replay(choose(again.total, arguments.sample, arguments.seed)),
         code=(manifest.code_digest, digest_now(manifest)),
         libraries=other_libraries(manifest),
     )
@@ -188,20 +189,20 @@ def _said(cause: Cause) -> dict[str, str]:
 
 
 def _print(verdict: Verdict) -> None:
-    answer, differing = verdict.answer, verdict.differing
+    again, differing, count = verdict.again, verdict.differing, len(verdict.replayed)
     facts(
         {
-            "dataset": f"{verdict.manifest.dataset} v{verdict.manifest.version}",
-            "replayed": f"{len(answer.replayed):,} of {plural(answer.total, answer.unit)}, seed {verdict.seed}",
-            "ok": f"{len(answer.replayed) - len(differing):,}",
+            "dataset": f"{again.manifest.dataset} v{again.manifest.version}",
+            "replayed": f"{count:,} of {plural(again.total, again.unit)}, seed {verdict.seed}",
+            "ok": f"{count - len(differing):,}",
             "differ": f"{len(differing):,}",
             "made by": verdict.sentence,
         }
     )
     for heading, lines in (
-        ("changed since", [cause.text for cause in answer.causes]),
-        ("altered", [cause.text for cause in answer.altered]),
-        ("note", answer.notes),
+        ("changed since", [cause.text for cause in again.causes]),
+        ("altered", [cause.text for cause in again.stored.altered]),
+        ("note", again.notes),
     ):
         for line in lines:
             print(f"{heading}: {line}")
@@ -209,14 +210,14 @@ def _print(verdict: Verdict) -> None:
         return
     print()
     show(
-        [answer.unit.upper(), "COLUMN", "STORED", "MADE AGAIN", "MORE"],
+        [again.unit.upper(), "COLUMN", "STORED", "MADE AGAIN", "MORE"],
         [_row_of(one) for one in differing[:SHOWN]],
     )
     if len(differing) > SHOWN:
         print(f"and {len(differing) - SHOWN:,} more; --json has all of them")
     print()
     counts = Counter(cause.text for one in differing for cause in verdict.reasons(one))
-    show(["REASON", answer.unit.upper() + "S"], counts.most_common(), right=(answer.unit.upper() + "S",))
+    show(["REASON", again.unit.upper() + "S"], counts.most_common(), right=(again.unit.upper() + "S",))
 
 
 def _row_of(one: Replayed) -> tuple[object, ...]:
