@@ -121,7 +121,7 @@ def _bounds(root: str, manifest: Manifest, row: Mapping[str, Any]) -> Mapping[st
             with storage.open_input(uri) as source:
                 yield pq.read_table(source, columns=[*numeric, AS_OF], filters=[(AS_OF, "=", moment)])
 
-    return fences_again(manifest, numeric, stored)[moment]
+    return fences_again(manifest, [moment], numeric, stored)[moment]
 
 
 def _quality(manifest: Manifest, row: Mapping[str, Any], values: Sequence[Mapping[str, Any]]) -> Section:

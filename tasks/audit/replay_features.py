@@ -58,7 +58,7 @@ class FeaturesAgain(TableAgain):
             features = join_dimension(planned.group, features, rows, self._config.join).kept
         features = stamped(features, created_of(self.manifest), self.manifest.version)
         columns = numeric_features(to_arrow(features).schema, planned)
-        bounds = fences_again(self.manifest, columns, lambda: self._stored_rows([*columns, AS_OF]))
+        bounds = fences_again(self.manifest, plan.as_of, columns, lambda: self._stored_rows([*columns, AS_OF]))
         return to_arrow(scored_rows(features, planned, bounds, self._config.thresholds))
 
     def _stored_rows(self, columns: Sequence[str]) -> Iterator[pa.Table]:

@@ -56,33 +56,33 @@ def fences_of(sketches: Mapping[str, QuantileSketch]) -> dict[str, Fences]:
 
 
 def fences_again(
-    manifest: Manifest, columns: Sequence[str], rows: Callable[[], Iterable[pa.Table]]
+    manifest: Manifest, as_of: Sequence[dt.datetime], columns: Sequence[str], rows: Callable[[], Iterable[pa.Table]]
 ) -> dict[dt.datetime, dict[str, Fences]]:
     """Compute the fences of a published version again, bit by bit, as quantiles depend on the values alone.
 
     Args:
         manifest: The version's; of one as-of time its profile has the quartiles.
+        as_of: Times of the version whose fences are wanted, UTC.
         columns: Numeric features.
-        rows: Gives the stored `columns` and as_of, table by table; read where the version has several times.
+        rows: Gives the stored `columns` and as_of, table by table; called where the version has several times.
 
     Returns:
-        The fences of each as-of time.
+        The fences of each time.
 
     """
-    if len(manifest.as_of) == 1:
+    if len(manifest.as_of) <= 1:
 
         def recorded(name: str, levels: Sequence[float]) -> npt.NDArray[np.float64]:
             known = manifest.profile[name].quantiles if name in manifest.profile else {}
             return np.array([known.get(str(level), np.nan) for level in levels])
 
-        return {manifest.as_of[0]: fences(columns, recorded)}
-    parts: dict[dt.datetime, dict[str, list[QuantileSketch]]] = {
-        moment: {name: [] for name in columns} for moment in manifest.as_of
-    }
+        return dict.fromkeys(as_of, fences(columns, recorded))
+    parts: dict[dt.datetime, dict[str, list[QuantileSketch]]]
+    parts = {moment: {name: [] for name in columns} for moment in as_of}
     for table in rows():
-        for moment in table[AS_OF].unique():
+        for moment, own in parts.items():
             profile = profile_table(table.filter(pc.equal(table[AS_OF], moment)).select(columns))
-            for name, sketches in parts[moment.as_py()].items():
+            for name, sketches in own.items():
                 sketches.append(profile.sketch(name))
     return {
         moment: fences_of({name: QuantileSketch.merge_all(sketches) for name, sketches in own.items()})
