@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from tasks.audit.explain_holders import holders_section
 from tasks.audit.explain_sources import declared_sources, dimension_section, events_section, files_section
+from tasks.audit.explain_training_row import matches
 from tasks.audit.explained import (
     Explanation,
     Held,
@@ -46,6 +47,11 @@ def explain_features(root: str, manifest: Manifest, key: str, at: str | None) ->
         return held
     values, concerned = _values(manifest, held.row, _bounds(root, manifest, held.row))
     concerned |= dict.fromkeys(rejected_sources(held.rejected), "has rejected rows of it")
+
+    def given(training_set: Manifest, row: Mapping[str, Any]) -> bool:
+        matched = [one for one in matches(root, training_set, row) if one.dataset == manifest.dataset]
+        return any((one.version, one.as_of) == (manifest.version, held.moment) for one in matched)
+
     sections = [
         held.section,
         values,
@@ -53,7 +59,7 @@ def explain_features(root: str, manifest: Manifest, key: str, at: str | None) ->
         *_sources(manifest, entity, held),
         *rejected_sections(held.rejected),
         gate_section(manifest, concerned),
-        holders_section(root, manifest, entity, held.key, held.moment),
+        holders_section(root, manifest, entity, held.key, given),
         version_section(root, manifest),
     ]
     headline = f"{entity} {key} of {manifest.dataset} v{manifest.version}, as of {held.moment:%Y-%m-%d %H:%M} UTC"

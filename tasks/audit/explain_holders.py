@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import datetime as dt
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from tasks.audit.explain_matches import matches
 from tasks.audit.explain_rows import find_rows, is_whole
 from tasks.audit.explain_samples import summary
 from tasks.audit.explained import Section
@@ -24,6 +22,7 @@ MOST_VERSIONS = 30
 """Versions of the row's own dataset that are looked into, the newest."""
 MOST_ROWS = 200
 """Rows of a training set whose match is looked for."""
+Given = Callable[[Manifest, Mapping[str, Any]], bool]
 _USES = {
     "train": "learned from it, each epoch",
     "validation": "was measured on it",
@@ -32,7 +31,7 @@ _USES = {
 
 
 def holders_section(
-    root: str, manifest: Manifest, column: str, value: int | str, moment: dt.datetime | None = None
+    root: str, manifest: Manifest, column: str, value: int | str, given: Given | None = None
 ) -> Section:
     """Versions that have a key, and trainings on them.
 
@@ -41,13 +40,12 @@ def holders_section(
         manifest: The version that the row is of.
         column: Its key column.
         value: Its key.
-        moment: As-of time of a row of features: which rows of training sets were given exactly it.
+        given: Of a row of features: tells whether a row of a training set was given just that.
 
     """
     key = column, value
     rows = list(_own_versions(root, manifest, key))
     below, notes = made_from(root, manifest)
-    given = None if moment is None else (manifest, moment)
     for one in below:
         holds = _holds(root, one, key, given)
         rows += [_row(root, one, "made from it", holds), *_trainings(root, one, holds)]
@@ -116,16 +114,14 @@ def made_from(root: str, manifest: Manifest) -> tuple[list[Manifest], list[str]]
     return found, notes
 
 
-def _holds(
-    root: str, manifest: Manifest, key: tuple[str, int | str], given: tuple[Manifest, dt.datetime] | None = None
-) -> str:
+def _holds(root: str, manifest: Manifest, key: tuple[str, int | str], given: Given | None = None) -> str:
     """Count the rows of a key that a version has, in words.
 
     Args:
         root: Root of the store.
         manifest: The version's.
         key: Key column and key.
-        given: A feature version and the as-of time of its row: how many rows of a training set were given that.
+        given: As `holders_section` takes it.
 
     """
     column, value = key
@@ -135,8 +131,8 @@ def _holds(
     if column not in names or is_whole(manifest, column) != isinstance(value, int):
         return f"no rows by {column}"
     time = next((name for name in names if name in (AS_OF, EVENT_TIME)), None)
-    matched = given is not None and layout.kind(manifest.dataset) == "training-set"
-    columns = None if matched else [column, *([time] if time else [])]
+    given = given if layout.kind(manifest.dataset) == "training-set" else None
+    columns = [column, *([time] if time else [])] if given is None else None
     try:
         found = find_rows(root, manifest, column, value, columns=columns)
     except PipelineError as fault:
@@ -147,13 +143,6 @@ def _holds(
     told += f" in {', '.join(splits)}" if splits else ""
     moments = sorted({row[time] for row in rows} if time else ())
     told += f", {', '.join(f'{moment:%Y-%m-%d}' for moment in moments[:4])}" if moments else ""
-    if given is None or not (matched and rows):
+    if given is None or not rows:
         return told
-    source, moment = given
-    mine = sum(
-        (match.version, match.as_of) == (source.version, moment)
-        for row in rows[:MOST_ROWS]
-        for match in matches(root, manifest, row)
-        if layout.feature_dataset(match.group) == source.dataset
-    )
-    return f"{told}; {mine} of them have this row's features"
+    return f"{told}; {sum(given(manifest, row) for row in rows[:MOST_ROWS])} of them have this row's features"
