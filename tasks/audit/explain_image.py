@@ -1,7 +1,7 @@
 """One image, explained: its file, what was drawn for each variant, how these were judged, and why it has its split.
 
-What is known of each original stands in one file beside the data (`_originals`). The draws aren't kept anywhere: they
-are a function of the seed, the image's id and its size, and are made again.
+All that is known of each original is in one file beside the data (`_originals`). The draws aren't kept anywhere: they
+are a function of the seed, the image's id and its size, and are made again. So is the split, of all originals.
 """
 
 from __future__ import annotations
@@ -10,115 +10,97 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from tasks.audit.explain_draws import drawn_rows
 from tasks.audit.explain_holders import holders_section
 from tasks.audit.explain_picture import write_picture
 from tasks.audit.explain_rows import Found, closest_of, find_rows
-from tasks.audit.explain_sources import files_now
-from tasks.audit.explain_split import split_section
-from tasks.audit.explain_version import gate_section, refuse, rejected_rows, rejected_section, version_section
-from tasks.audit.explained import Explanation, Section, explanation
+from tasks.audit.explained import (
+    Explanation,
+    Section,
+    absent,
+    gate_section,
+    refuse,
+    rejected_rows,
+    rejected_sections,
+    version_section,
+)
+from tasks.audit.inputs import check_files
 from tasks.core import layout, storage
-from tasks.core.errors import CorruptVersion, PipelineError
+from tasks.core.hashing import stable_hash
 from tasks.core.manifest import FileEntry, Manifest
-from tasks.core.reading import data_files
-from tasks.images.config import ImageAugmentationConfig
+from tasks.core.own_columns import READY
+from tasks.core.reading import data_files, explained
+from tasks.core.settings import config_of
+from tasks.images.config import Augmentation, ImageAugmentationConfig
+from tasks.images.draws import Draws, draws_of, image_keys, policy_seeds, window
+from tasks.images.originals import originals_entry, split_again
 from tasks.images.rows import IMAGE
 from tasks.images.scoring import FATAL, MINOR
+from tasks.images.split import SPLITS
 
-ORIGINALS = "_originals/"
+UInt64Array = npt.NDArray[np.uint64]
+Int64Array = npt.NDArray[np.int64]
+
+OPERATIONS = ("brightness", "contrast", "saturation", "hue")
+_NEUTRAL = (1.0, 1.0, 1.0, 0.0)
 _DECIDING = ["image_id", "class_id", "alike", "split", "content_xxh3", "perceptual_hash"]
 _ORIGINAL, _VARIANT = "original_image_id", re.compile(r"(.+)_aug_[0-9]+")
-_FACTS = (_ORIGINAL, "image_id", "augmentation_id", "data_quality_score", "validation_passed", "quality_issues")
+_FACTS = ("image_id", "augmentation_id", "data_quality_score", "validation_passed", "quality_issues", READY)
+_MEMBERS = 50
 
 
 def explain_image(root: str, manifest: Manifest, key: str, picture: str | None = None) -> Explanation:
-    """Where an image comes from, what became of it, and who has it.
-
-    Args:
-        root: Root of the store.
-        manifest: A version of images.
-        key: The image's id, or that of one of its variants.
-        picture: File to write the image before and after to.
-
-    Raises:
-        InputError: the version has no such image, and has rejected none.
-        PipelineError: the version's configuration isn't one of this version of the project.
-
-    """
-    config = _config(manifest)
-    known = _known(root, manifest) if manifest.status == "published" else pa.table({"image_id": pa.array([], "string")})
+    """Explain where an image comes from, what became of it, and who has it."""
+    config = config_of(ImageAugmentationConfig, manifest)
+    nothing = pa.table({"image_id": pa.array([], "string")})
+    known = _read_originals(root, manifest, columns=_DECIDING) if manifest.status == "published" else nothing
     image_id = _named(known, key)
     if image_id is None:
         rejected = rejected_rows(root, manifest, {"image_id", "path", "uri"}, {key})
         if not rejected:
             data_files(root, manifest)  # which says so if the gate rejected the version
             refuse(manifest, "image", key, closest_of(known["image_id"].to_pylist(), key))
-        return _rejected(root, manifest, key, rejected, picture)
-    original = _original(root, manifest, image_id)
-    found = _variants(root, manifest, known, original, config)
+        notes = ["A rejected image has no variants, so no picture was written."] if picture is not None else []
+        concerned = {"images": "this image", "labels": "this image's label"}
+        sections = rejected_sections(rejected, notes)
+        return absent(root, manifest, ("image", key), "it was rejected", sections, concerned=concerned)
+    [original] = _read_originals(root, manifest, filters=[("image_id", "=", image_id)]).to_pylist()
+    columns = [*_FACTS, *([] if picture is None else [IMAGE])]
+    found = _variants(root, manifest, known, original, config, columns=columns)
     state = _file_state(original)
     drawn, words = drawn_rows(config, original)
     sections = [
         _source(manifest, original, state),
         _transforms(config.of_split(original["split"]), drawn),
         _quality(config, found),
-        split_section(config, known, original),
+        _split(config, known, original),
         gate_section(manifest, {"images": "the images as they were read", "labels": "the labels as they were read"}),
         holders_section(root, manifest, _ORIGINAL, image_id),
         version_section(root, manifest),
     ]
     if picture is not None:
-        told = write_picture(picture, config, (original, state), _pixels(root, manifest, found), words)
+        told = write_picture(picture, config, (original, state), found.table, words)
         sections.insert(0, Section(title="picture", facts=told))
     headline = f"image {image_id} of {manifest.dataset} v{manifest.version}: {found.table.num_rows} variants"
-    return explanation(manifest, key, "held", f"{headline} in {original['split']}", sections)
+    return Explanation(manifest, key, "held", f"{headline} in {original['split']}", sections)
 
 
-def _rejected(
-    root: str, manifest: Manifest, key: str, rows: Sequence[dict[str, Any]], picture: str | None
-) -> Explanation:
-    headline = f"image {key} isn't in {manifest.dataset} v{manifest.version}: it was rejected"
-    section = rejected_section(rows)
-    notes = ["A rejected image has no variants, so no picture was written."] if picture is not None else []
-    section = Section(title=section.title, rows=section.rows, shown=section.shown, notes=notes)
-    concerned = {"images": "this image", "labels": "this image's label"}
-    sections = [section, gate_section(manifest, concerned), version_section(root, manifest)]
-    return explanation(manifest, key, "rejected", headline, sections)
-
-
-def _config(manifest: Manifest) -> ImageAugmentationConfig:
-    try:
-        # Versions that don't say it were made when all splits were augmented.
-        return ImageAugmentationConfig.model_validate({"evaluation": "augmented", **manifest.config})
-    except ValueError as fault:
-        raise PipelineError(f"the version's configuration can't be read here: {str(fault).splitlines()[0]}") from fault
-
-
-def _side_file(root: str, manifest: Manifest) -> str:
-    entry = next((one for one in manifest.side_files if one.path.startswith(ORIGINALS)), None)
-    if entry is None:
-        raise CorruptVersion(f"{manifest.dataset} v{manifest.version} has no file of its originals; publish it anew")
-    return layout.join(layout.version_uri(root, manifest.dataset, manifest.version), entry.path)
-
-
-def _known(root: str, manifest: Manifest) -> pa.Table:
-    """Every original of the version, in the order of the plan: what decides its split."""
-    uri = _side_file(root, manifest)
-    try:
-        with storage.open_input(uri) as source:
-            return pq.ParquetFile(source).read(columns=_DECIDING)
-    except FileNotFoundError as fault:
-        raise CorruptVersion(f"{uri} is missing, but its manifest lists it; restore it from a copy") from fault
+def _read_originals(root: str, manifest: Manifest, **how: Any) -> pa.Table:
+    """Read the table of originals, in the order of the plan."""
+    base = layout.version_uri(root, manifest.dataset, manifest.version)
+    uri = layout.join(base, originals_entry(manifest).path)
+    with explained(uri), storage.open_input(uri) as source:
+        return pq.read_table(source, **how)
 
 
 def _named(known: pa.Table, key: str) -> str | None:
-    """The image that a key names: by its id, or by that of one of its variants."""
+    """Find the image that a key names: by its id, or by that of one of its variants."""
     variant = _VARIANT.fullmatch(key)
     for name in (key, *([variant[1]] if variant else [])):
         if pc.any(pc.equal(known["image_id"], name)).as_py():
@@ -126,22 +108,21 @@ def _named(known: pa.Table, key: str) -> str | None:
     return None
 
 
-def _original(root: str, manifest: Manifest, image_id: str) -> dict[str, Any]:
-    with storage.open_input(_side_file(root, manifest)) as source:
-        row: dict[str, Any] = pq.read_table(source, filters=[("image_id", "=", image_id)]).to_pylist()[0]
-        return row
-
-
 def _variants(
-    root: str, manifest: Manifest, known: pa.Table, original: Mapping[str, Any], config: ImageAugmentationConfig
+    root: str,
+    manifest: Manifest,
+    known: pa.Table,
+    original: Mapping[str, Any],
+    config: ImageAugmentationConfig,
+    *,
+    columns: Sequence[str],
 ) -> Found:
-    """The rows of an image's variants: in the files of its unit, if they are named as the flow names them."""
-    columns = [*_FACTS, "is_training_ready"]
+    """Find the rows of an image's variants: in the files of its unit, if they are named as the flow names them."""
     directory = layout.split_directory(original["split"]) + "/"
     place = pc.index(known["image_id"], original["image_id"]).as_py()
     rejected = sum(sum(balance.rejected.values()) for balance in manifest.balances[:1])
     units = range(place // config.images_per_file, (place + rejected) // config.images_per_file + 1)
-    # Rows that changed their split late stand in files behind those of all units.
+    # Rows that changed their split late are in files behind those of all units.
     last = -(-(known.num_rows + rejected) // config.images_per_file)
 
     def likely(entry: FileEntry) -> bool:
@@ -154,17 +135,8 @@ def _variants(
     return found
 
 
-def _pixels(root: str, manifest: Manifest, found: Found) -> pa.Table:
-    """The stored variants, in their order."""
-    paths = {path for path, _ in found.places}
-    wanted = found.rows[0][_ORIGINAL] if found.rows else ""
-    table = find_rows(root, manifest, _ORIGINAL, wanted, wanted=lambda entry: entry.path in paths).table
-    names = [name for name in ("augmentation_id", IMAGE, "quality_issues") if name in table.column_names]
-    return table.select(names).sort_by("augmentation_id") if table.num_rows else table
-
-
 def _file_state(original: Mapping[str, Any]) -> str:
-    """What has become of the image's file, by its contents."""
+    """Compare the image's file with its contents as they were."""
     try:
         data = storage.read_bytes(original["uri"])
     except FileNotFoundError:
@@ -190,7 +162,7 @@ def _source(manifest: Manifest, original: Mapping[str, Any], state: str) -> Sect
         return Section(title="source", facts=facts)
     columns = [manifest.config[name] for name in ("id_column", "class_column", "group_column")]
     facts["labelled by"] = f"{labels.uri}, columns {', '.join(name for name in columns if name)}"
-    return Section(title="source", facts=facts, rows=[now.told() for now in files_now(labels)])
+    return Section(title="source", facts=facts, rows=[file.as_row() for file in check_files(labels)])
 
 
 def _transforms(config: ImageAugmentationConfig, drawn: Sequence[Mapping[str, Any]]) -> Section:
@@ -204,7 +176,7 @@ def _transforms(config: ImageAugmentationConfig, drawn: Sequence[Mapping[str, An
     if augmentation.policy is not None:
         note = (
             f"The transforms are those of the policy {augmentation.policy}, and so are its draws: each variant is made "
-            "with the generators of torch, numpy and Python seeded by the number that stands here."
+            "with the generators of torch, numpy and Python seeded by the number given here."
         )
         return Section(title="transforms", facts=facts, rows=drawn, notes=[note])
     return Section(title="transforms", facts=facts, rows=drawn, shown=("variant", "crop", "then", "colours"))
@@ -230,7 +202,7 @@ def _quality(config: ImageAugmentationConfig, found: Found) -> Section:
                 "score": row["data_quality_score"],
                 "issues": issues,
                 "valid": row["validation_passed"],
-                "training-ready": row["is_training_ready"],
+                "training-ready": row[READY],
                 "why": why,
                 "file": path,
                 "row": number,
@@ -240,3 +212,124 @@ def _quality(config: ImageAugmentationConfig, found: Found) -> Section:
     facts = {name: value for name, value in bounds.items() if any(name in row["issues"] for row in rows)}
     shown = ("variant", "score", "issues", "training-ready", "why", "file", "row")
     return Section(title="quality", facts=facts, rows=rows, shown=shown)
+
+
+def drawn_rows(config: ImageAugmentationConfig, original: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Draw the variants again: one row each, and the same in a sentence each."""
+    config = config.of_split(original["split"])
+    if config.augmentation.policy is not None:
+        seeds = policy_seeds(image_keys([original["image_id"]], config.seed), config.augmentation.variants)
+        rows = [{"variant": number, "seed of the policy": str(seed)} for number, seed in enumerate(seeds.tolist())]
+        return rows, [f"by {config.augmentation.policy}"] * len(rows)
+    draws = draws_of(config, original)
+    rows = [_row(draws, number, original, config.augmentation) for number in range(config.augmentation.variants)]
+    return rows, [f"{row['crop']}; {row['then']}; {row['colours']}" for row in rows]
+
+
+def _row(draws: Draws, number: int, original: Mapping[str, Any], augmentation: Augmentation) -> dict[str, Any]:
+    top, left, height, width = draws.crop[number].tolist()
+    size = augmentation.size
+    tall, wide, _, _ = window(height, width, augmentation)
+    made = f"made {wide} × {tall}" + (f", of which the middle {size} × {size}" if (tall, wide) != (size, size) else "")
+    share = height * width / (original["height"] * original["width"])
+    flip, angle = bool(draws.flip[number]), float(draws.angle[number])
+    jitter = dict(zip(OPERATIONS, draws.jitter[number].tolist(), strict=True))
+    order = [OPERATIONS[one] for one in draws.order[number].tolist()]
+    applied = [name for name in order if jitter[name] != _NEUTRAL[OPERATIONS.index(name)]]
+    turned = f"turned {abs(angle):.2f}° {'counter-' if angle > 0 else ''}clockwise" if angle else "not turned"
+    return {
+        "variant": number,
+        "top": top,
+        "left": left,
+        "height": height,
+        "width": width,
+        "share of the area": round(share, 6),
+        "flip": flip,
+        "degrees": angle,
+        **jitter,
+        "order": order,
+        "crop": f"{width} × {height} px at left {left}, top {top} ({share:.1%} of the area), {made}",
+        "then": f"{'mirrored' if flip else 'not mirrored'}, {turned}",
+        "colours": ", ".join(_words(name, jitter[name]) for name in applied) or "as they are",
+    }
+
+
+def _words(name: str, amount: float) -> str:
+    if name == "hue":
+        return f"hue {amount * 360:+.1f}°"
+    return f"{name} × {amount:.3f}"
+
+
+def _split(config: ImageAugmentationConfig, known: pa.Table, original: Mapping[str, Any]) -> Section:
+    """The split of an image, those that share it because they belong together, and what decides.
+
+    Args:
+        config: The version's configuration.
+        known: image_id, class_id, alike and split of all of its originals.
+        original: The image, with its perceptual hash.
+
+    """
+    keys = image_keys(known["image_id"].to_pylist(), config.seed)
+    groups, again = split_again(known, config)
+    mine = pc.index(known["image_id"], original["image_id"]).as_py()
+    members = np.flatnonzero(groups == groups[mine])
+    shares = f"validation {config.validation_share:g}, test {config.test_share:g}, the rest train"
+    if len(members) == 1:
+        classes = known["class_id"].to_numpy()
+        why = f"class '{original['class_name']}': {_alone(keys, classes, groups, again, mine)}"
+    else:
+        why = _together(keys, members, again[mine], config)
+    facts: dict[str, Any] = {"split": original["split"], "shares": shares, "why": why}
+    agrees = SPLITS[again[mine]] == original["split"]
+    facts["computed again"] = f"{SPLITS[again[mine]]}, {'as it was' if agrees else 'NOT as it was'}"
+    rows = [_member(known, row, original, mine) for row in members[:_MEMBERS].tolist()] if len(members) > 1 else []
+    left_out = len(members) - _MEMBERS
+    notes = [f"{left_out} more belong with it."] if left_out > 0 and rows else []
+    return Section(title="split", facts=facts, rows=rows, notes=notes)
+
+
+def _alone(
+    keys: UInt64Array, classes: npt.NDArray[np.int32], groups: Int64Array, splits: npt.NDArray[np.int8], mine: int
+) -> str:
+    """Say of a single image its place among those of its class, in the order of their keys."""
+    _, group_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    single = np.flatnonzero((classes == classes[mine]) & (sizes[group_of] == 1))
+    order = single[np.argsort(keys[single])]
+    place = int(np.flatnonzero(order == mine)[0]) + 1
+    counts = np.bincount(splits[single], minlength=len(SPLITS))
+    taken = f"the first {counts[1]} are validation's" + (f", the last {counts[2]} test's" if counts[2] else "")
+    return (
+        f"by the hash of its id and the seed it is number {place} of its {len(single)} images that stand alone; "
+        f"{taken}, the others train's"
+    )
+
+
+def _together(keys: UInt64Array, members: Int64Array, split: int, config: ImageAugmentationConfig) -> str:
+    """Say of a group what its smallest key draws, and whether it got it."""
+    draw = float(stable_hash(pa.array([keys[members].min()]))[0] / 2.0**64)
+    test = config.validation_share + config.test_share
+    drawn = 1 if draw < config.validation_share else 2 if draw < test else 0
+    told = (
+        f"it shares a split with {len(members) - 1} more, as they belong together; the smallest hash of them draws "
+        f"{draw:.4f}: {SPLITS[drawn]}"
+    )
+    if drawn == split:
+        return told
+    return f"{told}, which had no room for them in their classes (or train would have had none of a class)"
+
+
+def _member(known: pa.Table, row: int, original: Mapping[str, Any], mine: int) -> dict[str, Any]:
+    one = {name: known[name][row].as_py() for name in ("image_id", "split")}
+    return {
+        "belongs with": one["image_id"],
+        "split": one["split"],
+        "which is": "this image" if row == mine else _likeness(known, row, original),
+    }
+
+
+def _likeness(known: pa.Table, row: int, original: Mapping[str, Any]) -> str:
+    """Say how alike two images of a group are, by their contents."""
+    if known["content_xxh3"][row].as_py() == original["content_xxh3"]:
+        return "the same bytes"
+    bits = (known["perceptual_hash"][row].as_py() ^ original["perceptual_hash"]).bit_count()
+    return f"{bits} of 64 bits of the perceptual hash differ"

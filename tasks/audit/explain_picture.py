@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tasks.audit.explain_draws import draws_of
 from tasks.core import storage
 from tasks.core.errors import ConfigError
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.decode import Decoded, Decoder
+from tasks.images.draws import draws_of
 from tasks.images.pictures import levels
 from tasks.images.rows import decode_images
 from tasks.images.sheet import thumbnail, tile_sheet
@@ -40,39 +40,34 @@ def write_picture(
     """Write the picture, a local .png or .webp.
 
     Args:
-        path: Where to; what was there is replaced.
+        path: File to write; one that is there is replaced.
         config: The version's configuration.
-        image: What is known of it, and what has become of its file.
-        variants: Stored rows of its variants, in their order.
-        words: What was done to each, in words.
+        image: Its row in the table of originals, and the state of its file.
+        variants: Stored rows of its variants.
+        words: Transforms of each, in words.
 
     Returns:
-        What was written, as facts.
+        Facts about the file.
 
     Raises:
         ConfigError: the file can't be written.
 
     """
     items = [_before(config, *image)]
-    pictures = decode_images(variants) if variants.num_rows else ()
-    issues = variants["quality_issues"].to_pylist() if variants.num_rows else []
-    numbers = variants["augmentation_id"].to_pylist() if variants.num_rows else []
-    for number, stored, wrong in zip(numbers, pictures, issues, strict=True):
-        pixels = levels(stored, config.augmentation)
-        told = f"{', '.join(wrong)}: " if wrong else ""
-        name = f"variant {number}" + _coloured(number, config)
-        items.append((name, told + words[number], pixels))
+    if variants.num_rows:
+        variants = variants.sort_by("augmentation_id")
+        numbers, issues = (variants[name].to_pylist() for name in ("augmentation_id", "quality_issues"))
+        for number, stored, wrong in zip(numbers, decode_images(variants), issues, strict=True):
+            told = f"{', '.join(wrong)}: " if wrong else ""
+            coloured = config.augmentation.policy is None and number < len(_NAMES)
+            name = f"variant {number}" + (f" ({_NAMES[number]})" if coloured else "")
+            items.append((name, told + words[number], levels(stored, config.augmentation)))
     data = _opaque(tile_sheet(items, _SIDE, _MOST_BYTES, lines=_LINES), path)
     try:
         Path(path).write_bytes(data)
     except OSError as fault:
         raise ConfigError(f"--picture {path} can't be written: {fault.strerror}; give another place") from fault
     return {"written to": str(Path(path).resolve()), "bytes": len(data), "shows": [name for name, _, _ in items]}
-
-
-def _coloured(number: int, config: ImageAugmentationConfig) -> str:
-    named = config.augmentation.policy is None and number < len(_NAMES)
-    return f" ({_NAMES[number]})" if named else ""
 
 
 def _before(

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -23,7 +24,7 @@ from tasks.core import layout, storage
 from tasks.core.errors import ConfigError, InputError
 from tasks.core.manifest import FileEntry, Manifest
 from tasks.core.partition import bucket_of
-from tasks.core.reading import data_files, explained
+from tasks.core.reading import data_files, explained, rows_of
 from tasks.features.keys import read_keys
 
 MOST_KEYS = 2_000_000
@@ -48,22 +49,17 @@ class Found:
         return found
 
     def read_of(self, manifest: Manifest) -> str:
-        """What was read, in words."""
+        """Files and row groups that were read, in words."""
         return f"footers of {self.files} of {len(manifest.files)} data files, {self.groups} row groups"
 
 
-def column_type(manifest: Manifest, column: str) -> str:
-    """Arrow type of a column, as the manifest spells it."""
-    return next((one.type for one in manifest.columns if one.name == column), "string")
-
-
 def is_whole(manifest: Manifest, column: str) -> bool:
-    """Whether a column holds whole numbers."""
-    return column_type(manifest, column).startswith(("int", "uint"))
+    """Check that a column holds whole numbers."""
+    return any(one.name == column and one.type.startswith(("int", "uint")) for one in manifest.columns)
 
 
 def typed_key(manifest: Manifest, column: str, text: str) -> int | str:
-    """A key as the column has it.
+    """Return a key as the column has it.
 
     Raises:
         ConfigError: the column holds whole numbers, and the text is none.
@@ -90,7 +86,7 @@ def find_rows(
     columns: Sequence[str] | None = None,
     wanted: Callable[[FileEntry], bool] | None = None,
 ) -> Found:
-    """All rows of a version that have a value in a column.
+    """Find all rows of a version that have a value in a column.
 
     Args:
         root: Root of the store.
@@ -98,7 +94,7 @@ def find_rows(
         column: The key column.
         value: The key, as the column has it.
         columns: Columns to give; None gives all.
-        wanted: Which of the data files to look into; all that may have it, by default.
+        wanted: Filter of the data files to look into; all that may have it, by default.
 
     Raises:
         CorruptVersion: a file is missing.
@@ -107,7 +103,7 @@ def find_rows(
     """
     entries = list(zip(data_files(root, manifest), manifest.files, strict=True))
     if manifest.partition is not None and manifest.partition.key == column:
-        number = int(bucket_of(_key_array(manifest, column, value), manifest.partition.buckets)[0])
+        number = int(bucket_of(pa.array([value]), manifest.partition.buckets)[0])
         entries = [(uri, entry) for uri, entry in entries if layout.part_number(entry.path) == number]
     if wanted is not None:
         entries = [(uri, entry) for uri, entry in entries if wanted(entry)]
@@ -122,33 +118,41 @@ def find_rows(
     )
 
 
-def _key_array(manifest: Manifest, column: str, value: int | str) -> pa.Array:
-    return pa.array([value], pa.int64() if is_whole(manifest, column) else pa.string())
+def read_row(root: str, manifest: Manifest, path: str, row: int, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read one row of a data file by its number.
+
+    Raises:
+        CorruptVersion: the file is missing or can't be read.
+
+    """
+    uri = layout.join(layout.version_uri(root, manifest.dataset, manifest.version), path)
+    with explained(uri), storage.open_input(uri) as source:
+        return rows_of(pq.ParquetFile(source), np.array([row]), columns)
 
 
 def _search(
     uri: str, column: str, value: int | str, columns: Sequence[str] | None
 ) -> tuple[pa.Table | None, list[int], int]:
-    """Rows of one file, their numbers in it, and how many row groups were looked into."""
+    """Find the rows of one file, their numbers in it, and how many row groups were looked into."""
     with explained(uri), storage.open_input(uri) as source:
         file = pq.ParquetFile(source, pre_buffer=True)
         tables, numbers, groups, start = [], [], 0, 0
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
-            if may_have(file, group, column, value):
+            if _may_have(file, group, column, value):
                 groups += 1
                 hits = pc.equal(file.read_row_group(group, columns=[column])[column], value).fill_null(False)
                 rows = pc.indices_nonzero(hits)
                 if len(rows):
-                    wanted = None if columns is None else list(dict.fromkeys([*columns]))
+                    wanted = None if columns is None else list(columns)
                     tables.append(file.read_row_group(group, columns=wanted).take(rows))
                     numbers += [start + row for row in rows.to_pylist()]
             start += count
     return (pa.concat_tables(tables) if tables else None), numbers, groups
 
 
-def may_have(file: pq.ParquetFile, group: int, column: str, value: Any) -> bool:
-    """Whether a row group may have a value, by the least and the greatest that its footer names."""
+def _may_have(file: pq.ParquetFile, group: int, column: str, value: Any) -> bool:
+    """Check that a row group may have a value, by the least and the greatest that its footer names."""
     found = file.metadata.row_group(group)
     number = next((n for n in range(found.num_columns) if found.column(n).path_in_schema == column), None)
     bounds = None if number is None else found.column(number).statistics
@@ -158,7 +162,7 @@ def may_have(file: pq.ParquetFile, group: int, column: str, value: Any) -> bool:
 
 
 def closest_keys(root: str, manifest: Manifest, column: str, value: int | str) -> list[str]:
-    """The keys of a version that are most like one that it hasn't; of very large versions, those of the first files."""
+    """Find the keys of a version that are most like another; of very large versions, in the first files."""
     keys: set[Any] = set()
     for uri in data_files(root, manifest):
         if len(keys) >= MOST_KEYS:
@@ -169,7 +173,7 @@ def closest_keys(root: str, manifest: Manifest, column: str, value: int | str) -
 
 
 def closest_of(keys: Iterable[Any], value: int | str) -> list[str]:
-    """Of some keys the closest: by difference for numbers, by likeness for text."""
+    """Pick the closest of some keys: by difference for numbers, by likeness for text."""
     if isinstance(value, int):
         return [str(key) for key in sorted(keys, key=lambda key: (abs(key - value), key))[:_CLOSE]]
     ordered = sorted(map(str, keys))

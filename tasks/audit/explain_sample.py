@@ -10,38 +10,33 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
-import xxhash
 
 from tasks.audit.explain_holders import holders_section
-from tasks.audit.explain_rows import closest_keys, find_rows, typed_key
-from tasks.audit.explain_samples import (
-    Sample,
-    Samples,
-    block_format,
-    delivery_config,
-    feature_columns,
-    find_samples,
-    source_of,
-    split_row,
-)
-from tasks.audit.explain_version import (
+from tasks.audit.explain_rows import closest_keys, read_row, typed_key
+from tasks.audit.explain_samples import Sample, Samples, feature_columns, find_samples, source_of, split_row
+from tasks.audit.explained import (
+    Explanation,
+    Section,
+    absent,
     gate_section,
     pick_time,
     refuse,
     rejected_rows,
-    rejected_section,
+    rejected_sections,
     version_section,
 )
-from tasks.audit.explained import Answer, Explanation, Section, explanation
 from tasks.core import layout, storage
 from tasks.core.errors import ConfigError, PipelineError
 from tasks.core.lineage import trace
 from tasks.core.manifest import Manifest
+from tasks.core.numerals import plural
 from tasks.core.reading import data_files
-from tasks.core.tensors import is_tensor, to_numpy
-from tasks.delivery.blocks import CHECKSUM, IMAGE, LABEL
-from tasks.delivery.encoding import Encoder, Feature
+from tasks.core.settings import config_of
+from tasks.core.tensors import to_numpy
+from tasks.delivery.blocks import CHECKSUM, IMAGE, LABEL, block_checksums
+from tasks.delivery.config import DeliveryConfig
+from tasks.delivery.definition import block_format, encoder_of
+from tasks.delivery.encoding import Encoder
 from tasks.delivery.opening import Version
 from tasks.delivery.order import EpochOrder, Share, Sizes, batch_count, step_count
 
@@ -50,76 +45,54 @@ MOST_ORDERED = 20_000_000
 
 
 def explain_sample(root: str, manifest: Manifest, key: str, at: str | None) -> Explanation:
-    """Where samples of a copy come from, what was made of them, and when they are learned from.
-
-    Args:
-        root: Root of the store.
-        manifest: A streaming-ready copy.
-        key: An entity; of images an original or one of its variants.
-        at: Time of the source's row, where an entity has several; None: the newest.
-
-    Raises:
-        InputError: the copy has no such sample, and nothing of it was left out.
-        ConfigError: the key or the time can't be one.
-        VersionNotFound: the version that the copy was made from was deleted.
-
-    """
-    definition = manifest.definition
-    names = {definition["entity"], definition["keys"][0]}
+    """Explain where samples of a copy come from, what was made of them, and when they are learned from."""
+    definition, config = manifest.definition, config_of(DeliveryConfig, manifest)
+    entity: str = definition["entity"]
+    names = {entity, definition["keys"][0]}
     rejected = rejected_rows(root, manifest, names, {key})
     if not rejected:
         data_files(root, manifest)  # which says so if the gate rejected the version
     try:
-        found = find_samples(root, manifest, key)
+        found = find_samples(root, manifest, config, key)
     except ConfigError:
         if not rejected:
             raise
         found = None
     if found is None or not (found.held or found.left_out):
-        if not rejected:
-            _refuse(root, manifest, found, key)
-        told: tuple[Answer, str] = ("rejected", "all that it had was rejected")
-        return _answer(root, manifest, key, told, [rejected_section(rejected)])
+        if found is not None and not rejected:
+            close = closest_keys(root, found.source, entity, typed_key(found.source, entity, key))
+            refuse(manifest, entity, key, close)
+        return absent(root, manifest, (entity, key), "all that it had was rejected", rejected_sections(rejected))
     times = [name for name in definition["keys"][1:] if definition["kind"] == "table"]
     held = _at(manifest, found.held, times, key, at)
     if not held:
-        reasons = sorted({reason for _, reason in found.left_out})
-        told = ("rejected" if rejected else "left out", f"left out of the copy: {', '.join(reasons)}")
-        return _answer(root, manifest, key, told, [_left_out(found), *_rejected(rejected)])
-    value = held[0].source[definition["entity"]]
+        reasons = ", ".join(sorted({reason for _, reason in found.left_out}))
+        return absent(
+            root,
+            manifest,
+            (entity, key),
+            f"left out of the copy: {reasons}",
+            [_left_out(found), *rejected_sections(rejected)],
+            answer="rejected" if rejected else "left out",
+        )
+    value = held[0].source[entity]
     sections = [
         _source(found, held, times),
-        _split(manifest, held, value),
+        _split(manifest, config, held, value),
         _position(root, manifest, held),
         *(_encoded(root, manifest, sample, several=len(held) > 1) for sample in held),
         *([_left_out(found)] if found.left_out else []),
-        *_rejected(rejected),
+        *rejected_sections(rejected),
         gate_section(manifest, _concerned(manifest)),
-        holders_section(root, manifest, definition["entity"], value),
+        holders_section(root, manifest, entity, value),
         version_section(root, manifest),
     ]
-    what = f"{len(held)} sample{'s' if len(held) != 1 else ''} of {definition['entity']} {value}"
-    return explanation(manifest, key, "held", f"{what} in {manifest.dataset} v{manifest.version}", sections)
-
-
-def _answer(
-    root: str, manifest: Manifest, key: str, told: tuple[Answer, str], sections: Sequence[Section]
-) -> Explanation:
-    answer, why = told
-    headline = f"{manifest.definition['entity']} {key} isn't in {manifest.dataset} v{manifest.version}: {why}"
-    return explanation(
-        manifest, key, answer, headline, [*sections, gate_section(manifest, {}), version_section(root, manifest)]
-    )
-
-
-def _refuse(root: str, manifest: Manifest, found: Samples | None, key: str) -> None:
-    assert found is not None, "a key that can't be one was refused"
-    entity = manifest.definition["entity"]
-    refuse(manifest, entity, key, closest_keys(root, found.source, entity, typed_key(found.source, entity, key)))
+    what = f"{plural(len(held), 'sample')} of {entity} {value}"
+    return Explanation(manifest, key, "held", f"{what} in {manifest.dataset} v{manifest.version}", sections)
 
 
 def _at(manifest: Manifest, held: Sequence[Sample], times: Sequence[str], key: str, at: str | None) -> list[Sample]:
-    """The samples that are meant: those of one time, where the rows have times."""
+    """Pick the samples of one time, where the rows have times."""
     if not times or not held:
         if at is not None and not times:
             raise ConfigError(f"--at names a time, and the rows of {manifest.dataset} have none; leave it out")
@@ -148,13 +121,13 @@ def _source(found: Samples, held: Sequence[Sample], times: Sequence[str]) -> Sec
     return Section(title="source", facts=facts, rows=rows, notes=notes)
 
 
-def _split(manifest: Manifest, held: Sequence[Sample], value: int | str) -> Section:
+def _split(manifest: Manifest, config: DeliveryConfig, held: Sequence[Sample], value: int | str) -> Section:
     definition = manifest.definition
     splits = sorted({sample.split for sample in held})
     if definition["kind"] == "images" or "/" in held[0].source_file:
-        why = f"kept from the source, whose file stands in {held[0].source_file.rpartition('/')[0]}"
+        why = f"kept from the source, whose file is in {held[0].source_file.rpartition('/')[0]}"
         return Section(title="split", facts={"split": ", ".join(splits), "why": why})
-    drawn = split_row(delivery_config(manifest), definition["entity"], value, "this copy")
+    drawn = split_row(config, definition["entity"], value, "this copy")
     return Section(title="split", facts={name: drawn[name] for name in ("split", "draw", "why")})
 
 
@@ -193,7 +166,7 @@ def _trainings(root: str, manifest: Manifest) -> list[tuple[str, dict[str, Any]]
 
 
 def _first_epoch(root: str, manifest: Manifest, sample: Sample, training: Mapping[str, Any]) -> dict[str, int | str]:
-    """In which step, of which worker, at which place of its batch a sample is delivered in epoch 0."""
+    """Step, worker and place in the batch by which a sample is delivered in epoch 0."""
     count = int(manifest.definition["samples"]["train"])
     if count > MOST_ORDERED:
         return {}
@@ -214,14 +187,15 @@ def _first_epoch(root: str, manifest: Manifest, sample: Sample, training: Mappin
 
 
 def _encoded(root: str, manifest: Manifest, sample: Sample, *, several: bool) -> Section:
-    """What is stored of a sample against its source row, and the checksum of its block."""
+    """Stored values of a sample against its source row, and the checksum of its block."""
     name = f"values of {sample.source.get('image_id', sample.sample_id)}" if several else "values"
     if sample.file is None:
         return Section(title=name, notes=["It isn't there."])
-    block = _block(root, manifest, sample)
-    label = _label(manifest, sample, block)
-    intact = "matches" if _checksum(block) == block[CHECKSUM][0].as_py() else "DOESN'T match"
-    facts: dict[str, Any] = {**label, "checksum of the block": f"{intact} ({block[CHECKSUM][0].as_py()})"}
+    block = read_row(root, manifest, sample.file, sample.block)
+    [noted], [found] = block[CHECKSUM].to_pylist(), block_checksums(block)
+    facts = _label(manifest, sample, block)
+    intact = "matches" if found == noted else "DOESN'T match"
+    facts["checksum of the block"] = f"{intact} ({noted})"
     if manifest.definition["kind"] == "images":
         return Section(title=name, facts=facts | _image_facts(root, manifest, sample, block))
     stored = to_numpy(block, "features")[0][sample.place]
@@ -231,28 +205,6 @@ def _encoded(root: str, manifest: Manifest, sample: Sample, *, several: bool) ->
         rows=_feature_rows(manifest, sample, stored),
         shown=("feature", "encoding", "raw", "stored", "normalised", "check"),
     )
-
-
-def _block(root: str, manifest: Manifest, sample: Sample) -> pa.Table:
-    """The row of the file that is the sample's block."""
-    base = layout.version_uri(storage.normalise(root), manifest.dataset, manifest.version)
-    assert sample.file is not None, "a sample that isn't there has no block"
-    with storage.open_input(layout.join(base, sample.file)) as source:
-        file, start = pq.ParquetFile(source), 0
-        for group in range(file.num_row_groups):
-            count = file.metadata.row_group(group).num_rows
-            if sample.block < start + count:
-                return file.read_row_group(group).slice(sample.block - start, 1).combine_chunks()
-            start += count
-    raise AssertionError("the ids were read of this file, so that it has the block")
-
-
-def _checksum(block: pa.Table) -> str:
-    hasher = xxhash.xxh3_128()
-    for field in block.schema:
-        if is_tensor(field):
-            hasher.update(block[field.name][0].as_py())
-    return hasher.hexdigest()
 
 
 def _label(manifest: Manifest, sample: Sample, block: pa.Table) -> dict[str, Any]:
@@ -267,11 +219,11 @@ def _label(manifest: Manifest, sample: Sample, block: pa.Table) -> dict[str, Any
 
 def _feature_rows(manifest: Manifest, sample: Sample, stored: npt.NDArray[np.float32]) -> list[dict[str, Any]]:
     """Each feature: raw value, what is stored, what a model sees, and whether encoding again gives the same."""
-    definition = manifest.definition
-    features = [Feature(**described) for described in definition["features"]]
+    encoder = encoder_of(manifest)
+    assert encoder is not None, "tables are encoded"
     raw = {name: sample.source[name] for name in feature_columns(manifest)}
-    again = Encoder(tuple(features)).encode(_table(raw, features))[0]
-    mean, std = definition["normalise"]["mean"], definition["normalise"]["std"]
+    again = encoder.encode(_table(raw, encoder))[0]
+    mean, std = (manifest.definition["normalise"][name] for name in ("mean", "std"))
     return [
         {
             "feature": feature.name,
@@ -283,13 +235,13 @@ def _feature_rows(manifest: Manifest, sample: Sample, stored: npt.NDArray[np.flo
             "normalised": round((float(stored[number]) - mean[number]) / std[number], 6),
             "check": "as encoded" if again[number] == stored[number] else "DIFFERS from its encoding",
         }
-        for number, feature in enumerate(features)
+        for number, feature in enumerate(encoder.features)
     ]
 
 
-def _table(raw: Mapping[str, Any], features: Sequence[Feature]) -> pa.Table:
-    """The raw row as the encoder takes it: a column without a value has no type of its own."""
-    texts = {feature.column for feature in features if feature.encoding == "category"}
+def _table(raw: Mapping[str, Any], encoder: Encoder) -> pa.Table:
+    """Make a table of a raw row as the encoder takes it: a column without a value has no type of its own."""
+    texts = {feature.column for feature in encoder.features if feature.encoding == "category"}
     return pa.table(
         {
             name: pa.chunked_array(
@@ -311,7 +263,7 @@ def _image_facts(root: str, manifest: Manifest, sample: Sample, block: pa.Table)
     }
     source = manifest.definition["source"]
     try:
-        found = _source_picture(root, manifest, sample)
+        found = read_row(root, source_of(root, manifest), sample.source_file, sample.source_row, [IMAGE])
         same = np.array_equal(to_numpy(found, IMAGE)[0], image)
         facts["check"] = "the same pixels as in the source" if same else "OTHER pixels than in the source"
     except PipelineError as fault:
@@ -319,28 +271,10 @@ def _image_facts(root: str, manifest: Manifest, sample: Sample, block: pa.Table)
     return facts
 
 
-def _source_picture(root: str, manifest: Manifest, sample: Sample) -> pa.Table:
-    """The row of the source version with its picture."""
-    first = manifest.definition["keys"][0]
-    found = find_rows(
-        root,
-        source_of(root, manifest),
-        first,
-        sample.source[first],
-        columns=[IMAGE],
-        wanted=lambda entry: entry.path == sample.source_file,
-    )
-    return found.table
-
-
 def _left_out(found: Samples) -> Section:
     rows = [{"reason": reason, "values": row} for row, reason in found.left_out]
     note = ["Rows that aren't marked as training-ready are left out by ready_only; others are rejected, and counted."]
     return Section(title="left out", rows=rows, notes=note)
-
-
-def _rejected(rows: Sequence[Mapping[str, Any]]) -> list[Section]:
-    return [rejected_section(rows)] if rows else []
 
 
 def _concerned(manifest: Manifest) -> dict[str, str]:

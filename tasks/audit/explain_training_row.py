@@ -1,91 +1,75 @@
-"""One row of a training set, explained: where its target and each of its features come from."""
+"""One row of a training set, explained: the origin of its target and of each of its features.
+
+A feature's history is that of the versions which the training set's manifest names, whatever has been published or
+withdrawn since; the match is the flow's own (`tasks.serving.asof`).
+"""
 
 from __future__ import annotations
 
 import datetime as dt
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import polars as pl
 
-from tasks.audit.explain_entity import look_for
-from tasks.audit.explain_features import events_section
 from tasks.audit.explain_holders import holders_section, made_from
-from tasks.audit.explain_matches import Match, days_of, matches
-from tasks.audit.explain_rows import is_whole
-from tasks.audit.explain_samples import delivery_config, split_row
-from tasks.audit.explain_sources import declared_sources, files_now, rows_of_key
-from tasks.audit.explain_version import (
+from tasks.audit.explain_samples import split_row
+from tasks.audit.explain_sources import ROW, declared_sources, events_section, key_type_in, rows_of_key
+from tasks.audit.explained import (
+    Explanation,
+    Section,
     gate_section,
-    pick_time,
-    rejected_section,
+    look_for,
+    rejected_sections,
     rejected_sources,
     version_section,
 )
-from tasks.audit.explained import Explanation, Section, explanation
+from tasks.audit.inputs import check_files
+from tasks.audit.replay_rows import same
 from tasks.core import layout
-from tasks.core.errors import PipelineError
+from tasks.core.errors import PipelineError, VersionNotFound
 from tasks.core.manifest import Manifest
 from tasks.core.missing import missing_values
-from tasks.core.own_columns import EVENT_TIME, TARGET
+from tasks.core.own_columns import AS_OF, EVENT_TIME, TARGET
+from tasks.core.partition import bucket_of
+from tasks.core.reading import read_manifest
+from tasks.core.settings import config_of
 from tasks.delivery.config import DeliveryConfig
 from tasks.features.rows import ColumnPlan, RowPlan
+from tasks.serving.asof import join_asof
+from tasks.serving.definition import FeatureReference
+from tasks.serving.history import FROM, TIME, UNTIL, History, HistoryVersion, history_of, read_bucket
 from tasks.serving.spine import SPINE
 
 
 def explain_training_row(root: str, manifest: Manifest, key: str, at: str | None) -> Explanation:
-    """Where a row of a training set comes from, and who has it.
-
-    Args:
-        root: Root of the store.
-        manifest: A training set.
-        key: The entity.
-        at: Time of the event; None: the entity's newest.
-
-    Raises:
-        InputError: the version has no such row, and has rejected none.
-        ConfigError: the key or the time can't be one.
-
-    """
+    """Explain where a row of a training set comes from, and who has it."""
     entity: str = manifest.definition["entity"]
-    held = look_for(root, manifest, key, _spellings(manifest, entity))
+    held = look_for(root, manifest, key, at, time=EVENT_TIME, spellings=_spellings(manifest, entity))
     if isinstance(held, Explanation):
         return held
-    value, found, rejected = held.value, held.found, held.rejected
-    times = [moment.astimezone(dt.UTC) for moment in found.table[EVENT_TIME].to_pylist()]
-    moment = pick_time(manifest, key, times, at)
-    place = times.index(moment)
-    row = found.rows[place] | {EVENT_TIME: moment}
+    value, moment, row = held.key, held.moment, held.row
     matched = matches(root, manifest, row)
     concerned = {TARGET: "this row's target"} | {
         column: f"this row: {'missing' if row[column] is None else 'has a value'}"
         for column in manifest.definition["columns"]
     }
     concerned |= {match.group: "this row found none" for match in matched if match.version is None}
-    concerned |= dict.fromkeys(rejected_sources(rejected), "has rejected rows of it")
-    facts = {
-        entity: value,
-        "event time": moment,
-        "times held": sorted(times),
-        "rows of this time": times.count(moment) if times.count(moment) > 1 else None,
-        "file": found.places[place][0],
-        "row": found.places[place][1],
-        "read": found.read_of(manifest),
-    }
+    concerned |= dict.fromkeys(rejected_sources(held.rejected), "has rejected rows of it")
     sections = [
-        Section(title="row", facts={name: one for name, one in facts.items() if one is not None}),
+        held.section,
         *_target(manifest, (entity, value), row, moment),
         _features(manifest, matched, moment),
         _values(manifest, matched, row),
-        *([rejected_section(rejected)] if rejected else []),
+        *rejected_sections(held.rejected),
         gate_section(manifest, concerned),
         _splits(root, manifest, entity, value),
         holders_section(root, manifest, entity, value),
         version_section(root, manifest),
     ]
     headline = f"{entity} {key} of {manifest.dataset} v{manifest.version}, event at {moment:%Y-%m-%d %H:%M} UTC"
-    return explanation(manifest, key, "held", headline, sections)
+    return Explanation(manifest, key, "held", headline, sections)
 
 
 def _spellings(manifest: Manifest, entity: str) -> set[str]:
@@ -130,11 +114,10 @@ def _from_table(manifest: Manifest, key: tuple[str, int | str], row: Mapping[str
     record = next(one for one in manifest.inputs if one.version is None and one.name == SPINE)
     columns = manifest.definition["spine"]["columns"]
     names = {ours: columns.get(ours, ours) for ours in (entity, EVENT_TIME)}
-    kind = "int64" if is_whole(manifest, entity) else "string"
     plan = RowPlan(
         source=SPINE,
         columns=(
-            ColumnPlan(name=entity, source_name=names[entity], kind="key", key_type=kind),  # type: ignore[arg-type]
+            ColumnPlan(name=entity, source_name=names[entity], kind="key", key_type=key_type_in(manifest, entity)),
             ColumnPlan(name=EVENT_TIME, source_name=names[EVENT_TIME], kind="time", required=True),
         ),
         time=EVENT_TIME,
@@ -143,22 +126,21 @@ def _from_table(manifest: Manifest, key: tuple[str, int | str], row: Mapping[str
         missing=missing_values(manifest.config.get("null_values")),
     )
     rows = []
-    for now in files_now(record):
-        numbers, note = None, None
+    for file in check_files(record):
+        told: dict[str, object] = {"rows": None}
         try:
-            if now.info is not None:
-                found = rows_of_key(now, plan, entity, value).kept
-                numbers = found.filter(pl.col(EVENT_TIME) == moment)["row"].to_list()
+            if (found := rows_of_key(file, plan, entity, value)) is not None:
+                told["rows"] = found.kept.filter(pl.col(EVENT_TIME) == moment)[ROW].to_list()
         except PipelineError as fault:
-            note = str(fault)
-        rows.append(now.told() | {"rows": numbers} | ({"note": note} if note else {}))
+            told["note"] = str(fault)
+        rows.append(file.as_row() | told)
     return Section(
         title="target", facts={"target": row[TARGET], "from": f"the table {record.uri}", "read as": names}, rows=rows
     )
 
 
 def _features(manifest: Manifest, matched: Sequence[Match], moment: dt.datetime) -> Section:
-    """What each group gave."""
+    """Features that each group gave."""
     definition = manifest.definition
     days = definition["ttl_days"]
     rows = [
@@ -182,7 +164,7 @@ def _features(manifest: Manifest, matched: Sequence[Match], moment: dt.datetime)
 
 
 def _values(manifest: Manifest, matched: Sequence[Match], row: Mapping[str, Any]) -> Section:
-    """Each feature, and whether the version still has the value that the row was given."""
+    """Each feature, compared with the value that the version has now."""
     given = {column: match for match in matched for column in match.columns}
     rows = []
     for column, reference in manifest.definition["columns"].items():
@@ -190,14 +172,9 @@ def _values(manifest: Manifest, matched: Sequence[Match], row: Mapping[str, Any]
         if match is None:
             state = "nothing was matched" if row[column] is None else "its version can't be looked at"
         else:
-            state = "as in the version" if _same(match.columns[column], row[column]) else "DIFFERS from the version"
+            state = "as in the version" if same(match.columns[column], row[column]) else "DIFFERS from the version"
         rows.append({"column": column, "value": row[column], "reference": reference, "check": state})
     return Section(title="values", rows=rows)
-
-
-def _same(one: Any, other: Any) -> bool:
-    both_nan = isinstance(one, float) and isinstance(other, float) and math.isnan(one) and math.isnan(other)
-    return bool(one == other) or both_nan
 
 
 def _splits(root: str, manifest: Manifest, entity: str, value: int | str) -> Section:
@@ -206,7 +183,8 @@ def _splits(root: str, manifest: Manifest, entity: str, value: int | str) -> Sec
     rows = []
     for copy in copies:
         try:
-            rows.append(split_row(delivery_config(copy), entity, value, f"{copy.dataset} v{copy.version}"))
+            config = config_of(DeliveryConfig, copy)
+            rows.append(split_row(config, entity, value, f"{copy.dataset} v{copy.version}"))
         except PipelineError as fault:
             rows.append({"copy": f"{copy.dataset} v{copy.version}", "split": None, "why": str(fault)})
     notes = []
@@ -214,3 +192,126 @@ def _splits(root: str, manifest: Manifest, entity: str, value: int | str) -> Sec
         rows.append(split_row(DeliveryConfig(), entity, value, "(none yet)"))
         notes.append("No copy was made of it yet; this is what the usual settings would give.")
     return Section(title="split", rows=rows, notes=notes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """Match of a feature group and a training row.
+
+    Attributes:
+        group: Name of the group.
+        versions: Versions that were read for the training set.
+        version: The version whose row was matched; None: none.
+        as_of: Time of that row.
+        age: From then to the event.
+        why: The match in words, or why there is none.
+        columns: Column of the training set → value in the matched row.
+        gone: Versions that were read and have been deleted since.
+
+    """
+
+    group: str
+    versions: tuple[int, ...]
+    version: int | None = None
+    as_of: dt.datetime | None = None
+    age: dt.timedelta | None = None
+    why: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    gone: tuple[int, ...] = ()
+
+    @property
+    def dataset(self) -> str:
+        """Dataset of the group."""
+        return layout.feature_dataset(self.group)
+
+
+def matches(root: str, manifest: Manifest, row: Mapping[str, Any]) -> list[Match]:
+    """Find the match of each group for a row of a training set.
+
+    Args:
+        root: Root of the store.
+        manifest: The training set.
+        row: The row, with its keys and its time.
+
+    """
+    references = {column: FeatureReference.parse(text) for column, text in manifest.definition["columns"].items()}
+    groups = dict.fromkeys(reference.group for reference in references.values())
+    found = []
+    for group in groups:
+        own = {column: ref.feature for column, ref in references.items() if ref.group == group}
+        found.append(_match(root, manifest, row, group, own))
+    return found
+
+
+def _match(root: str, manifest: Manifest, row: Mapping[str, Any], group: str, own: Mapping[str, str]) -> Match:
+    dataset = layout.feature_dataset(group)
+    read = sorted(record.version for record in manifest.inputs if record.name == dataset and record.version)
+    known, gone = [], []
+    for version in read:
+        try:
+            known.append(read_manifest(root, dataset, version))
+        except VersionNotFound:
+            gone.append(version)
+    told: dict[str, Any] = {"group": group, "versions": tuple(read), "gone": tuple(gone)}
+    if not known:
+        return Match(**told, why="every version that was read has been deleted since")
+    try:
+        history = history_of(root, group, list(dict.fromkeys(own.values())), known)
+        value = row.get(history.entity)
+        if value is None:
+            return Match(**told, why=f"the row has no {history.entity}")
+        rows, versions = _rows_of(root, history, value, known_at=bool(manifest.definition["known_at"]))
+    except PipelineError as fault:
+        return Match(**told, why=f"the history can't be read: {fault}")
+    when, options = row[EVENT_TIME], _options(manifest)
+    spine = pl.DataFrame({history.entity: [value], EVENT_TIME: [when]}, schema_overrides={EVENT_TIME: TIME})
+    place = int(join_asof(spine, rows, entity=history.entity, event_time=EVENT_TIME, **options)[0])
+    if place < 0:
+        return Match(**told, why=_why_not(rows, when, options))
+    as_of = rows[AS_OF][place]
+    values = rows.row(place, named=True)
+    columns = {column: values[feature] for column, feature in own.items()}
+    before = "before" if options["strict"] else "at or before"
+    why = f"the newest {before} the event" + (" that was known by then" if options["known_at"] else "")
+    return Match(**told, version=versions[place].version, as_of=as_of, age=when - as_of, why=why, columns=columns)
+
+
+def _options(manifest: Manifest) -> dict[str, Any]:
+    days = manifest.definition["ttl_days"]
+    ttl = None if days is None else dt.timedelta(days=days)
+    return {"ttl": ttl, "strict": manifest.definition["strict"], "known_at": manifest.definition["known_at"]}
+
+
+def _rows_of(root: str, history: History, value: Any, known_at: bool) -> tuple[pl.DataFrame, list[HistoryVersion]]:
+    """Read the rows of an entity in all versions, oldest first, and the version of each."""
+    keys = pl.Series(history.entity, [value])
+    bucket = int(bucket_of(keys.to_arrow(), history.buckets)[0])
+    frames, owners = [], []
+    for version in history.versions:
+        alone = replace(history, versions=(version,))
+        frame = read_bucket(root, alone, bucket, history.buckets, known_at=known_at, keys=keys)
+        frames.append(frame)
+        owners += [version] * frame.height
+    return pl.concat(frames), owners
+
+
+def _why_not(rows: pl.DataFrame, when: dt.datetime, options: Mapping[str, Any]) -> str:
+    """Say why no row of a history counts."""
+    times = rows[AS_OF].to_list()
+    before = [moment for moment in times if (moment < when if options["strict"] else moment <= when)]
+    if not times:
+        return "the versions have no row of this key"
+    if not before:
+        return f"none before: the first is of {min(times):%Y-%m-%d %H:%M}"
+    young = [moment for moment in before if options["ttl"] is None or when - moment <= options["ttl"]]
+    if not young:
+        age = days_of(when - max(before))
+        return f"too old: the newest before is {age} old, and ttl_days is {options['ttl'] / dt.timedelta(days=1):g}"
+    known = [until is None or until > when for start, until in rows.select(FROM, UNTIL).iter_rows() if start <= when]
+    return "none was known by then" if not any(known) else "none that was known by then is before the event"
+
+
+def days_of(span: dt.timedelta) -> str:
+    """Return a span of time in days."""
+    days = span / dt.timedelta(days=1)
+    return f"{days:.4g} day{'s' if days != 1 else ''}"

@@ -1,18 +1,30 @@
-"""An answer of `explain` as a value: sections of facts, tables and sentences, for people and for programs."""
+"""Answers of `explain` as values: sections of facts, tables and sentences; and those that all kinds have in common."""
 
 from __future__ import annotations
 
-import dataclasses
 import datetime as dt
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
-from tasks.core import layout
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from tasks.audit.explain_rows import closest_keys, find_rows, typed_key
+from tasks.core import layout, storage
+from tasks.core.errors import ConfigError, InputError
 from tasks.core.manifest import Manifest
+from tasks.core.own_columns import AS_OF
+from tasks.core.reading import explained
+from tasks.core.times import expand
+from tasks.core.withdrawal import withdrawal_of
 from tasks.serving.tables import as_json, brief, facts, moment, printable, show
 
 _WIDEST = 120
+_STYLES = (("_reason", "_file", "_row", "_detail"), ("reason", "uri", "row", "detail"))
+"""Columns of rejected rows with reason, file, row and detail: of features' sources and copies; of images and labels."""
+
 Answer = Literal["held", "rejected", "left out"]
 
 
@@ -21,7 +33,7 @@ class Section:
     """One side of the answer.
 
     Attributes:
-        title: What it is about; programs find it under this name in lower case.
+        title: Its name; programs find it under this name in lower case.
         facts: Names and values.
         rows: A table, one mapping a row; all have the same names.
         shown: Names of the columns that people see; all, if none are given.
@@ -36,37 +48,42 @@ class Section:
     notes: Sequence[str] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Explanation:
-    """All that is known of a row.
+    """Answer about one row.
 
     Attributes:
-        dataset: Dataset name.
-        version: Its version.
-        kind: As `layout.kind` has it.
-        key: What was asked for.
+        manifest: The version's.
+        key: Key that was asked for.
         answer: 'held' by the version; 'rejected' on the way to it; 'left out' of it by intent.
         headline: The answer in a sentence.
         sections: The rest.
 
     """
 
-    dataset: str
-    version: int
-    kind: str
+    manifest: Manifest
     key: str
     answer: Answer
     headline: str
-    sections: tuple[Section, ...]
+    sections: Sequence[Section]
 
     def to_json(self) -> str:
-        """The answer for programs: sections by their names, every value in its own unit."""
-        told = {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.name != "sections"}
+        """Return the answer for programs: sections by their names, every value in its own unit."""
         sections = {
             one.title.replace(" ", "_"): {"facts": dict(one.facts), "rows": list(one.rows), "notes": list(one.notes)}
             for one in self.sections
         }
-        return as_json({**told, "sections": sections})
+        return as_json(
+            {
+                "dataset": self.manifest.dataset,
+                "version": self.manifest.version,
+                "kind": layout.kind(self.manifest.dataset),
+                "key": self.key,
+                "answer": self.answer,
+                "headline": self.headline,
+                "sections": sections,
+            }
+        )
 
     def show(self) -> None:
         """Print the answer for people."""
@@ -88,7 +105,7 @@ class Explanation:
 
 
 def _plain(value: object) -> object:
-    """Lists and mappings in a line; numbers of the data with all their digits."""
+    """Write lists and mappings in a line, and numbers of the data with all their digits."""
     match value:
         case dt.datetime():
             return moment(value)
@@ -102,21 +119,273 @@ def _plain(value: object) -> object:
 
 
 def _cell(value: object) -> object:
-    """A value in a table; programs get all of it."""
+    """Shorten a value of a table; programs get all of it."""
     plain = _plain(value)
     return brief(plain, _WIDEST) if isinstance(plain, str) else plain
 
 
-def explanation(
-    manifest: Manifest, key: str, answer: Answer, headline: str, sections: Sequence[Section]
-) -> Explanation:
-    """The answer about a row of a version."""
-    return Explanation(
-        dataset=manifest.dataset,
-        version=manifest.version,
-        kind=layout.kind(manifest.dataset),
-        key=key,
-        answer=answer,
-        headline=headline,
-        sections=tuple(sections),
+def version_section(root: str, manifest: Manifest) -> Section:
+    """State of the version, and the run and the code that made it."""
+    withdrawal = withdrawal_of(root, manifest.dataset, manifest.version)
+    facts = {
+        "version": f"{manifest.dataset} v{manifest.version}",
+        "status": "withdrawn" if withdrawal else manifest.status,
+        "withdrawn": None if withdrawal is None else str(withdrawal),
+        "data": layout.version_uri(root, manifest.dataset, manifest.version),
+        "created": manifest.created_at,
+        "run": manifest.run.flow_run_name or manifest.run.flow_run_id,
+        "code": manifest.code_digest,
+    }
+    return Section(title="version", facts={name: value for name, value in facts.items() if value is not None})
+
+
+def gate_section(manifest: Manifest, concerned: Mapping[str, str]) -> Section:
+    """Verdict of the gate, and the checks that didn't pass.
+
+    Args:
+        manifest: The version.
+        concerned: Columns (and names of sources) that have to do with the row, and what.
+
+    """
+    open_checks = [check for check in manifest.gate.checks if check.verdict != "pass"]
+    rows = [
+        {
+            "check": check.name,
+            "column": check.column,
+            "verdict": check.verdict,
+            "concerns": "the version as a whole"
+            if check.column is None
+            else concerned.get(check.column, "not this row"),
+            "message": check.message,
+        }
+        for check in sorted(open_checks, key=lambda check: check.column not in concerned)
+    ]
+    facts = {"verdict": manifest.gate.verdict, "checks": len(manifest.gate.checks), "not passed": len(open_checks)}
+    return Section(title="gate", facts=facts, rows=rows)
+
+
+def rejected_rows(
+    root: str, manifest: Manifest, columns: Collection[str], keys: Collection[str]
+) -> list[dict[str, Any]]:
+    """Find rejected rows that have one of some keys in one of some columns, with the reason and their place.
+
+    Args:
+        root: Root of the store.
+        manifest: The version.
+        columns: Columns that may have the key, by the names of the sources.
+        keys: The key, as sources may spell it.
+
+    Raises:
+        CorruptVersion: a file of rejected rows is missing.
+
+    """
+    base = layout.version_uri(root, manifest.dataset, manifest.version)
+    found = []
+    for entry in manifest.rejected_files:
+        uri = layout.join(base, entry.path)
+        with explained(uri), storage.open_input(uri) as source:
+            file = pq.ParquetFile(source)
+            named = [name for name in file.schema_arrow.names if name in columns]
+            if named and pc.any(matching(file.read(columns=named), keys)).as_py():
+                table = file.read()
+                rows = table.filter(matching(table.select(named), keys)).to_pylist()
+                found += [_rejected(row, entry.path) for row in rows]
+    return found
+
+
+def matching(table: pa.Table, keys: Collection[str]) -> pa.Array:
+    """Mark the rows that have one of some keys in any column, whatever its type; '7.0' is 7."""
+    hits = pa.array([False] * table.num_rows)
+    for column in table.columns:
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        text = pc.utf8_trim_whitespace(column.cast(kind).cast(pa.string()))
+        plain = pc.replace_substring_regex(text, r"\.0$", "")
+        wanted = pa.array(list(keys), pa.string())
+        own = pc.or_(pc.is_in(text, wanted), pc.is_in(plain, wanted))
+        hits = pc.or_(hits, own.combine_chunks() if isinstance(own, pa.ChunkedArray) else own)
+    return hits
+
+
+def _rejected(row: Mapping[str, Any], path: str) -> dict[str, Any]:
+    style = _STYLES[0] if "_reason" in row else _STYLES[1]
+    reason, file, number, detail = (row.get(name) for name in style)
+    return {
+        "reason": reason,
+        "source file": file,
+        "source row": number,
+        "detail": detail or _meaning(str(reason)),
+        "values": {name: value for name, value in row.items() if name not in style},
+        "kept in": path,
+    }
+
+
+def _meaning(reason: str) -> str | None:
+    """A reason in words."""
+    if reason in _MEANINGS:
+        return _MEANINGS[reason]
+    if reason.startswith("no_") and reason.endswith("_row"):
+        return f"{reason[3:-4]} has no row of this key, and join = inner"
+    kind = next((one for one in _PREFIXES if reason.startswith(f"{one}_")), None)
+    return None if kind is None else _PREFIXES[kind].format(reason.removeprefix(f"{kind}_"))
+
+
+_MEANINGS = {"malformed_row": "the line has another number of fields than the header"}
+_PREFIXES = {
+    "null": "{} is missing",
+    "unparsable": "{} can't be read as what it should be",
+    "not_finite": "{} is NaN or infinite",
+    "negative": "{} is negative, and negative_amounts = reject",
+    "too_early": "{} is before the setting `earliest`",
+    "conflicting": "a row before it has the same {} and says something else",
+}
+
+
+def rejected_sections(rows: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> list[Section]:
+    """Rejected rows as a section, none if there are none; people see their values as text."""
+    names = ("reason", "source file", "source row", "detail", "values", "kept in")
+    shown = tuple(name for name in names if any(row[name] is not None for row in rows))
+    return [Section(title="rejected", rows=rows, shown=shown, notes=notes)] if rows else []
+
+
+def rejected_sources(rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Names of the sources of rejected rows, as the files that keep these are named."""
+    return {row["kept in"].partition("/")[2].rsplit("-", 2)[0].removesuffix("-conflicts") for row in rows}
+
+
+def refuse(manifest: Manifest, what: str, key: str, close: Sequence[str]) -> NoReturn:
+    """Say that a version hasn't a key.
+
+    Raises:
+        InputError: always; its message names the closest keys.
+
+    """
+    cure = f"closest: {', '.join(close)}" if close else "none is like it; see `describe` for what the version holds"
+    raise InputError(
+        f"{manifest.dataset} v{manifest.version} has no {what} '{key}', among its rows or its rejected ones; {cure}"
     )
+
+
+def pick_time(manifest: Manifest, key: str, times: Sequence[dt.datetime], at: str | None) -> dt.datetime:
+    """Pick one of the times of a key's rows: the newest, unless one is asked for.
+
+    Raises:
+        ConfigError: the text is no time.
+        InputError: there is no row of that time; the message names those that there are.
+
+    """
+    if at is None:
+        return max(times)
+    try:
+        (wanted,) = expand((at,))
+    except ValueError as fault:
+        raise ConfigError(f"--at: {str(fault).removesuffix('.')}") from fault
+    if wanted not in times:
+        near = sorted(times, key=lambda time: abs(time - wanted))[:3]
+        known = ", ".join(time.isoformat() for time in sorted(near))
+        raise InputError(
+            f"{manifest.dataset} v{manifest.version} has no row of '{key}' at {wanted.isoformat()}; closest: {known}"
+        )
+    return wanted
+
+
+def absent(
+    root: str,
+    manifest: Manifest,
+    what: tuple[str, str],
+    why: str,
+    sections: Sequence[Section],
+    *,
+    answer: Answer = "rejected",
+    concerned: Mapping[str, str] | None = None,
+) -> Explanation:
+    """Return the answer about something that a version doesn't hold.
+
+    Args:
+        root: Root of the store.
+        manifest: The version's.
+        what: Kind of thing, and its key.
+        why: Reason for which it isn't there.
+        sections: Sections that say more.
+        answer: Kind of the answer.
+        concerned: As `gate_section` takes it.
+
+    """
+    headline = f"{what[0]} {what[1]} isn't in {manifest.dataset} v{manifest.version}: {why}"
+    gate = gate_section(manifest, concerned or {})
+    return Explanation(manifest, what[1], answer, headline, [*sections, gate, version_section(root, manifest)])
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A row of an entity in a version.
+
+    Attributes:
+        key: The entity.
+        moment: Time of the row.
+        row: Its values.
+        rejected: Rows of the entity that were rejected.
+        section: Its place.
+
+    """
+
+    key: int | str
+    moment: dt.datetime
+    row: dict[str, Any]
+    rejected: list[dict[str, Any]]
+    section: Section
+
+
+def look_for(
+    root: str, manifest: Manifest, key: str, at: str | None, *, time: str, spellings: Collection[str]
+) -> Held | Explanation:
+    """Look for an entity's rows, kept and rejected; where there are only rejected ones, that is the whole answer.
+
+    Args:
+        root: Root of the store.
+        manifest: The version's, which names its entity.
+        key: The entity's key, as it was typed.
+        at: The time that is asked for; None: the newest.
+        time: Column of the rows' times.
+        spellings: Names of the key's column in the files of rejected rows.
+
+    Raises:
+        InputError: the version has no such row, and has rejected none.
+        ConfigError: the key or the time can't be one.
+
+    """
+    entity: str = manifest.definition["entity"]
+    rejected = rejected_rows(root, manifest, spellings, {key})
+
+    def nothing() -> Explanation:
+        concerned = dict.fromkeys(rejected_sources(rejected), "has rejected rows of it")
+        sections = rejected_sections(rejected)
+        return absent(root, manifest, (entity, key), "all that it had was rejected", sections, concerned=concerned)
+
+    try:
+        value = typed_key(manifest, entity, key)
+    except ConfigError:
+        if not rejected:
+            raise
+        return nothing()
+    if manifest.status == "rejected" and rejected:
+        return nothing()
+    found = find_rows(root, manifest, entity, value)
+    if not found.places:
+        if not rejected:
+            refuse(manifest, entity, key, closest_keys(root, manifest, entity, value))
+        return nothing()
+    times = [one.astimezone(dt.UTC) for one in found.table[time].to_pylist()]
+    picked = pick_time(manifest, key, times, at)
+    number = times.index(picked)
+    path, place = found.places[number]
+    facts = {
+        entity: value,
+        "as of" if time == AS_OF else "event time": picked,
+        "times held": sorted(times),
+        "rows of this time": times.count(picked) if times.count(picked) > 1 else None,
+        "file": path,
+        "row": place,
+        "read": found.read_of(manifest),
+    }
+    section = Section(title="row", facts={name: one for name, one in facts.items() if one is not None})
+    return Held(value, picked, found.rows[number] | {time: picked}, rejected, section)

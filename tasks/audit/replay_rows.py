@@ -1,40 +1,33 @@
-"""Rows as they are stored and as they were made again: which to take, how to read them, and where they differ."""
+"""Rows as they are stored and as they were made again: choose some, read them, make them again and compare."""
 
 from __future__ import annotations
 
 import math
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tasks.audit.inputs import Cause, why_not
 from tasks.core import layout, storage
-from tasks.core.errors import CorruptVersion
-from tasks.core.manifest import FileEntry
+from tasks.core.errors import CorruptVersion, PipelineError
+from tasks.core.manifest import FileEntry, Manifest
 from tasks.core.numerals import shortened
+from tasks.core.own_columns import AS_OF
+from tasks.core.reading import rows_of
 from tasks.core.transient import is_transient
 
 IntArray = npt.NDArray[np.int64]
 
 ABSENT = "no row"
 _SHOWN = 80
-
-
-@dataclass(frozen=True, slots=True)
-class Cause:
-    """What may be why something differs: its kind, such as 'input' or 'library', and a sentence.
-
-    columns: those that it can make differ; none means any.
-    """
-
-    kind: str
-    text: str
-    columns: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,86 +42,12 @@ class Difference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed:
-    """One row, image or sample; causes: why it alone may differ, such as its file that was altered."""
+    """One row, image or sample; causes: reasons for which it alone may differ, such as its file that was altered."""
 
     name: str
     file: str
     differences: tuple[Difference, ...] = ()
     causes: tuple[Cause, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """What a replay of one kind of dataset has found.
-
-    unit: what was sampled, 'row', 'image' or 'sample'; total: how many the version has. causes: what is known to be
-    otherwise than it was, for all of them. altered: stored files that aren't what the manifest says. notes: what
-    couldn't be made again, or only alike.
-    """
-
-    unit: str
-    total: int
-    replayed: tuple[Replayed, ...]
-    causes: tuple[Cause, ...] = ()
-    altered: tuple[Cause, ...] = ()
-    notes: tuple[str, ...] = ()
-
-
-class StoredFiles:
-    """The stored files of a version, each looked at once before it is read: is it what the manifest says?
-
-    Args:
-        base: Directory of the version.
-
-    """
-
-    def __init__(self, base: str) -> None:
-        self.base = base
-        self._seen: dict[str, Cause | None] = {}
-
-    @property
-    def altered(self) -> tuple[Cause, ...]:
-        """Files that aren't as they were, of those that were looked at."""
-        return tuple(cause for cause in self._seen.values() if cause is not None)
-
-    def check(self, entry: FileEntry) -> Cause | None:
-        """Compare a file's bytes with its digest; None if they are the same."""
-        if entry.path not in self._seen:
-            self._seen[entry.path] = self._compare(entry)
-        return self._seen[entry.path]
-
-    def _compare(self, entry: FileEntry) -> Cause | None:
-        try:
-            found = storage.digest_of(layout.join(self.base, entry.path), entry.digest)
-        except FileNotFoundError:
-            return Cause("stored", f"the stored file {entry.path} is gone; restore it from a copy")
-        if found == entry.digest:
-            return None
-        return Cause(
-            "stored",
-            f"the stored file {entry.path} was altered since it was published ({_short(entry.digest)} then, "
-            f"{_short(found)} now); restore it from a copy",
-        )
-
-    def read(self, entry: FileEntry, rows: IntArray | None = None, columns: Sequence[str] | None = None) -> pa.Table:
-        """Some rows of a file, ascending, or all of them; None: it was altered so that it can't be read.
-
-        Raises:
-            Unreadable: the file was altered, and can't be read any more.
-            CorruptVersion: it is what the manifest says, and can't be read.
-
-        """
-        cause = self.check(entry)
-        uri = layout.join(self.base, entry.path)
-        try:
-            with storage.open_input(uri) as source:
-                return _rows_of(pq.ParquetFile(source), rows, columns)
-        except (pa.ArrowException, OSError, IndexError, KeyError) as fault:
-            if is_transient(fault):
-                raise
-            if cause is not None:
-                raise Unreadable(cause) from fault
-            raise CorruptVersion(f"{uri} can't be read as Parquet ({fault}), though its digest is right") from fault
 
 
 class Unreadable(Exception):
@@ -139,64 +58,194 @@ class Unreadable(Exception):
         self.cause = cause
 
 
-def _short(digest: str) -> str:
-    return digest[: digest.find(":") + 13] + "…"
+class StoredFiles:
+    """The stored files of a version, each compared with its digest once, before it is read.
 
+    Args:
+        root: Root of the store.
+        manifest: The version's.
+        role: Words before 'the stored file …' that say which version it is, of one that another was made from.
 
-def _rows_of(file: pq.ParquetFile, rows: IntArray | None, columns: Sequence[str] | None) -> pa.Table:
-    """Some rows of an open file, by reading the row groups that have them, one at a time."""
-    wanted = None if columns is None else list(columns)
-    if rows is None:
-        return file.read(columns=wanted)
-    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    if len(rows) and rows[-1] >= starts[-1]:
-        raise IndexError(f"row {rows[-1]} of {starts[-1]}")
-    group_of = np.searchsorted(starts, rows, side="right") - 1
-    tables = [file.schema_arrow.empty_table() if wanted is None else file.schema_arrow.empty_table().select(wanted)]
-    for group in np.unique(group_of).tolist():
-        own = rows[group_of == group] - starts[group]
-        tables.append(file.read_row_group(group, columns=wanted).take(pa.array(own)))
-    return pa.concat_tables(tables)
+    """
+
+    def __init__(self, root: str, manifest: Manifest, role: str = "") -> None:
+        self.base = layout.version_uri(root, manifest.dataset, manifest.version)
+        self._role = role
+        self._seen: dict[str, Cause | None] = {}
+
+    @property
+    def altered(self) -> tuple[Cause, ...]:
+        """Files that aren't as they were, of those that were compared."""
+        return tuple(cause for cause in self._seen.values() if cause is not None)
+
+    def check(self, entry: FileEntry) -> tuple[Cause, ...]:
+        """Compare a file's bytes with its digest: one cause if it was altered, else none."""
+        if entry.path not in self._seen:
+            text = self._compared(entry)
+            kind = "input" if self._role else "stored"
+            self._seen[entry.path] = Cause(kind, f"{self._role}the stored file {entry.path} {text}") if text else None
+        cause = self._seen[entry.path]
+        return () if cause is None else (cause,)
+
+    def _compared(self, entry: FileEntry) -> str:
+        try:
+            found = storage.digest_of(layout.join(self.base, entry.path), entry.digest)
+        except FileNotFoundError:
+            return "is gone; restore it from a copy"
+        if found == entry.digest:
+            return ""
+        then, now = (digest[: digest.find(":") + 13] + "…" for digest in (entry.digest, found))
+        return f"was altered since it was published ({then} then, {now} now); restore it from a copy"
+
+    def read(self, entry: FileEntry, rows: IntArray | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read some rows of a file, ascending, or all of them.
+
+        Raises:
+            Unreadable: the file was altered, and can't be read any more.
+            CorruptVersion: it is what the manifest says, and can't be read.
+
+        """
+        altered = self.check(entry)
+        uri = layout.join(self.base, entry.path)
+        try:
+            with storage.open_input(uri) as source:
+                file = pq.ParquetFile(source)
+                if rows is None:
+                    return file.read(columns=None if columns is None else list(columns))
+                return rows_of(file, rows, columns)
+        except (pa.ArrowException, OSError, IndexError, KeyError) as fault:
+            if is_transient(fault):
+                raise
+            if altered:
+                raise Unreadable(*altered) from fault
+            raise CorruptVersion(f"{uri} can't be read as Parquet ({fault}), though its digest is right") from fault
 
 
 def choose(total: int, sample: int, seed: int) -> IntArray:
-    """Numbers of some of so many things, ascending; all of them where they are no more than asked for."""
+    """Choose some of so many things by their numbers, ascending; all of them where they are no more than asked for."""
     if sample >= total:
         return np.arange(total, dtype=np.int64)
     return np.sort(np.random.default_rng(seed).choice(total, sample, replace=False, shuffle=False)).astype(np.int64)
 
 
 def by_file(files: Sequence[tuple[FileEntry, int]], chosen: IntArray) -> list[tuple[FileEntry, IntArray]]:
-    """The chosen ones in each file that has some, numbered within it; files come with how many each holds."""
+    """Number the chosen ones within each file that has some; files come with how many each holds."""
     starts = np.concatenate([[0], np.cumsum([count for _, count in files])]).astype(np.int64)
     owner = np.searchsorted(starts, chosen, side="right") - 1
     return [(files[number][0], chosen[owner == number] - starts[number]) for number in np.unique(owner).tolist()]
 
 
 def missing(name: str, entry: FileEntry, cause: Cause) -> Replayed:
-    """What can't be compared, because it can't be read where it is stored."""
+    """Return the outcome for something that can't be read where it is stored."""
     differences = (Difference("(row)", "can't be read", "–"),)
     return Replayed(name=name, file=entry.path, differences=differences, causes=(cause,))
 
 
-def ordinals(keys: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Keys with how often each has stood before, so that rows of equal keys are told apart by their order."""
+class Again(ABC):
+    """The rows, images or samples of one version, to be made again.
+
+    Attributes:
+        unit: Kind of thing: 'row', 'image' or 'sample'.
+        stored: The version's files.
+        causes: Things that are otherwise than they were; they gather while rows are made.
+        notes: Things that couldn't be made again, or only alike; likewise.
+
+    Raises:
+        ConfigError: this code can't use the version's configuration.
+        CorruptVersion: a file that says what the version holds was altered.
+
+    """
+
+    unit = "row"
+
+    def __init__(self, root: str, manifest: Manifest) -> None:
+        self.root = root
+        self.manifest = manifest
+        self.stored = StoredFiles(root, manifest)
+        self.causes: list[Cause] = []
+        self.notes: list[str] = []
+
+    @property
+    def total(self) -> int:
+        """Number of them in the version."""
+        return self.manifest.rows
+
+    @abstractmethod
+    def replay(self, chosen: IntArray) -> list[Replayed]:
+        """Make some of them again, by their numbers, ascending, and compare them.
+
+        Raises:
+            CorruptVersion: a stored file has the right digest and can't be read.
+
+        """
+
+
+class TableAgain(Again):
+    """The rows of one version of a table, which are named by an entity and a time."""
+
+    time: str
+    """Column of the time."""
+
+    @abstractmethod
+    def rows(self, sampled: pa.Table) -> pa.Table:
+        """Make the rows of the sampled entities, in the order in which a file has those of one key."""
+
+    @property
+    def entity(self) -> str:
+        """Column of the entity."""
+        return str(self.manifest.definition["entity"])
+
+    def replay(self, chosen: IntArray) -> list[Replayed]:
+        """Make some rows again, and compare them."""
+        columns = (self.entity, self.time)
+        tables: list[pa.Table] = []
+        files: list[FileEntry] = []
+        keys: list[tuple[Any, ...]] = []
+        unreadable: list[Replayed] = []
+        for entry, rows in by_file([(entry, entry.rows) for entry in self.manifest.files], chosen):
+            try:
+                table, every = self.stored.read(entry, rows), self.stored.read(entry, columns=columns)
+            except Unreadable as fault:
+                unreadable += [missing(f"{entry.path} row {row}", entry, fault.cause) for row in rows.tolist()]
+                continue
+            tables.append(table)
+            files += [entry] * len(rows)
+            in_file = _ordinals(every, columns)
+            keys += [in_file[row] for row in rows.tolist()]
+        if not tables:
+            return unreadable
+        taken = pa.concat_tables(tables)
+        made = taken.slice(0, 0)
+        try:
+            made = self.rows(taken)
+        except (PipelineError, OSError) as fault:
+            self.causes.append(why_not(fault))
+        found = differences(taken, made, placed(keys, _ordinals(made, columns)))
+        replayed = [
+            Replayed(name=_name(columns, key), file=entry.path, differences=own, causes=self.stored.check(entry))
+            for key, entry, own in zip(keys, files, found, strict=True)
+        ]
+        return [*replayed, *unreadable]
+
+
+def _ordinals(table: pa.Table, columns: Sequence[str]) -> list[tuple[Any, ...]]:
+    """Key of each row, with the number of rows before it that have the same."""
     seen: dict[tuple[Any, ...], int] = {}
     found = []
-    for key in keys:
+    for key in zip(*(table[name].to_pylist() for name in columns), strict=True):
         seen[key] = seen.get(key, -1) + 1
         found.append((*key, seen[key]))
     return found
 
 
-def keys_of(table: pa.Table, columns: Sequence[str]) -> list[tuple[Any, ...]]:
-    """Values of some columns, a tuple a row."""
-    return list(zip(*(table[name].to_pylist() for name in columns), strict=True))
+def _name(columns: tuple[str, str], key: tuple[Any, ...]) -> str:
+    value, time, number = key
+    word = "as of" if columns[1] == AS_OF else "at"
+    return f"{columns[0]} {text_of(value)} {word} {time.isoformat()}" + (f", the {number + 1}. of it" if number else "")
 
 
 def differences(stored: pa.Table, rebuilt: pa.Table, places: Sequence[int | None]) -> list[tuple[Difference, ...]]:
-    """Where rows differ, to the last bit of each value.
+    """Compare rows, to the last bit of each value.
 
     Args:
         stored: Rows as they are stored.
@@ -212,27 +261,20 @@ def differences(stored: pa.Table, rebuilt: pa.Table, places: Sequence[int | None
     ]
     pairs = [(row, place) for row, place in enumerate(places) if place is not None]
     for name in dict.fromkeys([*stored.column_names, *rebuilt.column_names]):
-        for row, difference in _of_column(name, stored, rebuilt, pairs):
-            found[row].append(difference)
+        kinds = [str(t.schema.field(name).type) if name in t.column_names else "no column" for t in (stored, rebuilt)]
+        if kinds[0] != kinds[1]:
+            for row, _ in pairs:
+                found[row].append(Difference(name, *kinds))
+            continue
+        before, now = stored[name].to_pylist(), rebuilt[name].to_pylist()
+        for row, place in pairs:
+            if not same(before[row], now[place]):
+                found[row].append(Difference(name, *_shown(before[row], now[place])))
     return [tuple(own) for own in found]
 
 
-def _of_column(
-    name: str, stored: pa.Table, rebuilt: pa.Table, pairs: Sequence[tuple[int, int]]
-) -> list[tuple[int, Difference]]:
-    kinds = [str(t.schema.field(name).type) if name in t.column_names else "no column" for t in (stored, rebuilt)]
-    if kinds[0] != kinds[1]:
-        return [(row, Difference(name, *kinds)) for row, _ in pairs]
-    before, now = stored[name].to_pylist(), rebuilt[name].to_pylist()
-    return [
-        (row, Difference(name, *_shown(before[row], now[place])))
-        for row, place in pairs
-        if not same(before[row], now[place])
-    ]
-
-
 def same(one: Any, other: Any) -> bool:
-    """Whether two values are the same to the last bit; NaN is NaN, and 0.0 isn't -0.0."""
+    """Check that two values are the same to the last bit; NaN is NaN, and 0.0 isn't -0.0."""
     if isinstance(one, float) and isinstance(other, float):
         return struct.pack("<d", one) == struct.pack("<d", other) or (math.isnan(one) and math.isnan(other))
     if isinstance(one, list) and isinstance(other, list):
@@ -254,12 +296,31 @@ def _shown(one: Any, other: Any) -> tuple[str, str]:
 
 
 def text_of(value: Any) -> str:
-    """A value as text with all its digits, in one line."""
+    """Return a value as text with all its digits, in one line."""
     text = "null" if value is None else str(value)
     return shortened(" ".join(text.split()), _SHOWN) if text.split() else repr(value)
 
 
 def placed(stored: Sequence[Any], rebuilt: Sequence[Any]) -> list[int | None]:
-    """For each stored key its place among the rebuilt ones, None if it isn't there."""
+    """Find the place of each stored key among the rebuilt ones, None if it isn't there."""
     places: Mapping[Any, int] = {key: place for place, key in enumerate(rebuilt)}
     return [places.get(key) for key in stored]
+
+
+def frame_of(table: pa.Table) -> pl.DataFrame:
+    """Return an Arrow table as a frame."""
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def matching(rows: pl.DataFrame, wanted: pl.DataFrame) -> pl.DataFrame:
+    """Keep the rows that have some keys, null among them, in their order.
+
+    Args:
+        rows: The rows.
+        wanted: The keys: some columns of the rows, in whatever types.
+
+    """
+    typed = wanted.select(pl.col(name).cast(rows.schema[name], strict=False) for name in wanted.columns)
+    return rows.join(typed, on=wanted.columns, how="semi", nulls_equal=True, maintain_order="left")

@@ -1,22 +1,26 @@
-"""The command that makes some rows of a version again and compares: is the version what its manifest says?
+"""The command `replay`: make some rows of a version again and compare them with what is stored.
 
 manifest ─ inputs by fingerprint, configuration, seed, declaration ─ the rows again ─ compare ─ ok, or why not
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from tasks.audit.replay_causes import digest_now, other_libraries
-from tasks.audit.replay_rows import Answer, Cause, Replayed
-from tasks.core import layout, storage
-from tasks.core.errors import InputError
+from tasks.audit.inputs import Cause
+from tasks.audit.kinds import kind_of
+from tasks.audit.replay_rows import Again, Replayed, choose
+from tasks.core import storage
 from tasks.core.manifest import Manifest
 from tasks.core.numerals import plural
+from tasks.core.provenance import code_digest, package_versions
 from tasks.core.reading import data_files, read_manifest
 from tasks.serving.catalogue import find_dataset
 from tasks.serving.tables import as_json, facts, show
@@ -24,62 +28,81 @@ from tasks.serving.tables import as_json, facts, show
 SHOWN = 20
 """Rows that differ, of which the text says more; the JSON has all of them."""
 ALARM = Cause("nondeterminism", "nothing explains it: nondeterminism")
+OWN_PACKAGE = "training-data-pipelines"
+"""This project itself: its code is compared by digest, which says more than its version."""
 
-Replayer = Callable[[str, Manifest, int, int], Answer]
+_TASKS = Path(__file__).parent.parent
+_OF_THE_VERSION = ("newest_event", "state", "columns")
+"""Entries of a definition beside what was declared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """The answer about one version; code: digests (then, now); libraries: name → (then, now), of those that differ."""
+    """The answer about one version.
 
-    dataset: str
-    version: int
+    Attributes:
+        again: The version, and the causes and notes that its replay gave.
+        seed: Seed of the sample.
+        replayed: Rows, images or samples that were made again.
+        code: Digests of the code, then and now.
+        libraries: Name → versions then and now, of those that differ.
+
+    """
+
+    again: Again
     seed: int
-    answer: Answer
+    replayed: Sequence[Replayed]
     code: tuple[str, str]
     libraries: Mapping[str, tuple[str, str]]
 
     @property
-    def causes(self) -> tuple[Cause, ...]:
-        """All that is otherwise than it was when the version was made."""
-        found = list(self.answer.causes)
-        if self.code[0] != self.code[1]:
-            found.append(Cause("code", f"the code isn't the same ({_codes(self.code)})"))
-        named = ", ".join(f"{name} {then} → {now}" for name, (then, now) in self.libraries.items())
-        return (*found, *([Cause("library", f"libraries aren't the same ({named})")] if named else []))
+    def other_code(self) -> str:
+        """Digests of the code in words; empty if they are the same."""
+        then, now = self.code
+        return "" if then == now else f"{then[:12]} then, {now[:12]} now"
+
+    @property
+    def other_libraries(self) -> str:
+        """Versions of the libraries that differ in words; empty if none does."""
+        return ", ".join(f"{name} {then} → {now}" for name, (then, now) in self.libraries.items())
 
     def reasons(self, one: Replayed) -> tuple[Cause, ...]:
-        """Why something differs; the alarm, if one of its differences is explained by nothing."""
-        known = (*one.causes, *self.causes)
-        columns = [difference.column for difference in one.differences]
-        reasons = [cause for cause in known if any(_explains(cause, column) for column in columns)]
-        explained = all(any(_explains(cause, column) for cause in known) for column in columns)
-        return (*reasons, *([] if explained else [ALARM]))
+        """Return the causes of some differences; the alarm, if one of them is explained by nothing."""
+        known = [*one.causes, *self.again.causes]
+        if self.other_code:
+            known.append(Cause("code", f"the code isn't the same ({self.other_code})"))
+        if self.other_libraries:
+            known.append(Cause("library", f"libraries aren't the same ({self.other_libraries})"))
+        explained = {
+            column: [cause for cause in known if not cause.columns or column in cause.columns]
+            for column in (difference.column for difference in one.differences)
+        }
+        reasons = [cause for cause in known if any(cause in own for own in explained.values())]
+        return (*reasons, *([] if all(explained.values()) else [ALARM]))
 
     @property
     def differing(self) -> tuple[Replayed, ...]:
-        """What isn't as it is stored."""
-        return tuple(one for one in self.answer.replayed if one.differences)
+        """Rows, images or samples that aren't as they are stored."""
+        return tuple(one for one in self.replayed if one.differences)
 
     @property
     def ok(self) -> bool:
-        """Whether everything is as it is stored, and every stored file that was read as the manifest says."""
-        return not self.differing and not self.answer.altered
+        """True if everything is as it is stored, and every stored file that was read as the manifest says."""
+        return not self.differing and not self.again.stored.altered
 
     @property
     def sentence(self) -> str:
-        """What made them again, and with what outcome."""
+        """Code and libraries that made them again, and the outcome."""
         outcome = "the same" if not self.differing else "not the same"
         parts = []
-        if self.code[0] != self.code[1]:
-            parts.append(f"made again by other code ({_codes(self.code)}): {outcome}")
-        if self.libraries:
-            pairs = ", ".join(f"{name} {then} → {now}" for name, (then, now) in self.libraries.items())
-            parts.append(f"made again with other libraries ({pairs}): {outcome}")
+        if self.other_code:
+            parts.append(f"made again by other code ({self.other_code}): {outcome}")
+        if self.other_libraries:
+            parts.append(f"made again with other libraries ({self.other_libraries}): {outcome}")
         return "; ".join(parts) or "code and libraries are the same"
 
     def as_values(self) -> dict[str, Any]:
-        """Everything, for programs."""
+        """Return everything, for programs."""
         rows = [
             {
                 "name": one.name,
@@ -88,37 +111,54 @@ class Verdict:
                 "differences": [asdict(difference) for difference in one.differences],
                 "reasons": [_said(cause) for cause in self.reasons(one)],
             }
-            for one in self.answer.replayed
+            for one in self.replayed
         ]
         return {
-            "dataset": self.dataset,
-            "version": self.version,
+            "dataset": self.again.manifest.dataset,
+            "version": self.again.manifest.version,
             "outcome": "ok" if self.ok else "differs",
             "seed": self.seed,
-            "unit": self.answer.unit,
-            "total": self.answer.total,
+            "unit": self.again.unit,
+            "total": self.again.total,
             "replayed": len(rows),
             "differing": len(self.differing),
             "made_by": self.sentence,
             "code": {"then": self.code[0], "now": self.code[1]},
             "libraries": {name: {"then": then, "now": now} for name, (then, now) in self.libraries.items()},
-            "changed": [_said(cause) for cause in self.answer.causes],
-            "altered": [cause.text for cause in self.answer.altered],
-            "notes": list(self.answer.notes),
+            "changed": [_said(cause) for cause in self.again.causes],
+            "altered": [cause.text for cause in self.again.stored.altered],
+            "notes": list(self.again.notes),
             "rows": rows,
         }
 
 
 def replay(arguments: Namespace) -> int:
-    """Make some rows of a version again, compare them, and print what was found.
+    """Make some rows of a version again, compare them, and print the outcome.
+
+    Args:
+        arguments: name, version, sample, seed, json, root.
 
     Returns:
         0 if all of them are the same, 1 if not.
 
+    Raises:
+        VersionNotFound: there is no such version, or the gate rejected it, so that it has no data.
+        InputError: the dataset is of no kind that can be made again.
+        ConfigError: this code can't use the version's configuration.
+        CorruptVersion: a stored file has the right digest and can't be read.
+
     """
     root = storage.normalise(arguments.root)
-    dataset = find_dataset(root, arguments.name)
-    verdict = replayed(root, read_manifest(root, dataset, arguments.version), arguments.sample, arguments.seed)
+    manifest = read_manifest(root, find_dataset(root, arguments.name), arguments.version)
+    data_files(root, manifest)
+    again = kind_of(manifest).again(root, manifest)
+    verdict = Verdict(
+        again=again,
+        seed=arguments.seed,
+        replayed=again.replay(choose(again.total, arguments.sample, arguments.seed)),
+        code=(manifest.code_digest, digest_now(manifest)),
+        libraries=other_libraries(manifest),
+    )
     if arguments.json:
         print(as_json(verdict.as_values()))
     else:
@@ -126,65 +166,22 @@ def replay(arguments: Namespace) -> int:
     return 0 if verdict.ok else 1
 
 
-def replayed(root: str, manifest: Manifest, sample: int, seed: int) -> Verdict:
-    """Make some rows of a version again, and compare them.
-
-    Args:
-        root: Root of the store.
-        manifest: The version's.
-        sample: Number of rows, images or samples; all of them, if there are no more.
-        seed: Decides which.
-
-    Raises:
-        VersionNotFound: the gate rejected the version, so that it has no data.
-        InputError: the dataset is of no kind that can be made again.
-        ConfigError: this code can't use the version's configuration.
-        CorruptVersion: a stored file has the right digest and can't be read.
-
-    """
-    data_files(root, manifest)
-    answer = _replayer(manifest)(root, manifest, sample, seed)
-    return Verdict(
-        dataset=manifest.dataset,
-        version=manifest.version,
-        seed=seed,
-        answer=answer,
-        code=(manifest.code_digest, digest_now(manifest)),
-        libraries=other_libraries(manifest),
-    )
+def digest_now(manifest: Manifest) -> str:
+    """Return the digest of the code as it is now, made as the version's was, with the version's own declaration."""
+    kind, extra = kind_of(manifest), ""
+    if kind.declared:
+        declared = {name: value for name, value in manifest.definition.items() if name not in _OF_THE_VERSION}
+        extra = hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()
+    return code_digest(*(_TASKS / part for part in kind.code), extra=extra)
 
 
-def _replayer(manifest: Manifest) -> Replayer:
-    match layout.kind(manifest.dataset):
-        case "images":
-            from tasks.audit.replay_images import replay_images
-
-            return replay_images
-        case "features":
-            from tasks.audit.replay_features import replay_features
-
-            return replay_features
-        case "training-set":
-            from tasks.audit.replay_training import replay_training_set
-
-            return replay_training_set
-        case "streaming-copy":
-            from tasks.audit.replay_copies import replay_copy
-
-            return replay_copy
-        case kind:
-            raise InputError(
-                f"{manifest.dataset} is of no kind that is known here ({kind}); replay features, training sets, images "
-                "or streaming-ready copies"
-            )
-
-
-def _explains(cause: Cause, column: str) -> bool:
-    return not cause.columns or column in cause.columns
-
-
-def _codes(code: tuple[str, str]) -> str:
-    return f"{code[0][:12]} then, {code[1][:12]} now"
+def other_libraries(manifest: Manifest) -> dict[str, tuple[str, str]]:
+    """Compare the libraries with the manifest: name → (then, now) of those that differ."""
+    now = package_versions()
+    then = {name: version for name, version in manifest.packages.items() if name != OWN_PACKAGE}
+    return {
+        name: (version, now.get(name, "not recorded")) for name, version in then.items() if now.get(name) != version
+    }
 
 
 def _said(cause: Cause) -> dict[str, str]:
@@ -192,20 +189,20 @@ def _said(cause: Cause) -> dict[str, str]:
 
 
 def _print(verdict: Verdict) -> None:
-    answer, differing = verdict.answer, verdict.differing
+    again, differing, count = verdict.again, verdict.differing, len(verdict.replayed)
     facts(
         {
-            "dataset": f"{verdict.dataset} v{verdict.version}",
-            "replayed": f"{len(answer.replayed):,} of {plural(answer.total, answer.unit)}, seed {verdict.seed}",
-            "ok": f"{len(answer.replayed) - len(differing):,}",
+            "dataset": f"{again.manifest.dataset} v{again.manifest.version}",
+            "replayed": f"{count:,} of {plural(again.total, again.unit)}, seed {verdict.seed}",
+            "ok": f"{count - len(differing):,}",
             "differ": f"{len(differing):,}",
             "made by": verdict.sentence,
         }
     )
     for heading, lines in (
-        ("changed since", [cause.text for cause in answer.causes]),
-        ("altered", [cause.text for cause in answer.altered]),
-        ("note", answer.notes),
+        ("changed since", [cause.text for cause in again.causes]),
+        ("altered", [cause.text for cause in again.stored.altered]),
+        ("note", again.notes),
     ):
         for line in lines:
             print(f"{heading}: {line}")
@@ -213,14 +210,14 @@ def _print(verdict: Verdict) -> None:
         return
     print()
     show(
-        [answer.unit.upper(), "COLUMN", "STORED", "MADE AGAIN", "MORE"],
+        [again.unit.upper(), "COLUMN", "STORED", "MADE AGAIN", "MORE"],
         [_row_of(one) for one in differing[:SHOWN]],
     )
     if len(differing) > SHOWN:
         print(f"and {len(differing) - SHOWN:,} more; --json has all of them")
     print()
     counts = Counter(cause.text for one in differing for cause in verdict.reasons(one))
-    show(["REASON", answer.unit.upper() + "S"], counts.most_common(), right=(answer.unit.upper() + "S",))
+    show(["REASON", again.unit.upper() + "S"], counts.most_common(), right=(again.unit.upper() + "S",))
 
 
 def _row_of(one: Replayed) -> tuple[object, ...]:

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, Self, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -457,6 +459,32 @@ def explained(uri: str) -> Iterator[None]:
             raise
         cause = str(error).splitlines()[0]
         raise CorruptVersion(f"{uri} can't be read, it may be damaged ({cause}): {CURE}") from error
+
+
+def rows_of(file: pq.ParquetFile, rows: npt.NDArray[np.int64], columns: Sequence[str] | None = None) -> pa.Table:
+    """Read some rows of an open file, one of its row groups at a time.
+
+    Args:
+        file: The file.
+        rows: Numbers of the rows, ascending.
+        columns: Columns to read; None reads all.
+
+    Raises:
+        IndexError: the file hasn't so many rows.
+
+    """
+    wanted = None if columns is None else list(columns)
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    if len(rows) and rows[-1] >= starts[-1]:
+        raise IndexError(f"row {rows[-1]} of {starts[-1]}")
+    group_of = np.searchsorted(starts, rows, side="right") - 1
+    empty = file.schema_arrow.empty_table()
+    tables = [empty if wanted is None else empty.select(wanted)]
+    for group in np.unique(group_of).tolist():
+        own = rows[group_of == group] - starts[group]
+        tables.append(file.read_row_group(group, columns=wanted).take(pa.array(own)))
+    return pa.concat_tables(tables)
 
 
 def faults_of_files(root: str, manifest: Manifest, listed: Mapping[str, int]) -> list[str]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from tasks.core import layout
 from tasks.core.errors import ConfigError
 from tasks.core.location import normalise
+from tasks.core.manifest import Manifest
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _STREAMING = layout.STREAMING_READY.rpartition("/")[2]  # a directory beside those of the images
@@ -57,6 +58,37 @@ class Settings(BaseModel):
     """Base of every part of a flow's configuration: frozen, without unknown fields, NaN or infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, json_schema_extra=in_order)
+
+    @classmethod
+    def recorded(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Values as a manifest has them, with what older versions of this code left out."""
+        return dict(values)
+
+
+Config = TypeVar("Config", bound=Settings)
+
+
+def config_of(kind: type[Config], manifest: Manifest, **now: Any) -> Config:
+    """Return the configuration that a version was made with.
+
+    Args:
+        kind: Model of the configuration.
+        manifest: The version's.
+        now: Settings that are others now, such as the root.
+
+    Raises:
+        ConfigError: this code can't use the configuration.
+
+    """
+    try:
+        return kind.model_validate(kind.recorded(manifest.config) | now)
+    except ValidationError as fault:
+        first = fault.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "as a whole"
+        raise ConfigError(
+            f"{manifest.dataset} v{manifest.version}: this code can't use its configuration "
+            f"({where}: {first['msg']}); use the code that made it"
+        ) from fault
 
 
 def load_object(setting: str, path: str) -> Any:

@@ -19,7 +19,7 @@ import xxhash
 
 from tasks.core.storage import WrittenFile
 from tasks.core.stream import ParquetStream
-from tasks.core.tensors import is_tensor, parquet_settings, tensor_array, tensor_field, tensor_spec
+from tasks.core.tensors import is_tensor, parquet_settings, tensor_array, tensor_field, tensor_spec, to_numpy
 
 AnyArray = npt.NDArray[Any]
 
@@ -154,7 +154,7 @@ def block_table(samples: Samples, form: BlockFormat) -> pa.Table:
     schema = form.schema
     tensors = {form.values: samples.values, LABEL: samples.labels, SAMPLE_ID: samples.ids}
     arrays: list[pa.Array] = []
-    hashers = [xxhash.xxh3_128() for _ in range(blocks)]
+    stored: list[AnyArray] = []
     for field in schema:
         if not is_tensor(field):
             continue
@@ -164,8 +164,7 @@ def block_table(samples: Samples, form: BlockFormat) -> pa.Table:
         if count < blocks * form.block_size:
             whole = np.zeros((blocks * form.block_size, *column.shape[1:]), spec.stored)
             whole[:count] = column
-        for raw, hasher in zip(whole.reshape(blocks, -1).view(np.uint8), hashers, strict=True):
-            hasher.update(raw.data)
+        stored.append(whole.reshape(blocks, -1))
         arrays.append(tensor_array(whole.reshape(blocks, *spec.shape)))
     sizes = np.full(blocks, form.block_size, np.int32)
     sizes[-1] = count - (blocks - 1) * form.block_size
@@ -173,9 +172,24 @@ def block_table(samples: Samples, form: BlockFormat) -> pa.Table:
     arrays += [
         pa.array(sizes),
         pa.array(np.full(blocks, width, np.int32)),
-        pa.array([hasher.hexdigest() for hasher in hashers], pa.string()),
+        pa.array(_checksums(stored, blocks), pa.string()),
     ]
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def block_checksums(blocks: pa.Table) -> list[str]:
+    """Checksum of each block, computed from its tensors; compare with the column `batch_id`."""
+    tensors = [to_numpy(blocks, field.name) for field in blocks.schema if is_tensor(field)]
+    return _checksums(tensors, blocks.num_rows)
+
+
+def _checksums(tensors: Sequence[AnyArray], blocks: int) -> list[str]:
+    """XXH3-128 of each block's tensors, shape (blocks, ...) each, in the schema's order; hexadecimal."""
+    hashers = [xxhash.xxh3_128() for _ in range(blocks)]
+    for values in tensors:
+        for block, hasher in zip(values, hashers, strict=True):
+            hasher.update(np.ascontiguousarray(block).data)
+    return [hasher.hexdigest() for hasher in hashers]
 
 
 def write_samples(uri: str, parts: Sequence[Samples], order: npt.NDArray[np.int64], form: BlockFormat) -> WrittenFile:

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray.data
-import xxhash
 
 from tasks.core import layout, storage
 from tasks.core.errors import CorruptVersion
-from tasks.core.tensors import as_fixed_shape_tensors, is_tensor, tensor_array, tensor_field, to_numpy
+from tasks.core.tensors import as_fixed_shape_tensors, tensor_array, tensor_field, to_numpy
 from tasks.delivery.arguments import picked_columns, truth_values
+from tasks.delivery.blocks import block_checksums
 from tasks.delivery.mapped import CHECKSUM, CURE
 from tasks.delivery.opening import misfits, open_version
 
@@ -65,12 +65,8 @@ def read_version(
 
 
 def _verify(blocks: pa.Table) -> None:
-    tensors = [to_numpy(blocks, field.name) for field in blocks.schema if is_tensor(field)]
-    for row, expected in enumerate(blocks[CHECKSUM].to_pylist()):
-        hasher = xxhash.xxh3_128()
-        for values in tensors:
-            hasher.update(np.ascontiguousarray(values[row]).data)
-        if hasher.hexdigest() != expected:
+    for expected, found in zip(blocks[CHECKSUM].to_pylist(), block_checksums(blocks), strict=True):
+        if found != expected:
             raise CorruptVersion(f"block {expected} has not the checksum that stands beside it: {CURE}")
 
 

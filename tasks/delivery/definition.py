@@ -1,4 +1,4 @@
-"""What the manifest says of a streaming-ready version: enough to read it, and to encode new rows alike. Pure."""
+"""The definition of a streaming-ready version in its manifest: enough to read it, and to encode rows alike. Pure."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 import pyarrow as pa
 
 from tasks.core.hashing import stable_hash
+from tasks.core.manifest import Manifest
 from tasks.core.profile import ColumnPartial, TableProfile
 from tasks.core.sketch import DistinctSketch, TopValues
+from tasks.delivery.blocks import BlockFormat
+from tasks.delivery.encoding import Encoder, Feature
 from tasks.delivery.label import Label
 from tasks.delivery.stages import Shuffle, UnitNote, WrittenBucket
 
@@ -46,6 +49,40 @@ def describe(shuffle: Shuffle, written: Sequence[WrittenBucket], samples: dict[s
         "features": features,
         "normalise": shuffle.encoder.normalise(),
     }
+
+
+def block_format(manifest: Manifest) -> BlockFormat:
+    """Return the format of a version's blocks."""
+    definition, label = manifest.definition, label_of(manifest)
+    images = definition["kind"] == "images"
+    return BlockFormat(
+        kind=definition["kind"],
+        shape=tuple(definition["image"]["shape"]) if images else (definition["feature_count"],),
+        label=label.dtype if label else None,
+        block_size=int(definition["block_size"]),
+    )
+
+
+def encoder_of(manifest: Manifest) -> Encoder | None:
+    """Return the encoder that made a version's features; None of images."""
+    features = manifest.definition.get("features")
+    return None if features is None else Encoder(tuple(Feature(**described) for described in features))
+
+
+def label_of(manifest: Manifest, numbered: bool = False) -> Label | None:
+    """Return the label of a version's samples; None without one.
+
+    Args:
+        manifest: The version's.
+        numbered: Whether the source numbers its classes itself, so that its column holds the numbers.
+
+    """
+    described = manifest.definition.get("label")
+    if described is None or described["kind"] == "number":
+        return None if described is None else Label(**described)
+    classes = tuple(described["classes"])
+    values = tuple(map(str, range(len(classes)))) if numbered else classes
+    return Label(column=described["column"], kind="class", values=values, classes=classes)
 
 
 def named_profile(profile: TableProfile, label: Label | None, notes: Sequence[UnitNote]) -> TableProfile:

@@ -243,15 +243,16 @@ def _look(root: str, manifest: Manifest) -> tuple[tuple[SourceFile, ...], pa.Sch
             file = pq.ParquetFile(source)
             rows = tuple(file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups))
             compare(uri, "rows", entry.rows, sum(rows))
-            return SourceFile(uri, rows, _split_of(uri), entry.digest), file.schema_arrow
+            return SourceFile(uri, rows, split_of(uri), entry.digest), file.schema_arrow
 
     with ThreadPoolExecutor(_READERS) as pool:
         found = list(pool.map(footer, uris, manifest.files))
     return tuple(file for file, _ in found), found[0][1]
 
 
-def _split_of(uri: str) -> int | None:
-    directory = uri.split("/")[-2]
+def split_of(uri: str) -> int | None:
+    """Return the number of the split that a file's directory names; None if it names none."""
+    directory = uri.rpartition("/")[0].rpartition("/")[2]
     names = {layout.split_directory(split): number for number, split in enumerate(SPLITS)}
     return names.get(directory)
 

@@ -230,9 +230,7 @@ class Shuffle:
         columns = self.source.columns + ([IMAGE] if self.source.image else [])
         loaded = load(self.units[index], self.source, self.config, columns)
         ids = sample_ids(keys_of(loaded.rows, self.source), repeats.get(index, Repeats()))
-        label = None if self.label is None else self.label.encode(loaded.rows[self.label.column])
-        values = to_numpy(loaded.rows, IMAGE) if self.encoder is None else self.encoder.encode(loaded.rows)
-        samples = Samples(values, label, ids)
+        samples = encode(loaded.rows, ids, self.encoder, self.label)
         number = self._bucket_numbers(loaded.splits, random_keys(ids, self.config.seed))
         order = np.argsort(number, kind="stable")
         bounds = np.searchsorted(number[order], np.arange(len(self.buckets) + 1))
@@ -269,6 +267,12 @@ class Shuffle:
             duplicate_ids=repeated(keys[order]),  # the keys are a bijection of the ids
         )
         return made, pa.table({})
+
+
+def encode(rows: pa.Table, ids: npt.NDArray[np.int64], encoder: Encoder | None, label: Label | None) -> Samples:
+    """Make samples of rows; without an encoder, of their images."""
+    values = to_numpy(rows, IMAGE) if encoder is None else encoder.encode(rows)
+    return Samples(values, None if label is None else label.encode(rows[label.column]), ids)
 
 
 def note_of(unit: int, loaded: Loaded, source: Source, config: DeliveryConfig) -> UnitNote:

@@ -33,7 +33,7 @@ from tasks.features.config import FeatureStoreConfig, Thresholds
 from tasks.features.lookups import LookedUp, categorised, read_lookup
 from tasks.features.parts import WrittenPart, feature_columns, write_part
 from tasks.features.plan import FeaturePlan, GroupPlan
-from tasks.features.scoring import Fences, fences
+from tasks.features.scoring import Fences, fences, fences_of
 from tasks.features.sources import ReadUnit, together
 from tasks.features.stages import Job, Split
 from tasks.features.tallies import BucketSummary, UnitNote
@@ -324,14 +324,7 @@ def _fences(
     """Fences of each as-of time, from its own rows: what is computed beside it makes no difference."""
     if len(as_of) == 1:
         return {as_of[0]: fences(list(numbers.partials), numbers.quantiles)}
-
-    def quantiles_of(sketches: Sketches, name: str, levels: Sequence[float]) -> npt.NDArray[np.float64]:
-        return sketches[name].quantiles(levels)
-
-    return {
-        moment: fences(list(sketches), partial(quantiles_of, sketches))
-        for moment, sketches in zip(as_of, quantiles, strict=True)
-    }
+    return {moment: fences_of(sketches) for moment, sketches in zip(as_of, quantiles, strict=True)}
 
 
 def _whole_profile(written: Sequence[WrittenPart], numbers: TableProfile) -> TableProfile:

@@ -171,7 +171,7 @@ def _plan_source(
     keys = _key_types(source, events, present, tables)
 
     def dimension_plan(name: str, only: Sequence[str] | None = None) -> SourcePlan:
-        return _plan_dimension(present[name], tables[name], keys, only, missing=missing)
+        return plan_dimension(present[name], tables[name], keys, only, missing=missing)
 
     check_times(events, file_names[source.time], config.epoch_unit)
     specs = {ours: _spec(source, ours, groups) for ours in file_names}
@@ -387,7 +387,7 @@ def units_of(table: SourceTable, rows: RowPlan, rows_per_unit: int) -> list[Read
     return read_units(table, rows.file_columns, rows_per_unit, rows.categories, missing=rows.missing, typed=rows.typed)
 
 
-def _plan_dimension(
+def plan_dimension(
     dimension: DimensionSource,
     table: SourceTable,
     keys: Mapping[str, KeyType],
@@ -395,6 +395,16 @@ def _plan_dimension(
     *,
     missing: MissingValues,
 ) -> SourcePlan:
+    """Plan how a dimension is read.
+
+    Args:
+        dimension: Its declaration.
+        table: Its files.
+        keys: Types of keys.
+        only: Columns to read beside the key; None: all that it declares.
+        missing: Texts that are null.
+
+    """
     if dimension.mapping:
         wanted = {ours: theirs for ours, theirs in dimension.mapping.items() if ours != dimension.key}
     else:

@@ -6,14 +6,20 @@ J. W. Tukey, Exploratory Data Analysis, 1977), never from one block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import datetime as dt
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from tasks.core.own_columns import MISSING, OUTLYING, READY, SCORE
+from tasks.core.manifest import Manifest
+from tasks.core.own_columns import AS_OF, MISSING, OUTLYING, READY, SCORE
+from tasks.core.profile import profile_table
+from tasks.core.sketch import QuantileSketch
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,46 @@ def fences(
                 reach = 1.5 * (quartiles[1] - quartiles[0])
                 found[column] = Fences(float(quartiles[0] - reach), float(quartiles[1] + reach))
     return found
+
+
+def fences_of(sketches: Mapping[str, QuantileSketch]) -> dict[str, Fences]:
+    """Fences of columns by the sketches of all their values."""
+    return fences(list(sketches), lambda column, levels: sketches[column].quantiles(levels))
+
+
+def fences_again(
+    manifest: Manifest, as_of: Sequence[dt.datetime], columns: Sequence[str], rows: Callable[[], Iterable[pa.Table]]
+) -> dict[dt.datetime, dict[str, Fences]]:
+    """Compute the fences of a published version again, bit by bit, as quantiles depend on the values alone.
+
+    Args:
+        manifest: The version's; of one as-of time its profile has the quartiles.
+        as_of: Times of the version whose fences are wanted, UTC.
+        columns: Numeric features.
+        rows: Gives the stored `columns` and as_of, table by table; called where the version has several times.
+
+    Returns:
+        The fences of each time.
+
+    """
+    if len(manifest.as_of) <= 1:
+
+        def recorded(name: str, levels: Sequence[float]) -> npt.NDArray[np.float64]:
+            known = manifest.profile[name].quantiles if name in manifest.profile else {}
+            return np.array([known.get(str(level), np.nan) for level in levels])
+
+        return dict.fromkeys(as_of, fences(columns, recorded))
+    parts: dict[dt.datetime, dict[str, list[QuantileSketch]]]
+    parts = {moment: {name: [] for name in columns} for moment in as_of}
+    for table in rows():
+        for moment, own in parts.items():
+            profile = profile_table(table.filter(pc.equal(table[AS_OF], moment)).select(columns))
+            for name, sketches in own.items():
+                sketches.append(profile.sketch(name))
+    return {
+        moment: fences_of({name: QuantileSketch.merge_all(sketches) for name, sketches in own.items()})
+        for moment, own in parts.items()
+    }
 
 
 def score_rows(

@@ -6,7 +6,8 @@ Credentials never stand here (Prefect stores parameters); storage takes them fro
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -193,6 +194,11 @@ class ImageAugmentationConfig(Settings):
     def less_at_once(self) -> str:
         """What to do so that a task takes less memory."""
         return f"lower --images-per-file (it is {self.images_per_file})"
+
+    @classmethod
+    def recorded(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Values as a manifest has them; versions without `evaluation` were made when all splits were augmented."""
+        return {"evaluation": "augmented", **values}
 
     def of_split(self, split: str) -> ImageAugmentationConfig:
         """The configuration by which the images of a split become variants."""

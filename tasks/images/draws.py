@@ -13,15 +13,16 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from tasks.core.hashing import stable_hash
-from tasks.images.config import Augmentation, Centred
+from tasks.images.config import Augmentation, Centred, ImageAugmentationConfig
 
 UInt64Array = npt.NDArray[np.uint64]
 IntArray = npt.NDArray[np.int64]
@@ -72,6 +73,19 @@ def image_keys(image_ids: Sequence[str], seed: int) -> UInt64Array:
     key = seed.to_bytes(8, "little")
     digests = b"".join(hashlib.blake2b(name.encode(), digest_size=8, key=key).digest() for name in image_ids)
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
+
+
+def draws_of(config: ImageAugmentationConfig, original: Mapping[str, Any]) -> Draws:
+    """Draw the variants of one original again.
+
+    Args:
+        config: The configuration of its version.
+        original: Its row in the table of originals: image_id, height, width and split.
+
+    """
+    keys = image_keys([original["image_id"]], config.seed)
+    height, width = (np.array([original[name]], np.int64) for name in ("height", "width"))
+    return draw(keys, height, width, config.of_split(original["split"]).augmentation)
 
 
 def draw(

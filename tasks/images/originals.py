@@ -1,4 +1,4 @@
-"""What became of every image of a run: gathered from the units' notes, grouped by likeness, split, and written down."""
+"""Outcomes of all images of a run: gathered from the units' notes, grouped by likeness, split, and written down."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks.core import layout
+from tasks.core.errors import CorruptVersion
 from tasks.core.hashing import stable_hash
-from tasks.core.manifest import FileEntry
+from tasks.core.manifest import FileEntry, Manifest
 from tasks.core.profile import TableProfile, merge_profiles, profile_table
 from tasks.core.stream import ParquetStream
 from tasks.images.config import ImageAugmentationConfig
+from tasks.images.draws import image_keys
 from tasks.images.duplicates import group_images
 from tasks.images.plan import ImagePlan, read_units
 from tasks.images.records import UnitNote, read_outcomes
@@ -223,17 +225,13 @@ def write_originals(
             rows = images.filter(good)
             if not rows.num_rows:
                 continue
-            split = pa.array([SPLITS[one] for one in splits[unit][mask].tolist()], pa.string())
-            scores.append(row_means(judged["scores"]))
             passed.append(judged["passed"].to_numpy())
             ready.append(judged["ready"].to_numpy())
-            alike = pa.array([names.get(group) for group in groups[unit][mask].tolist()], pa.string())
-            columns = {name: rows[name] for name in ("image_id", "uri", "bytes", "class_name", "class_id")}
-            columns |= {name: judged[name] for name in ("format", "height", "width", "passed", "ready", "issues")}
-            columns |= {"content_xxh3": judged["content"], "perceptual_hash": judged["hash"]}
-            columns |= {"split": split, "alike": alike, "mean_score": pa.array(scores[-1])}
-            stream.write(pa.table({name: columns[name] for name in ORIGINALS.names}, schema=ORIGINALS))
-            profiles.append(profile_variants(rows, judged, split))
+            split = [SPLITS[one] for one in splits[unit][mask].tolist()]
+            table = original_rows(rows, judged, split, [names.get(group) for group in groups[unit][mask].tolist()])
+            scores.append(table["mean_score"].to_numpy())
+            stream.write(table)
+            profiles.append(profile_variants(rows, judged, table["split"]))
     empty = pa.table({name: pa.array([], kind) for name, kind in _PROFILED.items()})
     return OriginalsFile(
         entry=plan.reservation.entry(stream.written),
@@ -244,6 +242,56 @@ def write_originals(
         passed_variants=np.concatenate(passed) if passed else np.empty(0, np.int32),
         ready_variants=np.concatenate(ready) if ready else np.empty(0, np.int32),
     )
+
+
+def original_rows(images: pa.Table, judged: pa.Table, split: Sequence[str], alike: Sequence[str | None]) -> pa.Table:
+    """Rows of the table of originals.
+
+    Args:
+        images: image_id, uri, bytes, class_name and class_id of augmented images.
+        judged: What became of each, by `OUTCOMES`.
+        split: Split of each.
+        alike: Id of the first image of the group of each, where it has company.
+
+    """
+    columns = {name: images[name] for name in ("image_id", "uri", "bytes", "class_name", "class_id")}
+    columns |= {name: judged[name] for name in ("format", "height", "width", "passed", "ready", "issues")}
+    columns |= {"content_xxh3": judged["content"], "perceptual_hash": judged["hash"]}
+    columns |= {"split": pa.array(split, pa.string()), "alike": pa.array(alike, pa.string())}
+    columns |= {"mean_score": pa.array(row_means(judged["scores"]))}
+    return pa.table({name: columns[name] for name in ORIGINALS.names}, schema=ORIGINALS)
+
+
+def originals_entry(manifest: Manifest) -> FileEntry:
+    """Return the file of a version that has its table of originals.
+
+    Raises:
+        CorruptVersion: its manifest lists none.
+
+    """
+    found = [entry for entry in manifest.side_files if entry.path.startswith("_originals/")]
+    if not found:
+        raise CorruptVersion(f"{manifest.dataset} v{manifest.version} has no table of its originals; publish it anew")
+    return found[0]
+
+
+def split_again(originals: pa.Table, config: ImageAugmentationConfig) -> tuple[Int64Array, Int8Array]:
+    """Split the originals of a version as `settle` did, from what their table says of them.
+
+    Args:
+        originals: image_id, class_id and alike of all originals, in their order.
+        config: Seed, and shares of the splits.
+
+    Returns:
+        For each: the number of the first image of its group, and its split.
+
+    """
+    ids = originals["image_id"].combine_chunks()
+    first = pc.fill_null(pc.index_in(originals["alike"].combine_chunks(), value_set=ids), -1).to_numpy()
+    groups = np.where(first < 0, np.arange(len(ids)), first).astype(np.int64)
+    keys = image_keys(ids.to_pylist(), config.seed)
+    classes = originals["class_id"].to_numpy().astype(np.int64)
+    return groups, split_images(keys, classes, groups, config.validation_share, config.test_share)
 
 
 _PROFILED = {

@@ -87,6 +87,11 @@ class History:
     versions: tuple[HistoryVersion, ...]
     left_out: tuple[tuple[int, str], ...] = ()
 
+    @property
+    def buckets(self) -> int:
+        """Number of buckets by which the files of every version can be told apart."""
+        return max([1, *(version.partition.buckets for version in self.versions if version.partition is not None)])
+
 
 def resolve_history(root: str, group: str, features: Sequence[str], pin: Pin = None) -> History:
     """The history of some features of a group, from the manifests as they stand now.
@@ -189,7 +194,7 @@ def _versions(root: str, manifests: Sequence[Manifest]) -> tuple[HistoryVersion,
     found: list[HistoryVersion] = []
     newer: dict[dt.datetime, dt.datetime] = {}
     for manifest in reversed(manifests):
-        created, times = _created(manifest), _times(manifest)
+        created, times = created_of(manifest), _times(manifest)
         files = tuple(data_files(root, manifest))
         found.append(
             HistoryVersion(
@@ -209,7 +214,8 @@ def _versions(root: str, manifests: Sequence[Manifest]) -> tuple[HistoryVersion,
     return tuple(reversed(found))
 
 
-def _created(manifest: Manifest) -> dt.datetime:
+def created_of(manifest: Manifest) -> dt.datetime:
+    """Return the time at which a version's features were computed, which its rows are stamped with."""
     profile = manifest.profile.get(CREATED)
     return _moment(profile.maximum) if profile and isinstance(profile.maximum, str) else manifest.created_at
 

@@ -36,7 +36,7 @@ from tasks.features.stages import looked_up, read_and_judge
 from tasks.features.tallies import Tally
 from tasks.serving.asof import join_asof
 from tasks.serving.canary import plant
-from tasks.serving.history import read_bucket
+from tasks.serving.history import History, read_bucket
 from tasks.serving.labels import label_rows
 from tasks.serving.plan import TrainingSetPlan
 
@@ -172,10 +172,9 @@ class Job:
         for history in self.plan.histories:
             if history.entity != entity:
                 continue
-            known = read_bucket(self.plan.root, history, index, buckets, known_at=model.known_at)
+            known, found = find_features(self.plan, history, rows, index, buckets)
             options = {"entity": entity, "event_time": EVENT_TIME, "ttl": self.plan.ttl}
             flags = {"strict": model.strict, "known_at": model.known_at}
-            found = join_asof(rows, known, **options, **flags)  # type: ignore[arg-type]
             summary.planted += plant(rows, known, found, **options, **flags)  # type: ignore[arg-type]
             summary.matched[history.group] += int(np.count_nonzero(found >= 0))
             rows = rows.hstack(taken(known, found, self.plan.columns_of(history)))
@@ -252,6 +251,35 @@ def is_later(table: pa.Table, later: tuple[float, bool]) -> pa.ChunkedArray:
     bound, included = later
     ticks = table[EVENT_TIME].cast(pa.int64())
     return pc.greater_equal(ticks, int(bound)) if included else pc.greater(ticks, int(bound))
+
+
+def find_features(
+    plan: TrainingSetPlan,
+    history: History,
+    rows: pl.DataFrame,
+    bucket: int,
+    buckets: int,
+    *,
+    keys: pl.Series | None = None,
+) -> tuple[pl.DataFrame, npt.NDArray[np.int64]]:
+    """Find the features of rows of one bucket of entities in a history.
+
+    Args:
+        plan: Rules of the match.
+        history: Features over time.
+        rows: The rows.
+        bucket: Number of the bucket.
+        buckets: Number of buckets.
+        keys: Entities of the rows; None reads the features of all.
+
+    Returns:
+        The bucket's features, and for each row its place among them, −1 without one.
+
+    """
+    model = plan.model
+    known = read_bucket(plan.root, history, bucket, buckets, known_at=model.known_at, keys=keys)
+    options = {"event_time": EVENT_TIME, "ttl": plan.ttl, "strict": model.strict, "known_at": model.known_at}
+    return known, join_asof(rows, known, entity=history.entity, **options)  # type: ignore[arg-type]
 
 
 def taken(history: pl.DataFrame, found: npt.NDArray[np.int64], columns: dict[str, str]) -> pl.DataFrame:

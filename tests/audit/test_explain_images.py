@@ -12,7 +12,7 @@ import pytest
 import xxhash
 from PIL import Image
 
-from tasks.audit.explain_draws import drawn_rows
+from tasks.audit.explain_image import drawn_rows
 from tasks.core import versions
 from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.images.draws import Draws

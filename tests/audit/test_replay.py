@@ -175,9 +175,7 @@ def _broken_features(patch: pytest.MonkeyPatch) -> None:
 
 
 def _broken_join(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(
-        "tasks.audit.replay_training.join_asof", lambda *rows, **how: join_asof(*rows, **how | {"strict": True})
-    )
+    patch.setattr("tasks.serving.stages.join_asof", lambda *rows, **how: join_asof(*rows, **how | {"strict": True}))
 
 
 def _broken_draws(patch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import xxhash
 
 from tasks.core import storage
 from tasks.core.tensors import is_tensor, to_numpy
-from tasks.delivery.blocks import BlockFormat, Samples, block_table, pick, write_samples
+from tasks.delivery.blocks import BlockFormat, Samples, block_checksums, block_table, pick, write_samples
 from tasks.delivery.mapped import MappedFile
 
 TABLE = BlockFormat(kind="table", shape=(3,), label="float32", block_size=4)
@@ -48,6 +48,7 @@ def test_a_block_holds_its_samples_then_zeros_and_its_checksum(form: BlockFormat
     for row in range(blocks):
         data = b"".join(table[name][row].as_py() for name in tensors)
         assert table["batch_id"][row].as_py() == xxhash.xxh3_128_hexdigest(data)
+    assert block_checksums(table) == table["batch_id"].to_pylist()
 
 
 @pytest.mark.parametrize("form", [TABLE, IMAGES])

@@ -1,0 +1,70 @@
+"""Kinds of datasets: how the rows of each are made again and explained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tasks.audit.explained import Explanation
+from tasks.audit.replay_rows import Again
+from tasks.core import layout
+from tasks.core.errors import InputError
+from tasks.core.manifest import Manifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """Programs for one kind of dataset.
+
+    Attributes:
+        again: Makes rows again and compares them.
+        explain: Explains where a row comes from, what was done to it, and who has it. It takes the root of the store,
+            the manifest, the key as it was typed, and the value of `option`; raises InputError if the version has no
+            such row and has rejected none, and ConfigError if the key or the value can't be one.
+        option: Argument that may be given beside a key: `at`, the time of a row, or `picture`, a file to draw to.
+        code: Packages whose code makes a version.
+        declared: True if the user declares what a version holds, so that the digest of its code includes that.
+
+    """
+
+    again: type[Again]
+    explain: Callable[[str, Manifest, str, str | None], Explanation]
+    option: str = "at"
+    code: tuple[str, ...]
+    declared: bool = False
+
+
+def kind_of(manifest: Manifest) -> Kind:
+    """Return the kind of a version; the modules of the other kinds aren't loaded.
+
+    Raises:
+        InputError: it is of none that is known here.
+
+    """
+    match layout.kind(manifest.dataset):
+        case "features":
+            from tasks.audit.explain_features import explain_features
+            from tasks.audit.replay_features import FeaturesAgain
+
+            return Kind(again=FeaturesAgain, explain=explain_features, code=("core", "features"), declared=True)
+        case "training-set":
+            from tasks.audit.explain_training_row import explain_training_row
+            from tasks.audit.replay_training import TrainingSetAgain
+
+            code = ("core", "features", "serving")
+            return Kind(again=TrainingSetAgain, explain=explain_training_row, code=code, declared=True)
+        case "images":
+            from tasks.audit.explain_image import explain_image
+            from tasks.audit.replay_images import ImagesAgain
+
+            return Kind(again=ImagesAgain, explain=explain_image, option="picture", code=("core", "images"))
+        case "streaming-copy":
+            from tasks.audit.explain_sample import explain_sample
+            from tasks.audit.replay_copies import CopyAgain
+
+            return Kind(again=CopyAgain, explain=explain_sample, code=("core", "delivery"))
+        case kind:
+            raise InputError(
+                f"{manifest.dataset} is of no kind that is known here ({kind}); name features, training sets, images "
+                "or streaming-ready copies"
+            )
