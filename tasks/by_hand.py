@@ -19,10 +19,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tasks.core.errors import ConfigError, InputError, PipelineError, causes
+from tasks.core.errors import FAILED, WRONG_ARGUMENTS, ConfigError, InputError, PipelineError, causes
 from tasks.core.stopping import stops_unwind
-
-FAILED, WRONG_ARGUMENTS = 1, 2
 
 _TOLD_ONCE = ("Encountered exception during execution",)
 _STATE_DETAILS = re.compile(r"(Finished in state \w+)\(.*\)", re.DOTALL)

@@ -15,9 +15,8 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from tasks.by_hand import WRONG_ARGUMENTS
 from tasks.core import storage
-from tasks.core.errors import ConfigError, PipelineError
+from tasks.core.errors import WRONG_ARGUMENTS, ConfigError, PipelineError
 from tasks.core.yaml_text import load_yaml
 
 Config = TypeVar("Config", bound=BaseModel)

@@ -14,8 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from tasks.by_hand import FAILED, WRONG_ARGUMENTS
-from tasks.core.errors import ConfigError, InputError, PipelineError
+from tasks.core.errors import FAILED, WRONG_ARGUMENTS, ConfigError, InputError, PipelineError
 
 PROG = "python -m flows.feature_store"
 

@@ -199,7 +199,6 @@ def _manifest(
         gate,
         config,
         run,
-        packages=("images",),
         side_files=augmented.side_files,
         inputs=plan.inputs,
         definition=definition,

@@ -130,8 +130,6 @@ def manifest_of(
     gate: GateResult,
     config: BaseModel,
     run: RunRecord,
-    *,
-    packages: Sequence[str],
     declaration: str = "",
     **more: Any,
 ) -> Manifest:
@@ -142,7 +140,6 @@ def manifest_of(
         gate: The gate's verdict.
         config: The run's configuration; credentials never stand in it.
         run: The run.
-        packages: Packages below `tasks` whose code made it, besides the shared ones.
         declaration: Digest of the declaration that made it.
         more: Further fields of the manifest: inputs always, and whatever the kind of dataset has.
 
@@ -164,7 +161,7 @@ def manifest_of(
         profile=written.profile.columns(),
         gate=gate,
         config=config.model_dump(mode="json"),
-        code_digest=job_digest(*packages, extra=declaration),
+        code_digest=job_digest(layout.kind(reservation.dataset), declaration),
         packages=package_versions(),
         run=run.model_copy(update={"attempt": reservation.attempt}),
         **more,

@@ -223,7 +223,6 @@ def _manifest(
         gate,
         config,
         run,
-        packages=("delivery",),
         inputs=(source.record(),),
         definition=copy.definition,
     )

@@ -18,9 +18,9 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from tasks.by_hand import FAILED, one_sentence, run_by_hand, summary
+from tasks.by_hand import one_sentence, run_by_hand, summary
 from tasks.core import versions
-from tasks.core.errors import GateFailed, SourceError
+from tasks.core.errors import FAILED, GateFailed, SourceError
 from tasks.core.manifest import RowBalance
 from tasks.core.stopping import stops_unwind
 from tasks.publication import PublishedVersion

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from tasks.by_hand import WRONG_ARGUMENTS, run_by_hand
+from tasks.by_hand import run_by_hand
 from tasks.command_line import parse_arguments
-from tasks.core.errors import ConfigError
+from tasks.core.errors import WRONG_ARGUMENTS, ConfigError
 from tasks.core.settings import Settings
 from tasks.delivery.config import DeliveryConfig
 from tasks.features.config import FeatureStoreConfig

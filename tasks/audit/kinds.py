@@ -22,7 +22,6 @@ class Kind:
             the manifest, the key as it was typed, and the value of `option`; raises InputError if the version has no
             such row and has rejected none, and ConfigError if the key or the value can't be one.
         option: Argument that may be given beside a key: `at`, the time of a row, or `picture`, a file to draw to.
-        code: Packages whose code makes a version.
         declared: True if the user declares what a version holds, so that the digest of its code includes that.
 
     """
@@ -30,7 +29,6 @@ class Kind:
     again: type[Again]
     explain: Callable[[str, Manifest, str, str | None], Explanation]
     option: str = "at"
-    code: tuple[str, ...]
     declared: bool = False
 
 
@@ -46,23 +44,22 @@ def kind_of(manifest: Manifest) -> Kind:
             from tasks.audit.explain_features import explain_features
             from tasks.audit.replay_features import FeaturesAgain
 
-            return Kind(again=FeaturesAgain, explain=explain_features, code=("core", "features"), declared=True)
+            return Kind(again=FeaturesAgain, explain=explain_features, declared=True)
         case "training-set":
             from tasks.audit.explain_training_row import explain_training_row
             from tasks.audit.replay_training import TrainingSetAgain
 
-            code = ("core", "features", "serving")
-            return Kind(again=TrainingSetAgain, explain=explain_training_row, code=code, declared=True)
+            return Kind(again=TrainingSetAgain, explain=explain_training_row, declared=True)
         case "images":
             from tasks.audit.explain_image import explain_image
             from tasks.audit.replay_images import ImagesAgain
 
-            return Kind(again=ImagesAgain, explain=explain_image, option="picture", code=("core", "images"))
+            return Kind(again=ImagesAgain, explain=explain_image, option="picture")
         case "streaming-copy":
             from tasks.audit.explain_sample import explain_sample
             from tasks.audit.replay_copies import CopyAgain
 
-            return Kind(again=CopyAgain, explain=explain_sample, code=("core", "delivery"))
+            return Kind(again=CopyAgain, explain=explain_sample)
         case kind:
             raise InputError(
                 f"{manifest.dataset} is of no kind that is known here ({kind}); name features, training sets, images "

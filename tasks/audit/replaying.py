@@ -11,16 +11,15 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from tasks.audit.inputs import Cause
 from tasks.audit.kinds import kind_of
 from tasks.audit.replay_rows import Again, Replayed, choose
-from tasks.core import storage
+from tasks.core import layout, storage
 from tasks.core.manifest import Manifest
 from tasks.core.numerals import plural
-from tasks.core.provenance import code_digest, package_versions
+from tasks.core.provenance import job_digest, package_versions
 from tasks.core.reading import data_files, read_manifest
 from tasks.serving.catalogue import find_dataset
 from tasks.serving.tables import as_json, facts, show
@@ -31,7 +30,6 @@ ALARM = Cause("nondeterminism", "nothing explains it: nondeterminism")
 OWN_PACKAGE = "training-data-pipelines"
 """This project itself: its code is compared by digest, which says more than its version."""
 
-_TASKS = Path(__file__).parent.parent
 _OF_THE_VERSION = ("newest_event", "state", "columns")
 """Entries of a definition beside what was declared."""
 
@@ -168,11 +166,11 @@ def replay(arguments: Namespace) -> int:
 
 def digest_now(manifest: Manifest) -> str:
     """Return the digest of the code as it is now, made as the version's was, with the version's own declaration."""
-    kind, extra = kind_of(manifest), ""
-    if kind.declared:
+    extra = ""
+    if kind_of(manifest).declared:
         declared = {name: value for name, value in manifest.definition.items() if name not in _OF_THE_VERSION}
         extra = hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()
-    return code_digest(*(_TASKS / part for part in kind.code), extra=extra)
+    return job_digest(layout.kind(manifest.dataset), extra)
 
 
 def other_libraries(manifest: Manifest) -> dict[str, tuple[str, str]]:

@@ -25,6 +25,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+FAILED, WRONG_ARGUMENTS = 1, 2
+"""Exit codes of a command: the run failed; what the user gave can't be used."""
+
 
 class PipelineError(Exception):
     """Base of every error that this project raises on purpose."""

@@ -14,18 +14,18 @@ PACKAGES = (
 
 _TASKS = Path(__file__).parents[1]
 _SHARED = ("core",)
-"""Packages whose code takes part in every job."""
+_OWN = {
+    "images": ("images",),
+    "features": ("features",),
+    "training-set": ("features", "serving"),
+    "streaming-copy": ("delivery",),
+}
+"""Packages whose code makes a dataset, by its kind as `layout.kind` names it, besides the shared ones."""
 
 
-def job_digest(*packages: str, extra: str = "") -> str:
-    """Return the digest of the code that makes one kind of dataset, as `code_digest`.
-
-    Args:
-        packages: Names of the kind's own packages below `tasks`.
-        extra: Anything else that decides the result.
-
-    """
-    return code_digest(*(_TASKS / name for name in (*_SHARED, *packages)), extra=extra)
+def job_digest(kind: str, extra: str = "") -> str:
+    """Return the digest of the code that makes a kind of dataset, as `code_digest`."""
+    return code_digest(*(_TASKS / name for name in (*_SHARED, *_OWN[kind])), extra=extra)
 
 
 def code_digest(*packages: Path, extra: str = "") -> str:
