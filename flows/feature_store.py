@@ -17,7 +17,6 @@ if __name__ == "__main__":
 from prefect import flow
 from prefect.runtime import flow_run
 
-from tasks.core import storage
 from tasks.feature_store import (
     build_set,
     compute_features,
@@ -33,6 +32,7 @@ from tasks.feature_store import (
     validate_set,
 )
 from tasks.features.config import FeatureStoreConfig
+from tasks.io import storage
 from tasks.open_lineage import LINEAGE_HOOKS
 from tasks.publication import PublishedVersion, run_record
 from tasks.retries import final_unless_transient

@@ -17,8 +17,6 @@ if __name__ == "__main__":
 from prefect import flow
 from prefect.runtime import flow_run
 
-from tasks.core import storage
-from tasks.core.errors import VersionConflict
 from tasks.image_augmentation import (
     augment,
     plan_run,
@@ -28,6 +26,8 @@ from tasks.image_augmentation import (
     validate_images,
 )
 from tasks.images.config import ImageAugmentationConfig
+from tasks.io import storage
+from tasks.io.errors import VersionConflict
 from tasks.open_lineage import LINEAGE_HOOKS
 from tasks.publication import PublishedVersion, committed_version, run_record
 from tasks.retries import final_unless_transient

@@ -17,9 +17,9 @@ if __name__ == "__main__":
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 
-from tasks.core import storage
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.source import needs_sample
+from tasks.io import storage
 from tasks.open_lineage import LINEAGE_HOOKS
 from tasks.publication import PublishedVersion, run_record
 from tasks.retries import final_unless_transient

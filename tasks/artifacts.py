@@ -37,7 +37,7 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectException
 from prefect.logging import get_logger
 
-from tasks.core.errors import ConfigError
+from tasks.io.errors import ConfigError
 
 MAX_MARKDOWN_BYTES = 1_000_000  # the API takes 20 MB, but a browser doesn't enjoy it
 MAX_TABLE_ROWS = 500

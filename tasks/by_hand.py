@@ -19,8 +19,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tasks.core.errors import FAILED, WRONG_ARGUMENTS, ConfigError, InputError, PipelineError, causes
-from tasks.core.stopping import stops_unwind
+from tasks.engine.stopping import stops_unwind
+from tasks.io.errors import FAILED, WRONG_ARGUMENTS, ConfigError, InputError, PipelineError, causes
 
 _TOLD_ONCE = ("Encountered exception during execution",)
 _STATE_DETAILS = re.compile(r"(Finished in state \w+)\(.*\)", re.DOTALL)
@@ -62,11 +62,11 @@ def run_by_hand(entry: str, config: str, argv: Sequence[str] | None = None) -> i
 def _run(entry: str, config: str, argv: Sequence[str], earlier: int, stopped: Sequence[int]) -> int:
     module, name = entry.split(":")
     if argv and not argv[0].startswith("-"):
-        from tasks import commands
+        from tasks.cli import commands
 
         return commands.run(argv, f"python -m {module}")
-    from tasks.command_line import parse_arguments
-    from tasks.core.storage import check_root
+    from tasks.cli.command_line import parse_arguments
+    from tasks.io.storage import check_root
 
     holder, model = config.split(":")
     try:

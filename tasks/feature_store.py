@@ -15,15 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 
 from tasks.artifacts import progress
-from tasks.core import layout, versions
-from tasks.core.errors import GateFailed
-from tasks.core.lineage import trace_manifest
-from tasks.core.manifest import GateResult, InputRecord, Manifest, Partition, RunRecord
-from tasks.core.metadata import write_versions_csv
-from tasks.core.own_columns import AS_OF, CREATED, EVENT_TIME, VERSION
-from tasks.core.reservation import Reservation, reserve
-from tasks.core.stopping import held
-from tasks.core.times import expand
+from tasks.engine.stopping import held
 from tasks.features import loading
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Definitions, FeatureGroup
@@ -33,23 +25,24 @@ from tasks.features.pipeline import ComputedGroup, bucket_count, compute_groups,
 from tasks.features.plan import FeaturePlan, check_mappings, needs_sample, plan_features, with_uris
 from tasks.features.sample import SAMPLE_AS_OF, write_sample
 from tasks.features.self_test import self_test
-from tasks.publication import (
-    JudgedVersion,
-    PublishedVersion,
-    committed_version,
-    judged_version,
-    manifest_of,
-    publish,
-)
+from tasks.io.errors import GateFailed
+from tasks.io.times import expand
+from tasks.publication import JudgedVersion, PublishedVersion, committed_version, judged_version, manifest_of, publish
 from tasks.retries import RETRY
-from tasks.serving.gate import judge_training_set
-from tasks.serving.labels import label_groups
-from tasks.serving.loading import load_models, select
-from tasks.serving.pipeline import ComputedSet, build_training_set
-from tasks.serving.pipeline import bucket_count as set_bucket_count
-from tasks.serving.pipeline import pieces_to_read as set_pieces_to_read
-from tasks.serving.plan import TrainingSetPlan, plan_training_set
-from tasks.serving.self_test import self_test as self_test_of_set
+from tasks.store import layout, versions
+from tasks.store.lineage import trace_manifest
+from tasks.store.manifest import GateResult, InputRecord, Manifest, Partition, RunRecord
+from tasks.store.metadata import write_versions_csv
+from tasks.store.own_columns import AS_OF, CREATED, EVENT_TIME, VERSION
+from tasks.store.reservation import Reservation, reserve
+from tasks.training_sets.gate import judge_training_set
+from tasks.training_sets.labels import label_groups
+from tasks.training_sets.loading import load_models, select
+from tasks.training_sets.pipeline import ComputedSet, build_training_set
+from tasks.training_sets.pipeline import bucket_count as set_bucket_count
+from tasks.training_sets.pipeline import pieces_to_read as set_pieces_to_read
+from tasks.training_sets.plan import TrainingSetPlan, plan_training_set
+from tasks.training_sets.self_test import self_test as self_test_of_set
 
 _CURES = {
     "drift": "if the change is meant, raise --thresholds.drift-fail",

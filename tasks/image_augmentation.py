@@ -12,11 +12,6 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from tasks.artifacts import progress, publish_table
-from tasks.core import layout, storage, versions
-from tasks.core.errors import Superseded
-from tasks.core.manifest import GateResult, Manifest, RunRecord
-from tasks.core.report import DataTable, Picture
-from tasks.core.reservation import Reservation, reserve
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.gate import class_summary, judge_images, summary_csv
 from tasks.images.pictures import charts, contact_picture, reject_picture, reject_table
@@ -25,8 +20,14 @@ from tasks.images.plan import ImagePlan, plan_images
 from tasks.images.sample import write_sample
 from tasks.images.self_test import self_test
 from tasks.images.split import SPLITS
+from tasks.io import storage
+from tasks.io.errors import Superseded
 from tasks.publication import JudgedVersion, PublishedVersion, judged_version, manifest_of, publish
+from tasks.report.report import DataTable, Picture
 from tasks.retries import RETRY
+from tasks.store import layout, versions
+from tasks.store.manifest import GateResult, Manifest, RunRecord
+from tasks.store.reservation import Reservation, reserve
 
 _CURES = {
     "rejected": "see _rejected/ for each image and its reason, or raise --thresholds.rejected-fail",

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from tasks.core.errors import PipelineError
+from tasks.io.errors import PipelineError
 
 START_SECONDS = 120.0  # a first start also migrates a new database: 10 s on an idle machine
 STOP_SECONDS = 10.0
@@ -42,7 +42,7 @@ def local_stack(num_cpus: int | None = None) -> Generator[str]:
     with _sigterm_as_exit(), _one_line_for_a_stop(), _server() as (url, ready):
         import ray
 
-        from tasks.core.cluster import connect
+        from tasks.engine.cluster import connect
 
         with _client_settings(url), ExitStack() as stack:
             if connect(num_cpus=num_cpus, env={"PREFECT_API_URL": url}):

@@ -7,10 +7,10 @@ from typing import Any
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.flows import Flow
 
-from tasks.core.manifest import Manifest, RunRecord
-from tasks.core.openlineage import emit_end, emit_start, is_configured
-from tasks.core.reading import read_manifest
 from tasks.publication import PublishedVersion
+from tasks.report.openlineage import emit_end, emit_start, is_configured
+from tasks.store.manifest import Manifest, RunRecord
+from tasks.store.reading import read_manifest
 
 
 def tell_start(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:

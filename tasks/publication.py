@@ -14,10 +14,16 @@ from prefect.runtime import deployment, flow_run
 from pydantic import BaseModel
 
 from tasks.artifacts import publish_report
-from tasks.core import layout, page, storage, versions
-from tasks.core.conservation import check_written
-from tasks.core.errors import GateFailed
-from tasks.core.manifest import (
+from tasks.engine.stopping import held
+from tasks.io import storage
+from tasks.io.errors import GateFailed
+from tasks.quality.profile import TableProfile
+from tasks.quality.self_test import ITSELF, blind, failed, summary
+from tasks.report import page
+from tasks.report.report import Report
+from tasks.store import layout, versions
+from tasks.store.conservation import check_written
+from tasks.store.manifest import (
     CheckResult,
     ColumnSpec,
     FaultResult,
@@ -28,12 +34,8 @@ from tasks.core.manifest import (
     RowBalance,
     RunRecord,
 )
-from tasks.core.profile import TableProfile
-from tasks.core.provenance import job_digest, package_versions
-from tasks.core.report import Report
-from tasks.core.reservation import Reservation, find_manifest
-from tasks.core.self_test import ITSELF, blind, failed, summary
-from tasks.core.stopping import held
+from tasks.store.provenance import job_digest, package_versions
+from tasks.store.reservation import Reservation, find_manifest
 
 PUBLISHED = "training-data.version.published"
 """Event of a version that readers see; automations and deployment triggers start from it."""

@@ -26,11 +26,11 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from tasks.core.errors import PipelineError, causes
-from tasks.core.losses import explained_loss
-from tasks.core.refusal import refusal, refused_credentials
-from tasks.core.settings import seconds_from_environment
-from tasks.core.transient import is_transient
+from tasks.engine.losses import explained_loss
+from tasks.io.errors import PipelineError, causes
+from tasks.io.refusal import refusal, refused_credentials
+from tasks.io.transient import is_transient
+from tasks.store.settings import seconds_from_environment
 
 RAY_LOSSES = (
     ActorDiedError,

@@ -29,8 +29,8 @@ from prefect_ray.context import RemoteOptionsContext, remote_options
 from prefect_ray.task_runners import PrefectRayFuture
 
 from tasks.artifacts import publish_cluster, show_progress
-from tasks.core.cluster import cluster_address, connect, dashboard_url, nodes
-from tasks.core.settings import seconds_from_environment
+from tasks.engine.cluster import cluster_address, connect, dashboard_url, nodes
+from tasks.store.settings import seconds_from_environment
 
 DRAIN_SECONDS = 10.0  # for the logs and events of one task at its end; usually about 0.1
 CANCEL_GRACE_SECONDS = 3.0  # a cancelled task may write its last logs before its worker is killed

@@ -16,29 +16,24 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from tasks.artifacts import Progress, progress, publish_report, publish_table
-from tasks.core import layout, page, storage, versions
-from tasks.core.manifest import GateResult, Manifest, RunRecord
-from tasks.core.report import Report
-from tasks.core.reservation import Reservation, reserve
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.gate import judge_copy
-from tasks.delivery.monitoring import TrainingResult, epoch_table, training_pictures, worker_table
-from tasks.delivery.outcome import headline, judge_training
 from tasks.delivery.pipeline import write_streaming_ready
 from tasks.delivery.self_test import self_test
 from tasks.delivery.source import Source
 from tasks.delivery.source import find_source as find
 from tasks.delivery.stages import StreamingReady
-from tasks.delivery.training import read_records, train_version
-from tasks.publication import (
-    JudgedVersion,
-    PublishedVersion,
-    committed_version,
-    judged_version,
-    manifest_of,
-    publish,
-)
+from tasks.io import storage
+from tasks.publication import JudgedVersion, PublishedVersion, committed_version, judged_version, manifest_of, publish
+from tasks.report import page
+from tasks.report.report import Report
 from tasks.retries import RETRY
+from tasks.store import layout, versions
+from tasks.store.manifest import GateResult, Manifest, RunRecord
+from tasks.store.reservation import Reservation, reserve
+from tasks.training.monitoring import TrainingResult, epoch_table, training_pictures, worker_table
+from tasks.training.outcome import headline, judge_training
+from tasks.training.trainer import read_records, train_version
 
 LOOK_SECONDS = 2.0
 _CURES = {

@@ -150,7 +150,7 @@ def another_ray(**environment: str) -> Iterator[None]:
 
 
 def _start_ray(environment: dict[str, str]) -> None:
-    from tasks.core.cluster import connect
+    from tasks.engine.cluster import connect
 
     # Between two tests a worker is idle; ended, the next test would wait for another one and pay for its imports.
     kept = {"RAY_num_workers_soft_limit": "6", "RAY_idle_worker_killing_time_threshold_ms": "120000"}

@@ -73,10 +73,10 @@ def private_bytes(pid: int) -> int:
 
 def images(size: int, piece: int, folder: Path) -> Callable[[], object]:
     """Photographs of a number of pixels, 4 to 3, three variants of each."""
-    from tasks.core.reservation import reserve
     from tasks.images.config import ImageAugmentationConfig
     from tasks.images.pipeline import augment_images
     from tasks.images.plan import plan_images
+    from tasks.store.reservation import reserve
 
     source = folder / f"pictures-{size}-{piece}"
     side = int((piece / 12) ** 0.5)
@@ -94,11 +94,11 @@ def images(size: int, piece: int, folder: Path) -> Callable[[], object]:
 
 def features(size: int, piece: int, folder: Path) -> Callable[[], object]:
     """Transactions, some ten a customer."""
-    from tasks.core.reservation import reserve
     from tasks.features.config import FeatureStoreConfig
     from tasks.features.pipeline import compute_groups
     from tasks.features.plan import plan_features, with_uris
     from tasks.features.standard import STANDARD
+    from tasks.store.reservation import reserve
     from tests.benchmarks.data import transactions
 
     source = str(transactions(folder, size))
@@ -110,10 +110,10 @@ def features(size: int, piece: int, folder: Path) -> Callable[[], object]:
 
 def delivery(size: int, piece: int, folder: Path) -> Callable[[], object]:
     """A table of twenty features."""
-    from tasks.core import layout
-    from tasks.core.reservation import reserve
     from tasks.delivery.pipeline import write_streaming_ready
     from tasks.delivery.source import find_source
+    from tasks.store import layout
+    from tasks.store.reservation import reserve
     from tests.delivery.sources import FEATURES, configured, publish
 
     root = str(folder / f"root-{size}-{piece}")
@@ -143,7 +143,7 @@ JOBS = {"images": images, "features": features, "delivery": delivery}
 def main() -> None:
     import ray
 
-    from tasks.core.cluster import connect
+    from tasks.engine.cluster import connect
 
     job, size, piece, folder = JOBS[sys.argv[1]], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     connect(num_cpus=2, object_store_memory=STORE_BYTES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tasks.core.manifest import CheckResult
+from tasks.store.manifest import CheckResult
 
 
 def calm(check: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State, TaskRun
 
-from tasks.core import layout, storage, versions
-from tasks.core.manifest import Manifest
+from tasks.io import storage
 from tasks.publication import PublishedVersion
+from tasks.store import layout, versions
+from tasks.store.manifest import Manifest
 from tests.test_runner import eventually, run_id, task_runs
 
 

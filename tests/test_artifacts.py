@@ -16,7 +16,7 @@ from prefect.client.schemas.objects import State
 
 from tasks import artifacts
 from tasks.artifacts import artifact_slug, json_safe, progress, publish_report, read_artifacts, show_progress
-from tasks.core.errors import ConfigError
+from tasks.io.errors import ConfigError
 from tasks.runner import ray_runner
 
 

@@ -19,11 +19,11 @@ import httpx
 import pytest
 
 from tasks.by_hand import one_sentence, run_by_hand, summary
-from tasks.core import versions
-from tasks.core.errors import FAILED, GateFailed, SourceError
-from tasks.core.manifest import RowBalance
-from tasks.core.stopping import stops_unwind
+from tasks.engine.stopping import stops_unwind
+from tasks.io.errors import FAILED, GateFailed, SourceError
 from tasks.publication import PublishedVersion
+from tasks.store import versions
+from tasks.store.manifest import RowBalance
 from tests.processes import own_home, shell_environment
 
 FEATURES = ("flows.feature_store:feature_store", "tasks.features.config:FeatureStoreConfig")

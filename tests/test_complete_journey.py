@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 
 from flows.feature_store import feature_store
-from tasks.command_line import parse_arguments
-from tasks.core.versions import read_manifest, read_table
+from tasks.cli.command_line import parse_arguments
 from tasks.features.config import FeatureStoreConfig
+from tasks.store.versions import read_manifest, read_table
 
 ROOT = Path(__file__).parents[1]
 

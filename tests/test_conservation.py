@@ -16,16 +16,11 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from tasks.core import layout, storage
-from tasks.core.conservation import check_written
-from tasks.core.engine import mapped
-from tasks.core.errors import BalanceError
-from tasks.core.manifest import FileEntry, RowBalance
-from tasks.core.reservation import reserve
 from tasks.delivery import fitting
 from tasks.delivery import pipeline as delivery
 from tasks.delivery.source import find_source
 from tasks.delivery.stages import Look, Shuffle
+from tasks.engine.jobs import mapped
 from tasks.features import pipeline as features
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.parts import WrittenPart, write_part
@@ -39,12 +34,18 @@ from tasks.images.plan import plan_images
 from tasks.images.records import UnitNote
 from tasks.images.sample import write_sample as write_images
 from tasks.images.stages import augment_unit
-from tasks.serving import pipeline as serving
-from tasks.serving.definition import SpineSource
-from tasks.serving.plan import plan_training_set
-from tasks.serving.stages import Job as JoinJob
+from tasks.io import storage
+from tasks.io.errors import BalanceError
+from tasks.store import layout
+from tasks.store.conservation import check_written
+from tasks.store.manifest import FileEntry, RowBalance
+from tasks.store.reservation import reserve
+from tasks.training_sets import pipeline as serving
+from tasks.training_sets.definition import SpineSource
+from tasks.training_sets.plan import plan_training_set
+from tasks.training_sets.stages import Job as JoinJob
 from tests.delivery.sources import configured, publish_customers
-from tests.serving.test_pipeline import STARTED, config, model, publish_history, spine, written
+from tests.training_sets.test_pipeline import STARTED, config, model, publish_history, spine, written
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

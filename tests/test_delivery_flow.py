@@ -13,14 +13,15 @@ import pytest
 from flows.image_augmentation import image_augmentation
 from flows.training_delivery import training_delivery
 from tasks.artifacts import read_artifacts
-from tasks.core import layout, storage, versions
-from tasks.core.errors import ConfigError, GateFailed, VersionNotFound
-from tasks.core.manifest import Manifest
-from tasks.core.report import Report
 from tasks.delivery.config import DeliveryConfig, DeliveryThresholds, TrainingConfig
-from tasks.delivery.stream import TrainingStream
-from tasks.delivery.training import read_state
 from tasks.images.config import Augmentation, ImageAugmentationConfig
+from tasks.io import storage
+from tasks.io.errors import ConfigError, GateFailed, VersionNotFound
+from tasks.loader.stream import TrainingStream
+from tasks.report.report import Report
+from tasks.store import layout, versions
+from tasks.store.manifest import Manifest
+from tasks.training.trainer import read_state
 from tasks.training_delivery import committed_copy
 from tests.conftest import new_bucket
 from tests.runs import Run, assert_whole

@@ -22,11 +22,12 @@ import yaml
 
 from flows.feature_store import feature_store
 from tasks.artifacts import read_artifacts
-from tasks.core import layout, storage, versions
-from tasks.core.errors import GateFailed, SourceError
-from tasks.core.metadata import versions_table
 from tasks.features.config import FeatureStoreConfig, Thresholds
 from tasks.features.sample import SAMPLE_AS_OF, sample_customers, sample_products, sample_transactions
+from tasks.io import storage
+from tasks.io.errors import GateFailed, SourceError
+from tasks.store import layout, versions
+from tasks.store.metadata import versions_table
 from tests.conftest import new_bucket
 from tests.features import oracle
 from tests.runs import Run, assert_nothing_published, assert_whole

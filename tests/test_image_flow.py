@@ -23,13 +23,14 @@ from torchvision.transforms import v2
 
 from flows.image_augmentation import image_augmentation
 from tasks.artifacts import read_artifacts
-from tasks.core import layout, storage, versions
-from tasks.core.errors import GateFailed
-from tasks.core.manifest import Manifest
-from tasks.core.tensors import to_torch
 from tasks.images.config import Augmentation, ImageAugmentationConfig, ImageThresholds
 from tasks.images.rows import decode_images
 from tasks.images.sample import picture, write_sample
+from tasks.io import storage
+from tasks.io.errors import GateFailed
+from tasks.io.tensors import to_torch
+from tasks.store import layout, versions
+from tasks.store.manifest import Manifest
 from tests.conftest import new_bucket
 from tests.runs import Run, assert_whole
 from tests.test_runner import messages

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from flows.image_augmentation import image_augmentation
-from tasks.core import versions
-from tasks.core.manifest import Manifest
-from tasks.core.tensors import to_torch
 from tasks.images.config import Augmentation, ImageAugmentationConfig
+from tasks.io.tensors import to_torch
+from tasks.store import versions
+from tasks.store.manifest import Manifest
 
 pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("stack")]
 

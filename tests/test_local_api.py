@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from tasks.core.errors import PipelineError
+from tasks.io.errors import PipelineError
 from tasks.local_api import _client_settings, _Ready, local_api, local_stack
 from tests.processes import own_home, prefect_server, shell_environment
 

@@ -16,14 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.command_line import parse_arguments
-from tasks.core import layout
-from tasks.core.reservation import reserve
-from tasks.core.times import expand
+from tasks.cli.command_line import parse_arguments
 from tasks.feature_store import declared
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.pipeline import ComputedGroup, compute_groups
 from tasks.features.plan import plan_features, with_uris
+from tasks.io.times import expand
+from tasks.store import layout
+from tasks.store.reservation import reserve
 from tests.bad_input.shop import here_and_now, written
 
 ROOT = Path(__file__).parents[1]

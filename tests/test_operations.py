@@ -28,7 +28,8 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import AwaitingRetry, Cancelling
 
-from tasks.core import layout, storage, versions
+from tasks.io import storage
+from tasks.store import layout, versions
 from tests.conftest import new_bucket
 from tests.processes import PROJECT, own_home, prefect_server, two_nodes
 from tests.test_readme import blocks

@@ -19,9 +19,9 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from tasks.core.cluster import data_context
-from tasks.core.errors import BalanceError, ConfigError, GateFailed, SourceError
-from tasks.core.losses import causes
+from tasks.engine.cluster import data_context
+from tasks.engine.losses import causes
+from tasks.io.errors import BalanceError, ConfigError, GateFailed, SourceError
 from tasks.retries import RETRY, final_unless_transient, retry_condition, worth_retrying
 
 

@@ -31,8 +31,8 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Crashed
 from prefect_ray.context import remote_options
 
-from tasks.core.cluster import cluster_address, data_context, explained_versions, init_options
-from tasks.core.errors import ConfigError
+from tasks.engine.cluster import cluster_address, data_context, explained_versions, init_options
+from tasks.io.errors import ConfigError
 from tasks.runner import RayJobRunner, await_api, ray_runner
 
 T = TypeVar("T")

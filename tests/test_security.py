@@ -21,11 +21,12 @@ import pytest
 from flows.feature_store import feature_store
 from flows.image_augmentation import image_augmentation
 from tasks.artifacts import read_artifacts
-from tasks.core import layout, storage
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.sample import write_sample as write_shop
 from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.images.sample import write_sample as write_images
+from tasks.io import storage
+from tasks.store import layout
 from tests.conftest import new_bucket
 from tests.processes import own_home, shell_environment
 

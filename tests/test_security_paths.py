@@ -22,24 +22,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tasks.core import layout, storage, versions
-from tasks.core.errors import ConfigError, CorruptVersion, DefinitionError, PipelineError, SourceError
-from tasks.core.manifest import FileEntry
-from tasks.core.retention import prunable, prune
-from tasks.core.withdrawal import withdraw
-from tasks.delivery.cache import OWN_DIRECTORY, TAG, FileCache
 from tasks.delivery.config import DeliveryConfig
-from tasks.delivery.shards import open_version
-from tasks.delivery.training import STATE, load_function, read_state
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.loading import load_definitions
 from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.images.label_file import read_labels
 from tasks.images.sources import list_images
-from tasks.serving.definition import FeatureReference
-from tasks.serving.loading import load_models
-from tests.core import publishing
+from tasks.io import storage
+from tasks.io.errors import ConfigError, CorruptVersion, DefinitionError, PipelineError, SourceError
+from tasks.loader.cache import OWN_DIRECTORY, TAG, FileCache
+from tasks.loader.shards import open_version
+from tasks.store import layout, versions
+from tasks.store.manifest import FileEntry
+from tasks.store.retention import prunable, prune
+from tasks.store.withdrawal import withdraw
+from tasks.training.trainer import STATE, load_function, read_state
+from tasks.training_sets.definition import FeatureReference
+from tasks.training_sets.loading import load_models
 from tests.delivery.making import table_version
+from tests.store import publishing
 
 # --- names
 
@@ -327,7 +328,7 @@ def test_nothing_that_a_manifest_names_is_imported(tmp_path: Path, monkeypatch: 
     altered = manifest.model_copy(update={"config": config, "definition": {**manifest.definition, **config}})
     Path(version, layout.MANIFEST).write_text(altered.model_dump_json())
     versions.verify(str(tmp_path / "root"), open_version(version).manifest)
-    from tasks.delivery.stream import TrainingStream
+    from tasks.loader.stream import TrainingStream
 
     with TrainingStream(version, batch_size=10) as stream:
         assert len(list(stream)) == 3

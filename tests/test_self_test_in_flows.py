@@ -9,7 +9,7 @@ import pytest
 
 from tasks import publication
 from tasks.by_hand import summary
-from tasks.core.manifest import FaultResult, Manifest
+from tasks.store.manifest import FaultResult, Manifest
 from tests.features.test_self_test import data, written
 
 BLIND = FaultResult(

@@ -13,11 +13,12 @@ import yaml
 
 from flows.feature_store import feature_store
 from flows.training_delivery import training_delivery
-from tasks.core import layout, storage, versions
-from tasks.core.errors import GateFailed
-from tasks.core.manifest import Manifest
 from tasks.delivery.config import DeliveryConfig, TrainingConfig
 from tasks.features.config import FeatureStoreConfig
+from tasks.io import storage
+from tasks.io.errors import GateFailed
+from tasks.store import layout, versions
+from tasks.store.manifest import Manifest
 from tests.runs import Run, assert_whole
 
 pytestmark = [pytest.mark.usefixtures("stack"), pytest.mark.slow]

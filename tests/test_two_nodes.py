@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from flows.feature_store import feature_store
-from tasks.core import layout, storage, versions
-from tasks.core.report import Report
-from tasks.delivery.loops import TrainingRun, train
 from tasks.features.config import FeatureStoreConfig
+from tasks.io import storage
+from tasks.report.report import Report
+from tasks.store import layout, versions
+from tasks.training.loops import TrainingRun, train
 from tests.processes import own_home, shell_environment, two_nodes
 
 pytestmark = pytest.mark.nightly

@@ -24,15 +24,15 @@ from tasks.audit.explained import (
     rejected_sources,
     version_section,
 )
-from tasks.core import storage
-from tasks.core.errors import PipelineError
-from tasks.core.manifest import Manifest
-from tasks.core.own_columns import AS_OF, QUALITY
-from tasks.core.reading import data_files
 from tasks.features.config import Thresholds
 from tasks.features.definitions import Column
 from tasks.features.scoring import Fences, fences_again
-from tasks.serving.catalogue import declarations, feature_names
+from tasks.io import storage
+from tasks.io.errors import PipelineError
+from tasks.store.catalogue import declarations, feature_names
+from tasks.store.manifest import Manifest
+from tasks.store.own_columns import AS_OF, QUALITY
+from tasks.store.reading import data_files
 
 MOST_ROWS = 5_000_000
 """Rows of a version with several times up to which the fences of one are computed again."""

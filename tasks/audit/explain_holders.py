@@ -8,15 +8,15 @@ from typing import Any
 from tasks.audit.explain_rows import find_rows, is_whole
 from tasks.audit.explain_samples import summary
 from tasks.audit.explained import Section
-from tasks.core import layout
-from tasks.core.errors import CorruptVersion, PipelineError
-from tasks.core.lineage import trace
-from tasks.core.manifest import Manifest
-from tasks.core.numerals import plural
-from tasks.core.own_columns import AS_OF, EVENT_TIME
-from tasks.core.reading import committed_manifests, latest, list_datasets
-from tasks.core.withdrawal import withdrawal_of
-from tasks.serving.catalogue import newest
+from tasks.io.errors import CorruptVersion, PipelineError
+from tasks.io.numerals import plural
+from tasks.store import layout
+from tasks.store.catalogue import newest
+from tasks.store.lineage import trace
+from tasks.store.manifest import Manifest
+from tasks.store.own_columns import AS_OF, EVENT_TIME
+from tasks.store.reading import committed_manifests, latest, list_datasets
+from tasks.store.withdrawal import withdrawal_of
 
 MOST_VERSIONS = 30
 """Versions of the row's own dataset that are looked into, the newest."""

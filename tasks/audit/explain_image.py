@@ -31,18 +31,19 @@ from tasks.audit.explained import (
     version_section,
 )
 from tasks.audit.inputs import check_files
-from tasks.core import layout, storage
-from tasks.core.hashing import stable_hash
-from tasks.core.manifest import FileEntry, Manifest
-from tasks.core.own_columns import READY
-from tasks.core.reading import data_files, explained
-from tasks.core.settings import config_of
 from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.images.draws import Draws, draws_of, image_keys, policy_seeds, window
 from tasks.images.originals import originals_entry, split_again
 from tasks.images.rows import IMAGE
 from tasks.images.scoring import FATAL, MINOR
 from tasks.images.split import SPLITS
+from tasks.io import storage
+from tasks.io.hashing import stable_hash
+from tasks.store import layout
+from tasks.store.manifest import FileEntry, Manifest
+from tasks.store.own_columns import READY
+from tasks.store.reading import data_files, explained
+from tasks.store.settings import config_of
 
 UInt64Array = npt.NDArray[np.uint64]
 Int64Array = npt.NDArray[np.int64]

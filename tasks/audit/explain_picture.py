@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tasks.core import storage
-from tasks.core.errors import ConfigError
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.decode import Decoded, Decoder
 from tasks.images.draws import draws_of
 from tasks.images.pictures import levels
 from tasks.images.rows import decode_images
 from tasks.images.sheet import thumbnail, tile_sheet
+from tasks.io import storage
+from tasks.io.errors import ConfigError
 
 ByteArray = npt.NDArray[np.uint8]
 

@@ -20,12 +20,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tasks.core import layout, storage
-from tasks.core.errors import ConfigError, InputError
-from tasks.core.manifest import FileEntry, Manifest
-from tasks.core.partition import bucket_of
-from tasks.core.reading import data_files, explained, rows_of
+from tasks.engine.partition import bucket_of
 from tasks.features.keys import read_keys
+from tasks.io import storage
+from tasks.io.errors import ConfigError, InputError
+from tasks.store import layout
+from tasks.store.manifest import FileEntry, Manifest
+from tasks.store.reading import data_files, explained, rows_of
 
 MOST_KEYS = 2_000_000
 """Keys that are looked through for the closest ones."""

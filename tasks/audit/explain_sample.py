@@ -25,20 +25,21 @@ from tasks.audit.explained import (
     rejected_sections,
     version_section,
 )
-from tasks.core import layout, storage
-from tasks.core.errors import ConfigError, PipelineError
-from tasks.core.lineage import trace
-from tasks.core.manifest import Manifest
-from tasks.core.numerals import plural
-from tasks.core.reading import data_files
-from tasks.core.settings import config_of
-from tasks.core.tensors import to_numpy
-from tasks.delivery.blocks import CHECKSUM, IMAGE, LABEL, block_checksums
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.definition import block_format, encoder_of
 from tasks.delivery.encoding import Encoder
-from tasks.delivery.opening import Version
-from tasks.delivery.order import EpochOrder, Share, Sizes, batch_count, step_count
+from tasks.io import storage
+from tasks.io.errors import ConfigError, PipelineError
+from tasks.io.numerals import plural
+from tasks.io.tensors import to_numpy
+from tasks.loader.blocks import CHECKSUM, IMAGE, LABEL, block_checksums
+from tasks.loader.opening import Version
+from tasks.loader.order import EpochOrder, Share, Sizes, batch_count, step_count
+from tasks.store import layout
+from tasks.store.lineage import trace
+from tasks.store.manifest import Manifest
+from tasks.store.reading import data_files
+from tasks.store.settings import config_of
 
 MOST_ORDERED = 20_000_000
 """Samples of a split up to which their order in an epoch is computed."""

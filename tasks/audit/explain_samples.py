@@ -14,16 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.audit.explain_rows import Found, find_rows, typed_key
-from tasks.core import layout, storage
-from tasks.core.errors import ConfigError, PipelineError
-from tasks.core.hashing import stable_hash
-from tasks.core.manifest import Manifest
-from tasks.core.numerals import plural
-from tasks.core.own_columns import READY
-from tasks.core.reading import explained, read_manifest
-from tasks.core.settings import config_of
-from tasks.core.tensors import to_numpy
-from tasks.delivery.blocks import SAMPLE_ID
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.definition import block_format
 from tasks.delivery.keys import (
@@ -38,6 +28,17 @@ from tasks.delivery.keys import (
 )
 from tasks.delivery.source import Source, split_of
 from tasks.delivery.stages import admit, judge, keys_of, plan_buckets
+from tasks.io import storage
+from tasks.io.errors import ConfigError, PipelineError
+from tasks.io.hashing import stable_hash
+from tasks.io.numerals import plural
+from tasks.io.tensors import to_numpy
+from tasks.loader.blocks import SAMPLE_ID
+from tasks.store import layout
+from tasks.store.manifest import Manifest
+from tasks.store.own_columns import READY
+from tasks.store.reading import explained, read_manifest
+from tasks.store.settings import config_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,10 +17,6 @@ import polars as pl
 from tasks.audit.explain_rows import is_whole
 from tasks.audit.explained import Section
 from tasks.audit.inputs import CheckedFile, check_files, table_of
-from tasks.core.errors import PipelineError
-from tasks.core.manifest import InputRecord, Manifest
-from tasks.core.missing import missing_values
-from tasks.core.settings import config_of
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Definitions, EventSource, FeatureGroup
 from tasks.features.keys import KeyType
@@ -29,6 +25,10 @@ from tasks.features.plan import names_in_files, plan_dimension, plan_features, u
 from tasks.features.rows import REASON, RowPlan, judge
 from tasks.features.sources import ReadUnit, SourceTable, inspect_files, read
 from tasks.features.standard import STANDARD
+from tasks.io.errors import PipelineError
+from tasks.io.missing import missing_values
+from tasks.store.manifest import InputRecord, Manifest
+from tasks.store.settings import config_of
 
 ROW = "row"
 _READERS = 16

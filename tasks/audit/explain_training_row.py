@@ -1,7 +1,7 @@
 """One row of a training set, explained: the origin of its target and of each of its features.
 
 A feature's history is that of the versions which the training set's manifest names, whatever has been published or
-withdrawn since; the match is the flow's own (`tasks.serving.asof`).
+withdrawn since; the match is the flow's own (`tasks.training_sets.asof`).
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from tasks.audit.explained import (
 )
 from tasks.audit.inputs import check_files
 from tasks.audit.replay_rows import same
-from tasks.core import layout
-from tasks.core.errors import PipelineError, VersionNotFound
-from tasks.core.manifest import Manifest
-from tasks.core.missing import missing_values
-from tasks.core.own_columns import AS_OF, EVENT_TIME, TARGET
-from tasks.core.partition import bucket_of
-from tasks.core.reading import read_manifest
-from tasks.core.settings import config_of
 from tasks.delivery.config import DeliveryConfig
+from tasks.engine.partition import bucket_of
 from tasks.features.rows import ColumnPlan, RowPlan
-from tasks.serving.asof import join_asof
-from tasks.serving.definition import FeatureReference
-from tasks.serving.history import FROM, TIME, UNTIL, History, HistoryVersion, history_of, read_bucket
-from tasks.serving.spine import SPINE
+from tasks.io.errors import PipelineError, VersionNotFound
+from tasks.io.missing import missing_values
+from tasks.store import layout
+from tasks.store.manifest import Manifest
+from tasks.store.own_columns import AS_OF, EVENT_TIME, TARGET
+from tasks.store.reading import read_manifest
+from tasks.store.settings import config_of
+from tasks.training_sets.asof import join_asof
+from tasks.training_sets.definition import FeatureReference
+from tasks.training_sets.history import FROM, TIME, UNTIL, History, HistoryVersion, history_of, read_bucket
+from tasks.training_sets.spine import SPINE
 
 
 def explain_training_row(root: str, manifest: Manifest, key: str, at: str | None) -> Explanation:

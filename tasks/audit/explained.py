@@ -12,14 +12,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tasks.audit.explain_rows import closest_keys, find_rows, typed_key
-from tasks.core import layout, storage
-from tasks.core.errors import ConfigError, InputError
-from tasks.core.manifest import Manifest
-from tasks.core.own_columns import AS_OF
-from tasks.core.reading import explained
-from tasks.core.times import expand
-from tasks.core.withdrawal import withdrawal_of
-from tasks.serving.tables import as_json, brief, facts, moment, printable, show
+from tasks.io import storage
+from tasks.io.errors import ConfigError, InputError
+from tasks.io.times import expand
+from tasks.report.tables import as_json, brief, facts, moment, printable, show
+from tasks.store import layout
+from tasks.store.manifest import Manifest
+from tasks.store.own_columns import AS_OF
+from tasks.store.reading import explained
+from tasks.store.withdrawal import withdrawal_of
 
 _WIDEST = 120
 _STYLES = (("_reason", "_file", "_row", "_detail"), ("reason", "uri", "row", "detail"))

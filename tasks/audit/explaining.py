@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 
 from tasks.audit.kinds import kind_of
-from tasks.core import layout, storage
-from tasks.core.errors import ConfigError
-from tasks.core.reading import read_manifest
-from tasks.serving.catalogue import find_dataset
+from tasks.io import storage
+from tasks.io.errors import ConfigError
+from tasks.store import layout
+from tasks.store.catalogue import find_dataset
+from tasks.store.reading import read_manifest
 
 PICTURES = (".png", ".webp")
 

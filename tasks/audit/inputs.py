@@ -8,14 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from tasks.core import storage
-from tasks.core.errors import DefinitionError, PipelineError, SourceError
-from tasks.core.manifest import InputFile, InputRecord, Manifest
-from tasks.core.numerals import plural
-from tasks.core.reading import read_manifest
-from tasks.core.transient import is_transient
 from tasks.features.definitions import Definitions
 from tasks.features.sources import SourceTable, inspect, inspect_files
+from tasks.io import storage
+from tasks.io.errors import DefinitionError, PipelineError, SourceError
+from tasks.io.numerals import plural
+from tasks.io.transient import is_transient
+from tasks.store.manifest import InputFile, InputRecord, Manifest
+from tasks.store.reading import read_manifest
 
 _READERS = 16
 _NAMED = 3

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from tasks.audit.explained import Explanation
 from tasks.audit.replay_rows import Again
-from tasks.core import layout
-from tasks.core.errors import InputError
-from tasks.core.manifest import Manifest
+from tasks.io.errors import InputError
+from tasks.store import layout
+from tasks.store.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

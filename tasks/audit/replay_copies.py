@@ -25,17 +25,17 @@ from tasks.audit.replay_rows import (
     missing,
     placed,
 )
-from tasks.core import layout
-from tasks.core.errors import PipelineError, SourceError
-from tasks.core.manifest import FileEntry, Manifest
-from tasks.core.settings import config_of
-from tasks.core.tensors import is_tensor, tensor_array, to_numpy
-from tasks.delivery.blocks import CHECKSUM, IMAGE, Samples, block_checksums, block_table, pick
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.definition import block_format, encoder_of, label_of
 from tasks.delivery.keys import SPLITS, Repeats, bucket_of, find_repeats, random_keys, sample_ids
 from tasks.delivery.source import read_units, source_of
 from tasks.delivery.stages import encode, keys_of, load, plan_buckets
+from tasks.io.errors import PipelineError, SourceError
+from tasks.io.tensors import is_tensor, tensor_array, to_numpy
+from tasks.loader.blocks import CHECKSUM, IMAGE, Samples, block_checksums, block_table, pick
+from tasks.store import layout
+from tasks.store.manifest import FileEntry, Manifest
+from tasks.store.settings import config_of
 
 
 class CopyAgain(Again):

@@ -16,12 +16,7 @@ import pyarrow as pa
 
 from tasks.audit.inputs import other_declaration, present, sources_of
 from tasks.audit.replay_rows import StoredFiles, TableAgain, Unreadable, frame_of, matching
-from tasks.core.errors import DefinitionError
-from tasks.core.manifest import Manifest
-from tasks.core.own_columns import AS_OF, QUALITY
-from tasks.core.partition import bucket_of
-from tasks.core.reading import read_manifest
-from tasks.core.settings import config_of
+from tasks.engine.partition import bucket_of
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.incremental import kept_links
 from tasks.features.kernel import join_dimension
@@ -33,7 +28,12 @@ from tasks.features.scoring import fences_again
 from tasks.features.stages import looked_up, read_and_judge, snapshots_of, unique_dimension_rows
 from tasks.features.state import FILE, StateLink, in_order, read_kept
 from tasks.features.tallies import Tally
-from tasks.serving.history import created_of
+from tasks.io.errors import DefinitionError
+from tasks.store.manifest import Manifest
+from tasks.store.own_columns import AS_OF, QUALITY
+from tasks.store.reading import read_manifest
+from tasks.store.settings import config_of
+from tasks.training_sets.history import created_of
 
 
 class FeaturesAgain(TableAgain):

@@ -27,10 +27,6 @@ from tasks.audit.replay_rows import (
     missing,
     placed,
 )
-from tasks.core.errors import CorruptVersion, SourceError
-from tasks.core.manifest import FileEntry, Manifest
-from tasks.core.missing import missing_values
-from tasks.core.settings import config_of
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.draws import image_keys
 from tasks.images.label_file import read_labels
@@ -39,6 +35,10 @@ from tasks.images.originals import ORIGINALS, original_rows, originals_entry, sp
 from tasks.images.sources import list_images
 from tasks.images.split import SPLITS
 from tasks.images.stages import augment_again
+from tasks.io.errors import CorruptVersion, SourceError
+from tasks.io.missing import missing_values
+from tasks.store.manifest import FileEntry, Manifest
+from tasks.store.settings import config_of
 
 AT_ONCE = 32
 """Images whose variants are held in memory at a time."""

@@ -16,13 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.audit.inputs import Cause, why_not
-from tasks.core import layout, storage
-from tasks.core.errors import CorruptVersion, PipelineError
-from tasks.core.manifest import FileEntry, Manifest
-from tasks.core.numerals import shortened
-from tasks.core.own_columns import AS_OF
-from tasks.core.reading import rows_of
-from tasks.core.transient import is_transient
+from tasks.io import storage
+from tasks.io.errors import CorruptVersion, PipelineError
+from tasks.io.numerals import shortened
+from tasks.io.transient import is_transient
+from tasks.store import layout
+from tasks.store.manifest import FileEntry, Manifest
+from tasks.store.own_columns import AS_OF
+from tasks.store.reading import rows_of
 
 IntArray = npt.NDArray[np.int64]
 

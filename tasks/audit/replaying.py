@@ -16,13 +16,14 @@ from typing import Any
 from tasks.audit.inputs import Cause
 from tasks.audit.kinds import kind_of
 from tasks.audit.replay_rows import Again, Replayed, choose
-from tasks.core import layout, storage
-from tasks.core.manifest import Manifest
-from tasks.core.numerals import plural
-from tasks.core.provenance import job_digest, package_versions
-from tasks.core.reading import data_files, read_manifest
-from tasks.serving.catalogue import find_dataset
-from tasks.serving.tables import as_json, facts, show
+from tasks.io import storage
+from tasks.io.numerals import plural
+from tasks.report.tables import as_json, facts, show
+from tasks.store import layout
+from tasks.store.catalogue import find_dataset
+from tasks.store.manifest import Manifest
+from tasks.store.provenance import job_digest, package_versions
+from tasks.store.reading import data_files, read_manifest
 
 SHOWN = 20
 """Rows that differ, of which the text says more; the JSON has all of them."""

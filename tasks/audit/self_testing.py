@@ -7,14 +7,15 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from tasks.core import layout, storage
-from tasks.core.errors import InputError
-from tasks.core.manifest import FaultResult, Manifest
-from tasks.core.reading import first_live, resolve
-from tasks.core.reservation import version_numbers
-from tasks.core.self_test import ORDER, blind, summary, unproven
-from tasks.serving.catalogue import find_dataset
-from tasks.serving.tables import as_json, show
+from tasks.io import storage
+from tasks.io.errors import InputError
+from tasks.quality.self_test import ORDER, blind, summary, unproven
+from tasks.report.tables import as_json, show
+from tasks.store import layout
+from tasks.store.catalogue import find_dataset
+from tasks.store.manifest import FaultResult, Manifest
+from tasks.store.reading import first_live, resolve
+from tasks.store.reservation import version_numbers
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -67,7 +68,7 @@ def results_of(root: str, manifest: Manifest) -> tuple[FaultResult, ...]:
             return features.self_test(root, manifest, _config(FeatureStoreConfig, manifest), previous)
         case "training-set":
             from tasks.features.config import FeatureStoreConfig
-            from tasks.serving import self_test as serving
+            from tasks.training_sets import self_test as serving
 
             return serving.self_test(root, manifest, _config(FeatureStoreConfig, manifest), previous)
         case "images":

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from tasks.core.moments import Moments
-from tasks.core.profile import ColumnPartial, TableProfile, profile_table
-from tasks.core.sketch import TopValues
 from tasks.delivery.source import is_text
+from tasks.quality.moments import Moments
+from tasks.quality.profile import ColumnPartial, TableProfile, profile_table
+from tasks.quality.sketch import TopValues
 
 FloatArray = npt.NDArray[np.float32]
 

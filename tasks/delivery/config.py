@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from tasks.core.settings import DatasetName, Location, Names, Seed, Settings, Share, Version, warn_before_fail
+from tasks.store.settings import DatasetName, Location, Names, Seed, Settings, Share, Version, warn_before_fail
 
 
 def _import_path(value: str) -> str:

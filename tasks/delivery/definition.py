@@ -7,14 +7,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from tasks.core.hashing import stable_hash
-from tasks.core.manifest import Manifest
-from tasks.core.profile import ColumnPartial, TableProfile
-from tasks.core.sketch import DistinctSketch, TopValues
-from tasks.delivery.blocks import BlockFormat
 from tasks.delivery.encoding import Encoder, Feature
 from tasks.delivery.label import Label
 from tasks.delivery.stages import Shuffle, UnitNote, WrittenBucket
+from tasks.io.hashing import stable_hash
+from tasks.loader.blocks import BlockFormat
+from tasks.quality.profile import ColumnPartial, TableProfile
+from tasks.quality.sketch import DistinctSketch, TopValues
+from tasks.store.manifest import Manifest
 
 NORMALISE_IMAGES: dict[str, Any] = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "scale": 255}
 """ImageNet's, for images whose version says nothing."""

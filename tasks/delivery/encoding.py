@@ -20,9 +20,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks.core.errors import ConfigError
-from tasks.core.moments import Moments
-from tasks.core.profile import ColumnPartial, TableProfile
 from tasks.delivery.columns import (
     LONGEST_VALUE,
     MOST_VALUES,
@@ -35,6 +32,9 @@ from tasks.delivery.columns import (
     text_of,
 )
 from tasks.delivery.config import DeliveryConfig
+from tasks.io.errors import ConfigError
+from tasks.quality.moments import Moments
+from tasks.quality.profile import ColumnPartial, TableProfile
 
 Encoding = Literal["number", "boolean", "category", "missing"]
 

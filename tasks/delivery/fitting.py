@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from tasks.core.profile import TableProfile
-from tasks.core.sketch import TopValues
-from tasks.delivery.blocks import BlockFormat
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.encoding import fit_encoder
 from tasks.delivery.keys import SPLITS
 from tasks.delivery.label import Label, fit_label
 from tasks.delivery.source import Source
 from tasks.delivery.stages import Look, Shuffle, UnitNote, WrittenBucket, plan_buckets
+from tasks.loader.blocks import BlockFormat
+from tasks.quality.profile import TableProfile
+from tasks.quality.sketch import TopValues
 
 
 def samples_of(notes: Sequence[UnitNote]) -> npt.NDArray[np.int64]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tasks.core import quality
-from tasks.core.manifest import CheckResult, GateResult, Manifest, Verdict
-from tasks.core.numerals import number, plural
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.keys import SPLITS
 from tasks.delivery.stages import NOT_READY, StreamingReady
+from tasks.io.numerals import number, plural
+from tasks.quality import rules
+from tasks.store.manifest import CheckResult, GateResult, Manifest, Verdict
 
 NAMED = 5
 
@@ -34,12 +34,12 @@ def judge_copy(config: DeliveryConfig, copy: StreamingReady, previous: Manifest 
     features = dict.fromkeys(feature["column"] for feature in copy.definition.get("features", ()))
     checks: list[CheckResult] = [_rows(copy, bounds.minimum_samples)]
     checks += _splits(config, copy)
-    checks += [quality.check_balance(balance) for balance in copy.balances]
+    checks += [rules.check_balance(balance) for balance in copy.balances]
     checks += [
-        quality.check_rejected_share(balance, bounds.rejected_warn, bounds.rejected_fail) for balance in copy.balances
+        rules.check_rejected_share(balance, bounds.rejected_warn, bounds.rejected_fail) for balance in copy.balances
     ]
-    checks += [quality.check_unique("sample_id", copy.duplicate_ids), _repeats(copy), _leak(copy)]
-    checks += [quality.check_nulls(name, columns[name], bounds.missing_warn, bounds.missing_fail) for name in features]
+    checks += [rules.check_unique("sample_id", copy.duplicate_ids), _repeats(copy), _leak(copy)]
+    checks += [rules.check_nulls(name, columns[name], bounds.missing_warn, bounds.missing_fail) for name in features]
     if features:
         checks.append(_constants(copy.definition["features"]))
     if copy.class_counts:
@@ -50,18 +50,18 @@ def judge_copy(config: DeliveryConfig, copy: StreamingReady, previous: Manifest 
     if previous is not None:
         checks += _against(previous.version, previous.definition, copy.definition, config.allow_schema_change)
         checks += [
-            quality.check_drift(
+            rules.check_drift(
                 name, copy.profile, previous.profile[name], warn_above=bounds.drift_warn, fail_above=bounds.drift_fail
             )
             for name in dict.fromkeys([*features, *([label_column] if label_column else [])])
             if name in previous.profile
         ]
-    return quality.gate(checks)
+    return rules.gate(checks)
 
 
 def _rows(copy: StreamingReady, minimum: int) -> CheckResult:
     """Whether there is enough to train on; where nothing is left, where it went."""
-    check = quality.check_rows(copy.samples["train"], minimum)
+    check = rules.check_rows(copy.samples["train"], minimum)
     gone = {reason: rows for balance in copy.balances for reason, rows in balance.filtered.items() if rows}
     if sum(copy.samples.values()) or not gone:
         return check
@@ -74,7 +74,7 @@ def _splits(config: DeliveryConfig, copy: StreamingReady) -> list[CheckResult]:
     """Whether each split that is needed has samples; images have the splits of their source, whatever its shares."""
     if copy.definition["kind"] == "table":
         shares = (1 - config.validation_share - config.test_share, config.validation_share, config.test_share)
-        return quality.check_split_sizes(copy.samples, dict(zip(SPLITS, shares, strict=True)), SPLITS[0])
+        return rules.check_split_sizes(copy.samples, dict(zip(SPLITS, shares, strict=True)), SPLITS[0])
     checks = []
     needs: dict[str, Verdict] = {"train": "fail", "validation": "warn"}
     for split, absent in needs.items():
@@ -98,7 +98,7 @@ def _leak(copy: StreamingReady) -> CheckResult:
     message = f"No {entity} is in several splits ({sum(copy.entities.values()):,} were looked at)."
     if found:
         message = f"{plural(found, 'value')} of {entity} are in several splits: validation would tell of memory."
-    return quality.check_leak(found).model_copy(update={"column": entity, "message": message})
+    return rules.check_leak(found).model_copy(update={"column": entity, "message": message})
 
 
 def _constants(features: Iterable[Mapping[str, Any]]) -> CheckResult:
@@ -113,7 +113,7 @@ def _classes(config: DeliveryConfig, copy: StreamingReady) -> list[CheckResult]:
     """Whether each class is frequent enough to be learned, and is in every split."""
     column, train = copy.definition["label"]["column"], copy.class_counts.get("train", {})
     share = config.thresholds.balance_warn / max(len(train), 1)
-    balance = quality.check_class_balance(column, list(train.items()), share)
+    balance = rules.check_class_balance(column, list(train.items()), share)
     if balance.verdict == "fail" and len(train) > 1:
         balance = balance.model_copy(update={"verdict": "warn"})
     checks = [balance]

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from tasks.core.errors import ConfigError, InputError
-from tasks.core.profile import ColumnPartial
-from tasks.core.sketch import TopValues
 from tasks.delivery.columns import MOST_VALUES, moments_of, numbers, text_of, top_values
+from tasks.io.errors import ConfigError, InputError
+from tasks.quality.profile import ColumnPartial
+from tasks.quality.sketch import TopValues
 
 TargetKind = Literal["auto", "class", "number"]
 

@@ -20,19 +20,19 @@ from functools import partial
 
 import numpy as np
 
-from tasks.core.conservation import check_equal
-from tasks.core.engine import Parts, Shuffled, shuffle
-from tasks.core.errors import BalanceError
-from tasks.core.losses import losses_explained
-from tasks.core.manifest import RowBalance
-from tasks.core.profile import TableProfile, added
-from tasks.core.reservation import Reservation
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.definition import describe, named_profile
 from tasks.delivery.fitting import class_counts, fit, samples_of
 from tasks.delivery.keys import SPLITS, Repeats, merge_repeats
 from tasks.delivery.source import Source, read_units
 from tasks.delivery.stages import Checked, Look, Shuffle, StreamingReady, UnitNote, WrittenBucket
+from tasks.engine.jobs import Parts, Shuffled, shuffle
+from tasks.engine.losses import losses_explained
+from tasks.io.errors import BalanceError
+from tasks.quality.profile import TableProfile, added
+from tasks.store.conservation import check_equal
+from tasks.store.manifest import RowBalance
+from tasks.store.reservation import Reservation
 
 KEYS_PER_PART = 4_000_000
 """Hashes that one task checks, about."""

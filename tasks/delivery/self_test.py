@@ -15,14 +15,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks.core import injection
-from tasks.core.digests import METHOD
-from tasks.core.errors import ConfigError
-from tasks.core.faults import ALIKE, MOST_FEATURES, Faults, Sample, Trial, rarest
-from tasks.core.injection import DOUBLED, BoolArray
-from tasks.core.manifest import FaultResult, FileEntry, GateResult, Manifest, RowBalance
-from tasks.core.reservation import Reservation
-from tasks.core.sampling import sample_rows
 from tasks.delivery.columns import text_of
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.definition import describe, named_profile
@@ -31,6 +23,14 @@ from tasks.delivery.gate import judge_copy
 from tasks.delivery.keys import SPLITS, Repeats, find_repeats, random_keys, repeated, sample_ids, split_entities
 from tasks.delivery.source import Source
 from tasks.delivery.stages import Loaded, Look, Shuffle, WrittenBucket, admit, judge, keys_of, note_of
+from tasks.io.digests import METHOD
+from tasks.io.errors import ConfigError
+from tasks.quality import injection
+from tasks.quality.faults import ALIKE, MOST_FEATURES, Faults, Sample, Trial, rarest
+from tasks.quality.injection import DOUBLED, BoolArray
+from tasks.quality.sampling import sample_rows
+from tasks.store.manifest import FaultResult, FileEntry, GateResult, Manifest, RowBalance
+from tasks.store.reservation import Reservation
 
 SPLIT = "_split"
 """Column of the sample with the number of a row's split, −1 where its entity draws one."""

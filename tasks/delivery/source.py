@@ -17,16 +17,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from tasks.core import layout, storage, versions
-from tasks.core.errors import ConfigError
-from tasks.core.manifest import FileEntry, InputRecord, Manifest
-from tasks.core.names import closest
-from tasks.core.own_columns import AS_OF, EVENT_TIME, READY, RECORDS, TARGET
-from tasks.core.reading import compare, explained, opened, verify_digest
-from tasks.core.tensors import TensorSpec, is_tensor, tensor_spec
-from tasks.delivery.blocks import IMAGE
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.keys import SPLITS
+from tasks.io import storage
+from tasks.io.errors import ConfigError
+from tasks.io.names import closest
+from tasks.io.tensors import TensorSpec, is_tensor, tensor_spec
+from tasks.loader.blocks import IMAGE
+from tasks.store import layout, versions
+from tasks.store.manifest import FileEntry, InputRecord, Manifest
+from tasks.store.own_columns import AS_OF, EVENT_TIME, READY, RECORDS, TARGET
+from tasks.store.reading import compare, explained, opened, verify_digest
 
 CLASS_ID = "class_id"
 IMAGE_ID, ORIGINAL_ID = "image_id", "original_image_id"

@@ -21,15 +21,6 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks.core import layout, storage
-from tasks.core.hashing import stable_hash
-from tasks.core.manifest import ColumnSpec, FileEntry, RowBalance
-from tasks.core.partition import split_by_key
-from tasks.core.profile import TableProfile
-from tasks.core.reservation import Reservation
-from tasks.core.sketch import TopValues
-from tasks.core.tensors import to_numpy
-from tasks.delivery.blocks import IMAGE, BlockFormat, Samples, write_samples
 from tasks.delivery.columns import is_missing, profile_features
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.encoding import Encoder
@@ -49,6 +40,16 @@ from tasks.delivery.keys import (
 )
 from tasks.delivery.label import Label, label_counts
 from tasks.delivery.source import Source, Unit, check_digests, read_pieces
+from tasks.engine.partition import split_by_key
+from tasks.io import storage
+from tasks.io.hashing import stable_hash
+from tasks.io.tensors import to_numpy
+from tasks.loader.blocks import IMAGE, BlockFormat, Samples, write_samples
+from tasks.quality.profile import TableProfile
+from tasks.quality.sketch import TopValues
+from tasks.store import layout
+from tasks.store.manifest import ColumnSpec, FileEntry, RowBalance
+from tasks.store.reservation import Reservation
 
 NOT_READY = "not_training_ready"
 REASON, FILE, ROW = "_reason", "_file", "_row"

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from tasks.core.conservation import check_equal
-from tasks.core.manifest import RowBalance
 from tasks.features.rows import AFTER_AS_OF
 from tasks.features.stages import Job
 from tasks.features.tallies import BucketSummary, EventTally, Tally, UnitNote, check_rows_read, check_way
+from tasks.store.conservation import check_equal
+from tasks.store.manifest import RowBalance
 
 Int64Array = npt.NDArray[np.int64]
 

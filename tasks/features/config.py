@@ -11,10 +11,10 @@ from zoneinfo import available_timezones
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from tasks.core.settings import Location, Names, Seed, Settings, Share, warn_before_fail
-from tasks.core.times import Times
 from tasks.features.definitions import JoinHow
 from tasks.features.rows import EpochUnit
+from tasks.io.times import Times
+from tasks.store.settings import Location, Names, Seed, Settings, Share, warn_before_fail
 
 
 def _utc(value: dt.datetime) -> dt.datetime:

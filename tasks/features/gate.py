@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
-from tasks.core import quality
-from tasks.core.manifest import CheckResult, ColumnProfile, GateResult, Manifest, RowBalance
-from tasks.core.own_columns import FEATURES, OUTLYING
-from tasks.core.profile import TableProfile
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import FeatureGroup
 from tasks.features.rows import AFTER_AS_OF
+from tasks.quality import rules
+from tasks.quality.profile import TableProfile
+from tasks.store.manifest import CheckResult, ColumnProfile, GateResult, Manifest, RowBalance
+from tasks.store.own_columns import FEATURES, OUTLYING
 
 NEVER_STALE = float("inf")
 TAKEN_FOR_FINER = dt.datetime(1970, 3, 1, tzinfo=dt.UTC)
@@ -59,46 +59,46 @@ def judge_group(
     bounds = config.thresholds
     columns = profile.columns()
     entities = balances[-1]
-    checks: list[CheckResult] = [quality.check_rows(profile.rows, 1)]
+    checks: list[CheckResult] = [rules.check_rows(profile.rows, 1)]
     types = {field.name: str(field.type) for field in schema}
-    checks += quality.check_schema(types, _expected_types(group, types, features, previous, config))
-    checks.append(quality.check_unique(group.entity, duplicate_keys))
+    checks += rules.check_schema(types, _expected_types(group, types, features, previous, config))
+    checks.append(rules.check_unique(group.entity, duplicate_keys))
     if suspects:
         checks.append(_missing_keys(group.entity, suspects))
-    checks += [quality.check_balance(balance) for balance in balances]
+    checks += [rules.check_balance(balance) for balance in balances]
     checks += [
-        quality.check_rejected_share(balance, bounds.rejected_warn, bounds.rejected_fail) for balance in balances[:-1]
+        rules.check_rejected_share(balance, bounds.rejected_warn, bounds.rejected_fail) for balance in balances[:-1]
     ]
     if any(balance.name == group.dimension for balance in balances[:-1]):
         checks.append(
-            quality.check_reference(group.entity, unmatched, entities.rows_in, bounds.orphan_warn, bounds.orphan_fail)
+            rules.check_reference(group.entity, unmatched, entities.rows_in, bounds.orphan_warn, bounds.orphan_fail)
         )
     for name in features:
-        checks.append(quality.check_nulls(name, columns[name], bounds.null_warn, bounds.null_fail))
+        checks.append(rules.check_nulls(name, columns[name], bounds.null_warn, bounds.null_fail))
         if pa.types.is_floating(schema.field(name).type):
-            checks.append(quality.check_finite(name, columns[name]))
+            checks.append(rules.check_finite(name, columns[name]))
     checks += [
-        quality.check_range(name, columns[name], minimum, maximum)
+        rules.check_range(name, columns[name], minimum, maximum)
         for name, (minimum, maximum) in group.bounds.items()
         if name in columns  # a missing one fails the schema
     ]
     checks += _event_times(balances[0], newest_event, as_of, config)
     checks.append(_outliers(columns, features, profile.rows, config))
-    checks.append(quality.check_ready_share(ready, profile.rows, bounds.ready_warn, bounds.ready_fail))
+    checks.append(rules.check_ready_share(ready, profile.rows, bounds.ready_warn, bounds.ready_fail))
     if bounds.fresh_warn_days is not None or bounds.fresh_fail_days is not None:
         fail_after = bounds.fresh_fail_days or NEVER_STALE
-        checks.append(quality.check_freshness(newest_event, as_of, bounds.fresh_warn_days or fail_after, fail_after))
+        checks.append(rules.check_freshness(newest_event, as_of, bounds.fresh_warn_days or fail_after, fail_after))
     if previous is not None and (other := _incomparable(times, previous)):
         checks.append(other)
     elif previous is not None:
         checks += [
-            quality.check_drift(
+            rules.check_drift(
                 name, profile, previous.profile[name], warn_above=bounds.drift_warn, fail_above=bounds.drift_fail
             )
             for name in features
             if name in previous.profile
         ]
-    return quality.gate(checks)
+    return rules.gate(checks)
 
 
 def _event_times(
@@ -165,6 +165,4 @@ def _outliers(
     values = rows * numeric
     outliers = round((columns[OUTLYING].mean or 0.0) * values)
     bounds = config.thresholds
-    return quality.check_outlier_share(
-        "all numeric features", outliers, values, bounds.outlier_warn, bounds.outlier_fail
-    )
+    return rules.check_outlier_share("all numeric features", outliers, values, bounds.outlier_warn, bounds.outlier_fail)

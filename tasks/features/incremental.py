@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tasks.core import layout, storage
-from tasks.core.manifest import Manifest
-from tasks.core.reading import first_live, list_dataset, overview, read_committed, read_manifest
 from tasks.features.plan import FeaturePlan, GroupPlan, SourcePlan
 from tasks.features.state import MAX_LINKS, StateLink, StatePlan, bucket_files
+from tasks.io import storage
+from tasks.store import layout
+from tasks.store.manifest import Manifest
+from tasks.store.reading import first_live, list_dataset, overview, read_committed, read_manifest
 
 _JUDGES = tuple(Path(__file__).with_name(name) for name in ("keys.py", "rows.py", "sources.py", "texts.py"))
 Prints = Mapping[str, Sequence[str]]

@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from tasks.core.errors import DefinitionError
-from tasks.core.own_columns import AS_OF
 from tasks.features.definitions import FeatureGroup, JoinHow
 from tasks.features.independence import COMPANIES, looks_elsewhere, made_up
 from tasks.features.rows import REASON, TIME
+from tasks.io.errors import DefinitionError
+from tasks.store.own_columns import AS_OF
 
 IntArray = npt.NDArray[np.int64]
 _FAULTS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, ArithmeticError, LookupError, TypeError, ValueError)

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from tasks.core.errors import InputError
+from tasks.io.errors import InputError
 
 KeyType = Literal["int64", "string"]
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 import pyarrow as pa
 import pyarrow.types as pt
 
-from tasks.core.errors import SourceError
 from tasks.features.definitions import ColumnKind
 from tasks.features.settling import whole_numbers
 from tasks.features.sources import SourceTable, how_to_map
 from tasks.features.texts import polars_type
+from tasks.io.errors import SourceError
 
 Test = Callable[[pa.DataType], bool]
 

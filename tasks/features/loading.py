@@ -17,11 +17,6 @@ from typing import Annotated, Any, Protocol, TypeVar, get_args, get_origin
 import polars as pl
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from tasks.core import storage
-from tasks.core.errors import DefinitionError
-from tasks.core.names import closest
-from tasks.core.numerals import shortened
-from tasks.core.yaml_text import load_yaml
 from tasks.features.definitions import (
     Column,
     ColumnKind,
@@ -32,6 +27,11 @@ from tasks.features.definitions import (
     Window,
 )
 from tasks.features.standard import STANDARD
+from tasks.io import storage
+from tasks.io.errors import DefinitionError
+from tasks.io.names import closest
+from tasks.io.numerals import shortened
+from tasks.io.yaml_text import load_yaml
 
 _WHAT = "definitions"
 _SHOWN = 60

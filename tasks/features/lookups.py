@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from tasks.core.manifest import FileEntry, RowBalance
-from tasks.core.reservation import Reservation
 from tasks.features.parts import write_rejected
 from tasks.features.plan import FeaturePlan, LookupPlan
 from tasks.features.stages import read_and_judge, unique_dimension_rows
 from tasks.features.tallies import Tally, check_rows_read
+from tasks.store.manifest import FileEntry, RowBalance
+from tasks.store.reservation import Reservation
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,16 +11,16 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from tasks.core import storage
-from tasks.core.manifest import FileEntry
-from tasks.core.own_columns import AS_OF, CREATED, READY, VERSION
-from tasks.core.profile import TableProfile, profile_table
-from tasks.core.reservation import Reservation
-from tasks.core.sketch import QuantileSketch
 from tasks.features.config import Thresholds
 from tasks.features.plan import GroupPlan
 from tasks.features.rows import TIME
 from tasks.features.scoring import Fences, score_rows
+from tasks.io import storage
+from tasks.quality.profile import TableProfile, profile_table
+from tasks.quality.sketch import QuantileSketch
+from tasks.store.manifest import FileEntry
+from tasks.store.own_columns import AS_OF, CREATED, READY, VERSION
+from tasks.store.reservation import Reservation
 
 ROW_GROUP = 8192
 """Rows of a row group: a look-up of one entity decodes one, and a hundred groups' statistics are soon searched."""

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tasks.core import storage
+from tasks.io import storage
 
 PIECE_BYTES = 64 * 2**20
 """Text of a piece, about; a file of less than twice as much isn't cut."""

@@ -21,13 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tasks.core.conservation import check_equal
-from tasks.core.engine import Parts, Shuffled, mapped, shuffle
-from tasks.core.losses import losses_explained
-from tasks.core.manifest import ColumnSpec, FileEntry, RowBalance
-from tasks.core.profile import TableProfile, added, merge_profiles
-from tasks.core.reservation import Reservation
-from tasks.core.sketch import QuantileSketch
+from tasks.engine.jobs import Parts, Shuffled, mapped, shuffle
+from tasks.engine.losses import losses_explained
 from tasks.features.balances import group_balances
 from tasks.features.config import FeatureStoreConfig, Thresholds
 from tasks.features.lookups import LookedUp, categorised, read_lookup
@@ -37,6 +32,11 @@ from tasks.features.scoring import Fences, fences, fences_of
 from tasks.features.sources import ReadUnit, together
 from tasks.features.stages import Job, Split
 from tasks.features.tallies import BucketSummary, UnitNote
+from tasks.quality.profile import TableProfile, added, merge_profiles
+from tasks.quality.sketch import QuantileSketch
+from tasks.store.conservation import check_equal
+from tasks.store.manifest import ColumnSpec, FileEntry, RowBalance
+from tasks.store.reservation import Reservation
 
 MAX_BUCKETS = 4096
 SNAPSHOTS_PER_BUCKET = 8

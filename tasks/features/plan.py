@@ -12,9 +12,6 @@ from dataclasses import dataclass, replace
 import polars as pl
 import pyarrow as pa
 
-from tasks.core.errors import DefinitionError, SourceError
-from tasks.core.missing import MissingValues, missing_values
-from tasks.core.names import closest
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Column, Definitions, DimensionSource, EventSource, FeatureGroup
 from tasks.features.kernel import check_derived
@@ -25,6 +22,9 @@ from tasks.features.settling import settled
 from tasks.features.sources import INT64, ReadUnit, SourceTable, check_columns, inspect, read_units
 from tasks.features.state import StatePlan
 from tasks.features.texts import polars_type
+from tasks.io.errors import DefinitionError, SourceError
+from tasks.io.missing import MissingValues, missing_values
+from tasks.io.names import closest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

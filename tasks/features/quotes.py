@@ -10,8 +10,8 @@ import re
 import numpy as np
 import pyarrow as pa
 
-from tasks.core.errors import SourceError
 from tasks.features.pieces import PieceText
+from tasks.io.errors import SourceError
 
 _QUOTE = ord('"')
 _BESIDE = np.isin(np.arange(256), list(b',\r\n"'))

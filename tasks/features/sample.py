@@ -11,7 +11,8 @@ import datetime as dt
 import numpy as np
 import polars as pl
 
-from tasks.core import layout, storage
+from tasks.io import storage
+from tasks.store import layout
 
 SAMPLE_AS_OF = dt.datetime(2025, 1, 1, tzinfo=dt.UTC)
 BLOCK = 1_000_000

@@ -16,10 +16,10 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks.core.manifest import Manifest
-from tasks.core.own_columns import AS_OF, MISSING, OUTLYING, READY, SCORE
-from tasks.core.profile import profile_table
-from tasks.core.sketch import QuantileSketch
+from tasks.quality.profile import profile_table
+from tasks.quality.sketch import QuantileSketch
+from tasks.store.manifest import Manifest
+from tasks.store.own_columns import AS_OF, MISSING, OUTLYING, READY, SCORE
 
 
 @dataclass(frozen=True, slots=True)

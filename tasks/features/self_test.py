@@ -16,13 +16,6 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks.core import injection, layout
-from tasks.core.faults import MOST_FEATURES, Faults, Sample, Trial
-from tasks.core.injection import NULLS
-from tasks.core.manifest import FaultResult, GateResult, Manifest, RowBalance
-from tasks.core.own_columns import AS_OF, CREATED, FEATURES, READY, VERSION
-from tasks.core.profile import profile_table
-from tasks.core.sampling import sample_rows
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import FeatureGroup
 from tasks.features.gate import judge_group
@@ -34,6 +27,14 @@ from tasks.features.rows import judge as judge_rows
 from tasks.features.scoring import fences, score_rows
 from tasks.features.stages import unique_dimension_rows
 from tasks.features.tallies import Tally
+from tasks.quality import injection
+from tasks.quality.faults import MOST_FEATURES, Faults, Sample, Trial
+from tasks.quality.injection import NULLS
+from tasks.quality.profile import profile_table
+from tasks.quality.sampling import sample_rows
+from tasks.store import layout
+from tasks.store.manifest import FaultResult, GateResult, Manifest, RowBalance
+from tasks.store.own_columns import AS_OF, CREATED, FEATURES, READY, VERSION
 
 ORPHANS, OUTLIERS = 0.95, 0.2
 EVENT = "_event_time"

@@ -19,10 +19,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from tasks.core import storage
-from tasks.core.errors import SourceError
-from tasks.core.missing import DEFAULT, MissingValues
-from tasks.core.numerals import shortened
 from tasks.features.sources import (
     ColumnValues,
     ReadUnit,
@@ -34,6 +30,10 @@ from tasks.features.sources import (
     read_units,
 )
 from tasks.features.texts import EXACT, Kind, as_type, kind_of, polars_type
+from tasks.io import storage
+from tasks.io.errors import SourceError
+from tasks.io.missing import DEFAULT, MissingValues
+from tasks.io.numerals import shortened
 
 _SAMPLE = 10_000
 _SHOWN = 200

@@ -21,14 +21,14 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from tasks.core import storage
-from tasks.core.errors import SourceError
-from tasks.core.manifest import InputFile, InputRecord
-from tasks.core.missing import DEFAULT, MissingValues, without
-from tasks.core.transient import is_transient
 from tasks.features.pieces import Piece, PieceText, cut
 from tasks.features.quotes import QuotedText
 from tasks.features.texts import EXACT, TYPES, Kind, join
+from tasks.io import storage
+from tasks.io.errors import SourceError
+from tasks.io.missing import DEFAULT, MissingValues, without
+from tasks.io.transient import is_transient
+from tasks.store.manifest import InputFile, InputRecord
 
 SUFFIXES = (".parquet", ".csv", ".csv.gz")
 _CSV_BLOCK = 16 * 2**20

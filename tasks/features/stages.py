@@ -16,13 +16,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from tasks.core.conservation import check_equal
-from tasks.core.manifest import FileEntry
-from tasks.core.missing import suspects
-from tasks.core.own_columns import AS_OF
-from tasks.core.partition import split_by_key
-from tasks.core.profile import merge_profiles, profile_table
-from tasks.core.reservation import Reservation
+from tasks.engine.partition import split_by_key
 from tasks.features.definitions import JoinHow
 from tasks.features.history import evaluate_history
 from tasks.features.kernel import join_dimension
@@ -40,6 +34,12 @@ from tasks.features.rows import REASON, TIME, JudgedRows, judge
 from tasks.features.sources import RawRows, ReadUnit, read
 from tasks.features.state import FILE, ROW, in_order, read_kept, write_kept
 from tasks.features.tallies import BucketSummary, EventTally, Tally, UnitNote
+from tasks.io.missing import suspects
+from tasks.quality.profile import merge_profiles, profile_table
+from tasks.store.conservation import check_equal
+from tasks.store.manifest import FileEntry
+from tasks.store.own_columns import AS_OF
+from tasks.store.reservation import Reservation
 
 LINE = "_line"
 MALFORMED = "malformed_row"

@@ -16,11 +16,12 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.core import layout, storage
-from tasks.core.manifest import FileEntry
-from tasks.core.partition import bucket_of
-from tasks.core.reading import explained
-from tasks.core.reservation import Reservation
+from tasks.engine.partition import bucket_of
+from tasks.io import storage
+from tasks.store import layout
+from tasks.store.manifest import FileEntry
+from tasks.store.reading import explained
+from tasks.store.reservation import Reservation
 
 DIRECTORY = "_events"
 FILE, ROW = "_file", "_row"

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tasks.core.conservation import check_equal
-from tasks.core.manifest import FileEntry, RowBalance
-from tasks.core.profile import TableProfile
-from tasks.core.sketch import QuantileSketch
 from tasks.features.plan import SourcePlan
 from tasks.features.sources import ReadUnit
+from tasks.quality.profile import TableProfile
+from tasks.quality.sketch import QuantileSketch
+from tasks.store.conservation import check_equal
+from tasks.store.manifest import FileEntry, RowBalance
 
 
 @dataclass(slots=True)

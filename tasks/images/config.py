@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from tasks.core.settings import DatasetName, Location, Names, Seed, Settings, Share, warn_before_fail
 from tasks.images.split import SPLITS
+from tasks.store.settings import DatasetName, Location, Names, Seed, Settings, Share, warn_before_fail
 
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 Channel = Annotated[int, Field(ge=0, le=255)]

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tasks.core.hashing import stable_hash
 from tasks.images.config import Augmentation, Centred, ImageAugmentationConfig
+from tasks.io.hashing import stable_hash
 
 UInt64Array = npt.NDArray[np.uint64]
 IntArray = npt.NDArray[np.int64]

@@ -12,16 +12,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tasks.core import quality
-from tasks.core.errors import InputError
-from tasks.core.manifest import CheckResult, ColumnProfile, GateResult, Manifest, RowBalance
-from tasks.core.numerals import plural
-from tasks.core.profile import ColumnPartial, TableProfile
-from tasks.core.sketch import TopValues
-from tasks.core.tensors import TENSOR
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.rows import ENCODED, IMAGE, LABEL, rows_schema
 from tasks.images.split import SPLITS
+from tasks.io.errors import InputError
+from tasks.io.numerals import plural
+from tasks.io.tensors import TENSOR
+from tasks.quality import rules
+from tasks.quality.profile import ColumnPartial, TableProfile
+from tasks.quality.sketch import TopValues
+from tasks.store.manifest import CheckResult, ColumnProfile, GateResult, Manifest, RowBalance
 
 CLASS = "class_name"
 SCORE = "data_quality_score"
@@ -73,10 +73,10 @@ def judge_images(
     sizes: Counter[str] = Counter()
     for by_split in split_counts.values():
         sizes.update(by_split)
-    checks: list[CheckResult] = [quality.check_rows(profile.rows, 1)]
+    checks: list[CheckResult] = [rules.check_rows(profile.rows, 1)]
     expected = {field.name: _described(field) for field in rows_schema(config, max(classes, 1))}
-    checks += quality.check_schema({field.name: _described(field) for field in schema}, expected)
-    checks.append(quality.check_unique("image_id", duplicate_ids))
+    checks += rules.check_schema({field.name: _described(field) for field in schema}, expected)
+    checks.append(rules.check_unique("image_id", duplicate_ids))
     checks.append(_distinct_ids(class_ids))
     accounts = [
         RowBalance(
@@ -87,23 +87,21 @@ def judge_images(
         RowBalance(name="data files", rows_in=variants, rows_out=profile.rows),
         RowBalance(name="splits", rows_in=images, rows_out=sizes.total()),
     ]
-    checks += [quality.check_balance(balance) for balance in (*balances, *accounts)]
-    checks += [
-        quality.check_rejected_share(balance, bounds.rejected_warn, bounds.rejected_fail) for balance in balances
-    ]
-    checks.append(quality.check_invalid_share(variants - passed, variants, bounds.invalid_warn, bounds.invalid_fail))
-    checks.append(quality.check_ready_share(ready, variants, bounds.ready_warn, bounds.ready_fail))
+    checks += [rules.check_balance(balance) for balance in (*balances, *accounts)]
+    checks += [rules.check_rejected_share(balance, bounds.rejected_warn, bounds.rejected_fail) for balance in balances]
+    checks.append(rules.check_invalid_share(variants - passed, variants, bounds.invalid_warn, bounds.invalid_fail))
+    checks.append(rules.check_ready_share(ready, variants, bounds.ready_warn, bounds.ready_fail))
     if "class_id" in columns:
-        checks.append(quality.check_range("class_id", columns["class_id"], 0, classes - 1))
+        checks.append(rules.check_range("class_id", columns["class_id"], 0, classes - 1))
     if SCORE in columns:
-        checks.append(quality.check_range(SCORE, columns[SCORE], 0, 1))
+        checks.append(rules.check_range(SCORE, columns[SCORE], 0, 1))
     checks.append(_class_balance(config, class_counts))
-    checks.append(quality.check_leak(leaking_groups))
-    checks += quality.check_split_sizes(sizes, shares, essential=SPLITS[0])
-    checks.append(quality.check_stratification(CLASS, split_counts, shares))
+    checks.append(rules.check_leak(leaking_groups))
+    checks += rules.check_split_sizes(sizes, shares, essential=SPLITS[0])
+    checks.append(rules.check_stratification(CLASS, split_counts, shares))
     if previous is not None:
         checks += _against(previous, config, schema, profile, class_counts)
-    return quality.gate(checks)
+    return rules.gate(checks)
 
 
 def split_shares(config: ImageAugmentationConfig) -> dict[str, float]:
@@ -200,14 +198,14 @@ def _distinct_ids(class_ids: Mapping[str, int]) -> CheckResult:
         owners = Counter(class_ids.values())
         names = sorted(name for name, number in class_ids.items() if owners[number] > 1)
         message = f"{plural(len(names), 'class', 'classes')} share an id with another: {', '.join(names[:5])}."
-    return quality.at_most("unique", "class_id", shared, (0, 0), message)
+    return rules.at_most("unique", "class_id", shared, (0, 0), message)
 
 
 def _class_balance(config: ImageAugmentationConfig, counts: Mapping[str, int]) -> CheckResult:
     # A class of earlier versions that is left out on purpose isn't missed.
     judged = {name: count for name, count in counts.items() if count or not config.classes or name in config.classes}
     share = config.thresholds.balance_warn / max(len(judged), 1)
-    check = quality.check_class_balance(CLASS, sorted(judged.items()), share)
+    check = rules.check_class_balance(CLASS, sorted(judged.items()), share)
     intended = len(judged) > 1 or len(config.classes) == 1  # one class is a mistake unless somebody asked for it
     return check.model_copy(update={"verdict": "warn"}) if check.verdict == "fail" and intended else check
 
@@ -227,10 +225,10 @@ def _against(
             checks.append(_same_classes(previous.version, class_counts, before))
         # Counted by image: the variants of one are no independent witnesses of what chance does.
         now = _by_image(class_counts)
-        checks.append(quality.check_drift(CLASS, now, before, warn_above=warn_above, fail_above=fail_above))
+        checks.append(rules.check_drift(CLASS, now, before, warn_above=warn_above, fail_above=fail_above))
     if SCORE in previous.profile and SCORE in profile.partials:
         checks.append(
-            quality.check_drift(SCORE, profile, previous.profile[SCORE], warn_above=warn_above, fail_above=fail_above)
+            rules.check_drift(SCORE, profile, previous.profile[SCORE], warn_above=warn_above, fail_above=fail_above)
         )
     return checks
 
@@ -252,7 +250,7 @@ def _compatibility(previous: Manifest, config: ImageAugmentationConfig, schema: 
     changed = [name for name in ("format", "size", "mean", "std") if before[name] != now[name] and before["format"]]
     explained = {IMAGE: bool(changed), LABEL: label is not None}
     results = []
-    for check in quality.check_schema(
+    for check in rules.check_schema(
         {field.name: str(field.type) for field in schema}, {column.name: column.type for column in previous.columns}
     ):
         if check.verdict == "pass" or (changed and check.column == IMAGE):

@@ -14,13 +14,13 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from tasks.core import storage
-from tasks.core.errors import SourceError
-from tasks.core.manifest import InputFile, InputRecord
-from tasks.core.missing import DEFAULT, MissingValues, without
-from tasks.core.numerals import shortened
-from tasks.core.transient import is_transient
 from tasks.images.sources import as_frame, as_table, shown
+from tasks.io import storage
+from tasks.io.errors import SourceError
+from tasks.io.missing import DEFAULT, MissingValues, without
+from tasks.io.numerals import shortened
+from tasks.io.transient import is_transient
+from tasks.store.manifest import InputFile, InputRecord
 
 _TEXT = pa.string()
 LABELS = pa.schema([("row", pa.int64()), *((name, _TEXT) for name in ("image_id", "class_name", "group", "malformed"))])

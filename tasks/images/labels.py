@@ -31,9 +31,6 @@ from unicodedata import normalize
 import polars as pl
 import pyarrow as pa
 
-from tasks.core.errors import CorruptVersion, SourceError
-from tasks.core.manifest import RowBalance
-from tasks.core.numerals import plural
 from tasks.images.label_file import LABELS, labels_record, read_labels
 from tasks.images.sources import (
     LISTING,
@@ -46,6 +43,9 @@ from tasks.images.sources import (
     name_some,
     shown,
 )
+from tasks.io.errors import CorruptVersion, SourceError
+from tasks.io.numerals import plural
+from tasks.store.manifest import RowBalance
 
 __all__ = [
     "IMAGES",

@@ -10,18 +10,18 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks.core import layout
-from tasks.core.errors import CorruptVersion
-from tasks.core.hashing import stable_hash
-from tasks.core.manifest import FileEntry, Manifest
-from tasks.core.profile import TableProfile, merge_profiles, profile_table
-from tasks.core.stream import ParquetStream
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.draws import image_keys
 from tasks.images.duplicates import group_images
 from tasks.images.plan import ImagePlan, read_units
 from tasks.images.records import UnitNote, read_outcomes
 from tasks.images.split import SPLITS, split_images
+from tasks.io.errors import CorruptVersion
+from tasks.io.hashing import stable_hash
+from tasks.io.stream import ParquetStream
+from tasks.quality.profile import TableProfile, merge_profiles, profile_table
+from tasks.store import layout
+from tasks.store.manifest import FileEntry, Manifest
 
 BoolArray = npt.NDArray[np.bool_]
 Int8Array = npt.NDArray[np.int8]

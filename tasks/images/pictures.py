@@ -11,15 +11,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.core import layout, storage
-from tasks.core.manifest import FileEntry
-from tasks.core.report import DataTable, Picture
-from tasks.core.reservation import Reservation
 from tasks.images.charts import class_balance_chart, size_chart
 from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.images.decode import Decoded, Decoder
 from tasks.images.rows import decode_images
 from tasks.images.sheet import SheetRow, contact_sheet, reject_sheet, thumbnail
+from tasks.io import storage
+from tasks.report.report import DataTable, Picture
+from tasks.store import layout
+from tasks.store.manifest import FileEntry
+from tasks.store.reservation import Reservation
 
 UInt8Array = npt.NDArray[np.uint8]
 

@@ -23,15 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from tasks.core import layout, storage
-from tasks.core.cluster import cluster_cpus
-from tasks.core.conservation import check_equal
-from tasks.core.engine import Parts, mapped
-from tasks.core.errors import BalanceError, ConfigError
-from tasks.core.losses import losses_explained
-from tasks.core.manifest import ColumnSpec, FileEntry, RowBalance
-from tasks.core.profile import TableProfile
-from tasks.core.reservation import Reservation
+from tasks.engine.cluster import cluster_cpus
+from tasks.engine.jobs import Parts, mapped
+from tasks.engine.losses import losses_explained
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.duplicates import similar_pairs
 from tasks.images.originals import (
@@ -50,6 +44,13 @@ from tasks.images.records import UnitNote, finished_units
 from tasks.images.rows import rows_schema
 from tasks.images.split import SPLITS
 from tasks.images.stages import ImageJob, augment_again, augment_unit, resplit_unit, unlike_variants
+from tasks.io import storage
+from tasks.io.errors import BalanceError, ConfigError
+from tasks.quality.profile import TableProfile
+from tasks.store import layout
+from tasks.store.conservation import check_equal
+from tasks.store.manifest import ColumnSpec, FileEntry, RowBalance
+from tasks.store.reservation import Reservation
 
 PARTS_FROM = 200_000
 """Images from which on the search for near-duplicates is worth dividing."""

@@ -14,14 +14,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.core import layout, storage
-from tasks.core.errors import CorruptVersion
-from tasks.core.hashing import stable_hash
-from tasks.core.manifest import FileEntry, InputRecord, Manifest, RowBalance
-from tasks.core.missing import missing_values
-from tasks.core.provenance import job_digest, package_versions
-from tasks.core.reservation import Reservation
-from tasks.core.stream import ParquetStream
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.draws import image_keys
 from tasks.images.duplicates import group_images
@@ -29,6 +21,15 @@ from tasks.images.label_file import labels_record, read_labels
 from tasks.images.labels import Joined, assign_class_ids, join_labels
 from tasks.images.sources import content_groups, list_images
 from tasks.images.split import SPLITS, split_images
+from tasks.io import storage
+from tasks.io.errors import CorruptVersion
+from tasks.io.hashing import stable_hash
+from tasks.io.missing import missing_values
+from tasks.io.stream import ParquetStream
+from tasks.store import layout
+from tasks.store.manifest import FileEntry, InputRecord, Manifest, RowBalance
+from tasks.store.provenance import job_digest, package_versions
+from tasks.store.reservation import Reservation
 
 Int64Array = npt.NDArray[np.int64]
 

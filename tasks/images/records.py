@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.core import layout, storage
-from tasks.core.manifest import FileEntry
-from tasks.core.reservation import Reservation
 from tasks.images.fingerprint import SIGNATURE_BYTES
 from tasks.images.plan import ImagePlan
+from tasks.io import storage
+from tasks.store import layout
+from tasks.store.manifest import FileEntry
+from tasks.store.reservation import Reservation
 
 OUTCOMES = pa.schema(
     [

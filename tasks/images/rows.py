@@ -2,7 +2,7 @@
 
 How the picture is stored is the configuration's choice, and stands in its field's metadata:
 
-- uint8: a tensor column (`tasks.core.tensors`) of shape (3, size, size), as the transform gave it.
+- uint8: a tensor column (`tasks.io.tensors`) of shape (3, size, size), as the transform gave it.
 - float32: likewise, (x/255 − mean)/std of each channel.
 - jpeg, webp: a binary column; `decode_images` gives uint8 back. Their loss: 41 dB and 39 dB at quality 95.
 """
@@ -20,10 +20,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks.core.errors import ConfigError, InputError
-from tasks.core.tensors import is_tensor, tensor_array, tensor_field, to_numpy
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.scoring import ISSUES_TYPE, Scored
+from tasks.io.errors import ConfigError, InputError
+from tasks.io.tensors import is_tensor, tensor_array, tensor_field, to_numpy
 
 UInt8Array = npt.NDArray[np.uint8]
 AnyArray = npt.NDArray[Any]
@@ -122,7 +122,7 @@ def build_rows(
 def decode_images(rows: pa.Table | pa.RecordBatch, column: str = IMAGE) -> AnyArray:
     """Images of written rows, shape (n, 3, height, width): uint8, or float32 as it was normalised.
 
-    Tensors come as a read-only view where that is possible (`tasks.core.tensors.to_numpy`).
+    Tensors come as a read-only view where that is possible (`tasks.io.tensors.to_numpy`).
 
     Raises:
         InputError: no such column, one without images, or a value that is no image of its kind and shape.

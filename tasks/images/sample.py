@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tasks.core import layout, storage
-from tasks.core.errors import InputError
+from tasks.io import storage
+from tasks.io.errors import InputError
+from tasks.store import layout
 
 if TYPE_CHECKING:
     from PIL import Image as PIL_Image

@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tasks.core.errors import InputError
 from tasks.images.config import ImageThresholds
+from tasks.io.errors import InputError
 
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]

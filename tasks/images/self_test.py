@@ -22,14 +22,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tasks.core import injection, layout, storage
-from tasks.core.errors import InputError
-from tasks.core.faults import Faults, Sample, Trial, rarest
-from tasks.core.hashing import stable_hash
-from tasks.core.injection import BAD, DOUBLED
-from tasks.core.manifest import FaultResult, GateResult, Manifest, RowBalance
-from tasks.core.sampling import sample_rows
-from tasks.core.self_test import Fault
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.decode import Decoder, Rejection
 from tasks.images.gate import CLASS, SCORE, judge_images
@@ -37,6 +29,16 @@ from tasks.images.originals import grouped, leaking_groups, profile_variants, re
 from tasks.images.rows import rows_schema
 from tasks.images.scoring import Measured, score
 from tasks.images.split import SPLITS
+from tasks.io import storage
+from tasks.io.errors import InputError
+from tasks.io.hashing import stable_hash
+from tasks.quality import injection
+from tasks.quality.faults import Faults, Sample, Trial, rarest
+from tasks.quality.injection import BAD, DOUBLED
+from tasks.quality.sampling import sample_rows
+from tasks.quality.self_test import Fault
+from tasks.store import layout
+from tasks.store.manifest import FaultResult, GateResult, Manifest, RowBalance
 
 _COLUMNS = ("image_id", "content_xxh3", "height", "width", CLASS, "class_id", "split", "alike")
 _JUDGED = ("mean_score", "passed", "ready")

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from tasks.core.numerals import plural, shortened
-from tasks.core.plots import INK_COLOUR
 from tasks.images.charts import one_line, split_colours
+from tasks.io.numerals import plural, shortened
+from tasks.report.plots import INK_COLOUR
 
 if TYPE_CHECKING:
     from PIL import Image as PIL_Image

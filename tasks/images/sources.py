@@ -28,12 +28,12 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from tasks.core import storage
-from tasks.core.errors import SourceError
-from tasks.core.location import odd_key
-from tasks.core.manifest import InputFile, InputRecord
-from tasks.core.numerals import plural
-from tasks.core.transient import is_transient
+from tasks.io import storage
+from tasks.io.errors import SourceError
+from tasks.io.location import odd_key
+from tasks.io.numerals import plural
+from tasks.io.transient import is_transient
+from tasks.store.manifest import InputFile, InputRecord
 
 Int64Array = npt.NDArray[np.int64]
 

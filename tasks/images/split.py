@@ -35,8 +35,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tasks.core.errors import ConfigError
-from tasks.core.hashing import stable_hash
+from tasks.io.errors import ConfigError
+from tasks.io.hashing import stable_hash
 
 UInt64Array = npt.NDArray[np.uint64]
 Int64Array = npt.NDArray[np.int64]

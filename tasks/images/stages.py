@@ -21,13 +21,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from tasks.core import layout, storage
-from tasks.core.errors import SourceError
-from tasks.core.manifest import FileEntry
-from tasks.core.reservation import Reservation
-from tasks.core.stream import ParquetStream
-from tasks.core.tensors import parquet_settings
-from tasks.core.transient import is_transient
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.decode import Decoded, Decoder, Rejection
 from tasks.images.engines import Engine, UInt8Array, make_engine
@@ -39,6 +32,14 @@ from tasks.images.rows import Originals, build_rows, decode_images, rows_schema
 from tasks.images.scoring import Scored, score
 from tasks.images.sources import REJECTED_IMAGES
 from tasks.images.split import SPLITS
+from tasks.io import storage
+from tasks.io.errors import SourceError
+from tasks.io.stream import ParquetStream
+from tasks.io.tensors import parquet_settings
+from tasks.io.transient import is_transient
+from tasks.store import layout
+from tasks.store.manifest import FileEntry
+from tasks.store.reservation import Reservation
 
 IMAGES_AT_ONCE = 32
 """Images that are drawn, judged and written together; a row group of a file."""

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tasks.core.errors import ConfigError
-from tasks.core.settings import load_object
 from tasks.images import colours
 from tasks.images.config import Augmentation
 from tasks.images.draws import Draws, policy_seeds, window
+from tasks.io.errors import ConfigError
+from tasks.store.settings import load_object
 
 if TYPE_CHECKING:
     from torch import Tensor

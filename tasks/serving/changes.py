@@ -13,18 +13,18 @@ from typing import Literal
 
 import polars as pl
 
-from tasks.core import layout
-from tasks.core.errors import DefinitionError, VersionNotFound
-from tasks.core.manifest import Manifest
-from tasks.core.names import closest
-from tasks.core.numerals import plural
-from tasks.core.reading import list_datasets, live_manifests, resolve
 from tasks.features.definitions import Definitions, EventSource, FeatureGroup
 from tasks.features.digests import feature_digests
 from tasks.features.kernel import evaluate
 from tasks.features.rows import TIME
-from tasks.serving.catalogue import feature_names
-from tasks.serving.definition import ALL, FeatureReference, Model
+from tasks.io.errors import DefinitionError, VersionNotFound
+from tasks.io.names import closest
+from tasks.io.numerals import plural
+from tasks.store import layout
+from tasks.store.catalogue import feature_names
+from tasks.store.manifest import Manifest
+from tasks.store.reading import list_datasets, live_manifests, resolve
+from tasks.training_sets.definition import ALL, FeatureReference, Model
 
 Status = Literal["new", "unchanged", "changed", "undeclared"]
 _MOMENT = dt.datetime(2000, 1, 1, tzinfo=dt.UTC)

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tasks.core.drift import population_stability_index
-from tasks.core.manifest import ColumnProfile, Manifest
-from tasks.core.own_columns import AS_OF, CREATED, VERSION
 from tasks.features.digests import feature_digests
-from tasks.serving.catalogue import declarations
+from tasks.quality.drift import population_stability_index
+from tasks.store.catalogue import declarations
+from tasks.store.manifest import ColumnProfile, Manifest
+from tasks.store.own_columns import AS_OF, CREATED, VERSION
 
 Counts = npt.NDArray[np.int64]
 

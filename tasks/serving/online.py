@@ -24,14 +24,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tasks.core import layout, storage
-from tasks.core.disk import MIB
-from tasks.core.errors import DefinitionError
-from tasks.core.manifest import Manifest
-from tasks.core.names import closest
-from tasks.core.partition import bucket_of
-from tasks.core.reading import data_files, explained, open_data
+from tasks.engine.partition import bucket_of
 from tasks.features.keys import read_keys
+from tasks.io import storage
+from tasks.io.disk import MIB
+from tasks.io.errors import DefinitionError
+from tasks.io.names import closest
+from tasks.store import layout
+from tasks.store.manifest import Manifest
+from tasks.store.reading import data_files, explained, open_data
 
 CACHE_BYTES = 256 * MIB
 

@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any, cast
 import polars as pl
 import pyarrow as pa
 
-from tasks.core import layout
-from tasks.core.errors import ConfigError, DefinitionError, InputError, VersionConflict, VersionNotFound
-from tasks.core.manifest import Manifest
-from tasks.core.names import closest
-from tasks.core.own_columns import AS_OF
-from tasks.core.reading import data_files, opened
 from tasks.features.keys import read_keys
-from tasks.serving.catalogue import feature_names, newest
-from tasks.serving.freshness import expired, moment_of, time_to_live
+from tasks.io.errors import ConfigError, DefinitionError, InputError, VersionConflict, VersionNotFound
+from tasks.io.names import closest
+from tasks.store import layout
+from tasks.store.catalogue import feature_names, newest
+from tasks.store.manifest import Manifest
+from tasks.store.own_columns import AS_OF
+from tasks.store.reading import data_files, opened
+from tasks.training_sets.freshness import expired, moment_of, time_to_live
 
 if TYPE_CHECKING:
     from redis import Redis

@@ -12,17 +12,17 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.types as pt
 
-from tasks.core import storage
-from tasks.core.errors import DefinitionError, InputError, SourceError
-from tasks.core.names import closest
-from tasks.core.own_columns import EVENT_TIME
-from tasks.core.partition import bucket_of
+from tasks.engine.partition import bucket_of
 from tasks.features.keys import read_keys
-from tasks.serving.asof import join_asof
-from tasks.serving.canary import plant
-from tasks.serving.definition import ALL, FeatureReference, Pin
-from tasks.serving.freshness import STATUS, statuses, time_to_live
-from tasks.serving.history import TIME, History, read_bucket, resolve_history
+from tasks.io import storage
+from tasks.io.errors import DefinitionError, InputError, SourceError
+from tasks.io.names import closest
+from tasks.store.own_columns import EVENT_TIME
+from tasks.training_sets.asof import join_asof
+from tasks.training_sets.canary import plant
+from tasks.training_sets.definition import ALL, FeatureReference, Pin
+from tasks.training_sets.freshness import STATUS, statuses, time_to_live
+from tasks.training_sets.history import TIME, History, read_bucket, resolve_history
 
 BUCKETS = 16
 """Pieces that are read and joined one by one: what is in memory is a sixteenth of the history for each thread."""

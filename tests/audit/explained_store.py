@@ -17,7 +17,7 @@ import yaml
 from flows.feature_store import feature_store
 from flows.image_augmentation import image_augmentation
 from flows.training_delivery import training_delivery
-from tasks import commands
+from tasks.cli import commands
 from tasks.delivery.config import DeliveryConfig, TrainingConfig
 from tasks.features.config import FeatureStoreConfig
 from tasks.images.config import Augmentation, ImageAugmentationConfig

@@ -13,11 +13,6 @@ import pyarrow.parquet as pq
 import yaml
 
 from tasks import feature_store, image_augmentation, training_delivery, training_sets
-from tasks.core import layout, storage, versions
-from tasks.core.manifest import FileEntry, GateResult, Manifest, RunRecord
-from tasks.core.reservation import reserve
-from tasks.core.tensors import parquet_settings
-from tasks.core.times import expand
 from tasks.delivery.config import DeliveryConfig, TrainingConfig
 from tasks.delivery.pipeline import write_streaming_ready
 from tasks.delivery.source import find_source
@@ -30,9 +25,15 @@ from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.images.pipeline import augment_images
 from tasks.images.plan import plan_images
 from tasks.images.sample import write_sample as write_images
-from tasks.serving.loading import load_models
-from tasks.serving.pipeline import build_training_set
-from tasks.serving.plan import plan_training_set
+from tasks.io import storage
+from tasks.io.tensors import parquet_settings
+from tasks.io.times import expand
+from tasks.store import layout, versions
+from tasks.store.manifest import FileEntry, GateResult, Manifest, RunRecord
+from tasks.store.reservation import reserve
+from tasks.training_sets.loading import load_models
+from tasks.training_sets.pipeline import build_training_set
+from tasks.training_sets.plan import plan_training_set
 
 CUSTOMERS, PRODUCTS = "feature-store/customer-features", "feature-store/product-features"
 CHURN, DEMAND = (layout.training_ready_dataset(model) for model in ("churn", "demand"))

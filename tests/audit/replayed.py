@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tasks import commands
+from tasks.cli import commands
 from tests.audit.replay_store import Store, make_store
 
 ALL = 1_000_000

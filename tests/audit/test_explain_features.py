@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
-from tasks import commands
-from tasks.core import storage, versions
-from tasks.core.hashing import stable_hash
-from tasks.core.withdrawal import withdraw
+from tasks.cli import commands
+from tasks.io import storage
+from tasks.io.hashing import stable_hash
+from tasks.store import versions
+from tasks.store.withdrawal import withdraw
 from tests.audit.explained_store import Store, explained, facts, refused, rows
 
 GROUP = "customer-features"

@@ -13,10 +13,10 @@ import xxhash
 from PIL import Image
 
 from tasks.audit.explain_image import drawn_rows
-from tasks.core import versions
 from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.images.draws import Draws
 from tasks.images.rows import decode_images
+from tasks.store import versions
 from tests.audit.explained_store import Store, explained, facts, refused, rows
 from tests.images.oracle import reference_variant
 

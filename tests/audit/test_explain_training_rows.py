@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tasks.core import layout, storage, versions
-from tasks.core.manifest import GateResult
-from tasks.core.report import Report
-from tasks.delivery.stream import TrainingStream
+from tasks.io import storage
+from tasks.loader.stream import TrainingStream
+from tasks.report.report import Report
+from tasks.store import layout, versions
+from tasks.store.manifest import GateResult
 from tests.audit.explained_store import Store, explained, facts, refused, rows
 from tests.audit.test_explain_features import events
 

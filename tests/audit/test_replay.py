@@ -11,12 +11,13 @@ import polars as pl
 import pytest
 
 from tasks.audit.replaying import ALARM
-from tasks.core import layout, storage
-from tasks.core.own_columns import QUALITY
 from tasks.delivery.keys import random_keys
 from tasks.features.kernel import aggregate
 from tasks.images.draws import Draws, draw
-from tasks.serving.asof import join_asof
+from tasks.io import storage
+from tasks.store import layout
+from tasks.store.own_columns import QUALITY
+from tasks.training_sets.asof import join_asof
 from tests.audit.replay_store import (
     CHURN,
     COPY,
@@ -175,7 +176,8 @@ def _broken_features(patch: pytest.MonkeyPatch) -> None:
 
 
 def _broken_join(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("tasks.serving.stages.join_asof", lambda *rows, **how: join_asof(*rows, **how | {"strict": True}))
+    strict = {"strict": True}
+    patch.setattr("tasks.training_sets.stages.join_asof", lambda *rows, **how: join_asof(*rows, **how | strict))
 
 
 def _broken_draws(patch: pytest.MonkeyPatch) -> None:

@@ -13,13 +13,13 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from tasks import commands
 from tasks.audit.replay_rows import choose, differences, same
 from tasks.audit.replaying import ALARM
-from tasks.core import storage
-from tasks.core.withdrawal import withdraw
+from tasks.cli import commands
 from tasks.delivery.config import DeliveryConfig, TrainingConfig
 from tasks.images.fingerprint import perceptual_hash
+from tasks.io import storage
+from tasks.store.withdrawal import withdraw
 from tests.audit.replay_store import (
     CHURN,
     COPY,

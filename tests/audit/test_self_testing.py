@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from tasks import commands
-from tasks.core import storage
-from tasks.core.errors import InputError
-from tasks.core.manifest import FileEntry, Manifest
+from tasks.cli import commands
 from tasks.features.config import FeatureStoreConfig, Thresholds
 from tasks.images.rows import rows_schema
+from tasks.io import storage
+from tasks.io.errors import InputError
+from tasks.store.manifest import FileEntry, Manifest
 from tests.features import test_self_test as features
 from tests.images import test_self_test as images
-from tests.serving import test_self_test as serving
+from tests.training_sets import test_self_test as serving
 
 LAX = FeatureStoreConfig(thresholds=Thresholds(null_warn=1, null_fail=1))
 

@@ -13,13 +13,13 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from tasks.core import layout
-from tasks.core.manifest import GateResult
-from tasks.core.reservation import reserve
 from tasks.delivery.gate import judge_copy
 from tasks.delivery.pipeline import write_streaming_ready
 from tasks.delivery.source import find_source
 from tasks.delivery.stages import StreamingReady
+from tasks.store import layout
+from tasks.store.manifest import GateResult
+from tasks.store.reservation import reserve
 from tests.bad_input.shop import Table
 from tests.bad_input.training_sets import read
 from tests.delivery.sources import FEATURES, configured, publish, read_samples

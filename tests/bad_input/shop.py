@@ -15,15 +15,17 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.core import engine, layout, storage
-from tasks.core.manifest import FileEntry, GateResult, RowBalance
-from tasks.core.reservation import reserve
+from tasks.engine import jobs
 from tasks.features import pipeline
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.gate import judge_group
 from tasks.features.pipeline import ComputedGroup, compute_groups
 from tasks.features.plan import plan_features, with_uris
 from tasks.features.standard import STANDARD
+from tasks.io import storage
+from tasks.store import layout
+from tasks.store.manifest import FileEntry, GateResult, RowBalance
+from tasks.store.reservation import reserve
 
 Table = dict[str, Any]
 Files = Mapping[str, "bytes | str | Table | pa.Table"]
@@ -178,22 +180,20 @@ def written(group: ComputedGroup, file: FileEntry) -> io.BytesIO:
 def here_and_now(patch: Any) -> None:
     """Let the job's tasks run one after another in this process, packed and unpacked as between processes."""
 
-    def shuffle(
-        parts: engine.Parts, buckets: int, scatter: Any, gather: Any, **settings: Any
-    ) -> engine.Shuffled[Any, Any]:
+    def shuffle(parts: jobs.Parts, buckets: int, scatter: Any, gather: Any, **settings: Any) -> jobs.Shuffled[Any, Any]:
         keys, typed = [0], settings["typed"]
-        sent = [engine._sent(unit, *scatter(unit), keys, with_empty=unit in typed) for unit in range(parts.count)]
-        done = pa.concat_tables(engine._gathered(pa.concat_tables(sent), gather))
-        return engine._added_up(
-            iter(engine._without_data(done).to_pylist()),
+        sent = [jobs._sent(unit, *scatter(unit), keys, with_empty=unit in typed) for unit in range(parts.count)]
+        done = pa.concat_tables(jobs._gathered(pa.concat_tables(sent), gather))
+        return jobs._added_up(
+            iter(jobs._without_data(done).to_pylist()),
             done,
             (parts.count, buckets, settings["lanes"]),
             settings.get("on_note", lambda _: None),
             settings["on_summary"],
         )
 
-    def mapped(parts: engine.Parts, function: Any, **_: Any) -> Iterator[Any]:
-        return (function(*item) for item in engine._items(parts.tables))
+    def mapped(parts: jobs.Parts, function: Any, **_: Any) -> Iterator[Any]:
+        return (function(*item) for item in jobs._items(parts.tables))
 
     patch.setattr(pipeline, "shuffle", shuffle)
     patch.setattr(pipeline, "mapped", mapped)

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flows.training_delivery import training_delivery
-from tasks.core import versions
-from tasks.core.errors import ConfigError, GateFailed, PipelineError, VersionNotFound
 from tasks.delivery.config import DeliveryConfig, TrainingConfig
 from tasks.delivery.source import find_source
+from tasks.io.errors import ConfigError, GateFailed, PipelineError, VersionNotFound
 from tasks.retries import worth_retrying
+from tasks.store import versions
 from tests.bad_input.deliveries import ROWS, deliver, table
 from tests.delivery.sources import FEATURES, configured, publish
 from tests.tables import Proven

@@ -23,19 +23,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from tasks.command_line import parse_arguments
-from tasks.core.errors import ConfigError, CorruptVersion, DefinitionError, PipelineError, SourceError
-from tasks.core.reservation import Attempt, parse_manifest
-from tasks.core.withdrawal import Withdrawal, parse_withdrawals
+from tasks.cli.command_line import parse_arguments
 from tasks.delivery.config import DeliveryConfig
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.loading import load_definitions
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.jpeg_header import JpegHeader, read_jpeg_header
 from tasks.images.label_file import LABELS, read_labels
-from tasks.serving.loading import load_models
-from tests.core.publishing import DATASET, publish
+from tasks.io.errors import ConfigError, CorruptVersion, DefinitionError, PipelineError, SourceError
+from tasks.store.reservation import Attempt, parse_manifest
+from tasks.store.withdrawal import Withdrawal, parse_withdrawals
+from tasks.training_sets.loading import load_models
 from tests.images.test_decode import encoded, scene
+from tests.store.publishing import DATASET, publish
 
 FACTOR = int(os.environ.get("FUZZ_FACTOR", "20"))
 QUICK = 60
@@ -238,7 +238,7 @@ def test_manifests(manifest: bytes, data: st.DataObject) -> None:
 @quick(100)
 @given(data=st.data())
 def test_reservations_and_withdrawals(data: st.DataObject) -> None:
-    from tasks.core import reservation
+    from tasks.store import reservation
 
     owner = {"host": "h", "boot_id": "b", "pid": 1, "process_start": "1"}
     when = "2026-01-01T00:00:00Z"

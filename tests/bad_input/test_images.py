@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from tasks.core import storage
 from tasks.images.decode import Decoded, Decoder, Rejection
 from tasks.images.jpeg_header import read_jpeg_header
 from tasks.images.sources import list_images
 from tasks.images.stages import expected_size
+from tasks.io import storage
 from tests.images.test_decode import encoded, png, reference, scene
 from tests.tables import Proven
 

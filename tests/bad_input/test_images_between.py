@@ -10,13 +10,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.core import layout
-from tasks.core.errors import SourceError
-from tasks.core.reservation import reserve
 from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.images.plan import plan_images
 from tasks.images.records import UnitNote
 from tasks.images.stages import ImageJob, augment_unit
+from tasks.io.errors import SourceError
+from tasks.store import layout
+from tasks.store.reservation import reserve
 from tests.images.test_decode import encoded, scene
 from tests.tables import Proven
 

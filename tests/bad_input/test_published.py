@@ -19,16 +19,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.core import layout, storage, versions
-from tasks.core.errors import ConfigError, CorruptVersion, PipelineError
 from tasks.delivery.config import DeliveryConfig
-from tasks.delivery.mapped import MappedFile
-from tasks.delivery.shards import open_version
 from tasks.delivery.source import check_digests, find_source, read_units
-from tasks.delivery.stream import TrainingStream
-from tests.core.publishing import DATASET, publish
+from tasks.io import storage
+from tasks.io.errors import ConfigError, CorruptVersion, PipelineError
+from tasks.loader.mapped import MappedFile
+from tasks.loader.shards import open_version
+from tasks.loader.stream import TrainingStream
+from tasks.store import layout, versions
 from tests.delivery.making import damage, image_version, table_version
 from tests.delivery.sources import FEATURES, IMAGES, configured, publish_customers, publish_pictures
+from tests.store.publishing import DATASET, publish
 from tests.tables import Proven
 
 FLOW, COMMIT = "training-delivery", "publishing"
@@ -251,7 +252,7 @@ def test_a_job_on_a_changed_source_publishes_nothing(tmp_path: Path, proven: Pro
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_changed_sample_reaches_neither_a_stream_nor_ray(tmp_path: Path, proven: Proven) -> None:
-    from tasks.delivery.dataset import read_version
+    from tasks.loader.dataset import read_version
 
     version = image_version(str(tmp_path), 20)
     path = "split=train/part-00000-a1.parquet"
@@ -288,7 +289,7 @@ def test_a_changed_file_of_s3_is_noticed_as_it_is_fetched(s3_root: str, tmp_path
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_shard_that_is_gone_is_named_by_every_reader(tmp_path: Path, proven: Proven) -> None:
-    from tasks.delivery.dataset import read_version
+    from tasks.loader.dataset import read_version
 
     version = table_version(str(tmp_path), 30, 30)
     name = "split=train/part-00001-a1.parquet"
@@ -360,7 +361,7 @@ def test_files_that_no_manifest_lists_are_nobodys(tmp_path: Path, proven: Proven
 
 @pytest.mark.parametrize("harm", ["gone", "cut", "swapped"])
 def test_the_feature_store_says_what_is_wrong(tmp_path: Path, harm: str, proven: Proven) -> None:
-    from tasks.serving.store import FeatureStore
+    from tasks.serving.feature_store import FeatureStore
 
     publish_customers(str(tmp_path), rows=60, files=1, row_group=60)
     path = place(tmp_path, FEATURES) / "part-00000-a1.parquet"

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.core.errors import SourceError
+from tasks.io.errors import SourceError
 from tasks.retries import worth_retrying
 from tests.bad_input.shop import ROWS, Files, Made, customers, here_and_now, make, products, put, transactions
 from tests.tables import Proven

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from flows.feature_store import feature_store
-from tasks.core.errors import GateFailed, SourceError
 from tasks.features.config import FeatureStoreConfig
+from tasks.io.errors import GateFailed, SourceError
 from tests.bad_input.shop import AS_OF, csv, put, transactions
 from tests.runs import Run, assert_nothing_published, assert_whole
 from tests.tables import Proven

@@ -13,11 +13,11 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from tasks.core.errors import InputError, SourceError, VersionNotFound
-from tasks.core.own_columns import EVENT_TIME, TARGET
 from tasks.features.standard import STANDARD, TRANSACTIONS
+from tasks.io.errors import InputError, SourceError, VersionNotFound
 from tasks.retries import worth_retrying
-from tasks.serving.definition import Label
+from tasks.store.own_columns import EVENT_TIME, TARGET
+from tasks.training_sets.definition import Label
 from tests.bad_input import training_sets
 from tests.bad_input.shop import csv, put, transactions
 from tests.bad_input.training_sets import DAY, ROWS, Joined, join, spine

@@ -14,17 +14,18 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.core import layout, storage
-from tasks.core.manifest import GateResult
-from tasks.core.own_columns import EVENT_TIME, TARGET
-from tasks.core.reservation import reserve
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Definitions
 from tasks.features.standard import STANDARD
-from tasks.serving.definition import FeatureReference, Label, Model, SpineSource
-from tasks.serving.gate import judge_training_set
-from tasks.serving.pipeline import ComputedSet, build_training_set
-from tasks.serving.plan import plan_training_set
+from tasks.io import storage
+from tasks.store import layout
+from tasks.store.manifest import GateResult
+from tasks.store.own_columns import EVENT_TIME, TARGET
+from tasks.store.reservation import reserve
+from tasks.training_sets.definition import FeatureReference, Label, Model, SpineSource
+from tasks.training_sets.gate import judge_training_set
+from tasks.training_sets.pipeline import ComputedSet, build_training_set
+from tasks.training_sets.plan import plan_training_set
 from tests.bad_input.shop import Files, Table, put
 from tests.serving.feature_versions import DAY, customers, days, publish_features
 

@@ -27,12 +27,13 @@ import pyarrow.parquet as pq
 import xxhash
 from PIL import Image
 
-from tasks.core import layout, storage, versions
-from tasks.core.hashing import stable_hash
-from tasks.core.manifest import ColumnSpec, FileEntry, GateResult, Manifest, RowBalance, RunRecord
-from tasks.core.reservation import Reservation
-from tasks.core.stream import ParquetStream
-from tasks.core.tensors import parquet_settings, tensor_array, tensor_field, to_numpy
+from tasks.io import storage
+from tasks.io.hashing import stable_hash
+from tasks.io.stream import ParquetStream
+from tasks.io.tensors import parquet_settings, tensor_array, tensor_field, to_numpy
+from tasks.store import layout, versions
+from tasks.store.manifest import ColumnSpec, FileEntry, GateResult, Manifest, RowBalance, RunRecord
+from tasks.store.reservation import Reservation
 
 Arrays = dict[str, npt.NDArray[Any]]
 

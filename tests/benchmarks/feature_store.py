@@ -27,15 +27,16 @@ import duckdb
 import polars as pl
 
 from tasks import feature_store
-from tasks.core import cluster, versions
-from tasks.core.manifest import GateResult, Manifest, RunRecord
-from tasks.core.reservation import reserve
+from tasks.engine import cluster
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import FeatureGroup
 from tasks.features.incremental import with_state
 from tasks.features.pipeline import ComputedGroup, compute_groups
 from tasks.features.plan import plan_features, with_uris
 from tasks.features.standard import CUSTOMER_FEATURES, PRODUCT_FEATURES, STANDARD
+from tasks.store import versions
+from tasks.store.manifest import GateResult, Manifest, RunRecord
+from tasks.store.reservation import reserve
 from tests.benchmarks.data import transactions
 from tests.benchmarks.turns import GIB, Side, median, ratio, round_name, scratch, take_turns, timed_with_memory
 

@@ -65,12 +65,12 @@ class Law:
 
 def features(directory: Path, rows: int, *, files: int = 8, buckets: int = 8, columns: int = 0, times: int = 1) -> Work:
     """Both standard groups, or one with many numeric columns, of some rows in some files."""
-    from tasks.core.reservation import reserve
     from tasks.features.config import FeatureStoreConfig
     from tasks.features.definitions import Definitions, FeatureGroup
     from tasks.features.pipeline import compute_groups
     from tasks.features.plan import plan_features, with_uris
     from tasks.features.standard import STANDARD
+    from tasks.store.reservation import reserve
 
     source = cut(transactions(directory, rows), files)
     definitions = STANDARD
@@ -111,11 +111,11 @@ def images(directory: Path, count: int) -> Work:
     """Small pictures of one class in units of 16, one variant each."""
     from PIL import Image
 
-    from tasks.core.layout import image_dataset
-    from tasks.core.reservation import reserve
     from tasks.images.config import Augmentation, ImageAugmentationConfig
     from tasks.images.pipeline import augment_images
     from tasks.images.plan import plan_images
+    from tasks.store.layout import image_dataset
+    from tasks.store.reservation import reserve
 
     source = directory / f"small-pictures-{count}" / "things"
     if not source.exists():
@@ -143,8 +143,8 @@ def images(directory: Path, count: int) -> Work:
 
 def versions(directory: Path, count: int) -> Work:
     """Three publishes and a look at the latest version, in a dataset that has some versions already."""
-    from tasks.core import versions as store
-    from tests.core.publishing import publish
+    from tasks.store import versions as store
+    from tests.store.publishing import publish
 
     root = directory / f"versions-{count}"
     if not root.exists():
@@ -164,9 +164,9 @@ def versions(directory: Path, count: int) -> Work:
 def versions_on_s3(_: Path, count: int) -> Work:
     """A publish, a look at the latest version and a reader's refresh, in a dataset on S3 that has some versions."""
     from tests.conftest import new_bucket
-    from tests.core.publishing import publish
-    from tests.core.test_version_index import requests
     from tests.s3 import ENVIRONMENT, s3_endpoint
+    from tests.store.publishing import publish
+    from tests.store.test_version_index import requests
 
     if "AWS_ENDPOINT_URL" not in os.environ:
         server = contextlib.ExitStack()
@@ -196,7 +196,7 @@ def labels(directory: Path, rows: int) -> Work:
 
 def shards(directory: Path, count: int) -> Work:
     """A stream over a split in some shards of one block, opened, and its first batch."""
-    from tasks.delivery.stream import TrainingStream
+    from tasks.loader.stream import TrainingStream
     from tests.benchmarks.delivery_data import BLOCK, TABLES, Source, write
 
     source = Source(TABLES, count * BLOCK, directory / f"shards-{count}", most_files=count, chunk=BLOCK)
@@ -268,7 +268,7 @@ def measure(name: str, size: int, directory: Path) -> dict[str, float]:
     """Run one size in this process."""
     import ray
 
-    from tasks.core import cluster
+    from tasks.engine import cluster
 
     law = LAWS[name]
     work = law.prepare(directory, size)

@@ -50,11 +50,11 @@ def run_flow(source: Path, target: Path) -> tuple[Seconds, Seconds]:
         Seconds of each part, one after the other; seconds of each stage of 'augment and write', of all workers.
 
     """
-    from tasks.core import layout
-    from tasks.core.reservation import reserve
     from tasks.images.config import ImageAugmentationConfig
     from tasks.images.pipeline import augment_images
     from tasks.images.plan import plan_images
+    from tasks.store import layout
+    from tasks.store.reservation import reserve
 
     config = ImageAugmentationConfig(
         evaluation="augmented",
@@ -75,7 +75,7 @@ def run_flow(source: Path, target: Path) -> tuple[Seconds, Seconds]:
 
 def connect() -> None:
     """Start Ray with as many CPUs as each side has, and say how long it took."""
-    from tasks.core import cluster
+    from tasks.engine import cluster
 
     started = time.perf_counter()
     cluster.connect(num_cpus=PROCESSES, object_store_memory=GIB)

@@ -112,7 +112,7 @@ def _join(task: Task, port: int) -> None:
 
 def ours(task: Task, normalise: bool = False) -> Epochs:
     """The stream; the samples that fill its last batch up are left out again."""
-    from tasks.delivery.stream import TrainingStream
+    from tasks.loader.stream import TrainingStream
 
     stream = TrainingStream(
         str(task.source.version),
@@ -217,8 +217,8 @@ def ray_data(source: Source, form: str, batch: int, world: int, shuffle: bool = 
 
     import ray
 
-    from tasks.core import cluster
-    from tasks.core.tensors import as_fixed_shape_tensors
+    from tasks.engine import cluster
+    from tasks.io.tensors import as_fixed_shape_tensors
 
     os.environ |= cluster.worker_env()
     ray.init(**cluster.init_options(num_cpus=LOADER_PROCESSES), log_to_driver=False)

@@ -17,10 +17,10 @@ import numpy as np
 import polars as pl
 import s3fs
 
-from tasks.core import storage
-from tasks.core.manifest import Manifest
+from tasks.io import storage
+from tasks.serving.feature_store import FeatureStore
 from tasks.serving.online import Lookup
-from tasks.serving.store import FeatureStore
+from tasks.store.manifest import Manifest
 from tests.benchmarks.turns import machine
 from tests.s3 import ENVIRONMENT, s3_endpoint
 from tests.serving.feature_versions import DAY, ENTITY, GROUP, publish_features

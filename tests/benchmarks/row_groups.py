@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from tasks.core.tensors import to_numpy
+from tasks.io.tensors import to_numpy
 
 Array = npt.NDArray[Any]
 Share = tuple[int, int]

@@ -21,14 +21,14 @@ import numpy as np
 import polars as pl
 import ray
 
-from tasks.core.cluster import connect
-from tasks.core.own_columns import EVENT_TIME, TARGET
-from tasks.core.reservation import reserve
+from tasks.engine.cluster import connect
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.standard import STANDARD
-from tasks.serving.definition import FeatureReference, Model, SpineSource
-from tasks.serving.pipeline import bucket_count, build_training_set
-from tasks.serving.plan import TrainingSetPlan, plan_training_set
+from tasks.store.own_columns import EVENT_TIME, TARGET
+from tasks.store.reservation import reserve
+from tasks.training_sets.definition import FeatureReference, Model, SpineSource
+from tasks.training_sets.pipeline import bucket_count, build_training_set
+from tasks.training_sets.plan import TrainingSetPlan, plan_training_set
 from tests.benchmarks.turns import GIB, Side, machine, median, ratio, scratch, take_turns, timed_with_memory
 from tests.serving.feature_versions import DAY, ENTITY, GROUP, publish_features
 

@@ -13,12 +13,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from tasks.core import storage, versions
-from tasks.core.hashing import stable_hash
-from tasks.core.layout import join, split_directory
-from tasks.core.manifest import ColumnSpec, GateResult, Manifest, RowBalance, RunRecord
-from tasks.core.stream import ParquetStream
-from tasks.core.tensors import parquet_settings, tensor_array, tensor_field
+from tasks.io import storage
+from tasks.io.hashing import stable_hash
+from tasks.io.stream import ParquetStream
+from tasks.io.tensors import parquet_settings, tensor_array, tensor_field
+from tasks.store import versions
+from tasks.store.layout import join, split_directory
+from tasks.store.manifest import ColumnSpec, GateResult, Manifest, RowBalance, RunRecord
 
 DATASET = "training-datasets/streaming-ready/toys"
 FEATURES = 3

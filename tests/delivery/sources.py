@@ -13,12 +13,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.core import layout, storage, versions
-from tasks.core.manifest import ColumnSpec, FileEntry, GateResult, Manifest, RowBalance, RunRecord
-from tasks.core.reservation import reserve
-from tasks.core.tensors import parquet_settings, tensor_array, tensor_field, to_numpy
-from tasks.delivery.blocks import LABEL, SAMPLE_ID, SIZE
 from tasks.delivery.config import DeliveryConfig
+from tasks.io import storage
+from tasks.io.tensors import parquet_settings, tensor_array, tensor_field, to_numpy
+from tasks.loader.blocks import LABEL, SAMPLE_ID, SIZE
+from tasks.store import layout, versions
+from tasks.store.manifest import ColumnSpec, FileEntry, GateResult, Manifest, RowBalance, RunRecord
+from tasks.store.reservation import reserve
 
 FEATURES = "feature-store/customer-features"
 IMAGES = "training-datasets/images"

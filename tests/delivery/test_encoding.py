@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.core.errors import ConfigError
-from tasks.core.profile import merge_profiles
 from tasks.delivery.columns import MOST_VALUES, is_missing, numbers, profile_features
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.encoding import Encoder, fit_encoder
+from tasks.io.errors import ConfigError
+from tasks.quality.profile import merge_profiles
 from tests.delivery.sources import customers
 
 COLUMNS = ("visits", "spent", "member", "city")

@@ -9,12 +9,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from tasks.core.manifest import CheckResult, GateResult, Manifest, RowBalance, RunRecord
-from tasks.core.reservation import Reservation
 from tasks.delivery.columns import profile_features
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.gate import judge_copy
 from tasks.delivery.stages import StreamingReady
+from tasks.store.manifest import CheckResult, GateResult, Manifest, RowBalance, RunRecord
+from tasks.store.reservation import Reservation
 
 
 def definition(**changes: Any) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.core.hashing import stable_hash
 from tasks.delivery.keys import (
     Repeats,
     bucket_of,
@@ -21,6 +20,7 @@ from tasks.delivery.keys import (
     sample_keys,
     split_entities,
 )
+from tasks.io.hashing import stable_hash
 
 
 def test_the_id_of_a_sample_with_one_key_is_the_keys_hash() -> None:

@@ -9,10 +9,10 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from tasks.core.errors import ConfigError, InputError
-from tasks.core.sketch import TopValues
 from tasks.delivery.columns import profile_features
 from tasks.delivery.label import Label, fit_label, label_counts
+from tasks.io.errors import ConfigError, InputError
+from tasks.quality.sketch import TopValues
 
 
 def column(values: list[Any], kind: pa.DataType | None = None) -> pa.Table:

@@ -10,17 +10,18 @@ import numpy.typing as npt
 import pyarrow as pa
 import pytest
 
-from tasks.core import engine, layout, versions
-from tasks.core.errors import BalanceError, ConfigError, CorruptVersion
-from tasks.core.hashing import stable_hash
-from tasks.core.manifest import GateResult, Manifest, RunRecord
-from tasks.core.reservation import reserve
 from tasks.delivery import pipeline
 from tasks.delivery.gate import judge_copy
 from tasks.delivery.keys import entity_splits, random_keys
 from tasks.delivery.pipeline import write_streaming_ready
 from tasks.delivery.source import find_source
 from tasks.delivery.stages import StreamingReady
+from tasks.engine import jobs
+from tasks.io.errors import BalanceError, ConfigError, CorruptVersion
+from tasks.io.hashing import stable_hash
+from tasks.store import layout, versions
+from tasks.store.manifest import GateResult, Manifest, RunRecord
+from tasks.store.reservation import reserve
 from tests.delivery.sources import (
     FEATURES,
     IMAGES,
@@ -110,7 +111,7 @@ def test_the_bytes_are_the_same_however_the_work_is_divided(
     first = deliver(roots[0], **settings)
     assert len(first.files) > 5
     few = deliver(roots[1], unit_bytes=1, **settings)
-    monkeypatch.setattr(engine, "PARTITION_BYTES", 1)  # as many partitions as buckets
+    monkeypatch.setattr(jobs, "PARTITION_BYTES", 1)  # as many partitions as buckets
     monkeypatch.setattr(pipeline, "KEYS_PER_PART", 100)  # several parts
     many = deliver(roots[2], unit_bytes=3000, **settings)
     for other in (few, many):
@@ -297,7 +298,7 @@ def test_a_text_of_too_many_values_is_refused(tmp_path: Any, monkeypatch: pytest
 
 
 def test_a_reader_of_the_format_finds_every_sample_once(tmp_path: Any) -> None:
-    from tasks.delivery.stream import TrainingStream
+    from tasks.loader.stream import TrainingStream
 
     root = str(tmp_path)
     publish_customers(root)

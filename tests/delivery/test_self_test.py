@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from tasks.core import quality
-from tasks.core.manifest import FaultResult, GateResult
-from tasks.core.self_test import unproven
 from tasks.delivery import gate
 from tasks.delivery import self_test as module
 from tasks.delivery.config import DeliveryThresholds
 from tasks.delivery.gate import judge_copy
 from tasks.delivery.self_test import self_test
 from tasks.delivery.source import find_source
+from tasks.quality import rules
+from tasks.quality.self_test import unproven
+from tasks.store.manifest import FaultResult, GateResult
 from tests.delivery.sources import FEATURES, IMAGES, configured, publish_customers, publish_pictures
 from tests.gates import calm
 
@@ -56,10 +56,10 @@ LAXEST: dict[str, dict[str, Any]] = {
     "rare class": {"balance_warn": 0},
 }
 CHECKS: dict[str, tuple[Any, str]] = {
-    "no rows": (quality, "check_rows"),
+    "no rows": (rules, "check_rows"),
     "duplicates": (gate, "_repeats"),
-    "written twice": (quality, "check_unique"),
-    "lost rows": (quality, "check_balance"),
+    "written twice": (rules, "check_unique"),
+    "lost rows": (rules, "check_balance"),
     "split overlap": (gate, "_leak"),
     "no train rows": (gate, "_splits"),
     "missing class": (gate, "_classes"),

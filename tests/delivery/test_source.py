@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from tasks.core import layout
-from tasks.core.errors import ConfigError, CorruptVersion, VersionNotFound
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.source import find_source, needs_sample, read_pieces, read_units
+from tasks.io.errors import ConfigError, CorruptVersion, VersionNotFound
+from tasks.store import layout
 from tests.delivery import sources
 from tests.delivery.sources import FEATURES, IMAGES, configured, customers, publish, publish_customers, publish_pictures
 

@@ -10,13 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.core.hashing import stable_hash
-from tasks.core.layout import join
-from tasks.core.reservation import reserve
-from tasks.delivery.blocks import BlockFormat
 from tasks.delivery.keys import entity_splits
 from tasks.delivery.source import Source, find_source, read_units
 from tasks.delivery.stages import Look, judge, load, plan_buckets
+from tasks.io.hashing import stable_hash
+from tasks.loader.blocks import BlockFormat
+from tasks.store.layout import join
+from tasks.store.reservation import reserve
 from tests.delivery.sources import FEATURES, IMAGES, configured, customers, publish, publish_customers, publish_pictures
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from tasks.core.errors import CorruptVersion
-from tasks.delivery.loops import Batch, TrainingRun, train
+from tasks.io.errors import CorruptVersion
+from tasks.training.loops import Batch, TrainingRun, train
 
 KILL_AFTER, STOP_AFTER = 7, 7
 

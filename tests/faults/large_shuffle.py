@@ -10,10 +10,10 @@ import polars as pl
 import pyarrow as pa
 import ray
 
-from tasks.core.cluster import connect
-from tasks.core.engine import Parts, shuffle
-from tasks.core.errors import PipelineError
-from tasks.core.losses import losses_explained
+from tasks.engine.cluster import connect
+from tasks.engine.jobs import Parts, shuffle
+from tasks.engine.losses import losses_explained
+from tasks.io.errors import PipelineError
 
 UNITS, BUCKETS, ROWS = 16, 2, 625_000
 STORE_BYTES = 80_000_000

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
-from tasks.core import versions
-from tests.core.publishing import DATASET, PARTS, ROWS
+from tasks.store import versions
+from tests.store.publishing import DATASET, PARTS, ROWS
 
 
 @dataclass

@@ -1,9 +1,10 @@
 """A flow's process is killed (-9) at steps of its commit, and the same is run again.
 
 One root a flow is killed at one point after the other, so that each run also has to make good what several dead ones
-have left. The commit is the same code for all flows, and `tests/core/test_versions.py` kills it too: one flow is killed
-at each step, the others where a worker of their own comes to. Where the point is reached by the flow's own process, the
-runs share this session's Ray, as deployed runs do; else the flow has its own, as by hand, which must go away with it.
+have left. The commit is the same code for all flows, and `tests/store/test_versions.py` kills it too: one flow is
+killed at each step, the others where a worker of their own comes to. Where the point is reached by the flow's own
+process, the runs share this session's Ray, as deployed runs do; else the flow has its own, as by hand, which must go
+away with it.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from prefect.events.filters import EventFilter, EventNameFilter
 from prefect.states import AwaitingRetry, Crashed
 from pydantic import BaseModel
 
-from tasks import commands
-from tasks.core import layout, storage, versions
-from tasks.core.cluster import cluster_cpus
+from tasks.cli import commands
 from tasks.delivery.config import TrainingConfig
+from tasks.engine.cluster import cluster_cpus
+from tasks.io import storage
 from tasks.publication import PUBLISHED
+from tasks.store import layout, versions
 from tests.faults.failpoints import environment
 from tests.faults.three_flows import (
     DATASETS,

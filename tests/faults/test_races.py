@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tasks.core import layout, storage, versions
-from tests.core import publishing
-from tests.core.publishing import DATASET
-from tests.core.test_versions import assert_whole, files_of, run_together
+from tasks.io import storage
+from tasks.store import layout, versions
 from tests.faults.reader import Reader, reader
+from tests.store import publishing
+from tests.store.publishing import DATASET
+from tests.store.test_versions import assert_whole, files_of, run_together
 from tests.tables import Proven
 
 pytestmark = pytest.mark.slow

@@ -1,6 +1,6 @@
 """Ray's workers, killed -9 in mid-task: the task runs again, and the version is that of an undisturbed run.
 
-A training's worker is killed in `tests/delivery/test_training.py`, and within a whole flow here.
+A training's worker is killed in `tests/training/test_trainer.py`, and within a whole flow here.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tasks.core import layout, storage, versions
-from tasks.core.cluster import LOST_WORKER_RETRIES
 from tasks.delivery.config import TrainingConfig
-from tasks.delivery.training import read_records
-from tests.delivery.test_training import consumed, kept
+from tasks.engine.cluster import LOST_WORKER_RETRIES
+from tasks.io import storage
+from tasks.store import layout, versions
+from tasks.training.trainer import read_records
 from tests.faults.three_flows import (
     DATASETS,
     DELIVERY,
@@ -28,6 +28,7 @@ from tests.faults.three_flows import (
     fault,
 )
 from tests.tables import Proven
+from tests.training.test_trainer import consumed, kept
 
 pytestmark = pytest.mark.slow
 

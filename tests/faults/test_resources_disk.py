@@ -10,11 +10,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from tasks.core import storage, versions
-from tasks.core.disk import MIB, PIECE, NewFile
-from tasks.core.errors import DiskFull
-from tasks.core.stream import ParquetStream
-from tests.core import publishing
+from tasks.io import storage
+from tasks.io.disk import MIB, PIECE, NewFile
+from tasks.io.errors import DiskFull
+from tasks.io.stream import ParquetStream
+from tasks.store import versions
 from tests.faults.small_disk import fill, make_room
 from tests.faults.three_flows import (
     DATASETS,
@@ -30,6 +30,7 @@ from tests.faults.three_flows import (
     fault,
     temporary_files,
 )
+from tests.store import publishing
 from tests.tables import Proven
 from tests.test_runner import eventually
 
@@ -130,7 +131,7 @@ def test_a_publisher_on_a_full_disk(step: str, disk: Path, proven: Proven) -> No
 FILLED = [
     (IMAGES, "data", "tasks.images.stages:augment_unit"),
     (DELIVERY, "report", "tasks.publication:write_report"),
-    (FEATURES, "manifest", "tasks.core.versions:commit"),
+    (FEATURES, "manifest", "tasks.store.versions:commit"),
     pytest.param((FEATURES, "data", "tasks.features.parts:write_part"), marks=pytest.mark.nightly),
     pytest.param((DELIVERY, "data", "tasks.delivery.stages:Shuffle.gather"), marks=pytest.mark.nightly),
 ]

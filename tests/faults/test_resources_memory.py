@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks.core import versions
+from tasks.store import versions
 from tests.faults.test_ray_workers import CURES
 from tests.faults.three_flows import DATASETS, DELIVERY, Planted, Reader, Starter, Store, copied, fault
 from tests.tables import Proven

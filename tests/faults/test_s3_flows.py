@@ -13,12 +13,13 @@ from prefect.client.schemas.objects import State
 from flows.feature_store import feature_store
 from flows.image_augmentation import image_augmentation
 from flows.training_delivery import training_delivery
-from tasks.core import layout, storage, versions
-from tasks.core.manifest import Manifest
 from tasks.delivery.config import DeliveryConfig
 from tasks.features.config import FeatureStoreConfig
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.sample import write_sample
+from tasks.io import storage
+from tasks.store import layout, versions
+from tasks.store.manifest import Manifest
 from tests.conftest import another_ray, new_bucket
 from tests.faults.proxy import Fault, Proxy, answers, broken_s3, lost, reset, silent, slow
 from tests.faults.three_flows import assert_failed_at_once

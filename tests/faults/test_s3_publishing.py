@@ -8,11 +8,11 @@ from contextlib import ExitStack
 
 import pytest
 
-from tasks.core import layout, storage, versions
-from tasks.core.errors import ConfigError, CredentialsRefused
-from tasks.core.manifest import Manifest
-from tasks.core.transient import is_transient
-from tests.core.publishing import DATASET, publish
+from tasks.io import storage
+from tasks.io.errors import ConfigError, CredentialsRefused
+from tasks.io.transient import is_transient
+from tasks.store import layout, versions
+from tasks.store.manifest import Manifest
 from tests.faults.proxy import (
     Fault,
     Proxy,
@@ -27,6 +27,7 @@ from tests.faults.proxy import (
     trickle,
 )
 from tests.faults.reader import Reader, reader
+from tests.store.publishing import DATASET, publish
 from tests.tables import Proven
 
 pytestmark = pytest.mark.slow

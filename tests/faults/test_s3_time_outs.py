@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 import pytest
 
-from tasks.core import storage
-from tasks.core.stream import ParquetStream
-from tasks.core.transient import is_transient
+from tasks.io import storage
+from tasks.io.stream import ParquetStream
+from tasks.io.transient import is_transient
 from tests.faults.proxy import broken_s3, reset_in_answer, silent
 from tests.tables import Proven
 

@@ -1,7 +1,7 @@
 """The servers around a run go away while it runs, killed (-9) or hanging: Prefect's, and the S3 endpoint.
 
 One whole flow for each fault: how a flow's process, its tasks on Ray and the store's clients bear it is the same code
-for all three (`tasks.runner`, `tasks.retries`, `tasks.core.storage`), and no flow has any of its own.
+for all three (`tasks.runner`, `tasks.retries`, `tasks.io.storage`), and no flow has any of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import ray
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from tasks.core import layout, storage, versions
+from tasks.io import storage
+from tasks.store import layout, versions
 from tests.faults.failpoints import environment
 from tests.faults.forwarder import Forwarder, forwarder
 from tests.faults.three_flows import DATASETS, Starter, Store

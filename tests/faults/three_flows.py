@@ -25,14 +25,15 @@ from flows.feature_store import feature_store
 from flows.image_augmentation import image_augmentation
 from flows.training_delivery import training_delivery
 from tasks.by_hand import one_sentence
-from tasks.core import layout, storage, versions
-from tasks.core.digests import digest
-from tasks.core.manifest import Manifest
-from tasks.core.own_columns import CREATED, VERSION
 from tasks.delivery.config import DeliveryConfig, TrainingConfig
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.sample import SAMPLE_AS_OF
 from tasks.images.config import Augmentation, ImageAugmentationConfig
+from tasks.io import storage
+from tasks.io.digests import digest
+from tasks.store import layout, versions
+from tasks.store.manifest import Manifest
+from tasks.store.own_columns import CREATED, VERSION
 from tests.processes import Command, own_home
 from tests.runs import Run
 

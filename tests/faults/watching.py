@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 import pyarrow.dataset as pads
 
-from tasks.core import layout, storage, versions
+from tasks.io import storage
+from tasks.store import layout, versions
 
 
 @dataclass

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from tasks.core.times import expand
 from tasks.features.config import FeatureStoreConfig, Thresholds
+from tasks.io.times import expand
 
 UTC = dt.UTC
 

@@ -7,10 +7,10 @@ from typing import Any
 import polars as pl
 import pytest
 
-from tasks.core.errors import DefinitionError
-from tasks.core.own_columns import FEATURES
 from tasks.features.definitions import Column, Definitions, DimensionSource, EventSource, FeatureGroup, Window
 from tasks.features.standard import CUSTOMER_FEATURES, STANDARD
+from tasks.io.errors import DefinitionError
+from tasks.store.own_columns import FEATURES
 
 AMOUNT = pl.col("amount")
 TIME = {"at": Column(kind="time")}

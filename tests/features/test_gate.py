@@ -12,12 +12,12 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from tasks.core.manifest import CheckResult, ColumnSpec, GateResult, Manifest, RowBalance, RunRecord
-from tasks.core.own_columns import CREATED, VERSION
-from tasks.core.profile import profile_table
 from tasks.features.config import FeatureStoreConfig, Thresholds
 from tasks.features.definitions import FeatureGroup
 from tasks.features.gate import judge_group
+from tasks.quality.profile import profile_table
+from tasks.store.manifest import CheckResult, ColumnSpec, GateResult, Manifest, RowBalance, RunRecord
+from tasks.store.own_columns import CREATED, VERSION
 
 AS_OF = dt.datetime(2025, 1, 1, tzinfo=dt.UTC)
 ROWS = 1_000

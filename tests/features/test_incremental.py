@@ -13,10 +13,6 @@ import polars as pl
 import pytest
 
 from tasks import feature_store
-from tasks.core import layout, storage, versions
-from tasks.core.manifest import GateResult, Manifest, RunRecord
-from tasks.core.reservation import reserve
-from tasks.core.withdrawal import withdraw
 from tasks.features import incremental
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.incremental import watermark, with_state
@@ -24,6 +20,11 @@ from tasks.features.pipeline import compute_groups
 from tasks.features.plan import plan_features, with_uris
 from tasks.features.sample import SAMPLE_AS_OF, sample_customers, sample_products, sample_transactions
 from tasks.features.standard import STANDARD
+from tasks.io import storage
+from tasks.store import layout, versions
+from tasks.store.manifest import GateResult, Manifest, RunRecord
+from tasks.store.reservation import reserve
+from tasks.store.withdrawal import withdraw
 
 DAY = dt.timedelta(days=1)
 CUSTOMERS, PRODUCTS = "feature-store/customer-features", "feature-store/product-features"

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.core.errors import DefinitionError
 from tasks.features.definitions import FeatureGroup, Window
 from tasks.features.independence import made_up
 from tasks.features.kernel import check_derived, evaluate
 from tasks.features.rows import TIME
+from tasks.io.errors import DefinitionError
 
 AS_OF = dt.datetime(2025, 1, 1, tzinfo=dt.UTC)
 EVENTS: dict[str, Any] = {

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tasks.core.errors import DefinitionError
-from tasks.core.partition import split_by_key
+from tasks.engine.partition import split_by_key
 from tasks.features.definitions import FeatureGroup, Window
 from tasks.features.kernel import evaluate, join_dimension
 from tasks.features.rows import TIME
 from tasks.features.standard import CUSTOMER_FEATURES, PRODUCT_FEATURES
+from tasks.io.errors import DefinitionError
 from tests.features import oracle
 
 AS_OF = dt.datetime(2025, 1, 1, tzinfo=dt.UTC)

@@ -12,8 +12,8 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from tasks.core.errors import InputError
 from tasks.features.keys import as_key, key_type, read_keys
+from tasks.io.errors import InputError
 
 REFUSED = object()
 BIG = 2**53 + 1  # the least whole number that no float64 is

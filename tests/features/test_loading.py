@@ -9,11 +9,11 @@ from textwrap import dedent
 import polars as pl
 import pytest
 
-from tasks.core.errors import DefinitionError
 from tasks.features.definitions import Column, Definitions
 from tasks.features.kernel import evaluate
 from tasks.features.loading import load_definitions
 from tasks.features.rows import TIME
+from tasks.io.errors import DefinitionError
 
 AS_OF = dt.datetime(2025, 1, 1, tzinfo=dt.UTC)
 

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.core.errors import SourceError
 from tasks.features import pieces, stages
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.plan import plan_features, with_uris
 from tasks.features.sample import SAMPLE_AS_OF, write_sample
 from tasks.features.sources import ReadUnit, inspect, read, read_units
 from tasks.features.standard import STANDARD
+from tasks.io.errors import SourceError
 
 FIELDS = st.sampled_from(
     ["", "x", "7.5", '"a,b"', '"two\nlines"', '"with ""quotes"""', 'in"side', '""', "é", " ", '"\r\n"']

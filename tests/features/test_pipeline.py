@@ -11,9 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.core import engine
-from tasks.core.hashing import stable_hash
-from tasks.core.reservation import reserve
+from tasks.engine import jobs
 from tasks.features import pipeline
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.pipeline import ComputedGroup, compute_groups, pieces_to_read
@@ -21,6 +19,8 @@ from tasks.features.plan import plan_features, with_uris
 from tasks.features.sample import SAMPLE_AS_OF, write_sample
 from tasks.features.sources import ReadUnit, together
 from tasks.features.standard import STANDARD
+from tasks.io.hashing import stable_hash
+from tasks.store.reservation import reserve
 
 SLOTS = 16  # 8 buckets of each of the two groups
 
@@ -100,8 +100,8 @@ def test_the_partitions_of_the_shuffle_change_no_byte_and_no_count(
 ) -> None:
     sample = write_sample(str(tmp_path / "sample"), 5_000, 0)
     whole, pieces = compute(sample, tmp_path / "whole")
-    monkeypatch.setattr(engine, "MAX_PARTITIONS", partitions)
-    monkeypatch.setattr(engine, "PARTITION_BYTES", 1)
+    monkeypatch.setattr(jobs, "MAX_PARTITIONS", partitions)
+    monkeypatch.setattr(jobs, "PARTITION_BYTES", 1)
     cut, cut_pieces = compute(sample, tmp_path / "cut")
     assert cut_pieces == pieces
     for one, other in zip(whole, cut, strict=True):

@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.core.errors import DefinitionError, InputError, SourceError
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Column, Definitions, DimensionSource, EventSource, FeatureGroup
 from tasks.features.plan import FeaturePlan, check_mappings, needs_sample, plan_features, with_uris
 from tasks.features.rows import ColumnPlan, judge
 from tasks.features.sources import read, read_units
 from tasks.features.standard import STANDARD
+from tasks.io.errors import DefinitionError, InputError, SourceError
 
 AS_OF = dt.datetime(2025, 1, 1, tzinfo=dt.UTC)
 MOMENT = dt.datetime(2024, 6, 1)

@@ -10,7 +10,6 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from tasks.core.errors import SourceError
 from tasks.features import sample
 from tasks.features.sample import (
     SAMPLE_AS_OF,
@@ -21,6 +20,7 @@ from tasks.features.sample import (
     write_sample,
 )
 from tasks.features.sources import inspect
+from tasks.io.errors import SourceError
 
 GOLDEN: list[tuple[str, Callable[[], pl.DataFrame], str]] = [
     (

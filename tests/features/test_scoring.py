@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.core.own_columns import QUALITY
-from tasks.core.profile import profile_table
 from tasks.features.scoring import Fences, fences, score_rows
+from tasks.quality.profile import profile_table
+from tasks.store.own_columns import QUALITY
 
 NAN = math.nan
 THRESHOLDS = {"missing_below": 0.1, "outliers_below": 0.05, "score_above": 0.8}

@@ -13,8 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.core import quality
-from tasks.core.manifest import (
+from tasks.features.config import FeatureStoreConfig, Thresholds
+from tasks.features.definitions import FeatureGroup
+from tasks.features.self_test import self_test
+from tasks.quality import rules
+from tasks.quality.profile import profile_table
+from tasks.quality.self_test import unproven
+from tasks.store.manifest import (
     ColumnSpec,
     FaultResult,
     FileEntry,
@@ -23,12 +28,7 @@ from tasks.core.manifest import (
     RowBalance,
     RunRecord,
 )
-from tasks.core.own_columns import CREATED, VERSION
-from tasks.core.profile import profile_table
-from tasks.core.self_test import unproven
-from tasks.features.config import FeatureStoreConfig, Thresholds
-from tasks.features.definitions import FeatureGroup
-from tasks.features.self_test import self_test
+from tasks.store.own_columns import CREATED, VERSION
 from tests.gates import calm
 
 AS_OF = dt.datetime(2025, 1, 1, tzinfo=dt.UTC)
@@ -64,13 +64,13 @@ LAXEST: dict[str, dict[str, Any]] = {
     "unready rows": {"ready_warn": 0, "ready_fail": 0},
 }
 CHECKS: dict[str, Callable[..., Any]] = {
-    "no rows": quality.check_rows,
-    "duplicates": quality.check_unique,
-    "lost rows": quality.check_balance,
-    "schema": quality.check_schema,
-    "not finite": quality.check_finite,
-    "range": quality.check_range,
-    "stale": quality.check_freshness,
+    "no rows": rules.check_rows,
+    "duplicates": rules.check_unique,
+    "lost rows": rules.check_balance,
+    "schema": rules.check_schema,
+    "not finite": rules.check_finite,
+    "range": rules.check_range,
+    "stale": rules.check_freshness,
 }
 
 
@@ -172,7 +172,7 @@ def test_a_check_that_never_complains_makes_the_gate_blind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     check = CHECKS[fault]
-    monkeypatch.setattr(quality, check.__name__, calm(check))
+    monkeypatch.setattr(rules, check.__name__, calm(check))
     assert outcomes(tmp_path)[fault].outcome == "blind"
 
 

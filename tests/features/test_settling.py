@@ -14,15 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.core.errors import SourceError
-from tasks.core.listing import list_files
-from tasks.core.missing import DEFAULT, missing_values
 from tasks.features import sources
 from tasks.features.plan import key_type_of, units_of
 from tasks.features.rows import ColumnPlan, RowPlan, judge
 from tasks.features.settling import read_csv, settled
 from tasks.features.sources import SourceTable, inspect, read, read_units
 from tasks.features.texts import EXACT, TYPES, as_type, join, kind_of, polars_type
+from tasks.io.errors import SourceError
+from tasks.io.listing import list_files
+from tasks.io.missing import DEFAULT, missing_values
 
 # The law of texts: a column's kind is the join of its values' kinds, and every value can be read as it
 

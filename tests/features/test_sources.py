@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.core.errors import SourceError
-from tasks.core.missing import DEFAULT
 from tasks.features.settling import settled
 from tasks.features.sources import SourceTable, check_columns, inspect, read, read_units
+from tasks.io.errors import SourceError
+from tasks.io.missing import DEFAULT
 
 CSV = b"id,name\n1,a\n2,b\n"
 

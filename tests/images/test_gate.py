@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.core.errors import InputError
-from tasks.core.manifest import CheckResult, ColumnSpec, GateResult, Manifest, RowBalance, RunRecord
-from tasks.core.profile import profile_table
 from tasks.images.config import Augmentation, ImageAugmentationConfig, ImageThresholds
 from tasks.images.gate import class_summary, judge_images, split_shares, summary_csv
 from tasks.images.rows import rows_schema
 from tasks.images.split import SPLITS
+from tasks.io.errors import InputError
+from tasks.quality.profile import profile_table
+from tasks.store.manifest import CheckResult, ColumnSpec, GateResult, Manifest, RowBalance, RunRecord
 
 SIZE, VARIANTS = 16, 2
 CLASSES = {"bee": 100, "cat": 150, "dog": 250}

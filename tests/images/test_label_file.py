@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.core import storage
-from tasks.core.errors import SourceError
-from tasks.core.missing import DEFAULT
 from tasks.images.label_file import LABELS, labels_record, read_labels
+from tasks.io import storage
+from tasks.io.errors import SourceError
+from tasks.io.missing import DEFAULT
 
 CSV = b"image_id,class_name\n1,cat\n2,dog\n"
 

@@ -12,8 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.core import storage
-from tasks.core.errors import CorruptVersion, SourceError
 from tasks.images.labels import (
     IMAGES,
     LABELS,
@@ -25,6 +23,8 @@ from tasks.images.labels import (
     read_labels,
 )
 from tasks.images.sources import LISTING, REJECTED_IMAGES, ImageListing, list_images
+from tasks.io import storage
+from tasks.io.errors import CorruptVersion, SourceError
 
 Label = tuple[str | None, str | None] | tuple[str | None, str | None, str | None]
 

@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 
 from flows import image_augmentation as module
-from tasks.commands import run as run_command
-from tasks.core import versions
-from tasks.core.errors import CorruptVersion, VersionConflict
+from tasks.cli.commands import run as run_command
 from tasks.images import plan as plan_module
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.plan import plan_images, read_unit, read_units
-from tests.core.publishing import manifest_of, write
+from tasks.io.errors import CorruptVersion, VersionConflict
+from tasks.store import versions
+from tests.store.publishing import manifest_of, write
 
 DATASET = "training-datasets/images"
 

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.core.errors import ConfigError, InputError
-from tasks.core.storage import write_parquet
-from tasks.core.tensors import is_tensor, parquet_settings, tensor_spec, to_numpy
 from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.images.rows import Originals, build_rows, decode_images, normalise, one_hot, rows_schema
 from tasks.images.scoring import Scored, measure, score
+from tasks.io.errors import ConfigError, InputError
+from tasks.io.storage import write_parquet
+from tasks.io.tensors import is_tensor, parquet_settings, tensor_spec, to_numpy
 
 AnyArray = npt.NDArray[Any]
 Format = Literal["uint8", "float32", "jpeg", "webp"]

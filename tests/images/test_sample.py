@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from tasks.core.errors import InputError
 from tasks.images.sample import (
     CLASSES,
     FLAWS,
@@ -23,6 +22,7 @@ from tasks.images.sample import (
     picture_file,
     write_sample,
 )
+from tasks.io.errors import InputError
 
 PIXELS = {
     0: "d478b2495a8310ca269d01d8bda850ac3bc96351a8b006252f93ce03f1f46529",

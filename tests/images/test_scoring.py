@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tasks.core.errors import InputError
 from tasks.images.config import ImageThresholds
 from tasks.images.scoring import FATAL, ISSUES, ISSUES_TYPE, MINOR, Measured, Scored, measure, score, value_range
+from tasks.io.errors import InputError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RANGE = value_range(MEAN, STD)

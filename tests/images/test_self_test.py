@@ -11,9 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.core import quality
-from tasks.core.errors import InputError
-from tasks.core.manifest import (
+from tasks.images import gate
+from tasks.images import self_test as module
+from tasks.images.config import Augmentation, ImageAugmentationConfig, ImageThresholds
+from tasks.images.gate import judge_images
+from tasks.images.originals import ORIGINALS
+from tasks.images.rows import rows_schema
+from tasks.images.self_test import self_test
+from tasks.io.errors import InputError
+from tasks.quality import rules
+from tasks.quality.self_test import unproven
+from tasks.store.manifest import (
     ColumnSpec,
     FaultResult,
     FileEntry,
@@ -22,14 +30,6 @@ from tasks.core.manifest import (
     RowBalance,
     RunRecord,
 )
-from tasks.core.self_test import unproven
-from tasks.images import gate
-from tasks.images import self_test as module
-from tasks.images.config import Augmentation, ImageAugmentationConfig, ImageThresholds
-from tasks.images.gate import judge_images
-from tasks.images.originals import ORIGINALS
-from tasks.images.rows import rows_schema
-from tasks.images.self_test import self_test
 from tests.gates import calm
 
 CLASSES = {"bee": 100, "cat": 150, "dog": 250}
@@ -62,16 +62,16 @@ LAXEST: dict[str, dict[str, Any]] = {
     "worse pictures": {"drift_warn": 1e9, "drift_fail": 1e9},
 }
 CHECKS: dict[str, tuple[Any, str]] = {
-    "no rows": (quality, "check_rows"),
-    "duplicates": (quality, "check_unique"),
-    "lost rows": (quality, "check_balance"),
-    "split overlap": (quality, "check_leak"),
-    "no train rows": (quality, "check_split_sizes"),
-    "uneven split": (quality, "check_stratification"),
+    "no rows": (rules, "check_rows"),
+    "duplicates": (rules, "check_unique"),
+    "lost rows": (rules, "check_balance"),
+    "split overlap": (rules, "check_leak"),
+    "no train rows": (rules, "check_split_sizes"),
+    "uneven split": (rules, "check_stratification"),
     "missing class": (gate, "_same_classes"),
-    "range": (quality, "check_range"),
-    "score range": (quality, "check_range"),
-    "schema": (quality, "check_schema"),
+    "range": (rules, "check_range"),
+    "score range": (rules, "check_range"),
+    "schema": (rules, "check_schema"),
     "other type": (gate, "_compatibility"),
 }
 

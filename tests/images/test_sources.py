@@ -13,8 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.core import storage
-from tasks.core.errors import SourceError
 from tasks.images.sources import (
     LISTING,
     REJECTED_IMAGES,
@@ -26,6 +24,8 @@ from tasks.images.sources import (
     same_size_rows,
     shown,
 )
+from tasks.io import storage
+from tasks.io.errors import SourceError
 
 
 def put(root: str, *names: str, data: bytes = b"x") -> str:

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.core.errors import ConfigError
-from tasks.core.hashing import stable_hash
 from tasks.images import split
 from tasks.images.split import SPLITS, TEST, TRAIN, VALIDATION, split_images
+from tasks.io.errors import ConfigError
+from tasks.io.hashing import stable_hash
 
 Int64Array = npt.NDArray[np.int64]
 Row = tuple[int, int, int]  # key, class, group

@@ -15,11 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.core.errors import ConfigError
 from tasks.images import transforms
 from tasks.images.config import Augmentation
 from tasks.images.draws import Draws, draw, image_keys
 from tasks.images.transforms import PolicyEngine, TorchEngine, load_policy
+from tasks.io.errors import ConfigError
 from tests.images import policies
 from tests.images.oracle import reference_variant
 

@@ -10,8 +10,11 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from tasks.core import layout, storage, versions
-from tasks.core.manifest import (
+from tasks.engine.partition import split_by_key
+from tasks.io import storage
+from tasks.quality.profile import merge_profiles, profile_table
+from tasks.store import layout, versions
+from tasks.store.manifest import (
     ColumnSpec,
     FileEntry,
     GateResult,
@@ -21,8 +24,6 @@ from tasks.core.manifest import (
     RowBalance,
     RunRecord,
 )
-from tasks.core.partition import split_by_key
-from tasks.core.profile import merge_profiles, profile_table
 
 GROUP = "customer-features"
 ENTITY = "customer_id"

@@ -9,12 +9,12 @@ from typing import Any
 import polars as pl
 import pytest
 
-from tasks.core import layout
-from tasks.core.withdrawal import withdraw
 from tasks.features.definitions import Column, Definitions, DimensionSource, EventSource, FeatureGroup, Window
 from tasks.features.standard import STANDARD
 from tasks.serving.changes import Changes, GroupChange, plan_changes
-from tasks.serving.definition import FeatureReference, Model, SpineSource
+from tasks.store import layout
+from tasks.store.withdrawal import withdraw
+from tasks.training_sets.definition import FeatureReference, Model, SpineSource
 from tests.serving.feature_versions import GROUP, customers, days, publish_features
 
 amount = pl.col("amount")

@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.core import storage, versions
-from tasks.core.errors import CorruptVersion, DefinitionError, InputError
-from tasks.core.withdrawal import withdraw
+from tasks.io import storage
+from tasks.io.errors import CorruptVersion, DefinitionError, InputError
 from tasks.serving import online
-from tasks.serving.catalogue import newest
 from tasks.serving.online import Lookup
+from tasks.store import versions
+from tasks.store.catalogue import newest
+from tasks.store.withdrawal import withdraw
 from tests.serving.feature_versions import ENTITY, customers, days, publish_features
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import polars as pl
 import pytest
 
-from tasks.core.errors import ConfigError, DefinitionError, InputError, VersionConflict, VersionNotFound
-from tasks.core.withdrawal import withdraw
+from tasks.io.errors import ConfigError, DefinitionError, InputError, VersionConflict, VersionNotFound
+from tasks.serving.feature_store import FeatureStore
 from tasks.serving.redis import RedisLookup, export_latest
-from tasks.serving.store import FeatureStore
+from tasks.store.withdrawal import withdraw
 from tests.serving.feature_versions import ENTITY, GROUP, customers, days, publish_features
 from tests.serving.redis_server import redis_url  # noqa: F401 - a fixture
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.core.errors import DefinitionError, InputError, SourceError
-from tasks.serving.definition import FeatureReference
+from tasks.io.errors import DefinitionError, InputError, SourceError
 from tasks.serving.retrieval import retrieve
+from tasks.training_sets.definition import FeatureReference
 from tests.serving import oracle
 from tests.serving.feature_versions import DAY, ENTITY, GROUP, customers, days, publish_features
 

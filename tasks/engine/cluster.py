@@ -1,0 +1,308 @@
+"""Where Ray runs, and the settings it runs with.
+
+The address comes from RAY_ADDRESS on purpose: with no address at all, `ray.init` joins whatever cluster happens to
+run on the host. Without RAY_ADDRESS the pipelines start a Ray of their own and stop it afterwards.
+
+Worker environment. A local Ray inherits the environment of the process that starts it, so AWS_* credentials reach its
+workers by themselves, and the few variables that workers need are set only while `ray.init` runs. (A runtime_env would
+do the same, but every worker then waits for the runtime-env agent: the first task took 1.1 s instead of 0.4 s.) A
+remote cluster gets them by runtime_env, without any credential: a runtime_env is shown in the dashboard and written to
+logs. There, give the nodes a role or their own environment.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._common.utils import get_default_ray_temp_dir
+from ray._private import ray_constants
+
+from tasks.engine.spilled import delete_left_over
+from tasks.io.errors import ConfigError
+
+NAMESPACE = "training-data"
+
+# Reservation sets a share of the CPUs aside for each operator of a Ray Data plan. A fused plan has two or three, so
+# that on a few CPUs about one task runs at a time (16 tasks of 0.15 s on 2 CPUs: 2.75 s with it, 1.36 s without).
+# It also is the memory back-pressure between operators: from this size on it costs little, and it stays on.
+RESERVATION_FROM_CPUS = 8
+
+LOST_WORKER_RETRIES = 3
+"""Times that Ray runs a task again whose worker has died; a task that kills each of its workers must end some time."""
+
+# Workers killed for memory are counted apart, and by Ray's default without end. The caller's setting goes first.
+_OOM_RETRIES = "RAY_task_oom_retries"
+
+_WORKER_ENV = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # their tokens would land in the task's log
+    "POLARS_MAX_THREADS": "1",  # a worker holds one CPU; a thread pool per worker would fight over the same cores
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+_PASSED_ON = ("PREFECT_API_URL", "PIPELINE_API_PATIENCE_SECONDS", "PIPELINE_NODE_PATIENCE_SECONDS")
+_SECRET_MARKS = ("KEY", "SECRET", "TOKEN", "PASSWORD", "AUTH")
+
+
+def cluster_address() -> str | None:
+    """RAY_ADDRESS, or None where it is unset or empty: then the pipelines start a local Ray."""
+    return os.environ.get("RAY_ADDRESS", "").strip() or None
+
+
+def worker_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables that every Ray worker needs; some are passed on when the driver has them.
+
+    Raises:
+        ConfigError: `extra` names a credential, which would be readable in the dashboard of a remote cluster.
+    """
+    passed_on = {name: os.environ[name] for name in _PASSED_ON if os.environ.get(name)}
+    for name in extra or {}:
+        if any(mark in name.upper() for mark in _SECRET_MARKS):
+            raise ConfigError(
+                f"{name} looks like a credential and can't be sent to Ray workers by runtime_env, which anybody "
+                "sees in Ray's dashboard; set it in the environment of the nodes instead"
+            )
+    return {**_WORKER_ENV, **_retries_for_memory(), **passed_on, **(extra or {})}
+
+
+def _retries_for_memory() -> dict[str, str]:
+    return {_OOM_RETRIES: os.environ.get(_OOM_RETRIES, str(LOST_WORKER_RETRIES))}
+
+
+def init_options(
+    *, num_cpus: int | None = None, object_store_memory: int | None = None, env: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Arguments for `ray.init`, for the cluster that `cluster_address` names.
+
+    `num_cpus` and `object_store_memory` (bytes; PIPELINE_OBJECT_STORE_BYTES if not given) size a local Ray only: a
+    remote cluster has its own. Prefer `connect`, which also gives a local Ray's workers their environment.
+
+    Raises:
+        ConfigError: PIPELINE_OBJECT_STORE_BYTES isn't a whole number, or `env` names a credential.
+    """
+    options: dict[str, Any] = {"namespace": NAMESPACE}
+    if (address := cluster_address()) is not None:
+        return {
+            **options,
+            "address": address,
+            "logging_level": logging.WARNING,
+            "runtime_env": {"env_vars": worker_env(env)},
+        }
+    options |= {"address": "local", "include_dashboard": False, "logging_level": logging.ERROR}
+    if num_cpus is not None:
+        options["num_cpus"] = num_cpus
+    if (memory := object_store_memory or _object_store_bytes()) is not None:
+        options["object_store_memory"] = memory
+    return options
+
+
+def connect(
+    *, num_cpus: int | None = None, object_store_memory: int | None = None, env: Mapping[str, str] | None = None
+) -> bool:
+    """Join the cluster or start a local Ray; True if this call did it, False if the process already had one.
+
+    Whoever gets True calls `ray.shutdown()`. The process's SIGTERM handler stays as it was: `ray.init` replaces it by
+    one that exits at once, so that a cancelled flow run would be recorded as crashed.
+
+    Raises:
+        ConfigError: the cluster runs another version of Ray or Python, or a setting is wrong.
+        ConnectionError: no cluster answers at RAY_ADDRESS.
+    """
+    if ray.is_initialized():
+        return False
+    options = init_options(num_cpus=num_cpus, object_store_memory=object_store_memory, env=env)
+    local = options["address"] == "local"
+    if local:
+        delete_left_over(Path(get_default_ray_temp_dir()))  # type: ignore[no-untyped-call]
+    with (
+        handler_kept(signal.SIGTERM),
+        environment(worker_env(env) if local else _retries_for_memory()),
+        explained_versions(options["address"]),
+    ):
+        _plain_worker_output(local)
+        try:
+            ray.init(**options)
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"no Ray cluster answers at RAY_ADDRESS={options['address']!r}: {error}; start it, correct the "
+                "address, or unset RAY_ADDRESS to run on a local Ray"
+            ) from error
+    return True
+
+
+def _plain_worker_output(local: bool) -> None:
+    """What workers print reaches this process's console: without colour codes where that is a file or a pipe.
+
+    On a local Ray also without '(name pid=…)' before each line: a log line names its task run itself. (Ray reads its
+    variable for that when it is imported, which is too early for us.)
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    if local and "RAY_DISABLE_WORKER_LOG_PREFIX" not in os.environ:
+        ray_constants.RAY_DISABLE_WORKER_LOG_PREFIX = True
+
+
+def cluster_cpus() -> int:
+    """CPUs of the whole connected cluster, at least 1."""
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return max(1, int(resources.get("CPU", 1)))
+
+
+def object_store_bytes() -> int:
+    """Object store of the whole connected cluster, bytes."""
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return int(resources.get("object_store_memory", 0))
+
+
+def dashboard_url() -> str | None:
+    """Web address of the cluster's dashboard, or None where it has none."""
+    node = ray._private.worker._global_node
+    found = getattr(node, "webui_url", None) if node is not None else None
+    return f"http://{found}" if found and not found.startswith("http") else found or None
+
+
+def nodes() -> list[dict[str, Any]]:
+    """The cluster's nodes and what each has: CPUs, GPUs, memory and object store (GiB)."""
+    found = []
+    for node in ray.nodes():  # type: ignore[no-untyped-call]
+        resources = node["Resources"]
+        found.append(
+            {
+                "node": node["NodeManagerAddress"],
+                "alive": node["Alive"],
+                "CPUs": resources.get("CPU", 0),
+                "GPUs": resources.get("GPU", 0),
+                "memory GiB": round(resources.get("memory", 0) / 2**30, 1),
+                "object store GiB": round(resources.get("object_store_memory", 0) / 2**30, 1),
+            }
+        )
+    return sorted(found, key=lambda node: (not node["alive"], str(node["node"])))
+
+
+@contextlib.contextmanager
+def data_context(cpus: int | None = None, **more: Any) -> Iterator[Any]:
+    """Ray Data's settings for one job, restored afterwards; yields the DataContext.
+
+    A Dataset copies the context when it is created, so create it inside.
+
+    Args:
+        cpus: The cluster's size, if it is known.
+        more: Further settings, by their names in the DataContext.
+    """
+    from ray._private.log import PlainRayHandler
+    from ray.data import DataContext  # 1.6 s to import: only jobs pay for it
+    from ray.util.debug import log_once
+
+    _share_workers()
+    context = DataContext.get_current()
+    settings = {
+        "op_resource_reservation_enabled": (cpus or cluster_cpus()) >= RESERVATION_FROM_CPUS,
+        "enable_progress_bars": sys.stderr.isatty(),
+        # Else a map function's error arrives as UserCodeException, its cause only as text: nobody could tell a
+        # transient fault of the store from bad input.
+        "raise_original_map_exception": True,
+        **more,
+    }
+    before = {name: getattr(context, name) for name in settings}
+    # Each job announces its start, plan and end on the console; Ray's own log file keeps them.
+    consoles = [handler for handler in logging.getLogger("ray.data").handlers if isinstance(handler, PlainRayHandler)]
+    levels = [handler.level for handler in consoles]
+    for name, value in settings.items():
+        setattr(context, name, value)
+    for handler in consoles:
+        handler.setLevel(logging.WARNING)
+    # Warnings in each worker, said by these calls: that bars are off, and that the job will hang where no CPU is free,
+    # as it happens for a moment between two jobs.
+    for warning in ("ray_data_progress_manager_disabled", "cpu_warning"):
+        log_once(warning)
+    try:
+        with warnings.catch_warnings():
+            # `max_retries` has no other way to a job's tasks, and Ray Data's own is to try for ever.
+            warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+            yield context
+    finally:
+        for handler, level in zip(consoles, levels, strict=True):
+            handler.setLevel(level)
+        for name, value in before.items():
+            setattr(context, name, value)
+
+
+def _share_workers() -> None:
+    """Let all steps of a plan run in the same workers.
+
+    Ray Data runs the two halves of a shuffle under runtime_envs of their own, and Ray shares no worker between
+    different ones: on few CPUs each step would end the workers of the last one and start its own, some seconds every
+    time (a shuffle of 8 rows: 4.9 s, with shared workers 0.2 s). What it separates them for: memory that one step maps
+    counts in the other's resident size, too.
+    """
+    from ray.data._internal.execution.operators import hash_shuffle_v2
+    from ray.data._internal.execution.operators.shuffle_operators import shuffle_reduce_operator
+
+    # Both are read anew for each plan. There is no setting for it in Ray 2.60, which pyproject.toml pins.
+    hash_shuffle_v2._SHUFFLE_MAP_RUNTIME_ENV.clear()
+    shuffle_reduce_operator._SHUFFLE_REDUCE_RUNTIME_ENV.clear()
+
+
+@contextlib.contextmanager
+def explained_versions(address: str) -> Generator[None]:
+    """Turn Ray's refusal of another Ray or Python version into a ConfigError that says what to do.
+
+    Raises:
+        ConfigError: driver and cluster at `address` don't run the same versions.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "version mismatch" not in str(error).lower():
+            raise
+        python = ".".join(map(str, sys.version_info[:3]))
+        raise ConfigError(
+            f"the Ray cluster at {address!r} runs other versions than this process (Ray {ray.__version__}, Python "
+            f"{python}): {error}\nRun both from the same image, or install the cluster's versions here"
+        ) from error
+
+
+def _object_store_bytes() -> int | None:
+    text = os.environ.get("PIPELINE_OBJECT_STORE_BYTES", "").strip()
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise ConfigError(
+            f"PIPELINE_OBJECT_STORE_BYTES must be a whole number of bytes, like 2000000000; it is {text!r}"
+        )
+    return int(text)
+
+
+@contextlib.contextmanager
+def environment(variables: Mapping[str, str]) -> Generator[None]:
+    """Variables of this process's environment for a while."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def handler_kept(number: int) -> Generator[None]:
+    """Restore the process's handler of a signal afterwards: Ray replaces some and leaves its own behind."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    handler = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        if handler is not None:
+            signal.signal(number, handler)

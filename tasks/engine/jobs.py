@@ -1,0 +1,560 @@
+"""Jobs as Ray Data plans: a function over the parts of a job, and the keyed shuffle that brings rows together.
+
+    parts ─ map_batches(read) ─ repartition(keys=[partition]) ─ map_batches(compute) ─ reports and tables
+
+What travels is packed: all rows that go from one part to one bucket are one row of Ray Data, an Arrow stream in a
+binary column. So blocks of several sources and of several groups share a plan, categories and exact types arrive as
+they were sent, and the shuffle moves few large values: on 10 million rows of transactions, packing and moving them
+takes as much CPU time as reading them.
+
+What the functions report (counts, files, profiles) travels beside the rows, pickled: it is made and read by our own
+processes within one job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import itertools
+import pickle
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+import ray.data
+from ray.core.generated.common_pb2 import NodeDeathInfo  # type: ignore[attr-defined]
+from ray.data._internal.arrow_ops.transform_pyarrow import hash_partition
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.exceptions import RayTaskError
+
+from tasks.engine.cluster import LOST_WORKER_RETRIES, cluster_cpus, data_context, nodes
+from tasks.engine.partition import Frame, pack, unpack
+from tasks.io.errors import BalanceError, PipelineError, causes
+from tasks.store.conservation import check_equal
+from tasks.store.settings import seconds_from_environment
+
+Note = TypeVar("Note")
+Summary = TypeVar("Summary")
+Result = TypeVar("Result")
+Int64Array = npt.NDArray[np.int64]
+Progress = Callable[[int], None]
+
+MAX_BLOCKS = 512
+"""Blocks that a plan begins with, on up to 128 CPUs: a block may hold several parts. Each takes 45 KB of the driver."""
+
+PARTITION_BYTES = 64 * 2**20
+"""Packed rows that one reducing task maps, about."""
+
+MIN_BATCH_BYTES, MAX_BATCH_BYTES = 16 * 2**20, 2**30
+"""Packed rows that one mapping task of the shuffle takes; Ray Data's own bound is the second."""
+
+MAX_PARTITIONS = 1024
+"""Each mapping task of the shuffle has an object for each partition."""
+
+MAX_SHARDS = 2**15
+"""Such objects in all, as long as mapping tasks aren't larger than they may be: the driver takes 20 KB for each."""
+
+FETCH_SECONDS = 60.0
+"""How long a task of a shuffle's second half waits for some of its rows: what a dead node held may never come."""
+
+NODE_PATIENCE_SECONDS = 300.0
+"""How long a plan that has lost a node may come no further."""
+
+_KEY, _BUCKET, _INDEX, _ROWS = "partition", "bucket", "index", "rows"
+_VALUE, _REPORT, _DATA = "value", "report", "data"
+_ADVICE = "\nFailed to apply UDF transform"
+"""How what Ray Data adds to an error's message begins: how to have it retried, which isn't for our users."""
+
+_NOTE = -1
+"""Bucket of a row that isn't packed rows, but what a part reports."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the steps of a job work on one by one.
+
+    Attributes:
+        count: How many there are. A step's function gets a part's number first.
+        values: What it gets besides; None: nothing.
+        tables: The tables of a shuffle, of which it gets the one of its bucket.
+    """
+
+    count: int
+    values: Sequence[Any] | None = None
+    tables: ray.data.Dataset | None = None
+
+    def dataset(self, context: Any) -> ray.data.Dataset:
+        """Return them as a dataset, a few in each block, that is executed with the settings of a DataContext."""
+        if self.tables is not None:
+            # A dataset keeps the settings of the moment that it was made, and what is derived from it has them, too.
+            vars(self.tables.context).update(vars(context.copy()))
+            return self.tables
+        blocks = min(self.count, max(MAX_BLOCKS, 4 * cluster_cpus()))
+        tables = []
+        for block in range(blocks):
+            first, last = self.count * block // blocks, self.count * (block + 1) // blocks
+            table = pa.table({_INDEX: pa.array(range(first, last), pa.int32())})
+            if self.values is not None:
+                pickled = [pickle.dumps(value) for value in self.values[first:last]]
+                table = table.append_column(_VALUE, pa.array(pickled, pa.large_binary()))
+            tables.append(table)
+        return ray.data.from_arrow(tables)
+
+
+@dataclass(frozen=True, slots=True)
+class Shuffled(Generic[Note, Summary]):
+    """What a shuffle gives.
+
+    Attributes:
+        notes: What was reported of each part, in order.
+        summaries: What was reported of each bucket, in order.
+        carried: Rows that each part sent, by lane, shape (parts, lanes).
+        rows: Rows of each bucket's table, shape (buckets,).
+        tables: The buckets' tables, held in Ray's object store: parts of a further step.
+    """
+
+    notes: list[Note]
+    summaries: list[Summary]
+    carried: Int64Array
+    rows: Int64Array
+    tables: Parts
+
+
+def mapped(
+    source: Parts,
+    function: Callable[..., Result],
+    *,
+    name: str,
+    actors: int | None = None,
+    num_gpus: float = 0,
+) -> Iterator[Result]:
+    """Run a function on each part in Ray tasks of one CPU; results come as they are finished, in any order.
+
+    Args:
+        source: The parts.
+        function: What to run.
+        name: Name of the step in Ray Data's plan and progress.
+        actors: Run it in a pool of so many processes that live as long as the step; None: in tasks.
+        num_gpus: GPUs that a task or process needs.
+
+    Raises:
+        PipelineError: What the function raised on purpose.
+        RayTaskError: It failed otherwise, or its worker died each time.
+    """
+
+    def run(block: pa.Table) -> Iterator[pa.Table]:
+        for item in _items(block):
+            yield pa.table({_DATA: pa.array([pickle.dumps(function(*item))], pa.large_binary())})
+
+    if not source.count:
+        return
+    with original_errors(), data_context() as context, _watched(context, []):
+        step = source.dataset(context).map_batches(
+            run if actors is None else type(name, (_Runner,), {}),
+            **_options(name, run, actors=actors, num_gpus=num_gpus),
+        )
+        # What comes back was made by our own tasks a moment ago, so it may be unpickled.
+        for row in step.iter_rows():
+            yield pickle.loads(row[_DATA])  # noqa: S301
+
+
+class _Runner:
+    """A function in a process that lives as long as the step: what it loads once stays loaded."""
+
+    def __init__(self, run: Callable[[pa.Table], Iterator[pa.Table]]) -> None:
+        self._run = run
+
+    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
+        return self._run(block)
+
+
+def shuffle(
+    source: Parts,
+    buckets: int,
+    scatter: Callable[..., tuple[Note, Sequence[Frame]]],
+    gather: Callable[[int, dict[int, Any]], tuple[Summary, pa.Table]],
+    *,
+    names: tuple[str, str],
+    volume: int,
+    lanes: int = 1,
+    typed: Sequence[int] = (0,),
+    on_scattered: Progress = lambda _: None,
+    on_gathered: Progress = lambda _: None,
+    on_note: Callable[[Note], None] = lambda _: None,
+    on_summary: Callable[[Summary], None] = lambda _: None,
+) -> Shuffled[Note, Summary]:
+    """Run `scatter` on each part, bring the frames of each bucket together, run `gather` on each bucket.
+
+    Args:
+        source: The parts.
+        buckets: Number of buckets.
+        scatter: Part number (and its table) → a note and one frame a bucket, of Polars or Arrow.
+        gather: Bucket number and its frames by part, in the parts' order → a summary and a table. Frames without rows
+            don't travel, but for those of the parts in `typed`.
+        names: Of the two steps, in Ray Data's plan and progress.
+        volume: Bytes of all frames, about.
+        lanes: Parts of equal length that the buckets are counted in.
+        typed: Parts whose frames travel even without rows, for their columns.
+        on_scattered: Called with numbers of parts as they are done.
+        on_gathered: Called with numbers of buckets as they are done.
+        on_note: Called with each note as it arrives, in any order, to take from it what needn't be kept.
+        on_summary: Called with each summary, likewise.
+
+    Raises:
+        BalanceError: Rows that were sent didn't arrive, or others did.
+        PipelineError: What `scatter` or `gather` raised on purpose.
+        RayTaskError: They failed otherwise, or their workers died each time.
+    """
+    count = source.count
+    assert typed or not count, "a bucket knows its columns from the frames that were sent to it"
+    always = frozenset(typed)
+    partitions = _partition_count(buckets, volume)
+    keys = partition_keys(partitions)
+
+    def scatter_block(block: pa.Table) -> Iterator[pa.Table]:
+        for item in _items(block):
+            note, frames = scatter(*item)
+            assert len(frames) == buckets, f"part {item[0]} gave {len(frames)} frames for {buckets} buckets"
+            yield _sent(item[0], note, frames, keys, with_empty=item[0] in always)
+
+    def gather_block(block: pa.Table) -> Iterator[pa.Table]:
+        yield from _gathered(block, gather)
+
+    def gather_nothing(block: pa.Table) -> Iterator[pa.Table]:
+        for (bucket,) in _items(block):
+            yield _result(bucket, {}, *gather(bucket, {}))
+
+    compression = "none" if len(nodes()) == 1 else "lz4"  # on one machine nothing goes over a network
+    settings: dict[str, Any] = {
+        "shuffle_input_batch_bytes": _batch_bytes(volume, partitions),
+        "shuffle_compression": compression,
+        "hash_shuffle_reduce_get_timeout_s": min(
+            ray.data.DataContext.get_current().hash_shuffle_reduce_get_timeout_s, FETCH_SECONDS
+        ),
+    }
+    watchers = [_Reached(names[0], count, on_scattered), _Reached(names[1], buckets, on_gathered)]
+    with original_errors(), data_context(**settings) as context, _watched(context, watchers):
+        if count:
+            rows = source.dataset(context).map_batches(scatter_block, **_options(names[0], scatter_block))
+            grouped = rows.repartition(partitions, keys=[_KEY])
+            done = grouped.map_batches(gather_block, **_options(names[1], gather_block)).materialize()
+        else:
+            step = Parts(buckets).dataset(context)
+            done = step.map_batches(gather_nothing, **_options(names[1], gather_nothing)).materialize()
+        reports = done.map_batches(_without_data, **_options("report", _without_data))
+        return _added_up(reports.iter_rows(), done, (count, buckets, lanes), on_note, on_summary)
+
+
+@contextlib.contextmanager
+def original_errors() -> Iterator[None]:
+    """Around a Ray job: raise what a task of ours raised on purpose as it was, not buried in a worker's traceback."""
+    try:
+        yield
+    except Exception as fault:
+        # Ray raises an error that is of our class, too, but has the traceback for its message.
+        ours = next(
+            (link for link in causes(fault) if isinstance(link, PipelineError) and not isinstance(link, RayTaskError)),
+            None,
+        )
+        if ours is None:
+            raise
+        ours.args = (str(ours).partition(_ADVICE)[0], *ours.args[1:])
+        if ours is fault:
+            raise
+        raise ours from fault
+
+
+def partition_keys(partitions: int) -> list[int]:
+    """Return for each partition a key that Ray Data's shuffle brings there.
+
+    Keys that are just numbered would meet by chance: of eight partitions three would get no row.
+    """
+    found: dict[int, int] = {}
+    for first in itertools.count(0, 4 * partitions):
+        table = pa.table({_KEY: pa.array(range(first, first + 4 * partitions), pa.int32())})
+        for number, rows in hash_partition(table, hash_cols=[_KEY], num_partitions=partitions).items():
+            if rows.num_rows:
+                found.setdefault(number, rows[_KEY][0].as_py())
+        if len(found) == partitions:
+            return [found[number] for number in range(partitions)]
+    raise AssertionError("unreachable")
+
+
+def _partition_count(buckets: int, volume: int) -> int:
+    wanted = max(-(-volume // PARTITION_BYTES), 2 * cluster_cpus())
+    return min(buckets, wanted, MAX_PARTITIONS)
+
+
+def _batch_bytes(volume: int, partitions: int) -> int:
+    """Bytes that a mapping task of the shuffle takes: enough tasks for all CPUs, and not too many objects."""
+    tasks = min(2 * cluster_cpus(), MAX_SHARDS // partitions)
+    return min(max(volume // tasks, MIN_BATCH_BYTES), MAX_BATCH_BYTES)
+
+
+def _options(name: str, function: Any, *, actors: int | None = None, num_gpus: float = 0) -> dict[str, Any]:
+    """Options of a `map_batches` whose step is called `name`."""
+    function.__name__ = name
+    options: dict[str, Any] = {
+        "batch_size": None,
+        "batch_format": "pyarrow",
+        "zero_copy_batch": True,
+        "num_cpus": 1,
+    }
+    if num_gpus:
+        options["num_gpus"] = num_gpus
+    # Ray Data would try for ever, also what kills each of its workers.
+    if actors is None:
+        return {**options, "max_retries": LOST_WORKER_RETRIES}
+    return {
+        **options,
+        "compute": ray.data.ActorPoolStrategy(size=actors),
+        "fn_constructor_args": (function,),
+        "max_task_retries": LOST_WORKER_RETRIES,
+    }
+
+
+def _items(block: pa.Table) -> Iterator[tuple[Any, ...]]:
+    """The parts in a block: their numbers, with their values if they have some, or buckets and their tables."""
+    if _VALUE in block.column_names:
+        for index, value in zip(block[_INDEX].to_pylist(), block[_VALUE].to_pylist(), strict=True):
+            yield index, pickle.loads(value)  # noqa: S301 - made by the driver
+        return
+    if _DATA not in block.column_names:
+        yield from zip(block[_INDEX].to_pylist(), strict=True)
+        return
+    for number, (bucket, index) in enumerate(zip(block[_BUCKET].to_pylist(), block[_INDEX].to_pylist(), strict=True)):
+        if bucket != _NOTE:
+            yield index, unpack(block[_DATA][number].as_buffer())
+
+
+def _sent(index: int, note: Any, frames: Sequence[Frame], keys: Sequence[int], *, with_empty: bool) -> pa.Table:
+    """The rows that a part sends, one a bucket, and its note."""
+    heights = [len(frame) for frame in frames]
+    used = [bucket for bucket, height in enumerate(heights) if height or with_empty]
+    report = pickle.dumps((note, np.array(heights, np.int64)))
+    return pa.table(
+        {
+            _KEY: pa.array([keys[number % len(keys)] for number in (*used, index)], pa.int32()),
+            _BUCKET: pa.array([*used, _NOTE], pa.int32()),
+            _INDEX: pa.array([index] * (len(used) + 1), pa.int32()),
+            _ROWS: pa.array([*(heights[bucket] for bucket in used), 0], pa.int64()),
+            _DATA: pack([*(frames[bucket] for bucket in used), report]),
+        }
+    )
+
+
+def _gathered(block: pa.Table, gather: Callable[[int, dict[int, Any]], tuple[Any, pa.Table]]) -> Iterator[pa.Table]:
+    """Results of the buckets whose rows are in a block, and the notes that are there, as they are."""
+    buckets, index, rows = (block[name].to_numpy() for name in (_BUCKET, _INDEX, _ROWS))
+    order = np.lexsort((index, buckets))
+    bounds = np.flatnonzero(np.diff(buckets[order], prepend=_NOTE - 1, append=np.iinfo(np.int32).max))
+    for first, end in itertools.pairwise(bounds.tolist()):
+        own = order[first:end].tolist()
+        bucket = int(buckets[own[0]])
+        values = {int(index[row]): block[_DATA][row].as_buffer() for row in own}
+        check_equal(f"bucket {bucket}", len(own), len(values), "parts arrived, {} of them different ones")
+        if bucket == _NOTE:
+            yield _reported(_NOTE, list(values), [value.to_pybytes() for value in values.values()])
+            continue
+        frames = {part: unpack(value) for part, value in values.items()}
+        for row, (part, frame) in zip(own, frames.items(), strict=True):
+            check_equal(f"bucket {bucket}, part {part}", int(rows[row]), len(frame), "rows were sent, {} arrived")
+        yield _result(bucket, frames, *gather(bucket, frames))
+
+
+def _result(bucket: int, frames: Mapping[int, Frame], summary: Any, table: pa.Table) -> pa.Table:
+    parts, arrived = np.array(list(frames), np.int32), np.array([len(frame) for frame in frames.values()], np.int64)
+    report = pickle.dumps((summary, parts, arrived, table.num_rows))
+    return _reported(bucket, [bucket], [report], pack([table]))
+
+
+def _reported(bucket: int, index: list[int], reports: list[bytes], data: pa.Array | None = None) -> pa.Table:
+    return pa.table(
+        {
+            _BUCKET: pa.array([bucket] * len(index), pa.int32()),
+            _INDEX: pa.array(index, pa.int32()),
+            _REPORT: pa.array(reports, pa.large_binary()),
+            _DATA: pa.nulls(len(index), pa.large_binary()) if data is None else data,
+        }
+    )
+
+
+def _without_data(block: pa.Table) -> pa.Table:
+    return block.drop_columns([_DATA])
+
+
+def _added_up(
+    reports: Iterator[Mapping[str, Any]],
+    tables: ray.data.Dataset,
+    shape: tuple[int, int, int],
+    on_note: Callable[[Any], None],
+    on_summary: Callable[[Any], None],
+) -> Shuffled[Any, Any]:
+    """What was reported, in order; the rows that were sent compared with those that arrived.
+
+    Args:
+        reports: One a part and one a bucket, in any order.
+        tables: The buckets' tables.
+        shape: Numbers of parts, buckets and lanes.
+        on_note: Called with each note.
+        on_summary: Called with each summary.
+
+    Raises:
+        BalanceError: They differ, or a report is missing.
+    """
+    count, buckets, lanes = shape
+    notes: dict[int, Any] = {}
+    summaries: dict[int, Any] = {}
+    sent, arrived = np.zeros(buckets, np.int64), np.zeros(buckets, np.int64)
+    carried, taken = np.zeros((count, lanes), np.int64), np.zeros((count, lanes), np.int64)
+    rows = np.zeros(buckets, np.int64)
+    for row in reports:
+        number = row[_INDEX]
+        report = pickle.loads(row[_REPORT])  # noqa: S301 - made by our own tasks a moment ago
+        if row[_BUCKET] == _NOTE:
+            notes[number], heights = report
+            on_note(notes[number])
+            sent += heights
+            carried[number] = heights.reshape(lanes, -1).sum(axis=1)
+            continue
+        summaries[number], parts, received, rows[number] = report
+        on_summary(summaries[number])
+        arrived[number] = received.sum()
+        taken[parts, number * lanes // buckets] += received
+    check_equal("parts of the work", count, len(notes), "were begun, {} have told what they did")
+    check_equal("buckets of rows", buckets, len(summaries), "were planned, {} have told what they did")
+    for what, before, after in (("bucket", sent, arrived), ("part", carried.ravel(), taken.ravel())):
+        different = np.flatnonzero(before != after)
+        if len(different):
+            first = int(different[0])
+            raise BalanceError(
+                f"{int(sent.sum())} rows were sent, {int(arrived.sum())} arrived: "
+                f"{int(sent.sum() - arrived.sum()):+d} unaccounted for; of {what} {first}, {before[first]} were sent, "
+                f"{after[first]} arrived"
+            )
+    return Shuffled(
+        [notes[number] for number in range(count)],
+        [summaries[number] for number in range(buckets)],
+        carried,
+        rows,
+        Parts(buckets, tables=tables),
+    )
+
+
+@dataclass(slots=True)
+class _Reached:
+    """How far a step has come, told in its own unit."""
+
+    step: str
+    total: int
+    tell: Progress
+    told: int = 0
+
+    def look(self, topology: Any) -> None:
+        """Tell what has been done since the last look, by the tasks that have ended."""
+        for operator in topology:
+            if operator.name.endswith(f"({self.step})"):
+                wanted = operator.num_outputs_total() or 0
+                ended = operator.metrics.num_tasks_finished
+                done = self.total * min(ended, wanted) // wanted if wanted else 0
+                if done > self.told:
+                    self.tell(done - self.told)
+                    self.told = done
+
+    def finish(self) -> None:
+        """Tell the rest."""
+        if self.total > self.told:
+            self.tell(self.total - self.told)
+            self.told = self.total
+
+
+class _Nodes:
+    """Ends a plan that has lost a node and comes no further, so that it is run anew.
+
+    Ray makes again what a dead node held, and may wait for ever: a task of a shuffle's second half that is run again
+    waits for its rows inside `ray.get`, and keeps its CPU meanwhile (Ray 2.60 lends a CPU on only where the awaited
+    object was never made, not where it was lost). With as many of them as CPUs left, the tasks that would make the rows
+    never run.
+    """
+
+    def __init__(self) -> None:
+        self._patience = seconds_from_environment("PIPELINE_NODE_PATIENCE_SECONDS", NODE_PATIENCE_SECONDS, most=86_400)
+        self._nodes = self._alive()
+        self._ended, self._since = 0, time.monotonic()
+
+    def look(self, topology: Any) -> None:
+        """Look whether a task has ended since the last look.
+
+        Raises:
+            TimeoutError: None has for too long, and nodes that there were are lost, and not just let go as idle.
+        """
+        ended = sum(operator.metrics.num_tasks_finished for operator in topology)
+        now = time.monotonic()
+        if ended != self._ended:
+            self._ended, self._since = ended, now
+        elif now - self._since > self._patience:
+            self._since = now
+            if lost := self._nodes - self._alive(_LET_GO):
+                raise TimeoutError(
+                    f"of {len(self._nodes)} Ray nodes {len(lost)} were lost, and no task of the job has ended for "
+                    f"{self._patience:g} s (PIPELINE_NODE_PATIENCE_SECONDS) since: it is given up, to be run anew"
+                )
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    @staticmethod
+    def _alive(*deaths: int) -> frozenset[str]:
+        """Nodes that are alive, or that ended for one of some reasons."""
+        found = ray.nodes()  # type: ignore[no-untyped-call]
+        return frozenset(node["NodeID"] for node in found if node["Alive"] or node.get("DeathReason") in deaths)
+
+
+_LET_GO = NodeDeathInfo.AUTOSCALER_DRAIN_IDLE  # which holds no rows
+_WATCHED: dict[str, tuple[contextvars.Context, Sequence[_Reached | _Nodes]]] = {}
+_WATCH = "watchers"
+
+
+class _Watch(ExecutionCallback):
+    """Lets the watchers of a plan look at it, again and again; their name stands in the plan's context.
+
+    It is called by the thread that runs the plan, which doesn't know whose flow run this is: it gets our context. (The
+    class and not the watchers are in Ray Data's context, as that is pickled for each task.)
+    """
+
+    def on_execution_step(self, executor: Any) -> None:
+        for context, watcher in self._watchers(executor):
+            context.run(watcher.look, executor._topology)
+
+    def after_execution_succeeds(self, executor: Any) -> None:
+        for context, watcher in self._watchers(executor):
+            context.run(watcher.finish)
+
+    @staticmethod
+    def _watchers(executor: Any) -> Iterator[tuple[contextvars.Context, _Reached | _Nodes]]:
+        context, watchers = _WATCHED.get(executor._data_context.get_config(_WATCH, ""), (None, ()))
+        for watcher in watchers:
+            assert context is not None
+            yield context, watcher
+
+
+@contextlib.contextmanager
+def _watched(context: Any, watchers: Sequence[_Reached]) -> Iterator[None]:
+    """Have the plans that are made within watched, and the nodes that they run on."""
+    name = uuid.uuid4().hex
+    _WATCHED[name] = (contextvars.copy_context(), [*watchers, _Nodes()])
+    others = context.custom_execution_callback_classes
+    context.set_config(_WATCH, name)
+    context.custom_execution_callback_classes = [*others, _Watch]
+    try:
+        yield
+    finally:
+        context.remove_config(_WATCH)
+        context.custom_execution_callback_classes = others
+        del _WATCHED[name]

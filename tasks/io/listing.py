@@ -1,0 +1,228 @@
+"""What lies where: files and directories below a URI, on a local disk or S3."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from tasks.io.location import is_s3, normalise, s3_filesystem
+from tasks.io.refusal import explains_refusals
+
+_HIDDEN = (".", "_")
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file as a listing shows it."""
+
+    uri: str
+    bytes: int
+    stamp: str
+    """Cheap mark of change: the ETag on S3, the modification time in ns on a local disk."""
+
+
+@explains_refusals
+def list_files(
+    uri: str,
+    suffixes: Iterable[str] | None = None,
+    *,
+    recursive: bool = True,
+    include_hidden: bool = False,
+    follow_links: bool = True,
+    each_path: bool = False,
+) -> list[FileInfo]:
+    """List files, sorted by URI.
+
+    Args:
+        uri: A file, a directory or S3 prefix, or a glob ('data/2024-*/*.csv'; '**' spans directories). A glob that
+            matches a directory stands for the files in it.
+        suffixes: Endings to keep, such as ('.csv', '.csv.gz'), in any case; None keeps all.
+        recursive: Whether to look below the first level of a directory.
+        include_hidden: Whether to list names that begin with '.' or '_' and what is below them; names in `uri` itself
+            are never hidden.
+        follow_links: Whether to look through symbolic links to directories; those who delete don't, and are given the
+            link itself. A link back to a directory on the way to it isn't followed. One that leads nowhere is a file of
+            0 bytes.
+        each_path: Whether files of a directory to which several paths lead are listed under each of them, because the
+            paths say something; else once, under the path without links if there is one.
+
+    Returns:
+        The files; [] when nothing is there or matches.
+    """
+    uri = normalise(uri)
+
+    def list_below(place: str) -> Iterator[FileInfo]:
+        if is_s3(place):
+            return _list_s3(place, recursive, include_hidden)
+        return _list_local(place, recursive, include_hidden, follow_links)
+
+    found = {info.uri: info for info in list_below(uri)}
+    if not found and glob.has_magic(uri):
+        base = re.split(r"[*?\[]", uri, maxsplit=1)[0].rpartition("/")[0]
+        if is_s3(uri):
+            matches = _glob_s3(uri)
+        elif "**" in uri.split("/"):
+            matches = _glob_everywhere(uri, base, follow_links)
+        else:
+            matches = _glob_local(uri, base)
+        for match in matches:
+            if include_hidden or not _is_hidden(match[len(base) :]):
+                is_entry = not is_s3(uri) and not os.path.isdir(match)  # also a link that leads nowhere
+                below = _entry_info(Path(match), follow_links) if is_entry else list_below(match)
+                found |= {info.uri: info for info in below}
+    if not is_s3(uri) and not each_path:
+        found = _one_path_each(found)
+    endings = None if suffixes is None else tuple(suffix.lower() for suffix in suffixes)
+    return [found[name] for name in sorted(found) if endings is None or name.lower().endswith(endings)]
+
+
+def _is_hidden(relative: str) -> bool:
+    return any(part.startswith(_HIDDEN) for part in relative.split("/"))
+
+
+def _list_local(path: str, recursive: bool, include_hidden: bool, follow_links: bool) -> Iterator[FileInfo]:
+    if Path(path).is_file():
+        yield _local_info(path, os.stat(path))
+        return
+    pending: list[tuple[str, frozenset[tuple[int, int]]]] = [(path, frozenset())]
+    while pending:
+        directory, above = pending.pop()
+        try:
+            entries = list(os.scandir(directory))
+            status = os.stat(directory)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        place = (status.st_dev, status.st_ino)
+        if place in above:  # a symbolic link back up
+            continue
+        for entry in entries:
+            if entry.name.startswith(_HIDDEN) and not include_hidden:
+                continue
+            if _is_directory(entry, follow_links):
+                pending.extend([(entry.path, above | {place})] if recursive else [])
+                continue
+            yield from _entry_info(entry, follow_links)
+
+
+def _is_directory(entry: os.DirEntry[str], follow_links: bool) -> bool:
+    try:
+        return entry.is_dir(follow_symlinks=follow_links)
+    except OSError:  # a link into a ring of links, or to where this user may not look
+        return False
+
+
+def _entry_info(entry: os.DirEntry[str] | Path, follow_links: bool) -> Iterator[FileInfo]:
+    """A file, or the link itself if it leads nowhere; nothing if another process has removed it since."""
+    try:
+        yield _local_info(os.fspath(entry), entry.stat(follow_symlinks=follow_links))
+    except OSError:
+        with suppress(FileNotFoundError):
+            status = entry.stat(follow_symlinks=False)
+            if not stat.S_ISLNK(status.st_mode):
+                raise
+            yield FileInfo(os.fspath(entry), 0, _stamp(status))
+
+
+def _glob_everywhere(pattern: str, base: str, follow_links: bool) -> list[str]:
+    """Files that match a pattern with '**' or are in a directory that does; Python's own goes round in rings of links.
+
+    As directories stand for the files in them, all but the hidden ones are there without looking below a match.
+    """
+    wanted = pattern[len(base) + 1 :].split("/")
+    found = (
+        info.uri for info in _list_local(base or "/", recursive=True, include_hidden=True, follow_links=follow_links)
+    )
+    return [uri for uri in found if _begins(uri[len(base) + 1 :].split("/"), wanted)]
+
+
+def _begins(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path, or a directory on the way to it, matches."""
+    if not pattern:
+        return True
+    if pattern[0] == "**":
+        return _begins(parts, pattern[1:]) or (bool(parts) and _begins(parts[1:], pattern))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _begins(parts[1:], pattern[1:])
+
+
+def _glob_local(pattern: str, base: str) -> list[str]:
+    """What matches a pattern without '**', but for paths that come back to a directory."""
+    return [match for match in glob.glob(pattern, include_hidden=True) if not _comes_back(os.path.dirname(match), base)]
+
+
+def _comes_back(directory: str, base: str) -> bool:
+    places = set()
+    while len(directory) >= len(base):
+        place = os.path.realpath(directory)
+        if place in places:
+            return True
+        places.add(place)
+        directory = os.path.dirname(directory)
+    return False
+
+
+def _one_path_each(found: dict[str, FileInfo]) -> dict[str, FileInfo]:
+    """One path to each directory: that without links, or the first."""
+    chosen: dict[str, str] = {}
+    for directory in sorted({os.path.dirname(uri) for uri in found}):
+        real = os.path.realpath(directory)
+        if chosen.setdefault(real, directory) != directory and directory == real:
+            chosen[real] = directory
+    kept = set(chosen.values())
+    return {uri: info for uri, info in found.items() if os.path.dirname(uri) in kept}
+
+
+def local_stamp(path: str) -> str:
+    """`FileInfo.stamp` of a local file as it is now."""
+    return _stamp(os.stat(path))
+
+
+def _stamp(status: os.stat_result) -> str:
+    return str(status.st_mtime_ns)
+
+
+def _local_info(path: str, status: os.stat_result) -> FileInfo:
+    return FileInfo(path, status.st_size, _stamp(status))
+
+
+def _list_s3(uri: str, recursive: bool, include_hidden: bool) -> Iterator[FileInfo]:
+    filesystem, path = s3_filesystem(uri)
+    try:
+        entries = filesystem.find(path, detail=True).values() if recursive else filesystem.ls(path, detail=True)
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        name = entry["name"]
+        # A key that ends with '/' only marks a directory in consoles.
+        if entry["type"] != "file" or name.endswith("/"):
+            continue
+        if include_hidden or name == path or not _is_hidden(name[len(path) + 1 :]):
+            yield FileInfo(f"s3://{name}", entry["size"], entry["ETag"].strip('"'))
+
+
+def _glob_s3(uri: str) -> list[str]:
+    filesystem, path = s3_filesystem(uri)
+    try:
+        return [f"s3://{match}" for match in filesystem.glob(path)]
+    except FileNotFoundError:
+        return []
+
+
+@explains_refusals
+def list_directories(uri: str) -> list[str]:
+    """Names of the directories directly below a URI, sorted; [] when there are none."""
+    uri = normalise(uri)
+    try:
+        if not is_s3(uri):
+            return sorted(entry.name for entry in os.scandir(uri) if entry.is_dir())
+        filesystem, path = s3_filesystem(uri)
+        entries = filesystem.ls(path, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "directory")

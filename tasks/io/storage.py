@@ -1,0 +1,422 @@
+"""The one module that opens files: plain functions on URIs, alike for a local disk and for S3.
+
+A URI is a path ('data/x', '/abs/x'), 'file:///x' or 's3://bucket/x' (`location`). Nothing is kept between calls
+except connections, so every function works in any process.
+
+Two libraries share the work: s3fs for small objects (it has the conditional create that pyarrow lacks), and
+pyarrow's native file systems for reading columns (ranged reads without Python in between).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.io.digests import METHOD, Digest, digest
+from tasks.io.disk import MIB, is_temporary, put_in_place, sync_directory, temporary_name, told_if_full
+from tasks.io.errors import ConfigError, PipelineError
+from tasks.io.listing import FileInfo, list_directories, list_files, local_stamp
+from tasks.io.location import arrow_filesystem, is_s3, normalise, s3_filesystem
+from tasks.io.refusal import explains_refusals, refusals_explained, s3_error_code
+
+__all__ = [
+    "FileInfo",
+    "WrittenFile",
+    "arrow_filesystem",
+    "check_root",
+    "delete",
+    "digest_of",
+    "exists",
+    "fingerprint",
+    "is_s3",
+    "is_temporary",
+    "list_directories",
+    "list_files",
+    "local_stamp",
+    "normalise",
+    "open_input",
+    "put_if_absent",
+    "read_bytes",
+    "read_many",
+    "stamp_of",
+    "write_bytes",
+    "write_parquet",
+]
+
+SAMPLE_ABOVE = 64 * MIB
+
+# Measured on 2 million feature rows (115 MB in Arrow): zstd-1 writes as fast as snappy (0.31 s against 0.32 s), reads
+# as fast (0.07 s), and is a fifth smaller (40 MB against 49 MB); zstd-3 takes a fifth longer for 3%. Row groups of
+# 128 Ki rows instead of 1 Mi need 1.8 times the time and a quarter more room, as each repeats its dictionaries.
+_PARQUET = {"compression": "zstd", "row_group_size": MIB}
+_ZSTD_LEVEL = 1
+
+_TRIES = 6
+_BROKEN_OFF = frozenset({"ClientPayloadError", "IncompleteRead", "IncompleteReadError", "ResponseStreamingError"})
+
+Contents = TypeVar("Contents")
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A Parquet file that was written: its size and the digest of exactly its bytes."""
+
+    uri: str
+    rows: int
+    bytes: int
+    digest: str
+
+
+@explains_refusals
+def open_input(uri: str) -> pa.NativeFile:
+    """Open a file for random access, as pyarrow.parquet and pyarrow.csv take it.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    filesystem, path = arrow_filesystem(uri)
+    return filesystem.open_input_file(path)
+
+
+@explains_refusals
+def exists(uri: str) -> bool:
+    """Whether there is a file or a directory (on S3: any key under the prefix)."""
+    uri = normalise(uri)
+    if not is_s3(uri):
+        return Path(uri).exists()
+    filesystem, path = s3_filesystem(uri)
+    try:
+        # Not its exists(), which takes a refused or failed request for absence.
+        filesystem.info(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+@explains_refusals
+def check_root(uri: str) -> None:
+    """Make sure that a store can be kept under a root, before anything is started for it; nothing is written.
+
+    Raises:
+        ConfigError: it is a file, or may not be written to, or its bucket doesn't exist.
+        PipelineError: nothing answers where S3 should be.
+    """
+    uri = normalise(uri)
+    if is_s3(uri):
+        _check_bucket(uri)
+        return
+    place = Path(uri)
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(f"can't keep datasets in {uri!r}: {str(place)!r} is no directory; give another root")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"can't keep datasets in {uri!r}: no permission to write in {str(place)!r}; give another root, or let "
+            "this user write there"
+        )
+
+
+def _check_bucket(uri: str) -> None:
+    filesystem, path = s3_filesystem(uri)
+    try:
+        filesystem.call_s3("list_objects_v2", Bucket=path.partition("/")[0], MaxKeys=1)
+    except Exception as error:
+        response = getattr(error, "response", None) or {}
+        if isinstance(error, FileNotFoundError) or response.get("Error", {}).get("Code") == "NoSuchBucket":
+            raise no_bucket(uri) from error
+        if not isinstance(error, OSError) and not response:
+            raise PipelineError(
+                f"can't reach {uri!r}: {error}; correct AWS_ENDPOINT_URL_S3 or AWS_REGION, or mend the network"
+            ) from error
+        raise
+
+
+@explains_refusals
+def read_bytes(uri: str) -> bytes:
+    """Read a whole file.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    uri = normalise(uri)
+    if not is_s3(uri):
+        return Path(uri).read_bytes()
+    filesystem, path = s3_filesystem(uri)
+    data: bytes = _read_whole(lambda: filesystem.cat_file(path, max_concurrency=1))
+    return data
+
+
+def read_many(uris: Iterable[str]) -> dict[str, bytes]:
+    """Read whole small files, at once where the store allows it; files that don't exist are left out.
+
+    Returns:
+        Contents by normalised URI.
+    """
+    wanted = [normalise(uri) for uri in uris]
+    contents: dict[str, bytes] = {}
+    for uri in wanted:
+        if not is_s3(uri) and Path(uri).is_file():
+            contents[uri] = Path(uri).read_bytes()
+    remote = [uri for uri in wanted if is_s3(uri)]
+    if remote:
+        with refusals_explained(remote[0]):
+            contents |= _read_whole(lambda: _read_remote(remote))
+    return contents
+
+
+def _read_remote(uris: list[str]) -> dict[str, bytes]:
+    filesystem, _ = s3_filesystem(uris[0])
+    # 'omit' would also leave out what merely failed, and a reservation that was missed would be taken twice. Without
+    # concurrency inside a file it isn't asked first how large the file is (or whether it's a directory).
+    paths = [uri.removeprefix("s3://") for uri in uris]
+    answers = filesystem.cat(paths, on_error="return", max_concurrency=1)
+    contents = {}
+    for path, answer in answers.items():
+        if isinstance(answer, FileNotFoundError):
+            continue
+        if isinstance(answer, BaseException):
+            raise answer
+        contents[f"s3://{path}"] = answer
+    return contents
+
+
+def _read_whole(read: Callable[[], Contents]) -> Contents:
+    """Read again what broke off in mid-body: the client below tries again only until the first byte has come."""
+    for attempt in range(1, _TRIES):
+        try:
+            return read()
+        except Exception as error:
+            if type(error).__name__ not in _BROKEN_OFF:
+                raise
+        _pause(attempt)
+    return read()
+
+
+def _pause(attempt: int) -> None:
+    time.sleep(random.uniform(0, 0.05 * 2**attempt))  # noqa: S311 - jitter, not a draw that reaches data
+
+
+@explains_refusals
+def write_bytes(uri: str, data: bytes | pa.Buffer) -> None:
+    """Write a whole file, replacing what was there; a reader sees the old contents or the new, never a part.
+
+    Raises:
+        ConfigError: the bucket doesn't exist.
+        DiskFull: there is no room for it.
+        VersionConflict: another attempt to write the version has committed, and cleaned up what was begun here.
+    """
+    uri = normalise(uri)
+    if not is_s3(uri):
+        temporary = _write_temporary(uri, data)
+        try:
+            put_in_place(temporary, uri)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+        return
+    filesystem, path = s3_filesystem(uri)
+    try:
+        filesystem.pipe_file(path, bytes(data))
+    except FileNotFoundError as error:
+        raise no_bucket(uri) from error
+
+
+@explains_refusals
+def put_if_absent(uri: str, data: bytes) -> bool:
+    """Create a file only where there is none, in one step for everybody who tries at the same time.
+
+    On S3 a request whose answer was lost is sent again by the client, and then finds its own object: False means
+    'somebody created it', and a caller to whom it matters whether that was itself compares the contents.
+
+    Returns:
+        True when this call created it, False when it was there.
+
+    Raises:
+        ConfigError: the bucket doesn't exist, or the local file system has no hard links.
+        DiskFull: there is no room for it.
+    """
+    uri = normalise(uri)
+    return _create_s3(uri, data) if is_s3(uri) else _create_local(uri, data)
+
+
+def _create_local(path: str, data: bytes) -> bool:
+    # open(O_EXCL) would show an empty or half-written file to others; a link appears with its whole contents.
+    if Path(path).exists():
+        return False
+    temporary = _write_temporary(path, data)
+    try:
+        with told_if_full(path):
+            os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except FileNotFoundError:
+        # Whoever decided this version tidied up behind it, and took our file for one of a dead process.
+        return _create_local(path, data)
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise ConfigError(
+                f"the file system of {path!r} has no hard links, which publishing needs: "
+                "put the root on another disk or on S3"
+            ) from error
+        raise
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    sync_directory(path)
+    return True
+
+
+def _create_s3(uri: str, data: bytes) -> bool:
+    filesystem, path = s3_filesystem(uri)
+    for attempt in range(1, _TRIES + 1):
+        try:
+            filesystem.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return False
+        except FileNotFoundError as error:
+            raise no_bucket(uri) from error
+        except OSError as error:
+            code = s3_error_code(error)
+            refused = code in ("PreconditionFailed", "412")
+            # Callers go on to read what is there: who says that there is something must have it.
+            if refused and exists(uri):
+                return False
+            # S3 answers 409 while another conditional write of the same key is under way: only asking again tells.
+            if not refused and code not in ("ConditionalRequestConflict", "OperationAborted", "409"):
+                raise
+            if attempt == _TRIES:
+                raise OSError(
+                    errno.EBUSY,
+                    f"can't create {uri!r}: the store has answered {code} {_TRIES} times, and has no such file",
+                ) from error
+        else:
+            return True
+        _pause(attempt)
+    raise AssertionError("unreachable: the last try returns or raises")
+
+
+def no_bucket(uri: str) -> ConfigError:
+    """The error of writing to a bucket that isn't there."""
+    bucket = uri.removeprefix("s3://").partition("/")[0]
+    return ConfigError(f"can't write {uri!r}: bucket {bucket!r} doesn't exist; create it or correct the location")
+
+
+def _write_temporary(path: str, data: bytes | pa.Buffer) -> str:
+    """Write to a hidden name beside `path`, flushed to the disk; give that name."""
+    temporary = temporary_name(path)
+    try:
+        with told_if_full(path), open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+@explains_refusals
+def delete(uri: str) -> None:
+    """Delete a file; that it's gone already is no error."""
+    uri = normalise(uri)
+    if not is_s3(uri):
+        Path(uri).unlink(missing_ok=True)
+        return
+    filesystem, path = s3_filesystem(uri)
+    filesystem.rm_file(path)
+
+
+def write_parquet(table: pa.Table, uri: str, **settings: Any) -> WrittenFile:
+    """Write a table as one Parquet file, whole or not at all; the encoded file is held in memory once.
+
+    For files that are made piece by piece, or that are too large for that, see `stream.ParquetStream`.
+
+    Args:
+        table: Rows to write, one task's share of a version.
+        uri: Name of the file.
+        settings: Options of `pyarrow.parquet.write_table` that differ from the project's own (zstd level 1, row groups
+            of 1 Mi rows).
+
+    Returns:
+        Rows, bytes and digest of what was written.
+    """
+    data = parquet_bytes(table, **settings)
+    write_bytes(uri, data)
+    return WrittenFile(normalise(uri), table.num_rows, data.size, digest(data))
+
+
+def parquet_bytes(table: pa.Table, **settings: Any) -> pa.Buffer:
+    """Contents of a Parquet file, as `write_parquet` writes it."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **parquet_options(settings))
+    return sink.getvalue()
+
+
+def parquet_options(settings: dict[str, Any]) -> dict[str, Any]:
+    """The project's own options of Parquet files, with what a caller wants otherwise."""
+    options = _PARQUET | settings
+    if options["compression"] == "zstd":
+        options.setdefault("compression_level", _ZSTD_LEVEL)
+    return options
+
+
+def digest_of(uri: str, like: str = f"{METHOD}:") -> str:
+    """Digest of a file's bytes, read in pieces, by the method of another digest.
+
+    Raises:
+        InputError: the method isn't known here.
+    """
+    made = Digest(like)
+    with open_input(uri) as file:
+        while piece := file.read(8 * MIB):
+            made.update(piece)
+    return str(made)
+
+
+def stamp_of(uri: str, data: bytes) -> str:
+    """`FileInfo.stamp` that a listing will show of a file with these contents, without another request.
+
+    Where S3 makes its ETags otherwise than by MD5, as it does of encrypted objects, no listing ever shows this stamp.
+
+    Returns:
+        The stamp; '' for a local file that isn't there.
+    """
+    uri = normalise(uri)
+    if is_s3(uri):
+        return hashlib.md5(data, usedforsecurity=False).hexdigest()
+    try:
+        return local_stamp(uri)
+    except FileNotFoundError:
+        return ""
+
+
+def fingerprint(info: FileInfo) -> str:
+    """Mark of a file's contents, for the record of what a version was made from; its method is its prefix.
+
+    - 'etag:…' on S3, which costs nothing; it differs between a single and a multipart upload of the same bytes.
+    - 'blake2b:…' of the contents, for local files of up to 64 MiB.
+    - 'sampled-blake2b:…' above that: size, modification time, and the first, middle and last MiB. Fast for files of
+      any size; a change elsewhere is noticed by its modification time only.
+    """
+    if is_s3(info.uri):
+        return f"etag:{info.stamp}"
+    found = hashlib.blake2b(digest_size=32)
+    with open_input(info.uri) as file:
+        if info.bytes <= SAMPLE_ABOVE:
+            while piece := file.read(8 * MIB):
+                found.update(piece)
+            return f"blake2b:{found.hexdigest()}"
+        found.update(f"{info.bytes} {info.stamp}".encode())
+        for offset in (0, (info.bytes - MIB) // 2, info.bytes - MIB):
+            file.seek(offset)
+            found.update(file.read(MIB))
+    return f"sampled-blake2b:{found.hexdigest()}"

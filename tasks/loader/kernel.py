@@ -1,0 +1,360 @@
+"""The loader's inner loops, compiled by numba: shuffling, gathering rows from mapped files, normalising.
+
+All release the GIL, so that a training loop in Python goes on beside them.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numba
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+IntArray = npt.NDArray[np.int64]
+UInt8Array = npt.NDArray[np.uint8]
+FloatArray = npt.NDArray[np.float32]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_HALF = np.uint64(32)
+
+tools: Any = cgutils
+UNKNOWN, GOOD, BAD = np.uint8(0), np.uint8(1), np.uint8(2)
+_LISTED = np.uint8(3)
+_PAGE = mmap.PAGESIZE
+_POPULATE_READ = 22
+_AHEAD = 16  # rows that are fetched while as many are copied
+
+
+def jit(function: Function) -> Function:
+    """Compile a function when it is first called; kept on disk for other processes."""
+    return cast(Function, numba.njit(nogil=True, cache=True, error_model="numpy")(function))
+
+
+class Places(NamedTuple):
+    """Where each sample is: files, and in them row groups, whose samples lie one after the other.
+
+    Attributes:
+        files: (F + 1,) first sample of each file, and the end.
+        near: File of every `1 << shift`-th sample.
+        shift: See `near`.
+        groups: (F + 1,) first row group of each file in the following arrays; none of a file that isn't mapped.
+        size: (F,) samples of the first row group of each file, of which others rarely differ.
+        starts: (G,) first sample of each row group.
+        blocks: (F,) number of the first block of each file.
+        block_size: Samples of a block.
+    """
+
+    files: IntArray
+    near: npt.NDArray[np.int32]
+    shift: int
+    groups: IntArray
+    size: IntArray
+    starts: IntArray
+    blocks: IntArray
+    block_size: int
+
+
+def _code_of_copy(_context: Any, _to: Any, _origin: Any, _count: Any) -> Any:
+    """The C library's memcpy between two addresses, given as numbers."""
+
+    def build(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        target, source = (builder.inttoptr(address, byte) for address in arguments[:2])
+        tools.raw_memcpy(builder, target, source, arguments[2], 1)
+
+    return types.void(types.int64, types.int64, types.int64), build
+
+
+def _code_of_prefetch(_context: Any, _address: Any) -> Any:
+    """Have the cache line at an address fetched, while other instructions go on."""
+
+    def build(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = tools.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        to_read, into_all_levels, as_data = number(0), number(3), number(1)
+        builder.call(function, [builder.inttoptr(arguments[0], byte), to_read, into_all_levels, as_data])
+
+    return types.void(types.int64), build
+
+
+def _code_of_populate(_context: Any, _address: Any, _length: Any) -> Any:
+    """Linux' madvise(…, MADV_POPULATE_READ); where the kernel doesn't know it (before 5.14), it does nothing."""
+
+    def build(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(number, [byte, ir.IntType(64), number])
+        function = tools.get_or_insert_function(builder.module, kind, "madvise")
+        builder.call(function, [builder.inttoptr(arguments[0], byte), arguments[1], number(_POPULATE_READ)])
+
+    return types.void(types.int64, types.int64), build
+
+
+_copy: Any = intrinsic(_code_of_copy)
+_prefetch: Any = intrinsic(_code_of_prefetch)
+_populate: Any = intrinsic(_code_of_populate)
+
+
+@jit
+def mix(value: Any) -> Any:
+    """The finaliser of splitmix64 (see `tasks.io.hashing`), uint64 → uint64."""
+    value = (value ^ (value >> np.uint64(30))) * _FIRST
+    value = (value ^ (value >> np.uint64(27))) * _SECOND
+    return value ^ (value >> np.uint64(31))
+
+
+@jit
+def draw_key(seed: Any, epoch: Any, level: Any, number: Any) -> Any:
+    """Key of a shuffle, uint64: of which seed, epoch and level it is, and the how-manieth there."""
+    key = mix(np.uint64(seed) + _GOLDEN)
+    key = mix((key ^ np.uint64(epoch)) + _GOLDEN)
+    key = mix((key ^ np.uint64(level)) + _GOLDEN)
+    return mix((key ^ np.uint64(number)) + _GOLDEN)
+
+
+@jit
+def shuffle(values: IntArray, key: Any) -> None:
+    """Fisher-Yates in place; draw i is the splitmix64 of key + i. Of less than 2**32 values."""
+    for i in range(len(values) - 1, 0, -1):
+        bits = mix(key + np.uint64(i) * _GOLDEN)
+        j = np.int64(((bits >> _HALF) * np.uint64(i + 1)) >> _HALF)
+        values[i], values[j] = values[j], values[i]
+
+
+@jit
+def deal(  # noqa: PLR0917 - compiled functions take numbers one by one
+    turns: IntArray, samples: int, start: int, count: int, low: int, high: int
+) -> tuple[IntArray, int]:
+    """Sort some consecutive samples of an epoch by stream, and take a part of them.
+
+    Args:
+        turns: (S,) turn of each stream: it gives the samples at positions whose remainder by S is its turn.
+        samples: Samples of the epoch; after the last one the first ones follow again.
+        start: Position of the first sample, below `samples`.
+        count: Number of samples.
+        low: Where the part begins among the sorted samples.
+        high: Where it ends.
+
+    Returns:
+        (n, 3) stream, place in the stream, and number of samples of each run; those that follow again come last. And
+        how many of the part's samples don't follow again.
+
+    """
+    streams, laps = len(turns), (start + count - 1) // samples + 1
+    runs, found, real = np.empty((streams * laps, 3), np.int64), 0, 0
+    for again in range(min(laps, 2)):
+        before = 0
+        for stream in range(streams):
+            for lap in range(laps):
+                first = start if lap == 0 else 0
+                end = min(start + count - lap * samples, samples)
+                place = (first - turns[stream] + streams - 1) // streams
+                size = (end - turns[stream] + streams - 1) // streams - place
+                skipped = max(low - before, 0)
+                taken = min(size, high - before) - skipped
+                before += size
+                if taken > 0 and again == min(lap, 1):
+                    runs[found] = stream, place + skipped, taken
+                    found += 1
+                    real += 0 if again else taken
+    return runs[:found], real
+
+
+@jit
+def samples_of(firsts: IntArray, chunk: int, end: int, out: IntArray) -> int:
+    """Write the samples of chunks to `out`, those below an end; how many they are."""
+    count = 0
+    for first in firsts:
+        for sample in range(first, min(first + chunk, end)):
+            out[count] = sample
+            count += 1
+    return count
+
+
+@jit
+def collect(  # noqa: PLR0917 - compiled functions take arrays one by one
+    runs: IntArray, run: int, windows: IntArray, starts: IntArray, ends: IntArray, out: IntArray, done: int
+) -> tuple[int, int]:
+    """Copy the samples of runs from the windows of their streams, up to one that isn't there.
+
+    Args:
+        runs: (n, 3) stream, place in the stream, and number of samples; what was copied is taken off.
+        run: The run to begin with.
+        windows: (S, W) samples of a window of each stream.
+        starts: (S,) place in the stream at which its window begins.
+        ends: (S,) place at which it ends.
+        out: Where the samples go.
+        done: How many are there already.
+
+    Returns:
+        The run whose next sample is in another window, n if there is none; and how many samples are there now.
+
+    """
+    while run < len(runs):
+        stream, place, count = runs[run]
+        if not starts[stream] <= place < ends[stream]:
+            break
+        here, within = min(count, ends[stream] - place), place - starts[stream]
+        for i in range(here):
+            out[done + i] = windows[stream, within + i]
+        done += here
+        if here == count:
+            run += 1
+        else:
+            runs[run, 1] += here
+            runs[run, 2] -= here
+    return run, done
+
+
+@jit
+def _file(places: Places, sample: Any) -> Any:
+    file = np.int64(places.near[sample >> places.shift])
+    while sample >= places.files[file + 1]:
+        file += 1
+    return file
+
+
+@jit
+def _group(places: Places, sample: Any) -> Any:
+    file = _file(places, sample)
+    first, end = places.groups[file], places.groups[file + 1]
+    group = min(first + (sample - places.files[file]) // places.size[file], end - 1)
+    while group + 1 < end and sample >= places.starts[group + 1]:
+        group += 1
+    while group > first and sample < places.starts[group]:
+        group -= 1
+    return group
+
+
+@jit
+def gather(places: Places, index: IntArray, addresses: IntArray, widths: IntArray, to: IntArray) -> None:
+    """Copy the values of some samples, one after the other, for each column.
+
+    Rows lie anywhere in a window of megabytes. While some are copied, the next ones are on their way to the cache: for
+    rows of 20 numbers that takes about 50 ns a row, and 100 without.
+
+    Args:
+        places: Where samples are.
+        index: (n,) samples, all of them in mapped files.
+        addresses: (C, G) where the values of each row group begin, for each column.
+        widths: (C,) bytes of a value.
+        to: (C,) addresses of memory for n values.
+    """
+    count, columns = len(index), len(widths)
+    groups, rows = np.empty(2 * _AHEAD, np.int64), np.empty(2 * _AHEAD, np.int64)
+    for start in range(0, count + _AHEAD, _AHEAD):
+        for i in range(start, min(start + _AHEAD, count)):
+            slot = i % (2 * _AHEAD)
+            group = _group(places, index[i])
+            groups[slot], rows[slot] = group, index[i] - places.starts[group]
+            for column in range(columns):
+                address = addresses[column, group] + rows[slot] * widths[column]
+                _prefetch(address)
+                if widths[column] > 8:
+                    _prefetch(address + min(widths[column], 128) - 1)
+        for i in range(max(start - _AHEAD, 0), min(start, count)):
+            slot = i % (2 * _AHEAD)
+            for column in range(columns):
+                width = widths[column]
+                address = addresses[column, groups[slot]] + rows[slot] * width
+                _copy(to[column] + i * width, address, width)
+
+
+@jit
+def fetch(  # noqa: PLR0917 - compiled functions take arrays one by one
+    places: Places, firsts: IntArray, ends: IntArray, addresses: IntArray, widths: IntArray, stop: UInt8Array
+) -> None:
+    """Read chunks of samples from the disk, and enter their pages into this process's table.
+
+    Touched one by one, pages of an image of 150 KB cost 30 to 50 µs, even if they are in memory; like this 11 µs.
+
+    Args:
+        places: Where samples are.
+        firsts: (n,) first samples of the chunks, all of them in mapped files.
+        ends: (n,) where they end.
+        addresses: (C, G) where the values of each row group begin, for each column.
+        widths: (C,) bytes of a value.
+        stop: (1,) not 0 ends it.
+    """
+    for i in range(len(firsts)):
+        sample, end = firsts[i], ends[i]
+        while sample < end and not stop[0]:
+            group, file = _group(places, sample), _file(places, sample)
+            last = places.starts[group + 1] if group + 1 < places.groups[file + 1] else places.files[file + 1]
+            count = min(end, last) - sample
+            for column in range(len(widths)):
+                address = addresses[column, group] + (sample - places.starts[group]) * widths[column]
+                page = address // _PAGE * _PAGE
+                _populate(page, address + count * widths[column] - page)
+            sample += count
+
+
+@jit
+def files_of(places: Places, firsts: IntArray, ends: IntArray, out: IntArray) -> int:
+    """Write the files that hold some ranges of samples to `out`, each once, as they come; how many they are."""
+    seen, count = np.zeros(len(out), np.uint8), 0
+    for i in range(len(firsts)):
+        for file in range(_file(places, firsts[i]), _file(places, ends[i] - 1) + 1):
+            if not seen[file]:
+                seen[file] = 1
+                out[count] = file
+                count += 1
+    return count
+
+
+@jit
+def blocks_of(places: Places, index: IntArray, out: IntArray) -> None:
+    """Block of each sample."""
+    for i in range(len(index)):
+        file = _file(places, index[i])
+        out[i] = places.blocks[file] + (index[i] - places.files[file]) // places.block_size
+
+
+@jit
+def unknown_blocks(blocks: IntArray, status: UInt8Array, out: IntArray) -> Any:
+    """Write the blocks of which nothing is known yet to `out`, each once; how many they are."""
+    count = 0
+    for block in blocks:
+        if status[block] == UNKNOWN:
+            status[block] = _LISTED
+            out[count] = block
+            count += 1
+    for i in range(count):
+        status[out[i]] = UNKNOWN
+    return count
+
+
+@jit
+def normalise_rows(values: FloatArray, mean: FloatArray, std: FloatArray, out: FloatArray) -> None:
+    """(values - mean) / std of each column; (n, F); `out` may be `values`."""
+    for i in range(values.shape[0]):
+        for j in range(values.shape[1]):
+            out[i, j] = (values[i, j] - mean[j]) / std[j]
+
+
+@jit
+def normalise_planes(values: UInt8Array, factor: FloatArray, shift: FloatArray, out: FloatArray) -> None:
+    """Values * factor + shift of each channel; (n, C, P) → (n, C, P)."""
+    for i in range(values.shape[0]):
+        for c in range(values.shape[1]):
+            by, plus = factor[c], shift[c]
+            for p in range(values.shape[2]):
+                out[i, c, p] = np.float32(values[i, c, p]) * by + plus
+
+
+@jit
+def normalise_pixels(values: UInt8Array, factor: FloatArray, shift: FloatArray, out: FloatArray) -> None:
+    """As `normalise_planes`, turned to (n, P, C)."""
+    for i in range(values.shape[0]):
+        for p in range(values.shape[2]):
+            for c in range(values.shape[1]):
+                out[i, p, c] = np.float32(values[i, c, p]) * factor[c] + shift[c]

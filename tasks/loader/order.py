@@ -1,0 +1,316 @@
+"""The order of an epoch, and which worker takes what: a function of (version, seed, epoch) alone, in bounded memory.
+
+    samples of a split, in the order of its files
+      └─ canonical streams: C ranges of equally many samples, C a power of two up to 64, of at least 8 files each
+           └─ regions of consecutive chunks: about 1 GiB in all streams together, and a file at least
+                └─ chunks of some consecutive samples: what is read together from a disk
+
+In a stream the regions are permuted, and the chunks in each region. Some consecutive chunks of that order form a
+window, and the samples of a window are permuted. A stream below the size of a region is one region, and one below that
+of a window is permuted as a whole. Samples of a version lie in a random order to begin with, so that the neighbours in
+a chunk have nothing in common.
+
+An epoch interleaves the streams: sample i is the next one of stream bit_reverse(i mod C). Any 2**k consecutive samples
+therefore come from streams that are spread evenly. C depends on the version's files alone.
+
+A step takes the next world_size * batch_size samples of the epoch. They are sorted by stream, and worker r takes the
+r-th part. So the order of steps depends on no worker, and each worker reads few streams, and few files. The place of a
+training is one number, the batches that all workers together have consumed, so that resuming with another number of
+workers is arithmetic.
+
+    4 streams, 2 workers, batches of 2 samples; a step has samples a0 c0 b0 d0, where c0 is the first of stream c
+      worker 0: a0 b0      worker 1: c0 d0
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tasks.loader.kernel import collect, deal, draw_key, samples_of, shuffle
+
+IntArray = npt.NDArray[np.int64]
+Remainder = Literal["pad", "drop"]
+
+ORDER = 2
+"""Number of this way to order, for the states of streams: any change that gives another order needs another number."""
+
+# Chunks of 256 rows of a table or 8 images are read at nearly the speed of memory; so are windows that stay in the
+# cache. Larger windows mix more; all sizes are those of whole samples, so that the columns picked change no order.
+_CHUNK_BYTES, _CHUNK_SAMPLES = 1 << 20, (8, 256)
+_WINDOW_BYTES, _WINDOW_CHUNKS = 64 << 20, (64, 256)  # of all streams together
+_REGION_BYTES = 1 << 30  # of all streams together
+# With one file a stream, a small cache would drop files before they are used up, and a single worker would download
+# all of them before its first batch.
+_MOST_STREAMS, _STREAM_FILES = 64, 8
+
+_REGIONS, _CHUNKS, _SAMPLES = range(3)  # levels of draws: append to them, never renumber
+_STREAM_DRAWS = 32  # bits for the draws of a level in a stream
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How a split is cut: into streams, and each stream into regions, windows and chunks.
+
+    Attributes:
+        chunk: samples in a chunk, a power of two.
+        window: chunks in a window of a stream, a power of two.
+        region: chunks in a region of a stream.
+        streams: number of streams, a power of two.
+        ahead: chunks of a stream whose files are fetched from a remote store ahead of their use.
+    """
+
+    chunk: int
+    window: int
+    region: int
+    streams: int
+    ahead: int
+
+    @classmethod
+    def of(cls, sample_bytes: int, samples: int, files: int) -> Sizes:
+        """Sizes for a split.
+
+        Args:
+            sample_bytes: Bytes of a sample.
+            samples: Number of samples.
+            files: Number of files.
+
+        """
+        streams = _power(min(_MOST_STREAMS, files // _STREAM_FILES))
+        chunk = min(max(_power(_CHUNK_BYTES // sample_bytes), _CHUNK_SAMPLES[0]), _CHUNK_SAMPLES[1])
+        chunk_bytes = chunk * sample_bytes
+        window = min(max(_power(_WINDOW_BYTES // chunk_bytes), _WINDOW_CHUNKS[0]), _WINDOW_CHUNKS[1])
+        ahead = max(_power(_REGION_BYTES // chunk_bytes), window) // streams
+        # With regions smaller than a file, a cache too small for the split would download files again for each region.
+        region = max(ahead, -(-samples // (files * chunk)))
+        return cls(chunk, window // streams, region, streams, ahead)
+
+
+class Share(NamedTuple):
+    """Which part of each step a worker takes.
+
+    Attributes:
+        rank: number of the worker, from 0.
+        world_size: number of workers.
+        batch_size: samples of each worker.
+    """
+
+    rank: int
+    world_size: int
+    batch_size: int
+
+    @property
+    def step(self) -> int:
+        """Samples of a step."""
+        return self.world_size * self.batch_size
+
+
+class EpochOrder:
+    """The samples of one epoch by their positions in it.
+
+    Args:
+        samples: Number of samples, at least 1.
+        sizes: How they are cut.
+        seed: In [0, 2**63).
+        epoch: Number of the epoch, from 0.
+        shuffled: Without, the samples come as they are stored, as one stream.
+
+    """
+
+    def __init__(self, samples: int, sizes: Sizes, seed: int, epoch: int, shuffled: bool = True) -> None:
+        assert samples > 0, "an epoch without samples has no order"
+        self.samples, self.sizes = samples, sizes
+        self._seed, self._epoch, self._shuffled = seed, epoch, shuffled
+        # No stream is empty.
+        self._turns = _bit_reversed(min(sizes.streams, _power(samples)) if shuffled else 1)
+        # The last turn is incomplete: the streams that it visits have one sample more.
+        lengths = samples // len(self._turns) + (self._turns < samples % len(self._turns))
+        self._bounds = np.concatenate([[0], np.cumsum(lengths)])
+        self._streams: dict[int, _Stream] = {}
+        # The current window of each stream, and between which places of the stream it lies.
+        window = min(sizes.chunk * sizes.window, int(lengths.max()))
+        self._windows = np.empty((len(self._turns), window), np.int64)
+        self._starts, self._ends = np.zeros((2, len(self._turns)), np.int64)
+
+    def take(self, start: int, count: int) -> IntArray:
+        """Samples at `count` positions from `start` on, (count,); after the last one the first ones follow again."""
+        found, streams = np.empty(count, np.int64), len(self._turns)
+        done, position = 0, start % self.samples
+        while done < count:
+            piece = found[done : done + self.samples - position]
+            runs, _ = deal(self._turns, self.samples, position, len(piece), 0, len(piece))
+            for run in range(len(runs)):
+                stream, _, size = runs[run]
+                piece[(self._turns[stream] - position) % streams :: streams] = self._collect(runs[run : run + 1], size)
+            done, position = done + len(piece), 0
+        return found
+
+    def part(self, start: int, share: Share) -> tuple[IntArray, int]:
+        """A worker's batch of the step from a position on: (batch_size,) samples, and how many of them are real.
+
+        A step that goes beyond the epoch's end is filled with the epoch's first samples. They come last in a batch.
+        """
+        runs, real = self._deal(start, share)
+        return self._collect(runs, share.batch_size), real
+
+    def streams_of(self, start: int, share: Share) -> IntArray:
+        """Streams that a worker reads from a position on; for the step that ends the epoch it may need others, too."""
+        whole = max((self.samples - start) // share.step, 1)
+        # What a worker takes depends on the stream that a step begins with, which recurs.
+        steps = range(min(whole, len(self._turns)))
+        return np.unique(np.concatenate([self._deal(start + step * share.step, share)[0][:, 0] for step in steps]))
+
+    def round_at(self, position: int) -> int:
+        """Round of a position: in round n, streams are about in their n-th window, and not before it."""
+        return position // (len(self._turns) * self.sizes.chunk * self.sizes.window)
+
+    def chunks_of(self, streams: IntArray, number: int, count: int) -> tuple[IntArray, IntArray]:
+        """First samples and ends of `count` chunks of each of some streams from a round on, as they will be needed.
+
+        There are fewer at the end of the epoch.
+        """
+        pieces = [self._stream(stream).chunks(number, count) for stream in streams.tolist()]
+        firsts = np.full((max(map(len, pieces)), len(pieces)), -1, np.int64)
+        for column, piece in enumerate(pieces):
+            firsts[: len(piece), column] = piece
+        ends = np.minimum(firsts + self.sizes.chunk, self._bounds[streams + 1])
+        there = firsts >= 0
+        return firsts[there], ends[there]
+
+    def _deal(self, start: int, share: Share) -> tuple[IntArray, int]:
+        first = share.rank * share.batch_size
+        return deal(self._turns, self.samples, start, share.step, first, first + share.batch_size)
+
+    def _collect(self, runs: IntArray, count: int) -> IntArray:
+        """Samples of runs, (count,); `runs` is used up."""
+        found = np.empty(count, np.int64)
+        run = done = 0
+        while True:
+            run, done = collect(runs, run, self._windows, self._starts, self._ends, found, done)
+            if run == len(runs):
+                return found
+            self._load(int(runs[run, 0]), int(runs[run, 1]))
+
+    def _load(self, number: int, place: int) -> None:
+        """Make the window of a place in a stream the current one."""
+        stream = self._stream(number)
+        window = stream.window_at(place)
+        start = stream.start(window)
+        self._starts[number], self._ends[number] = start, start + stream.fill(window, self._windows[number])
+
+    def _stream(self, number: int) -> _Stream:
+        if number not in self._streams:
+            first, end = self._bounds[number : number + 2].tolist()
+            key = (self._seed, self._epoch, number) if self._shuffled else None
+            self._streams[number] = _Stream(first, end, self.sizes, key)
+        return self._streams[number]
+
+
+class _Stream:
+    """The samples of one stream in their order.
+
+    Args:
+        first: First sample.
+        end: The last sample + 1.
+        sizes: How they are cut.
+        key: Seed, epoch, and number of the stream; None: as they are stored.
+
+    """
+
+    def __init__(self, first: int, end: int, sizes: Sizes, key: tuple[int, int, int] | None) -> None:
+        self._first, self._end, self._sizes, self._key = first, end, sizes, key
+        self._order = self._chunk_order()
+        # The last chunk is shorter than others by so many samples.
+        self._missing = len(self._order) * sizes.chunk - (end - first)
+        self._last = int(np.flatnonzero(self._order == len(self._order) - 1)[0])
+
+    def window_at(self, place: int) -> int:
+        """Window of a place in the stream."""
+        window = place // (self._sizes.chunk * self._sizes.window)
+        # The short chunk moves all later windows forward.
+        return window + 1 if place >= self.start(window + 1) else window
+
+    def start(self, window: int) -> int:
+        """Place of a window's first sample."""
+        chunk = min(window * self._sizes.window, len(self._order))
+        return chunk * self._sizes.chunk - (self._missing if chunk > self._last else 0)
+
+    def chunks(self, window: int, count: int) -> IntArray:
+        """First samples of `count` chunks from a window on; fewer at the end."""
+        start = window * self._sizes.window
+        return self._first + self._order[start : start + count] * self._sizes.chunk
+
+    def fill(self, window: int, out: IntArray) -> int:
+        """Write a window's samples in their order to an array that may be longer; how many they are."""
+        count = samples_of(self.chunks(window, self._sizes.window), self._sizes.chunk, self._end, out)
+        self._shuffle(out[:count], _SAMPLES, window)
+        return count
+
+    def _chunk_order(self) -> IntArray:
+        size = self._sizes.region
+        chunks = np.arange(-(-(self._end - self._first) // self._sizes.chunk), dtype=np.int64)
+        if self._key is None:
+            return chunks
+        regions = np.arange(-(-len(chunks) // size), dtype=np.int64)
+        self._shuffle(regions, _REGIONS, 0)
+        parts = [chunks[region * size : (region + 1) * size] for region in regions]
+        for region, part in zip(regions, parts, strict=True):
+            self._shuffle(part, _CHUNKS, int(region))
+        return np.concatenate(parts)
+
+    def _shuffle(self, values: IntArray, level: int, number: int) -> None:
+        if self._key is not None:
+            seed, epoch, stream = self._key
+            shuffle(values, np.uint64(draw_key(seed, epoch, level, stream << _STREAM_DRAWS | number)))
+
+
+def batch_count(samples: int, batch_size: int, remainder: Remainder) -> int:
+    """Batches of an epoch over all workers: 'pad' has one for the rest, 'drop' leaves it out."""
+    return samples // batch_size if remainder == "drop" else -(-samples // batch_size)
+
+
+def step_count(batches: int, world_size: int, remainder: Remainder, consumed: int = 0) -> int:
+    """Steps that each worker has left when all together have consumed some of an epoch's batches."""
+    left = max(batches - consumed, 0)
+    return left // world_size if remainder == "drop" else -(-left // world_size)
+
+
+def mean_displacement(order: IntArray) -> float:
+    """How far samples are from where they are stored, on average, by that of a full permutation (a third of them).
+
+    Args:
+        order: (n,) a permutation of range(n).
+    """
+    count = len(order)
+    moved = np.abs(order - np.arange(count)).mean()
+    return float(moved / ((count * count - 1) / (3 * count)))
+
+
+def class_runs(labels: npt.NDArray[Any]) -> float:
+    """Mean length of the runs of equal labels, by that of a full permutation of them: 1 is as good as that.
+
+    Args:
+        labels: (n,) classes in the order of delivery, two different ones at least.
+    """
+    count = len(labels)
+    runs = 1 + np.count_nonzero(labels[1:] != labels[:-1])
+    _, sizes = np.unique(labels, return_counts=True)
+    # Neighbours differ with this probability, n - 1 pairs, and each such pair begins a run.
+    differ = 1 - float((sizes * (sizes - 1.0)).sum()) / (count * (count - 1.0))
+    return (1 + (count - 1) * differ) / runs
+
+
+def _power(number: int) -> int:
+    """The largest power of two that isn't above a number, and at least 1."""
+    return 1 << max(number.bit_length() - 1, 0)
+
+
+def _bit_reversed(count: int) -> IntArray:
+    """Each number below a power of two with its bits reversed: the turn of each stream, and the stream of each turn."""
+    turns = np.zeros(1, np.int64)
+    while len(turns) < count:
+        turns = np.concatenate([2 * turns, 2 * turns + 1])
+    return turns

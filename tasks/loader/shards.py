@@ -1,0 +1,354 @@
+"""The files of a version's split, as one long row of samples that can be gathered from.
+
+Files on a local disk are mapped into memory as they are: of a split of many files the first ones at once, others
+somewhat before they are first needed. Those of S3 come through the cache, likewise; only those that are needed soon
+stay mapped, so that the cache can let go of the others.
+
+A mapped file that somebody cuts or writes to is noticed: each is looked at before a batch is gathered, unless that was
+done in the last 20 ms. What is cut in between, and read before the next look, still ends the process by SIGBUS; what
+was written is compared with its checksums anew within about a second.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from tasks.io import storage
+from tasks.io.errors import CorruptVersion
+from tasks.loader.cache import FileCache
+from tasks.loader.kernel import BAD, GOOD, UNKNOWN, Places, blocks_of, fetch, files_of, gather, unknown_blocks
+from tasks.loader.mapped import CURE, MappedFile
+from tasks.loader.opening import Version, misfits, open_version, sample_columns
+from tasks.store import layout
+from tasks.store.manifest import FileEntry
+
+__all__ = ["OnCorrupt", "Shards", "Version", "open_version"]
+
+AnyArray = npt.NDArray[Any]
+IntArray = npt.NDArray[np.int64]
+OnCorrupt = Literal["raise", "skip"]
+
+_NEAR_ENTRIES = 1 << 20
+_DOWNLOADS = 4  # at a time
+_MAPPED_AT_ONCE = 512  # local files, when a split is opened: what is wrong with them is told then
+_LOOK_SECONDS, _TIMES_SECONDS = 0.02, 1.0  # between looks at files' lengths, and at their times, which take longer
+_LOOK_SHARE = 1 / 500  # of the time at most, however many files there are
+_FETCH_BYTES = 1 << 18  # of a chunk that is fetched as a whole; of smaller ones the operating system reads enough ahead
+
+
+class Shards:
+    """The samples of a split by their numbers, in the order of the manifest's files.
+
+    One thread at a time may use it.
+
+    Args:
+        version: The version.
+        split: The split.
+        cache: Where files of S3 are kept; not used for local ones.
+        on_corrupt: 'raise' on damage, or 'skip' the samples that are concerned.
+        verify: Whether the checksum of each block is looked at before its first use.
+
+    Attributes:
+        samples: number of samples, the damaged ones included.
+        columns: what there is to gather of each sample, by name.
+        sample_bytes: bytes of all columns of a sample.
+        files: number of files, those left out included.
+        remote: whether its files come through the cache.
+        skipped_files: number of files left out.
+
+    Raises:
+        ConfigError: as `Version.files`.
+        CorruptVersion: a file is missing, or differs from its manifest or from what it should be like; or all are left
+            out.
+
+    """
+
+    def __init__(
+        self,
+        version: Version,
+        split: str,
+        cache: FileCache | None = None,
+        on_corrupt: OnCorrupt = "raise",
+        verify: bool = True,
+    ) -> None:
+        self._version, self._cache, self._skip = version, cache, on_corrupt == "skip"
+        self._files = version.files(split)
+        self._block_size = int(version.definition["block_size"])
+        self.remote = storage.is_s3(version.uri)
+        self.columns = sample_columns(version.definition)
+        self.sample_bytes = sum(spec.width for spec in self.columns.values())
+        counts = np.array([count for _, count in self._files], np.int64)
+        self.samples, self.files = int(counts.sum()), len(self._files)
+        self.skipped_files = 0
+        blocks = np.array([entry.rows for entry, _ in self._files], np.int64)
+        self._block_starts = np.concatenate([[0], np.cumsum(blocks)])
+        self._status = np.zeros(self._block_starts[-1], np.uint8)
+        self._unknown = np.empty(0, np.int64)
+        self._verify, self._unchecked = verify, len(self._status) if verify else 0
+        self._next_look = self._next_times = 0.0
+        self._read = np.empty(0, np.bool_)  # chunks that were fetched, once and for all
+        self._stays = sum(entry.bytes for entry, _ in self._files) < memory_bytes() // 2
+        self._picked: tuple[str, ...] = ()
+        self._widths = np.empty(0, np.int64)
+        self._mapped: dict[int, MappedFile] = {}
+        self._bad: set[int] = set()
+        self._damaged = False
+        self._coming: dict[int, Future[MappedFile]] = {}
+        self._stop, self._halt = threading.Event(), np.zeros(1, np.uint8)
+        self._pool = ThreadPoolExecutor(_DOWNLOADS if self.remote else 1, "fetch")
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
+        self._near, self._shift = _near(self._starts)
+        self._check_sizes()
+        if not self.remote:
+            for file in range(min(len(self._files), _MAPPED_AT_ONCE)):
+                self._map(file)
+        self._tabulate()
+
+    def close(self) -> None:
+        """End what is being fetched."""
+        self._stop.set()
+        self._halt[0] = 1
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def usable(self, index: IntArray) -> npt.NDArray[np.bool_] | None:
+        """Which of some samples can be gathered, (n,); None for all of them.
+
+        Files that they are in are mapped afterwards, and their blocks are checked.
+
+        Raises:
+            CorruptVersion: some are damaged, and they aren't to be skipped; or all that there are.
+        """
+        if len(self._mapped) + len(self._bad) < len(self._files):
+            self._require(self._files_of(index, index + 1))
+        if time.monotonic() >= self._next_look:
+            self._look()
+        if self._unchecked or self._damaged:
+            blocks = np.empty(len(index), np.int64)
+            blocks_of(self._places, index, blocks)
+            if self._unchecked:
+                self._check_blocks(blocks)
+            if self._damaged:
+                good: npt.NDArray[np.bool_] = self._status[blocks] != BAD
+                return None if good.all() else good
+        return None
+
+    def gather(self, index: IntArray, out: Mapping[str, AnyArray]) -> None:
+        """Copy the values of some columns of usable samples.
+
+        Args:
+            index: (n,) samples that are usable.
+            out: Where to, by column: C-contiguous, (n, *shape).
+        """
+        self.pick(tuple(out))
+        to = np.array([values.__array_interface__["data"][0] for values in out.values()], np.int64)
+        gather(self._places, index, self._addresses, self._widths, to)
+
+    def pick(self, names: tuple[str, ...]) -> None:
+        """Say which columns will be gathered."""
+        if names != self._picked:
+            self._picked = names
+            self._widths = np.array([self.columns[name].width for name in names], np.int64)
+            self._pick()
+
+    def soon(self, firsts: IntArray, ends: IntArray, chunk: int) -> None:
+        """Tell which samples will be needed, so that they are there then.
+
+        Remote files are downloaded in this order, and others needn't stay mapped. Local ones are mapped, and read ahead
+        at their first use.
+
+        Args:
+            firsts: (n,) first samples of chunks.
+            ends: (n,) where the chunks end.
+            chunk: Samples of a whole chunk.
+        """
+        wanted = self._files_of(firsts, ends)
+        if not self.remote:
+            self._require(wanted)
+            self._read_ahead(firsts, ends, chunk)
+            return
+        for file in wanted:
+            if file not in self._mapped and file not in self._bad and file not in self._coming:
+                self._coming[file] = self._pool.submit(self._open, file)
+        kept = set(wanted)
+        for file in self._coming.keys() - kept:
+            # One that is here and was never used would stay mapped, and in the cache.
+            if self._coming[file].cancel() or self._coming[file].done():
+                del self._coming[file]
+        dropped = self._mapped.keys() - kept
+        for file in dropped:
+            del self._mapped[file]
+        if dropped:
+            self._tabulate()
+
+    def _read_ahead(self, firsts: IntArray, ends: IntArray, chunk: int) -> None:
+        if chunk * self.sample_bytes < _FETCH_BYTES or self._bad:
+            return
+        if not len(self._read):
+            self._read = np.zeros(-(-self.samples // chunk), np.bool_)
+        # The short chunk that ends a stream may share its number with the next stream's first one; either will do.
+        fresh = ~self._read[firsts // chunk]
+        self._read[firsts // chunk] = self._stays
+        addresses, widths = self._addresses, self._widths
+        self._pool.submit(fetch, self._places, firsts[fresh], ends[fresh], addresses, widths, self._halt)
+
+    def _files_of(self, firsts: IntArray, ends: IntArray) -> list[int]:
+        """Files of some ranges of samples, as they come."""
+        found = np.empty(self.files, np.int64)
+        return [int(file) for file in found[: files_of(self._places, firsts, ends, found)]]
+
+    def _require(self, files: Sequence[int]) -> None:
+        """Map some files that may not be yet."""
+        missing = [file for file in files if file not in self._mapped and file not in self._bad]
+        for file in missing:
+            self._map(file)
+        if missing:
+            self._tabulate()
+
+    def _map(self, file: int) -> None:
+        if file in self._bad:
+            return
+        try:
+            coming = self._coming.pop(file, None)
+            self._mapped[file] = self._open(file) if coming is None else coming.result()
+        except CorruptVersion as error:
+            self._leave_out(file, error)
+
+    def _leave_out(self, file: int, error: CorruptVersion) -> None:
+        """Skip a file, or raise what is wrong with it."""
+        if not self._skip:
+            raise error
+        self._bad.add(file)
+        self.skipped_files += 1
+        self._mark(slice(self._block_starts[file], self._block_starts[file + 1]), BAD)
+        self._refuse_if_nothing_is_left(error)
+
+    def _mark(self, blocks: slice | int, status: np.uint8) -> None:
+        self._status[blocks] = status
+        self._unchecked = int(np.count_nonzero(self._status == UNKNOWN)) if self._verify else 0
+        self._damaged = self._damaged or status == BAD
+
+    def _refuse_if_nothing_is_left(self, error: CorruptVersion) -> None:
+        if self._damaged and (self._status == BAD).all():
+            raise CorruptVersion(f"all {self.samples:,} samples are damaged or missing; the last: {error}") from error
+
+    def _look(self) -> None:
+        """Look which mapped files were cut or written to since the last look."""
+        started = time.monotonic()
+        # To use a file of the cache changes its times.
+        times = not self.remote and started >= self._next_times
+        for file, mapped in self._mapped.items():
+            if file in self._bad:
+                continue
+            try:
+                mapped.check_length()
+            except CorruptVersion as error:
+                self._leave_out(file, error)
+                continue
+            if times and mapped.was_written():
+                own = self._status[self._block_starts[file] : self._block_starts[file + 1]]
+                own[own == GOOD] = UNKNOWN
+                self._unchecked = int(np.count_nonzero(self._status == UNKNOWN)) if self._verify else 0
+        now = time.monotonic()
+        if times:
+            self._next_times = now + _TIMES_SECONDS
+        self._next_look = now + max(_LOOK_SECONDS, (now - started) / _LOOK_SHARE)
+
+    def _open(self, file: int) -> MappedFile:
+        entry, count = self._files[file]
+        uri = layout.join(self._version.uri, entry.path)
+        with self._open_bytes(uri, entry) as opened:
+            mapped = MappedFile(opened, uri)
+        blocks = -(-count // self._block_size)
+        if not entry.rows == mapped.blocks == blocks:
+            raise CorruptVersion(
+                f"{uri} has {mapped.blocks} blocks, its manifest says {entry.rows}, and {count} samples in blocks of "
+                f"{self._block_size} make {blocks}: {CURE}"
+            )
+        for name, spec in self.columns.items():
+            width = mapped.columns[name].spec.width if name in mapped.columns else None
+            if width != spec.width * self._block_size:
+                raise CorruptVersion(f"{uri}: column {name!r} isn't as its manifest says ({width} bytes): {CURE}")
+        return mapped
+
+    def _open_bytes(self, uri: str, entry: FileEntry) -> BinaryIO:
+        if not self.remote:
+            return Path(uri).open("rb")
+        assert self._cache is not None, "a remote version needs a cache"
+        return self._cache.open(uri, entry, self._stop)
+
+    def _check_sizes(self) -> None:
+        for file, fault in misfits(self._version, self._files):
+            self._leave_out(file, fault)
+
+    def _check_blocks(self, blocks: IntArray) -> None:
+        if len(self._unknown) < len(blocks):
+            self._unknown = np.empty(len(blocks), np.int64)
+        for block in self._unknown[: unknown_blocks(blocks, self._status, self._unknown)]:
+            file = int(np.searchsorted(self._block_starts, block, side="right")) - 1
+            within = int(block - self._block_starts[file])
+            try:
+                if not self._mapped[file].is_intact(within):
+                    raise CorruptVersion(
+                        f"{self._mapped[file].name}: block {within} has not the checksum that stands beside it: {CURE}"
+                    )
+                self._status[block] = GOOD
+                self._unchecked -= 1
+            except CorruptVersion as error:
+                if self._cache is not None and self.remote:
+                    self._cache.discard(self._files[file][0])
+                if not self._skip:
+                    raise
+                self._mark(int(block), BAD)
+                self._refuse_if_nothing_is_left(error)
+
+    def _tabulate(self) -> None:
+        """Make the tables of where samples are, of the files that are mapped now."""
+        groups, starts, sizes = [0], [np.empty(0, np.int64)], []
+        for file in range(len(self._files)):
+            mapped = self._mapped.get(file)
+            groups.append(groups[-1] + (len(mapped.starts) - 1 if mapped else 0))
+            sizes.append(int(mapped.starts[1]) * self._block_size if mapped else 1)
+            if mapped is not None:
+                starts.append(self._starts[file] + mapped.starts[:-1] * self._block_size)
+        self._places = Places(
+            files=self._starts,
+            near=self._near,
+            shift=self._shift,
+            groups=np.array(groups, np.int64),
+            size=np.array(sizes, np.int64),
+            starts=np.concatenate(starts),
+            blocks=self._block_starts,
+            block_size=self._block_size,
+        )
+        self._pick()
+
+    def _pick(self) -> None:
+        """Make the table of where the values of the picked columns are, (columns, row groups)."""
+        self._addresses = np.empty((len(self._picked), len(self._places.starts)), np.int64)
+        for row, name in zip(self._addresses, self._picked, strict=True):
+            for file, mapped in self._mapped.items():
+                first, end = self._places.groups[file : file + 2]
+                row[first:end] = mapped.address + mapped.columns[name].offsets
+
+
+def memory_bytes() -> int:
+    """Bytes of the machine's memory, in which the operating system keeps what was read."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _near(starts: IntArray) -> tuple[npt.NDArray[np.int32], int]:
+    """File of every 2**shift-th sample, and shift: where a search for a sample's file begins."""
+    samples, shift = int(starts[-1]), 0
+    while samples >> shift > _NEAR_ENTRIES:
+        shift += 1
+    first = np.arange(0, samples, 1 << shift)
+    return (np.searchsorted(starts, first, side="right") - 1).astype(np.int32), shift

@@ -1,0 +1,332 @@
+"""The validation report: one value with three faces, JSON beside the data, an HTML page, and a Prefect artifact."""
+
+from __future__ import annotations
+
+import base64
+import datetime as dt
+import json
+import math
+import re
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from tasks.io.numerals import duration, number, plural, shortened
+from tasks.report import lineage_graph
+from tasks.report.self_test_section import markdown as self_test_markdown
+from tasks.store.lineage import Lineage
+from tasks.store.manifest import (
+    CheckResult,
+    ColumnProfile,
+    Count,
+    FaultResult,
+    GateResult,
+    InputRecord,
+    Manifest,
+    Record,
+    RowBalance,
+    RunRecord,
+    Status,
+    Verdict,
+)
+
+MARKDOWN_BYTES = 400_000
+MARKDOWN_ROWS = 20
+MediaType = Literal["image/png", "image/webp", "image/jpeg"]
+_MARKS = {"image/png": rb"\x89PNG", "image/webp": rb"RIFF....WEBP", "image/jpeg": rb"\xff\xd8\xff"}
+_ORDER: dict[Verdict, int] = {"fail": 0, "warn": 1, "pass": 2}
+_SIGNS: dict[Verdict, str] = {"fail": "✖ FAIL", "warn": "▲ WARN", "pass": "✔ PASS"}
+
+
+class Picture(Record):
+    """A picture with what it shows, held within the report."""
+
+    title: str = Field(description="Heading of the picture.")
+    caption: str = Field(description="What is to be seen, in a sentence or two.")
+    media_type: MediaType = Field(description="Kind of its bytes.")
+    data: str = Field(description="Its bytes, base64.")
+
+    @classmethod
+    def of(cls, title: str, caption: str, media_type: MediaType, data: bytes) -> Picture:
+        """A picture from its bytes."""
+        return cls(title=title, caption=caption, media_type=media_type, data=base64.b64encode(data).decode())
+
+    @model_validator(mode="after")
+    def _kind_is_true(self) -> Picture:
+        try:
+            data = base64.b64decode(self.data, validate=True)
+        except ValueError as error:
+            raise ValueError(f"the data of picture '{self.title}' isn't base64: {error}") from error
+        if not re.match(_MARKS[self.media_type], data, re.DOTALL):
+            raise ValueError(f"picture '{self.title}' isn't {self.media_type}: it begins with {data[:8]!r}")
+        return self
+
+    @property
+    def uri(self) -> str:
+        """The picture as a data URI."""
+        return f"data:{self.media_type};base64,{self.data}"
+
+
+class DataTable(Record):
+    """A small table of figures and names."""
+
+    title: str = Field(description="Heading of the table.")
+    columns: tuple[str, ...] = Field(description="Name of each column.")
+    rows: tuple[tuple[str | float | int | None, ...], ...] = Field(description="Rows, as long as there are columns.")
+    note: str = Field(default="", description="A sentence below the table.")
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> DataTable:
+        for place, row in enumerate(self.rows):
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"row {place} of table '{self.title}' has {len(row)} cells for {len(self.columns)} columns"
+                )
+        return self
+
+    @property
+    def numeric(self) -> tuple[bool, ...]:
+        """Whether each column holds numbers, and nothing else but gaps."""
+        columns = [[row[place] for row in self.rows if row[place] is not None] for place in range(len(self.columns))]
+        return tuple(bool(cells) and not any(isinstance(cell, str) for cell in cells) for cells in columns)
+
+
+class Report(Record):
+    """Everything that a person needs to judge one version."""
+
+    dataset: str = Field(description="Dataset name, such as 'feature-store/customer-features'.")
+    version: int = Field(ge=1, description="Version number N of vN.")
+    status: Status = Field(description="'published', or 'rejected' by the quality gate.")
+    verdict: Verdict = Field(description="Verdict of the quality gate.")
+    created_at: dt.datetime = Field(description="When the report was made, UTC.")
+    title: str = Field(description="Heading of the page.")
+    rows: Count = Field(description="Rows in the data files.")
+    balances: tuple[RowBalance, ...] = Field(default=(), description="Row balances of the sources and the entities.")
+    gate: GateResult = Field(description="Every check that was made.")
+    self_test: tuple[FaultResult, ...] = Field(
+        default=(), description="What the gate made of faults that were injected into a sample of the version."
+    )
+    profile: dict[str, ColumnProfile] = Field(default_factory=dict, description="Profile of each column.")
+    previous_version: int | None = Field(default=None, description="Version that the data is compared with.")
+    previous_profile: dict[str, ColumnProfile] = Field(default_factory=dict, description="Profile of that version.")
+    inputs: tuple[InputRecord, ...] = Field(default=(), description="What the version was made from.")
+    lineage: Lineage | None = Field(default=None, description="All that it was made from, back to the sources.")
+    run: RunRecord = Field(description="The run that made it.")
+    config: dict[str, Any] = Field(default_factory=dict, description="The full configuration of the run.")
+    timings: dict[str, float] = Field(default_factory=dict, description="Seconds that each stage took.")
+    definition: dict[str, Any] = Field(default_factory=dict, description="The declaration that was computed.")
+    identifiers: tuple[str, ...] = Field(default=(), description="Columns that name or stamp a row: never drawn.")
+    notes: tuple[str, ...] = Field(default=(), description="Sentences worth a reader's attention.")
+    pictures: tuple[Picture, ...] = Field(default=(), description="Pictures, the most telling first.")
+    tables: tuple[DataTable, ...] = Field(default=(), description="Tables, the most telling first.")
+
+    @classmethod
+    def of(cls, manifest: Manifest, previous: Manifest | None, title: str | None = None, **more: Any) -> Report:
+        """The report of a version by its manifest.
+
+        Args:
+            manifest: The version's.
+            previous: That of the version it is compared with.
+            title: Heading of the page; the last part of the dataset's name and the version, if none is given.
+            more: Further fields, or others than the manifest's.
+
+        """
+        fields: dict[str, Any] = {
+            "dataset": manifest.dataset,
+            "version": manifest.version,
+            "status": manifest.status,
+            "verdict": manifest.gate.verdict,
+            "created_at": manifest.created_at,
+            "title": title or f"{manifest.dataset.rpartition('/')[2]} v{manifest.version}",
+            "rows": manifest.rows,
+            "balances": manifest.balances,
+            "gate": manifest.gate,
+            "self_test": manifest.self_test,
+            "profile": manifest.profile,
+            "previous_version": previous.version if previous else None,
+            "previous_profile": previous.profile if previous else {},
+            "inputs": manifest.inputs,
+            "run": manifest.run,
+            "config": manifest.config,
+            "definition": manifest.definition,
+        }
+        return cls(**{**fields, **more})
+
+    @property
+    def checks(self) -> list[CheckResult]:
+        """The checks, failures first, then warnings; in the order they were made within each."""
+        return sorted(self.gate.checks, key=lambda check: _ORDER[check.verdict])
+
+    @property
+    def reason(self) -> str:
+        """One line: why the verdict is what it is."""
+        worst = [check for check in self.checks if check.verdict == self.verdict]
+        total = plural(len(self.gate.checks), "check")
+        if self.verdict == "pass" or not worst:
+            return f"{total} passed." if self.verdict == "pass" else f"The verdict of {total} is {self.verdict}."
+        more = f" And {len(worst) - 1} more." if len(worst) > 1 else ""
+        return f"{len(worst)} of {total} {'failed' if self.verdict == 'fail' else 'warned'}: {worst[0].message}{more}"
+
+    @property
+    def drawable(self) -> dict[str, ColumnProfile]:
+        """Profiles of the columns whose distribution means something."""
+        return {name: column for name, column in self.profile.items() if name not in self.identifiers}
+
+    def to_json(self) -> bytes:
+        """Canonical JSON (sorted keys, UTF-8); `Report.model_validate_json` reads it back."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False, indent=1)
+        return text.encode() + b"\n"
+
+    def to_markdown(self, html_uri: str | None = None, max_bytes: int = MARKDOWN_BYTES) -> str:
+        """Summary for a Prefect artifact: the verdict and why, checks that failed or warned, pictures, rows, lineage.
+
+        What doesn't fit into `max_bytes` of UTF-8 is left out with a word saying so: first pictures, from the last one
+        on, then the end of the text.
+
+        Args:
+            html_uri: where the full report lies, to link to.
+            max_bytes: most bytes of the result, at least 1,000.
+        """
+        head = [
+            f"# {_SIGNS[self.verdict]} · {_text(self.title)}",
+            f"**{self.status.capitalize()}** `{self.dataset.replace('`', '')}` v{self.version}, "
+            f"{plural(self.rows, 'row')}, {self.created_at:%Y-%m-%d %H:%M} UTC. {_text(self.reason)}",
+            *([f"[Full report]({_target(html_uri)})"] if html_uri else []),
+            *(f"> {_text(note)}" for note in self.notes),
+        ]
+        serious = [check for check in self.checks if check.verdict != "pass"]
+        head += _markdown_checks(serious, passed=len(self.checks) - len(serious))
+        head += self_test_markdown(self.gate, self.self_test, _text)
+        tail = [*self._markdown_balances(), *_markdown_tables(self.tables), *self._markdown_lineage()]
+        drawn = self._markdown_pictures()
+        parts = [[instead] for _, instead in drawn]
+        text = _page(head, parts, tail)
+        for place, (whole, _) in enumerate(drawn):
+            with_it = _page(head, [*parts[:place], whole, *parts[place + 1 :]], tail)
+            if len(with_it.encode()) <= max_bytes:
+                parts[place], text = whole, with_it
+        if len(text.encode()) <= max_bytes:
+            return text
+        ending = "\n\n*The rest is left out here: see the full report.*\n"
+        kept = text.encode()[: max_bytes - len(ending.encode())].decode(errors="ignore")
+        return kept[: kept.rfind("\n")] + ending
+
+    def checks_table(self) -> list[dict[str, str | float | None]]:
+        """The checks as rows for a Prefect table artifact: text and finite numbers only, None for the rest."""
+        return [
+            {
+                "verdict": check.verdict,
+                "check": check.name,
+                "column": check.column,
+                "figure": _finite(check.figure),
+                "bound": check.bound,
+                "message": check.message,
+            }
+            for check in self.checks
+        ]
+
+    def _markdown_balances(self) -> list[str]:
+        if not self.balances:
+            return []
+        lines = ["| source | in | out | rejected | filtered | duplicates |", "|---|---:|---:|---:|---:|---:|"]
+        lines += [
+            f"| {_text(b.name)} | {b.rows_in:,} | {b.rows_out:,} | {_reasons(b.rejected)} | {_reasons(b.filtered)} "
+            f"| {b.deduplicated:,} |"
+            for b in self.balances
+        ]
+        return ["## Rows", "\n".join(lines)]
+
+    def _markdown_lineage(self) -> list[str]:
+        if not self.inputs:
+            return []
+        lines = []
+        for one in self.inputs:
+            version = f" v{one.version}" if one.version is not None else ""
+            rows = f", {plural(one.rows, 'row')}" if one.rows is not None else ""
+            files = f", {plural(len(one.files), 'file')}" if one.files else ""
+            lines.append(f"- **{_text(one.name)}**{version}: {_text(one.uri)}{rows}{files}")
+        run = _text(self.run.flow_run_name or self.run.flow_run_id)
+        spent = f", {duration(sum(self.timings.values()))}" if self.timings else ""
+        parts = ["## Made from", "\n".join(lines), f"By run {run}, attempt {self.run.attempt}{spent}."]
+        if self.lineage is not None:
+            tree = "\n".join(shortened(line, 400) for line in lineage_graph.text(self.lineage).splitlines())
+            parts += ["## Lineage", "```text\n" + tree.replace("`", "'") + "\n```"]
+        return parts
+
+    def _markdown_pictures(self) -> list[tuple[list[str], str]]:
+        """What shows each picture, and what is said instead where there is no room for it; the first go first."""
+        from tasks.report.plots import distributions, histogram_grid
+
+        shown = []
+        for picture in self.pictures:
+            title = _text(picture.title)
+            whole = [
+                f"## {title}",
+                f"![{title}]({picture.uri})",
+                *([_text(picture.caption)] if picture.caption else []),
+            ]
+            shown.append((whole, _left_out(f"picture “{title}” is")))
+        drawn = distributions(self.drawable, self.previous_profile, self.gate.checks)
+        if drawn:
+            encoded = base64.b64encode(histogram_grid(drawn)).decode()
+            whole = ["## Distributions", f"![Distributions of the columns](data:image/png;base64,{encoded})"]
+            shown.append((whole, _left_out("picture “Distributions” is" if self.pictures else "pictures are")))
+        return shown
+
+
+def _left_out(what: str) -> str:
+    return f"*The {what} left out, being too large here: see the full report.*"
+
+
+def _page(head: list[str], parts: list[list[str]], tail: list[str]) -> str:
+    return "\n\n".join([*head, *(line for part in parts for line in part), *tail]) + "\n"
+
+
+def _markdown_tables(tables: tuple[DataTable, ...]) -> list[str]:
+    """Each table with its heading, and the first of its rows."""
+    parts = []
+    for table in tables:
+        shown = table.rows[:MARKDOWN_ROWS]
+        lines = [
+            "".join(f"| {_text(name)} " for name in table.columns) + "|",
+            "".join("|---:" if numeric else "|---" for numeric in table.numeric) + "|",
+            *("".join(f"| {_text(number(cell))} " for cell in row) + "|" for row in shown),
+        ]
+        more = f"and {plural(len(table.rows) - len(shown), 'more row')}" if len(table.rows) > len(shown) else ""
+        parts += [f"## {_text(table.title)}", "\n".join(lines), *(_text(word) for word in (more, table.note) if word)]
+    return parts
+
+
+def _markdown_checks(serious: list[CheckResult], passed: int) -> list[str]:
+    """The checks that failed or warned, and how many passed: those stand in the table of checks."""
+    lines = ["| verdict | check | column | figure | bound | |", "|---|---|---|---:|---:|---|"]
+    lines += [
+        f"| {_SIGNS[c.verdict]} | {_text(c.name)} | {_text(c.column or '')} | {_text(number(c.figure))} "
+        f"| {_text(c.bound)} | {_text(c.message)} |"
+        for c in serious
+    ]
+    return ["## Checks", *(["\n".join(lines)] if serious else []), f"{plural(passed, 'check')} passed."]
+
+
+def _reasons(counts: dict[str, int]) -> str:
+    total = sum(counts.values())
+    named = [f"{_text(reason)} {count:,}" for reason, count in counts.items() if count]
+    return f"{total:,} ({', '.join(named)})" if named else f"{total:,}"
+
+
+def _text(text: str) -> str:
+    """Text that stays text within a Markdown table: no markup, no line break, and no endless value."""
+    escaped = shortened(" ".join(text.split()), 400).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    for mark in "\\`*_[]|#!":
+        escaped = escaped.replace(mark, f"\\{mark}")
+    return escaped.replace("](", "]\\(")  # no link, whatever a reader makes of the escaped bracket
+
+
+def _target(uri: str) -> str:
+    return uri.replace(" ", "%20").replace("(", "%28").replace(")", "%29").replace("<", "%3C").replace(">", "%3E")
+
+
+def _finite(figure: float | str | None) -> float | str | None:
+    if isinstance(figure, float):
+        return float(f"{figure:.6g}") if math.isfinite(figure) else None
+    return figure

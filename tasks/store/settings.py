@@ -1,0 +1,168 @@
+"""Types of fields that the configurations of several flows share, and times that the environment sets."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from tasks.io.errors import ConfigError
+from tasks.io.location import normalise
+from tasks.store import layout
+from tasks.store.manifest import Manifest
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_STREAMING = layout.STREAMING_READY.rpartition("/")[2]  # a directory beside those of the images
+
+
+def _names(value: object) -> object:
+    """Let 'a,b' stand for ['a', 'b'], as command lines have it."""
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+def _dataset_name(value: str) -> str:
+    taken = re.fullmatch(r"v[0-9]+", value) or value == _STREAMING
+    if not taken and _NAME.fullmatch(value):
+        return value
+    word = "-".join(re.findall(r"[a-z0-9._-]+", value.lower())).lstrip("._-")
+    raise ValueError(
+        f"'{value}' can't name a dataset; use lower case letters, digits, '.', '_' and '-', such as "
+        f"'{'my-' if taken or not word else ''}{word or 'images'}'"
+    )
+
+
+def _location(value: str) -> str:
+    normalise(value)  # what can't be one is told at once; where a path begins is decided when it is used
+    return value
+
+
+def _version(value: object) -> object:
+    """Let 'v3' and '3' stand for 3."""
+    try:
+        return value if value == "latest" else layout.version_number(value)
+    except ConfigError as fault:
+        raise ValueError(f"{fault}, or 'latest'") from fault
+
+
+def in_order(schema: dict[str, Any]) -> None:
+    """Number the fields of a model's JSON schema, by which Prefect's form sorts them (PostgreSQL forgets the order)."""
+    for position, field in enumerate(schema.get("properties", {}).values()):
+        field["position"] = position
+
+
+class Settings(BaseModel):
+    """Base of every part of a flow's configuration: frozen, without unknown fields, NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, json_schema_extra=in_order)
+
+    @classmethod
+    def recorded(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Values as a manifest has them, with what older versions of this code left out."""
+        return dict(values)
+
+
+Config = TypeVar("Config", bound=Settings)
+
+
+def config_of(kind: type[Config], manifest: Manifest, **now: Any) -> Config:
+    """Return the configuration that a version was made with.
+
+    Args:
+        kind: Model of the configuration.
+        manifest: The version's.
+        now: Settings that are others now, such as the root.
+
+    Raises:
+        ConfigError: this code can't use the configuration.
+
+    """
+    try:
+        return kind.model_validate(kind.recorded(manifest.config) | now)
+    except ValidationError as fault:
+        first = fault.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "as a whole"
+        raise ConfigError(
+            f"{manifest.dataset} v{manifest.version}: this code can't use its configuration "
+            f"({where}: {first['msg']}); use the code that made it"
+        ) from fault
+
+
+def load_object(setting: str, path: str) -> Any:
+    """Import what a user's import path names, 'package.module:name'.
+
+    Args:
+        setting: Name of the setting, for messages.
+        path: The import path; importing it runs the module.
+
+    Raises:
+        ConfigError: it is no import path, can't be imported, or isn't there; the message says which part is wrong.
+
+    """
+    module, _, name = path.partition(":")
+    if not (module and name):
+        raise ConfigError(f"{setting} = '{path}' is no import path; write it like 'package.module:name'")
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # whatever the module's own code raises
+        raise ConfigError(
+            f"{setting} = '{path}': can't import '{module}': {type(error).__name__}: {error}; "
+            "check its name, that it is on the path of every worker, and that it can be imported by itself"
+        ) from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ConfigError(f"{setting} = '{path}': '{module}' has no '{name}'; check the name")
+        found = getattr(found, part)
+    return found
+
+
+def seconds_from_environment(name: str, default: float, most: float) -> float:
+    """A time that a variable of the environment may set, seconds.
+
+    Args:
+        name: The variable.
+        default: What it is where the variable is unset or empty.
+        most: Its upper bound.
+
+    Raises:
+        ConfigError: it isn't a number from 0 to `most`.
+
+    """
+    text = os.environ.get(name, "").strip() or f"{default:g}"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= most:
+        raise ConfigError(f"{name} must be a number of seconds from 0 to {most:g}; it is {text!r}")
+    return seconds
+
+
+def warn_before_fail(bounds: BaseModel, rising: Sequence[str], falling: Sequence[str] = ()) -> None:
+    """Raise `ValueError` where a gate would fail before it warns; a bound that is None is open.
+
+    Args:
+        bounds: Thresholds with fields such as drift_warn and drift_fail.
+        rising: Fields of bounds that more is worse for, such as 'drift', or 'fresh_{}_days' where the name goes on.
+        falling: Those that less is worse for.
+
+    """
+    for names, sign in ((rising, 1), (falling, -1)):
+        for name in names:
+            spelled = name if "{}" in name else f"{name}_{{}}"
+            warn, fail = (getattr(bounds, spelled.format(word)) for word in ("warn", "fail"))
+            if warn is not None and fail is not None and sign * warn > sign * fail:
+                pair = [f"{spelled.format(word)} = {value}" for word, value in (("warn", warn), ("fail", fail))]
+                first, second = pair if sign > 0 else pair[::-1]
+                raise ValueError(f"{first} is above {second}; a warning must come first")
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+Location = Annotated[str, Field(min_length=1), AfterValidator(_location)]
+Version = Annotated[Annotated[int, Field(ge=1)] | Literal["latest"], BeforeValidator(_version)]
+DatasetName = Annotated[str, AfterValidator(_dataset_name)]

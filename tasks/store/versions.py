@@ -1,0 +1,306 @@
+"""The commit protocol: a version exists from the moment its manifest does, whole or not at all.
+
+    reserve → write files → validate → commit → read
+                                         │
+                            put-if-absent of vN/_manifest.json
+
+Why nothing is ever mixed. The conditional create of the manifest is the only deciding step: of any number of attempts
+one succeeds, and the manifest names exactly that attempt's files. Files of an attempt that may still be alive are
+deleted only after the decision, when it can't publish any more; files of dead attempts earlier.
+
+Why no two versions go on from the same one. What a version carries over (the classes' ids) it has from the one that was
+the latest when it was planned, its base. Before it is published, every number between the two is decided: one that
+isn't yet gets a manifest with status 'rejected' by put-if-absent, which its own run then finds in its way. After that
+nothing below can be published any more, and whoever publishes above must decide this number first. So of two runs with
+one base the first publishes, and the other is `Superseded` and plans anew.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from collections.abc import Sequence
+
+from tasks.io import storage
+from tasks.io.errors import CorruptVersion, GateFailed, Superseded, VersionConflict
+from tasks.store import layout
+from tasks.store.file_lists import lists_apart
+from tasks.store.manifest import SUPERSEDED, CheckResult, FileEntry, GateResult, Manifest, RunRecord
+from tasks.store.reading import (
+    PRUNED,
+    committed_manifests,
+    data_files,
+    latest,
+    list_datasets,
+    live_manifests,
+    overview,
+    published_versions,
+    read_committed,
+    read_manifest,
+    read_table,
+    resolve,
+    update_index,
+    verify,
+)
+from tasks.store.reservation import (
+    Attempt,
+    Owner,
+    Reservation,
+    attempts,
+    current_owner,
+    ensure_newest,
+    parse_manifest,
+    reserve,
+    version_numbers,
+)
+from tasks.store.version_index import read_index
+
+__all__ = [
+    "Attempt",
+    "Owner",
+    "Reservation",
+    "attempt_of",
+    "attempts",
+    "commit",
+    "committed_manifests",
+    "current_owner",
+    "data_files",
+    "discard_attempt_files",
+    "ensure_newest",
+    "latest",
+    "list_datasets",
+    "live_manifests",
+    "orphans",
+    "overview",
+    "published_versions",
+    "read_manifest",
+    "read_table",
+    "reserve",
+    "resolve",
+    "update_index",
+    "verify",
+    "version_numbers",
+]
+
+_ATTEMPT = re.compile(r"-a([0-9]+)\.")
+
+
+def commit(reservation: Reservation, manifest: Manifest, base: int | None = None) -> Manifest:
+    """Publish what was written under a reservation, or record that the gate rejected it.
+
+    Doing it again, after a lost answer or in a retry, gives the manifest that was committed first. Of a version with
+    status 'rejected' the data files are deleted, so that no reader that just opens the directory can take them for
+    data; the manifest still says what they were, and _rejected/ and the reports stay.
+
+    Args:
+        reservation: What it was written under.
+        manifest: What it is.
+        base: Number of the latest version when this one was planned, 0 for none: it is published only while that is the
+            latest one. None: nothing was carried over, so any other may be published meanwhile.
+
+    Returns:
+        The manifest as it stands in the store.
+
+    Raises:
+        BalanceError: rows don't balance.
+        GateFailed: the gate's verdict is 'fail' but the status is 'published'.
+        CorruptVersion: a file that the manifest lists isn't there, or has another size.
+        VersionConflict: a newer attempt exists, or another one has committed; it is named.
+        Superseded: a version above `base` was published meanwhile, or is about to be; this one is recorded as rejected.
+    """
+    assert (manifest.dataset, manifest.version) == (reservation.dataset, reservation.version), "another's manifest"
+    assert (manifest.run.flow_run_id, manifest.run.attempt) == (reservation.run_id, reservation.attempt), "other run"
+    published = manifest.status == "published"
+    assert manifest.files or not published, "a published version has at least one file, which bears its schema"
+    for balance in manifest.balances:
+        balance.check()
+    if published and manifest.gate.verdict == "fail":
+        failed = "; ".join(check.message for check in manifest.gate.checks if check.verdict == "fail")
+        raise GateFailed(f"{manifest.dataset} v{manifest.version} is not published: the quality gate says: {failed}")
+
+    stated, lists = lists_apart(manifest)
+    data = stated.model_dump_json(indent=2).encode()
+    uri = layout.join(reservation.uri, layout.MANIFEST)
+    decided = _decided(reservation, data)
+    if decided is None:
+        ensure_newest(reservation)
+        if stated.file_lists is not None:
+            storage.write_bytes(layout.join(reservation.uri, stated.file_lists.path), lists)
+        stored = parse_manifest(uri, data, manifest.dataset, manifest.version)
+        listed = (*stored.files, *stored.companions)
+        _check_present(reservation, listed if published else stored.companions)
+        if published and base is not None:
+            _go_on_from(base, reservation, manifest)
+        discard_attempt_files(reservation, keep=[file.path for file in listed])
+        _delete(reservation, _replaced(reservation, [file.path for file in listed]))
+        if not published:
+            _delete(reservation, [file.path for file in manifest.files])
+        decided = stored if storage.put_if_absent(uri, data) else _decided(reservation, data)
+        assert decided is not None, "a committed manifest is never removed"
+    _delete(reservation, orphans(reservation.uri, decided))
+    update_index(reservation.root, reservation.dataset)
+    return decided
+
+
+def _decided(reservation: Reservation, data: bytes) -> Manifest | None:
+    """The manifest that stands, if it is this attempt's own; None before the decision."""
+    uri = layout.join(reservation.uri, layout.MANIFEST)
+    try:
+        found = storage.read_bytes(uri)
+    except FileNotFoundError:
+        return None
+    manifest = parse_manifest(uri, found, reservation.dataset, reservation.version)
+    same_run = manifest.run.flow_run_id == reservation.run_id
+    given_way = manifest.superseded is not None
+    own = same_run and (reservation.committed or manifest.run.attempt == reservation.attempt)
+    if found == data or (own and not given_way):
+        return manifest
+    mine = [path for path in orphans(reservation.uri, manifest) if attempt_of(path) == reservation.attempt]
+    _delete(reservation, mine)
+    if given_way:
+        raise Superseded(f"{reservation.dataset} v{reservation.version}: {manifest.superseded}")
+    raise VersionConflict(
+        f"{reservation.dataset} v{reservation.version} was committed by attempt {manifest.run.attempt} of run "
+        f"{manifest.run.flow_run_id!r} at {manifest.created_at.isoformat()}, not by attempt {reservation.attempt} of "
+        f"run {reservation.run_id!r}: reserve again to publish a further version"
+    )
+
+
+def _go_on_from(base: int, reservation: Reservation, manifest: Manifest) -> None:
+    """Make sure that nothing above the base is published, nor can be before this version; else record it as rejected.
+
+    Raises:
+        Superseded: there is such a version.
+    """
+    run = RunRecord(flow_run_id=reservation.run_id, attempt=reservation.attempt)
+    first = f"Run {reservation.run_id} went on first from {_named(base)}, with v{reservation.version}."
+    entries = read_index(reservation.root, reservation.dataset)
+    between = [number for number in range(base + 1, reservation.version) if number not in entries]
+    known = read_committed(reservation.root, reservation.dataset, between)
+    for number in between:
+        if number in known.versions or number in known.damaged:
+            continue
+        uri = layout.join(layout.version_uri(reservation.root, reservation.dataset, number), layout.MANIFEST)
+        chain = attempts(reservation.root, reservation.dataset, number)
+        if not (chain and chain[-1].run_id == PRUNED):
+            closed = Manifest(
+                dataset=reservation.dataset,
+                version=number,
+                status="rejected",
+                created_at=dt.datetime.now(dt.UTC),
+                files=(),
+                columns=(),
+                balances=(),
+                profile={},
+                gate=_given_way(first),
+                inputs=(),
+                config={},
+                code_digest="",
+                packages={},
+                run=run,
+            )
+            storage.put_if_absent(uri, closed.model_dump_json(indent=2).encode())
+    newest = latest(reservation.root, reservation.dataset)
+    if newest is not None and newest.version > base:
+        message = f"It began from {_named(base)}, and v{newest.version} was published meanwhile."
+        gate = _given_way(message, *manifest.gate.checks)
+        commit(reservation, manifest.model_copy(update={"status": "rejected", "gate": gate}))
+        raise Superseded(f"{reservation.dataset} v{reservation.version}: {message}")
+
+
+def _named(base: int) -> str:
+    return f"v{base}" if base else "no version"
+
+
+def _given_way(message: str, *others: CheckResult) -> GateResult:
+    check = CheckResult(
+        name=SUPERSEDED, verdict="fail", bound="no version was published since its planning", message=message
+    )
+    return GateResult(verdict="fail", checks=(*others, check))
+
+
+def discard_attempt_files(reservation: Reservation, keep: Sequence[str] = ()) -> list[str]:
+    """Delete what earlier attempts have left, as far as they are known to be over; meant for the start of an attempt.
+
+    An attempt is over when its process is gone, or when it was made by the same process as this one. What an attempt
+    elsewhere has left stays until the commit: it may still be alive and publish first.
+
+    Args:
+        reservation: The newest attempt.
+        keep: Paths that this attempt has taken over, relative to the version's directory.
+
+    Returns:
+        Paths of the deleted files, relative to the version's directory.
+    """
+    if storage.exists(layout.join(reservation.uri, layout.MANIFEST)):
+        return []
+    chain = attempts(reservation.root, reservation.dataset, reservation.version)
+    owner = chain[reservation.attempt - 1].owner
+    earlier = chain[: reservation.attempt - 1]
+    over = {link.attempt for link in earlier if link.owner == owner or link.owner.is_gone()}
+    kept = set(keep)
+    paths = [path for path in _paths(reservation.uri) if attempt_of(path) in over] if over else []
+    paths = [path for path in paths if path not in kept]
+    _delete(reservation, paths)
+    return paths
+
+
+def _replaced(reservation: Reservation, listed: Sequence[str]) -> list[str]:
+    """Data files of this attempt that it doesn't list, as it has written others in their place.
+
+    They go before the manifest comes: a reader that just opens the directory would see their rows twice, and for ever
+    if this process were killed in between.
+    """
+    kept = set(listed)
+    own = [path for path in _paths(reservation.uri) if attempt_of(path) == reservation.attempt]
+    return [path for path in own if path not in kept and not path.startswith(("_", "."))]
+
+
+def _paths(uri: str) -> list[str]:
+    # What a link leads to isn't the version's, and must never be deleted with it.
+    found = storage.list_files(uri, include_hidden=True, follow_links=False)
+    return [info.uri.removeprefix(uri + "/") for info in found]
+
+
+def attempt_of(path: str) -> int | None:
+    """Number of the attempt that wrote a file of a version, which its name bears; None for any other file."""
+    match = _ATTEMPT.search(path.rpartition("/")[2])
+    return int(match[1]) if match else None
+
+
+def orphans(uri: str, manifest: Manifest) -> list[str]:
+    """Files of a committed version that belong to no reader: not listed, and not the protocol's or the report's.
+
+    Args:
+        uri: Directory of the version.
+        manifest: Its manifest.
+
+    Returns:
+        Paths relative to the directory.
+    """
+    kept = {file.path for file in manifest.companions}
+    if manifest.status == "published":
+        kept |= {file.path for file in manifest.files}
+    # Of the temporary files one may be another process's reservation on its way, which is then written again.
+    return [
+        path
+        for path in _paths(uri)
+        if path not in kept
+        and (attempt_of(path) is not None or not path.startswith(("_", ".")) or storage.is_temporary(path))
+    ]
+
+
+def _delete(reservation: Reservation, paths: Sequence[str]) -> None:
+    for path in paths:
+        storage.delete(layout.join(reservation.uri, path))
+
+
+def _check_present(reservation: Reservation, files: Sequence[FileEntry]) -> None:
+    sizes = {info.uri: info.bytes for info in storage.list_files(reservation.uri, include_hidden=True)}
+    for file in files:
+        uri = layout.join(reservation.uri, file.path)
+        if sizes.get(uri) != file.bytes:
+            found = f"{sizes[uri]} bytes" if uri in sizes else "no such file"
+            raise CorruptVersion(
+                f"{uri}: {file.bytes} bytes expected, found {found}; nothing was published: run again to write it anew"
+            )

@@ -1,0 +1,267 @@
+"""What a training says of its data: figures of each worker, whether data or computing was the limit, and charts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tasks.io.numerals import number, share
+from tasks.report.plots import BEFORE_COLOUR, INK_COLOUR, NOW_COLOUR, compact_png, wide_figure
+from tasks.report.report import DataTable, Picture
+
+WAIT_BOUND = 0.1
+"""Above this share of its time spent in waiting for batches a training is data-bound."""
+
+_COLOURS = (NOW_COLOUR, BEFORE_COLOUR, "#2f9e78", "#9c5fc0", "#c3a13a", "#8d97a8")
+_NAMES = {"auc": "AUC", "rmse": "RMSE", "r2": "R²"}
+_WORKERS_SHOWN = 32
+_MB = 1e6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerEpoch:
+    """What one worker's stream delivered in one epoch, or since the restart if there was one within it.
+
+    Attributes:
+        epoch: number of the epoch, from 0.
+        worker: rank.
+        samples: real samples, those of padding left out.
+        seconds: how long the epoch's training took, without validation.
+        wait_seconds: how much of it was spent in waiting for batches.
+        bytes_read: bytes of the samples, from wherever they came.
+        cache_hits: files of a remote store that were in the local cache.
+        cache_misses: files that had to be fetched.
+        skipped_samples: samples in corrupt blocks, left out by choice.
+    """
+
+    epoch: int
+    worker: int
+    samples: int
+    seconds: float
+    wait_seconds: float
+    bytes_read: int
+    cache_hits: int
+    cache_misses: int
+    skipped_samples: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """What limited a training.
+
+    Attributes:
+        verdict: 'data-bound' if the workers waited for data for more than `WAIT_BOUND` of their time.
+        wait_share: share of all workers' time spent in waiting for data.
+        advice: what follows, in a sentence or two.
+    """
+
+    verdict: Literal["data-bound", "compute-bound"]
+    wait_share: float
+    advice: str
+
+    @property
+    def sentence(self) -> str:
+        """The verdict, its reason and the advice, in one line."""
+        return (
+            f"The training is {self.verdict}: its workers spent {share(self.wait_share)} of their time in waiting "
+            f"for data (above {share(WAIT_BOUND)} is data-bound). {self.advice}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingResult:
+    """How a training went, over all calls for the same run.
+
+    Attributes:
+        version_uri: the version that was trained on.
+        run_uri: directory of the run, with its checkpoints.
+        epochs: metrics of each epoch as rank 0 reported them, with its number under 'epoch'; the last report counts.
+        workers: what each worker's stream delivered in each epoch.
+        restarts: how often workers died or failed and all of them were started again.
+        checkpoint_uri: directory of the last checkpoint; None if none was kept.
+        seconds: wall time of this call, the start of the workers with it.
+    """
+
+    version_uri: str
+    run_uri: str
+    epochs: tuple[dict[str, Any], ...]
+    workers: tuple[WorkerEpoch, ...]
+    restarts: int
+    checkpoint_uri: str | None
+    seconds: float
+
+
+def judge_bound(workers: Sequence[WorkerEpoch]) -> Bound | None:
+    """Whether data or computing was the limit; None if no worker has delivered anything.
+
+    The first epoch counts only if there is no other: there the cache is filled and the blocks' checksums are compared.
+    """
+    steady = _steady(workers)
+    seconds = sum(one.seconds for one in steady)
+    if seconds <= 0:
+        return None
+    wait_share = min(sum(one.wait_seconds for one in steady) / seconds, 1.0)
+    if wait_share <= WAIT_BOUND:
+        advice = "Faster delivery wouldn't shorten it; a GPU, more workers, a smaller model or larger batches might."
+        return Bound(verdict="compute-bound", wait_share=wait_share, advice=advice)
+    if any(one.cache_misses for one in steady):
+        advice = (
+            "Files were fetched again after they had been cached: raise cache_gigabytes above the version's size, or "
+            "put cache_dir on a larger disk."
+        )
+    elif any(one.cache_hits for one in steady):
+        advice = "The files came from the local cache: put cache_dir on a faster disk, or give each worker more CPU."
+    else:
+        advice = (
+            "Put the data on a faster disk or on nodes whose memory holds it, give each worker more CPU, or take "
+            "larger batches. More workers on the same disk won't help."
+        )
+    return Bound(verdict="data-bound", wait_share=wait_share, advice=advice)
+
+
+def _steady(workers: Sequence[WorkerEpoch]) -> list[WorkerEpoch]:
+    """The figures of every epoch but the first, if there are others."""
+    first = min((one.epoch for one in workers), default=0)
+    return [one for one in workers if one.epoch > first] or list(workers)
+
+
+def throughput(workers: Sequence[WorkerEpoch]) -> dict[int, float]:
+    """Samples a second of all workers together, by epoch: the slowest one's time counts."""
+    found = {}
+    for epoch in sorted({one.epoch for one in workers}):
+        own = [one for one in workers if one.epoch == epoch]
+        found[epoch] = sum(one.samples for one in own) / max(*(one.seconds for one in own), 1e-9)
+    return found
+
+
+def worker_table(workers: Sequence[WorkerEpoch]) -> DataTable:
+    """A row for each worker, over all epochs but for the wait share, which leaves out the first; the verdict below."""
+    rows = []
+    for worker in sorted({one.worker for one in workers}):
+        own = [one for one in workers if one.worker == worker]
+        samples, seconds = sum(one.samples for one in own), sum(one.seconds for one in own)
+        later = [one for one in _steady(workers) if one.worker == worker]
+        waited = sum(one.wait_seconds for one in later) / max(sum(one.seconds for one in later), 1e-9)
+        rows.append(
+            (
+                worker,
+                samples,
+                round(samples / max(seconds, 1e-9), 1),
+                round(waited, 4),
+                round(sum(one.bytes_read for one in own) / _MB, 3),
+                sum(one.cache_hits for one in own),
+                sum(one.cache_misses for one in own),
+                sum(one.skipped_samples for one in own),
+            )
+        )
+    columns = ("worker", "samples", "samples/s", "wait share", "MB read", "cache hits", "cache misses", "skipped")
+    bound = judge_bound(workers)
+    return DataTable(
+        title="Delivery by worker", columns=columns, rows=tuple(rows), note=bound.sentence if bound else ""
+    )
+
+
+def epoch_table(epochs: Sequence[Mapping[str, Any]], workers: Sequence[WorkerEpoch]) -> DataTable:
+    """A row for each epoch: its metrics, and how fast it was.
+
+    Args:
+        epochs: Metrics of each epoch, with its number under 'epoch'.
+        workers: Figures of the workers.
+    """
+    names = _metric_names(epochs)
+    speed = throughput(workers)
+    rows = tuple(
+        (
+            int(epoch["epoch"]),
+            *(_rounded(epoch.get(name)) for name in names),
+            round(speed[epoch["epoch"]], 1) if epoch["epoch"] in speed else None,
+        )
+        for epoch in epochs
+    )
+    columns = ("epoch", *map(_label, names), "samples/s")
+    return DataTable(title="Epochs", columns=columns, rows=rows)
+
+
+def training_pictures(epochs: Sequence[Mapping[str, Any]], workers: Sequence[WorkerEpoch]) -> list[Picture]:
+    """How it learned and how it was fed; a picture without anything to show is left out.
+
+    Args:
+        epochs: Metrics of each epoch, with its number under 'epoch'.
+        workers: Figures of the workers.
+    """
+    pictures = []
+    if any(len(epoch) > 1 for epoch in epochs):
+        caption = "Losses of both splits, and the metrics of the validation split, by epoch."
+        pictures.append(Picture.of("How it learned", caption, "image/png", learning_chart(epochs)))
+    bound = judge_bound(workers)
+    if bound is not None:
+        caption = (
+            "Samples a second of all workers by epoch, and the share of its time that each worker waited for data "
+            "after the first epoch. "
+        )
+        picture = delivery_chart(workers)
+        pictures.append(Picture.of("How it was fed", caption + bound.sentence, "image/png", picture))
+    return pictures
+
+
+def learning_chart(epochs: Sequence[Mapping[str, Any]]) -> bytes:
+    """Losses on the left, all other metrics on the right, by epoch, as PNG on a transparent ground.
+
+    The RMSE, which has the label's unit, is left to the table where there is an R².
+    """
+    figure, (losses, others) = wide_figure(height=3.0, columns=2)
+    names = _metric_names(epochs)
+    names = [name for name in names if name != "rmse" or "r2" not in names]
+    for axes, shown in ((losses, [n for n in names if "loss" in n]), (others, [n for n in names if "loss" not in n])):
+        for name, colour in zip(shown, _COLOURS, strict=False):
+            points = [(epoch["epoch"], epoch[name]) for epoch in epochs if epoch.get(name) is not None]
+            axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, label=_label(name))
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if shown:
+            axes.legend(frameon=False, labelcolor=INK_COLOUR, fontsize=9.5)
+        else:
+            axes.set_yticks([])
+    return compact_png(figure)
+
+
+def delivery_chart(workers: Sequence[WorkerEpoch]) -> bytes:
+    """Throughput by epoch on the left, wait share by worker on the right, as PNG on a transparent ground."""
+    figure, (speed, waits) = wide_figure(height=3.0, columns=2)
+    found = throughput(workers)
+    speed.plot(list(found), list(found.values()), color=NOW_COLOUR, marker="o", markersize=4)
+    speed.set_ylim(0, max(found.values(), default=0) * 1.1 or 1)
+    speed.set_xlabel("epoch")
+    speed.set_ylabel("samples a second")
+    speed.xaxis.get_major_locator().set_params(integer=True)
+    speed.yaxis.set_major_formatter(lambda value, _: number(float(value), in_full_below=1e7))
+
+    ranks = sorted({one.worker for one in workers})[:_WORKERS_SHOWN]
+    shares = []
+    for rank in ranks:
+        own = [one for one in _steady(workers) if one.worker == rank]
+        shares.append(min(sum(one.wait_seconds for one in own) / max(sum(one.seconds for one in own), 1e-9), 1.0))
+    places = list(range(len(ranks)))
+    waits.barh(places, shares, height=0.72, color=NOW_COLOUR)
+    for place, value in zip(places, shares, strict=True):
+        waits.text(value, place, f" {share(value)}", va="center", color=INK_COLOUR, fontsize=9)
+    waits.axvline(WAIT_BOUND, color=BEFORE_COLOUR, linewidth=1.2, linestyle="--", zorder=0)
+    waits.set_yticks(places, [f"worker {rank}" for rank in ranks])
+    waits.set_ylim(max(len(ranks), 1) - 0.4, -0.6)
+    waits.set_xlim(0, min(max([*shares, WAIT_BOUND]) * 1.25, 1.15))
+    waits.xaxis.set_major_formatter(lambda value, _: share(float(value)))
+    waits.set_xlabel("time spent in waiting for data; dashed: data-bound from here on")
+    return compact_png(figure)
+
+
+def _metric_names(epochs: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for epoch in epochs for name in epoch if name != "epoch"))
+
+
+def _label(name: str) -> str:
+    return _NAMES.get(name, name.replace("_", " "))
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")

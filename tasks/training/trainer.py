@@ -1,0 +1,314 @@
+"""Training through Ray Train: workers that each take their share of one stream, checkpoints, and restarts.
+
+A worker that dies takes the others down with it; all of them start again from the last checkpoint, which holds the
+stream's place beside the model. So each sample counts once an epoch, whatever happened, and with however many workers
+the run goes on.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+
+from tasks.delivery.config import TrainingConfig
+from tasks.engine.cluster import connect, environment, handler_kept
+from tasks.io import storage
+from tasks.io.errors import ConfigError, PipelineError
+from tasks.loader.shards import open_version
+from tasks.store import layout
+from tasks.store.settings import load_object
+from tasks.training.loops import Send, State, TrainingRun, open_run
+from tasks.training.monitoring import TrainingResult, WorkerEpoch
+
+DEFAULT_FUNCTION = "tasks.training.loops:train"
+STATE = "state.pt"
+RECORDS = "records"
+CHECKPOINTS_KEPT = 2
+
+_LOG = logging.getLogger(__name__)
+
+# The controller looks after its workers this often. Within it a report waits for the one before it, and a death isn't
+# noticed; Ray's default is 2 s, which short epochs would spend waiting. A look costs one small call of each worker.
+_ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+# One machine can't lose a node, and the watcher for that announces itself as an error.
+_LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+
+
+def train_version(uri: str, config: TrainingConfig, storage_path: str, run_name: str) -> TrainingResult:
+    """Train on a streaming-ready version in `config.workers` workers; go on where the same run stopped before.
+
+    Called again with the same `storage_path` and `run_name`, after a crash or with another number of workers, it goes
+    on from the last checkpoint; a run that is complete gives its result again.
+
+    Args:
+        uri: The version's directory, or the dataset's for its latest version.
+        config: What to train, and in how many workers.
+        storage_path: Directory or s3:// prefix of the runs' checkpoints; every node of the cluster must reach it.
+        run_name: Name of the run below it.
+
+    Raises:
+        ConfigError: the function can't be imported, the cluster is too small, or the version has no label.
+        VersionNotFound: there is no such published version.
+        PipelineError: what else a worker raised of this kind, such as `CorruptVersion`.
+        ray.train.TrainingFailedError: workers died or failed more than `config.max_failures` times.
+    """
+    start = time.monotonic()
+    version = open_version(uri)
+    load_function(config.function or DEFAULT_FUNCTION)
+    run_uri = layout.join(storage.normalise(storage_path), run_name)
+    started = connect()
+    try:
+        check_resources(config)
+        result = _fit(version.uri, version.definition, config, run_uri)
+    finally:
+        if started:
+            ray.shutdown()
+    epochs, workers, restarts = read_records(run_uri)
+    checkpoint = None
+    if result.checkpoint is not None:
+        checkpoint = layout.join(run_uri, result.checkpoint.path.rstrip("/").rpartition("/")[2])
+    return TrainingResult(
+        version_uri=version.uri,
+        run_uri=run_uri,
+        epochs=epochs,
+        workers=workers,
+        restarts=restarts,
+        checkpoint_uri=checkpoint,
+        seconds=time.monotonic() - start,
+    )
+
+
+def load_function(path: str) -> Callable[[TrainingRun], Any]:
+    """The training function with an import path, 'package.module:name'.
+
+    Raises:
+        ConfigError: it can't be imported, or is no function; the message says which part is wrong.
+    """
+    found = load_object("function", path)
+    if not callable(found):
+        raise ConfigError(
+            f"function = '{path}' is a {type(found).__name__}, no function; name a function of one TrainingRun"
+        )
+    function: Callable[[TrainingRun], Any] = found
+    return function
+
+
+def check_resources(config: TrainingConfig) -> None:
+    """Refuse more workers than the cluster can ever hold: Ray would wait for them.
+
+    A cluster that grows by itself is left to Ray, which knows its limits.
+
+    Raises:
+        ConfigError: there are too few CPUs or GPUs; it says how many.
+    """
+    from ray._private.state import state  # Ray Train asks here, too; nothing public tells
+
+    if state.get_max_resources_from_cluster_config():
+        return
+    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    for name, each in (("CPU", config.cpus_per_worker), ("GPU", float(config.use_gpu))):
+        if config.workers * each > there.get(name, 0.0) + 1e-6:
+            cure = "take fewer workers, or smaller cpus_per_worker" if name == "CPU" else "train with use_gpu = false"
+            raise ConfigError(
+                f"workers = {config.workers} of {each:g} {name} each need {config.workers * each:g}, and the cluster "
+                f"has {there.get(name, 0.0):g}: {cure}, or add nodes"
+            )
+
+
+def read_state(checkpoint_uri: str) -> dict[str, Any]:
+    """What a checkpoint holds, on the CPU; nothing but tensors and plain values is loaded, and no code is run.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+    """
+    data = storage.read_bytes(layout.join(checkpoint_uri, STATE))
+    found: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return found
+
+
+def read_records(run_uri: str) -> tuple[tuple[dict[str, Any], ...], tuple[WorkerEpoch, ...], int]:
+    """Metrics of the epochs, figures of the workers, and number of restarts, of all that a run has reported so far.
+
+    Of an epoch that was reported twice, before and after a restart, the later report counts.
+    """
+    uris = [info.uri for info in storage.list_files(layout.join(run_uri, RECORDS))]
+    contents = storage.read_many(uris)
+    epochs: dict[int, list[dict[str, Any]]] = {}
+    restarts = 0
+    for uri in sorted(contents):
+        record = json.loads(contents[uri])
+        restarts += "failures" in record
+        for message in record.get("reports", [])[:1]:
+            epochs[message["epoch"]] = record["reports"]
+    in_order = sorted(epochs.items())
+    metrics = tuple({"epoch": epoch, **reports[0]["metrics"]} for epoch, reports in in_order)
+    workers = tuple(
+        _worker_epoch(epoch, rank, report["worker"])
+        for epoch, reports in in_order
+        for rank, report in enumerate(reports)
+    )
+    return metrics, workers, restarts
+
+
+def _worker_epoch(epoch: int, rank: int, counted: Mapping[str, float]) -> WorkerEpoch:
+    return WorkerEpoch(
+        epoch=epoch,
+        worker=rank,
+        samples=int(counted["samples"]),
+        seconds=counted["seconds"],
+        wait_seconds=counted["wait_seconds"],
+        bytes_read=int(counted["bytes_read"]),
+        cache_hits=int(counted["cache_hits"]),
+        cache_misses=int(counted["cache_misses"]),
+        skipped_samples=int(counted["skipped_samples"]),
+    )
+
+
+class _Recorder(ray.train.UserCallback):
+    """Keeps what the workers report as JSON beside the checkpoints; runs in Ray Train's controller.
+
+    Ray keeps metrics only of checkpoints, of rank 0, and as long as it keeps the checkpoint.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:  # noqa: ARG002
+        if metrics and "epoch" in metrics[0]:
+            self._write({"reports": metrics})
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+        self._write({"failures": {rank: str(error)[-2000:] for rank, error in worker_exceptions.items()}})
+        ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
+        _LOG.warning("Worker %s failed: if failures are left, all workers start again from the last checkpoint.", ranks)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        # In the order of time, also after another process has gone on with the run.
+        storage.write_bytes(layout.join(self._uri, f"{time.time_ns():020d}.json"), json.dumps(record).encode())
+
+
+def _fit(uri: str, definition: Mapping[str, Any], config: TrainingConfig, run_uri: str) -> Any:
+    """Ray Train's result of the run."""
+    api: Any = ray.train  # its type hints are those of its first version
+    base, _, name = run_uri.rpartition("/")
+    filesystem, path = storage.arrow_filesystem(base)
+    local = not _has_state_api()
+    trainer = _trainer(local)(
+        _work,
+        train_loop_config={"uri": uri, "definition": dict(definition), "config": config, "run_uri": run_uri},
+        scaling_config=api.ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=config.use_gpu,
+            resources_per_worker={"CPU": config.cpus_per_worker},
+        ),
+        run_config=api.RunConfig(
+            name=name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            checkpoint_config=api.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
+            # Ray's own default is to try for ever to start workers for which there is no room.
+            failure_config=api.FailureConfig(
+                max_failures=config.max_failures, controller_failure_limit=config.max_failures
+            ),
+            callbacks=[_Recorder(layout.join(run_uri, RECORDS))],
+            logging_config=api.LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    # Ray Train reads its settings from the environment of the process that calls it; what is set there stays.
+    wanted = {**_ENVIRONMENT, **(_LOCAL_ENVIRONMENT if local else {})}
+    missing = {name: value for name, value in wanted.items() if name not in os.environ}
+    with environment(missing), handler_kept(signal.SIGINT):
+        try:
+            return trainer.fit()
+        except api.TrainingFailedError as error:
+            ours = _own_error(error)
+            if ours is None:
+                raise
+            raise ours from error
+
+
+def _work(settings: dict[str, Any]) -> None:
+    """What each worker does: open its streams, take up the last checkpoint, call the function."""
+    from ray.train.torch import get_device
+    from ray.train.v2._internal.execution import context as reporting
+
+    logging.getLogger(reporting.__file__).setLevel(logging.WARNING)  # past Ray's own setting: two lines a report
+    config: TrainingConfig = settings["config"]
+    function = load_function(config.function or DEFAULT_FUNCTION)
+    context = ray.train.get_context()
+    resumed = None
+    if (checkpoint := ray.train.get_checkpoint()) is not None:
+        with checkpoint.as_directory() as folder:
+            resumed = torch.load(Path(folder, STATE), map_location="cpu", weights_only=True)
+    with open_run(
+        settings["uri"],
+        settings["definition"],
+        config,
+        send=_sender(context.get_world_rank()),
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        device=get_device(),
+        resumed=resumed,
+        run_uri=settings["run_uri"],
+    ) as run:
+        function(run)
+
+
+def _sender(rank: int) -> Send:
+    def send(message: dict[str, Any], state: State | None) -> None:
+        if state is None or rank:
+            ray.train.report(message)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(dict(state), Path(folder, STATE))
+            ray.train.report(message, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    return send
+
+
+def _own_error(error: Exception) -> PipelineError | None:
+    """The first error of ours that a worker raised: it says what to do, and whether a retry can help."""
+    failures = getattr(error, "worker_failures", {})
+    causes = [getattr(failure, "_base_exc", failure) for _, failure in sorted(failures.items())]
+    return next((cause for cause in causes if isinstance(cause, PipelineError)), None)
+
+
+def _has_state_api() -> bool:
+    """Whether the cluster has a dashboard, whose State API knows its actors; a local Ray of ours has none."""
+    from ray.util.state import list_nodes
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        # The address: without it, it takes any Ray of this machine.
+        list_nodes(address=ray.get_runtime_context().gcs_address, limit=1, timeout=10)
+    except (RayStateApiException, ConnectionError):
+        return False
+    return True
+
+
+def _trainer(local: bool) -> Any:
+    """TorchTrainer; on a local Ray without the helper that asks the State API every second, in vain and aloud."""
+    from ray.train.torch import TorchTrainer
+
+    if not local:
+        return TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    class LocalTrainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            made = super()._create_default_callbacks()  # type: ignore[misc]  # its hints are of Ray Train's first version
+            return [one for one in made if not isinstance(one, PlacementGroupCleanerCallback)]
+
+    return LocalTrainer

@@ -1,0 +1,179 @@
+"""What the quality gate asks of a training set. Pure: figures in, verdict out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as pt
+
+from tasks.features.config import FeatureStoreConfig
+from tasks.io.numerals import plural
+from tasks.quality import label_quality, rules
+from tasks.quality.profile import TableProfile
+from tasks.store.manifest import CheckResult, GateResult, Manifest, RowBalance
+from tasks.store.own_columns import EVENT_TIME, TARGET
+from tasks.training_sets.definition import Model
+
+
+class TrainingSetFigures(Protocol):
+    """What is judged of a training set, as `tasks.training_sets.pipeline.ComputedSet` has it."""
+
+    @property
+    def rows(self) -> int:
+        """Rows written."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Schema of the data files."""
+
+    @property
+    def features(self) -> Sequence[str]:
+        """Names of the `feature_*` columns."""
+
+    @property
+    def profile(self) -> TableProfile:
+        """Profile of the data files."""
+
+    @property
+    def profile_earlier(self) -> TableProfile:
+        """Profile of the rows before the latest."""
+
+    @property
+    def profile_later(self) -> TableProfile:
+        """Profile of the latest rows by event time."""
+
+    @property
+    def balances(self) -> Sequence[RowBalance]:
+        """Row balances."""
+
+    @property
+    def matched(self) -> Mapping[str, int]:
+        """Group → rows that found features in time."""
+
+    @property
+    def planted(self) -> int:
+        """Rows from the future that were added for a trial."""
+
+    @property
+    def duplicates(self) -> int:
+        """Rows that repeat another's entity and event time."""
+
+    @property
+    def sample(self) -> pa.Table:
+        """Some rows: the features and the target; the entity too where it is known."""
+
+
+def judge_training_set(
+    model: Model, config: FeatureStoreConfig, computed: TrainingSetFigures, previous: Manifest | None
+) -> GateResult:
+    """Judge what was written for a model.
+
+    Args:
+        model: The declaration.
+        config: Thresholds and choices.
+        computed: What was written.
+        previous: Manifest of the last published version, if there is one.
+
+    """
+    bounds = config.label_thresholds
+    columns = computed.profile.columns()
+    checks: list[CheckResult] = [rules.check_rows(computed.rows, 1)]
+    types = {field.name: str(field.type) for field in computed.schema}
+    checks += rules.check_schema(types, _expected_types(model, computed.features, types, previous, config))
+    checks += [rules.check_balance(balance) for balance in computed.balances]
+    checks += [
+        rules.check_rejected_share(balance, bounds.rejected_warn, bounds.rejected_fail) for balance in computed.balances
+    ]
+    checks += [
+        label_quality.check_unmatched(group, matched, computed.rows, bounds.unmatched_warn, bounds.unmatched_fail)
+        for group, matched in computed.matched.items()
+    ]
+    checks.append(label_quality.check_canary(computed.planted))
+    if model.entity in columns:  # a row without its key is kept, and finds no features
+        checks.append(rules.check_nulls(model.entity, columns[model.entity], 0.0, 1.0))
+    checks += [rules.check_nulls(name, columns[name], 0.0, 0.0) for name in (EVENT_TIME, TARGET) if name in columns]
+    checks.append(_repeats(model, computed.duplicates))
+    present = [name for name in computed.features if name in columns]  # a missing one fails the schema
+    checks += [rules.check_nulls(name, columns[name], bounds.null_warn, bounds.null_fail) for name in present]
+    checks += [
+        rules.check_finite(name, columns[name])
+        for name in (*computed.features, TARGET)
+        if name in columns and pt.is_floating(computed.schema.field(name).type)
+    ]
+    if TARGET in columns:
+        checks.append(label_quality.check_target(TARGET, computed.profile.partial(TARGET), bounds.class_warn))
+        checks += _leaks(model, config, computed)
+    checks += _drifts(config, computed, previous)
+    return rules.gate(checks)
+
+
+def _expected_types(
+    model: Model,
+    features: Sequence[str],
+    found: Mapping[str, str],
+    previous: Manifest | None,
+    config: FeatureStoreConfig,
+) -> dict[str, str]:
+    """The declared columns, of the types that they had; a model that names the same features has the same columns."""
+    keys = [name for name in found if name not in features]
+    names = dict.fromkeys([model.entity, EVENT_TIME, *keys, *features, TARGET])
+    types = {name: found.get(name, "any type") for name in names}
+    if previous is None or config.allow_schema_change:
+        return types
+    same = previous.definition.get("features") == model.describe()["features"]
+    return types | {column.name: column.type for column in previous.columns if same or column.name in types}
+
+
+def _repeats(model: Model, duplicates: int) -> CheckResult:
+    """Whether each row has a time of its own: a row twice counts twice in training, which may be meant."""
+    message = f"{plural(duplicates, 'row')} repeat the {model.entity} and {EVENT_TIME} of another; all are kept."
+    message = message if duplicates else f"Every {model.entity} has each {EVENT_TIME} once."
+    return rules.at_most("repeated rows", model.entity, duplicates, (0, math.inf), message)
+
+
+def _leaks(model: Model, config: FeatureStoreConfig, computed: TrainingSetFigures) -> list[CheckResult]:
+    """How well each feature alone tells the target, on a sample of the rows."""
+    sample, bounds = computed.sample, config.label_thresholds
+    sound = sample[TARGET].is_valid()
+    if pt.is_floating(sample.schema.field(TARGET).type):
+        sound = pc.and_(sound, pc.is_finite(pc.fill_null(sample[TARGET], 0.0)))
+    sample = sample.filter(sound)
+    entities = sample[model.entity] if model.entity in sample.column_names else None
+    target = label_quality.prepare_target(sample[TARGET], computed.profile.partial(TARGET), entities)
+    if target is None:
+        return []
+    return [
+        label_quality.check_leakage(name, sample[name], target, bounds.leak_warn, bounds.leak_fail)
+        for name in computed.features
+        if name in sample.column_names
+    ]
+
+
+def _drifts(config: FeatureStoreConfig, computed: TrainingSetFigures, previous: Manifest | None) -> list[CheckResult]:
+    """Latest rows against the others, and this version against the last: both warn, and hold nothing up."""
+    bounds = config.label_thresholds
+    names = [name for name in (*computed.features, TARGET) if name in computed.profile.partials]
+    earlier = computed.profile_earlier.columns()
+    checks = [
+        rules.check_drift(
+            name,
+            computed.profile_later,
+            earlier[name],
+            warn_above=bounds.later_drift_warn,
+            fail_above=math.inf,
+            against="the earlier rows",
+        ).model_copy(update={"name": "drift over time"})
+        for name in names
+    ]
+    before = previous.profile if previous is not None else {}
+    checks += [
+        rules.check_drift(name, computed.profile, before[name], warn_above=bounds.drift_warn, fail_above=math.inf)
+        for name in names
+        # Of another type it is another column, which the schema's check has judged.
+        if name in before and before[name].kind == computed.profile.partial(name).kind
+    ]
+    return checks

@@ -1,0 +1,121 @@
+"""The rows that a model learns from, where they are a table of the user's own: looked at before any work starts.
+
+They are read and judged by the features' own machinery (`tasks.features.rows`): a row without a readable time or
+without a target is rejected with the reason, and so is one whose key can't be read; one without its entity key is
+kept, and finds no features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.types as pt
+
+from tasks.features.config import FeatureStoreConfig
+from tasks.features.definitions import ColumnKind
+from tasks.features.keys import KeyType
+from tasks.features.kinds import check_kind, check_times
+from tasks.features.plan import SourcePlan, key_type_of
+from tasks.features.rows import ColumnPlan, RowPlan
+from tasks.features.settling import settled
+from tasks.features.sources import SourceTable, inspect
+from tasks.features.texts import polars_type
+from tasks.io.errors import SourceError
+from tasks.io.missing import missing_values
+from tasks.io.names import closest
+from tasks.store.own_columns import EVENT_TIME, TARGET
+from tasks.training_sets.definition import Model, SpineSource
+
+SPINE = "spine"
+_MAPPING = "spine: {{columns: {{{}: …}}}}"
+
+
+def plan_spine(
+    model: Model, keys: Mapping[str, KeyType | None], config: FeatureStoreConfig, known: SourceTable | None = None
+) -> SourcePlan:
+    """Find the files of a model's spine and decide how their rows are read.
+
+    Args:
+        model: A model whose spine is a table.
+        keys: Entity keys that the spine must have, each with its type in the features (None: the files say).
+        config: Time zone, epoch unit and earliest time.
+        known: The spine's files, if they are known; else they are looked for at its URI.
+
+    Raises:
+        SourceError: the spine is missing, unreadable, or lacks a column.
+
+    """
+    assert isinstance(model.spine, SpineSource)
+    table = known or inspect(SPINE, model.spine.uri)
+    wanted = (*keys, EVENT_TIME, TARGET)
+    unknown = sorted(set(model.spine.columns) - set(wanted))
+    if unknown:
+        raise SourceError(
+            f"model '{model.name}' maps '{unknown[0]}', which isn't read from its spine{closest(unknown[0], wanted)}"
+        )
+    names = {ours: model.spine.columns.get(ours, ours) for ours in wanted}
+    for ours, theirs in names.items():
+        _check_column(model, table, ours, theirs)
+    missing = missing_values(config.null_values)
+    table = settled(table, [names[ours] for ours in (*keys, TARGET)], missing, sampled=[names[EVENT_TIME]])
+    check_times(table, names[EVENT_TIME], config.epoch_unit, f"the spine of model '{model.name}'")
+    for ours, theirs in names.items():
+        kind: ColumnKind = "time" if ours == EVENT_TIME else "any" if ours == TARGET else "key"
+        check_kind(table, kind, ours, theirs, _MAPPING.format(ours))
+    columns = [
+        ColumnPlan(
+            name=key,
+            source_name=names[key],
+            kind="key",
+            key_type=of or key_type_of(table, names[key]) or "string",
+            strict=True,
+        )
+        for key, of in keys.items()
+    ]
+    columns.append(ColumnPlan(name=EVENT_TIME, source_name=names[EVENT_TIME], kind="time", required=True))
+    columns.append(_target(model, names[TARGET], table.type_of(names[TARGET])))
+    return SourcePlan(
+        table=table,
+        rows=RowPlan(
+            source=SPINE,
+            columns=tuple(columns),
+            time=EVENT_TIME,
+            earliest=config.earliest,
+            timezone=config.timezone,
+            epoch_unit=config.epoch_unit,
+            missing=missing,
+        ),
+    )
+
+
+def _check_column(model: Model, table: SourceTable, ours: str, theirs: str) -> None:
+    for file in table.files:
+        if theirs not in file.schema.names:
+            raise SourceError(
+                f"the spine of model '{model.name}': {file.info.uri} has no column '{theirs}'"
+                f"{closest(theirs, file.schema.names)}. If '{ours}' bears another name, say so in the model: "
+                f"{_MAPPING.format(ours)}"
+            )
+
+
+def _target(model: Model, source_name: str, kind: pa.DataType) -> ColumnPlan:
+    """A target keeps its kind: classes stay integers or text; a number must be finite, as nothing else is learnt.
+
+    Raises:
+        SourceError: it is of a type that can't be learnt.
+
+    """
+    if pt.is_floating(kind):
+        return ColumnPlan(name=TARGET, source_name=source_name, kind="number", required=True)
+    if pt.is_integer(kind):  # a file of booleans among them counts as 0 and 1
+        return ColumnPlan(name=TARGET, source_name=source_name, kind="any", required=True, dtype=pl.Int64())
+    if pt.is_string(kind) or pt.is_large_string(kind) or pt.is_dictionary(kind):
+        return ColumnPlan(name=TARGET, source_name=source_name, kind="key", key_type="string", required=True)
+    if not (pt.is_boolean(kind) or pt.is_decimal(kind) or pt.is_string_view(kind) or pt.is_null(kind)):
+        raise SourceError(
+            f"the spine of model '{model.name}': the target '{source_name}' is of type {kind}; only numbers, booleans "
+            f"and text can be learnt: derive one of them, or map another column: {_MAPPING.format(TARGET)}"
+        )
+    return ColumnPlan(name=TARGET, source_name=source_name, kind="any", required=True, dtype=polars_type(kind))

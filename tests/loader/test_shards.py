@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tasks.io import storage
+from tasks.io.errors import ConfigError, CorruptVersion, VersionNotFound
+from tasks.loader.mapped import MappedFile
+from tasks.loader.shards import Shards, open_version
+from tests.delivery.making import (
+    DATASET,
+    cut,
+    damage,
+    image_samples,
+    image_version,
+    publish,
+    table_samples,
+    table_version,
+)
+
+FIRST, PART = (f"split=train/part-0000{number}-a1.parquet" for number in range(2))
+
+
+def gathered(shards: Shards, index, names=None) -> dict[str, np.ndarray]:
+    index = np.asarray(index, np.int64)
+    good = shards.usable(index)
+    index = index if good is None else index[good]
+    out = {
+        name: np.empty((len(index), *shards.columns[name].shape), shards.columns[name].dtype)
+        for name in names or shards.columns
+    }
+    shards.gather(index, out)
+    return out
+
+
+@pytest.mark.parametrize("group_blocks", [1, 3, None])
+def test_rows_of_a_table_are_gathered_from_wherever_they_are(tmp_path: Path, group_blocks: int | None) -> None:
+    # Files with partial last blocks, a single sample, and a whole number of blocks.
+    sizes = (95, 1, 40, 7)
+    shards = Shards(open_version(table_version(str(tmp_path), *sizes, group_blocks=group_blocks)), "train")
+    samples = table_samples(sum(sizes))
+    index = np.random.default_rng(1).permutation(np.tile(np.arange(sum(sizes)), 3))
+    found = gathered(shards, index)
+    assert found.keys() == samples.keys()
+    for name, values in found.items():
+        assert values.dtype == samples[name].dtype
+        assert np.array_equal(values, samples[name][index]), name
+
+
+def test_images_are_gathered_and_columns_picked(tmp_path: Path) -> None:
+    sizes = (20, 1, 13)
+    shards = Shards(open_version(image_version(str(tmp_path), *sizes)), "train")
+    samples = image_samples(sum(sizes))
+    index = np.random.default_rng(1).permutation(sum(sizes))
+    for names in (["image"], ["label", "image"], ["sample_id"], []):
+        for name, values in gathered(shards, index, names).items():
+            assert np.array_equal(values, samples[name][index]), name
+
+
+def test_a_row_group_of_another_size_among_others_is_found(tmp_path: Path) -> None:
+    # Row groups of 7, 7 and 6 blocks, and larger ones in the other file.
+    files = cut(image_samples(60), 20, 40)
+    version = publish(str(tmp_path), {"train": files[:1]}, group_blocks=7)
+    table = pq.read_table(f"{version}/split=train/part-00000-a1.parquet", partitioning=None)
+    path = tmp_path / "uneven.parquet"
+    with pq.ParquetWriter(path, table.schema, compression="none", use_dictionary=False) as writer:
+        for start, count in ((0, 3), (3, 12), (15, 5)):
+            writer.write_table(table.slice(start, count))
+    with path.open("rb") as file:
+        mapped = MappedFile(file, "uneven")
+    assert mapped.starts.tolist() == [0, 3, 15, 20]
+    assert all(mapped.is_intact(block) for block in range(20))
+
+
+def test_of_many_files_some_are_mapped_when_it_is_opened_and_others_when_they_are_needed(tmp_path: Path) -> None:
+    sizes = [3] * 700
+    shards = Shards(open_version(table_version(str(tmp_path), *sizes)), "train")
+    assert mapped_below(tmp_path) == 512
+    samples, index = table_samples(sum(sizes)), np.arange(sum(sizes))
+    shards.soon(index[-30::15], index[-30::15] + 15, 15)
+    assert mapped_below(tmp_path) == 522
+    for some in np.array_split(np.random.default_rng(1).permutation(index), 9):
+        for name, values in gathered(shards, some).items():
+            assert np.array_equal(values, samples[name][some]), name
+    assert mapped_below(tmp_path) == 700
+
+
+def mapped_below(path: Path) -> int:
+    return sum(str(path) in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_a_version_is_found_by_its_directory_and_the_latest_by_that_of_its_dataset(tmp_path: Path) -> None:
+    first, second = (table_version(str(tmp_path), 5) for _ in range(2))
+    assert open_version(first).uri == open_version(Path(first)).uri == first
+    assert open_version(f"{tmp_path}/{DATASET}/").uri == second
+    assert open_version(second).manifest.version == 2
+    assert open_version(second).definition["kind"] == "table"
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "message"),
+    [
+        ("", ConfigError, "is no streaming-ready version: name …/training-datasets/streaming-ready/<name>/vN"),
+        (f"{DATASET}/v7", VersionNotFound, "has no version v7.*published: v1"),
+        (f"{DATASET}/v0", ConfigError, "has no version 'v0': versions are v1, v2, …; name …/training-datasets"),
+        (f"{DATASET}/1", ConfigError, "has no version '1': versions are v1, v2, …"),
+        ("training-datasets/streaming-ready/toyz", VersionNotFound, "did you mean '.*toys'"),
+    ],
+)
+def test_a_version_that_is_not_there_is_named(tmp_path: Path, place: str, error, message: str) -> None:
+    table_version(str(tmp_path), 5)
+    with pytest.raises(error, match=message):
+        open_version(f"{tmp_path}/{place}")
+
+
+@pytest.mark.parametrize("uri", [None, "", 5, b"v1"])
+def test_what_is_no_place_is_refused(uri) -> None:
+    with pytest.raises(ConfigError, match=r"uri = .*: name the directory of a version, …/training-datasets"):
+        open_version(uri)
+
+
+def test_a_split_without_samples_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no samples in split 'test': use 'train'"):
+        Shards(open_version(table_version(str(tmp_path), 5)), "test")
+
+
+def test_a_missing_or_shorter_file_is_named_at_opening(tmp_path: Path) -> None:
+    version = table_version(str(tmp_path), 50, 50)
+    path = Path(version) / PART
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(CorruptVersion, match=f"{PART}: bytes differ from its manifest: expected {len(whole)}, found"):
+        Shards(open_version(version), "train")
+    path.unlink()
+    with pytest.raises(CorruptVersion, match=f"{PART} is missing, but its manifest lists it.*publish a new version"):
+        Shards(open_version(version), "train")
+    shards = Shards(open_version(version), "train", on_corrupt="skip")
+    assert shards.skipped_files == 1
+    assert np.array_equal(gathered(shards, range(100))["features"], table_samples(100)["features"][:50])
+
+
+def test_a_footer_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    version = table_version(str(tmp_path), 50, 50)
+    damage(version, PART, -1)
+    with pytest.raises(CorruptVersion, match=f"{PART} can't be read as Parquet"):
+        Shards(open_version(version), "train")
+    assert Shards(open_version(version), "train", on_corrupt="skip").skipped_files == 1
+
+
+@pytest.mark.parametrize("column", ["features", "label", "sample_id"])
+def test_a_changed_byte_is_noticed_when_its_block_is_first_used(tmp_path: Path, column: str) -> None:
+    version = table_version(str(tmp_path), 50, 50)
+    with (Path(version) / PART).open("rb") as file:
+        mapped = MappedFile(file, PART)
+    place = mapped.columns[column]
+    damage(version, PART, int(place.offsets[0]) + place.spec.width + 3)  # in block 1: samples 60 to 69
+    shards = Shards(open_version(version), "train")
+    gathered(shards, range(60))
+    with pytest.raises(CorruptVersion, match=f"{PART}: block 1 has not the checksum that stands beside it"):
+        gathered(shards, [5, 65])
+    skipping = Shards(open_version(version), "train", on_corrupt="skip")
+    good = skipping.usable(np.arange(100))
+    assert good is not None
+    assert np.flatnonzero(~good).tolist() == list(range(60, 70))
+    assert len(gathered(Shards(open_version(version), "train", verify=False), range(100))["label"]) == 100
+
+
+def test_checksums_that_are_damaged_themselves_are_named(tmp_path: Path) -> None:
+    version = image_version(str(tmp_path), 20)
+    path = "split=train/part-00000-a1.parquet"
+    footer = pq.read_metadata(f"{version}/{path}").row_group(1)
+    column = footer.column(footer.num_columns - 1)
+    damage(version, path, column.dictionary_page_offset + column.total_compressed_size // 3)
+    with pytest.raises(CorruptVersion, match=f"{path}: .*checksum"):
+        gathered(Shards(open_version(version), "train"), range(20))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"compression": "zstd"}, {"use_dictionary": ["sample_id"]}, {"data_page_size": 512, "write_batch_size": 1}],
+    ids=["compressed", "dictionary", "several pages"],
+)
+def test_values_that_do_not_lie_one_after_the_other_are_refused(tmp_path: Path, settings) -> None:
+    version = table_version(str(tmp_path), 95, group_blocks=None, **settings)
+    with pytest.raises(CorruptVersion, match="don't lie one after the other in row group 0; write the file with"):
+        Shards(open_version(version), "train")
+
+
+def test_columns_that_may_hold_nulls_are_refused(tmp_path: Path) -> None:
+    table = pq.read_table(f"{table_version(str(tmp_path), 20)}/split=train/part-00000-a1.parquet", partitioning=None)
+    loose = pa.schema([field.with_nullable(True) for field in table.schema])
+    path = tmp_path / "loose.parquet"
+    pq.write_table(pa.Table.from_arrays(table.columns, schema=loose), path, compression="none", use_dictionary=False)
+    with path.open("rb") as file, pytest.raises(CorruptVersion, match="column 'features' may hold nulls"):
+        MappedFile(file, "loose")
+
+
+def test_a_file_that_holds_something_else_than_its_manifest_says_is_named(tmp_path: Path) -> None:
+    version = table_version(str(tmp_path), 50)
+    manifest = Path(version) / "_manifest.json"
+    text = manifest.read_text()
+    said = text.replace('part-00000-a1.parquet": 50', 'part-00000-a1.parquet": 61')
+    manifest.write_text(said.replace('"train": 50', '"train": 61'))
+    with pytest.raises(
+        CorruptVersion, match="has 5 blocks, its manifest says 5, and 61 samples in blocks of 10 make 7"
+    ):
+        Shards(open_version(version), "train")
+    manifest.write_text(text.replace('"feature_count": 3', '"feature_count": 4'))
+    with pytest.raises(CorruptVersion, match=r"column 'features' isn't as its manifest says \(120 bytes\)"):
+        Shards(open_version(version), "train")
+
+
+def test_files_of_s3_come_when_they_are_needed_and_go_when_they_are_not(s3_root: str, tmp_path: Path) -> None:
+    from tasks.loader.cache import FileCache
+
+    version = open_version(table_version(s3_root, 50, 40, 30))
+    cache = FileCache(tmp_path)
+    shards = Shards(version, "train", cache)
+    samples = table_samples(120)
+    assert (cache.counts.misses, sorted(shards._mapped)) == (0, [])
+    for index in ([3, 40], [119, 55, 4]):
+        assert np.array_equal(gathered(shards, index)["features"], samples["features"][index])
+    assert sorted(shards._mapped) == [0, 1, 2]
+    shards.soon(np.array([95]), np.array([103]), 8)
+    assert sorted(shards._mapped) == [2]
+    shards.soon(np.array([95, 0]), np.array([103, 8]), 8)
+    assert np.array_equal(gathered(shards, range(50))["label"], samples["label"][:50])
+    assert (cache.counts.hits, cache.counts.misses) == (1, 3)
+    shards.close()
+
+
+def test_files_are_downloaded_in_the_order_of_their_use_and_let_go_if_they_are_not_used(
+    s3_root: str, tmp_path: Path, monkeypatch
+) -> None:
+    from tasks.loader.cache import FileCache
+
+    shards = Shards(open_version(table_version(s3_root, *[10] * 8)), "train", FileCache(tmp_path))
+    asked: list[int] = []
+    real = shards._pool.submit
+    monkeypatch.setattr(shards._pool, "submit", lambda call, file: (asked.append(file), real(call, file))[1])
+    # A chunk may have several files, and end with the last sample of one.
+    shards.soon(np.array([65, 0]), np.array([75, 40]), 40)
+    assert asked == [6, 7, 0, 1, 2, 3]
+    for coming in shards._coming.values():
+        coming.result(60)
+    gathered(shards, [3, 15])
+    shards.soon(np.array([15]), np.array([25]), 40)
+    assert (sorted(shards._mapped), sorted(shards._coming)) == ([1], [2])
+    shards.close()
+
+
+def test_chunks_are_fetched_ahead_once_and_whole(tmp_path: Path, monkeypatch) -> None:
+    """Pages in this process's table, of which /proc tells, are those of the chunks that were named."""
+    files = cut(image_samples(24, shape=(3, 256, 256)), 20, 4)
+    version = open_version(publish(str(tmp_path), {"train": files}, group_blocks=7))
+    monkeypatch.setattr("tasks.loader.shards._FETCH_BYTES", 0)
+    shards = Shards(version, "train")
+    shards.pick(("image",))
+    calls: list[list[int]] = []
+    real = shards._pool.submit
+    monkeypatch.setattr(
+        shards._pool, "submit", lambda call, *args: (calls.append(args[1].tolist()), real(call, *args))[1].result(60)
+    )
+    before = resident(FIRST)
+    for firsts in ([8, 0], [8, 16]):
+        shards.soon(np.array(firsts), np.array(firsts) + 8, 8)
+    assert calls == [[8, 0], [16]]
+    # All of the first file; opening touched a little of each of its row groups.
+    assert resident(FIRST) > before + 2000
+    assert np.array_equal(gathered(shards, range(24))["image"], image_samples(24, shape=(3, 256, 256))["image"])
+
+
+def resident(name: str) -> int:
+    """KiB of a file in this process's table of pages."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    at = next(number for number, line in enumerate(lines) if line.endswith(name))
+    return next(int(line.split()[1]) for line in lines[at:] if line.startswith("Rss:"))
+
+
+def test_a_cached_file_with_a_changed_byte_is_downloaded_anew_next_time(s3_root: str, tmp_path: Path) -> None:
+    from tasks.loader.cache import FileCache
+
+    version = open_version(image_version(s3_root, 20))
+    shards = Shards(version, "train", FileCache(tmp_path))
+    gathered(shards, [0])
+    (path,) = tmp_path.rglob("[!.]*.parquet")
+    damage(str(path.parent), path.name, 20 + int(next(iter(shards._mapped.values())).columns["image"].offsets[0]))
+    again = Shards(version, "train", FileCache(tmp_path))
+    with pytest.raises(CorruptVersion, match="block 0 has not the checksum"):
+        gathered(again, [0])
+    assert np.array_equal(
+        gathered(Shards(version, "train", FileCache(tmp_path)), range(20))["image"], image_samples(20)["image"]
+    )
+
+
+def test_a_missing_file_of_s3_is_named_at_opening(s3_root: str, tmp_path: Path) -> None:
+    from tasks.loader.cache import FileCache
+
+    version = open_version(table_version(s3_root, 50, 40))
+    storage.delete(f"{version.uri}/{PART}")
+    with pytest.raises(CorruptVersion, match=f"{PART} is missing"):
+        Shards(version, "train", FileCache(tmp_path))

@@ -1,0 +1,187 @@
+"""The gate of a training set notices every fault, and is called blind to one whose check can't notice it."""
+
+from __future__ import annotations
+
+import datetime as dt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tasks.features.config import FeatureStoreConfig, LabelThresholds
+from tasks.quality import label_quality, rules
+from tasks.quality.profile import profile_table
+from tasks.quality.self_test import unproven
+from tasks.store.manifest import (
+    ColumnSpec,
+    FaultResult,
+    FileEntry,
+    GateResult,
+    Manifest,
+    RowBalance,
+    RunRecord,
+)
+from tasks.training_sets import self_test as module
+from tasks.training_sets.gate import judge_training_set
+from tasks.training_sets.self_test import self_test
+from tests.gates import calm
+
+START = dt.datetime(2024, 4, 30, tzinfo=dt.UTC)
+ROWS = 2_000
+FEATURES = ("feature_spent", "feature_trend", "feature_age")
+EXPECTED = {
+    "no rows": ("refused", "rows"),
+    "duplicates": ("warned", "repeated rows of customer_id"),
+    "lost rows": ("refused", "balance of churn"),
+    "bad rows": ("refused", "rejected of spine"),
+    "late features": ("refused", "unmatched of customer-features"),
+    "future features": ("refused", "canary"),
+    "no keys": ("refused", "canary"),
+    "null keys": ("warned", "nulls of customer_id"),
+    "null labels": ("refused", "nulls of target"),
+    "one label": ("refused", "target of target"),
+    "label copy": ("refused", "leakage of feature_spent"),
+    "schema": ("refused", "schema of feature_spent"),
+    "nulls": ("warned", "nulls of feature_spent"),
+    "not finite": ("refused", "finite of feature_spent"),
+    "shift": ("warned", "drift of feature_spent"),
+    "late shift": ("warned", "drift over time of feature_spent"),
+}
+LAXEST: dict[str, dict[str, Any]] = {
+    "bad rows": {"rejected_warn": 1, "rejected_fail": 1},
+    "late features": {"unmatched_warn": 1, "unmatched_fail": 1},
+    "label copy": {"leak_warn": 1, "leak_fail": 1},
+    "nulls": {"null_warn": 1, "null_fail": 1},
+    "shift": {"drift_warn": 1e9},
+    "late shift": {"later_drift_warn": 1e9},
+}
+CHECKS: dict[str, tuple[Any, str]] = {
+    "no rows": (rules, "check_rows"),
+    "duplicates": (rules, "at_most"),
+    "lost rows": (rules, "check_balance"),
+    "null labels": (rules, "check_nulls"),
+    "one label": (label_quality, "check_target"),
+    "no keys": (label_quality, "check_canary"),
+    "null keys": (rules, "check_nulls"),
+    "schema": (rules, "check_schema"),
+    "not finite": (rules, "check_finite"),
+}
+
+
+def data(rows: int = ROWS) -> pa.Table:
+    draw = np.random.default_rng(0)
+    churned = np.random.default_rng(9).random(rows) < 0.2
+    times = [START + dt.timedelta(hours=n) for n in range(rows)]
+    return pa.table(
+        {
+            "customer_id": pa.array(draw.integers(0, 300, rows)),
+            "event_timestamp": pa.array(times, pa.timestamp("us", "UTC")),
+            "feature_spent": pa.array(draw.normal(100, 10, rows) - 10 * churned),
+            "feature_trend": pa.array(draw.choice(["up", "down", "stable"], rows).tolist()),
+            "feature_age": pa.array(draw.integers(18, 90, rows)),
+            "target": pa.array(churned),
+        }
+    ).sort_by("customer_id")
+
+
+def written(root: Path, table: pa.Table) -> Manifest:
+    """The manifest of a training set with these rows."""
+    directory = root / "feature-store" / "training-ready" / "churn" / "v1"
+    directory.mkdir(parents=True)
+    pq.write_table(table, directory / "part-00000-a1.parquet")
+    references = {name: f"customer-features:{name.removeprefix('feature_')}" for name in FEATURES}
+    return Manifest(
+        dataset="feature-store/training-ready/churn",
+        version=1,
+        status="published",
+        created_at=START,
+        files=(FileEntry(path="part-00000-a1.parquet", rows=len(table), bytes=1, digest=f"sha256:{'0' * 64}"),),
+        columns=tuple(ColumnSpec(name=field.name, type=str(field.type)) for field in table.schema),
+        balances=tuple(RowBalance(name=name, rows_in=len(table), rows_out=len(table)) for name in ("spine", "churn")),
+        profile=profile_table(table).columns(),
+        gate=GateResult(verdict="pass", checks=()),
+        inputs=(),
+        config={},
+        definition={
+            "name": "churn",
+            "entity": "customer_id",
+            "spine": {"uri": "spine.parquet", "columns": {}},
+            "features": list(references.values()),
+            "ttl_days": None,
+            "strict": False,
+            "known_at": False,
+            "columns": references,
+        },
+        code_digest="0",
+        packages={},
+        run=RunRecord(flow_run_id="run"),
+    )
+
+
+def outcomes(root: Path, table: pa.Table | None = None, **thresholds: Any) -> dict[str, FaultResult]:
+    manifest = written(root, data() if table is None else table)
+    config = FeatureStoreConfig(label_thresholds=LabelThresholds(**thresholds))
+    return {result.fault: result for result in self_test(str(root), manifest, config, None)}
+
+
+def test_every_fault_is_noticed_by_the_check_that_it_is_aimed_at(tmp_path: Path) -> None:
+    results = outcomes(tmp_path)
+    assert {name: (result.outcome, result.caught_by[0]) for name, result in results.items()} == EXPECTED
+    assert results["label copy"].injected == "The label was copied into feature_spent."
+    assert "area under the ROC curve 1.0000" in results["label copy"].message
+    assert "got features from its far future" in results["future features"].message
+
+
+def test_every_check_of_the_gate_is_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[GateResult] = []
+    judge = judge_training_set
+
+    def remembered(*args: Any) -> GateResult:
+        seen.append(judge(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(module, "judge_training_set", remembered)
+    results = outcomes(tmp_path)
+    assert {check.verdict for check in seen[0].checks if check.name != "repeated rows"} == {"pass"}
+    assert unproven(seen[0], tuple(results.values())) == ()
+
+
+@pytest.mark.parametrize("fault", LAXEST)
+def test_a_threshold_too_lax_makes_the_gate_blind(tmp_path: Path, fault: str) -> None:
+    result = outcomes(tmp_path, **LAXEST[fault])[fault]
+    assert result.outcome == "blind"
+    assert result.message.startswith(f"'{EXPECTED[fault][1]}' still passes: ")
+
+
+@pytest.mark.parametrize("fault", CHECKS)
+def test_a_check_that_never_complains_makes_the_gate_blind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    owner, name = CHECKS[fault]
+    monkeypatch.setattr(owner, name, calm(getattr(owner, name)))
+    assert outcomes(tmp_path)[fault].outcome == "blind"
+
+
+def test_a_canary_that_never_sings_makes_the_gate_blind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "plant", lambda *_args, **_more: 1)
+    results = outcomes(tmp_path)
+    assert (results["future features"].outcome, results["no keys"].outcome) == ("blind", "blind")
+
+
+def test_too_few_rows_for_leakage_are_called_blind_with_the_reason(tmp_path: Path) -> None:
+    result = outcomes(tmp_path, data(12))["label copy"]
+    assert result.outcome == "blind"
+    assert "Leakage through feature_spent isn't judged" in result.message
+
+
+@pytest.mark.parametrize("kind", ["number", "text"])
+def test_a_label_of_any_kind_is_copied(tmp_path: Path, kind: str) -> None:
+    draw = np.random.default_rng(1)
+    labels = {"number": pa.array(draw.normal(size=ROWS)), "text": pa.array(draw.choice(["a", "b", "c"], ROWS).tolist())}
+    table = data()
+    table = table.set_column(table.schema.get_field_index("target"), "target", labels[kind])
+    result = outcomes(tmp_path, table)["label copy"]
+    assert (result.outcome, result.caught_by[0]) == ("refused", "leakage of feature_spent")
