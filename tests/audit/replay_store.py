@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from tasks import feature_store, image_augmentation, training_delivery, training_sets
+from tasks import feature_store, image_augmentation, training_delivery
 from tasks.delivery.config import DeliveryConfig, TrainingConfig
 from tasks.delivery.pipeline import write_streaming_ready
 from tasks.delivery.source import find_source
@@ -124,7 +124,7 @@ def make_training_sets(root: str, config: FeatureStoreConfig) -> None:
         plan = plan_training_set(model, with_uris(feature_store.declared(config), config), config, SAMPLE_AS_OF)
         reservation = reserve(root, layout.training_ready_dataset(model.name), run.flow_run_id)
         computed = build_training_set(plan, reservation)
-        versions.commit(reservation, training_sets._manifest(plan, computed, config=config, run=run, gate=PASSED))
+        versions.commit(reservation, feature_store._set_manifest(plan, computed, config=config, run=run, gate=PASSED))
 
 
 def make_images(root: str, config: ImageAugmentationConfig) -> Manifest:

@@ -186,7 +186,7 @@ def test_data_sends_no_command_to_the_terminal(store: Store, capsys: pytest.Capt
 
 def test_neither_ray_nor_prefect_is_loaded(store: Store) -> None:
     code = (
-        "import sys; from tasks import commands\n"
+        "import sys; from tasks.cli import commands\n"
         f"for line in ('{GROUP} v2 7', 'churn v1 7', 'images v1 img-000020', "
         "'training-datasets/streaming-ready/churn v1 7'):\n"
         f"    assert commands.run(['explain', *line.split(), '--root', {store.root!r}]) == 0\n"

@@ -239,7 +239,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_answer_comes_without_ray_and_prefect(store: str) -> None:
     """Start-up is most of the time of a command."""
     program = (
-        "import sys; from tasks import commands\n"
+        "import sys; from tasks.cli import commands\n"
         f"code = commands.run(['get', '{GROUP}', '3', '--root', {store!r}])\n"
         "print(code, *sorted({'ray', 'prefect', 'torch', 'numba', 's3fs'} & set(sys.modules)), file=sys.stderr)"
     )
