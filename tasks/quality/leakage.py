@@ -90,7 +90,7 @@ def as_text(target: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def leakage(feature: pa.ChunkedArray, target: Target) -> Leakage | None:
-    """Measure how well a feature predicts the target; None if its type has neither order nor categories, or without data."""
+    """Measure how well a feature predicts the target; None for a type without order and categories, or without data."""
     rows = len(feature)
     codes = _categories(feature) if _is_text(feature.type) else _ordered(feature)
     if codes is None or not rows:
