@@ -231,7 +231,7 @@ class TopValues:
 
     @classmethod
     def of(cls, values: pa.Array, counts: pa.Array, capacity: int = 1024, longest: int = 256) -> TopValues:
-        """Take the counts of distinct strings; `values` (string) and `counts` (integer) have one length and no nulls."""
+        """Return counts of distinct strings; `values` (string) and `counts` (integer) have one length and no nulls."""
         kept = None
         if len(values) <= capacity and (pc.max(pc.binary_length(values)).as_py() or 0) <= longest:
             kept = dict(sorted(zip(values.to_pylist(), counts.to_pylist(), strict=True)))

@@ -178,7 +178,7 @@ class Report(Record):
         return text.encode() + b"\n"
 
     def to_markdown(self, html_uri: str | None = None, max_bytes: int = MARKDOWN_BYTES) -> str:
-        """Return a summary for a Prefect artifact: verdict, reason, failed checks and warnings, pictures, rows, lineage.
+        """Return a summary for a Prefect artifact: verdict, reason, failed checks, warnings, pictures, rows, lineage.
 
         Content beyond `max_bytes` of UTF-8 is left out with a note: first pictures, from the last one on, then the end
         of the text.
