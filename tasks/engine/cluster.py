@@ -1,7 +1,7 @@
 """Connection to Ray, local or remote, and its settings.
 
 The address comes from RAY_ADDRESS on purpose: with no address at all, `ray.init` joins whatever cluster happens to
-run on the host. Without RAY_ADDRESS the pipelines start a Ray of their own and stop it afterwards.
+run on the host. Without RAY_ADDRESS the pipelines start their own Ray and stop it afterwards.
 
 Worker environment. A local Ray inherits the environment of the process that starts it, so AWS_* credentials reach its
 workers by themselves, and the few variables that workers need are set only while `ray.init` runs. (A runtime_env would
@@ -210,7 +210,7 @@ def data_context(cpus: int | None = None, **more: Any) -> Iterator[Any]:
         **more,
     }
     before = {name: getattr(context, name) for name in settings}
-    # Each job announces its start, plan and end on the console; Ray's own log file keeps them.
+    # Each job announces its start, plan and end on the console; Ray's log file keeps them.
     consoles = [handler for handler in logging.getLogger("ray.data").handlers if isinstance(handler, PlainRayHandler)]
     levels = [handler.level for handler in consoles]
     for name, value in settings.items():
@@ -244,7 +244,7 @@ def _share_workers() -> None:
     from ray.data._internal.execution.operators import hash_shuffle_v2
     from ray.data._internal.execution.operators.shuffle_operators import shuffle_reduce_operator
 
-    # Both are read anew for each plan. Ray 2.60, which pyproject.toml pins, has no setting for it.
+    # Both are read for each plan. Ray 2.60, which pyproject.toml pins, has no setting for it.
     hash_shuffle_v2._SHUFFLE_MAP_RUNTIME_ENV.clear()
     shuffle_reduce_operator._SHUFFLE_REDUCE_RUNTIME_ENV.clear()
 

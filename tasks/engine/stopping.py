@@ -13,7 +13,7 @@ from types import FrameType
 STOPS = (signal.SIGINT, signal.SIGTERM)
 TERMINATED = 128 + signal.SIGTERM
 
-GRACE_SECONDS = 9.0  # ending a run takes 2 to 5 s: it cancels its tasks, tells the API, stops Ray and the API
+GRACE_SECONDS = 9.0  # ending a run takes 2 to 5 s: it cancels its tasks, informs the API, stops Ray and the API
 LAST_WORDS_SECONDS = 2.0
 
 

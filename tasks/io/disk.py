@@ -36,7 +36,7 @@ _MOST_SPARE = 4
 
 
 class NewFile:
-    """File that a thread of its own writes from start to end, so that the caller needn't wait.
+    """File written from start to end by its own thread, so that the caller needn't wait.
 
     Args:
         path: Name of the file, which mustn't exist yet.

@@ -1,7 +1,7 @@
 """Exceptions of the project, all in one tree.
 
 PipelineError
-├── InputError (also ValueError)          what the user gave is wrong; a retry can't help
+├── InputError (also ValueError)          wrong input from the user; a retry can't help
 │   ├── ConfigError                       a setting: names the field, the value and the cure
 │   ├── SourceError                       a source: missing, empty, unreadable, wrong columns
 │   └── DefinitionError                   a feature-group or mapping file that can't be used
@@ -9,7 +9,7 @@ PipelineError
 ├── BalanceError                          rows vanished or appeared: in ≠ out + rejected + filtered + deduplicated
 ├── LeakFound                             the output changed when a row from the future was added
 ├── ResourceError                         a machine has too little room for the work; more room helps, a retry doesn't
-│   ├── DiskFull (also OSError)           no room, or no quota, where a file had to be written
+│   ├── DiskFull (also OSError)           no room, or no quota, for a file
 │   └── WorkersKilled                     a task's worker died at each of several tries, mostly for want of memory
 ├── VersionNotFound (also LookupError)    no such published version
 ├── CredentialsRefused                    the store doesn't accept the credentials: expired, unknown or missing

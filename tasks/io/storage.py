@@ -290,7 +290,7 @@ def _create_s3(uri: str, data: bytes) -> bool:
             # Callers go on to read the file: a claim that it exists must be true.
             if refused and exists(uri):
                 return False
-            # S3 answers 409 while another conditional write of the same key is under way: only asking again tells.
+            # S3 answers 409 while another conditional write of the same key is under way: only another request decides.
             if not refused and code not in ("ConditionalRequestConflict", "OperationAborted", "409"):
                 raise
             if attempt == _TRIES:
@@ -347,7 +347,7 @@ def write_parquet(table: pa.Table, uri: str, **settings: Any) -> WrittenFile:
             groups of 1 Mi rows).
 
     Returns:
-        Rows, bytes and digest of what was written.
+        Rows, bytes and digest of the written file.
     """
     data = parquet_bytes(table, **settings)
     write_bytes(uri, data)

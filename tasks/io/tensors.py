@@ -5,7 +5,7 @@ The field's metadata describes them, under the key `tensor`:
 
     {"shape": [3, 224, 224], "dtype": "uint8", "byteorder": "little", "dimensions": ["channel", "height", "width"]}
 
-Arrow's own fixed-shape tensors, and Ray Data's, are lists in Parquet, which has no integer below 32 bits: an image of
+Arrow's fixed-shape tensors, and Ray Data's, are lists in Parquet, which has no integer below 32 bits: an image of
 224 × 224 × 3 bytes takes 602 KB in a file instead of 151 KB. Libraries without tensors (pandas, Polars, DuckDB) read
 binary values. For Ray Data and others there is `as_fixed_shape_tensors`.
 """

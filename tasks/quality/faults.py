@@ -99,12 +99,12 @@ class Trial(ABC, Generic[S]):
 
     @property
     def copies(self) -> pa.Table:
-        """Choose a share of the rows to duplicate."""
+        """Share of the rows to duplicate."""
         return self.table.filter(pa.array(injection.some(self.table.num_rows, DOUBLED)))
 
     @cached_property
     def numbers(self) -> list[str]:
-        """Name the features that are numbers."""
+        """Names of the features that are numbers."""
         return [name for name in self.features if injection.is_number(self.table.schema.field(name).type)]
 
     @cached_property
@@ -114,7 +114,7 @@ class Trial(ABC, Generic[S]):
 
     @property
     def first(self) -> str:
-        """First feature, whose values the faults change, '' without any."""
+        """Feature whose values the faults change, '' without any."""
         return self.number or next(iter(self.features), "")
 
     @property

@@ -170,7 +170,7 @@ def check_invalid_share(invalid: int, total: int, warn_above: float, fail_above:
 
 
 def check_leak(groups: int) -> CheckResult:
-    """Check that no group is split; `groups` counts the groups that are in several splits."""
+    """Check that no group is in several splits; `groups` counts those that are."""
     message = f"{plural(groups, 'group')} of rows that belong together are in several splits."
     return at_most("leak", None, groups, (0, 0), message if groups else "No group of rows is in several splits.")
 

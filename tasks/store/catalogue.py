@@ -104,7 +104,7 @@ class Description:
 
 
 def find_dataset(root: str, name: str, kind: Kind | None = None) -> str:
-    """Return a dataset's full name, given that or its last part: 'customer-features' → 'feature-store/customer-features'.
+    """Return a dataset's full name from that or its last part: 'customer-features' → 'feature-store/customer-features'.
 
     A streaming copy has the same last part as its source; the name means the source.
 

@@ -123,7 +123,7 @@ def reserve(root: str, dataset: str, run_id: str, owner: Owner | None = None) ->
         root: Root of the store.
         dataset: Dataset name.
         run_id: Unique id of the run, the same for its retries.
-        owner: Process whose death ends the attempt, such as the flow's where a worker calls; None: this process.
+        owner: Process whose death ends the attempt, such as the flow's if a worker calls; None: this process.
     """
     root = storage.normalise(root)
     owner = owner or current_owner()
