@@ -70,7 +70,7 @@ def final_unless_transient(less_at_once: str) -> Iterator[None]:
     sentence: that the store refused the credentials, or that a task's worker was killed for memory.
 
     Args:
-        less_at_once: Setting with which a task takes less memory.
+        less_at_once: User action that reduces a task's memory.
 
     Raises:
         CredentialsRefused: the store refused them to a library that reads directly.

@@ -217,13 +217,13 @@ def data_context(cpus: int | None = None, **more: Any) -> Iterator[Any]:
         setattr(context, name, value)
     for handler in consoles:
         handler.setLevel(logging.WARNING)
-    # These calls log warnings in each worker: that bars are off, and that the job will hang if no CPU is free, which
+    # Mark two warnings of each worker as logged: that bars are off, and that the job will hang if no CPU is free, which
     # happens for a moment between two jobs.
     for warning in ("ray_data_progress_manager_disabled", "cpu_warning"):
         log_once(warning)
     try:
         with warnings.catch_warnings():
-            # The only way to set `max_retries` of a job's tasks; Ray Data's default is to retry for ever.
+            # No other argument sets `max_retries` of a job's tasks; Ray Data's default is to retry for ever.
             warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
             yield context
     finally:

@@ -55,7 +55,7 @@ MIN_BATCH_BYTES, MAX_BATCH_BYTES = 16 * 2**20, 2**30
 """Bytes of packed rows for one mapping task of the shuffle; the second is Ray Data's default bound."""
 
 MAX_PARTITIONS = 1024
-"""Each mapping task of the shuffle makes one object a partition."""
+"""Most partitions of a shuffle: each mapping task makes one object a partition."""
 
 MAX_SHARDS = 2**15
 """Most such objects in all, unless mapping tasks would be too large: the driver takes 20 KB for each."""

@@ -19,7 +19,7 @@ def losses_explained(cure: str) -> Iterator[None]:
     Ray has tried `LOST_WORKER_RETRIES` times by itself: the cause that killed each worker will kill the next one, too.
 
     Args:
-        cure: Setting with which a task needs less memory.
+        cure: User action that reduces a task's memory.
 
     Raises:
         WorkersKilled: each try of a task lost its worker.
@@ -42,8 +42,8 @@ def explained_loss(error: BaseException, cure: str, often: str = "") -> Pipeline
 
     Args:
         error: Error that Ray raised.
-        cure: Setting with which a task needs less memory.
-        often: Number of times, in words.
+        cure: User action that reduces a task's memory.
+        often: Number of tries, such as ' at each of its 4 tries'.
 
     """
     return next(filter(None, (_explained(link, cure, often) for link in causes(error))), None)

@@ -151,7 +151,7 @@ def _begins(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _glob_local(pattern: str, base: str) -> list[str]:
-    """Yield matches of a pattern without '**', except paths that lead back to a directory."""
+    """Return matches of a pattern without '**', except paths that lead back to a directory."""
     return [match for match in glob.glob(pattern, include_hidden=True) if not _comes_back(os.path.dirname(match), base)]
 
 

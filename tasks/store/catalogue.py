@@ -237,7 +237,7 @@ def describe(root: str, dataset: str, version: int | None = None) -> Description
     """Describe a version; the latest live one if none is given.
 
     Raises:
-        VersionNotFound: there is no such version, or it isn't live.
+        VersionNotFound: there is no such version, or readers skip it.
 
     """
     root = storage.normalise(root)

@@ -116,7 +116,7 @@ def reserve(root: str, dataset: str, run_id: str, owner: Owner | None = None) ->
     - A run that has published before gets that version again, marked `committed`.
     - A run that holds an unpublished version gets it again, as a new attempt (a retry, or a resume after a crash).
     - Versions above all others whose last owner is a dead process of this machine are taken over, lowest first, so that
-        a killed run leaves no gap. A version held by a process on another machine is left alone: it may be alive.
+      a killed run leaves no gap. A version held by a process on another machine is left alone: it may be alive.
     - Otherwise the run gets the number after the highest. A version that the gate rejected keeps its number.
 
     Args:
@@ -135,7 +135,7 @@ def reserve(root: str, dataset: str, run_id: str, owner: Owner | None = None) ->
         held, committed = _held(root, dataset, run_id, chains, decided)
         version = held or next(iter(_abandoned(root, dataset, chains, decided)), max(numbers, default=0) + 1)
         if version in entries and version not in decided:
-            write_index(root, dataset, decided)  # of manually removed versions, and not of the one to come
+            write_index(root, dataset, decided)  # without removed versions, one of which had this number
         chain = attempts(root, dataset, version) if version in decided else chains.get(version, ())
         attempt = len(chain) + 1
         reservation = Reservation(

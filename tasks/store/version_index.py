@@ -8,7 +8,7 @@ that is withdrawn or pruned is marked first. A mark is never removed. Only the e
 is reused.
 
 - The index is behind (its writer was killed, or an older one was written over a newer): versions without an entry are
-    looked at directly. The existing numbers always come from the directory.
+  looked at directly. The existing numbers always come from the directory.
 - It is missing or damaged: the same, for all versions; the next publisher rebuilds it.
 - It has entries of missing numbers (the versions were removed by hand): these don't count.
 - A reader that has chosen a version reads its manifest, and checks for a withdrawal, before it uses it.
