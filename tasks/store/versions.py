@@ -8,11 +8,11 @@ Versions are never mixed. The conditional create of the manifest is the only dec
 one succeeds, and the manifest names exactly that attempt's files. Files of an attempt that may still be alive are
 deleted only after the decision, when it can no longer publish; files of dead attempts earlier.
 
-No two published versions have the same base. A version carries over state (the classes' ids) from the latest version when it was
-planned, its base. Before it is published, every number between the two is decided: an undecided one gets a manifest
-with status 'rejected' by put-if-absent, which blocks its run. After that nothing below can be published any more, and a
-publisher above must decide this number first. So of two runs with one base the first publishes, and the other is
-`Superseded` and plans again.
+No two published versions have the same base. A version carries over state (the classes' ids) from the latest version
+when it was planned, its base. Before it is published, every number between the two is decided: an undecided one gets a
+manifest with status 'rejected' by put-if-absent, which blocks its run. After that nothing below can be published any
+more, and a publisher above must decide this number first. So of two runs with one base the first publishes, and the
+other is `Superseded` and plans again.
 """
 
 from __future__ import annotations
