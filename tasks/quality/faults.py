@@ -1,4 +1,4 @@
-"""The catalogue of faults that datasets of several kinds can have. Pure.
+"""Catalogue of faults that datasets of several kinds can have. Pure.
 
 A kind of dataset is a subclass of `Trial`: it computes the figures of changed rows as its job does, and its gate judges
 them. Its `faults` takes faults from the catalogue, names the checks that must notice them, and adds its own.
