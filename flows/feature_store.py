@@ -1,7 +1,7 @@
-"""The feature-store flow: transactions, customers, products → versioned features → models' training sets.
+"""Feature-store flow: transactions, customers, products → versioned features → models' training sets.
 
-Run it by hand with `python -m flows.feature_store --help`; deploy it as `flows.feature_store.feature_store`. What is
-in the store is shown and changed by commands: `python -m flows.feature_store list`, `… --help` of each.
+Run it by hand with `python -m flows.feature_store --help`; deploy it as `flows.feature_store.feature_store`. Commands
+show and change the store: `python -m flows.feature_store list`, `… --help` of each.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def feature_store(config: FeatureStoreConfig = DEFAULTS) -> list[PublishedVersio
     """Compute features, check and publish them as new versions; build the training sets of the models that read them.
 
     Args:
-        config: What to read, compute, check, join and publish.
+        config: Settings for reading, computing, checking, joining and publishing.
 
     """
     with final_unless_transient(config.less_at_once):

@@ -1,4 +1,4 @@
-"""The image-augmentation flow: images and labels → augmented, validated, split, versioned training images.
+"""Image-augmentation flow: images and labels → augmented, validated, split, versioned training images.
 
 Run it by hand with `python -m flows.image_augmentation --help`; deploy it as
 `flows.image_augmentation.image_augmentation`.
@@ -35,7 +35,7 @@ from tasks.runner import ray_runner
 
 DEFAULTS = ImageAugmentationConfig()
 TRIES = 3
-"""Plans of a run while others publish first."""
+"""Most plans of a run while other runs publish first."""
 
 
 def _run_name() -> str:
@@ -56,10 +56,10 @@ def image_augmentation(config: ImageAugmentationConfig = DEFAULTS) -> list[Publi
     """Augment labelled images, check and split them, and publish them as a new version.
 
     Args:
-        config: What to read, augment, check and publish.
+        config: Settings for reading, augmenting, checking and publishing.
 
     Raises:
-        VersionConflict: other runs published the dataset first, time after time.
+        VersionConflict: other runs published the dataset first each time.
 
     """
     with final_unless_transient(config.less_at_once):
@@ -67,7 +67,7 @@ def image_augmentation(config: ImageAugmentationConfig = DEFAULTS) -> list[Publi
         sourced = prepare_images.submit(config).result()
         for _ in range(TRIES):
             reservation = reserve_version(sourced, str(flow_run.id))
-            if reservation.committed:  # an earlier attempt of this run got further than here
+            if reservation.committed:  # an earlier attempt of this run has published
                 return [committed_version(reservation)]
             plan = plan_run.submit(sourced, reservation).result()
             augmented = augment.submit(plan, sourced).result()

@@ -1,4 +1,4 @@
-"""The training-delivery flow: a published version → a streaming-ready copy → tensors in N training workers.
+"""Training-delivery flow: a published version → a streaming-ready copy → tensors in N training workers.
 
 Run it by hand with `python -m flows.training_delivery --help`; deploy it as
 `flows.training_delivery.training_delivery`.
@@ -53,10 +53,10 @@ def _run_name() -> str:
 def training_delivery(config: DeliveryConfig = DEFAULTS) -> list[PublishedVersion]:
     """Write a streaming-ready copy of a published version, publish it, and train on it.
 
-    Where nothing is published and no dataset is asked for, the feature-store flow makes its sample's features first.
+    If nothing is published and no dataset is requested, the feature-store flow makes its sample's features first.
 
     Args:
-        config: What to deliver, how, and what to train.
+        config: Settings of the delivery and the training.
 
     """
     with final_unless_transient(config.less_at_once):
@@ -64,7 +64,7 @@ def training_delivery(config: DeliveryConfig = DEFAULTS) -> list[PublishedVersio
         features = _sample_features(config) if needs_sample(config) else []
         source = find_source.submit(config).result()
         reservation = reserve_version(config, str(flow_run.id))
-        if reservation.committed:  # a retry: only the training is left to do
+        if reservation.committed:  # a retry: only the training remains
             version = committed_copy(reservation)
         else:
             copy = write_copy.submit(source, config, reservation).result()

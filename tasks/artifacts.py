@@ -1,6 +1,6 @@
-"""What a run shows of its work: the validation report, the table of checks, and progress while a job runs.
+"""Prefect artifacts of a run: the validation report, the table of checks, and progress while a job runs.
 
-Progress goes one way. The task that drives a Ray Data job runs in a Ray worker, which has no terminal; it keeps a
+Progress has one direction. The task that drives a Ray Data job runs in a Ray worker, which has no terminal; it keeps a
 Prefect progress artifact up to date, for the UI. When a flow is run by hand at a terminal, its own process reads those
 artifacts back (`show_progress`) and draws bars from them, so that both show the same figures.
 """
@@ -39,7 +39,7 @@ from prefect.logging import get_logger
 
 from tasks.io.errors import ConfigError
 
-MAX_MARKDOWN_BYTES = 1_000_000  # the API takes 20 MB, but a browser doesn't enjoy it
+MAX_MARKDOWN_BYTES = 1_000_000  # the API takes 20 MB, but browsers are slow with that much
 MAX_TABLE_ROWS = 500
 MAX_CELL_CHARACTERS = 500
 UPDATE_SECONDS = 2.0
@@ -49,9 +49,9 @@ _PICTURE = re.compile(r"!\[([^\]]*)\]\(data:[^)]*\)")
 
 
 def artifact_slug(name: str) -> str:
-    """A name as an artifact key: lower case letters, digits and dashes, the same for the same name.
+    """Turn a name into an artifact key: lower case letters, digits and dashes, the same for the same name.
 
-    `feature-store/customer-features` gives `feature-store-customer-features`. Where letters are lost ('größe',
+    `feature-store/customer-features` gives `feature-store-customer-features`. If letters are lost ('größe',
     '画像'), a digest of the name keeps different names apart.
 
     Raises:
@@ -69,8 +69,8 @@ def artifact_slug(name: str) -> str:
 def publish_report(dataset_key: str, markdown: str, checks: list[dict[str, Any]], link: str | None = None) -> None:
     """Show a validation report in the current flow or task run, as a new version of the dataset's artifacts.
 
-    `<slug>-report` holds the text and `<slug>-checks` the table. `link` is where the whole report lies: a web address
-    also becomes `<slug>-link`, any other place is named under the text, because a browser can't open it.
+    `<slug>-report` holds the text and `<slug>-checks` the table. `link` is the location of the whole report: a web
+    address also becomes `<slug>-link`, any other location is named under the text, because a browser can't open it.
 
     Raises:
         ConfigError: the dataset key is empty.
@@ -87,7 +87,7 @@ def publish_report(dataset_key: str, markdown: str, checks: list[dict[str, Any]]
 
 
 def publish_table(key: str, rows: list[dict[str, Any]], description: str) -> None:
-    """Show a table in the current flow or task run; of a long one the beginning, and a word that it goes on.
+    """Show a table in the current flow or task run; only the beginning of a long one, with a note.
 
     Raises:
         ConfigError: the key is empty.
@@ -99,7 +99,7 @@ def publish_table(key: str, rows: list[dict[str, Any]], description: str) -> Non
 
 
 def publish_cluster(nodes: list[dict[str, Any]], dashboard: str | None) -> None:
-    """Show the Ray cluster that the current run works on: its nodes, and a link to its dashboard.
+    """Show the Ray cluster of the current run: its nodes, and a link to its dashboard.
 
     Raises:
         httpx.HTTPError: the API can't be reached or refuses the artifact.
@@ -110,13 +110,13 @@ def publish_cluster(nodes: list[dict[str, Any]], dashboard: str | None) -> None:
 
 
 def json_safe(value: Any) -> Any:
-    """A value that JSON and the UI's table can show; the UI shows no table at all if one cell is infinite.
+    """Convert a value for JSON and the UI's table; the UI shows no table at all if one cell is infinite.
 
     NaN becomes null, infinities 'inf' and '-inf', dates ISO text, numpy values plain ones, long text is cut, and
     anything else its `str`.
     """
     if isinstance(value, np.generic) and not isinstance(value, np.datetime64 | np.timedelta64):
-        value = value.item()  # of a datetime64 it may be a bare count of nanoseconds
+        value = value.item()  # for a datetime64 it may be a bare count of nanoseconds
     safe: Any = value
     match value:
         case None | bool() | int():
@@ -140,7 +140,7 @@ def json_safe(value: Any) -> Any:
 
 
 def read_artifacts(flow_run_id: UUID, kind: str | None = None) -> list[Artifact]:
-    """The artifacts of a flow run and its tasks, oldest first; `kind` is markdown, table or progress.
+    """Return the artifacts of a flow run and its tasks, oldest first; `kind` is markdown, table or progress.
 
     Raises:
         httpx.HTTPError: the API can't be reached or refuses the request.
@@ -161,10 +161,10 @@ def read_artifacts(flow_run_id: UUID, kind: str | None = None) -> list[Artifact]
 
 
 class Progress:
-    """Counts what is done and shows it: at most one update per UPDATE_SECONDS, plus the last.
+    """Counter of finished units that shows the progress: at most one update per UPDATE_SECONDS, plus the last.
 
-    Call it with the number of units done since the last call. Reporting never fails the job: when the API can't be
-    reached, the figure is late, no more.
+    Call it with the number of units done since the last call. Reporting never fails the job: if the API can't be
+    reached, the figure is only late.
     """
 
     def __init__(self, title: str, total: int | None, unit: str) -> None:
@@ -205,10 +205,10 @@ class Progress:
 
 @contextmanager
 def progress(title: str, total: int | None = None, unit: str = "rows") -> Generator[Progress]:
-    """Progress of a job; the value is called with the units done since the last call.
+    """Show the progress of a job; yield a function to call with the units done since the last call.
 
     `with progress("Computing customer features", total=rows) as advance: advance(1_000)`. Without a total, the count
-    is shown and the bar stays empty until the end. If the job fails, the bar stays where it was and says so.
+    is shown and the bar stays empty until the end. If the job fails, the bar stays at its place and shows the failure.
     """
     job = Progress(title, total, unit)
     job.show(f"{title}: started")
@@ -221,7 +221,7 @@ def progress(title: str, total: int | None = None, unit: str = "rows") -> Genera
 
 
 def show_progress(flow_run_id: UUID) -> AbstractContextManager[None]:
-    """Bars for the progress artifacts of a flow run, on stderr if that is a terminal; otherwise nothing."""
+    """Show bars for the progress artifacts of a flow run, on stderr if that is a terminal; otherwise do nothing."""
     return _bars(flow_run_id) if sys.stderr.isatty() else nullcontext()
 
 
@@ -243,7 +243,7 @@ def _bars(flow_run_id: UUID) -> Generator[None]:
             try:
                 artifacts = read_artifacts(flow_run_id, kind="progress")
             except (httpx.HTTPError, PrefectException):
-                continue  # the next look comes soon
+                continue  # retry at the next look
             for artifact in artifacts:
                 bar = known.get(artifact.id)
                 if bar is None:
@@ -263,7 +263,7 @@ def _bars(flow_run_id: UUID) -> Generator[None]:
 
 
 def _capped(markdown: str) -> str:
-    """At most MAX_MARKDOWN_BYTES: pictures go first (half a picture is none), then the last lines."""
+    """Shorten text to MAX_MARKDOWN_BYTES: pictures first (half a picture is useless), then the last lines."""
     if len(markdown.encode()) <= MAX_MARKDOWN_BYTES:
         return markdown
     markdown = _PICTURE.sub(r"*(picture left out for its size: \1)*", markdown)

@@ -1,9 +1,10 @@
-"""A flow run by hand, `python -m flows.feature_store`: its arguments, a Prefect API and a Ray, and how it ends.
+"""Manual runs of a flow, `python -m flows.feature_store`: arguments, a Prefect API and a Ray, and the exit code.
 
 Exit codes: 0 published, 1 the run failed (one sentence on stderr, the traceback with --debug), 2 wrong arguments
-(option, value and cure on stderr), 130 interrupted by Ctrl-C, 143 by SIGTERM; both say what was published before.
+(option, value and cure on stderr), 130 interrupted by Ctrl-C, 143 by SIGTERM; both report the versions published
+before.
 
-The flows start this before they import anything else: help, mistakes and Ctrl-C needn't wait for libraries.
+The flows start this before they import anything else: help, errors and Ctrl-C needn't wait for libraries.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ _STATE_DETAILS = re.compile(r"(Finished in state \w+)\(.*\)", re.DOTALL)
 
 
 def run_by_hand(entry: str, config: str, argv: Sequence[str] | None = None) -> int:
-    """Parse the arguments, run the flow on a local API and Ray (or those that the environment names), print the end.
+    """Parse the arguments, run the flow on a local API and Ray (or those of the environment), print the result.
 
-    A first argument that is no option is a command about the store (`commands`), not a run.
+    A first argument that isn't an option is a command about the store (`commands`), not a run.
 
     Args:
         entry: The flow as 'module:name'. It is imported only once the arguments are right, which takes seconds.
@@ -53,7 +54,8 @@ def run_by_hand(entry: str, config: str, argv: Sequence[str] | None = None) -> i
         except BaseException as fault:
             if not stopped and not isinstance(fault, KeyboardInterrupt):
                 raise
-        # Whatever Prefect and Ray have made of it, on a line of its own: a progress bar may be unfinished.
+        # On a line of its own, whatever Prefect and Ray have turned the exception into: a progress bar may be
+        # unfinished.
         number = stopped[0] if stopped else signal.SIGINT
         print(f"\n{ending(number)}", file=sys.stderr)
         return 128 + number
@@ -94,7 +96,7 @@ def _run(entry: str, config: str, argv: Sequence[str], earlier: int, stopped: Se
         if debug or stopped:
             raise
         published = f"; before that, {_published(earlier)}" if len(_commits()) > earlier else ""
-        # On a line of its own: Prefect ends some of its complaints without a line break.
+        # On a line of its own: Prefect ends some of its messages without a line break.
         print(f"\nfailed: {one_sentence(fault)}{published}", file=sys.stderr)
         return WRONG_ARGUMENTS if isinstance(_own(fault), ConfigError) else FAILED
     print(summary(result))
@@ -103,13 +105,13 @@ def _run(entry: str, config: str, argv: Sequence[str], earlier: int, stopped: Se
 
 
 def _commits() -> Sequence[Any]:
-    """Versions that this process has begun to commit; none before the module that does it is imported."""
+    """Return the versions that this process has begun to commit; none before the module that does it is imported."""
     publication = sys.modules.get("tasks.publication")
     return getattr(publication, "COMMITTING", ())
 
 
 def _published(earlier: int) -> str:
-    """Which of this run's versions readers see, as the store says."""
+    """Describe which of this run's versions readers see, by the store."""
     told = []
     for judged in _commits()[earlier:]:
         manifest = judged.manifest
@@ -119,14 +121,14 @@ def _published(earlier: int) -> str:
 
             if is_published(judged):
                 told.append(name)
-        except Exception as fault:  # noqa: BLE001 - the store may be what failed
+        except Exception as fault:  # noqa: BLE001 - the store itself may have failed
             told.append(f"perhaps {name} (the store doesn't say: {one_sentence(fault)})")
     verb = "was" if len(told) == 1 else "were"
     return f"{' and '.join(told)} {verb} published, nothing else" if told else "nothing was published"
 
 
 def one_sentence(fault: BaseException) -> str:
-    """What went wrong, in one sentence: our own error if one is among the causes, else the last line of the fault."""
+    """Return a failure as one sentence: our error if one is among the causes, else the last line of the fault."""
     own = _own(fault)
     if own is None and (lost := _lost_api(fault)) is not None:
         url = os.environ.get("PREFECT_API_URL", "its address")
@@ -139,7 +141,7 @@ def one_sentence(fault: BaseException) -> str:
 
 
 def summary(result: Sequence[Any]) -> str:
-    """The published versions as a person reads them: where, verdict, rows, balances and report."""
+    """Describe the published versions for a person: location, verdict, rows, balances and report."""
     lines = []
     for version in result:
         lines.append(f"{version.dataset} v{version.version}: {version.rows:,} rows, verdict {version.verdict}")
@@ -159,16 +161,16 @@ def summary(result: Sequence[Any]) -> str:
 
 
 def _own(fault: BaseException | None) -> PipelineError | None:
-    """The first of our own errors in a chain of causes."""
+    """Return the first of our errors in a chain of causes."""
     for link in causes(fault, contexts=True):
-        for own in (getattr(link, "cause", None), link):  # what Ray carried is of its kind too, but with a traceback
+        for own in (getattr(link, "cause", None), link):  # Ray's error is also of its class, but has a traceback
             if isinstance(own, PipelineError):
                 return own
     return None
 
 
 def _lost_api(fault: BaseException | None) -> BaseException | None:
-    """The first error of a connection to Prefect's API, which nothing but Prefect's client raises."""
+    """Return the first connection error to Prefect's API, which only Prefect's client raises."""
     names = {"TransportError", "ConcurrencySlotAcquisitionError"}
     return next(
         (link for link in causes(fault, contexts=True) if names & {kind.__name__ for kind in type(link).__mro__}), None
@@ -177,7 +179,7 @@ def _lost_api(fault: BaseException | None) -> BaseException | None:
 
 @contextmanager
 def _quiet_failures(debug: bool) -> Iterator[None]:
-    """Without --debug, leave out of the console what the one sentence says anyway; the API keeps all of it."""
+    """Without --debug, keep text that the one sentence repeats off the console; the API gets all of it."""
     if debug:
         yield
         return
@@ -185,7 +187,7 @@ def _quiet_failures(debug: bool) -> Iterator[None]:
     import prefect.main  # noqa: F401 - sets logging up: before, there is no console to put a filter on
     from prefect.settings import PREFECT_API_URL
 
-    # The page of an embedded server is gone when somebody wants to open it.
+    # The page of an embedded server no longer exists when somebody opens it.
     left_out = _TOLD_ONCE if PREFECT_API_URL.value() else (*_TOLD_ONCE, "View at ")
 
     def for_a_person(record: logging.LogRecord) -> bool:
@@ -194,7 +196,7 @@ def _quiet_failures(debug: bool) -> Iterator[None]:
         record.msg, record.args = _STATE_DETAILS.sub(r"\1", message), ()
         return not message.startswith(left_out)
 
-    # On the handlers, not the loggers: those also feed the API. The API's handler comes first, so it has seen it all.
+    # On the handlers, not the loggers: those also feed the API. The API's handler comes first, so it gets every record.
     consoles = logging.getLogger().handlers[:]
     for console in consoles:
         console.addFilter(for_a_person)

@@ -1,6 +1,6 @@
-"""The feature-store flow's tasks: features, then models' training sets. Thin: each names a step and calls its job.
+"""Tasks of the feature-store flow: features, then models' training sets. Thin: each names a step and calls its job.
 
-What a task gives to the next is a small frozen value; what it makes stands on storage.
+Tasks pass small frozen values; their output is on storage.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _SET_CURES = {
 
 @task(name="prepare-sources", cache_policy=NO_CACHE, **RETRY)
 def prepare_sources(config: FeatureStoreConfig) -> FeatureStoreConfig:
-    """Make the sample if no source is given; the configuration with every URI spelled out."""
+    """Make the sample if no source is given; return the configuration with every URI normalised."""
     labels = label_groups(config.models) if config.models is not None else []
     definitions = declared(config)
     check_mappings(with_uris(definitions, config), labels)
@@ -81,7 +81,7 @@ def prepare_sources(config: FeatureStoreConfig) -> FeatureStoreConfig:
 
 @task(name="plan-features", cache_policy=NO_CACHE, **RETRY)
 def plan_sources(config: FeatureStoreConfig, started: dt.datetime) -> list[FeaturePlan]:
-    """Look at all sources and decide what is read, joined and computed."""
+    """Inspect all sources and decide what is read, joined and computed."""
     plans = plan_features(
         with_uris(declared(config), config), config, expand(config.as_of, config.timezone) or (started,)
     )
@@ -113,9 +113,9 @@ def _log_plan(plan: FeaturePlan) -> None:
 
 @task(name="reserve-versions", cache_policy=NO_CACHE, **RETRY)
 def reserve_versions(plans: Sequence[FeaturePlan], root: str, run_id: str) -> list[list[Reservation]]:
-    """Reserve the next version of every group, one list a plan; what an earlier attempt left is removed.
+    """Reserve the next version of every group, one list a plan; remove the files of an earlier attempt.
 
-    Called in the flow's own process, whose death frees the reservation.
+    Called in the flow's process, whose death frees the reservation.
     """
     reservations = []
     for plan in plans:
@@ -129,9 +129,9 @@ def reserve_versions(plans: Sequence[FeaturePlan], root: str, run_id: str) -> li
 def unfinished(
     plans: Sequence[FeaturePlan], reserved: Sequence[Sequence[Reservation]]
 ) -> list[tuple[FeaturePlan, list[Reservation]]]:
-    """What is left to do: the plans without the groups that an earlier attempt of this run has published.
+    """Return the remaining work: the plans without the groups that an earlier attempt of this run has published.
 
-    It was stopped between two commits. What it published stays as it is; the other groups are computed and follow.
+    That attempt was stopped between two commits. Its published versions stay; the other groups are computed now.
     """
     left = []
     for plan, own in zip(plans, reserved, strict=True):
@@ -213,12 +213,12 @@ def publish_versions(
 ) -> list[PublishedVersion]:
     """Commit all versions of the run, or none.
 
-    Called in the flow's own process: a commit is a conditional write, safe to repeat, but not to run in two places.
+    Called in the flow's process: a commit is a conditional write, safe to repeat, but not to run in two places.
 
     Args:
-        judged: The versions that this attempt has written.
+        judged: Versions that this attempt has written.
         root: Root of the store.
-        committed: Those that an earlier attempt of this run has published.
+        committed: Versions that an earlier attempt of this run has published.
 
     Raises:
         GateFailed: the gate failed a group; its version is recorded as rejected, and nothing is published.
@@ -233,7 +233,7 @@ def publish_versions(
 
 @task(name="plan-training-sets", cache_policy=NO_CACHE, **RETRY)
 def plan_training_sets(config: FeatureStoreConfig, started: dt.datetime) -> list[TrainingSetPlan]:
-    """Read the models' file, find the features that each model reads, and look at its spine."""
+    """Read the models' file, find the features that each model reads, and inspect its spine."""
     assert config.models is not None, "only called for a file of models"
     definitions = with_uris(declared(config), config)
     models = select(load_models(config.models), config.only_models)
@@ -251,9 +251,9 @@ def plan_training_sets(config: FeatureStoreConfig, started: dt.datetime) -> list
 
 @task(name="reserve-training-sets", cache_policy=NO_CACHE, **RETRY)
 def reserve_training_sets(plans: Sequence[TrainingSetPlan], root: str, run_id: str) -> list[Reservation]:
-    """Reserve the next version of every training set; what an earlier attempt left is removed.
+    """Reserve the next version of every training set; remove the files of an earlier attempt.
 
-    Called in the flow's own process, whose death frees the reservation.
+    Called in the flow's process, whose death frees the reservation.
     """
     reserved = [reserve(root, layout.training_ready_dataset(plan.model.name), run_id) for plan in plans]
     for reservation in reserved:
@@ -287,7 +287,7 @@ def build_set(plan: TrainingSetPlan, reservation: Reservation) -> ComputedSet:
 def validate_set(
     plan: TrainingSetPlan, computed: ComputedSet, config: FeatureStoreConfig, run: RunRecord
 ) -> JudgedVersion:
-    """Judge a training set, its label above all; write its report and show it in Prefect."""
+    """Judge a training set, especially its label; write its report and show it in Prefect."""
     reservation = computed.reservation
     previous = versions.latest(reservation.root, reservation.dataset)
     gate = judge_training_set(plan.model, config, computed, previous)
@@ -310,14 +310,14 @@ def validate_set(
 def publish_training_sets(
     judged: Sequence[JudgedVersion], root: str, committed: Sequence[Reservation] = ()
 ) -> list[PublishedVersion]:
-    """Commit every training set that passed its gate; a model isn't held up by another one's data.
+    """Commit every training set that passed its gate; a failed one doesn't block the others.
 
-    Called in the flow's own process: a commit is a conditional write, safe to repeat, but not to run in two places.
+    Called in the flow's process: a commit is a conditional write, safe to repeat, but not to run in two places.
 
     Args:
-        judged: The training sets that this attempt has written.
+        judged: Training sets that this attempt has written.
         root: Root of the store.
-        committed: Those that an earlier attempt of this run has published.
+        committed: Training sets that an earlier attempt of this run has published.
 
     Raises:
         GateFailed: the gate failed a training set; it is recorded as rejected, the others are published.
@@ -340,7 +340,7 @@ def publish_training_sets(
 
 
 def declared(config: FeatureStoreConfig) -> Definitions:
-    """The standard definitions, with those of the configuration's file over them; sources as they are declared."""
+    """Return the standard definitions, overridden by those of the configuration's file; sources as declared."""
     return loading.declared(config.definitions)
 
 
@@ -378,12 +378,12 @@ def _manifest(
 
 
 def _as_of(config: FeatureStoreConfig, plan: FeaturePlan) -> tuple[str, ...]:
-    """The times as they were asked for, or the start of the run."""
+    """Return the requested times, or the start of the run."""
     return config.as_of or tuple(moment.isoformat() for moment in plan.as_of)
 
 
 def _definition(group: FeatureGroup, computed: ComputedGroup) -> dict[str, Any]:
-    """The declaration, and what only this version has: its newest event, and the events that it keeps."""
+    """Return the declaration, with the facts of this version: its newest event, and the events that it keeps."""
     newest = computed.newest_event.isoformat() if computed.newest_event is not None else None
     state = {"state": dict(computed.state)} if computed.state is not None else {}
     return {**group.describe(), "newest_event": newest, **state}
@@ -406,7 +406,7 @@ def _set_manifest(
 
 
 def _feature_inputs(plan: TrainingSetPlan, root: str) -> list[InputRecord]:
-    """The feature versions that were read, each with its files."""
+    """Return the feature versions that were read, each with its files."""
     inputs = []
     for history in plan.histories:
         dataset = layout.feature_dataset(history.group)

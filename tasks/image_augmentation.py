@@ -1,6 +1,6 @@
-"""The image-augmentation flow's tasks. Thin: each names a step, reports progress and calls the pipeline.
+"""Tasks of the image-augmentation flow. Thin: each names a step, reports progress and calls the pipeline.
 
-What a task gives to the next is a small frozen value; what it makes stands on storage.
+Tasks pass small frozen values; their output is on storage.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _CURES = {
 
 @task(name="prepare-images", cache_policy=NO_CACHE, **RETRY)
 def prepare_images(config: ImageAugmentationConfig) -> ImageAugmentationConfig:
-    """Make the sample if no images are given; the configuration with every URI spelled out."""
+    """Make the sample if no images are given; return the configuration with every URI normalised."""
     if config.images is not None:
         return config
     uris = write_sample(config.root, config.sample_images, config.seed)
@@ -51,16 +51,16 @@ def prepare_images(config: ImageAugmentationConfig) -> ImageAugmentationConfig:
 
 @task(name="reserve-version", cache_policy=NO_CACHE, **RETRY)
 def reserve_version(config: ImageAugmentationConfig, run_id: str) -> Reservation:
-    """Reserve the next version; what an earlier attempt has left stays, because its finished files are taken over.
+    """Reserve the next version; keep the finished files of an earlier attempt, which are taken over.
 
-    Called in the flow's own process, whose death frees the reservation.
+    Called in the flow's process, whose death frees the reservation.
     """
     return reserve(config.root, layout.image_dataset(config.name), run_id)
 
 
 @task(name="plan-images", cache_policy=NO_CACHE, **RETRY)
 def plan_run(config: ImageAugmentationConfig, reservation: Reservation) -> ImagePlan:
-    """List and label the images, give each class its id, and cut the work into units."""
+    """List and label the images, give each class its id, and divide the work into units."""
     plan = plan_images(config, reservation, versions.latest(reservation.root, reservation.dataset))
     get_run_logger().info(
         "%d images of %d classes, in %d units of up to %d",
@@ -97,7 +97,7 @@ def validate_images(
 ) -> JudgedVersion:
     """Judge the dataset against its thresholds and the last version; write its report and show it in Prefect."""
     reservation = augmented.reservation
-    # Judged against the version that the classes are carried over from: the commit asks for it to be the latest still.
+    # Judged against the version that the classes are carried over from: the commit requires it to be the latest still.
     previous = versions.read_manifest(reservation.root, reservation.dataset, plan.base) if plan.base else None
     counts = split_counts(plan, augmented)
     variants = sum(entry.rows for entry in augmented.files)
@@ -134,9 +134,9 @@ def validate_images(
 
 @task(name="publish-version", cache_policy=NO_CACHE, **RETRY)
 def publish_version(judged: JudgedVersion, root: str) -> list[PublishedVersion]:
-    """Commit the version; [] if another run went on first from the same version, so that this one must plan anew.
+    """Commit the version; return [] if another run published first from the same base: this one must plan again.
 
-    Called in the flow's own process: a commit is a conditional write, safe to repeat, but not to run in two places.
+    Called in the flow's process: a commit is a conditional write, safe to repeat, but not to run in two places.
 
     Raises:
         GateFailed: the gate failed the version; it is recorded as rejected.
@@ -151,7 +151,7 @@ def publish_version(judged: JudgedVersion, root: str) -> list[PublishedVersion]:
 
 
 def split_counts(plan: ImagePlan, augmented: AugmentedImages) -> dict[str, dict[str, int]]:
-    """Augmented images by class, then split; a known class without any stands there with zeros."""
+    """Return augmented images by class, then split; a known class without any has zeros."""
     names = {number: name for name, number in plan.classes.items()}
     counts: dict[str, dict[str, int]] = {name: defaultdict(int) for name in plan.classes}
     for number, split in zip(augmented.class_ids.tolist(), augmented.splits.tolist(), strict=True):

@@ -1,8 +1,8 @@
-"""Everything that `python -m flows.x` needs on one machine: a Prefect API and a Ray, started together.
+"""Local stack for `python -m flows.x` on one machine: a Prefect API and a Ray, started together.
 
-Without an API address Prefect starts one embedded server for the flow's process, and each Ray worker starts another
-on the same SQLite file. `local_api` starts one, in a process of its own, for all of them; with a configured
-PREFECT_API_URL it starts none. The history stays in Prefect's home directory, so `prefect server start` shows it later.
+Without an API address Prefect starts one embedded server for the flow's process, and each Ray worker starts another on
+the same SQLite file. `local_api` starts one, in a separate process, for all of them; with a configured PREFECT_API_URL
+it starts none. The history stays in Prefect's home directory, so `prefect server start` shows it later.
 
 Run as a module (`python -m tasks.local_api FD`) it is that server's process.
 """
@@ -28,10 +28,10 @@ HURRIED_SECONDS = 3.0
 
 @contextmanager
 def local_stack(num_cpus: int | None = None) -> Generator[str]:
-    """A Prefect API and a Ray for flows run by hand; yields the API's address.
+    """Start a Prefect API and a Ray for flows run by hand; yield the API's address.
 
-    The server's process starts first and comes up while Ray does. On the way out, after an error, Ctrl-C or SIGTERM
-    too, both are stopped; a Ray or an API that was there before is left alone. `num_cpus` sizes a local Ray.
+    The server's process starts first and comes up while Ray does. At the end, also after an error, Ctrl-C or SIGTERM,
+    both are stopped; a Ray or an API that ran before is left alone. `num_cpus` sizes a local Ray.
 
     Raises:
         SystemExit: a flow run was cancelled, or the process got SIGTERM.
@@ -53,7 +53,7 @@ def local_stack(num_cpus: int | None = None) -> Generator[str]:
 
 @contextmanager
 def local_api() -> Generator[str]:
-    """One Prefect API for this process and the Ray workers that it starts; yields its address.
+    """Start one Prefect API for this process and the Ray workers that it starts; yield its address.
 
     Raises:
         PipelineError: the API server doesn't come up.
@@ -72,14 +72,14 @@ def _server() -> Generator[tuple[str, "_Ready"]]:
         yield configured, _Ready(None, configured)
         return
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        # The child inherits the listening socket: the port is ours from now on, and no other process can take it
+        # The child inherits the listening socket: the port is reserved from now on, and no other process can take it
         # between choosing and binding.
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
         process = subprocess.Popen(
             [sys.executable, "-m", "tasks.local_api", str(listener.fileno())],
             pass_fds=[listener.fileno()],
             stdin=subprocess.PIPE,  # closed when this process ends, however it ends: see _serve
-            start_new_session=True,  # Ctrl-C is for the flow; the server must live to hear of its end
+            start_new_session=True,  # Ctrl-C is for the flow; the server must live until its end is reported
             env={
                 **os.environ,
                 **get_current_settings().to_environment_variables(exclude_unset=True),
@@ -93,7 +93,7 @@ def _server() -> Generator[tuple[str, "_Ready"]]:
     try:
         yield url, _Ready(process, url)
     except (KeyboardInterrupt, SystemExit):
-        patience = HURRIED_SECONDS  # somebody waits; and one that is still starting doesn't listen yet
+        patience = HURRIED_SECONDS  # somebody waits; and a server that is still starting doesn't listen yet
         raise
     finally:
         _stop(process, patience)
@@ -136,11 +136,11 @@ def _client_settings(url: str) -> Generator[None]:
     before = os.environ.get("PREFECT_API_URL")
     os.environ["PREFECT_API_URL"] = url  # for the Ray workers, which inherit it
     try:
-        # A flow's end waits about 1 s for the heartbeat's thread; heartbeats are for runs that somebody supervises.
+        # A flow's end waits about 1 s for the heartbeat's thread; heartbeats are for supervised runs.
         with temporary_settings({PREFECT_API_URL: url}, set_defaults={PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
             yield
     finally:
-        drain_api_queues()  # before the server goes: at exit Prefect would try a dead API for a minute
+        drain_api_queues()  # before the server stops: at exit Prefect would try a dead API for a minute
         if before is None:
             del os.environ["PREFECT_API_URL"]
         else:
@@ -149,7 +149,7 @@ def _client_settings(url: str) -> Generator[None]:
 
 @contextmanager
 def _one_line_for_a_stop() -> Generator[None]:
-    """Whoever stopped the flow knows it: one line and exit code 1 instead of Prefect's traceback."""
+    """Print one line and exit with code 1 instead of Prefect's traceback: the user who stopped the flow knows why."""
     from prefect.exceptions import CancelledRun
 
     try:
@@ -160,7 +160,7 @@ def _one_line_for_a_stop() -> Generator[None]:
 
 @contextmanager
 def _sigterm_as_exit() -> Generator[None]:
-    """SIGTERM unwinds the stack, so that the `finally` blocks stop what was started; the default just dies."""
+    """Let SIGTERM unwind the stack, so that the `finally` blocks stop what was started; the default just dies."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -194,7 +194,7 @@ def _serve(listener: socket.socket) -> None:
         sys.stdin.buffer.read()
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(STOP_SECONDS)
-        os._exit(1)  # it was still starting, and heard nothing
+        os._exit(1)  # it was still starting, and didn't react
 
     threading.Thread(target=follow_parent, daemon=True).start()
     import uvicorn

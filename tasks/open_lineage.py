@@ -14,13 +14,13 @@ from tasks.store.reading import read_manifest
 
 
 def tell_start(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Hook for a flow run that begins."""
+    """Send the start of a flow run; a hook."""
     if is_configured():
         emit_start(flow.name, _record(flow_run), state.timestamp)
 
 
 def tell_end(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Hook for a flow run that is over, however it ended."""
+    """Send the end of a flow run, however it ended; a hook."""
     if not is_configured():
         return
     result: Any = state.result(raise_on_failure=False) if state.is_completed() else None

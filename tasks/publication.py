@@ -1,4 +1,4 @@
-"""The end of every flow: the report of a version that was judged, and its commit."""
+"""Last steps of every flow: the report of a judged version, and its commit."""
 
 from __future__ import annotations
 
@@ -38,29 +38,29 @@ from tasks.store.provenance import job_digest, package_versions
 from tasks.store.reservation import Reservation, find_manifest
 
 PUBLISHED = "training-data.version.published"
-"""Event of a version that readers see; automations and deployment triggers start from it."""
+"""Event of a version's publication; automations and deployment triggers start from it."""
 
 
 @dataclass(frozen=True, slots=True)
 class JudgedVersion:
-    """A version that is written, judged and reported, and not yet committed."""
+    """Version that is written, judged and reported, and not yet committed."""
 
     reservation: Reservation
     manifest: Manifest
     base: int | None = None
-    """Version that it carries something over from, as in `versions.commit`."""
+    """Number of the version that state is carried over from, as in `versions.commit`."""
 
 
 COMMITTING: list[JudgedVersion] = []
-"""Versions that this process has begun to commit, for the one who stops it and wants to know what was published."""
+"""Versions that this process has begun to commit, to report the published ones after a stop."""
 
 
 class Written(Protocol):
-    """What a job says of the version that it wrote."""
+    """Result of a job that wrote a version."""
 
     @property
     def reservation(self) -> Reservation:
-        """What it wrote under."""
+        """Reservation of the version."""
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
@@ -76,7 +76,7 @@ class Written(Protocol):
 
     @property
     def balances(self) -> tuple[RowBalance, ...]:
-        """Where the rows went."""
+        """Balances of the rows."""
 
     @property
     def profile(self) -> TableProfile:
@@ -85,7 +85,7 @@ class Written(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PublishedVersion:
-    """A version that readers see."""
+    """Published version."""
 
     dataset: str
     version: int
@@ -95,25 +95,25 @@ class PublishedVersion:
     rows: int
     balances: tuple[RowBalance, ...]
     notes: tuple[tuple[str, str], ...] = ()
-    """What else the one who ran the flow wants to know, each with a word that says what it is."""
+    """Further facts for the user who ran the flow, each with a label."""
 
 
 def run_record() -> RunRecord:
-    """The current flow run, for the manifest."""
+    """Return the current flow run, for the manifest."""
     return RunRecord(flow_run_id=str(flow_run.id), flow_run_name=flow_run.name, deployment=deployment.name)
 
 
 def write_report(report: Report, manifest: Manifest, reservation: Reservation, name: str | None = None) -> Manifest:
-    """Write the report's two files beside the data and its artifacts to Prefect; the manifest with their digests.
+    """Write the report's two files beside the data and its artifacts to Prefect; return the manifest with digests.
 
     Args:
-        report: The report.
-        manifest: The version's.
-        reservation: Where it is written.
-        name: What the artifacts' keys begin with; the last part of the dataset's name, if none is given.
+        report: Report to write.
+        manifest: Manifest of the version.
+        reservation: Reservation of the version.
+        name: Prefix of the artifacts' keys; the last part of the dataset's name, if omitted.
 
     Raises:
-        VersionConflict: a newer attempt exists, whose report stands in the same place.
+        VersionConflict: a newer attempt exists, whose report has the same path.
 
     """
     name = name or manifest.dataset.rpartition("/")[2]
@@ -138,15 +138,15 @@ def manifest_of(
     """Return the manifest of a version that is written and judged.
 
     Args:
-        written: What the job wrote.
+        written: Result of the job.
         gate: The gate's verdict.
-        config: The run's configuration; credentials never stand in it.
+        config: The run's configuration; it never contains credentials.
         run: The run.
         declaration: Digest of the declaration that made it.
-        more: Further fields of the manifest: inputs always, and whatever the kind of dataset has.
+        more: Further fields of the manifest: inputs always, and those of the kind of dataset.
 
     Raises:
-        BalanceError: rows don't balance, or the files hold others than were reported.
+        BalanceError: rows don't balance, or the files differ from the reports.
 
     """
     reservation = written.reservation
@@ -180,19 +180,19 @@ def judged_version(
     name: str | None = None,
     **report: Any,
 ) -> JudgedVersion:
-    """Let the gate of a judged version prove itself, write its report and show both in Prefect.
+    """Run the self-test of a version's gate, write the version's report and show both in Prefect.
 
     Args:
-        manifest: The version's.
-        reservation: Where it is written.
-        previous: The version that it is compared with.
+        manifest: Manifest of the version.
+        reservation: Reservation of the version.
+        previous: Manifest of the version it is compared with.
         self_test: Injects faults into a sample of the version and judges each; None leaves it out.
         base: As in `JudgedVersion`.
         name: As in `write_report`.
         report: Further fields of the report.
 
     Raises:
-        VersionConflict: a newer attempt exists, whose report has the same place.
+        VersionConflict: a newer attempt exists, whose report has the same path.
 
     """
     if self_test is not None:
@@ -205,19 +205,19 @@ def judged_version(
 
 
 def proven(manifest: Manifest, self_test: Callable[[], tuple[FaultResult, ...]]) -> Manifest:
-    """The manifest with what its gate makes of injected faults; the gate's verdict stays what it is.
+    """Return the manifest with the gate's self-test; the gate's verdict is unchanged.
 
-    A self-test that can't be made costs no version: it is reported as failed.
+    A self-test that can't be made doesn't fail the version: it is reported as failed.
 
     Args:
-        manifest: The version's, written and judged.
+        manifest: Manifest of the written and judged version.
         self_test: Injects faults into a sample of the version, and judges each.
 
     """
     log = get_run_logger()
     try:
         results = self_test()
-    except Exception as error:  # noqa: BLE001 - whatever it is, the version is whole and judged
+    except Exception as error:  # noqa: BLE001 - whatever the error, the version is whole and judged
         results = (failed(error),)
     unseen = blind(results)
     (log.warning if unseen else log.info)("%s: self-test: %s", manifest.dataset, summary(results))
@@ -228,9 +228,9 @@ def publish(judged: Sequence[JudgedVersion], root: str, cures: Mapping[str, str]
     """Commit all versions of a run, or none.
 
     Args:
-        judged: The versions.
+        judged: Versions of the run.
         root: Root of the store.
-        cures: What a user can do about a check that failed, by the check's name.
+        cures: Advice about a failed check, by the check's name.
 
     Raises:
         GateFailed: the gate failed a version; it is recorded as rejected, and nothing is published.
@@ -252,10 +252,10 @@ def publish(judged: Sequence[JudgedVersion], root: str, cures: Mapping[str, str]
 
 
 def announce(root: str, manifest: Manifest) -> None:
-    """Tell Prefect of a committed version, so that what waits for it starts.
+    """Tell Prefect of a committed version, so that waiting automations start.
 
-    Sent after the commit, and again by a retry that finds its version committed: what it starts must not mind. An API
-    that can't be reached costs the event, not the version.
+    Sent after the commit, and again by a retry that finds its version committed: automations must tolerate this. If the
+    API can't be reached, the event is lost, not the version.
     """
     uri = layout.version_uri(root, manifest.dataset, manifest.version)
     emit_event(
@@ -278,7 +278,7 @@ def announce(root: str, manifest: Manifest) -> None:
 
 
 def _rejected(version: JudgedVersion, failed: Sequence[JudgedVersion]) -> Manifest:
-    """The manifest of a version that isn't published, because it failed or because another of its run did."""
+    """Return the manifest of a version that isn't published, because it or another version of its run failed."""
     manifest = version.manifest
     if version in failed:
         return manifest
@@ -289,7 +289,7 @@ def _rejected(version: JudgedVersion, failed: Sequence[JudgedVersion]) -> Manife
 
 
 def _why(failed: Sequence[JudgedVersion], cures: Mapping[str, str]) -> str:
-    """Which checks failed, what cures them, and where to read more."""
+    """Describe the failed checks, their cures, and the location of the report."""
     checks = [
         (version.manifest.dataset, check)
         for version in failed
@@ -305,7 +305,7 @@ def _why(failed: Sequence[JudgedVersion], cures: Mapping[str, str]) -> str:
 
 
 def published(root: str, manifest: Manifest) -> PublishedVersion:
-    """A committed version, as flows give it to their callers."""
+    """Return a committed version in the form for flows' callers."""
     uri = layout.version_uri(root, manifest.dataset, manifest.version)
     return PublishedVersion(
         dataset=manifest.dataset,
@@ -320,7 +320,7 @@ def published(root: str, manifest: Manifest) -> PublishedVersion:
 
 
 def _blindness(manifest: Manifest) -> tuple[tuple[str, str], ...]:
-    """What the gate of a version doesn't notice, in a line for the one who ran the flow."""
+    """Describe the faults that a version's gate doesn't notice, in a line for the user who ran the flow."""
     unseen = blind(manifest.self_test)
     if not unseen:
         return ()
@@ -330,16 +330,16 @@ def _blindness(manifest: Manifest) -> tuple[tuple[str, str], ...]:
 
 
 def is_published(judged: JudgedVersion) -> bool:
-    """Ask the store whether a version stands there as this run has judged it."""
+    """Check in the store that a version is published as this run has judged it."""
     reservation = judged.reservation
     manifest = find_manifest(reservation.root, reservation.dataset, reservation.version)
     return manifest is not None and manifest.status == "published" and manifest.run == judged.manifest.run
 
 
 def committed_version(reservation: Reservation) -> PublishedVersion:
-    """The version that this run has published in an earlier attempt, which may have died before it told anybody.
+    """Return the version that an earlier attempt of this run has published, possibly without reporting it.
 
-    Nothing may be written under such a reservation any more: it would stand among what readers see.
+    Don't write under such a reservation any more: readers would see the files.
     """
     manifest = versions.resolve(reservation.root, reservation.dataset, reservation.version)
     announce(reservation.root, manifest)

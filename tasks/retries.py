@@ -1,7 +1,7 @@
-"""Which failures of a task are worth another try.
+"""Retry rules of tasks.
 
 A task writes `@task(**RETRY)`. Transient faults (the store's 5xx and time-outs, a lost Ray worker, node or object, a
-worker killed for memory) are retried with growing delays; anything else fails at once: bad input stays bad.
+worker killed for memory) are retried with growing delays; all other errors fail at once: bad input stays bad.
 """
 
 from collections.abc import Iterator
@@ -49,10 +49,10 @@ API_LOSSES = (
 
 
 def worth_retrying(error: BaseException) -> bool:
-    """Whether the same call may succeed later.
+    """Return True if the same call may succeed later.
 
-    An error that Ray carries from a worker is judged by what was raised there, and a wrapped one by its causes. One
-    of our own errors anywhere in that chain decides: it was raised on purpose, and the same input gives it again.
+    An error that Ray carries from a worker is judged by the original error, and a wrapped one by its causes. One of our
+    errors anywhere in that chain decides: it was raised on purpose, and the same input gives it again.
     """
     chain = list(causes(error))
     if any(isinstance(link, PipelineError) for link in chain):
@@ -64,16 +64,16 @@ def worth_retrying(error: BaseException) -> bool:
 
 @contextmanager
 def final_unless_transient(less_at_once: str) -> Iterator[None]:
-    """Around a flow's body: only what may pass another time starts the flow's own retries (Prefect has no condition).
+    """Allow the flow's retries only for transient errors of its body (Prefect has no condition for a flow's retries).
 
-    A lost worker does; bad input and a failed gate end the run at once. What libraries tell in a page of their own
-    becomes a sentence: that the store refused the credentials, or that a task's worker was killed for memory.
+    A lost worker is transient; bad input and a failed gate end the run at once. Long messages of libraries become a
+    sentence: that the store refused the credentials, or that a task's worker was killed for memory.
 
     Args:
-        less_at_once: What to do so that a task takes less memory.
+        less_at_once: User action that reduces a task's memory.
 
     Raises:
-        CredentialsRefused: the store refused them to a library that reads on its own.
+        CredentialsRefused: the store refused them to a library that reads directly.
         ResourceError: a task was lost for want of memory or disk.
 
     """
@@ -94,13 +94,13 @@ def final_unless_transient(less_at_once: str) -> Iterator[None]:
 
 
 def _told(error: BaseException, less_at_once: str) -> PipelineError | None:
-    """What a library's error means for the one who started the run, where that is known."""
+    """Return our error for a library's error, if its meaning for the user is known."""
     refused = refused_credentials(error)
     return refusal("the store", refused) if refused else explained_loss(error, less_at_once)
 
 
 def retry_condition(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
-    """Prefect's `retry_condition_fn`. A plain function: Prefect 3.8 takes any other callable for 'never'."""
+    """Decide on a retry for Prefect, which (3.8) takes a callable that isn't a plain function for 'never'."""
     error = state.data
     return isinstance(error, BaseException) and worth_retrying(error)
 

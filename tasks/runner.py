@@ -1,8 +1,8 @@
-"""How flows run their tasks on Ray: prefect-ray's task runner with five repairs.
+"""Task runner for flows on Ray: prefect-ray's with five repairs.
 
 Flows write `@flow(task_runner=ray_runner())`. The cluster is chosen when the flow run starts, not when its module is
-imported: RAY_ADDRESS, or a local Ray; one that the process already has (a notebook, a test, `local_stack`) is used and
-left running.
+imported: RAY_ADDRESS, or a local Ray; a Ray that already runs in the process (a notebook, a test, `local_stack`) is
+    used and left running.
 """
 
 import concurrent.futures
@@ -34,13 +34,13 @@ from tasks.store.settings import seconds_from_environment
 
 DRAIN_SECONDS = 10.0  # for the logs and events of one task at its end; usually about 0.1
 CANCEL_GRACE_SECONDS = 3.0  # a cancelled task may write its last logs before its worker is killed
-LISTEN_SECONDS = 0.5  # between two looks at whether a signal has come
+LISTEN_SECONDS = 0.5  # between two checks for a signal
 API_PATIENCE_SECONDS = 300.0  # a server's restart with its migrations takes a minute; PIPELINE_API_PATIENCE_SECONDS
 EVENT_DELAY_SECONDS = 2.0  # a task run is in the API only once the worker's first event has arrived
 
 
 def await_api(patience: float | None = None) -> None:
-    """Wait while the API is away, up to `patience` seconds; then whatever needs it says so itself.
+    """Wait while the API is unreachable, up to `patience` seconds; then the next request raises the error.
 
     None: PIPELINE_API_PATIENCE_SECONDS, or 300.
 
@@ -61,12 +61,12 @@ def await_api(patience: float | None = None) -> None:
 
 
 def ray_runner(task_options: Mapping[str, Any] | None = None) -> "RayJobRunner":
-    """The task runner of every flow here; `task_options` are Ray's remote options for all of the flow's tasks."""
+    """Return the task runner of every flow here; `task_options` are Ray's remote options for all the flow's tasks."""
     return RayJobRunner(task_options)
 
 
 def drain_api_queues(timeout: float = DRAIN_SECONDS) -> None:
-    """Send the logs and events that wait in this process; one shared registry holds both queues."""
+    """Send the queued logs and events of this process; one shared registry holds both queues."""
     # Each queue warns 'Still processing items' as soon as it is asked to stop with something in it.
     loggers = [logging.getLogger(name) for name in ("APILogWorker", "EventsWorker")]
     levels = [logger.level for logger in loggers]
@@ -80,7 +80,7 @@ def drain_api_queues(timeout: float = DRAIN_SECONDS) -> None:
 
 
 class RayJobFuture(PrefectRayFuture[Any]):  # type: ignore[misc]  # prefect_ray is untyped
-    """A task run on Ray whose crash also reaches the API."""
+    """Future of a task run on Ray whose crash also reaches the API."""
 
     def __init__(self, task_run_id: UUID, wrapped_future: Any, task: Any, flow_run: FlowRun | None) -> None:
         super().__init__(task_run_id=task_run_id, wrapped_future=wrapped_future)
@@ -110,11 +110,11 @@ class RayJobFuture(PrefectRayFuture[Any]):  # type: ignore[misc]  # prefect_ray 
             self._final_state = state
 
     def result(self, timeout: float | None = None, raise_on_failure: bool = True) -> Any:
-        """The task's return value.
+        """Return the task's result.
 
         Raises:
-            TimeoutError: it isn't there within `timeout` seconds.
-            Exception: whatever the task raised, or its crash, unless `raise_on_failure` is off.
+            TimeoutError: there is no result within `timeout` seconds.
+            Exception: the task's exception, or its crash, unless `raise_on_failure` is off.
         """
         self.wait(timeout)
         if self._final_state is None:
@@ -122,7 +122,7 @@ class RayJobFuture(PrefectRayFuture[Any]):  # type: ignore[misc]  # prefect_ray 
         return super().result(timeout=timeout, raise_on_failure=raise_on_failure)
 
     def done(self) -> bool:
-        """Whether Ray has the task's outcome."""
+        """Return True if Ray has the task's outcome."""
         return self._final_state is not None or bool(ray.wait([self.wrapped_future], timeout=0)[0])
 
     def record(self, state: State[Any]) -> None:
@@ -134,7 +134,7 @@ class RayJobFuture(PrefectRayFuture[Any]):  # type: ignore[misc]  # prefect_ray 
         try:
             with get_client(sync_client=True) as client:
                 if not self._set_state(client, plain):
-                    # Killed before its first event, or never started because what it waits for crashed.
+                    # Killed before its first event, or never started because its input crashed.
                     client.create_task_run(
                         self.task,
                         flow_run_id=self.flow_run.id if self.flow_run else None,
@@ -158,14 +158,14 @@ class RayJobFuture(PrefectRayFuture[Any]):  # type: ignore[misc]  # prefect_ray 
                     return False
                 time.sleep(0.1)
                 continue
-            # A cancelled worker may still have called itself Crashed (by an interrupt); a result in time stays.
+            # A cancelled worker may still have recorded itself as Crashed (by an interrupt); a result in time stays.
             if recorded is None or not recorded.is_final() or (state.is_cancelled() and recorded.is_crashed()):
                 client.set_task_run_state(self.task_run_id, state, force=True)
             return True
 
 
 class RayJobRunner(RayTaskRunner):  # type: ignore[misc]  # prefect_ray is untyped
-    """RayTaskRunner for tasks that drive Ray Data jobs.
+    """Variant of RayTaskRunner for tasks that drive Ray Data jobs.
 
     1. A task holds 0 CPUs. prefect-ray's default of 1 leaves none for the Ray Data job inside it, which then waits
        for ever ("Ray Data hangs inside a task": ray#34042, ray#44687).
@@ -175,12 +175,12 @@ class RayJobRunner(RayTaskRunner):  # type: ignore[misc]  # prefect_ray is untyp
        raises, of the flow for a lost worker.
     3. The log and event queues are drained when a task ends. Otherwise the last two seconds of logs die with the
        worker ("logs of Ray tasks are missing": prefect#14494, prefect#16016).
-    4. SIGTERM keeps Prefect's handler, and a flow that stops early cancels what still runs on Ray and records it as
+    4. SIGTERM keeps Prefect's handler, and a flow that stops early cancels its tasks on Ray and records them as
        Cancelled ("cancelled flow run shows as crashed, tasks go on": prefect#12688).
     5. `duplicate()` carries the options: Prefect runs each flow run on a duplicate, and prefect-ray's forgets what
        a subclass adds ("no resources per task": prefect#13010).
 
-    `task_options` are defaults: `with remote_options(...)` around a submit goes first.
+    `task_options` are defaults: `with remote_options(...)` around a submit takes precedence.
     """
 
     DEFAULT_TASK_OPTIONS: Mapping[str, Any] = {"num_cpus": 0, "max_retries": 0}
@@ -192,7 +192,7 @@ class RayJobRunner(RayTaskRunner):  # type: ignore[misc]  # prefect_ray is untyp
         self._terminal = ExitStack()
 
     def duplicate(self) -> Self:
-        """A runner with the same options, for one flow run."""
+        """Return a runner with the same options, for one flow run."""
         return type(self)(self.task_options)
 
     def __eq__(self, other: object) -> bool:
@@ -229,7 +229,7 @@ class RayJobRunner(RayTaskRunner):  # type: ignore[misc]  # prefect_ray is untyp
             drain_api_queues()
 
     def __enter__(self) -> Self:
-        # prefect-ray's own start reuses a Ray that is there; it never calls ray.init.
+        # prefect-ray's start reuses a running Ray; it never calls ray.init.
         api = PREFECT_API_URL.value()
         started = connect(env={"PREFECT_API_URL": api} if api else None)
         super().__enter__()
@@ -246,7 +246,7 @@ class RayJobRunner(RayTaskRunner):  # type: ignore[misc]  # prefect_ray is untyp
             super().__exit__(exc_type, exc, traceback)
 
     def _settle(self, exc: BaseException | None) -> None:
-        """Leave no task run behind that seems to run: the finished get their state, the others are cancelled."""
+        """Leave no task run in a running state: the finished get their state, the others are cancelled."""
         running = [future for future in self._futures if not future.done()]
         for future in self._futures:
             if future not in running:
@@ -264,9 +264,9 @@ class RayJobRunner(RayTaskRunner):  # type: ignore[misc]  # prefect_ray is untyp
             future.record(Cancelled(message=f"Cancelled on Ray: {reason}."))
 
     def _record_stop_by_hand(self, exc: BaseException) -> None:
-        """Call a flow run that somebody started and stopped at a terminal Cancelled; Prefect calls it Crashed.
+        """Record a flow run that was started and stopped at a terminal as Cancelled; Prefect records it as Crashed.
 
-        A deployed run is left to Prefect, which knows a cancel from a machine that goes away.
+        A deployed run is left to Prefect, which distinguishes a cancel from a lost machine.
         """
         flow_run = next((future.flow_run for future in self._futures), None)
         if flow_run is None or flow_run.deployment_id is not None:

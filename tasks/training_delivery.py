@@ -1,6 +1,6 @@
-"""The training-delivery flow's tasks. Thin: each names a step, reports progress and calls the pipeline.
+"""Tasks of the training-delivery flow. Thin: each names a step, reports progress and calls the pipeline.
 
-What a task gives to the next is a small frozen value; what it makes stands on storage.
+Tasks pass small frozen values; their output is on storage.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _CURES = {
 
 @task(name="find-source", cache_policy=NO_CACHE, **RETRY)
 def find_source(config: DeliveryConfig) -> Source:
-    """Find the published version and decide what is taken of it."""
+    """Find the published version and select the data to deliver."""
     source = find(config)
     get_run_logger().info(
         "%s v%d: %s rows, %s; target %s",
@@ -62,9 +62,9 @@ def find_source(config: DeliveryConfig) -> Source:
 
 @task(name="reserve-version", cache_policy=NO_CACHE, **RETRY)
 def reserve_version(config: DeliveryConfig, run_id: str) -> Reservation:
-    """Reserve the next version of the copy; what an earlier attempt left is removed.
+    """Reserve the next version of the copy; remove the files of an earlier attempt.
 
-    Called in the flow's own process, whose death frees the reservation.
+    Called in the flow's process, whose death frees the reservation.
     """
     reservation = reserve(config.root, layout.streaming_dataset(config.dataset_name), run_id)
     if not reservation.committed:
@@ -98,7 +98,7 @@ def validate_copy(source: Source, copy: StreamingReady, config: DeliveryConfig, 
         reservation,
         previous,
         (lambda: self_test(source, manifest, config, previous)) if config.self_test else None,
-        name=f"{config.dataset_name}-streaming",  # the source's own report has the plain name
+        name=f"{config.dataset_name}-streaming",  # the source's report has the plain name
         title=f"{config.dataset_name} v{manifest.version}, streaming-ready",
         rows=_samples(manifest),
         timings=copy.timings,
@@ -109,7 +109,7 @@ def validate_copy(source: Source, copy: StreamingReady, config: DeliveryConfig, 
 def publish_version(judged: JudgedVersion, root: str) -> PublishedVersion:
     """Commit the copy.
 
-    Called in the flow's own process: a commit is a conditional write, safe to repeat, but not to run in two places.
+    Called in the flow's process: a commit is a conditional write, safe to repeat, but not to run in two places.
 
     Raises:
         GateFailed: the gate failed the version; it is recorded as rejected.
@@ -121,19 +121,19 @@ def publish_version(judged: JudgedVersion, root: str) -> PublishedVersion:
 
 
 def committed_copy(reservation: Reservation) -> PublishedVersion:
-    """The copy that this run has published in an earlier attempt."""
+    """Return the copy that this run has published in an earlier attempt."""
     manifest = versions.resolve(reservation.root, reservation.dataset, reservation.version)
     return dataclasses.replace(committed_version(reservation), rows=_samples(manifest))
 
 
 def _samples(manifest: Manifest) -> int:
-    """Samples of a copy; a row of a table's copy is a block of them."""
+    """Return the samples of a copy; a row of a table's copy is a block of them."""
     return sum(manifest.definition["samples"].values())
 
 
 @task(name="train-model", tags=["ray-train"], cache_policy=NO_CACHE, **RETRY)
 def train_model(version: PublishedVersion, config: DeliveryConfig, run: RunRecord) -> PublishedVersion:
-    """Train on the copy through Ray Train, and report; tried again, it goes on from its last checkpoint."""
+    """Train on the copy through Ray Train, and report; a retry continues from the last checkpoint."""
     logger = get_run_logger()
     runs = layout.training_runs(config.root, config.dataset_name)
     name = f"v{version.version}-{run.flow_run_id}"
@@ -155,15 +155,15 @@ def train_model(version: PublishedVersion, config: DeliveryConfig, run: RunRecor
 
 @contextmanager
 def _epochs_counted(run_uri: str, done: Progress) -> Generator[None]:
-    """Count the epochs of a training that is under way, by what its workers have reported."""
+    """Count the epochs of a running training, by its workers' reports."""
     stop = threading.Event()
 
     def count() -> None:
         while not stop.wait(LOOK_SECONDS):
-            with suppress(Exception):  # a count that comes late is no reason to end a training
+            with suppress(Exception):  # a late count is no reason to end a training
                 done(len(read_records(run_uri)[0]) - done.done)
 
-    # A thread has no run of its own, and progress is shown in the current one.
+    # A thread has no run context, and progress is shown in the current run.
     thread = threading.Thread(target=contextvars.copy_context().run, args=(count,), daemon=True)
     thread.start()
     try:

@@ -1,4 +1,4 @@
-"""A flow's arguments: options made from its configuration model, and a YAML file of the same settings below them."""
+"""Command-line arguments of a flow: options from its configuration model, over a YAML file of the same settings."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ _CURES = {
     "missing": "give {max_length} values, separated by commas",
     "too_long": "give {max_length} values, separated by commas",
 }
-"""What to do about an error of pydantic's, by the beginning of its type."""
+"""Cure of a pydantic error, by the beginning of its type."""
 
 
 def parse_arguments(
     config_type: type[Config], argv: Sequence[str] | None = None, prog: str | None = None
 ) -> tuple[Config, bool]:
-    """The configuration from the command line and, below it, a YAML file; and whether --debug was given.
+    """Return the configuration from the command line and, below it, a YAML file; and whether --debug was given.
 
     Raises:
-        ConfigError: a value is wrong; names the option, the value and what is asked for.
+        ConfigError: a value is wrong; the message names the option, the value and the expected values.
         SystemExit: --help was given (0), or an option is unknown (2).
 
     """
@@ -71,7 +71,7 @@ def parse_arguments(
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line: forty lines of usage would push it out of sight."""
+        """Print one line: forty lines of usage would push it out of sight."""
         message = " ".join(message.split())
         unknown = message.removeprefix("unrecognized arguments: ").partition(" ")[0].partition("=")[0]
         close = difflib.get_close_matches(unknown, self._option_string_actions, n=1, cutoff=0.75)
@@ -82,7 +82,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Collect(argparse.Action):
-    """Keep every value that an option is given; of a switch, which of its two names was."""
+    """Action that keeps every value of an option; of a switch, which of its two names was given."""
 
     def __call__(
         self,
@@ -130,7 +130,7 @@ _METAVARS: dict[Any, str] = {int: "N", float: "X", tuple: "A,B", dict: "JSON", B
 
 
 def _fields(model: type[BaseModel], prefix: Path = ()) -> Iterator[tuple[Path, FieldInfo]]:
-    """Every setting with its place in the configuration, those within others after them."""
+    """Yield every setting with its path in the configuration; nested settings follow their parents."""
     nested = []
     for name, field in model.model_fields.items():
         inner = _model(field)
@@ -149,7 +149,7 @@ def _model(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def _kind(field: FieldInfo) -> Any:
-    """What a setting holds, as far as its text must be taken apart: bool, tuple, dict, BaseModel; or another type."""
+    """Return the type of a setting as far as its text must be split: bool, tuple, dict, BaseModel; or another type."""
     if _model(field) is not None:
         return BaseModel
     kinds = [kind for kind in _members(field.annotation) if kind is not types.NoneType]
@@ -157,7 +157,7 @@ def _kind(field: FieldInfo) -> Any:
 
 
 def _members(annotation: Any) -> list[Any]:
-    """The types of a union, without what they are annotated with."""
+    """Return the members of a union, without annotations."""
     if hasattr(annotation, "__metadata__"):
         return _members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
@@ -177,7 +177,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _values(config_type: type[BaseModel], given: Mapping[str, list[Any]]) -> dict[str, Any]:
-    """The settings that the command line gives, as the model takes them."""
+    """Return the settings of the command line, as the model takes them."""
     values: dict[str, Any] = {}
     for path, field in _fields(config_type):
         texts = given.get(".".join(path))
@@ -252,7 +252,7 @@ def _read_file(path: str) -> dict[str, Any]:
 
 
 def _expanded(path: str, value: Any) -> Any:
-    """A value of the file with the environment's variables in it."""
+    """Return a value of the file with environment variables expanded."""
     if isinstance(value, dict):
         return {str(name): _expanded(path, part) for name, part in value.items()}
     if isinstance(value, list):
@@ -266,7 +266,7 @@ def _expanded(path: str, value: Any) -> Any:
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    """Values of `above` laid over `below`; only nested settings are merged, mappings of columns are replaced."""
+    """Lay the values of `above` over `below`; only nested settings are merged, mappings of columns are replaced."""
     merged = {**below, **above}
     for name, field in model.model_fields.items():
         inner = _model(field)
@@ -276,7 +276,7 @@ def _merge(below: dict[str, Any], above: dict[str, Any], model: type[BaseModel])
 
 
 def _explain(fault: ValidationError, config_type: type[BaseModel], values: Mapping[str, Any], file: str | None) -> str:
-    """Each wrong value as option, value and cure; and the file, where it stands there."""
+    """Describe each wrong value as option, value and cure; and the file, if the value is in it."""
     sentences: dict[str, str] = {}
     for error in fault.errors():
         location = [part for part in error["loc"] if isinstance(part, str)]
@@ -285,13 +285,13 @@ def _explain(fault: ValidationError, config_type: type[BaseModel], values: Mappi
         else:
             sentence = _sentence(_option(location) if location else "", error)
         place = f" (in {file})" if file is not None and not _has(values, location) else ""
-        if error["type"] == "missing" or ".".join(location) not in sentences:  # how many are needed says more
+        if error["type"] == "missing" or ".".join(location) not in sentences:  # it says how many are needed
             sentences[".".join(location)] = f"{sentence}{place}"
     return "; ".join(sentences.values())
 
 
 def _has(values: Any, location: Sequence[str]) -> bool:
-    """Whether the command line gives a setting, or one of those within it."""
+    """Return True if the command line gives a setting, or one nested in it."""
     for part in location:
         if not isinstance(values, Mapping) or part not in values:
             return False
@@ -309,11 +309,11 @@ def _unknown(location: Sequence[str], model: type[BaseModel]) -> str:
 
 def _sentence(option: str, error: Mapping[str, Any]) -> str:
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
-    if kind == "missing":  # of the places of a tuple the last one
+    if kind == "missing":  # the last place of a tuple
         context = {"max_length": error["loc"][-1] + 1}
     if kind == "value_error":
         told = str(context["error"])
-        # Ours names the value itself, and leaves out what may be a password.
+        # Our message names the value itself, and leaves out possible passwords.
         parts = value if isinstance(value, list) else [value]
         named = (
             isinstance(context["error"], PipelineError)

@@ -1,6 +1,6 @@
-"""What one asks of the store at a terminal, such as `python -m flows.feature_store get NAME KEY…`.
+"""Commands about the store, such as `python -m flows.feature_store get NAME KEY…`.
 
-Every flow's module takes these commands: they are about datasets of all kinds.
+Every flow's module accepts these commands: they work on datasets of all kinds.
 
 Exit codes: 0 done, 1 not found or refused (one sentence on stderr, with the cure), 2 wrong arguments. Nothing here
 starts Ray or Prefect, and each command imports what it needs.
@@ -24,11 +24,11 @@ Added = Callable[[str, Command, str], argparse.ArgumentParser]
 
 
 def run(argv: Sequence[str], prog: str = PROG) -> int:
-    """Run one command; its answer goes to stdout.
+    """Run one command and print its answer to stdout.
 
     Args:
         argv: The command and its arguments.
-        prog: How the program was called, for help and errors.
+        prog: Name of the program, for help and errors.
 
     Returns:
         The exit code.
@@ -41,7 +41,7 @@ def run(argv: Sequence[str], prog: str = PROG) -> int:
     try:
         result: int = arguments.command(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader, such as head, closed the pipe
         sys.stderr.close()
         return 0
     except InputError as fault:
@@ -63,7 +63,7 @@ def _complain(fault: BaseException, code: int) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and the closest command."""
+    """Parser that reports an error in one line, with the closest command."""
 
     def error(self, message: str) -> NoReturn:
         close: list[str] = []

@@ -1,4 +1,4 @@
-"""The commands that look: each prints its answer and gives the exit code."""
+"""Read-only commands: each prints its answer and returns the exit code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tasks.training_sets.freshness import STATUS
 
 
 def list_datasets(arguments: Namespace) -> int:
-    """Every dataset."""
+    """List every dataset."""
     found = catalogue.summaries(arguments.root)
     if arguments.json:
         print(as_json(found))
@@ -49,7 +49,7 @@ def list_datasets(arguments: Namespace) -> int:
 
 
 def describe(arguments: Namespace) -> int:
-    """One dataset: its versions, and the columns of one."""
+    """Describe one dataset: its versions, and the columns of one version."""
     dataset = find_dataset(arguments.root, arguments.name)
     versions = catalogue.version_summaries(arguments.root, dataset)
     one = catalogue.describe(arguments.root, dataset, arguments.version)
@@ -105,7 +105,7 @@ def describe(arguments: Namespace) -> int:
 
 
 def get(arguments: Namespace) -> int:
-    """The newest features of some entities."""
+    """Show the newest features of some entities."""
     from tasks.serving.feature_store import FeatureStore
     from tasks.serving.redis import RedisLookup
 
@@ -145,7 +145,7 @@ def get(arguments: Namespace) -> int:
 
 
 def diff(arguments: Namespace) -> int:
-    """What differs between two versions."""
+    """Show the differences between two versions."""
     root, dataset = arguments.root, find_dataset(arguments.root, arguments.name)
     found = compare(*(read_manifest(root, dataset, version) for version in (arguments.before, arguments.after)))
     if arguments.json:
@@ -202,7 +202,7 @@ def _show_columns(found: Difference) -> None:
 
 
 def watermarks(arguments: Namespace) -> int:
-    """How far each feature group has come."""
+    """Show the watermark of each feature group."""
     from tasks.features.incremental import watermark
 
     groups = [one for one in catalogue.summaries(arguments.root) if one.kind == "features"]
@@ -218,7 +218,7 @@ def watermarks(arguments: Namespace) -> int:
 
 
 def lineage(arguments: Namespace) -> int:
-    """What a version was made from."""
+    """Show the lineage of a version."""
     from tasks.store.lineage import trace
 
     dataset = find_dataset(arguments.root, arguments.name)
@@ -232,7 +232,7 @@ def lineage(arguments: Namespace) -> int:
 
 
 def _exact(value: object) -> object:
-    """A feature's value with all its digits."""
+    """Return a feature's value with all its digits."""
     return value if value is None or isinstance(value, bool | dt.datetime) else str(value)
 
 

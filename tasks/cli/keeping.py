@@ -1,4 +1,4 @@
-"""The commands that change the store, or say what a change would do: each prints its answer and gives the exit code."""
+"""Commands that change the store, or preview a change: each prints its answer and returns the exit code."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def rollback(arguments: Namespace) -> int:
 
 
 def prune(arguments: Namespace) -> int:
-    """Show or delete versions that may go."""
+    """Show or delete the versions that may be deleted."""
     root = arguments.root
     datasets = [find_dataset(root, arguments.name)] if arguments.name else list_datasets(root)
     age = _age(arguments.older_than) if arguments.older_than else None
@@ -110,7 +110,7 @@ def _show_versions(chosen: Sequence[retention.Prunable]) -> None:
 
 
 def _unfinished_uploads(root: str) -> list[Upload]:
-    """Uploads to S3 of killed runs; where nobody may look for them the rest can be pruned all the same."""
+    """Return uploads to S3 of killed runs; without permission to list them the rest is pruned all the same."""
     try:
         return unfinished_uploads(root, dt.datetime.now(dt.UTC) - retention.CUT_OFF_AFTER)
     except PermissionError as error:
@@ -132,7 +132,7 @@ def export(arguments: Namespace) -> int:
 
 
 def plan(arguments: Namespace) -> int:
-    """What changed definitions would do to the store and to models."""
+    """Show the effect of changed definitions on the store and on models."""
     from tasks.features.loading import load_definitions
     from tasks.features.standard import STANDARD
     from tasks.serving.changes import plan_changes
@@ -149,7 +149,7 @@ def plan(arguments: Namespace) -> int:
 
 
 def _made_from(root: str, dataset: str, version: int) -> list[str]:
-    """Live versions of other datasets that were made from a version."""
+    """Return live versions of other datasets that were made from a version."""
     return [
         f"{other} v{one.version}"
         for other in list_datasets(root)

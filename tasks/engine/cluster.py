@@ -1,7 +1,7 @@
-"""Where Ray runs, and the settings it runs with.
+"""Connection to Ray, local or remote, and its settings.
 
 The address comes from RAY_ADDRESS on purpose: with no address at all, `ray.init` joins whatever cluster happens to
-run on the host. Without RAY_ADDRESS the pipelines start a Ray of their own and stop it afterwards.
+run on the host. Without RAY_ADDRESS the pipelines start their own Ray and stop it afterwards.
 
 Worker environment. A local Ray inherits the environment of the process that starts it, so AWS_* credentials reach its
 workers by themselves, and the few variables that workers need are set only while `ray.init` runs. (A runtime_env would
@@ -30,15 +30,15 @@ from tasks.io.errors import ConfigError
 
 NAMESPACE = "training-data"
 
-# Reservation sets a share of the CPUs aside for each operator of a Ray Data plan. A fused plan has two or three, so
-# that on a few CPUs about one task runs at a time (16 tasks of 0.15 s on 2 CPUs: 2.75 s with it, 1.36 s without).
-# It also is the memory back-pressure between operators: from this size on it costs little, and it stays on.
+# The reservation sets a share of the CPUs aside for each operator of a Ray Data plan. A fused plan has two or three, so
+# that on a few CPUs about one task runs at a time (16 tasks of 0.15 s on 2 CPUs: 2.75 s with it, 1.36 s without). It is
+# also the memory back-pressure between operators: from this size on it costs little, so it is left on.
 RESERVATION_FROM_CPUS = 8
 
 LOST_WORKER_RETRIES = 3
-"""Times that Ray runs a task again whose worker has died; a task that kills each of its workers must end some time."""
+"""Times that Ray runs a task again after its worker died; bounded, as a task may kill each of its workers."""
 
-# Workers killed for memory are counted apart, and by Ray's default without end. The caller's setting goes first.
+# Ray counts workers killed for memory apart, by default without end. The caller's setting takes precedence.
 _OOM_RETRIES = "RAY_task_oom_retries"
 
 _WORKER_ENV = {
@@ -51,12 +51,12 @@ _SECRET_MARKS = ("KEY", "SECRET", "TOKEN", "PASSWORD", "AUTH")
 
 
 def cluster_address() -> str | None:
-    """RAY_ADDRESS, or None where it is unset or empty: then the pipelines start a local Ray."""
+    """Return RAY_ADDRESS, or None if it is unset or empty: then the pipelines start a local Ray."""
     return os.environ.get("RAY_ADDRESS", "").strip() or None
 
 
 def worker_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The variables that every Ray worker needs; some are passed on when the driver has them.
+    """Return the variables that every Ray worker needs; some are passed on if the driver has them.
 
     Raises:
         ConfigError: `extra` names a credential, which would be readable in the dashboard of a remote cluster.
@@ -78,7 +78,7 @@ def _retries_for_memory() -> dict[str, str]:
 def init_options(
     *, num_cpus: int | None = None, object_store_memory: int | None = None, env: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Arguments for `ray.init`, for the cluster that `cluster_address` names.
+    """Return the arguments for `ray.init`, for the cluster that `cluster_address` names.
 
     `num_cpus` and `object_store_memory` (bytes; PIPELINE_OBJECT_STORE_BYTES if not given) size a local Ray only: a
     remote cluster has its own. Prefer `connect`, which also gives a local Ray's workers their environment.
@@ -105,9 +105,9 @@ def init_options(
 def connect(
     *, num_cpus: int | None = None, object_store_memory: int | None = None, env: Mapping[str, str] | None = None
 ) -> bool:
-    """Join the cluster or start a local Ray; True if this call did it, False if the process already had one.
+    """Join the cluster or start a local Ray; return True if this call did it, False if the process already had one.
 
-    Whoever gets True calls `ray.shutdown()`. The process's SIGTERM handler stays as it was: `ray.init` replaces it by
+    The caller that gets True calls `ray.shutdown()`. The process's SIGTERM handler is kept: `ray.init` replaces it by
     one that exits at once, so that a cancelled flow run would be recorded as crashed.
 
     Raises:
@@ -137,9 +137,9 @@ def connect(
 
 
 def _plain_worker_output(local: bool) -> None:
-    """What workers print reaches this process's console: without colour codes where that is a file or a pipe.
+    """Print workers' output to this process's console, without colour codes if that is a file or a pipe.
 
-    On a local Ray also without '(name pid=…)' before each line: a log line names its task run itself. (Ray reads its
+    On a local Ray omit '(name pid=…)' before each line, too: a log line names its task run itself. (Ray reads its
     variable for that when it is imported, which is too early for us.)
     """
     if not sys.stderr.isatty():
@@ -149,26 +149,26 @@ def _plain_worker_output(local: bool) -> None:
 
 
 def cluster_cpus() -> int:
-    """CPUs of the whole connected cluster, at least 1."""
+    """Return the CPUs of the whole connected cluster, at least 1."""
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return max(1, int(resources.get("CPU", 1)))
 
 
 def object_store_bytes() -> int:
-    """Object store of the whole connected cluster, bytes."""
+    """Return the object store size of the whole connected cluster, bytes."""
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return int(resources.get("object_store_memory", 0))
 
 
 def dashboard_url() -> str | None:
-    """Web address of the cluster's dashboard, or None where it has none."""
+    """Return the web address of the cluster's dashboard, or None if it has none."""
     node = ray._private.worker._global_node
     found = getattr(node, "webui_url", None) if node is not None else None
     return f"http://{found}" if found and not found.startswith("http") else found or None
 
 
 def nodes() -> list[dict[str, Any]]:
-    """The cluster's nodes and what each has: CPUs, GPUs, memory and object store (GiB)."""
+    """Return the cluster's nodes with their CPUs, GPUs, memory and object store (GiB)."""
     found = []
     for node in ray.nodes():  # type: ignore[no-untyped-call]
         resources = node["Resources"]
@@ -187,7 +187,7 @@ def nodes() -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def data_context(cpus: int | None = None, **more: Any) -> Iterator[Any]:
-    """Ray Data's settings for one job, restored afterwards; yields the DataContext.
+    """Set Ray Data's settings for one job and restore them afterwards; yield the DataContext.
 
     A Dataset copies the context when it is created, so create it inside.
 
@@ -204,26 +204,26 @@ def data_context(cpus: int | None = None, **more: Any) -> Iterator[Any]:
     settings = {
         "op_resource_reservation_enabled": (cpus or cluster_cpus()) >= RESERVATION_FROM_CPUS,
         "enable_progress_bars": sys.stderr.isatty(),
-        # Else a map function's error arrives as UserCodeException, its cause only as text: nobody could tell a
-        # transient fault of the store from bad input.
+        # Otherwise a map function's error arrives as UserCodeException with its cause only as text: a transient fault
+        # of the store couldn't be told from bad input.
         "raise_original_map_exception": True,
         **more,
     }
     before = {name: getattr(context, name) for name in settings}
-    # Each job announces its start, plan and end on the console; Ray's own log file keeps them.
+    # Each job announces its start, plan and end on the console; Ray's log file keeps them.
     consoles = [handler for handler in logging.getLogger("ray.data").handlers if isinstance(handler, PlainRayHandler)]
     levels = [handler.level for handler in consoles]
     for name, value in settings.items():
         setattr(context, name, value)
     for handler in consoles:
         handler.setLevel(logging.WARNING)
-    # Warnings in each worker, said by these calls: that bars are off, and that the job will hang where no CPU is free,
-    # as it happens for a moment between two jobs.
+    # Mark two warnings of each worker as logged: that bars are off, and that the job will hang if no CPU is free, which
+    # happens for a moment between two jobs.
     for warning in ("ray_data_progress_manager_disabled", "cpu_warning"):
         log_once(warning)
     try:
         with warnings.catch_warnings():
-            # `max_retries` has no other way to a job's tasks, and Ray Data's own is to try for ever.
+            # No other argument sets `max_retries` of a job's tasks; Ray Data's default is to retry for ever.
             warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
             yield context
     finally:
@@ -238,20 +238,20 @@ def _share_workers() -> None:
 
     Ray Data runs the two halves of a shuffle under runtime_envs of their own, and Ray shares no worker between
     different ones: on few CPUs each step would end the workers of the last one and start its own, some seconds every
-    time (a shuffle of 8 rows: 4.9 s, with shared workers 0.2 s). What it separates them for: memory that one step maps
-    counts in the other's resident size, too.
+    time (a shuffle of 8 rows: 4.9 s, with shared workers 0.2 s). The cost: memory that one step maps counts in the
+    other's resident size, too.
     """
     from ray.data._internal.execution.operators import hash_shuffle_v2
     from ray.data._internal.execution.operators.shuffle_operators import shuffle_reduce_operator
 
-    # Both are read anew for each plan. There is no setting for it in Ray 2.60, which pyproject.toml pins.
+    # Both are read for each plan. Ray 2.60, which pyproject.toml pins, has no setting for it.
     hash_shuffle_v2._SHUFFLE_MAP_RUNTIME_ENV.clear()
     shuffle_reduce_operator._SHUFFLE_REDUCE_RUNTIME_ENV.clear()
 
 
 @contextlib.contextmanager
 def explained_versions(address: str) -> Generator[None]:
-    """Turn Ray's refusal of another Ray or Python version into a ConfigError that says what to do.
+    """Turn Ray's refusal of another Ray or Python version into a ConfigError with the cure.
 
     Raises:
         ConfigError: driver and cluster at `address` don't run the same versions.
@@ -281,7 +281,7 @@ def _object_store_bytes() -> int | None:
 
 @contextlib.contextmanager
 def environment(variables: Mapping[str, str]) -> Generator[None]:
-    """Variables of this process's environment for a while."""
+    """Set variables of this process's environment, and restore them afterwards."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -296,7 +296,7 @@ def environment(variables: Mapping[str, str]) -> Generator[None]:
 
 @contextlib.contextmanager
 def handler_kept(number: int) -> Generator[None]:
-    """Restore the process's handler of a signal afterwards: Ray replaces some and leaves its own behind."""
+    """Restore the process's handler of a signal afterwards: Ray replaces some and doesn't restore them."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return

@@ -2,13 +2,13 @@
 
     parts ─ map_batches(read) ─ repartition(keys=[partition]) ─ map_batches(compute) ─ reports and tables
 
-What travels is packed: all rows that go from one part to one bucket are one row of Ray Data, an Arrow stream in a
-binary column. So blocks of several sources and of several groups share a plan, categories and exact types arrive as
-they were sent, and the shuffle moves few large values: on 10 million rows of transactions, packing and moving them
-takes as much CPU time as reading them.
+Rows are packed for the shuffle: all rows that go from one part to one bucket are one row of Ray Data, an Arrow stream
+in a binary column. So blocks of several sources and of several groups share a plan, categories and exact types are
+preserved, and the shuffle moves few large values: on 10 million rows of transactions, packing and moving them takes as
+much CPU time as reading them.
 
-What the functions report (counts, files, profiles) travels beside the rows, pickled: it is made and read by our own
-processes within one job.
+Reports of the functions (counts, files, profiles) travel beside the rows, pickled: only our own processes make and read
+them, within one job.
 """
 
 from __future__ import annotations
@@ -46,43 +46,43 @@ Int64Array = npt.NDArray[np.int64]
 Progress = Callable[[int], None]
 
 MAX_BLOCKS = 512
-"""Blocks that a plan begins with, on up to 128 CPUs: a block may hold several parts. Each takes 45 KB of the driver."""
+"""Blocks at the start of a plan, on up to 128 CPUs: a block may hold several parts. Each takes 45 KB of the driver."""
 
 PARTITION_BYTES = 64 * 2**20
-"""Packed rows that one reducing task maps, about."""
+"""Packed rows for one reducing task, approximate bytes."""
 
 MIN_BATCH_BYTES, MAX_BATCH_BYTES = 16 * 2**20, 2**30
-"""Packed rows that one mapping task of the shuffle takes; Ray Data's own bound is the second."""
+"""Bytes of packed rows for one mapping task of the shuffle; the second is Ray Data's default bound."""
 
 MAX_PARTITIONS = 1024
-"""Each mapping task of the shuffle has an object for each partition."""
+"""Most partitions of a shuffle: each mapping task makes one object a partition."""
 
 MAX_SHARDS = 2**15
-"""Such objects in all, as long as mapping tasks aren't larger than they may be: the driver takes 20 KB for each."""
+"""Most such objects in all, unless mapping tasks would be too large: the driver takes 20 KB for each."""
 
 FETCH_SECONDS = 60.0
-"""How long a task of a shuffle's second half waits for some of its rows: what a dead node held may never come."""
+"""Time that a task of a shuffle's second half waits for some of its rows: rows of a dead node may never come."""
 
 NODE_PATIENCE_SECONDS = 300.0
-"""How long a plan that has lost a node may come no further."""
+"""Time that a plan that has lost a node may make no progress."""
 
 _KEY, _BUCKET, _INDEX, _ROWS = "partition", "bucket", "index", "rows"
 _VALUE, _REPORT, _DATA = "value", "report", "data"
 _ADVICE = "\nFailed to apply UDF transform"
-"""How what Ray Data adds to an error's message begins: how to have it retried, which isn't for our users."""
+"""Beginning of the text that Ray Data appends to an error: advice on retries, which isn't for our users."""
 
 _NOTE = -1
-"""Bucket of a row that isn't packed rows, but what a part reports."""
+"""Bucket number of a row that holds a part's report instead of packed rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What the steps of a job work on one by one.
+    """Input of a job's steps, processed part by part.
 
     Attributes:
-        count: How many there are. A step's function gets a part's number first.
-        values: What it gets besides; None: nothing.
-        tables: The tables of a shuffle, of which it gets the one of its bucket.
+        count: Number of parts. A step's function gets a part's number first.
+        values: Second argument of the function, by part; None: no argument.
+        tables: Tables of a shuffle; the function gets the one of its bucket.
     """
 
     count: int
@@ -90,9 +90,9 @@ class Parts:
     tables: ray.data.Dataset | None = None
 
     def dataset(self, context: Any) -> ray.data.Dataset:
-        """Return them as a dataset, a few in each block, that is executed with the settings of a DataContext."""
+        """Return the parts as a dataset, a few in each block, that is executed with the settings of a DataContext."""
         if self.tables is not None:
-            # A dataset keeps the settings of the moment that it was made, and what is derived from it has them, too.
+            # A dataset keeps the settings at the time it was made, and so do datasets derived from it.
             vars(self.tables.context).update(vars(context.copy()))
             return self.tables
         blocks = min(self.count, max(MAX_BLOCKS, 4 * cluster_cpus()))
@@ -109,11 +109,11 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Shuffled(Generic[Note, Summary]):
-    """What a shuffle gives.
+    """Result of a shuffle.
 
     Attributes:
-        notes: What was reported of each part, in order.
-        summaries: What was reported of each bucket, in order.
+        notes: Report of each part, in order.
+        summaries: Report of each bucket, in order.
         carried: Rows that each part sent, by lane, shape (parts, lanes).
         rows: Rows of each bucket's table, shape (buckets,).
         tables: The buckets' tables, held in Ray's object store: parts of a further step.
@@ -134,18 +134,18 @@ def mapped(
     actors: int | None = None,
     num_gpus: float = 0,
 ) -> Iterator[Result]:
-    """Run a function on each part in Ray tasks of one CPU; results come as they are finished, in any order.
+    """Run a function on each part in Ray tasks of one CPU; yield results as they finish, in any order.
 
     Args:
         source: The parts.
-        function: What to run.
+        function: Function to run.
         name: Name of the step in Ray Data's plan and progress.
-        actors: Run it in a pool of so many processes that live as long as the step; None: in tasks.
+        actors: Number of processes of a pool that lives as long as the step; None: run in tasks.
         num_gpus: GPUs that a task or process needs.
 
     Raises:
-        PipelineError: What the function raised on purpose.
-        RayTaskError: It failed otherwise, or its worker died each time.
+        PipelineError: the function raised it on purpose.
+        RayTaskError: the function failed otherwise, or its worker died each time.
     """
 
     def run(block: pa.Table) -> Iterator[pa.Table]:
@@ -159,13 +159,13 @@ def mapped(
             run if actors is None else type(name, (_Runner,), {}),
             **_options(name, run, actors=actors, num_gpus=num_gpus),
         )
-        # What comes back was made by our own tasks a moment ago, so it may be unpickled.
+        # Our own tasks made the result a moment ago, so it may be unpickled.
         for row in step.iter_rows():
             yield pickle.loads(row[_DATA])  # noqa: S301
 
 
 class _Runner:
-    """A function in a process that lives as long as the step: what it loads once stays loaded."""
+    """Function in a process that lives as long as the step: it loads its state once."""
 
     def __init__(self, run: Callable[[pa.Table], Iterator[pa.Table]]) -> None:
         self._run = run
@@ -196,20 +196,20 @@ def shuffle(
         buckets: Number of buckets.
         scatter: Part number (and its table) → a note and one frame a bucket, of Polars or Arrow.
         gather: Bucket number and its frames by part, in the parts' order → a summary and a table. Frames without rows
-            don't travel, but for those of the parts in `typed`.
-        names: Of the two steps, in Ray Data's plan and progress.
-        volume: Bytes of all frames, about.
-        lanes: Parts of equal length that the buckets are counted in.
+            don't travel, except those of the parts in `typed`.
+        names: Names of the two steps, in Ray Data's plan and progress.
+        volume: Approximate bytes of all frames.
+        lanes: Number of equal ranges that the buckets are divided into for counting.
         typed: Parts whose frames travel even without rows, for their columns.
         on_scattered: Called with numbers of parts as they are done.
         on_gathered: Called with numbers of buckets as they are done.
-        on_note: Called with each note as it arrives, in any order, to take from it what needn't be kept.
+        on_note: Called with each note as it arrives, in any order, to remove what needn't be kept.
         on_summary: Called with each summary, likewise.
 
     Raises:
-        BalanceError: Rows that were sent didn't arrive, or others did.
-        PipelineError: What `scatter` or `gather` raised on purpose.
-        RayTaskError: They failed otherwise, or their workers died each time.
+        BalanceError: rows that were sent didn't arrive, or others did.
+        PipelineError: `scatter` or `gather` raised it on purpose.
+        RayTaskError: they failed otherwise, or their workers died each time.
     """
     count = source.count
     assert typed or not count, "a bucket knows its columns from the frames that were sent to it"
@@ -230,7 +230,7 @@ def shuffle(
         for (bucket,) in _items(block):
             yield _result(bucket, {}, *gather(bucket, {}))
 
-    compression = "none" if len(nodes()) == 1 else "lz4"  # on one machine nothing goes over a network
+    compression = "none" if len(nodes()) == 1 else "lz4"  # one machine needs no network
     settings: dict[str, Any] = {
         "shuffle_input_batch_bytes": _batch_bytes(volume, partitions),
         "shuffle_compression": compression,
@@ -253,11 +253,11 @@ def shuffle(
 
 @contextlib.contextmanager
 def original_errors() -> Iterator[None]:
-    """Around a Ray job: raise what a task of ours raised on purpose as it was, not buried in a worker's traceback."""
+    """Raise errors that our tasks raised on purpose as they were, not buried in a worker's traceback."""
     try:
         yield
     except Exception as fault:
-        # Ray raises an error that is of our class, too, but has the traceback for its message.
+        # Ray's error is also an instance of our class, but has the traceback as its message.
         ours = next(
             (link for link in causes(fault) if isinstance(link, PipelineError) and not isinstance(link, RayTaskError)),
             None,
@@ -271,9 +271,9 @@ def original_errors() -> Iterator[None]:
 
 
 def partition_keys(partitions: int) -> list[int]:
-    """Return for each partition a key that Ray Data's shuffle brings there.
+    """Return a key for each partition that Ray Data's shuffle brings there.
 
-    Keys that are just numbered would meet by chance: of eight partitions three would get no row.
+    Keys that are just numbered would collide by chance: of eight partitions three would get no row.
     """
     found: dict[int, int] = {}
     for first in itertools.count(0, 4 * partitions):
@@ -292,13 +292,13 @@ def _partition_count(buckets: int, volume: int) -> int:
 
 
 def _batch_bytes(volume: int, partitions: int) -> int:
-    """Bytes that a mapping task of the shuffle takes: enough tasks for all CPUs, and not too many objects."""
+    """Return the bytes for one mapping task of the shuffle: enough tasks for all CPUs, and not too many objects."""
     tasks = min(2 * cluster_cpus(), MAX_SHARDS // partitions)
     return min(max(volume // tasks, MIN_BATCH_BYTES), MAX_BATCH_BYTES)
 
 
 def _options(name: str, function: Any, *, actors: int | None = None, num_gpus: float = 0) -> dict[str, Any]:
-    """Options of a `map_batches` whose step is called `name`."""
+    """Return the options of a `map_batches` whose step is called `name`."""
     function.__name__ = name
     options: dict[str, Any] = {
         "batch_size": None,
@@ -308,7 +308,7 @@ def _options(name: str, function: Any, *, actors: int | None = None, num_gpus: f
     }
     if num_gpus:
         options["num_gpus"] = num_gpus
-    # Ray Data would try for ever, also what kills each of its workers.
+    # Ray Data would retry for ever, also a task that kills each of its workers.
     if actors is None:
         return {**options, "max_retries": LOST_WORKER_RETRIES}
     return {
@@ -320,7 +320,7 @@ def _options(name: str, function: Any, *, actors: int | None = None, num_gpus: f
 
 
 def _items(block: pa.Table) -> Iterator[tuple[Any, ...]]:
-    """The parts in a block: their numbers, with their values if they have some, or buckets and their tables."""
+    """Yield the parts in a block: their numbers, with their values if they have some, or buckets and their tables."""
     if _VALUE in block.column_names:
         for index, value in zip(block[_INDEX].to_pylist(), block[_VALUE].to_pylist(), strict=True):
             yield index, pickle.loads(value)  # noqa: S301 - made by the driver
@@ -334,7 +334,7 @@ def _items(block: pa.Table) -> Iterator[tuple[Any, ...]]:
 
 
 def _sent(index: int, note: Any, frames: Sequence[Frame], keys: Sequence[int], *, with_empty: bool) -> pa.Table:
-    """The rows that a part sends, one a bucket, and its note."""
+    """Return the rows that a part sends, one a bucket, and its note."""
     heights = [len(frame) for frame in frames]
     used = [bucket for bucket, height in enumerate(heights) if height or with_empty]
     report = pickle.dumps((note, np.array(heights, np.int64)))
@@ -350,7 +350,7 @@ def _sent(index: int, note: Any, frames: Sequence[Frame], keys: Sequence[int], *
 
 
 def _gathered(block: pa.Table, gather: Callable[[int, dict[int, Any]], tuple[Any, pa.Table]]) -> Iterator[pa.Table]:
-    """Results of the buckets whose rows are in a block, and the notes that are there, as they are."""
+    """Yield results of the buckets whose rows are in a block, and the notes in it unchanged."""
     buckets, index, rows = (block[name].to_numpy() for name in (_BUCKET, _INDEX, _ROWS))
     order = np.lexsort((index, buckets))
     bounds = np.flatnonzero(np.diff(buckets[order], prepend=_NOTE - 1, append=np.iinfo(np.int32).max))
@@ -396,17 +396,17 @@ def _added_up(
     on_note: Callable[[Any], None],
     on_summary: Callable[[Any], None],
 ) -> Shuffled[Any, Any]:
-    """What was reported, in order; the rows that were sent compared with those that arrived.
+    """Return the reports in order; compare the rows that were sent with those that arrived.
 
     Args:
-        reports: One a part and one a bucket, in any order.
+        reports: Reports, one a part and one a bucket, in any order.
         tables: The buckets' tables.
         shape: Numbers of parts, buckets and lanes.
         on_note: Called with each note.
         on_summary: Called with each summary.
 
     Raises:
-        BalanceError: They differ, or a report is missing.
+        BalanceError: they differ, or a report is missing.
     """
     count, buckets, lanes = shape
     notes: dict[int, Any] = {}
@@ -416,7 +416,7 @@ def _added_up(
     rows = np.zeros(buckets, np.int64)
     for row in reports:
         number = row[_INDEX]
-        report = pickle.loads(row[_REPORT])  # noqa: S301 - made by our own tasks a moment ago
+        report = pickle.loads(row[_REPORT])  # noqa: S301 - our own tasks made it a moment ago
         if row[_BUCKET] == _NOTE:
             notes[number], heights = report
             on_note(notes[number])
@@ -449,7 +449,7 @@ def _added_up(
 
 @dataclass(slots=True)
 class _Reached:
-    """How far a step has come, told in its own unit."""
+    """Progress of a step, reported in its own unit."""
 
     step: str
     total: int
@@ -457,7 +457,7 @@ class _Reached:
     told: int = 0
 
     def look(self, topology: Any) -> None:
-        """Tell what has been done since the last look, by the tasks that have ended."""
+        """Report the progress since the last look, by the tasks that have ended."""
         for operator in topology:
             if operator.name.endswith(f"({self.step})"):
                 wanted = operator.num_outputs_total() or 0
@@ -468,18 +468,18 @@ class _Reached:
                     self.told = done
 
     def finish(self) -> None:
-        """Tell the rest."""
+        """Report the rest."""
         if self.total > self.told:
             self.tell(self.total - self.told)
             self.told = self.total
 
 
 class _Nodes:
-    """Ends a plan that has lost a node and comes no further, so that it is run anew.
+    """Watcher that ends a plan that has lost a node and makes no progress, so that it is run again.
 
-    Ray makes again what a dead node held, and may wait for ever: a task of a shuffle's second half that is run again
-    waits for its rows inside `ray.get`, and keeps its CPU meanwhile (Ray 2.60 lends a CPU on only where the awaited
-    object was never made, not where it was lost). With as many of them as CPUs left, the tasks that would make the rows
+    Ray recomputes the objects of a dead node, and may wait for ever: a task of a shuffle's second half that is run
+    again waits for its rows inside `ray.get`, and keeps its CPU meanwhile (Ray 2.60 lends a CPU on only if the awaited
+    object was never made, not if it was lost). With as many such tasks as CPUs left, the tasks that would make the rows
     never run.
     """
 
@@ -489,10 +489,10 @@ class _Nodes:
         self._ended, self._since = 0, time.monotonic()
 
     def look(self, topology: Any) -> None:
-        """Look whether a task has ended since the last look.
+        """Check that a task has ended recently enough.
 
         Raises:
-            TimeoutError: None has for too long, and nodes that there were are lost, and not just let go as idle.
+            TimeoutError: no task has ended for too long, and nodes are lost, not just released as idle.
         """
         ended = sum(operator.metrics.num_tasks_finished for operator in topology)
         now = time.monotonic()
@@ -507,25 +507,25 @@ class _Nodes:
                 )
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing."""
 
     @staticmethod
     def _alive(*deaths: int) -> frozenset[str]:
-        """Nodes that are alive, or that ended for one of some reasons."""
+        """Return the nodes that are alive, or that ended for one of some reasons."""
         found = ray.nodes()  # type: ignore[no-untyped-call]
         return frozenset(node["NodeID"] for node in found if node["Alive"] or node.get("DeathReason") in deaths)
 
 
-_LET_GO = NodeDeathInfo.AUTOSCALER_DRAIN_IDLE  # which holds no rows
+_LET_GO = NodeDeathInfo.AUTOSCALER_DRAIN_IDLE  # such a node holds no rows
 _WATCHED: dict[str, tuple[contextvars.Context, Sequence[_Reached | _Nodes]]] = {}
 _WATCH = "watchers"
 
 
 class _Watch(ExecutionCallback):
-    """Lets the watchers of a plan look at it, again and again; their name stands in the plan's context.
+    """Ray Data callback that calls a plan's watchers repeatedly; their name is in the plan's context.
 
-    It is called by the thread that runs the plan, which doesn't know whose flow run this is: it gets our context. (The
-    class and not the watchers are in Ray Data's context, as that is pickled for each task.)
+    The thread that runs the plan calls it; that thread doesn't know the flow run, so it gets our context. (Ray Data's
+    context holds the class and not the watchers, as it is pickled for each task.)
     """
 
     def on_execution_step(self, executor: Any) -> None:
@@ -546,7 +546,7 @@ class _Watch(ExecutionCallback):
 
 @contextlib.contextmanager
 def _watched(context: Any, watchers: Sequence[_Reached]) -> Iterator[None]:
-    """Have the plans that are made within watched, and the nodes that they run on."""
+    """Watch the plans that are made in this block, and the nodes that they run on."""
     name = uuid.uuid4().hex
     _WATCHED[name] = (contextvars.copy_context(), [*watchers, _Nodes()])
     others = context.custom_execution_callback_classes

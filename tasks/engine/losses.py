@@ -1,4 +1,4 @@
-"""What a user is told when Ray gives a job up for want of memory or disk."""
+"""Messages for Ray jobs that fail for want of memory or disk."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tasks.io.errors import DiskFull, PipelineError, WorkersKilled, causes
 
 @contextlib.contextmanager
 def losses_explained(cure: str) -> Iterator[None]:
-    """Around a Ray job: what ends it for want of memory or disk becomes a sentence, and isn't tried again.
+    """Turn the end of a Ray job for want of memory or disk into a one-sentence error that isn't retried.
 
-    Ray has tried by itself `LOST_WORKER_RETRIES` times: what has then killed each worker will kill the next one, too.
+    Ray has tried `LOST_WORKER_RETRIES` times by itself: the cause that killed each worker will kill the next one, too.
 
     Args:
-        cure: What the user can set so that a task needs less memory.
+        cure: User action that reduces a task's memory.
 
     Raises:
         WorkersKilled: each try of a task lost its worker.
@@ -38,12 +38,12 @@ def losses_explained(cure: str) -> Iterator[None]:
 
 
 def explained_loss(error: BaseException, cure: str, often: str = "") -> PipelineError | None:
-    """What a user is told of a Ray job, or of a whole task, that ended for want of memory or disk; None otherwise.
+    """Return the error for a Ray job, or a whole task, that ended for want of memory or disk; None for other errors.
 
     Args:
-        error: What Ray raised.
-        cure: What the user can set so that a task needs less memory.
-        often: How often it happened.
+        error: Error that Ray raised.
+        cure: User action that reduces a task's memory.
+        often: Number of tries, such as ' at each of its 4 tries'.
 
     """
     return next(filter(None, (_explained(link, cure, often) for link in causes(error))), None)

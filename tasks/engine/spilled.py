@@ -1,7 +1,7 @@
-"""What a Ray that was killed has left on the disk: the objects that it had spilled.
+"""Objects on disk that a killed Ray had spilled.
 
-Ray deletes them where it ends in order. After a kill -9 of the process that started it they stay, gigabytes at times,
-in a directory that no later Ray looks at.
+Ray deletes them when it ends in order. After a kill -9 of the process that started it they remain, sometimes gigabytes,
+in a directory that no later Ray reads.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 OLDER_THAN = 120.0
-"""Seconds. A Ray that is just starting has no socket yet."""
+"""Seconds. A Ray that is starting has no socket yet."""
 
 
 def delete_left_over(sessions: Path) -> int:
@@ -22,7 +22,7 @@ def delete_left_over(sessions: Path) -> int:
         sessions: The directory of all Ray sessions of this machine.
 
     Returns:
-        Number of directories that were deleted.
+        Number of deleted directories.
 
     """
     deleted = 0
@@ -30,7 +30,7 @@ def delete_left_over(sessions: Path) -> int:
         session = place.parent
         if session.is_symlink() or _is_young(session) or _answers(session):
             continue
-        shutil.rmtree(place, ignore_errors=True)  # another process may be at it, or another user's it is
+        shutil.rmtree(place, ignore_errors=True)  # another process may be deleting it, or it belongs to another user
         deleted += not place.exists()
     return deleted
 
@@ -43,7 +43,7 @@ def _is_young(session: Path) -> bool:
 
 
 def _answers(session: Path) -> bool:
-    """Whether a node of the session is there; in doubt it is."""
+    """Return True if a node of the session answers, or if that is unknown."""
     for path in (session / "sockets").glob("raylet*"):
         with socket.socket(socket.AF_UNIX) as client:
             try:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: when they may end what is under way, and how soon it must have ended then."""
+"""Ctrl-C and SIGTERM: when they may end the work, and how soon it must have ended then."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from types import FrameType
 STOPS = (signal.SIGINT, signal.SIGTERM)
 TERMINATED = 128 + signal.SIGTERM
 
-GRACE_SECONDS = 9.0  # ending a run takes 2 to 5 s: it cancels its tasks, tells the API, stops Ray and the API
+GRACE_SECONDS = 9.0  # ending a run takes 2 to 5 s: it cancels its tasks, informs the API, stops Ray and the API
 LAST_WORDS_SECONDS = 2.0
 
 
 @contextmanager
 def held() -> Generator[None]:
-    """Let what must not be done by half come to its end: a stop that comes meanwhile takes effect afterwards.
+    """Delay a stop until the block has ended, for work that must not be half done.
 
-    A second one takes effect at once. In another thread than the main one, which no signal reaches, nothing changes.
+    A second stop takes effect at once. Outside the main thread, which alone gets signals, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -37,7 +37,7 @@ def held() -> Generator[None]:
         waiting.append(number)
         if len(waiting) > 1:
             restore()
-            for one in waiting:  # each, as this may itself be within something held
+            for one in waiting:  # each in turn, as this block may be nested in another held one
                 signal.raise_signal(one)
 
     for number in before:
@@ -52,17 +52,17 @@ def held() -> Generator[None]:
 
 @contextmanager
 def stops_unwind(last_words: Callable[[], str], grace: float = GRACE_SECONDS) -> Generator[list[int]]:
-    """End the process of a stop within some seconds, after its `finally` blocks have stopped what was started.
+    """End the process within some seconds of a stop, after its `finally` blocks have stopped what was started.
 
     The first SIGINT raises `KeyboardInterrupt`, the first SIGTERM `SystemExit` with TERMINATED. A second stop, or one
-    that isn't through after `grace` seconds, ends the process as it stands; a Ray and an API of its own follow.
+    that isn't done after `grace` seconds, ends the process at once; its own Ray and API follow.
 
     Args:
-        last_words: What is then said on stderr.
+        last_words: Text for stderr in that case.
         grace: Seconds.
 
     Yields:
-        Signals that have come; what libraries make of the exception doesn't matter to the one who asks here.
+        Signals received so far, whatever libraries have made of the exception.
 
     """
     stopped: list[int] = []

@@ -1,9 +1,9 @@
-"""Files on a local disk: whole under their names or not at all, large ones past the page cache; and full disks.
+"""Files on a local disk: written whole or not at all, large ones past the page cache; and errors of full disks.
 
-What is written once and not read soon gains nothing from the page cache, and pays for it: the kernel must find a fresh
-page for each 4 KiB, copy into it, and write it out later, by then often against the wish of everybody who waits for
-fsync. On 1.5 GB (2 virtual CPUs) the usual way took 1.1 to 4.0 s, 0.7 to 2.7 s of them CPU; direct writes of 4 MiB took
-0.4 s and 0.05 s. Where the file system knows no direct writes, the usual ones take their place.
+Data that is written once and not read soon gains nothing from the page cache, and pays for it: the kernel must find a
+fresh page for each 4 KiB, copy into it, and write it out later, often while other processes wait for fsync. On 1.5 GB
+(2 virtual CPUs) buffered writes took 1.1 to 4.0 s, 0.7 to 2.7 s of them CPU; direct writes of 4 MiB took 0.4 s and 0.05
+s. If the file system has no direct writes, buffered ones are used.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ if sys.platform != "win32":
     import fcntl
 
 PIECE = 4 << 20
-"""Bytes that are written at once; a multiple of every file system's block."""
+"""Bytes of one write; a multiple of every file system's block."""
 MIB = 1 << 20
 _BLOCK = 4096
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 _DIRECT = getattr(os, "O_DIRECT", 0)
-_SPARE: list[mmap.mmap] = []  # fresh memory costs as much as the copy into it, so buffers are kept
+_SPARE: list[mmap.mmap] = []  # fresh memory costs as much as the copy into it, so buffers are reused
 _MOST_SPARE = 4
 
 
 class NewFile:
-    """A file that is written from its start to its end, by a thread of its own, so that the caller needn't wait.
+    """File written from start to end by its own thread, so that the caller needn't wait.
 
     Args:
-        path: Name of the file, which mustn't be there yet.
+        path: Name of the file, which mustn't exist yet.
 
     """
 
@@ -52,10 +52,10 @@ class NewFile:
         self._thread = ThreadPoolExecutor(1)
 
     def append(self, data: memoryview) -> None:
-        """Append bytes; what can't be written is told by a later call, at the latest by `close`.
+        """Append bytes; a later call, at the latest `close`, raises the error of a failed write.
 
         Raises:
-            DiskFull: there is no room for what an earlier call gave.
+            DiskFull: there is no room for the bytes of an earlier call.
 
         """
         while data:
@@ -92,7 +92,7 @@ class NewFile:
                     if error.errno != errno.EINVAL or not self._direct:
                         raise
                     self._no_longer_direct()
-                if done % _BLOCK:  # a short write, as of a disk that is nearly full
+                if done % _BLOCK:  # a short write, as on a disk that is nearly full
                     self._no_longer_direct()
 
     def _no_longer_direct(self) -> None:
@@ -102,17 +102,17 @@ class NewFile:
             self._direct = False
 
     def close(self) -> None:
-        """Write what is left, and return when everything is on the disk.
+        """Write the rest, and return when everything is on the disk.
 
         Raises:
-            DiskFull: there is no room; `discard` is still to be called.
+            DiskFull: there is no room; call `discard` afterwards.
             OSError: something couldn't be written; likewise.
 
         """
         self._wait()
         whole = self._filled - self._filled % _BLOCK
         self._write_all(memoryview(self._buffer)[:whole])
-        self._no_longer_direct()  # the end is no whole block
+        self._no_longer_direct()  # the end isn't a whole block
         self._write_all(memoryview(self._buffer)[whole : self._filled])
         with told_if_full(self._path):
             os.fsync(self._descriptor)
@@ -135,7 +135,7 @@ class NewFile:
 
 @contextlib.contextmanager
 def told_if_full(path: str) -> Iterator[None]:
-    """Around what writes a file: that there is no room for it becomes a sentence with figures and a cure.
+    """Raise the error of a full disk, met while a file is written, as a sentence with figures and a cure.
 
     Args:
         path: The file, or the directory, that is written.
@@ -174,12 +174,12 @@ def _create(path: str) -> tuple[int, bool]:
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
-            Path(path).unlink(missing_ok=True)  # some file systems refuse after they have made the file
+            Path(path).unlink(missing_ok=True)  # some file systems create the file before they refuse
     return os.open(path, flags, 0o666), False
 
 
 def _buffer() -> mmap.mmap:
-    """Memory that begins at a page, as direct writes need it."""
+    """Return memory aligned to a page, as direct writes need it."""
     try:
         return _SPARE.pop()
     except IndexError:
@@ -192,7 +192,7 @@ def _give_back(buffer: mmap.mmap) -> None:
 
 
 def temporary_name(path: str) -> str:
-    """A new hidden name beside `path`, whose directory is there afterwards."""
+    """Return a new hidden name beside `path`; create its directory if necessary."""
     parent, name = os.path.split(path)
     with told_if_full(path):
         os.makedirs(parent, exist_ok=True)
@@ -200,16 +200,16 @@ def temporary_name(path: str) -> str:
 
 
 def is_temporary(path: str) -> bool:
-    """Whether a file is one of `temporary_name`: on its way to its own name, or left by a process that was killed."""
+    """Return True for a name of `temporary_name`: a file not yet renamed, or left by a killed process."""
     return _TEMPORARY.fullmatch(os.path.basename(path)) is not None
 
 
 def put_in_place(temporary: str, path: str) -> None:
-    """Give a finished file its name, for good.
+    """Give a finished file its final name.
 
     Raises:
         DiskFull: there is no room for the name.
-        VersionConflict: it is gone: a commit removes what other attempts have begun.
+        VersionConflict: the file is missing: a commit removes the unfinished files of other attempts.
     """
     try:
         with told_if_full(path):
@@ -223,7 +223,7 @@ def put_in_place(temporary: str, path: str) -> None:
 
 
 def sync_directory(path: str) -> None:
-    """Make a new name survive a power cut, as fsync of the file alone doesn't."""
+    """Make a new name survive a power cut; fsync of the file alone doesn't."""
     descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""The project's exceptions, all in one tree.
+"""Exceptions of the project, all in one tree.
 
 PipelineError
-├── InputError (also ValueError)          what the user gave is wrong; a retry can't help
+├── InputError (also ValueError)          wrong input from the user; a retry can't help
 │   ├── ConfigError                       a setting: names the field, the value and the cure
 │   ├── SourceError                       a source: missing, empty, unreadable, wrong columns
 │   └── DefinitionError                   a feature-group or mapping file that can't be used
@@ -9,7 +9,7 @@ PipelineError
 ├── BalanceError                          rows vanished or appeared: in ≠ out + rejected + filtered + deduplicated
 ├── LeakFound                             the output changed when a row from the future was added
 ├── ResourceError                         a machine has too little room for the work; more room helps, a retry doesn't
-│   ├── DiskFull (also OSError)           no room, or no quota, where a file had to be written
+│   ├── DiskFull (also OSError)           no room, or no quota, for a file
 │   └── WorkersKilled                     a task's worker died at each of several tries, mostly for want of memory
 ├── VersionNotFound (also LookupError)    no such published version
 ├── CredentialsRefused                    the store doesn't accept the credentials: expired, unknown or missing
@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 FAILED, WRONG_ARGUMENTS = 1, 2
-"""Exit codes of a command: the run failed; what the user gave can't be used."""
+"""Exit codes of a command: for a failed run, and for unusable input."""
 
 
 class PipelineError(Exception):
@@ -34,75 +34,75 @@ class PipelineError(Exception):
 
 
 class InputError(PipelineError, ValueError):
-    """What the user gave can't be used; trying again can't help."""
+    """Unusable input from the user; trying again can't help."""
 
 
 class ConfigError(InputError):
-    """A setting is wrong."""
+    """Wrong setting."""
 
 
 class SourceError(InputError):
-    """A source table is missing, empty, unreadable or has the wrong columns."""
+    """Source table that is missing, empty, unreadable or has the wrong columns."""
 
 
 class DefinitionError(InputError):
-    """A feature-group or mapping definition can't be used."""
+    """Unusable feature-group or mapping definition."""
 
 
 class GateFailed(PipelineError):
-    """The quality gate refused the data; nothing was published."""
+    """Refusal of the data by the quality gate; nothing was published."""
 
 
 class BalanceError(PipelineError):
-    """Rows vanished or appeared between input and output."""
+    """Rows that vanished or appeared between input and output."""
 
 
 class LeakFound(PipelineError):
-    """The output changed when a row from the future was added: features tell what they couldn't know."""
+    """Leak from the future: the output changed when a future row was added."""
 
 
 class ResourceError(PipelineError):
-    """A machine has too little room for the work."""
+    """Lack of resources on a machine."""
 
 
 class DiskFull(ResourceError, OSError):
-    """There is no room, or no quota, where a file had to be written."""
+    """Lack of disk space, or quota, for a file."""
 
 
 class WorkersKilled(ResourceError):
-    """A task's worker died at each of several tries."""
+    """Death of a task's worker at each of several tries."""
 
 
 class VersionNotFound(PipelineError, LookupError):
-    """No such published version."""
+    """Lack of such a published version."""
 
 
 class CredentialsRefused(PipelineError):
-    """The store doesn't accept the credentials: they have expired, or are unknown or missing."""
+    """Refusal of the credentials by the store: they have expired, or are unknown or missing."""
 
 
 class VersionConflict(PipelineError):
-    """Another publisher holds or has committed this version."""
+    """Version that another publisher holds or has committed."""
 
 
 class Superseded(VersionConflict):
-    """Another publisher went on first from the version that this one began from."""
+    """Version based on one from which another publisher has published first."""
 
 
 class CorruptVersion(PipelineError):
-    """A published file is missing or differs from what its manifest says."""
+    """Published file that is missing or differs from its manifest."""
 
 
 class DamagedManifest(CorruptVersion):
-    """A version's manifest was read whole and is none: cut short, altered, or another version's."""
+    """Complete but invalid manifest: cut short, altered, or another version's."""
 
 
 def causes(error: BaseException | None, *, contexts: bool = False) -> Iterator[BaseException]:
-    """Yield an error, what Ray carried of it from a worker, and what it was raised from, each once.
+    """Yield an error, the error that Ray carried from a worker, and the error's causes, each once.
 
     Args:
         error: The outermost error.
-        contexts: Follow errors that were being handled, too, where no cause is named.
+        contexts: Follow also errors that were being handled, if no cause is named.
 
     """
     seen: set[int] = set()

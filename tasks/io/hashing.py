@@ -3,7 +3,7 @@
 Numbers go through the splitmix64 finaliser (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number
 generators"), a bijection of 64 bits, so that distinct integers never collide. Strings and bytes are read as
 little-endian 64-bit words, each xor-ed into the state and mixed by the same function; their length is mixed in
-first, so that padding can't make two strings alike. This is no defence against an adversary who picks the keys.
+first, so that padding can't make two strings alike. An adversary who picks the keys can make collisions.
 
 Everything is numpy on the column's own buffers: about 5 ns per integer and 45 ns per short string, where a
 dictionary encoding followed by `pandas.util.hash_array` takes some 500 ns per distinct string.
@@ -33,7 +33,7 @@ _TAIL_MASKS = np.array([(1 << (8 * n)) - 1 for n in range(9)], dtype="<u8")
 
 
 def stable_hash(column: pa.Array | pa.ChunkedArray, seed: int = 0) -> UInt64Array:
-    """Hash each value of a column to a uint64; the same shape as the column, no nulls.
+    """Hash each value of a column; return uint64 of the same shape, without nulls.
 
     - Integers, booleans, dates, times and timestamps: by their 64-bit value, whatever their width: int32 5, uint8 5
       and int64 5 hash alike. Times hash by their ticks, so compare only columns of one unit.
@@ -90,7 +90,7 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def _integers(array: pa.Array) -> UInt64Array:
-    """Fresh uint64 copy of the two's-complement values; what stands under a null is arbitrary."""
+    """Return a fresh uint64 copy of the two's-complement values; values under nulls are arbitrary."""
     kind = array.type
     if pt.is_boolean(kind):
         array = array.cast(pa.uint8())
@@ -123,7 +123,7 @@ def _hash_bytes(array: pa.Array, offset: int) -> UInt64Array:
     starts = bounds[:-1].astype(np.int64)
     lengths = np.diff(bounds).astype(np.int64)
     first, last = int(bounds[0]), int(bounds[-1])
-    data = np.zeros(last - first + 8, dtype=np.uint8)  # eight bytes more: the last word may reach past the end
+    data = np.zeros(last - first + 8, dtype=np.uint8)  # eight bytes more: the last word may extend past the end
     if last > first:
         data[:-8] = np.frombuffer(data_buffer, dtype=np.uint8, count=last - first, offset=first)
     starts -= first
@@ -149,7 +149,7 @@ def _hash_bytes(array: pa.Array, offset: int) -> UInt64Array:
 
 
 def _mix(values: UInt64Array, offset: int) -> UInt64Array:
-    """The splitmix64 finaliser of values + offset, in place, in pieces that fit the cache."""
+    """Apply the splitmix64 finaliser to values + offset, in place, in pieces that fit the cache."""
     first, second = (np.uint64(m) for m in _MULTIPLIERS)
     start_offset = np.uint64(offset)
     scratch = np.empty(min(len(values), _CHUNK), dtype=np.uint64)

@@ -1,4 +1,4 @@
-"""What lies where: files and directories below a URI, on a local disk or S3."""
+"""Listings of files and directories below a URI, on a local disk or S3."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HIDDEN = (".", "_")
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A file as a listing shows it."""
+    """File in a listing."""
 
     uri: str
     bytes: int
@@ -42,19 +42,18 @@ def list_files(
 
     Args:
         uri: A file, a directory or S3 prefix, or a glob ('data/2024-*/*.csv'; '**' spans directories). A glob that
-            matches a directory stands for the files in it.
+            matches a directory lists the files in it.
         suffixes: Endings to keep, such as ('.csv', '.csv.gz'), in any case; None keeps all.
         recursive: Whether to look below the first level of a directory.
         include_hidden: Whether to list names that begin with '.' or '_' and what is below them; names in `uri` itself
             are never hidden.
-        follow_links: Whether to look through symbolic links to directories; those who delete don't, and are given the
-            link itself. A link back to a directory on the way to it isn't followed. One that leads nowhere is a file of
-            0 bytes.
-        each_path: Whether files of a directory to which several paths lead are listed under each of them, because the
-            paths say something; else once, under the path without links if there is one.
+        follow_links: Whether to look through symbolic links to directories; code that deletes doesn't, and gets the
+            link itself. A link back to a directory on the way to it isn't followed. A broken link is a file of 0 bytes.
+        each_path: Whether to list a file under each of several paths to its directory, if the paths have a meaning;
+            else once, under the path without links if there is one.
 
     Returns:
-        The files; [] when nothing is there or matches.
+        The files; [] if nothing exists or matches.
     """
     uri = normalise(uri)
 
@@ -74,7 +73,7 @@ def list_files(
             matches = _glob_local(uri, base)
         for match in matches:
             if include_hidden or not _is_hidden(match[len(base) :]):
-                is_entry = not is_s3(uri) and not os.path.isdir(match)  # also a link that leads nowhere
+                is_entry = not is_s3(uri) and not os.path.isdir(match)  # also a broken link
                 below = _entry_info(Path(match), follow_links) if is_entry else list_below(match)
                 found |= {info.uri: info for info in below}
     if not is_s3(uri) and not each_path:
@@ -100,7 +99,7 @@ def _list_local(path: str, recursive: bool, include_hidden: bool, follow_links: 
         except (FileNotFoundError, NotADirectoryError):
             continue
         place = (status.st_dev, status.st_ino)
-        if place in above:  # a symbolic link back up
+        if place in above:  # a symbolic link to a parent directory
             continue
         for entry in entries:
             if entry.name.startswith(_HIDDEN) and not include_hidden:
@@ -114,12 +113,12 @@ def _list_local(path: str, recursive: bool, include_hidden: bool, follow_links: 
 def _is_directory(entry: os.DirEntry[str], follow_links: bool) -> bool:
     try:
         return entry.is_dir(follow_symlinks=follow_links)
-    except OSError:  # a link into a ring of links, or to where this user may not look
+    except OSError:  # a cycle of links, or a directory without permission
         return False
 
 
 def _entry_info(entry: os.DirEntry[str] | Path, follow_links: bool) -> Iterator[FileInfo]:
-    """A file, or the link itself if it leads nowhere; nothing if another process has removed it since."""
+    """Yield a file, or the link itself if it is broken; nothing if another process has removed it since."""
     try:
         yield _local_info(os.fspath(entry), entry.stat(follow_symlinks=follow_links))
     except OSError:
@@ -131,9 +130,9 @@ def _entry_info(entry: os.DirEntry[str] | Path, follow_links: bool) -> Iterator[
 
 
 def _glob_everywhere(pattern: str, base: str, follow_links: bool) -> list[str]:
-    """Files that match a pattern with '**' or are in a directory that does; Python's own goes round in rings of links.
+    """Return files that match a pattern with '**' or lie in a matching directory; glob.glob loops in cycles of links.
 
-    As directories stand for the files in them, all but the hidden ones are there without looking below a match.
+    As a matching directory includes the files in it, all but the hidden ones are listed without looking below a match.
     """
     wanted = pattern[len(base) + 1 :].split("/")
     found = (
@@ -143,7 +142,7 @@ def _glob_everywhere(pattern: str, base: str, follow_links: bool) -> list[str]:
 
 
 def _begins(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether a path, or a directory on the way to it, matches."""
+    """Return True if a path, or a directory on the way to it, matches."""
     if not pattern:
         return True
     if pattern[0] == "**":
@@ -152,7 +151,7 @@ def _begins(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _glob_local(pattern: str, base: str) -> list[str]:
-    """What matches a pattern without '**', but for paths that come back to a directory."""
+    """Return matches of a pattern without '**', except paths that lead back to a directory."""
     return [match for match in glob.glob(pattern, include_hidden=True) if not _comes_back(os.path.dirname(match), base)]
 
 
@@ -168,7 +167,7 @@ def _comes_back(directory: str, base: str) -> bool:
 
 
 def _one_path_each(found: dict[str, FileInfo]) -> dict[str, FileInfo]:
-    """One path to each directory: that without links, or the first."""
+    """Keep one path to each directory: the one without links, or the first."""
     chosen: dict[str, str] = {}
     for directory in sorted({os.path.dirname(uri) for uri in found}):
         real = os.path.realpath(directory)
@@ -179,7 +178,7 @@ def _one_path_each(found: dict[str, FileInfo]) -> dict[str, FileInfo]:
 
 
 def local_stamp(path: str) -> str:
-    """`FileInfo.stamp` of a local file as it is now."""
+    """Return the current `FileInfo.stamp` of a local file."""
     return _stamp(os.stat(path))
 
 
@@ -216,7 +215,7 @@ def _glob_s3(uri: str) -> list[str]:
 
 @explains_refusals
 def list_directories(uri: str) -> list[str]:
-    """Names of the directories directly below a URI, sorted; [] when there are none."""
+    """Return names of the directories directly below a URI, sorted; [] if there are none."""
     uri = normalise(uri)
     try:
         if not is_s3(uri):

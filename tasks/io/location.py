@@ -1,10 +1,10 @@
-"""Where things are: the one spelling of a URI, and the file systems behind it.
+"""Locations: the canonical spelling of a URI, and the file systems behind it.
 
-S3 is set up by the environment alone, in the AWS names: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN
-(or any other source of the AWS default chain), AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, AWS_REGION or
-AWS_DEFAULT_REGION. PIPELINE_S3_TIMEOUT_SECONDS says how long the store may be silent before a request is given up and
-sent again (15 s if not set; connecting takes at most 5). Each library tries a request a few times by itself, so that a
-store that is gone fails a call within about a minute and a half; tasks then try as a whole.
+S3 is set up by the environment alone, in the AWS names: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN (or
+any other source of the AWS default chain), AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, AWS_REGION or AWS_DEFAULT_REGION.
+PIPELINE_S3_TIMEOUT_SECONDS is how long the store may be silent before a request is sent again (15 s if not set;
+connecting takes at most 5). Each library tries a request a few times by itself, so that an unreachable store fails a
+call within about a minute and a half; then the whole task is retried.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _CONNECT_SECONDS = 5.0
 
 
 def normalise(uri: str) -> str:
-    """Turn a URI into its one spelling: an absolute local path, or 's3://bucket/key' without a slash at the end.
+    """Turn a URI into its canonical form: an absolute local path, or 's3://bucket/key' without a slash at the end.
 
-    A relative path depends on the working directory: normalise it once, before other processes are given it.
+    A relative path depends on the working directory: normalise it once, before passing it to other processes.
 
     Raises:
-        ConfigError: unknown scheme, no bucket, credentials inside the URI (which are not repeated), or what libraries
-            take for a way up, another bucket or another version of a key.
+        ConfigError: unknown scheme, no bucket, credentials inside the URI (which are not repeated), or text that
+            libraries read as a parent directory, another bucket or another version of a key.
     """
     if not uri:
         raise ConfigError("the location is empty: give a path or 's3://bucket/prefix'")
@@ -66,7 +66,7 @@ def normalise(uri: str) -> str:
 
 
 def odd_key(key: str) -> str | None:
-    """Why an object on S3 can't be told from another one by its name; None for nearly all.
+    """Explain why libraries would confuse an object on S3 with another one; None for nearly all names.
 
     pyarrow opens 's3://one/../two/x' as 'x' in the bucket 'two', and s3fs 'x?versionId=1' as a version of 'x'.
     """
@@ -76,27 +76,27 @@ def odd_key(key: str) -> str | None:
 
 
 def _redacted(uri: str) -> str:
-    """A URI fit for a message: whatever could hold a password or a signature is left out."""
+    """Return a URI fit for a message: without anything that could hold a password or a signature."""
     head, separator, rest = uri.partition("://") if "://" in uri else uri.partition(":")
     return f"{head}{separator}…" if re.search(r"[@:?]", rest) else uri
 
 
 def is_s3(uri: str) -> bool:
-    """Whether a normalised URI is on S3."""
+    """Return True if a normalised URI is on S3."""
     return uri.startswith("s3://")
 
 
 def _s3_environment() -> tuple[str | None, str | None]:
-    """Endpoint URL and region, as the environment has them now."""
+    """Return the endpoint URL and region from the current environment."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     return endpoint or None, region or None
 
 
 def s3_filesystem(uri: str) -> tuple[Any, str]:
-    """Give the s3fs file system (cached by fsspec per process, thread and settings) and the path in it."""
+    """Return the s3fs file system (cached by fsspec per process, thread and settings) and the path in it."""
     endpoint, region = _s3_environment()
-    # A cached listing would hide what other publishers have just reserved or committed.
+    # A cached listing would hide recent reservations and commits of other publishers.
     silence = _silence_seconds()
     patience = {"connect_timeout": min(_CONNECT_SECONDS, silence), "read_timeout": silence}
     settings: dict[str, Any] = {"use_listings_cache": False, "endpoint_url": endpoint, "config_kwargs": patience}
@@ -104,7 +104,7 @@ def s3_filesystem(uri: str) -> tuple[Any, str]:
         settings["client_kwargs"] = {"region_name": region}
     filesystem = fsspec.filesystem("s3", **settings)
     # botocore below it sends a request 5 times already (AWS_MAX_ATTEMPTS). s3fs does that 5 times again, and reading a
-    # file 5 times that: 125 time-outs, half an hour, until somebody hears that the store is gone.
+    # file 5 times that: 125 time-outs, half an hour, until the failure of the store is reported.
     filesystem.retries = 1
     return filesystem, uri.removeprefix("s3://")
 
@@ -122,7 +122,8 @@ def _silence_seconds() -> float:
 
 @functools.lru_cache(maxsize=8)
 def _arrow_s3(endpoint: str | None, region: str | None, _access_key: str | None, silence: float) -> pafs.FileSystem:
-    # The library's own time-outs (1 s and 3 s) are too short for a busy network; the key is only part of the cache key.
+    # The library's default time-outs (1 s and 3 s) are too short for a busy network; the key is only part of the cache
+    # key.
     settings: dict[str, Any] = {"connect_timeout": min(_CONNECT_SECONDS, silence), "request_timeout": silence}
     if endpoint:
         parts = urllib.parse.urlsplit(endpoint)
@@ -133,7 +134,7 @@ def _arrow_s3(endpoint: str | None, region: str | None, _access_key: str | None,
 
 
 def arrow_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """Native pyarrow file system for a URI, and the path in it."""
+    """Return the native pyarrow file system for a URI, and the path in it."""
     uri = normalise(uri)
     if is_s3(uri):
         return _arrow_s3(*_s3_environment(), os.environ.get("AWS_ACCESS_KEY_ID"), _silence_seconds()), uri.removeprefix(

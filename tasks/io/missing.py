@@ -1,8 +1,8 @@
 r"""Text that means 'no value' in a CSV field: one rule for every reader of CSV, for quoted and unquoted fields alike.
 
 By default a field of a key, a number or a time is missing if it is blank or one of `TYPED`, as pandas, R and databases
-write it. In a column of text NA may be Namibia and None a name: there only `TEXT` is missing. What a user gives takes
-the place of both lists, for all columns. Parquet has nulls of its own: its text is text.
+write it. In a column of text NA may be Namibia and None a name: there only `TEXT` is missing. A user's list replaces
+both, for all columns. Parquet has real nulls: its text is never missing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import polars as pl
 
 TEXT = ("", "null", "NULL", r"\N", "#N/A", "#N/A N/A", "#NA", "<NA>")
-"""Missing in every column: no text is so."""
+"""Missing in every column: no text has this meaning."""
 
 TYPED = (
     *TEXT,
@@ -31,18 +31,18 @@ _SUSPECTS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class MissingValues:
-    """Text of CSV fields that is missing: in columns of text, and in those of keys, numbers and times."""
+    """Texts of CSV fields that are missing: in columns of text, and in those of keys, numbers and times."""
 
     text: tuple[str, ...] = TEXT
     typed: tuple[str, ...] = TYPED
 
     @property
     def ambiguous(self) -> tuple[str, ...]:
-        """Text that is missing in columns of keys, numbers and times alone."""
+        """Texts that are missing only in columns of keys, numbers and times."""
         return tuple(mark for mark in self.typed if mark not in self.text)
 
     def described(self) -> str:
-        """The choice in a sentence."""
+        """Return the choice as a sentence."""
         everywhere = ", ".join(mark for mark in self.text if mark) or "nothing else"
         if not self.ambiguous:
             return f"null in CSV: blank fields, {everywhere}"
@@ -56,7 +56,7 @@ DEFAULT = MissingValues()
 
 
 def missing_values(given: Sequence[str] | None) -> MissingValues:
-    """The missing values that a user gives, blank fields besides; the defaults if that is None."""
+    """Return the missing values of a user's list, and blank fields; the defaults if it is None."""
     if given is None:
         return DEFAULT
     marks = tuple(dict.fromkeys(["", *given]))
@@ -64,12 +64,12 @@ def missing_values(given: Sequence[str] | None) -> MissingValues:
 
 
 def without(values: pl.Expr, marks: Sequence[str]) -> pl.Expr:
-    """Text with null in place of certain values; comparisons of short text are cheaper than a set."""
+    """Replace certain values of text by null; comparisons of short text are cheaper than a set."""
     return pl.when(~pl.any_horizontal(values == mark for mark in marks)).then(values)
 
 
 def suspects(keys: pl.Series) -> list[str]:
-    """Keys that look as if they meant 'no value', such as 'none', '?' or -999; sorted."""
+    """Return keys that may mean 'no value', such as 'none', '?' or -999; sorted."""
     text = keys.unique().drop_nulls().cast(pl.String)
     short = text.filter(text.str.len_bytes() <= 14)
     return sorted(key for key in short if key.strip().casefold() in _SUSPECTS)

@@ -1,4 +1,4 @@
-"""Names that a user gives: the rules for them, and the closest known one where a name is unknown."""
+"""Rules for names from the user, and the closest known name for an unknown one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _VERSION = re.compile(r"v[0-9]+")
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """End of an error sentence that names the cure: the closest names, or all of a few."""
+    """Return the end of an error sentence with the cure: the closest names, or all of a few."""
     names = list(known)
     close = get_close_matches(name, names, n=3, cutoff=0.5)
     if close:
@@ -28,12 +28,12 @@ def check_dataset_name(what: str, name: str, taken: Collection[str] = ()) -> Non
     """Check a name that becomes a directory and a Prefect artifact's key.
 
     Args:
-        what: What it names, for the message.
+        what: Kind of thing that it names, for the message.
         name: The name.
-        taken: Names that mean something else in their place.
+        taken: Names that have another meaning there.
 
     Raises:
-        DefinitionError: it can't name that; the message has the rule and a name that could.
+        DefinitionError: the name isn't allowed; the message has the rule and an allowed name.
 
     """
     plain = isinstance(name, str) and _DATASET.fullmatch(name)
@@ -53,12 +53,12 @@ def check_column_name(what: str, name: str, own: Collection[str] = ()) -> None:
     """Check the name of a feature, or of another column that is published beside features.
 
     Args:
-        what: What bears it, for the message, such as "feature group 'x', feature".
+        what: Owner of the name, for the message, such as "feature group 'x', feature".
         name: The name.
-        own: Columns that we add to the same rows.
+        own: Columns that the pipeline adds to the same rows.
 
     Raises:
-        DefinitionError: it can't be referred to, or is the name of an own column; the message has a name that could.
+        DefinitionError: it can't be used in a reference, or is in `own`; the message has an allowed name.
 
     """
     word = "_".join(re.findall(r"\w+", str(name))).strip("_")

@@ -1,4 +1,4 @@
-"""Figures as a person reads them: 1,234,567 and 0.0312, never 1e+06 or 0.30000000000000004."""
+"""Figures in readable form: 1,234,567 and 0.0312, never 1e+06 or 0.30000000000000004."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def number(value: float | str | None, in_full_below: float = 1e12) -> str:
-    """Whole numbers in full with thousands separators, others with four significant digits; text as it is.
+    """Format whole numbers in full with thousands separators, others to four significant digits; keep text as it is.
 
-    Numbers from `in_full_below` on, and tiny ones, are given as 1.23 × 10¹⁵.
+    Numbers from `in_full_below` on, and tiny ones, are formatted as 1.23 × 10¹⁵.
     """
     if value is None or isinstance(value, str):
         return value or "–"
@@ -27,7 +27,7 @@ def number(value: float | str | None, in_full_below: float = 1e12) -> str:
 
 
 def share(value: float) -> str:
-    """A share in [0, 1] in per cent: 12.3 %, and neither 0 % nor 100 % unless it is so."""
+    """Format a share in [0, 1] in per cent: 12.3 %; 0 % and 100 % only if exact."""
     if math.isnan(value):
         return "–"
     if 0 < value < 0.001:
@@ -38,7 +38,7 @@ def share(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time span: 85 ms, 4.2 s, 3 min 05 s, 2 h 07 min."""
+    """Format a time span: 85 ms, 4.2 s, 3 min 05 s, 2 h 07 min."""
     if seconds < 0.9995:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 59.95:
@@ -51,12 +51,12 @@ def duration(seconds: float) -> str:
 
 
 def plural(count: int, noun: str, plural_noun: str | None = None) -> str:
-    """A count with its noun: 1 row, 2,000 rows."""
+    """Return a count with its noun: 1 row, 2,000 rows."""
     return f"{count:,} {noun if count == 1 else plural_noun or noun + 's'}"
 
 
 def shortened(text: str, longest: int) -> str:
-    """Text of at most so many characters, with an ellipsis in its middle where something is left out."""
+    """Shorten text to some number of characters, with an ellipsis in its middle for the omitted part."""
     if len(text) <= longest:
         return text
     head = (longest - 1) // 2

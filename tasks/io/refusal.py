@@ -1,7 +1,7 @@
-"""Credentials that the store refuses, told as such: by their cause and what to do, whichever library met it.
+"""Credentials that the store refuses, reported with cause and cure, whichever library met the refusal.
 
-S3 names its reason only in an answer's body, and an answer to HEAD has none: pyarrow then says 'HTTP status 400', s3fs
-'Bad Request'. So the same is asked once more by GET.
+S3 gives its reason only in a response body, and a response to HEAD has none: pyarrow then says 'HTTP status 400', s3fs
+'Bad Request'. So the same request is sent once more by GET.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ _BY_STATUS = re.compile(r"HTTP status 40[03]|AWS Error ACCESS_DENIED")
 
 
 def refused_credentials(error: BaseException) -> str | None:
-    """What the store has against the credentials, as an error or one of its causes names it; None if it is no such."""
+    """Return the store's reason to refuse the credentials, as an error or one of its causes names it; else None."""
     for link in causes(error):
         response = getattr(link, "response", None)
         code = str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else type(link).__name__
         if code in _CAUSES:
             return _CAUSES[code]
-        # pyarrow, and what s3fs has raised in another process, say it in their text alone.
+        # pyarrow, and s3fs errors raised in another process, name it in their text alone.
         if isinstance(link, OSError) and (named := _NAMED.search(str(link))):
             return _CAUSES[named[1]]
     return None
 
 
 def refusal(place: str, cause: str) -> CredentialsRefused:
-    """The error of credentials that are refused at a place."""
+    """Return the error of credentials that are refused at a place."""
     return CredentialsRefused(f"can't use {place}: the credentials {cause}; {_CURE}")
 
 
 @contextlib.contextmanager
 def refusals_explained(uri: str) -> Iterator[None]:
-    """Around requests for a URI.
+    """Explain refused credentials of requests for a URI in this block.
 
     Raises:
         CredentialsRefused: the store doesn't accept the credentials, or there are none.
@@ -68,7 +68,7 @@ def refusals_explained(uri: str) -> Iterator[None]:
 
 
 def explains_refusals(function: Callable[P, R]) -> Callable[P, R]:
-    """The same for a whole function, whose first argument is the URI."""
+    """Decorate a function whose first argument is the URI with `refusals_explained`."""
 
     @functools.wraps(function)
     def explained(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -79,7 +79,7 @@ def explains_refusals(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def s3_error_code(error: BaseException) -> str:
-    """The code that S3 has answered, behind an error of s3fs; '' if there is none."""
+    """Return the S3 error code behind an error of s3fs; '' if there is none."""
     response = getattr(error.__cause__, "response", None) or {}
     return str(response.get("Error", {}).get("Code", ""))
 
@@ -101,6 +101,6 @@ def _asked_again(uri: str) -> str | None:
             filesystem.call_s3("get_object", Bucket=bucket, Key=key, Range="bytes=0-0")
         else:
             filesystem.call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)
-    except Exception as error:  # noqa: BLE001 - whatever the answer, the first error is the one to be told
+    except Exception as error:  # noqa: BLE001 - whatever the answer, the first error is reported
         return refused_credentials(error)
     return None

@@ -1,4 +1,4 @@
-"""The one module that opens files: plain functions on URIs, alike for a local disk and for S3.
+"""Plain functions on URIs, alike for a local disk and for S3; the one module that opens files.
 
 A URI is a path ('data/x', '/abs/x'), 'file:///x' or 's3://bucket/x' (`location`). Nothing is kept between calls
 except connections, so every function works in any process.
@@ -56,7 +56,7 @@ __all__ = [
 SAMPLE_ABOVE = 64 * MIB
 
 # Measured on 2 million feature rows (115 MB in Arrow): zstd-1 writes as fast as snappy (0.31 s against 0.32 s), reads
-# as fast (0.07 s), and is a fifth smaller (40 MB against 49 MB); zstd-3 takes a fifth longer for 3%. Row groups of
+# as fast (0.07 s), and takes a fifth less room (40 MB against 49 MB); zstd-3 takes a fifth longer for 3%. Row groups of
 # 128 Ki rows instead of 1 Mi need 1.8 times the time and a quarter more room, as each repeats its dictionaries.
 _PARQUET = {"compression": "zstd", "row_group_size": MIB}
 _ZSTD_LEVEL = 1
@@ -69,7 +69,7 @@ Contents = TypeVar("Contents")
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """A Parquet file that was written: its size and the digest of exactly its bytes."""
+    """Written Parquet file: its size and the digest of exactly its bytes."""
 
     uri: str
     rows: int
@@ -79,7 +79,7 @@ class WrittenFile:
 
 @explains_refusals
 def open_input(uri: str) -> pa.NativeFile:
-    """Open a file for random access, as pyarrow.parquet and pyarrow.csv take it.
+    """Open a file for random access, for pyarrow.parquet and pyarrow.csv.
 
     Raises:
         FileNotFoundError: no such file.
@@ -90,13 +90,13 @@ def open_input(uri: str) -> pa.NativeFile:
 
 @explains_refusals
 def exists(uri: str) -> bool:
-    """Whether there is a file or a directory (on S3: any key under the prefix)."""
+    """Return True if there is a file or a directory (on S3: any key under the prefix)."""
     uri = normalise(uri)
     if not is_s3(uri):
         return Path(uri).exists()
     filesystem, path = s3_filesystem(uri)
     try:
-        # Not its exists(), which takes a refused or failed request for absence.
+        # s3fs's exists() reports a refused or failed request as absence.
         filesystem.info(path)
     except FileNotFoundError:
         return False
@@ -105,11 +105,11 @@ def exists(uri: str) -> bool:
 
 @explains_refusals
 def check_root(uri: str) -> None:
-    """Make sure that a store can be kept under a root, before anything is started for it; nothing is written.
+    """Check that a store can be kept under a root, before anything is started for it; nothing is written.
 
     Raises:
         ConfigError: it is a file, or may not be written to, or its bucket doesn't exist.
-        PipelineError: nothing answers where S3 should be.
+        PipelineError: S3 doesn't answer at its address.
     """
     uri = normalise(uri)
     if is_s3(uri):
@@ -158,7 +158,7 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_many(uris: Iterable[str]) -> dict[str, bytes]:
-    """Read whole small files, at once where the store allows it; files that don't exist are left out.
+    """Read whole small files, in parallel where the store allows it; omit files that don't exist.
 
     Returns:
         Contents by normalised URI.
@@ -177,8 +177,8 @@ def read_many(uris: Iterable[str]) -> dict[str, bytes]:
 
 def _read_remote(uris: list[str]) -> dict[str, bytes]:
     filesystem, _ = s3_filesystem(uris[0])
-    # 'omit' would also leave out what merely failed, and a reservation that was missed would be taken twice. Without
-    # concurrency inside a file it isn't asked first how large the file is (or whether it's a directory).
+    # 'omit' would also leave out files whose read failed, and a missed reservation would be taken twice. Without
+    # concurrency inside a file no request for its size (or whether it's a directory) comes first.
     paths = [uri.removeprefix("s3://") for uri in uris]
     answers = filesystem.cat(paths, on_error="return", max_concurrency=1)
     contents = {}
@@ -192,7 +192,7 @@ def _read_remote(uris: list[str]) -> dict[str, bytes]:
 
 
 def _read_whole(read: Callable[[], Contents]) -> Contents:
-    """Read again what broke off in mid-body: the client below tries again only until the first byte has come."""
+    """Retry a read that broke off in mid-body: the client below retries only until the first byte."""
     for attempt in range(1, _TRIES):
         try:
             return read()
@@ -209,12 +209,12 @@ def _pause(attempt: int) -> None:
 
 @explains_refusals
 def write_bytes(uri: str, data: bytes | pa.Buffer) -> None:
-    """Write a whole file, replacing what was there; a reader sees the old contents or the new, never a part.
+    """Write a whole file, replacing the old one; a reader sees the old contents or the new, never a part.
 
     Raises:
         ConfigError: the bucket doesn't exist.
         DiskFull: there is no room for it.
-        VersionConflict: another attempt to write the version has committed, and cleaned up what was begun here.
+        VersionConflict: another attempt to write the version has committed, and removed the file begun here.
     """
     uri = normalise(uri)
     if not is_s3(uri):
@@ -233,13 +233,13 @@ def write_bytes(uri: str, data: bytes | pa.Buffer) -> None:
 
 @explains_refusals
 def put_if_absent(uri: str, data: bytes) -> bool:
-    """Create a file only where there is none, in one step for everybody who tries at the same time.
+    """Create a file only if it doesn't exist, atomically among all who try at the same time.
 
-    On S3 a request whose answer was lost is sent again by the client, and then finds its own object: False means
-    'somebody created it', and a caller to whom it matters whether that was itself compares the contents.
+    On S3 the client sends a request again if the response was lost, and then finds its own object: False means
+    'somebody created it'; a caller that needs to know whether it was itself compares the contents.
 
     Returns:
-        True when this call created it, False when it was there.
+        True if this call created it, False if it existed.
 
     Raises:
         ConfigError: the bucket doesn't exist, or the local file system has no hard links.
@@ -260,7 +260,7 @@ def _create_local(path: str, data: bytes) -> bool:
     except FileExistsError:
         return False
     except FileNotFoundError:
-        # Whoever decided this version tidied up behind it, and took our file for one of a dead process.
+        # The publisher that decided this version has tidied up, and removed our file as one of a dead process.
         return _create_local(path, data)
     except OSError as error:
         if error.errno in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
@@ -287,10 +287,10 @@ def _create_s3(uri: str, data: bytes) -> bool:
         except OSError as error:
             code = s3_error_code(error)
             refused = code in ("PreconditionFailed", "412")
-            # Callers go on to read what is there: who says that there is something must have it.
+            # Callers go on to read the file: a claim that it exists must be true.
             if refused and exists(uri):
                 return False
-            # S3 answers 409 while another conditional write of the same key is under way: only asking again tells.
+            # S3 answers 409 while another conditional write of the same key is under way: only another request decides.
             if not refused and code not in ("ConditionalRequestConflict", "OperationAborted", "409"):
                 raise
             if attempt == _TRIES:
@@ -305,13 +305,13 @@ def _create_s3(uri: str, data: bytes) -> bool:
 
 
 def no_bucket(uri: str) -> ConfigError:
-    """The error of writing to a bucket that isn't there."""
+    """Return the error of writing to a bucket that doesn't exist."""
     bucket = uri.removeprefix("s3://").partition("/")[0]
     return ConfigError(f"can't write {uri!r}: bucket {bucket!r} doesn't exist; create it or correct the location")
 
 
 def _write_temporary(path: str, data: bytes | pa.Buffer) -> str:
-    """Write to a hidden name beside `path`, flushed to the disk; give that name."""
+    """Write to a hidden name beside `path`, flushed to the disk; return that name."""
     temporary = temporary_name(path)
     try:
         with told_if_full(path), open(temporary, "xb") as file:
@@ -326,7 +326,7 @@ def _write_temporary(path: str, data: bytes | pa.Buffer) -> str:
 
 @explains_refusals
 def delete(uri: str) -> None:
-    """Delete a file; that it's gone already is no error."""
+    """Delete a file; a missing one is no error."""
     uri = normalise(uri)
     if not is_s3(uri):
         Path(uri).unlink(missing_ok=True)
@@ -343,11 +343,11 @@ def write_parquet(table: pa.Table, uri: str, **settings: Any) -> WrittenFile:
     Args:
         table: Rows to write, one task's share of a version.
         uri: Name of the file.
-        settings: Options of `pyarrow.parquet.write_table` that differ from the project's own (zstd level 1, row groups
-            of 1 Mi rows).
+        settings: Options of `pyarrow.parquet.write_table` that differ from the project's defaults (zstd level 1, row
+            groups of 1 Mi rows).
 
     Returns:
-        Rows, bytes and digest of what was written.
+        Rows, bytes and digest of the written file.
     """
     data = parquet_bytes(table, **settings)
     write_bytes(uri, data)
@@ -355,14 +355,14 @@ def write_parquet(table: pa.Table, uri: str, **settings: Any) -> WrittenFile:
 
 
 def parquet_bytes(table: pa.Table, **settings: Any) -> pa.Buffer:
-    """Contents of a Parquet file, as `write_parquet` writes it."""
+    """Return the contents of a Parquet file, as `write_parquet` writes it."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, **parquet_options(settings))
     return sink.getvalue()
 
 
 def parquet_options(settings: dict[str, Any]) -> dict[str, Any]:
-    """The project's own options of Parquet files, with what a caller wants otherwise."""
+    """Return the project's options of Parquet files, overridden by the caller's."""
     options = _PARQUET | settings
     if options["compression"] == "zstd":
         options.setdefault("compression_level", _ZSTD_LEVEL)
@@ -370,7 +370,7 @@ def parquet_options(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def digest_of(uri: str, like: str = f"{METHOD}:") -> str:
-    """Digest of a file's bytes, read in pieces, by the method of another digest.
+    """Return the digest of a file's bytes, read in pieces, by the method of another digest.
 
     Raises:
         InputError: the method isn't known here.
@@ -383,12 +383,12 @@ def digest_of(uri: str, like: str = f"{METHOD}:") -> str:
 
 
 def stamp_of(uri: str, data: bytes) -> str:
-    """`FileInfo.stamp` that a listing will show of a file with these contents, without another request.
+    """Return the `FileInfo.stamp` that a listing will show for a file with these contents, without another request.
 
-    Where S3 makes its ETags otherwise than by MD5, as it does of encrypted objects, no listing ever shows this stamp.
+    If S3 makes its ETags otherwise than by MD5, as for encrypted objects, no listing ever shows this stamp.
 
     Returns:
-        The stamp; '' for a local file that isn't there.
+        The stamp; '' for a missing local file.
     """
     uri = normalise(uri)
     if is_s3(uri):
@@ -400,7 +400,7 @@ def stamp_of(uri: str, data: bytes) -> str:
 
 
 def fingerprint(info: FileInfo) -> str:
-    """Mark of a file's contents, for the record of what a version was made from; its method is its prefix.
+    """Return a mark of a file's contents, for the record of a version's inputs; its method is its prefix.
 
     - 'etag:…' on S3, which costs nothing; it differs between a single and a multipart upload of the same bytes.
     - 'blake2b:…' of the contents, for local files of up to 64 MiB.

@@ -1,4 +1,4 @@
-"""Parquet files that are written piece by piece, in the memory of one page, locally and on S3."""
+"""Parquet files written piece by piece, in the memory of one page, locally and on S3."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tasks.io.storage import WrittenFile, no_bucket, parquet_options
 
 
 class ParquetStream:
-    """Writes one Parquet file piece by piece, in memory of a page: each table becomes a row group (or several).
+    """Writer of one Parquet file piece by piece, in memory of a page: each table becomes a row group (or several).
 
-    A context manager. The file appears under its name when the block ends well, whole; a block that fails leaves
-    nothing. Afterwards `written` describes the file.
+    A context manager. The whole file appears under its name when the block succeeds; a block that fails leaves nothing.
+    Afterwards `written` describes the file.
 
     Args:
         uri: Name of the file.
@@ -57,7 +57,7 @@ class ParquetStream:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is not None:
-            with contextlib.suppress(Exception):  # the first error is the one to be told
+            with contextlib.suppress(Exception):  # report the first error
                 self._writer.close()
             self._sink.discard()
             return
@@ -71,7 +71,7 @@ class ParquetStream:
 
 
 class _Sink:
-    """Where a stream's bytes go, counted and hashed on their way; pyarrow sees a Python file."""
+    """File object for pyarrow that counts and hashes a stream's bytes on their way."""
 
     closed = False
 
@@ -89,7 +89,7 @@ class _Sink:
         pass
 
     def close(self) -> None:
-        """Called by pyarrow; `commit` or `discard` end the file."""
+        """Do nothing: pyarrow calls it, but `commit` or `discard` end the file."""
 
     def _append(self, data: bytes) -> None:
         raise NotImplementedError
@@ -140,5 +140,5 @@ class _S3Sink(_Sink):
             raise no_bucket(self._uri) from error
 
     def discard(self) -> None:
-        self._file.closed = True  # else its finaliser would upload what is there
+        self._file.closed = True  # otherwise its finaliser would upload the partial data
         self._file.discard()

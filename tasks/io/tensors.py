@@ -1,13 +1,13 @@
 """Tensors of one shape as a column: raw bytes in Parquet, arrays without a copy in numpy and PyTorch.
 
 A tensor column is an Arrow `fixed_size_binary` column: each value holds a tensor's elements in C order, little-endian.
-What they are stands in the field's metadata, under the key `tensor`:
+The field's metadata describes them, under the key `tensor`:
 
     {"shape": [3, 224, 224], "dtype": "uint8", "byteorder": "little", "dimensions": ["channel", "height", "width"]}
 
-Arrow's own fixed-shape tensors, and Ray Data's, are lists to Parquet, which knows no integer below 32 bits: an image of
-224 × 224 × 3 bytes takes 602 KB in a file instead of 151 KB. Whoever knows nothing of tensors (pandas, Polars, DuckDB)
-reads binary values. For Ray Data and others there is `as_fixed_shape_tensors`.
+Arrow's fixed-shape tensors, and Ray Data's, are lists in Parquet, which has no integer below 32 bits: an image of
+224 × 224 × 3 bytes takes 602 KB in a file instead of 151 KB. Libraries without tensors (pandas, Polars, DuckDB) read
+binary values. For Ray Data and others there is `as_fixed_shape_tensors`.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _MAX_WIDTH = 2**31 - 1  # Arrow's limit for a fixed_size_binary
 # 0.018, 128 rows 0.057 and 0.014, 256 rows 0.051 and 0.018. Within 32 MiB that is 128 of these images.
 _GROUP_BYTES = 32 << 20
 _GROUP_ROWS = 1 << 20
-# Later versions of pyarrow end a page after 20,000 rows; earlier ones have neither that limit nor a name for it.
+# Later versions of pyarrow end a page after 20,000 rows; earlier ones have neither that limit nor an option for it.
 _PAGES_END_BY_ROWS = "max_rows_per_page" in inspect.signature(pq.write_table).parameters
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Shape and element type of the tensors of a column."""
+    """Shape and element type of a column's tensors."""
 
     shape: tuple[int, ...]
     dtype: str  # numpy's name, one of DTYPES
@@ -67,25 +67,25 @@ class TensorSpec:
 
     @property
     def stored(self) -> np.dtype[Any]:
-        """Element type as it is stored, little-endian."""
+        """Stored element type, little-endian."""
         return np.dtype(self.dtype).newbyteorder("<")
 
 
 def tensor_field(
     name: str, shape: Iterable[int], dtype: npt.DTypeLike, dimensions: Iterable[str] = (), nullable: bool = False
 ) -> pa.Field:
-    """Field of a tensor column.
+    """Return the field of a tensor column.
 
     Args:
         name: Column name.
         shape: Length of each dimension, at least 1; () for single numbers.
         dtype: Booleans (a byte each), integers of 8 to 64 bits, or floats of 16 to 64 bits; stored little-endian.
         dimensions: Name of each dimension, such as 'channel', 'height', 'width'.
-        nullable: Whether values may be missing. Without, a page of a Parquet file holds nothing but the tensors.
+        nullable: Whether values may be missing. If not, a page of a Parquet file holds nothing but the tensors.
 
     Raises:
-        InputError: another element type, a dimension below 1, tensors of 2 GiB or more, or as many names as there are
-            not dimensions.
+        InputError: another element type, a dimension below 1, tensors of 2 GiB or more, or the number of names differs
+            from that of dimensions.
     """
     spec = TensorSpec(tuple(int(length) for length in shape), _dtype_name(dtype), tuple(dimensions))
     if any(length < 1 for length in spec.shape):
@@ -103,13 +103,13 @@ def tensor_field(
 
 
 def tensor_array(values: AnyArray) -> pa.FixedSizeBinaryArray:
-    """Tensors as a column, over the same memory where that is C-contiguous and little-endian, else copied.
+    """Return tensors as a column, over the same memory if that is C-contiguous and little-endian, else copied.
 
     Args:
         values: Shape (n, *shape). Don't write to it while the column is in use.
 
     Raises:
-        InputError: no leading dimension, or what `tensor_field` refuses.
+        InputError: no leading dimension, or as `tensor_field`.
     """
     if not values.ndim:
         raise InputError("a single number is no column of tensors; give an array of shape (n, …)")
@@ -119,12 +119,12 @@ def tensor_array(values: AnyArray) -> pa.FixedSizeBinaryArray:
 
 
 def is_tensor(field: pa.Field) -> bool:
-    """Whether a field is one that `tensor_field` made."""
+    """Return True if a field was made by `tensor_field`."""
     return pt.is_fixed_size_binary(field.type) and TENSOR in (field.metadata or {})
 
 
 def tensor_spec(field: pa.Field) -> TensorSpec:
-    """Shape and element type of a tensor column.
+    """Return the shape and element type of a tensor column.
 
     Raises:
         InputError: it isn't one, or its metadata can't be read or doesn't fit its width.
@@ -153,7 +153,7 @@ def tensor_spec(field: pa.Field) -> TensorSpec:
 
 
 def to_numpy(rows: pa.Table | pa.RecordBatch, column: str) -> AnyArray:
-    """Tensors of a column, shape (n, *shape), read-only.
+    """Return the tensors of a column, shape (n, *shape), read-only.
 
     One chunk gives a view of Arrow's memory; several are copied together once.
 
@@ -171,7 +171,7 @@ def to_numpy(rows: pa.Table | pa.RecordBatch, column: str) -> AnyArray:
 
 
 def to_torch(rows: pa.Table | pa.RecordBatch, column: str) -> torch.Tensor:
-    """Tensors of a column as one of PyTorch's, shape (n, *shape), on the CPU, over the memory that `to_numpy` gives.
+    """Return the tensors of a column as a CPU tensor of PyTorch, shape (n, *shape), over the memory of `to_numpy`.
 
     Arrow's memory is shared and never changes, but PyTorch has no read-only tensors: don't write to it in place
     (`x.div_(255)`); move it to a GPU, or compute something new (`x / 255`).
@@ -188,13 +188,13 @@ def to_torch(rows: pa.Table | pa.RecordBatch, column: str) -> torch.Tensor:
 
 
 def as_fixed_shape_tensors(table: pa.Table) -> pa.Table:
-    """The table with its tensor columns as Arrow's own fixed-shape tensors, over the same memory.
+    """Return the table with its tensor columns as Arrow's fixed-shape tensors, over the same memory.
 
     Ray Data hands these out as arrays of shape (n, *shape):
 
         ray.data.read_parquet(files).map_batches(as_fixed_shape_tensors, batch_format="pyarrow")
 
-    Booleans become uint8, as Arrow's own have a bit each. Other columns stay as they are.
+    Booleans become uint8, as Arrow's have a bit each. Other columns are unchanged.
 
     Raises:
         InputError: a tensor column holds a null.
@@ -213,11 +213,11 @@ def as_fixed_shape_tensors(table: pa.Table) -> pa.Table:
 
 
 def parquet_settings(schema: pa.Schema, value_bytes: int = 32 << 10) -> dict[str, Any]:
-    """Options of `pyarrow.parquet.write_table` for files that consist of tensors or encoded images in the main.
+    """Return options of `pyarrow.parquet.write_table` for files that consist mainly of tensors or encoded images.
 
-    - Binary columns: no dictionary (it would fill up and be given up), no compression and no statistics. Per image of
+    - Binary columns: no dictionary (it would overflow), no compression and no statistics. Per image of
       224 × 224 × 3 (KB, ms of CPU to write, to read): raw 151, 0.05, 0.02; lz4 124, 0.21, 0.05; zstd 113, 0.32, 0.17.
-      Raw rows can also be mapped into memory and picked one by one. Smallest and largest image mean nothing.
+      Raw rows can also be mapped into memory and picked one by one. Statistics of images have no meaning.
     - Other columns: dictionary, zstd and statistics, as in every file of this project.
     - Row groups of up to 32 MiB, a power of two of rows, so that files can be read in pieces; each column chunk is one
       page. So the tensors of a group lie in the file one after the other, and end where its column chunk ends.
@@ -241,7 +241,7 @@ def parquet_settings(schema: pa.Schema, value_bytes: int = 32 << 10) -> dict[str
         "write_statistics": others or False,
         "row_group_size": rows,
         "data_page_size": _GROUP_BYTES,
-        # A page's size is looked at after so many rows: encoded images larger than expected are cut in time.
+        # Number of rows between checks of a page's size: encoded images larger than expected still end a page in time.
         "write_batch_size": min(max(rows // 64, 1), 1024),
         **({"max_rows_per_page": rows} if _PAGES_END_BY_ROWS else {}),
     }
@@ -267,7 +267,7 @@ def _chunks(column: pa.Array | pa.ChunkedArray) -> list[pa.Array]:
 
 
 def _payload(chunk: pa.Array, spec: TensorSpec, column: str) -> pa.Buffer:
-    """The bytes of exactly these tensors, read-only as every slice of a buffer is."""
+    """Return the bytes of exactly these tensors, read-only as every slice of a buffer is."""
     if chunk.null_count:
         first = chunk.is_null().index(True).as_py()
         raise InputError(
@@ -295,7 +295,7 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 def _leaves(schema: pa.Schema) -> list[str]:
-    """Parquet's names of the columns, such as 'issues.list.element' for a list: options must be given by these."""
+    """Return Parquet's column names, such as 'issues.list.element' for a list: options must use these."""
     sink = pa.BufferOutputStream()
     pq.write_table(schema.empty_table(), sink)
     written = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema

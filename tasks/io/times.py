@@ -1,4 +1,4 @@
-"""Points in time as a user writes them: one, several, or a range with a step."""
+"""Points in time in a user's notation: one, several, or a range with a step."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import polars as pl
 from pydantic import AfterValidator, BeforeValidator
 
 MOST = 10_000
-"""Times that a list may stand for; more are a slip of the step."""
+"""Most times in a list; more are a mistake in the step."""
 
 _STEP = re.compile(r"[1-9][0-9]*(h|d|w|mo|q|y)")
 
 
 def _split(value: object) -> object:
-    """Let one time, or 'a,b', stand for a list; times become their text."""
+    """Split 'a,b' into a list, as well as one time; times become their text."""
     values = value.split(",") if isinstance(value, str) else [value] if isinstance(value, dt.date) else value
     if not isinstance(values, list | tuple):
         return () if value is None else value
@@ -50,23 +50,23 @@ def _parse(text: str) -> dt.datetime:
 
 
 def _local(moment: dt.datetime, zone: ZoneInfo) -> dt.datetime:
-    """A time as the zone's clock shows it, without the zone."""
+    """Return a time by the zone's clock, without the zone."""
     return moment if moment.tzinfo is None else moment.astimezone(zone).replace(tzinfo=None)
 
 
 def _utc(moment: dt.datetime, zone: ZoneInfo) -> dt.datetime:
-    """A time in UTC; one that has no offset is of the zone, the earlier of two equal ones."""
+    """Return a time in UTC; one without an offset is in the zone, the earlier of two equal ones."""
     return (moment.replace(tzinfo=zone) if moment.tzinfo is None else moment).astimezone(dt.UTC)
 
 
 def expand(values: Iterable[str], timezone: str = "UTC") -> tuple[dt.datetime, ...]:
-    """All the times that a list stands for, UTC, ascending, each once.
+    """Return all the times of a list, UTC, ascending, each once.
 
     Args:
         values: Times (ISO 8601), and ranges 'START/END/STEP' with both ends included, the end also where no step meets
-            it; a step is a number of h, d, w, mo, q or y, such as '1d' or '3mo'. Months end where they end: a range
-            from the 31st has the last day of shorter months.
-        timezone: IANA zone of times without an offset, by whose clock the steps of days and more go: midnight stays
+            it; a step is a number of h, d, w, mo, q or y, such as '1d' or '3mo'. A range from the 31st has the last day
+            of shorter months.
+        timezone: IANA zone of times without an offset, whose clock steps of days and more follow: midnight stays
             midnight when the clock changes.
 
     Raises:
@@ -95,10 +95,10 @@ def _range(start: dt.datetime, end: dt.datetime, step: str, *, value: str, zone:
     if last < _utc(start, zone):
         raise ValueError(f"'{value}' ends before it begins; swap the two times")
     count, unit = re.fullmatch(r"([0-9]+)([a-z]+)", step).groups()  # type: ignore[union-attr]
-    # Hours are hours when the clock changes; days and longer steps go by the clock.
+    # Steps of hours have a fixed length when the clock changes; days and longer steps follow the clock.
     origin = pl.Series([_utc(start, zone).replace(tzinfo=None) if unit == "h" else _local(start, zone)])
     for number in range(MOST + 1):
-        # Counted from the start each time, so that a month's last day stays one.
+        # Counted from the start each time, so that the last day of a month stays the last day.
         moment: dt.datetime = origin.dt.offset_by(f"{int(count) * number}{unit}")[0]
         moment = moment.replace(tzinfo=dt.UTC) if unit == "h" else _utc(moment, zone)
         if moment >= last:
@@ -108,4 +108,4 @@ def _range(start: dt.datetime, end: dt.datetime, step: str, *, value: str, zone:
 
 
 Times = Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(_canonical)]
-"""A field of a configuration: times and ranges as text, in UTC if they have an offset; `expand` gives the times."""
+"""Configuration field: times and ranges as text, in UTC if they have an offset; `expand` returns the times."""

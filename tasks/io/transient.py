@@ -1,4 +1,4 @@
-"""Which faults are worth another try: those of the network and of a busy store, never those of the input."""
+"""Transient faults: those of the network and of a busy store, never those of the input."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _TRANSIENT_ERRNO = frozenset(
     {errno.EBUSY, errno.EREMOTEIO, errno.EAGAIN, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
 )
 
-# By name, so that asking doesn't import botocore and aiohttp where only local files are used.
+# By name, so that the check doesn't import botocore and aiohttp if only local files are used.
 _TRANSIENT_NAMES = frozenset(
     {
         *("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError"),
         *("HTTPClientError", "IncompleteReadError", "ResponseStreamingError", "ResponseParserError"),
         *("ClientConnectionError", "ClientPayloadError", "ServerDisconnectedError", "IncompleteRead"),
-        # Of Ray, whose node has died with what it held, and which couldn't make it again.
+        # Ray errors: the node died with its objects, and Ray couldn't recompute them.
         *("ObjectLostError", "StreamingGeneratorReplayInconsistentError"),
     }
 )
@@ -45,10 +45,10 @@ _TRANSIENT_CODES = frozenset(
     }
 )
 
-# s3fs gives an error that it doesn't know errno EIO, and names the code in the text alone, which outlives pickling.
+# s3fs gives errors that it doesn't know errno EIO, and names the code only in the text, which survives pickling.
 _CODE_IN_TEXT = re.compile(r"An error occurred \((\w+)\) when calling")
 
-# pyarrow says everything in the text of an OSError: 'AWS Error SLOW_DOWN during …', 'AWS Error UNKNOWN (HTTP status
+# pyarrow reports all details in the text of an OSError: 'AWS Error SLOW_DOWN during …', 'AWS Error UNKNOWN (HTTP status
 # 503) during …', 'AWS Error NETWORK_CONNECTION during …: curlCode: 28, Timeout was reached'.
 _ARROW_ERROR = re.compile(r"AWS Error (\w+)(?: \(HTTP status (\d+)\))?")
 _ARROW_TRANSIENT = frozenset(
@@ -60,9 +60,9 @@ _ARROW_TRANSIENT = frozenset(
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether trying again may help.
+    """Return True if trying again may help.
 
-    The error and then its causes are looked at, outermost first; the first one that can be judged decides. So an
+    The error and then its causes are judged, outermost first; the first verdict decides. So an
     `InputError` raised because of a lost connection stays permanent, and an unknown wrapper takes its cause's verdict.
     """
     for link in causes(error, contexts=True):
@@ -73,7 +73,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def _verdict(error: BaseException) -> bool | None:
-    """True: transient, False: permanent, None: it can't be told from this error alone."""
+    """Return True for a transient error, False for a permanent one, None if this error alone doesn't decide."""
     names = {kind.__name__ for kind in type(error).__mro__}
     if isinstance(error, _PERMANENT) or names & _PERMANENT_NAMES:
         return False
@@ -88,7 +88,7 @@ def _verdict(error: BaseException) -> bool | None:
 
 
 def _told_by(error: OSError) -> bool | None:
-    """The verdict of an error whose number or text has to do: from pyarrow, or from s3fs in another process."""
+    """Return the verdict by an error's number or text, for pyarrow, or s3fs in another process."""
     if match := _ARROW_ERROR.search(str(error)):
         return match[1] in _ARROW_TRANSIENT or _is_transient_status(match[2])
     if error.errno in _TRANSIENT_ERRNO:
@@ -99,6 +99,6 @@ def _told_by(error: OSError) -> bool | None:
 
 
 def _is_transient_status(status: object) -> bool:
-    """Whether an HTTP status says 'later' (time-out, too many requests, server error; not 'not implemented')."""
+    """Check that an HTTP status means 'later' (time-out, too many requests, server error; not 'not implemented')."""
     text = str(status)
     return text in ("408", "429") or (re.fullmatch(r"5\d\d", text) is not None and text != "501")

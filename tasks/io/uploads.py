@@ -1,4 +1,4 @@
-"""Uploads to S3 that never ended: invisible in every listing of objects, and paid for until somebody aborts them."""
+"""Unfinished uploads to S3: invisible in every listing of objects, and charged for until they are aborted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UNKNOWN_TO_THE_SERVER = ("NotImplemented", "MethodNotAllowed")
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """A multipart upload that was begun, and neither completed nor aborted."""
+    """Multipart upload that was begun, and neither completed nor aborted."""
 
     uri: str
     upload_id: str
@@ -44,7 +44,7 @@ def unfinished_uploads(uri: str, before: dt.datetime) -> list[Upload]:
 
 @explains_refusals
 def abort_upload(uri: str, upload_id: str) -> None:
-    """Abort an upload, whose parts are then deleted; that it has ended already is no error."""
+    """Abort an upload and so delete its parts; one that has ended already is no error."""
     filesystem, path = s3_filesystem(uri)
     bucket, _, key = path.partition("/")
     try:
@@ -63,7 +63,7 @@ def _entries(uri: str, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
             if s3_error_code(error) not in _UNKNOWN_TO_THE_SERVER:
                 raise
             return
-        # Not every server keeps to the prefix.
+        # Not every server respects the prefix.
         yield from (entry for entry in page.get("Uploads", []) if entry["Key"].startswith(prefix))
         if not page.get("IsTruncated"):
             return

@@ -1,4 +1,4 @@
-"""YAML as a user writes it, read so that nothing in it is executed or silently lost."""
+"""YAML from a user, read so that nothing in it is executed or silently lost."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a name that stands twice in a mapping, of which YAML would take the last; leaves times as text.
+    """YAML loader that refuses a duplicate name in a mapping (YAML would take the last) and leaves times as text.
 
-    A date becomes an object only where somebody knows that it is meant as one, and 2024-13-01 would be an error of
-    YAML's own, without a place.
+    Only the code that expects a date converts it; 2024-13-01 would otherwise be an error of YAML, without a place.
     """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -25,7 +24,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: ARG002
-        return super().construct_object(node, deep=True)  # refuses what holds itself
+        return super().construct_object(node, deep=True)  # refuses a node that contains itself
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -35,10 +34,10 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def load_yaml(text: str | bytes) -> Any:
-    """What a YAML document holds.
+    """Return the contents of a YAML document.
 
     Raises:
-        ValueError: it is no valid YAML, or a name stands twice in a mapping; says where.
+        ValueError: it is no valid YAML, or a name occurs twice in a mapping; the message gives the place.
 
     """
     try:

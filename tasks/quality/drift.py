@@ -1,4 +1,4 @@
-"""How far a column has moved since an earlier version: the population stability index.
+"""Population stability index: how far a column has moved since an earlier version.
 
 PSI = Σ (p - q) ln(p / q) over bins, with p and q the shares of the two versions: Jeffreys' divergence, in the form
 that credit scoring uses (Siddiqi 2006, "Credit Risk Scorecards"), where 0.1 is a shift to look at and 0.25 a large
@@ -23,7 +23,7 @@ _Z_999 = 3.090232306167813
 
 
 def population_stability_index(now: Int64Array, before: Int64Array) -> float:
-    """PSI of two arrays of counts over the same bins, shape (bins,); NaN when a side has no count at all.
+    """Return the PSI of two arrays of counts over the same bins, shape (bins,); NaN if a side has no count at all.
 
     Half a row is added to each bin of either side (the Jeffreys prior), as an empty bin would make it infinite.
     """
@@ -35,7 +35,7 @@ def population_stability_index(now: Int64Array, before: Int64Array) -> float:
 
 
 def chance_index(now: int, before: int, bins: int) -> float:
-    """PSI that chance alone exceeds once in a thousand times, for two samples of some numbers of rows.
+    """Return the PSI that chance alone exceeds once in a thousand times, for two samples of some numbers of rows.
 
     The quantile of χ² is Wilson and Hilferty's (1931) approximation, within 2 % of the truth for 2 bins or more.
     """
@@ -47,20 +47,20 @@ def chance_index(now: int, before: int, bins: int) -> float:
 
 
 def binned(now: ColumnPartial, before: ColumnProfile) -> tuple[Int64Array, Int64Array]:
-    """Counts of both versions over the earlier one's bins, each of shape (bins,), int64.
+    """Count both versions over the earlier one's bins, each of shape (bins,), int64.
 
-    Numbers: the bins of the earlier histogram, the outer two open; where each bin was one value, what lies beyond them
-    is counted apart, as a code never seen before matters however near it lies. Strings and booleans: the earlier top
-    values, and one bin for all others. One bin more for missing values (null, NaN, infinite) where either has any.
+    Numbers: the bins of the earlier histogram, the outer two open; if each bin was one value, values beyond them are
+    counted apart, as a new code matters however near it lies. Strings and booleans: the earlier top values, and one bin
+    for all others. One more bin for missing values (null, NaN, infinite) if either version has any.
 
-    The caller has made sure that both are of one kind, and that values that are counted were not dropped.
+    The caller ensures that both are of one kind, and that counts of values were not dropped.
     """
     missing = [now.nulls + now.nans + now.infinities, before.nulls + before.nans + before.infinities]
     if now.quantiles is not None:
         edges, seen = ((), (0,)) if before.histogram is None else (before.histogram.edges, before.histogram.counts)
         if before.distinct_exact and before.distinct == len(seen):
-            # One bin a value: what lies beyond the first or the last is new, be it ever so near. The histogram's own
-            # outer edges leave room around them, in which a column of one value could move unnoticed.
+            # One bin a value: any value beyond the first or the last is new, however near. The histogram's outer edges
+            # leave room around them, in which a column of one value could move unnoticed.
             seen = (0, *seen, 0)
             low, high = float(before.minimum or 0.0), float(before.maximum or 0.0)
             edges = (low, *edges[1:-1], float(np.nextafter(high, np.inf)))

@@ -1,7 +1,7 @@
-"""The catalogue of faults that datasets of several kinds can have. Pure.
+"""Catalogue of faults that datasets of several kinds can have. Pure.
 
-A kind of dataset is a subclass of `Trial`: it computes the figures of changed rows as its job does, and has its gate
-judge them. Its `faults` takes faults from the catalogue, names the checks that must notice them, and adds its own.
+A kind of dataset is a subclass of `Trial`: it computes the figures of changed rows as its job does, and its gate judges
+them. Its `faults` takes faults from the catalogue, names the checks that must notice them, and adds its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tasks.quality.self_test import Fault, inject
 from tasks.store.manifest import ColumnSpec, FaultResult, GateResult, Manifest
 
 MOST_FEATURES = 64
-"""Features that a sample has at most, the first ones: of a thousand, more would only take longer."""
+"""Most features of a sample, the first ones: with a thousand, more would only take longer."""
 ALIKE = "No feature is a number that differs between rows."
 
 Aims = str | tuple[str, ...]
@@ -31,11 +31,11 @@ Faults = Iterator[Fault]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """Values that a fault changes; a kind of dataset adds its own.
+    """Rows and settings that a fault changes; a kind of dataset adds more.
 
     Attributes:
         table: The rows.
-        bad: Share of the rows that are so in their source that the job rejects them.
+        bad: Share of the rows that the job rejects because of their source.
         lost: Share of the rows that vanish between computing and writing.
     """
 
@@ -49,10 +49,10 @@ S = TypeVar("S", bound=Sample)
 
 @dataclass(frozen=True, kw_only=True)
 class Trial(ABC, Generic[S]):
-    """The self-test of one version.
+    """Self-test of one version.
 
     Attributes:
-        sample: Rows of the version, as they are.
+        sample: Unchanged rows of the version.
         features: Columns of its table whose values can go wrong.
         before: The last published version; the version itself, if it is the first.
         noun: Name of a row to a person.
@@ -67,7 +67,7 @@ class Trial(ABC, Generic[S]):
 
     @abstractmethod
     def figures(self, rows: S) -> Any:
-        """Compute what the gate asks for, as the job does, with the `schema` and `profile` of what it would write."""
+        """Compute the gate's input as the job does, with the `schema` and `profile` of its output."""
 
     @abstractmethod
     def judge(self, rows: S) -> GateResult:
@@ -78,52 +78,52 @@ class Trial(ABC, Generic[S]):
         """Yield the faults, in the order of the report."""
 
     def results(self) -> tuple[FaultResult, ...]:
-        """Inject each fault and compare with the verdict on the sample as it is."""
+        """Inject each fault and compare with the verdict on the unchanged sample."""
         return inject(self.judge(self.sample), self.faults())
 
     @cached_property
     def known(self) -> Any:
-        """Figures of the sample as it is."""
+        """Figures of the unchanged sample."""
         return self.figures(self.sample)
 
     @cached_property
     def previous(self) -> Manifest:
-        """`before` with the sample's own columns and values, for the checks that compare with the last version."""
+        """Version `before` with the sample's columns and values, for the checks that compare with the last version."""
         columns = tuple(ColumnSpec(name=field.name, type=str(field.type)) for field in self.known.schema)
         return self.before.model_copy(update={"columns": columns, "profile": self.known.profile.columns()})
 
     @property
     def table(self) -> pa.Table:
-        """Rows of the sample as they are."""
+        """Unchanged rows of the sample."""
         return self.sample.table
 
     @property
     def copies(self) -> pa.Table:
-        """A share of the rows, to have them twice."""
+        """Share of the rows to duplicate."""
         return self.table.filter(pa.array(injection.some(self.table.num_rows, DOUBLED)))
 
     @cached_property
     def numbers(self) -> list[str]:
-        """Name the features that are numbers."""
+        """Names of the features that are numbers."""
         return [name for name in self.features if injection.is_number(self.table.schema.field(name).type)]
 
     @cached_property
     def number(self) -> str:
-        """The first number that differs between rows, '' without any."""
+        """First number that differs between rows, '' without any."""
         return next((name for name in self.numbers if injection.spread(self.table, name) > 0), "")
 
     @property
     def first(self) -> str:
-        """The feature whose values go wrong, '' without any."""
+        """Feature whose values the faults change, '' without any."""
         return self.number or next(iter(self.features), "")
 
     @property
     def real(self) -> str:
-        """The first feature that is a floating-point number, '' without any."""
+        """First feature that is a floating-point number, '' without any."""
         return next((name for name in self.numbers if pa.types.is_floating(self.table.schema.field(name).type)), "")
 
     def fault(self, name: str, injected: str, aims: Aims, why_not: str = "", **changes: Any) -> Fault:
-        """Return a fault that replaces fields of the sample; with a reason why not, the data has no place for it."""
+        """Return a fault that replaces fields of the sample; with a reason why not, the fault is not applicable."""
         judge = None if why_not else lambda: self.judge(replace(self.sample, **changes))
         aims = (aims,) if isinstance(aims, str) else aims
         return Fault(name=name, injected=injected, aims=aims, judge=judge, why_not=why_not)
@@ -131,14 +131,14 @@ class Trial(ABC, Generic[S]):
     def values(
         self, name: str, aims: Aims, column: str, value: Any, share: float = 1.0, *, words: str = "", why_not: str = ""
     ) -> Fault:
-        """Return a fault that puts a value (None: null) into a share of a column; without a column it has no place."""
+        """Return a fault that puts a value (None: null) into a share of a column; not applicable without a column."""
         part, what = "All" if share == 1.0 else f"{share:.0%}", "null" if value is None else value
         words = words or f"{part} of {column or 'a column'} were made {what}."
         table = injection.with_values(self.table, [column] if column else [], value, share)
         return self.fault(name, words, aims, "" if column else why_not, table=table)
 
     def no_rows(self) -> Fault:
-        """Take every row away."""
+        """Remove every row."""
         return self.fault("no rows", f"Every {self.noun} was taken away.", "rows", table=self.table.slice(0, 0))
 
     def duplicates(self, aims: str) -> Fault:
@@ -153,17 +153,17 @@ class Trial(ABC, Generic[S]):
         return self.fault("lost rows", words, f"balance of {balance}", lost=LOST)
 
     def bad_rows(self, name: str, what: str, source: str) -> Fault:
-        """Give the job rows of a source that it must reject."""
+        """Give the job rows that it must reject."""
         return self.fault(name, f"{BAD:.0%} of {what}.", f"rejected of {source}", bad=BAD)
 
     def schema(self, column: str) -> Fault:
-        """Give a column another name."""
+        """Rename a column."""
         names = [f"{name}_renamed" if name == column else name for name in self.table.column_names]
         words, aims = f"Column {column} was given another name.", ("schema", f"schema of {column}")
         return self.fault("schema", words, aims, table=self.table.rename_columns(names))
 
     def nulls(self, *more: str, why_not: str = "") -> Fault:
-        """Make a feature null; `more` are further checks that may notice it."""
+        """Make a feature null; `more` names further checks that may notice it."""
         return self.values("nulls", (f"nulls of {self.first}", *more), self.first, None, NULLS, why_not=why_not)
 
     def not_finite(self) -> Fault:
@@ -172,7 +172,7 @@ class Trial(ABC, Generic[S]):
         return self.values("not finite", f"finite of {self.real}", self.real, math.inf, ODD, why_not=why_not)
 
     def out_of_range(self, name: str, aims: str, column: str, value: float, why_not: str = "") -> Fault:
-        """Give a column a value that it may not have."""
+        """Give a column a forbidden value."""
         words = f"{ODD:.0%} of {column or 'a number'} were made {value}, which is out of bounds."
         return self.values(name, aims, column, value, ODD, words=words, why_not=why_not)
 
@@ -193,7 +193,7 @@ class Trial(ABC, Generic[S]):
         return self.values("shift", f"drift of {column}", column, value, ONE_CLASS, words=words, why_not=why_not)
 
     def rare_class(self, column: str, name: str, own: BoolArray, good: BoolArray, why_not: str) -> Fault:
-        """Take the rows of a class away, but for its first good one; without its name it has no place."""
+        """Remove the rows of a class except its first good one; without a class name it is not applicable."""
         others = own.copy()
         others[np.flatnonzero(own & good)[:1]] = False
         words, table = f"All {self.noun}s but one of class {name} were taken away.", injection.lost(self.table, others)

@@ -1,4 +1,4 @@
-"""Faults of a stated size, put into a copy of a table. Pure, and the same each time."""
+"""Faults of a stated size in a copy of a table. Pure and deterministic."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NULLS, DOUBLED, ODD, LOST, BAD, ONE_CLASS = 0.6, 0.2, 0.01, 0.1, 0.4, 0.9
 Chosen so that any sound gate refuses them, or at least warns.
 """
 SHIFT = 3.0
-"""Standard deviations of a shift, chosen likewise."""
+"""Standard deviations of a shift, chosen for the same reason."""
 
 
 def some(rows: int, share: float) -> BoolArray:
@@ -56,7 +56,7 @@ def shifted(table: pa.Table, column: str, distance: float, hit: BoolArray | None
 
 
 def lost(table: pa.Table, where: float | BoolArray) -> pa.Table:
-    """Take rows away: a share of them, or those of a mask."""
+    """Remove rows: a share of them, or those of a mask."""
     return table.filter(pa.array(~_mask(table, where)))
 
 
@@ -65,7 +65,7 @@ def _mask(table: pa.Table, where: float | BoolArray) -> BoolArray:
 
 
 def with_column(table: pa.Table, column: str, values: pa.Array | pa.ChunkedArray) -> pa.Table:
-    """Replace the values of a column, and its type by theirs; its place stays."""
+    """Replace the values and type of a column; its position stays."""
     return table.set_column(table.schema.get_field_index(column), pa.field(column, values.type), values)
 
 

@@ -1,4 +1,4 @@
-"""Rules of the quality gate for what is learned: the target, and whether a feature gives it away. Pure."""
+"""Rules of the quality gate for the target, and for features that give it away. Pure."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tasks.quality.rules import at_most, check_class_balance
 from tasks.store.manifest import CheckResult, Verdict
 
 FEW_INTEGERS = 50
-"""Whole numbers of at most so many different values are taken for classes, as training-delivery takes them."""
+"""Whole numbers of at most this many different values are treated as classes, as training-delivery does."""
 
 
 def classes_of(target: ColumnPartial) -> dict[str, int] | None:
-    """Classes of a target with their rows; None for a number, and for text of too many values to count.
+    """Return the classes of a target with their rows; None for a number, and for text of too many values to count.
 
     Text, booleans, few whole numbers and any two numbers are classes, named by their text (`leakage.as_text`).
     """
@@ -33,7 +33,7 @@ def classes_of(target: ColumnPartial) -> dict[str, int] | None:
 
 
 def check_target(column: str, target: ColumnPartial, rarest_share: float) -> CheckResult:
-    """Whether a target can be learned: fails if it never differs, warns if a class has less than `rarest_share`."""
+    """Check that a target can be learned: fail if it is constant, warn if a class has less than `rarest_share`."""
     counts = classes_of(target)
     if counts is not None:
         balance = check_class_balance(column, list(counts.items()), rarest_share)
@@ -52,7 +52,7 @@ def check_target(column: str, target: ColumnPartial, rarest_share: float) -> Che
 
 
 def check_unmatched(group: str, matched: int, rows: int, warn_above: float, fail_above: float) -> CheckResult:
-    """Share of rows for which a group had no features in time, against two bounds; 0 when there is no row."""
+    """Check the share of rows for which a group had no features in time against two bounds; 0 if there is no row."""
     missing = rows - matched
     share = missing / rows if rows else 0.0
     message = f"{missing:,} of {plural(rows, 'row')} ({share:.2%}) found no {group} in time."
@@ -60,7 +60,7 @@ def check_unmatched(group: str, matched: int, rows: int, warn_above: float, fail
 
 
 def check_canary(planted: int) -> CheckResult:
-    """Whether rows from the future were added for a trial; had one of them changed a result, there would be no gate."""
+    """Check that future rows were added for a trial; had one changed a result, the job would have failed already."""
     message = f"{plural(planted, 'feature row')} from the future, added for a trial, changed nothing."
     if not planted:
         message = "No feature row from the future could be added for a trial: nothing shows that none gets in."
@@ -76,12 +76,12 @@ def check_canary(planted: int) -> CheckResult:
 def prepare_target(
     target: pa.ChunkedArray, partial: ColumnPartial, entities: pa.ChunkedArray | None = None
 ) -> leakage.Target | None:
-    """The target of some rows that miss none, as `check_leakage` takes it; None where it has no classes to learn.
+    """Return the target of the rows that have one, as `check_leakage` takes it; None if it has no classes to learn.
 
     Args:
-        target: The target of those rows.
+        target: Target of those rows, without nulls.
         partial: Profile of the target over all rows.
-        entities: Whose row each is.
+        entities: Entity of each row.
     """
     counts = classes_of(partial)
     if counts is None:
@@ -95,10 +95,10 @@ def prepare_target(
 def check_leakage(
     column: str, feature: pa.ChunkedArray, target: leakage.Target, warn_above: float, fail_above: float
 ) -> CheckResult:
-    """How well a feature alone tells the target (see `tasks.quality.leakage`), against two bounds in [0, 1].
+    """Check how well a feature alone predicts the target (see `tasks.quality.leakage`), against two bounds in [0, 1].
 
-    A bound below what chance explains once in ten thousand times is raised to that, so that small samples don't cry
-    wolf. Features of a kind without order or categories aren't judged: they pass, and say so.
+    A bound below what chance explains once in ten thousand times is raised to that, so that small samples raise no
+    false alarm. Features of a kind without order or categories aren't judged: they pass with a note.
     """
     found = leakage.leakage(feature, target)
     if found is None:

@@ -1,13 +1,13 @@
-"""How well one feature alone tells the target: what a feature from the future gives away.
+"""Leakage: how well one feature alone predicts the target, as a feature from the future does.
 
-Two measures, in [0, 1]. For classes the area under the ROC curve, of each class against the others: 0.5 is nothing, 1
-everything. For numbers the share of the target's variance that is explained: 0 is nothing.
+Two measures, in [0, 1]. For classes the area under the ROC curve, of each class against the others: 0.5 is no leakage,
+1 a full leak. For numbers the share of the target's variance that is explained: 0 is no leakage.
 
-Either is taken twice, and the larger counts: once by the order of the feature's values, which a few rows are enough
-for; once by its values in bins, each with the target's mean over the *other* folds of the rows, which finds any shape,
-takes text as it takes numbers, and gives a feature of many values no credit for having met each row once. Folds keep
-the rows of an entity together, so that a name isn't credited with what its entity always does. A missing value is a
-value like others: that one is missing may give it all away.
+Each is computed twice, and the larger counts: once by the order of the feature's values, for which a few rows are
+enough; once by its values in bins, each with the target's mean over the *other* folds of the rows, which finds any
+shape, handles text like numbers, and gives a feature of many values no credit for memorising each row. Folds keep the
+rows of an entity together, so that a name gets no credit for the constant behaviour of its entity. A missing value is a
+value like others: its absence alone may be a leak.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ CHANCE_DEVIATIONS = 3.72  # chance exceeds this once in ten thousand times: a mo
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A target without gaps, prepared for many features.
+    """Target without gaps, prepared for many features.
 
     Attributes:
         classes: names of the classes, none for a number.
         codes: class of each row, shape (n,); of a number the rank of its value.
-        values: one column a target to explain, shape (n, 1 or 2): a number and its rank; unused for classes.
+        values: one column for each target to explain, shape (n, 1 or 2): a number and its rank; unused for classes.
         folds: fold of each row, shape (n,), in [0, FOLDS).
     """
 
@@ -52,10 +52,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Leakage:
-    """What a feature alone tells.
+    """Result for one feature.
 
-    score: the measure. chance: what a feature that knows nothing reaches once in ten thousand times; at 1 or above
-    there are too few rows to tell. about: the class that it tells best, if there are classes.
+    score: the measure. chance: the score that an unrelated feature reaches once in ten thousand times; at 1 or above
+        there are too few rows to judge. about: the class that it predicts best, if there are classes.
     """
 
     score: float
@@ -64,12 +64,12 @@ class Leakage:
 
 
 def prepare(target: pa.ChunkedArray, classes: tuple[str, ...], entities: pa.ChunkedArray | None = None) -> Target:
-    """Prepare a target that misses nothing.
+    """Prepare a target without missing values.
 
     Args:
         target: The target, shape (n,), without nulls or NaN.
         classes: Its classes, as `as_text` gives them; none if it is a number.
-        entities: Whose row each is; None where that isn't known.
+        entities: Entity of each row; None if unknown.
     """
     rows = len(target)
     folds = np.arange(rows) if entities is None else stable_hash(entities) % np.uint64(FOLDS)
@@ -83,14 +83,14 @@ def prepare(target: pa.ChunkedArray, classes: tuple[str, ...], entities: pa.Chun
 
 
 def as_text(target: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Text of each value of a target, whatever the width of its numbers: 1 and 1.0 are '1'."""
+    """Return the text of each value of a target, whatever the width of its numbers: 1 and 1.0 are '1'."""
     if pt.is_floating(target.type) or pt.is_decimal(target.type):
         target = target.cast(pa.float64(), safe=False)
     return target.cast(pa.string())
 
 
 def leakage(feature: pa.ChunkedArray, target: Target) -> Leakage | None:
-    """How well a feature tells the target; None where its type has neither order nor categories, or nothing to tell."""
+    """Measure how well a feature predicts the target; None for a type without order and categories, or without data."""
     rows = len(feature)
     codes = _categories(feature) if _is_text(feature.type) else _ordered(feature)
     if codes is None or not rows:
@@ -98,19 +98,19 @@ def leakage(feature: pa.ChunkedArray, target: Target) -> Leakage | None:
     ranks = None if _is_text(feature.type) else _midranks(codes)
     bins = codes if ranks is None or codes.max() < BINS else _binned(codes, ranks)
     width = int(bins.max()) + 1
-    cells = _Cells(target.folds * width + bins, FOLDS * width)  # those of a fold follow those of the one before
+    cells = _Cells(target.folds * width + bins, FOLDS * width)  # the cells of a fold follow those of the one before
     return _of_classes(ranks, cells, target) if target.classes else _of_number(ranks, cells, target)
 
 
 @dataclass(frozen=True, slots=True)
 class _Cells:
-    """Rows by fold and bin: the cell of each row, shape (n,), of so many."""
+    """Rows by fold and bin: the cell of each row, shape (n,), and the number of cells."""
 
     places: IntArray
     count: int
 
     def sums(self, weights: npt.NDArray[Any] | None = None) -> FloatArray:
-        """Sum of the rows' weights, or their number, in each cell, shape (count,)."""
+        """Sum the rows' weights, or count the rows, in each cell, shape (count,)."""
         return np.bincount(self.places, weights=weights, minlength=self.count).astype(np.float64)
 
 
@@ -153,7 +153,7 @@ def _of_number(ranks: FloatArray | None, cells: _Cells, target: Target) -> Leaka
 
 
 def _means_elsewhere(sums: FloatArray, sizes: FloatArray) -> FloatArray:
-    """Mean of each bin over the other folds, drawn to the mean of all of those; cells in, cells out."""
+    """Return the mean of each bin over the other folds, shrunk to the mean of all of those; cells in, cells out."""
     by_fold, counts = sums.reshape(FOLDS, -1), sizes.reshape(FOLDS, -1)
     rows = counts.sum() - counts.sum(axis=1, keepdims=True)
     overall = (by_fold.sum() - by_fold.sum(axis=1, keepdims=True)) / np.maximum(rows, 1)
@@ -163,7 +163,7 @@ def _means_elsewhere(sums: FloatArray, sizes: FloatArray) -> FloatArray:
 
 
 def _area(predicted: FloatArray, own: FloatArray, others: FloatArray) -> float:
-    """Area under the ROC curve of cells with a prediction and counts of either side; ties count half."""
+    """Return the area under the ROC curve of cells with a prediction and counts of either side; ties count half."""
     _, place = np.unique(predicted, return_inverse=True)
     mine, theirs = np.bincount(place, weights=own), np.bincount(place, weights=others)
     below = np.cumsum(theirs) - theirs / 2
@@ -176,14 +176,14 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _categories(column: pa.ChunkedArray) -> IntArray:
-    """Number of each row's text, from 1; 0 where there is none."""
+    """Return the number of each row's text, from 1; 0 if it is missing."""
     encoded = column.cast(pa.large_string()).combine_chunks().dictionary_encode()
     codes: IntArray = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64) + 1
     return codes
 
 
 def _ordered(column: pa.ChunkedArray) -> IntArray | None:
-    """Number of each row's value in ascending order, from 1; 0 where there is none. None for a type without order."""
+    """Return each row's rank in ascending order, from 1; 0 if it is missing. None for a type without order."""
     kind = column.type
     if pt.is_boolean(kind):
         column = column.cast(pa.int8())
@@ -207,7 +207,7 @@ def _ordered(column: pa.ChunkedArray) -> IntArray | None:
 
 
 def _midranks(codes: IntArray | None) -> FloatArray:
-    """Rank of each row from 1, ties sharing the middle of theirs."""
+    """Return the rank of each row from 1; ties share their middle rank."""
     assert codes is not None, "a target is a number, and has an order"
     counts = np.bincount(codes)
     ranks: FloatArray = (np.cumsum(counts) - counts / 2 + 0.5)[codes]
@@ -215,6 +215,6 @@ def _midranks(codes: IntArray | None) -> FloatArray:
 
 
 def _binned(codes: IntArray, ranks: FloatArray) -> IntArray:
-    """Bins of about equal counts, equal values in one; what is missing has bin 0 of its own."""
+    """Return bins of about equal counts, with equal values in one bin; missing values have bin 0."""
     bins = np.minimum((ranks - 0.5) * (BINS / len(ranks)), BINS - 1).astype(np.int64) + 1
     return np.where(codes == 0, 0, bins)

@@ -34,7 +34,7 @@ class Moments:
 
     @classmethod
     def of(cls, values: FloatArray) -> Moments:
-        """Sums of an array of finite values, shape (n,)."""
+        """Return the sums of an array of finite values, shape (n,)."""
         total = squares = 0
         for start in range(0, len(values), _SUM_CHUNK):
             part_total, part_squares = _exact_sums(values[start : start + _SUM_CHUNK])
@@ -44,25 +44,25 @@ class Moments:
 
     @classmethod
     def merge_all(cls, parts: Iterable[Moments]) -> Moments:
-        """Sums over some parts, none included; integers add without error, so the order makes no difference."""
+        """Return the sums over any number of parts; integers add without error, so the order makes no difference."""
         parts = list(parts)
         return cls(sum(p.count for p in parts), sum(p.total for p in parts), sum(p.squares for p in parts))
 
     @property
     def mean(self) -> float | None:
-        """Mean, or None when there is no value."""
+        """Return the mean, or None if there is no value."""
         return float(Fraction(self.total, self.count << _SCALE)) if self.count else None
 
     @property
     def std(self) -> float | None:
-        """Sample standard deviation (n - 1), or None below two values."""
+        """Return the sample standard deviation (n - 1), or None below two values."""
         if self.count < 2:
             return None
         numerator = self.count * self.squares - self.total**2
         if numerator == 0:
             return 0.0
         denominator = (self.count * (self.count - 1)) << (2 * _SCALE)
-        # A power of four is set aside, as the variance of large values overflows where their deviation doesn't.
+        # A power of four is factored out, as the variance of large values may overflow when their deviation doesn't.
         shift = (numerator.bit_length() - denominator.bit_length()) // 2
         scaled = Fraction(numerator, denominator) / Fraction(4) ** shift
         try:
@@ -72,7 +72,7 @@ class Moments:
 
 
 def _exact_sums(values: FloatArray) -> tuple[int, int]:
-    """Sum and sum of squares as integers (scaled as in Moments), of at most 2**19 values.
+    """Return sum and sum of squares as integers (scaled as in Moments), of at most 2**19 values.
 
     Each value is m * 2**e with an integer m of 53 bits, cut into a * 2**27 + b; the pieces of m and m**2 are summed by
     exponent, each sum below 2**53 and so exact in float64.

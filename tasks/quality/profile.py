@@ -1,4 +1,4 @@
-"""What is known of a table's columns, gathered block by block and merged in any order.
+"""Profiles of a table's columns, gathered block by block and merged in any order.
 
     blocks ── profile_table ──▶ TableProfile ── merge_profiles ──▶ TableProfile ── columns() ──▶ the manifest
 
@@ -33,7 +33,7 @@ TOP_VALUES = 20
 
 @dataclass(frozen=True)
 class ColumnPartial:
-    """Mergeable knowledge of one column; what its kind doesn't have is None."""
+    """Mergeable profile of one column; figures that don't apply to its kind are None."""
 
     kind: Kind
     type: str
@@ -56,20 +56,20 @@ class TableProfile:
     partials: dict[str, ColumnPartial]
 
     def partial(self, column: str) -> ColumnPartial:
-        """Knowledge of one column.
+        """Return the partial profile of one column.
 
         Raises:
-            InputError: when the table has no such column.
+            InputError: the table has no such column.
         """
         if column not in self.partials:
             raise InputError(f"no column {column!r} in the profile: it has {', '.join(self.partials) or 'none'}")
         return self.partials[column]
 
     def sketch(self, column: str) -> QuantileSketch:
-        """The quantile sketch of a numeric column.
+        """Return the quantile sketch of a numeric column.
 
         Raises:
-            InputError: when the table has no such column, or it isn't numeric.
+            InputError: the table has no such column, or it isn't numeric.
         """
         partial = self.partial(column)
         if partial.quantiles is None:
@@ -77,15 +77,15 @@ class TableProfile:
         return partial.quantiles
 
     def quantiles(self, column: str, levels: Sequence[float]) -> FloatArray:
-        """Quantiles of a numeric column's finite values, shape (levels,); NaN when it has none.
+        """Return quantiles of a numeric column's finite values, shape (levels,); NaN if it has none.
 
         Raises:
-            InputError: when the table has no such column, or it isn't numeric.
+            InputError: the table has no such column, or it isn't numeric.
         """
         return self.sketch(column).quantiles(levels)
 
     def columns(self) -> dict[str, ColumnProfile]:
-        """The profile as the manifest keeps it."""
+        """Return the profile in the manifest's form."""
         return {name: _column_profile(partial) for name, partial in self.partials.items()}
 
 
@@ -97,7 +97,7 @@ def profile_table(table: pa.Table) -> TableProfile:
     as their values. Binary, nested and duration columns get counts and nulls only.
 
     Raises:
-        InputError: when two columns share a name.
+        InputError: two columns share a name.
     """
     if len(set(table.column_names)) != table.num_columns:
         raise InputError(f"can't profile columns that share a name: {table.column_names}; rename them first")
@@ -105,18 +105,18 @@ def profile_table(table: pa.Table) -> TableProfile:
 
 
 def added(total: TableProfile | None, profile: TableProfile) -> TableProfile:
-    """A running total of profiles with another one: kept one by one, those of many blocks are large."""
+    """Merge a profile into a running total: keeping the profiles of many blocks one by one takes much memory."""
     return profile if total is None else merge_profiles([total, profile])
 
 
 def merge_profiles(profiles: Sequence[TableProfile]) -> TableProfile:
-    """Profile of all the rows of one or more profiles of one schema; their order makes no difference.
+    """Merge one or more profiles of one schema; their order makes no difference.
 
-    The columns stand in the first profile's order. A column that is all null in a block, and so has Arrow's null
+    The columns are in the first profile's order. A column that is all null in a block, and so has Arrow's null
     type there, merges with any type.
 
     Raises:
-        InputError: when there is no profile, or when columns or their types differ.
+        InputError: there is no profile, or columns or their types differ.
     """
     if not profiles:
         raise InputError("no profiles to merge: profile an empty table of the right schema instead")
@@ -223,7 +223,7 @@ def _column_profile(partial: ColumnPartial) -> ColumnProfile:
     if sketch is not None and moments is not None and sketch.count:
         low, high = float(sketch.lows[0]), float(sketch.highs[-1])
         integers = partial.type.startswith(("int", "uint"))
-        if sketch.is_exact and (not integers or max(-low, high) < 2**53):  # then no two values have become one
+        if sketch.is_exact and (not integers or max(-low, high) < 2**53):  # then no two values became one
             known |= {"distinct": len(sketch.counts), "distinct_exact": True}
         known |= {
             "minimum": low,
@@ -237,14 +237,14 @@ def _column_profile(partial: ColumnPartial) -> ColumnProfile:
 
 
 def _histogram(sketch: QuantileSketch) -> Histogram:
-    """Bins for drift: one for each value when they are few, else of about equal counts with heavy values alone."""
+    """Return bins for drift: one for each value if they are few, else of about equal counts with heavy values alone."""
     values = sketch.lows
     if sketch.is_exact and len(values) <= HISTOGRAM_BINS:
         edges = _edges_around(values)
     else:
         ranks = np.arange(HISTOGRAM_BINS) * sketch.count // HISTOGRAM_BINS
         buckets = np.searchsorted(np.cumsum(sketch.counts), ranks, side="right")
-        # A value so frequent that two ranks fall on it gets a bin of its own: the next edge follows right behind it.
+        # A value so frequent that two ranks fall on it gets a bin of its own: the next edge follows directly.
         behind = buckets[1:][buckets[1:] == buckets[:-1]] + 1
         starts = np.unique(np.concatenate([[0], buckets, behind[behind < len(values)]]))
         edges = values[starts]
@@ -256,7 +256,7 @@ def _histogram(sketch: QuantileSketch) -> Histogram:
 
 
 def _edges_around(values: FloatArray) -> FloatArray:
-    """Edges halfway between ascending values, shape (values + 1,)."""
+    """Return edges halfway between ascending values, shape (values + 1,)."""
     middles = values[:-1] / 2 + values[1:] / 2
     middles = np.where(middles > values[:-1], middles, values[1:])
     margin = np.abs(values) * 2.0**-50
@@ -272,7 +272,7 @@ def _edges_around(values: FloatArray) -> FloatArray:
 
 
 def _iso(tick: int, arrow: str) -> str:
-    """A tick of an Arrow date or timestamp type in ISO 8601, without a fraction of a second where it is zero."""
+    """Format a tick of an Arrow date or timestamp type in ISO 8601, without a fraction of a second if it is zero."""
     if arrow.startswith("date"):
         unit = "D" if arrow.startswith("date32") else "ms"
         return str(np.array(tick, dtype=f"datetime64[{unit}]").astype("datetime64[D]"))

@@ -1,6 +1,6 @@
-"""The rules of the quality gate: each judges a few figures and answers pass, warn or fail with one plain sentence.
+"""Rules of the quality gate: each judges a few figures and returns pass, warn or fail with one plain sentence.
 
-The rules are pure: they take profiles, counts and bounds, and know neither where the data lies nor how it was counted.
+The rules are pure: they take profiles, counts and bounds, independent of storage and counting.
 A figure that is NaN fails, as no comparison with it holds.
 """
 
@@ -19,16 +19,16 @@ _SEVERITY: dict[Verdict, int] = {"pass": 0, "warn": 1, "fail": 2}
 
 
 def gate(checks: Sequence[CheckResult]) -> GateResult:
-    """The worst verdict of one or more checks, with all of them in their order."""
+    """Return the worst verdict of one or more checks, with all of them in their order."""
     assert checks, "a gate without checks would pass anything"
     worst: Verdict = max((check.verdict for check in checks), key=_SEVERITY.__getitem__)
     return GateResult(verdict=worst, checks=tuple(checks))
 
 
 def check_schema(actual: Mapping[str, str], expected: Mapping[str, str]) -> list[CheckResult]:
-    """Whether the columns and their types are those expected; one failure for each that differs.
+    """Check that columns and types are the expected ones; return one failure for each that differs.
 
-    The order of columns and their nullability don't matter here: readers go by name, and `check_nulls` counts.
+    The order of columns and their nullability don't matter here: readers use names, and `check_nulls` counts.
 
     Args:
         actual: Arrow types, as pyarrow prints them, by column.
@@ -56,20 +56,20 @@ def check_schema(actual: Mapping[str, str], expected: Mapping[str, str]) -> list
 
 
 def check_rows(count: int, minimum: int) -> CheckResult:
-    """Whether there are enough rows."""
+    """Check that there are enough rows."""
     message = f"{plural(count, 'row')}, where at least {minimum:,} are asked for."
     return at_least("rows", None, count, minimum, message)
 
 
 def check_nulls(column: str, profile: ColumnProfile, warn_above: float, fail_above: float) -> CheckResult:
-    """Share of nulls in a column, against two bounds in [0, 1]; 0 when there is no row."""
+    """Check the share of nulls in a column against two bounds in [0, 1]; 0 if there is no row."""
     share = profile.nulls / profile.count if profile.count else 0.0
     message = f"{profile.nulls:,} of {plural(profile.count, 'row')} ({share:.2%}) have no {column}."
     return at_most("nulls", column, share, (warn_above, fail_above), message)
 
 
 def check_finite(column: str, profile: ColumnProfile) -> CheckResult:
-    """Whether a column is free of NaN and infinities."""
+    """Check that a column is free of NaN and infinities."""
     odd = profile.nans + profile.infinities
     message = f"{column} holds {profile.nans:,} NaN and {plural(profile.infinities, 'infinity', 'infinities')}."
     return at_most("finite", column, odd, (0, 0), message)
@@ -82,9 +82,9 @@ def check_range(
     maximum: float | None = None,
     warn_only: bool = False,
 ) -> CheckResult:
-    """Whether all values of a numeric column lie in [minimum, maximum]; None leaves that side open.
+    """Check that a numeric column lies within [minimum, maximum]; None leaves that side open.
 
-    NaN and infinities lie in no range. A column without any value passes: `check_nulls` judges it.
+    NaN and infinities are outside every range. A column without any value passes: `check_nulls` judges it.
     """
     bound = f"{number(-math.inf if minimum is None else minimum)} to {number(math.inf if maximum is None else maximum)}"
     low, high = profile.minimum, profile.maximum
@@ -109,20 +109,20 @@ def check_range(
 
 
 def check_unique(key: str, duplicates: int) -> CheckResult:
-    """Whether a key is unique; `duplicates` counts the rows beyond the first of each key."""
+    """Check that a key is unique; `duplicates` counts the rows beyond the first of each key."""
     message = f"{plural(duplicates, 'row')} repeat the {key} of another." if duplicates else f"Every {key} is unique."
     return at_most("unique", key, duplicates, (0, 0), message)
 
 
 def check_reference(column: str, missing: int, total: int, warn_above: float, fail_above: float) -> CheckResult:
-    """Share of rows whose reference leads nowhere, against two bounds in [0, 1]; 0 when there is no row."""
+    """Check the share of rows with a dangling reference against two bounds in [0, 1]; 0 if there is no row."""
     share = missing / total if total else 0.0
     message = f"{missing:,} of {plural(total, 'row')} ({share:.2%}) refer to a {column} that doesn't exist."
     return at_most("reference", column, share, (warn_above, fail_above), message)
 
 
 def check_balance(balance: RowBalance) -> CheckResult:
-    """Whether every row read is accounted for: in = out + rejected + filtered + deduplicated."""
+    """Check that every row read is accounted for: in = out + rejected + filtered + deduplicated."""
     missing = balance.missing
     message = f"{balance.name}: all {plural(balance.rows_in, 'row')} are accounted for."
     if missing:
@@ -138,7 +138,7 @@ def check_balance(balance: RowBalance) -> CheckResult:
 
 
 def check_rejected_share(balance: RowBalance, warn_above: float, fail_above: float) -> CheckResult:
-    """Share of rows that were rejected, against two bounds in [0, 1]; 0 when no row was read."""
+    """Check the share of rejected rows against two bounds in [0, 1]; 0 if no row was read."""
     rejected = sum(balance.rejected.values())
     share = rejected / balance.rows_in if balance.rows_in else 0.0
     message = f"{balance.name}: {rejected:,} of {plural(balance.rows_in, 'row')} ({share:.2%}) were rejected."
@@ -146,14 +146,14 @@ def check_rejected_share(balance: RowBalance, warn_above: float, fail_above: flo
 
 
 def check_outlier_share(column: str, outliers: int, total: int, warn_above: float, fail_above: float) -> CheckResult:
-    """Share of values that were judged outliers, against two bounds in [0, 1]; 0 when there is no value."""
+    """Check the share of outliers among the values against two bounds in [0, 1]; 0 if there is no value."""
     share = outliers / total if total else 0.0
     message = f"{outliers:,} of {plural(total, 'value')} ({share:.2%}) of {column} are outliers."
     return at_most("outliers", column, share, (warn_above, fail_above), message)
 
 
 def check_ready_share(ready: int, total: int, warn_below: float, fail_below: float) -> CheckResult:
-    """Whether a large enough share of rows is ready for training, by two bounds in [0, 1]; fails without any row."""
+    """Check that a large enough share of rows is ready for training, by two bounds in [0, 1]; fail without any row."""
     share = ready / total if total else math.nan
     message = f"{ready:,} of {plural(total, 'row')} ({share:.2%}) are ready for training."
     failed = at_least("ready", None, share, fail_below, message)
@@ -163,26 +163,26 @@ def check_ready_share(ready: int, total: int, warn_below: float, fail_below: flo
 
 
 def check_invalid_share(invalid: int, total: int, warn_above: float, fail_above: float) -> CheckResult:
-    """Share of written rows that failed their own validation, against two bounds in [0, 1]; 0 when there is no row."""
+    """Check the share of written rows that failed validation against two bounds in [0, 1]; 0 if there is no row."""
     share = invalid / total if total else 0.0
     message = f"{invalid:,} of {plural(total, 'row')} ({share:.2%}) failed validation."
     return at_most("invalid", None, share, (warn_above, fail_above), message)
 
 
 def check_leak(groups: int) -> CheckResult:
-    """Whether what belongs together is in one split; `groups` counts the groups that are in several."""
+    """Check that no group is in several splits; `groups` counts those that are."""
     message = f"{plural(groups, 'group')} of rows that belong together are in several splits."
     return at_most("leak", None, groups, (0, 0), message if groups else "No group of rows is in several splits.")
 
 
 def check_split_sizes(sizes: Mapping[str, int], shares: Mapping[str, float], essential: str) -> list[CheckResult]:
-    """Whether each split that was asked for has rows, and no other; one result for each.
+    """Check that each requested split has rows, and no other; return one result for each.
 
-    An empty split is a warning, as few rows may round to none; rows in a split that nobody asked for are a failure.
+    An empty split is a warning, as few rows may round to none; rows in a split that wasn't requested are a failure.
 
     Args:
-        sizes: Rows by split; what is missing has none.
-        shares: Share of the rows that was asked for, by split.
+        sizes: Rows by split; a missing split has none.
+        shares: Requested share of the rows, by split.
         essential: The split that can't be empty, such as 'train'.
     """
     results = []
@@ -206,12 +206,12 @@ def check_split_sizes(sizes: Mapping[str, int], shares: Mapping[str, float], ess
 def check_stratification(
     column: str, counts: Mapping[str, Mapping[str, int]], shares: Mapping[str, float], spare_share: float = 0.01
 ) -> CheckResult:
-    """Whether each class has its share in each split; warns where not, as what belongs together can't be parted.
+    """Check that each class has its share in each split; warn if not, as groups can't be divided.
 
     Args:
-        column: What the classes are of.
+        column: Column of the classes.
         counts: Rows by class and split.
-        shares: Share of the rows that was asked for, by split.
+        shares: Requested share of the rows, by split.
         spare_share: A class may miss its share by this much of its rows, and by one row in any case.
     """
     worst, message, allowed = 0.0, f"Every {column} has its share in each split.", 1.0
@@ -238,9 +238,9 @@ def check_stratification(
 
 
 def check_class_balance(column: str, counts: Sequence[tuple[str, int]], minimum_share: float) -> CheckResult:
-    """Whether the rarest class has a large enough share; `counts` names every class with its rows.
+    """Check that the rarest class has a large enough share; `counts` names every class with its rows.
 
-    Fails below two classes: nothing can be learned from one.
+    Fail below two classes: nothing can be learned from one.
     """
     total = sum(count for _, count in counts)
     if len(counts) < 2 or not total:
@@ -261,14 +261,14 @@ def check_drift(
     minimum_rows: int = 200,
     against: str = "the last version",
 ) -> CheckResult:
-    """Population stability index of a column against an earlier version, or other rows (see `tasks.quality.drift`).
+    """Check a column's population stability index against an earlier version or other rows (see `tasks.quality.drift`).
 
-    A bound below what chance explains once in a thousand times is raised to that, so that small samples don't cry
-    wolf: with 20 bins and 2,500 rows on either side that is 0.035. Columns of dates or other kinds, columns with too
-    many different values to count, and versions of fewer than `minimum_rows` rows aren't judged: they pass, and say so.
+    A bound below what chance explains once in a thousand times is raised to that, so that small samples raise no false
+    alarm: with 20 bins and 2,500 rows on either side that is 0.035. Columns of dates or other kinds, columns with too
+    many different values to count, and versions of fewer than `minimum_rows` rows aren't judged: they pass with a note.
 
     Raises:
-        InputError: when the table has no such column.
+        InputError: the table has no such column.
     """
     partial = now.partial(column)
 
@@ -303,11 +303,11 @@ def check_drift(
 def check_freshness(
     newest: dt.date | str | None, as_of: dt.datetime, warn_after_days: float, fail_after_days: float
 ) -> CheckResult:
-    """Age of the newest record, in days before `as_of`; fails when there is none, warns when it lies in the future.
+    """Check the age of the newest record, in days before `as_of`; fail if there is none, warn if it is in the future.
 
     Args:
-        newest: date, datetime or ISO 8601 text, as a profile has it; without a zone it is UTC.
-        as_of: the moment that the data is judged at; without a zone it is UTC.
+        newest: date, datetime or ISO 8601 text, as in a profile; without a zone it is UTC.
+        as_of: the reference time; without a zone it is UTC.
         warn_after_days: age in days above which it warns.
         fail_after_days: age in days above which it fails.
     """
@@ -326,10 +326,10 @@ def check_freshness(
 
 
 def at_most(name: str, column: str | None, figure: float, bounds: tuple[float, float], message: str) -> CheckResult:
-    """A figure against two bounds, above which it warns and fails; NaN fails."""
+    """Check a figure against two upper bounds, for warning and failure; NaN fails."""
     warn_above, fail_above = bounds
     verdict: Verdict = "pass"
-    if not figure <= fail_above:  # so spelled that NaN fails
+    if not figure <= fail_above:  # written so that NaN fails
         verdict = "fail"
     elif not figure <= warn_above:
         verdict = "warn"
@@ -339,7 +339,7 @@ def at_most(name: str, column: str | None, figure: float, bounds: tuple[float, f
 
 
 def at_least(name: str, column: str | None, figure: float, minimum: float, message: str) -> CheckResult:
-    """A figure against a bound, below which it fails; NaN fails."""
+    """Check a figure against a lower bound; NaN fails."""
     verdict: Verdict = "pass" if figure >= minimum else "fail"
     return CheckResult(
         name=name, column=column, verdict=verdict, figure=figure, bound=f"≥ {number(minimum)}", message=message

@@ -1,4 +1,4 @@
-"""A bounded sample of a version's rows, from a few row groups: by stable hashes, so always the same."""
+"""Bounded sample of a version's rows, from a few row groups: by stable hashes, so deterministic."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tasks.store.reading import explained
 SAMPLE_ROWS = 5000
 MOST_FILES = 16
 MOST_READ = 50_000
-"""Rows that are read for a sample, but for the last row group; of a version of fewer, all."""
+"""Rows that are read for a sample, not counting the last row group; all rows of a smaller version."""
 
 
 class RowGroup(NamedTuple):
-    """A row group of a file, and its rows."""
+    """Row group of a file, and its rows."""
 
     uri: str
     number: int
@@ -35,21 +35,22 @@ def sample_rows(
 ) -> pa.Table:
     """Sample rows of a version, in the order of their files: those whose keys have the lowest hashes.
 
-    All rows of a key that are read are taken, or none, but for a key with more rows than `SAMPLE_ROWS`. Of a version of
-    more than `MOST_READ` rows, or `MOST_FILES` files, only some files and row groups are read, by their hashes.
+    Either all read rows of a key are taken, or none, except for a key with more rows than `SAMPLE_ROWS`. Of a version
+    of more than `MOST_READ` rows, or `MOST_FILES` files, only some files and row groups are read, by their hashes.
 
     Args:
         uris: Parquet files of one schema, at least one.
         columns: Columns to read.
-        key: The column among them whose hashes decide.
-        convert: Changes the rows of a file by its name, such as by a column that follows from its directory.
+        key: Column among them whose hashes decide.
+        convert: Function that changes the rows of a file by its name, such as to add a column derived from its
+            directory.
 
     """
     tables = []
     for uri, number, _ in chosen_groups(uris) or [RowGroup(uris[0], 0, 0)]:
         with explained(uri), storage.open_input(uri) as source:
             file = pq.ParquetFile(source)
-            groups = range(file.num_row_groups)[number : number + 1]  # none of a file without rows
+            groups = range(file.num_row_groups)[number : number + 1]  # no group in a file without rows
             table = file.read_row_groups(list(groups), columns=list(columns), use_threads=False)
         tables.append(convert(uri, table.select(list(columns))))
     table = pa.concat_tables(tables, promote_options="default")
@@ -57,7 +58,7 @@ def sample_rows(
         return table.combine_chunks()
     hashes = stable_hash(table[key])
     chosen = np.flatnonzero(hashes < np.partition(hashes, SAMPLE_ROWS)[SAMPLE_ROWS])
-    if len(chosen) < SAMPLE_ROWS // 2:  # a key that has more rows than there is room for
+    if len(chosen) < SAMPLE_ROWS // 2:  # a key with more rows than fit
         chosen = np.argsort(hashes, kind="stable")[:SAMPLE_ROWS]
     return table.take(pa.array(np.sort(chosen))).combine_chunks()
 
@@ -77,7 +78,7 @@ def chosen_groups(uris: Sequence[str]) -> list[RowGroup]:
 
 
 def _by_hash(names: Sequence[str]) -> list[int]:
-    """Return the places of names in the order of their last parts' hashes, so that the store's path doesn't matter."""
+    """Return the indices of names in the order of their last parts' hashes, independent of the store's path."""
     hashes = stable_hash(pa.array(["/".join(name.split("/")[-2:]) for name in names], pa.string()))
     places: list[int] = np.argsort(hashes, kind="stable").tolist()
     return places

@@ -1,4 +1,4 @@
-"""Gates that prove themselves: faults are injected into a sample of a version, and its gate judges each again.
+"""Self-test of a gate: faults are injected into a sample of a version, and its gate judges each again.
 
 A gate that passes proves nothing unless it would fail on bad data. So each kind of dataset has faults
 (`tasks.quality.faults`), and this module finds the checks that notice them. Each fault is aimed at a check: if the
@@ -25,15 +25,16 @@ ITSELF = "self-test"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """Something that can be wrong with data.
+    """Fault that data can have.
 
     Attributes:
         name: Short name, the same in all kinds: 'nulls', 'shift', 'label copy', 'split overlap', 'range', ….
         injected: Change of the sample, one sentence for a person.
-        aims: Checks that have to notice it, by name or by 'name of column'; one of them is enough.
-        judge: Injects it into a copy of the sample and judges that; None where the data has no place for the fault.
+        aims: Checks that must notice it, by name or by 'name of column'; one of them is enough.
+        judge: Function that injects it into a copy of the sample and judges that; None if the fault isn't applicable to
+            the data.
         why_not: Reason why there is none, one sentence.
-        raises: Errors of the pipeline's own by which it may refuse the fault before the gate sees it.
+        raises: Pipeline errors that may refuse the fault before the gate sees it.
 
     """
 
@@ -46,7 +47,7 @@ class Fault:
 
 
 def inject(baseline: GateResult, faults: Iterable[Fault]) -> tuple[FaultResult, ...]:
-    """Judge each fault and compare with the verdicts on the sample as it is.
+    """Judge each fault and compare with the verdicts on the unchanged sample.
 
     Args:
         baseline: The gate's verdict on the sample without any fault.
@@ -65,7 +66,7 @@ def inject(baseline: GateResult, faults: Iterable[Fault]) -> tuple[FaultResult, 
 
 
 def failed(error: BaseException) -> FaultResult:
-    """Return the result of a self-test that could not be made: it proves nothing, and says so."""
+    """Return the result of a self-test that could not be made: it proves nothing, and has a note of that."""
     reason = " ".join(str(error).split()) or "no reason is given"
     return FaultResult(
         fault=ITSELF,
@@ -87,7 +88,7 @@ def unproven(gate: GateResult, results: Sequence[FaultResult]) -> tuple[str, ...
 
 
 def summary(results: Sequence[FaultResult]) -> str:
-    """Return one line: '9 of 10 faults refused, 1 warned', and what the gate is blind to."""
+    """Return one line: '9 of 10 faults refused, 1 warned', and the faults that the gate is blind to."""
     if [result.fault for result in results] == [ITSELF]:
         return results[0].message
     counts = {outcome: sum(result.outcome == outcome for result in results) for outcome in ORDER}
@@ -99,7 +100,7 @@ def summary(results: Sequence[FaultResult]) -> str:
 
 
 def _outcome(before: Mapping[str, int], fault: Fault) -> tuple[Outcome, str, tuple[str, ...]]:
-    """Return what became of a fault, the reason, and the checks that noticed it."""
+    """Return the outcome of a fault, the reason, and the checks that noticed it."""
     if fault.judge is None:
         return "not applicable", fault.why_not, ()
     try:
@@ -129,5 +130,5 @@ def _is_aimed(check: CheckResult, fault: Fault) -> bool:
 
 
 def _title(check: CheckResult) -> str:
-    """Name a check to a person: 'nulls of age'."""
+    """Return a check's name for a person: 'nulls of age'."""
     return check.name if check.column is None else f"{check.name} of {check.column}"

@@ -1,4 +1,4 @@
-"""Mergeable summaries of one column: each is a pure function of the multiset of values that it saw.
+"""Mergeable summaries of one column: each is a pure function of the multiset of its values.
 
 However the values were cut into blocks, and in whatever order the blocks were merged, the same values give the same
 bits. (KLL and t-digest, the usual choices, give bits that depend on random draws or on the merge order.)
@@ -55,7 +55,7 @@ class QuantileSketch:
 
     @classmethod
     def of(cls, values: npt.NDArray[Any], capacity: int = CAPACITY) -> QuantileSketch:
-        """Sketch of the finite values of an array of numbers (shape (n,)); -0.0 counts as 0.0."""
+        """Return the sketch of the finite values of an array of numbers (shape (n,)); -0.0 counts as 0.0."""
         floats = values.astype(np.float64)
         finite = np.isfinite(floats)
         if not finite.all():
@@ -69,7 +69,7 @@ class QuantileSketch:
 
     @classmethod
     def merge_all(cls, sketches: Iterable[QuantileSketch]) -> QuantileSketch:
-        """Sketch of all the values of some sketches, none included; the order makes no difference."""
+        """Merge any number of sketches; the order makes no difference."""
         pending = list(sketches)
         if not pending:
             return cls.of(np.empty(0))
@@ -79,17 +79,17 @@ class QuantileSketch:
         return pending[0]
 
     def merge(self, other: QuantileSketch) -> QuantileSketch:
-        """Sketch of the values of both."""
+        """Merge two sketches."""
         return self.merge_all([self, other])
 
     @property
     def count(self) -> int:
-        """Number of finite values seen."""
+        """Number of finite values."""
         return int(self.counts.sum())
 
     @property
     def is_exact(self) -> bool:
-        """Whether every distinct value has its own count."""
+        """True if every distinct value has a separate count."""
         return bool(np.array_equal(self.lows, self.highs))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -98,7 +98,7 @@ class QuantileSketch:
         return _unpickled, (self.level, self.lows, self.highs, counts, self.capacity)
 
     def order_statistics(self, ranks: npt.ArrayLike) -> FloatArray:
-        """The values at some zero-based ranks, each in [0, count); same shape as ranks, float64."""
+        """Return the values at some zero-based ranks, each in [0, count); same shape as ranks, float64."""
         wanted = np.asarray(ranks, dtype=np.int64)
         ends = np.cumsum(self.counts)
         bucket = np.searchsorted(ends, wanted, side="right")
@@ -109,7 +109,7 @@ class QuantileSketch:
         return values
 
     def quantiles(self, levels: Sequence[float] | FloatArray) -> FloatArray:
-        """Quantiles at levels in [0, 1], by linear interpolation as `numpy.quantile`; NaN when there is no value."""
+        """Return quantiles at levels in [0, 1], by linear interpolation as `numpy.quantile`; NaN without values."""
         wanted = np.asarray(levels, dtype=np.float64)
         assert np.all((wanted >= 0) & (wanted <= 1)), f"quantile levels lie in [0, 1], not {levels}"
         count = self.count
@@ -123,11 +123,11 @@ class QuantileSketch:
         with np.errstate(over="ignore", invalid="ignore"):
             step = high - low
             values = np.where(share >= 0.5, high - step * (1 - share), low + step * share)
-        # Where the difference of two finite values overflows, weigh them one by one.
+        # If the difference of two finite values overflows, weigh them one by one.
         return np.where(np.isfinite(step), values, low * (1 - share) + high * share)
 
     def histogram(self, edges: npt.ArrayLike) -> Int64Array:
-        """Counts between consecutive ascending edges, as `numpy.histogram`; infinite edges make open bins.
+        """Count values between consecutive ascending edges, as `numpy.histogram`; infinite edges make open bins.
 
         Each bin holds its left edge, the last one both. Shape (edges - 1,), int64. Exact at level 0.
         """
@@ -182,7 +182,7 @@ class DistinctSketch:
 
     @classmethod
     def of(cls, hashes: UInt64Array, k: int = 2048) -> DistinctSketch:
-        """Sketch of values given by their uniform 64-bit hashes (see `stable_hash`)."""
+        """Return the sketch of values given by their uniform 64-bit hashes (see `stable_hash`)."""
         few = 4 * k
         if len(hashes) > 2 * few:
             smallest = np.unique(np.partition(hashes, few)[:few])
@@ -192,13 +192,13 @@ class DistinctSketch:
 
     @classmethod
     def merge_all(cls, sketches: Sequence[DistinctSketch]) -> DistinctSketch:
-        """Sketch of all the values of one or more sketches; the order makes no difference."""
+        """Merge one or more sketches; the order makes no difference."""
         (k,) = {sketch.k for sketch in sketches}
         return cls.of(np.concatenate([sketch.hashes for sketch in sketches]), k)
 
     @property
     def is_exact(self) -> bool:
-        """Whether `count` is exact."""
+        """True if `count` is exact."""
         return len(self.hashes) < self.k
 
     @property
@@ -218,11 +218,11 @@ class DistinctSketch:
 
 @dataclass(frozen=True)
 class TopValues:
-    """Exact counts of a column's values, kept only while they are few and short.
+    """Exact counts of a column's values, kept only while the values are few and short.
 
-    A prefix of the values can't tell which will be frequent in the end, so beyond `capacity` distinct values, or at a
-    value of more than `longest` bytes, all counts are dropped: a pure function of the values, unlike the counters of
-    Misra and Gries.
+    A prefix of the values doesn't show which values will be frequent in the end, so beyond `capacity` distinct values,
+    or at a value of more than `longest` bytes, all counts are dropped: a pure function of the values, unlike the
+    counters of Misra and Gries.
     """
 
     counts: dict[str, int] | None
@@ -231,7 +231,7 @@ class TopValues:
 
     @classmethod
     def of(cls, values: pa.Array, counts: pa.Array, capacity: int = 1024, longest: int = 256) -> TopValues:
-        """Counts of distinct strings; `values` (string) and `counts` (integer) are of one length, without nulls."""
+        """Return counts of distinct strings; `values` (string) and `counts` (integer) have one length and no nulls."""
         kept = None
         if len(values) <= capacity and (pc.max(pc.binary_length(values)).as_py() or 0) <= longest:
             kept = dict(sorted(zip(values.to_pylist(), counts.to_pylist(), strict=True)))
@@ -239,7 +239,7 @@ class TopValues:
 
     @classmethod
     def merge_all(cls, parts: Sequence[TopValues]) -> TopValues:
-        """Counts over one or more parts; the order makes no difference."""
+        """Merge counts over one or more parts; the order makes no difference."""
         ((capacity, longest),) = {(part.capacity, part.longest) for part in parts}
         total: dict[str, int] = {}
         for part in parts:
@@ -252,7 +252,7 @@ class TopValues:
         return cls(dict(sorted(total.items())), capacity, longest)
 
     def top(self, limit: int) -> tuple[tuple[str, int], ...]:
-        """The most frequent values with their counts, ties by value; empty when the counts were dropped."""
+        """Most frequent values with their counts, ties by value; empty if the counts were dropped."""
         return tuple(sorted((self.counts or {}).items(), key=lambda item: (-item[1], item[0]))[:limit])
 
 
@@ -263,13 +263,13 @@ def _unpickled(
 
 
 def _ordered(values: FloatArray) -> UInt64Array:
-    """Bit patterns whose unsigned order is the values' order."""
+    """Return bit patterns whose unsigned order is the values' order."""
     bits = values.view(np.uint64)
     return np.where(bits >> np.uint64(63), ~bits, bits | _SIGN)
 
 
 def _changes(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Whether each of some sorted values differs from the one before; the first does."""
+    """Return for each of some sorted values if it differs from the one before; True for the first."""
     changes = np.ones(len(values), dtype=bool)
     np.not_equal(values[1:], values[:-1], out=changes[1:])
     return changes
@@ -279,7 +279,7 @@ def _merged(sketches: Sequence[QuantileSketch]) -> QuantileSketch:
     lows, highs, counts = (
         np.concatenate([getattr(sketch, name) for sketch in sketches]) for name in ("lows", "highs", "counts")
     )
-    # Buckets are sorted as wholes, so their order at the coarsest level is that of their smallest values.
+    # Buckets are sorted as units, so their order at the coarsest level is that of their smallest values.
     order = np.argsort(lows, kind="stable")
     level = max(sketch.level for sketch in sketches)
     return _coarsened(level, lows[order], highs[order], counts[order], sketches[0].capacity)

@@ -1,6 +1,6 @@
-"""A lineage as a person sees it: as a tree of text, as a Mermaid flowchart, as boxes for a picture.
+"""Lineage drawings: a tree of text, a Mermaid flowchart, and boxes for a picture.
 
-Many versions of one dataset, as a history of features has, are drawn as one box.
+Many versions of one dataset, as in a history of features, are drawn as one box.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MOST_BOXES = 3  # of one dataset; more versions share a box
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """What is drawn as one: its id, lines of text, kind, all that is known of it as a hint, and if it was asked for."""
+    """Box of the drawing: its id, lines of text, kind, all details as a hint, and True if it was asked for."""
 
     id: str
     name: str
@@ -29,12 +29,12 @@ class Box:
 
     @property
     def title(self) -> str:
-        """Its name for a small space: a dataset's without its first directory."""
+        """Name for a small space: a dataset's without its first directory."""
         return self.name.partition("/")[2] if self.kind == "version" else self.name
 
 
 def text(lineage: Lineage) -> str:
-    """A tree from the version back to the sources; a part that came before isn't unfolded again."""
+    """Return a tree from the version back to the sources; a repeated part isn't unfolded again."""
     boxes, edges = drawn(lineage)
     before: dict[str, list[str]] = {}
     for source, target in edges:
@@ -61,7 +61,7 @@ def text(lineage: Lineage) -> str:
 
 
 def mermaid(lineage: Lineage) -> str:
-    """A flowchart in Mermaid's language."""
+    """Return a flowchart in Mermaid's language."""
     boxes, edges = drawn(lineage)
     names = {key: f"n{place}" for place, key in enumerate(boxes)}
     shapes = {"source": ("[(", ")]"), "version": ("[", "]"), "training": ("([", "])")}
@@ -74,7 +74,7 @@ def mermaid(lineage: Lineage) -> str:
 
 
 def drawn(lineage: Lineage) -> tuple[dict[str, Box], list[tuple[str, str]]]:
-    """Boxes by id, the version that was asked for first, and edges between them; many versions share a box."""
+    """Return boxes by id, the requested version first, and edges between them; many versions share a box."""
     by_dataset: dict[str, list[VersionNode]] = {}
     for version in lineage.versions:
         by_dataset.setdefault(version.dataset, []).append(version)
@@ -149,7 +149,7 @@ def _span(times: Sequence[dt.datetime]) -> str:
 
 
 def _quoted(line: str) -> str:
-    """Text within a quoted Mermaid label: no markup, no quotes, one line."""
+    """Quote text for a Mermaid label: no markup, no quotes, one line."""
     for mark, instead in (("#", "#35;"), ("&", "#amp;"), ('"', "#quot;"), ("<", "#lt;"), (">", "#gt;"), ("`", "'")):
         line = line.replace(mark, instead)
     return " ".join(line.split())

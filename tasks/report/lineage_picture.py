@@ -1,4 +1,4 @@
-"""A lineage as a picture: its boxes in columns, sources to the left, with as few crossing lines as a look is worth."""
+"""Picture of a lineage: its boxes in columns, sources to the left, with few crossing lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TURNS = 4
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A box and where its upper left corner is, pixels."""
+    """Box with the position of its upper left corner, pixels."""
 
     box: Box
     x: float
@@ -27,7 +27,7 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A lineage laid out: boxes, lines as SVG paths, and the tips of arrows; pixels."""
+    """Laid-out lineage: boxes, lines as SVG paths, and the tips of arrows; pixels."""
 
     width: float
     height: float
@@ -40,7 +40,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class _Passing:
-    """Where a line over several columns passes through one of those between, so that no box is in its way."""
+    """Waypoint of a line over several columns, in each column between, so that no box is in its way."""
 
     source: str
     target: str
@@ -52,7 +52,7 @@ _Corners = dict[_Point, tuple[float, float]]
 
 
 def place(lineage: Lineage) -> Picture:
-    """Lay the boxes out in columns, each behind all that it was made from."""
+    """Lay the boxes out in columns, each after all its inputs."""
     boxes, edges = drawn(lineage)
     column = _columns(boxes, edges)
     routes = [_route(source, target, column) for source, target in edges]
@@ -82,7 +82,7 @@ def place(lineage: Lineage) -> Picture:
 
 
 def _columns(boxes: Mapping[str, Box], edges: Sequence[tuple[str, str]]) -> dict[str, int]:
-    """Column of each box: one after the last of those it was made from; sources right before who reads them first."""
+    """Return the column of each box: one after the last of its inputs; sources right before their first reader."""
     column = dict.fromkeys(boxes, 0)
     for _ in boxes:  # a path has no more steps than there are boxes
         for source, target in edges:
@@ -99,7 +99,7 @@ def _route(source: str, target: str, column: Mapping[str, int]) -> list[_Point]:
 
 
 def _untangle(rows: list[list[_Point]], links: Sequence[tuple[_Point, _Point]]) -> None:
-    """Order each column by the mean of its neighbours' places, to and fro: few lines cross (Sugiyama et al. 1981)."""
+    """Order each column by the mean of neighbours' places, back and forth; few lines cross (Sugiyama et al. 1981)."""
     for turn in range(_TURNS):
         forth = turn % 2 == 0
         near: dict[_Point, list[_Point]] = {}
@@ -117,7 +117,7 @@ def _height(point: _Point) -> float:
 
 
 def _path(corners: _Corners, route: Sequence[_Point]) -> str:
-    """A curve from the right side of a box to the left side of another, straight through the columns between."""
+    """Return a curve from the right side of a box to the left side of another, straight through the columns between."""
     x, y = corners[route[0]]
     x, y = x + WIDTH, y + _height(route[0]) / 2
     parts = [f"M{x:.1f} {y:.1f}"]

@@ -1,9 +1,9 @@
-"""Runs and what they made, told to an OpenLineage backend, where one is configured.
+"""OpenLineage events of runs and the versions they made, sent to a backend if one is configured.
 
-Nothing is sent unless the client's own settings say where to: OPENLINEAGE_URL, OPENLINEAGE_CONFIG, an openlineage.yml
+Nothing is sent unless the client's settings name a destination: OPENLINEAGE_URL, OPENLINEAGE_CONFIG, an openlineage.yml
 in the working directory or ~/.openlineage, or variables such as OPENLINEAGE__TRANSPORT__TYPE=file. The client is an
-optional package. A flow run is a run; each version that it made is a run of its own within it, so that the inputs of
-one are not taken for those of another. No flow run fails because its events can't be sent: that is a warning.
+optional package. A flow run is a run; each version that it made is a separate run within it, so that the inputs of one
+are not mixed with those of another. A flow run never fails because its events can't be sent: that is a warning.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 def is_configured() -> bool:
-    """Whether the client's settings say where events go, and don't say that there are none."""
+    """Return True if the client's settings name a destination for events, and don't disable them."""
     if os.environ.get("OPENLINEAGE_DISABLED", "").lower() in ("true", "1"):
         return False
     named = any(os.environ.get(name) for name in ("OPENLINEAGE_URL", "OPENLINEAGE_CONFIG"))
@@ -40,15 +40,15 @@ def is_configured() -> bool:
 
 
 def emit_start(job: str, run: RunRecord, started: dt.datetime | None = None) -> bool:
-    """Tell that a flow run began.
+    """Send the start of a flow run.
 
     Args:
         job: Name of the flow.
         run: The run.
-        started: When, UTC; now if it isn't given.
+        started: Time of the start, UTC; now if omitted.
 
     Returns:
-        Whether it was sent.
+        True if it was sent.
 
     """
     return _sent(lambda: [_Events(job, run).of_flow("START", started)])
@@ -63,18 +63,18 @@ def emit_end(
     error: str | None = None,
     started: dt.datetime | None = None,
 ) -> bool:
-    """Tell that a flow run ended, and what it made from what; a version that the gate rejected is one that failed.
+    """Send the end of a flow run, with outputs and inputs; a version that the gate rejected is a failed run.
 
     Args:
         job: Name of the flow.
         run: The run.
         root: Root of the store.
-        manifests: The versions that it made.
-        error: Why it failed, if it did.
-        started: When it began, UTC; the runs within it have this time, or else that of their manifests.
+        manifests: Versions that it made.
+        error: Error, if it failed.
+        started: Time of its start, UTC; the runs within it have this time, or else that of their manifests.
 
     Returns:
-        Whether all was sent.
+        True if all was sent.
 
     """
 
@@ -87,7 +87,7 @@ def emit_end(
 
 
 def _sent(events: Callable[[], list[Any]]) -> bool:
-    """Send events if that is configured; whatever goes wrong is said once a process."""
+    """Send events if that is configured; log an error once a process."""
     if not is_configured():
         return False
     try:
@@ -115,7 +115,7 @@ def _warn(text: str, detail: str) -> None:
 
 
 class _Events:
-    """Makes the events of one flow run; only called where the client is there."""
+    """Factory of the events of one flow run; only called if the client is installed."""
 
     def __init__(self, job: str, run: RunRecord) -> None:
         from openlineage.client import facet_v2
@@ -126,11 +126,11 @@ class _Events:
         facet_v2.set_producer(self.producer)
 
     def of_flow(self, kind: str, at: dt.datetime | None = None, error: str | None = None) -> Any:
-        """An event of the flow run itself."""
+        """Return an event of the flow run itself."""
         return self._event(kind, at, run_id=_uuid(self.run.flow_run_id), job=self.job, error=error)
 
     def of_version(self, root: str, manifest: Manifest, started: dt.datetime | None) -> list[Any]:
-        """Begin and end of the run within the flow run that made a version."""
+        """Return start and end of the inner run that made a version."""
         from openlineage.client.event_v2 import InputDataset, OutputDataset
         from openlineage.client.facet_v2 import parent_run
 
@@ -248,7 +248,7 @@ def _output_facets(manifest: Manifest) -> dict[str, Any]:
 
 
 def _metrics(column: ColumnProfile) -> dict[str, Any]:
-    """What the facet has room for; JSON knows no infinities."""
+    """Return the metrics that the facet has fields for; JSON has no infinities."""
     numbers = {"min": column.minimum, "max": column.maximum}
     known = {name: value for name, value in numbers.items() if isinstance(value, float) and math.isfinite(value)}
     return known | {
@@ -260,13 +260,13 @@ def _metrics(column: ColumnProfile) -> dict[str, Any]:
 
 
 def _directory(one: InputRecord) -> str:
-    """Where a table is; of a version its dataset, as the version is told in a facet."""
+    """Return the location of a table; for a version its dataset, as a facet names the version."""
     suffix = f"/v{one.version}"
     return one.uri.removesuffix(suffix) if one.version is not None else one.uri
 
 
 def _name(uri: str) -> tuple[str, str]:
-    """Namespace and name of a dataset by OpenLineage's naming: ('s3://bucket', 'prefix/name') or ('file', '/name')."""
+    """Return namespace and name of a dataset for OpenLineage: ('s3://bucket', 'prefix/name') or ('file', '/name')."""
     uri = storage.normalise(uri)
     if not storage.is_s3(uri):
         return "file", uri
@@ -275,7 +275,7 @@ def _name(uri: str) -> tuple[str, str]:
 
 
 def _uuid(text: str) -> str:
-    """A run's id, which must be a UUID: itself if it is one, else one made of it."""
+    """Return a run's id, which must be a UUID: unchanged if it is one, else derived from it."""
     try:
         return str(uuid.UUID(text))
     except ValueError:

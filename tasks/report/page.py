@@ -1,4 +1,4 @@
-"""The report as one HTML page: what the template draws, laid out in numbers and plain text.
+"""HTML page of the report: the template's input, laid out in numbers and plain text.
 
 Only plain values leave this module; the template escapes all of them.
 """
@@ -29,7 +29,7 @@ _BOX, _BOX_GAP = 58, 12
 
 @dataclass(frozen=True)
 class Rectangle:
-    """A bar: place and size in pixels, and the text shown when one points at it."""
+    """Bar: place and size in pixels, and the text shown on hover."""
 
     x: float
     y: float
@@ -40,7 +40,7 @@ class Rectangle:
 
 @dataclass(frozen=True)
 class Panel:
-    """One small multiple: bars of this version, a line or marks for the last one, and labels."""
+    """Small multiple: bars of this version, a line or marks for the last one, and labels."""
 
     column: str
     check: CheckResult | None
@@ -119,7 +119,7 @@ def _rows_panel(one: Distribution, check: CheckResult | None) -> Panel:
 
 
 def _segments(balance: RowBalance) -> list[tuple[str, int, float]]:
-    """Kind, rows and share of each part of a balance that isn't empty."""
+    """Return kind, rows and share of each part of a balance that isn't empty."""
     parts = {
         "out": balance.rows_out,
         "rejected": sum(balance.rejected.values()),
@@ -136,7 +136,7 @@ def _quantiles(column: ColumnProfile) -> list[float | None]:
 
 
 def _lineage(inputs: tuple[InputRecord, ...]) -> dict[str, Any]:
-    """Places of the boxes of the inputs; the run and the version stand at half the height."""
+    """Return places of the input boxes; the run and the version are at half the height."""
     boxes = []
     for index, one in enumerate(inputs):
         facts = [f"v{one.version}"] if one.version is not None else []
@@ -150,7 +150,7 @@ def _lineage(inputs: tuple[InputRecord, ...]) -> dict[str, Any]:
 
 
 def _timings(timings: Mapping[str, float]) -> list[tuple[str, float, float]]:
-    """Stage, seconds, and share of the longest."""
+    """Return each stage with its seconds and its share of the longest."""
     longest = max(timings.values(), default=0.0) or 1.0
     return [(stage, seconds, seconds / longest) for stage, seconds in timings.items()]
 

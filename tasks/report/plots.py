@@ -1,4 +1,4 @@
-"""Distributions of columns, now against the last version: as bars to draw, and as one PNG of small multiples."""
+"""Distributions of columns, this version against the last: as bars to draw, and as one PNG of small multiples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FloatArray = npt.NDArray[np.float64]
 
 NOW_COLOUR = "#3b6fd4"
 BEFORE_COLOUR = "#d9822b"
-INK_COLOUR = "#767e8b"  # as far from white as from the dark page: what is drawn in it can be read on both
+INK_COLOUR = "#767e8b"  # equally far from white and from the dark page: readable on both
 _BINS = 28
 _LOG_RATIO = 1000.0
 _CATEGORIES = 6
@@ -46,7 +46,7 @@ class Distribution:
 
     @property
     def ticks(self) -> list[tuple[float, str]]:
-        """Labels that fit under upright bars, each with its place from 0 to the number of bars."""
+        """Return labels that fit under upright bars, each with its place from 0 to the number of bars."""
         if self.layout == "values" and len(self.labels) <= 10 and sum(map(len, self.labels)) <= 26:
             return [(index + 0.5, label) for index, label in enumerate(self.labels)]
         ends = [(0.0, self.labels[0]), (float(len(self.now)), self.labels[-1])]
@@ -54,14 +54,14 @@ class Distribution:
 
     @property
     def peak(self) -> float:
-        """Largest share of either version."""
+        """Return the largest share of either version."""
         return max(*self.now, *(self.before or ()), 0.0) or 1.0
 
 
 def distributions(
     profile: Mapping[str, ColumnProfile], previous: Mapping[str, ColumnProfile], checks: Sequence[CheckResult] = ()
 ) -> list[Distribution]:
-    """What can be drawn of a version's columns, those whose drift was judged worst first, else in schema order."""
+    """Return distributions of a version's columns, those with the worst drift verdict first, else in schema order."""
     drift = {
         check.column: (False, check.verdict == "warn", -float(check.figure or 0))
         for check in checks
@@ -73,7 +73,7 @@ def distributions(
 
 
 def distribution(column: str, now: ColumnProfile, before: ColumnProfile | None = None) -> Distribution | None:
-    """Bars of one column; None when it has no value, or too many different ones to name."""
+    """Return the bars of one column; None if it has no value, or too many different ones to name."""
     if before is not None and before.kind != now.kind:
         before = None
     if now.histogram is not None:
@@ -84,7 +84,7 @@ def distribution(column: str, now: ColumnProfile, before: ColumnProfile | None =
 
 
 def histogram_grid(drawn: Sequence[Distribution], limit: int = 12) -> bytes:
-    """PNG of small multiples, four in a row: this version as bars, the last one as a line."""
+    """Return a PNG of small multiples, four in a row: this version as bars, the last one as a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -101,7 +101,7 @@ def histogram_grid(drawn: Sequence[Distribution], limit: int = 12) -> bytes:
 
 
 def png(figure: Any, dpi: float) -> bytes:
-    """A figure as PNG, the same bytes every time; letters that the font lacks become boxes without a warning."""
+    """Return a figure as deterministic PNG; letters missing in the font become boxes without a warning."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
@@ -129,12 +129,12 @@ def _numeric(column: str, now: ColumnProfile, histogram: Histogram, before: Colu
 
 
 def _is_discrete(profile: ColumnProfile) -> bool:
-    """Whether each bin of the histogram is one value."""
+    """Return True if each bin of the histogram is one value."""
     return profile.histogram is not None and profile.distinct == len(profile.histogram.counts) <= HISTOGRAM_BINS
 
 
 def _values(profile: ColumnProfile) -> list[float]:
-    """The values of a discrete column: the inner edges lie halfway between them."""
+    """Return the values of a discrete column: the inner edges lie halfway between them."""
     assert profile.histogram is not None
     values = [float(profile.minimum or 0.0)]
     for edge in profile.histogram.edges[1:-1]:
@@ -147,7 +147,7 @@ def _spans_magnitudes(low: float, high: float) -> bool:
 
 
 def _visible_range(versions: Sequence[ColumnProfile]) -> tuple[float, float]:
-    """The middle 98 % of all versions, on a linear axis to the extreme where that lies within a tenth more."""
+    """Return the middle 98 % of all versions, on a linear axis up to the extreme if that lies within a tenth more."""
     low = min(version.quantiles.get("0.01", np.inf) for version in versions)
     high = max(version.quantiles.get("0.99", -np.inf) for version in versions)
     ends = [float(end) for version in versions for end in (version.minimum, version.maximum) if end is not None]
@@ -160,9 +160,9 @@ def _visible_range(versions: Sequence[ColumnProfile]) -> tuple[float, float]:
 
 
 def _shares(profile: ColumnProfile, edges: FloatArray, logarithmic: bool = False) -> tuple[float, ...]:
-    """Shares of a column's values between edges, taking them as evenly spread within the bins of its histogram.
+    """Return shares of a column's values between edges, assuming even spread within the bins of its histogram.
 
-    On a logarithmic axis their logarithms are so taken; its edges are positive.
+    On a logarithmic axis the logarithms are evenly spread; its edges are positive.
     """
     assert profile.histogram is not None
     counts = np.array(profile.histogram.counts)
@@ -173,7 +173,7 @@ def _shares(profile: ColumnProfile, edges: FloatArray, logarithmic: bool = False
     places = list(profile.histogram.edges)
     below = [0.0, *(np.cumsum(counts) / total).tolist()]
     low, high = profile.quantiles.get("0.01", places[0]), profile.quantiles.get("0.99", places[-1])
-    if places[0] < low < places[1] and below[1] > 0.01:  # the outer bins are long where the tails are
+    if places[0] < low < places[1] and below[1] > 0.01:  # the outer bins are long at the tails
         places, below = [places[0], low, *places[1:]], [0.0, 0.01, *below[1:]]
     if places[-2] < high < places[-1] and below[-2] < 0.99:
         places, below = [*places[:-1], high, places[-1]], [*below[:-1], 0.99, 1.0]
@@ -239,17 +239,17 @@ def _axis(value: float) -> str:
 
 
 def short_name(label: str) -> str:
-    """A value as it stands beside its bar."""
+    """Return a value's label beside its bar."""
     return shortened(" ".join(label.split()), 12) or "(blank)"
 
 
 def plain(text: str) -> str:
-    """Text as it is, for matplotlib."""
+    """Escape text for matplotlib."""
     return text.replace("$", r"\$")  # matplotlib reads mathematics between dollar signs
 
 
 def wide_figure(height: float, columns: int = 1) -> tuple[Any, Any]:
-    """A transparent figure as wide as the report, and its axes; an inch of it is 100 CSS pixels there."""
+    """Return a transparent figure as wide as the report, and its axes; an inch of it is 100 CSS pixels there."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -267,7 +267,7 @@ def wide_figure(height: float, columns: int = 1) -> tuple[Any, Any]:
 
 
 def compact_png(figure: Any) -> bytes:
-    """A figure as PNG in 64 colours, a third of the bytes: charts have few colours, the rest are edges of letters."""
+    """Return a figure as PNG in 64 colours, a third of the bytes: charts have few colours besides letters' edges."""
     from PIL import Image
 
     with Image.open(io.BytesIO(png(figure, dpi=150))) as image:

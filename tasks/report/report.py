@@ -1,4 +1,4 @@
-"""The validation report: one value with three faces, JSON beside the data, an HTML page, and a Prefect artifact."""
+"""Validation report: one value in three forms, JSON beside the data, an HTML page, and a Prefect artifact."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _SIGNS: dict[Verdict, str] = {"fail": "✖ FAIL", "warn": "▲ WARN", "pass": "�
 
 
 class Picture(Record):
-    """A picture with what it shows, held within the report."""
+    """Picture with a description, held within the report."""
 
     title: str = Field(description="Heading of the picture.")
     caption: str = Field(description="What is to be seen, in a sentence or two.")
@@ -48,7 +48,7 @@ class Picture(Record):
 
     @classmethod
     def of(cls, title: str, caption: str, media_type: MediaType, data: bytes) -> Picture:
-        """A picture from its bytes."""
+        """Make a picture from its bytes."""
         return cls(title=title, caption=caption, media_type=media_type, data=base64.b64encode(data).decode())
 
     @model_validator(mode="after")
@@ -63,12 +63,12 @@ class Picture(Record):
 
     @property
     def uri(self) -> str:
-        """The picture as a data URI."""
+        """Picture as a data URI."""
         return f"data:{self.media_type};base64,{self.data}"
 
 
 class DataTable(Record):
-    """A small table of figures and names."""
+    """Small table of figures and names."""
 
     title: str = Field(description="Heading of the table.")
     columns: tuple[str, ...] = Field(description="Name of each column.")
@@ -86,13 +86,13 @@ class DataTable(Record):
 
     @property
     def numeric(self) -> tuple[bool, ...]:
-        """Whether each column holds numbers, and nothing else but gaps."""
+        """True for each column that holds only numbers and gaps."""
         columns = [[row[place] for row in self.rows if row[place] is not None] for place in range(len(self.columns))]
         return tuple(bool(cells) and not any(isinstance(cell, str) for cell in cells) for cells in columns)
 
 
 class Report(Record):
-    """Everything that a person needs to judge one version."""
+    """Everything a person needs to judge one version."""
 
     dataset: str = Field(description="Dataset name, such as 'feature-store/customer-features'.")
     version: int = Field(ge=1, description="Version number N of vN.")
@@ -122,13 +122,13 @@ class Report(Record):
 
     @classmethod
     def of(cls, manifest: Manifest, previous: Manifest | None, title: str | None = None, **more: Any) -> Report:
-        """The report of a version by its manifest.
+        """Make the report of a version from its manifest.
 
         Args:
-            manifest: The version's.
-            previous: That of the version it is compared with.
+            manifest: Manifest of the version.
+            previous: Manifest of the version it is compared with.
             title: Heading of the page; the last part of the dataset's name and the version, if none is given.
-            more: Further fields, or others than the manifest's.
+            more: Further fields, and overrides of the manifest's.
 
         """
         fields: dict[str, Any] = {
@@ -154,12 +154,12 @@ class Report(Record):
 
     @property
     def checks(self) -> list[CheckResult]:
-        """The checks, failures first, then warnings; in the order they were made within each."""
+        """Checks: failures, then warnings, then the rest; in the order they were made within each."""
         return sorted(self.gate.checks, key=lambda check: _ORDER[check.verdict])
 
     @property
     def reason(self) -> str:
-        """One line: why the verdict is what it is."""
+        """Reason of the verdict in one line."""
         worst = [check for check in self.checks if check.verdict == self.verdict]
         total = plural(len(self.gate.checks), "check")
         if self.verdict == "pass" or not worst:
@@ -169,22 +169,22 @@ class Report(Record):
 
     @property
     def drawable(self) -> dict[str, ColumnProfile]:
-        """Profiles of the columns whose distribution means something."""
+        """Profiles of the columns that have a meaningful distribution."""
         return {name: column for name, column in self.profile.items() if name not in self.identifiers}
 
     def to_json(self) -> bytes:
-        """Canonical JSON (sorted keys, UTF-8); `Report.model_validate_json` reads it back."""
+        """Return canonical JSON (sorted keys, UTF-8); `Report.model_validate_json` reads it back."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False, indent=1)
         return text.encode() + b"\n"
 
     def to_markdown(self, html_uri: str | None = None, max_bytes: int = MARKDOWN_BYTES) -> str:
-        """Summary for a Prefect artifact: the verdict and why, checks that failed or warned, pictures, rows, lineage.
+        """Return a summary for a Prefect artifact: verdict, reason, failed checks, warnings, pictures, rows, lineage.
 
-        What doesn't fit into `max_bytes` of UTF-8 is left out with a word saying so: first pictures, from the last one
-        on, then the end of the text.
+        Content beyond `max_bytes` of UTF-8 is left out with a note: first pictures, from the last one on, then the end
+        of the text.
 
         Args:
-            html_uri: where the full report lies, to link to.
+            html_uri: location of the full report, for a link.
             max_bytes: most bytes of the result, at least 1,000.
         """
         head = [
@@ -212,7 +212,7 @@ class Report(Record):
         return kept[: kept.rfind("\n")] + ending
 
     def checks_table(self) -> list[dict[str, str | float | None]]:
-        """The checks as rows for a Prefect table artifact: text and finite numbers only, None for the rest."""
+        """Return the checks as rows for a Prefect table artifact: text and finite numbers only, None for the rest."""
         return [
             {
                 "verdict": check.verdict,
@@ -254,7 +254,7 @@ class Report(Record):
         return parts
 
     def _markdown_pictures(self) -> list[tuple[list[str], str]]:
-        """What shows each picture, and what is said instead where there is no room for it; the first go first."""
+        """Return the Markdown of each picture, and a note if there is no room for it; the first have priority."""
         from tasks.report.plots import distributions, histogram_grid
 
         shown = []
@@ -283,7 +283,7 @@ def _page(head: list[str], parts: list[list[str]], tail: list[str]) -> str:
 
 
 def _markdown_tables(tables: tuple[DataTable, ...]) -> list[str]:
-    """Each table with its heading, and the first of its rows."""
+    """Return each table with its heading, and the first of its rows."""
     parts = []
     for table in tables:
         shown = table.rows[:MARKDOWN_ROWS]
@@ -298,7 +298,7 @@ def _markdown_tables(tables: tuple[DataTable, ...]) -> list[str]:
 
 
 def _markdown_checks(serious: list[CheckResult], passed: int) -> list[str]:
-    """The checks that failed or warned, and how many passed: those stand in the table of checks."""
+    """Return the checks that failed or warned, and the number that passed: those are in the table of checks."""
     lines = ["| verdict | check | column | figure | bound | |", "|---|---|---|---:|---:|---|"]
     lines += [
         f"| {_SIGNS[c.verdict]} | {_text(c.name)} | {_text(c.column or '')} | {_text(number(c.figure))} "
@@ -315,11 +315,11 @@ def _reasons(counts: dict[str, int]) -> str:
 
 
 def _text(text: str) -> str:
-    """Text that stays text within a Markdown table: no markup, no line break, and no endless value."""
+    """Escape text for a Markdown table: no markup, no line break, and limited length."""
     escaped = shortened(" ".join(text.split()), 400).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     for mark in "\\`*_[]|#!":
         escaped = escaped.replace(mark, f"\\{mark}")
-    return escaped.replace("](", "]\\(")  # no link, whatever a reader makes of the escaped bracket
+    return escaped.replace("](", "]\\(")  # no link, however a reader treats the escaped bracket
 
 
 def _target(uri: str) -> str:

@@ -1,4 +1,4 @@
-"""The report's section on the self-test: the faults, the checks that noticed them, and those that stay unproven."""
+"""Self-test section of the report: the faults, the checks that noticed them, and the unproven checks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def section(gate: GateResult, results: Sequence[FaultResult]) -> Section | None:
 
 
 def markdown(gate: GateResult, results: Sequence[FaultResult], text: Callable[[str], str]) -> list[str]:
-    """Return the section as paragraphs of Markdown; `text` escapes what comes from the data."""
+    """Return the section as paragraphs of Markdown; `text` escapes data."""
     found = section(gate, results)
     if found is None:
         return []

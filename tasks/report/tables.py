@@ -1,7 +1,7 @@
-"""Values of the store as text for a terminal: aligned tables that stay whole when they are piped.
+"""Store values as text for a terminal: aligned tables that keep whole rows when piped.
 
-What stands in data may be anything, also what a terminal takes for a command (colours, titles, a cleared screen): no
-control character of a value reaches it.
+Data may contain terminal commands (colours, titles, a cleared screen): no control character of a value reaches the
+terminal.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 def show(headings: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> None:
     """Print a table; columns named in `right` are aligned right, as numbers are.
 
-    A terminal folds what is too wide for it; into a pipe each row goes as one line, whatever its width.
+    A terminal folds wide rows; in a pipe each row is one line, whatever its width.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDEST)
@@ -48,7 +48,7 @@ def facts(pairs: Mapping[str, object]) -> None:
 
 
 def printable(text: str) -> str:
-    r"""Text fit for a terminal: control characters, those that turn its direction too, as '\x1b' or '\u202e'."""
+    r"""Return text fit for a terminal: control characters, including those of text direction, as '\x1b' or '\u202e'."""
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() or unicodedata.category(one) == "Zs" else _escaped(one) for one in text)
@@ -77,7 +77,7 @@ def _text(value: object) -> str:
 
 
 def moment(value: dt.datetime | None) -> str:
-    """A time, UTC, as short as it can be: the date alone at midnight."""
+    """Format a time, UTC, as short as possible: the date alone at midnight."""
     if value is None:
         return "–"
     value = value.astimezone(dt.UTC) if value.tzinfo else value
@@ -87,27 +87,27 @@ def moment(value: dt.datetime | None) -> str:
 
 
 def moments(values: Sequence[dt.datetime]) -> str:
-    """Some times: all of a few, else how many between the first and the last."""
+    """Format times: all of a few, else their number between the first and the last."""
     if len(values) <= 3:
         return ", ".join(map(moment, values)) or "–"
     return f"{len(values)} times, {moment(values[0])} to {moment(values[-1])}"
 
 
 def size(count: int) -> str:
-    """A number of bytes in the unit that suits it."""
+    """Format a number of bytes in the fitting unit."""
     power = min(int(math.log(count, 1024)), len(_UNITS) - 1) if count > 0 else 0
     return f"{number(round(count / 1024**power, 1))} {_UNITS[power]}"
 
 
 def brief(value: object, longest: int = 60) -> str:
-    """A value of any length in one line."""
+    """Format a value of any length in one line."""
     return shortened(printable(" ".join(_text(value).split())), longest)
 
 
 def as_json(value: object) -> str:
-    """A value as JSON for other programs; times in ISO 8601, NaN and infinities as null.
+    """Format a value as JSON for other programs; times in ISO 8601, NaN and infinities as null.
 
-    Control characters are escaped, also those above ASCII: the answer may be shown on a terminal.
+    Control characters are escaped, also those above ASCII: the output may be shown on a terminal.
     """
     text = to_json(value, indent=2, inf_nan_mode="null", fallback=str).decode()
     return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

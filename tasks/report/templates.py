@@ -1,4 +1,4 @@
-"""The templates of pages and pictures: everything that is put into one is escaped."""
+"""Templates of pages and pictures: all inserted values are escaped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tasks.io.numerals import duration, number, plural, share, shortened
 
 
 def template(name: str) -> Any:
-    """A Jinja template of this package by its file name."""
+    """Return a Jinja template of this package by its file name."""
     return _environment().get_template(name)
 
 

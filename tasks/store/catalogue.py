@@ -1,4 +1,4 @@
-"""What is in the store, as values for people and programs: datasets, their versions, and what one version holds."""
+"""Contents of the store, as values for people and programs: datasets, their versions, and the columns of a version."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Kind = Literal["features", "training set", "streaming copy", "images", "other"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSummary:
-    """One dataset: its latest live version, if it has one, and how many there are.
+    """Summary of a dataset: its latest live version, if any, and the number of versions.
 
     status: 'ok', or which versions readers can't use: 'v2 incomplete, v3 damaged'.
     """
@@ -51,10 +51,10 @@ class DatasetSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VersionSummary:
-    """One committed version.
+    """Summary of a committed version.
 
-    status: also 'damaged' (its manifest can't be read, so that nothing else is known of it) and 'incomplete' (data
-    files are missing or of another size). note: why, and what to do.
+    status: also 'damaged' (its manifest can't be read, so that the other fields are unknown) and 'incomplete' (data
+    files are missing or of another size). note: reason and cure.
     """
 
     version: int
@@ -69,7 +69,7 @@ class VersionSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnSummary:
-    """One column of a version, with its profile's main figures."""
+    """Summary of a version's column, with its profile's main figures."""
 
     name: str
     type: str
@@ -82,7 +82,7 @@ class ColumnSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """One version: where it is, what it was made from, and its columns; faults: of its data files, a sentence each."""
+    """Description of a version: location, inputs and columns; faults: one sentence for each faulty data file."""
 
     name: str
     dataset: str
@@ -104,12 +104,12 @@ class Description:
 
 
 def find_dataset(root: str, name: str, kind: Kind | None = None) -> str:
-    """Full name of a dataset, given that or its last part: 'customer-features' → 'feature-store/customer-features'.
+    """Return a dataset's full name from that or its last part: 'customer-features' → 'feature-store/customer-features'.
 
-    A copy for streaming has the name of what it was made from, which is the one that is meant.
+    A streaming copy has the same last part as its source; the name means the source.
 
     Raises:
-        VersionNotFound: there is none of that name, or several end with it; the message names the closest.
+        VersionNotFound: no dataset, or several, have the name; the message names the closest.
 
     """
     known = [found for found in list_datasets(root) if kind is None or kind_of(found) == kind]
@@ -130,17 +130,17 @@ def find_dataset(root: str, name: str, kind: Kind | None = None) -> str:
 
 
 def short_name(dataset: str) -> str:
-    """Last part of a dataset's name."""
+    """Return the last part of a dataset's name."""
     return dataset.rpartition("/")[2]
 
 
 def kind_of(dataset: str) -> Kind:
-    """What a dataset is, in words for people."""
+    """Return the kind of a dataset, in words for people."""
     return layout.kind(dataset).replace("-", " ")  # type: ignore[return-value]
 
 
 def summaries(root: str) -> list[DatasetSummary]:
-    """Every dataset under a root, by name."""
+    """Return a summary of every dataset under a root, by name."""
     return [_summary(root, dataset) for dataset in list_datasets(root)]
 
 
@@ -166,7 +166,7 @@ def _summary(root: str, dataset: str) -> DatasetSummary:
 
 
 def version_summaries(root: str, dataset: str) -> list[VersionSummary]:
-    """Every committed version of a dataset, ascending."""
+    """Return a summary of every committed version of a dataset, ascending."""
     root = storage.normalise(root)
     listed = list_dataset(root, dataset)
     committed, there = overview(root, dataset, listed=listed), _data_by_version(root, dataset, listed)
@@ -213,7 +213,7 @@ def _version_summary(
 
 
 def _data_by_version(root: str, dataset: str, listed: Mapping[str, FileInfo]) -> dict[int, dict[str, int]]:
-    """Sizes of the visible files of each version, by their paths in its directory."""
+    """Return sizes of the visible files of each version, by their paths in its directory."""
     root = storage.normalise(root)
     found: dict[int, dict[str, int]] = {}
     for info in listed.values():
@@ -224,7 +224,7 @@ def _data_by_version(root: str, dataset: str, listed: Mapping[str, FileInfo]) ->
 
 
 def _faults(root: str, dataset: str, version: IndexedVersion, there: Mapping[int, Mapping[str, int]]) -> list[str]:
-    """What is wrong with a live version's data files; its manifest is read only where they aren't just those."""
+    """Return the faults of a live version's data files; read its manifest only if the files differ from the index."""
     files = there.get(version.version, {})
     if files_digest(files.items()) == version.files_digest:
         return []
@@ -234,10 +234,10 @@ def _faults(root: str, dataset: str, version: IndexedVersion, there: Mapping[int
 
 
 def describe(root: str, dataset: str, version: int | None = None) -> Description:
-    """What a version holds; the latest live one if none is given.
+    """Describe a version; the latest live one if none is given.
 
     Raises:
-        VersionNotFound: there is no such version, or readers pass it over.
+        VersionNotFound: there is no such version, or readers skip it.
 
     """
     root = storage.normalise(root)
@@ -289,7 +289,7 @@ def _columns(manifest: Manifest) -> list[ColumnSummary]:
 
 
 def declarations(manifest: Manifest) -> dict[str, str]:
-    """How each feature of a group was declared, in words of the definition."""
+    """Return the declaration of each feature of a group, in words of the definition."""
     definition: dict[str, Any] = manifest.definition
     features = definition.get("features", {})
     found: dict[str, str] = dict(features) if isinstance(features, dict) else {}
@@ -300,20 +300,20 @@ def declarations(manifest: Manifest) -> dict[str, str]:
 
 
 def feature_names(manifest: Manifest) -> list[str]:
-    """Columns of a feature version that are features: declared ones and its dimension's, in order."""
+    """Return the columns of a feature version that are features: declared ones and its dimension's, in order."""
     others = {manifest.definition.get("entity"), *FEATURES}
     return [column.name for column in manifest.columns if column.name not in others]
 
 
 def newest(root: str, dataset: str, known: Overview | None = None) -> Manifest | None:
-    """The feature version to look up in: the newest of those that hold the newest as-of time; None of none.
+    """Return the feature version for look-ups: the newest of those with the newest as-of time; None without any.
 
-    It isn't always 'latest': a version that computes an old day again is later, and has old values.
+    It isn't always 'latest': a version that recomputes an old day is later, and has old values.
 
     Args:
         root: Root of the store.
         dataset: Dataset name.
-        known: The dataset as it is now; looked at if none is given.
+        known: Current overview of the dataset; read if omitted.
 
     """
     first = dt.datetime.min.replace(tzinfo=dt.UTC)

@@ -1,11 +1,11 @@
-"""The conservation law on counts that no stage claims of itself: rows are counted where they lie.
+"""Conservation law on counts, checked independently of the stages: rows are counted in the files.
 
     in = out + rejected + filtered + deduplicated
 
-A stage says how many rows it took, kept and left out (`RowBalance`). That this adds up proves little: who loses a row
-may also forget to count it. So the same figures are counted a second time by others and compared: rows of a file by
-its Parquet footer, rows on their way by the shuffle that carries them, rows written and rejected by the footers of
-the files that the manifest will list. A difference fails the run with both figures.
+A stage reports how many rows it took, kept and left out (`RowBalance`). That this adds up proves little: code that
+loses a row may also forget to count it. So the same figures are counted a second time elsewhere and compared: rows of a
+file by its Parquet footer, rows in transit by the shuffle, rows written and rejected by the footers of the files that
+the manifest will list. A difference fails the run with both figures.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def check_equal(name: str, said: int, counted: int, what: str) -> None:
     """Raise `BalanceError` unless two counts of the same things are equal.
 
     Args:
-        name: What is counted, such as 'transactions'.
-        said: How many there are by one count.
-        counted: By the other.
-        what: By whom, with a place for the second figure: 'were sent to their buckets, {} arrived'.
+        name: Name of the counted things, such as 'transactions'.
+        said: First count.
+        counted: Second count.
+        what: Origin of the counts, with a place for the second figure: 'were sent to their buckets, {} arrived'.
 
     """
     if said != counted:
@@ -44,20 +44,20 @@ def check_written(
     rejected: Sequence[FileEntry],
     balances: Sequence[RowBalance],
 ) -> None:
-    """Compare what was reported of a version's files with what lies in them.
+    """Compare the reports of a version's files with their contents.
 
-    Every balance must add up, every file must hold as many rows as was reported, and the files of rejected rows as
+    Every balance must add up, every file must hold as many rows as reported, and the files of rejected rows as
     many as the balances count.
 
     Args:
         dataset: Name, for messages.
-        uri: The version's directory.
-        files: Its data files.
-        rejected: Its files of rejected rows.
-        balances: Where the rows went.
+        uri: Directory of the version.
+        files: Data files.
+        rejected: Files of rejected rows.
+        balances: Balances of the rows.
 
     Raises:
-        BalanceError: they differ; it has both figures.
+        BalanceError: they differ; the message has both figures.
 
     """
     for balance in balances:

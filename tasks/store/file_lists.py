@@ -1,12 +1,12 @@
-"""Long lists of files, kept beside a manifest: it stays small, however many files a version has or was made from.
+"""Long lists of files, kept beside a manifest: the manifest stays small, however many files a version has or read.
 
 A manifest names its data files, rejected files and side files, and the files of its inputs. Where these are more than
-`MOST_INLINE` together, they are the rows of one Parquet file, `_files/part-00000-a<attempt>.parquet`, whose digest
-stands in the manifest:
+`MOST_INLINE` together, they are the rows of one Parquet file, `_files/part-00000-a<attempt>.parquet`, whose digest is
+in the manifest:
 
     list    string  'data', 'rejected', 'side' or 'input'
     input   int32   place of the input in the manifest's inputs, from 0; null in the other lists
-    path    string  relative to the version's directory; of an input: where the file was
+    path    string  relative to the version's directory; of an input: location of the file
     rows    int64   null for an input
     bytes   int64
     digest  string  with its method as prefix; of an input: its fingerprint
@@ -41,7 +41,7 @@ _SCHEMA = pa.schema(
 
 
 def lists_apart(manifest: Manifest) -> tuple[Manifest, bytes]:
-    """A manifest as it is stored, and the contents of the file that holds its lists of files; b'' if they are short."""
+    """Return a manifest in its stored form, and the contents of the file with its lists; b'' if they are short."""
     named = [(name, None, getattr(manifest, field)) for name, field in _LISTS.items()]
     of_inputs = [(_INPUT, place, one.files) for place, one in enumerate(manifest.inputs)]
     tables = [_table(*one) for one in (*named, *of_inputs)]
@@ -57,14 +57,14 @@ def lists_apart(manifest: Manifest) -> tuple[Manifest, bytes]:
 
 
 def with_lists(uri: str, manifest: Manifest) -> Manifest:
-    """All of a manifest, as `lists_apart` was given it.
+    """Return a complete manifest, the inverse of `lists_apart`.
 
     Args:
         uri: Directory of the version.
-        manifest: The manifest as it is stored.
+        manifest: Manifest in its stored form.
 
     Raises:
-        ValueError: the file with the lists is missing, or isn't the one that the manifest was written with.
+        ValueError: the file with the lists is missing, or isn't the one written with the manifest.
 
     """
     entry = manifest.file_lists

@@ -1,14 +1,14 @@
-"""Every path under a root is spelled here, and nowhere else.
+"""Layout of the store: the only module that spells paths under a root.
 
     {root}/{dataset}/v{N}/part-00000-a1.parquet     data (a1: first attempt)
     {root}/{dataset}/v{N}/_reservation.json         who holds N
     {root}/{dataset}/v{N}/_manifest.json            the commit
-    {root}/{dataset}/v{N}/_withdrawn.json           readers pass it over; the data stays
+    {root}/{dataset}/v{N}/_withdrawn.json           readers skip it; the data stays
     {root}/{dataset}/v{N}/_rejected/….parquet       rejected rows with a reason
-    {root}/{dataset}/v{N}/_originals/….parquet      what is known of each input, such as an image
-    {root}/{dataset}/v{N}/_work/….parquet           notes of finished work, for a later attempt; gone after the commit
+    {root}/{dataset}/v{N}/_originals/….parquet      facts about each input, such as an image
+    {root}/{dataset}/v{N}/_work/….parquet           notes of finished work, for a later attempt; deleted by the commit
     {root}/{dataset}/v{N}/_report.html, _report.json
-    {root}/{dataset}/_index/versions.json           what the manifests say in short; made from them
+    {root}/{dataset}/_index/versions.json           summary of the manifests; derived from them
     {root}/{dataset}/_index/changing-v{N}           vN is withdrawn or pruned, or about to be
 
     {root}/training-runs/{name}/{run}/…             checkpoints, records and the report of a training
@@ -49,10 +49,10 @@ def join(base: str, *parts: str) -> str:
 
 
 def escape_of(path: str) -> str | None:
-    """How a path that was given or read might lead out of the directory it belongs to; None for one that can't.
+    """Explain how an external path might lead out of the directory it belongs to; None for a safe one.
 
     Such a path consists of names: no scheme, no slash in front, behind or twice, no '.' or '..', no backslash, no
-    control characters, and nothing that s3fs takes for another object's version. A name may begin with a dot.
+    control characters, and nothing that s3fs reads as a version of another object. A name may begin with a dot.
     """
     if not path:
         return "is empty"
@@ -69,7 +69,7 @@ def escape_of(path: str) -> str | None:
 
 
 def dataset_uri(root: str, dataset: str) -> str:
-    """Directory of a dataset.
+    """Return the directory of a dataset.
 
     Raises:
         ConfigError: the name would lead out of the root.
@@ -84,17 +84,17 @@ def dataset_uri(root: str, dataset: str) -> str:
 
 
 def feature_dataset(group: str) -> str:
-    """Dataset name of a feature group: 'customer-features' → 'feature-store/customer-features'."""
+    """Return the dataset name of a feature group: 'customer-features' → 'feature-store/customer-features'."""
     return join(FEATURE_STORE, group)
 
 
 def training_ready_dataset(model: str) -> str:
-    """Dataset name of a model's training set: 'churn' → 'feature-store/training-ready/churn'."""
+    """Return the dataset name of a model's training set: 'churn' → 'feature-store/training-ready/churn'."""
     return join(TRAINING_READY, model)
 
 
 def kind(dataset: str) -> str:
-    """What a dataset is, by its name: 'features', 'training-set', 'images' or 'streaming-copy'; else 'other'."""
+    """Return a dataset's kind by its name: 'features', 'training-set', 'images' or 'streaming-copy'; else 'other'."""
     kinds = {
         TRAINING_READY: "training-set",
         FEATURE_STORE: "features",
@@ -105,12 +105,12 @@ def kind(dataset: str) -> str:
 
 
 def sample(root: str, flow: str, name: str) -> str:
-    """Directory of a flow's sample input."""
+    """Return the directory of a flow's sample input."""
     return join(root, "samples", flow, name)
 
 
 def version_uri(root: str, dataset: str, version: int) -> str:
-    """Directory of a version.
+    """Return the directory of a version.
 
     Raises:
         ConfigError: as `dataset_uri`.
@@ -119,13 +119,13 @@ def version_uri(root: str, dataset: str, version: int) -> str:
 
 
 def parse_version(name: str) -> int | None:
-    """Version number of a directory name 'v12', or None for any other name."""
+    """Return the version number of a directory name 'v12', or None for any other name."""
     match = _VERSION.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def version_and_path(root: str, dataset: str, uri: str) -> tuple[int | None, str]:
-    """Number of the version that a file of a dataset belongs to, None if to none, and its path within the version.
+    """Return the version number of a dataset's file, None if it belongs to no version, and its path within the version.
 
     Raises:
         ConfigError: as `dataset_uri`.
@@ -135,7 +135,7 @@ def version_and_path(root: str, dataset: str, uri: str) -> tuple[int | None, str
 
 
 def index_uri(root: str, dataset: str) -> str:
-    """The index of a dataset's versions.
+    """Return the URI of the index of a dataset's versions.
 
     Raises:
         ConfigError: as `dataset_uri`.
@@ -144,7 +144,7 @@ def index_uri(root: str, dataset: str) -> str:
 
 
 def mark_uri(root: str, dataset: str, version: int) -> str:
-    """Mark of a version that the index must not be asked about.
+    """Return the URI of the mark of a version whose index entry must not be used.
 
     Raises:
         ConfigError: as `dataset_uri`.
@@ -153,16 +153,16 @@ def mark_uri(root: str, dataset: str, version: int) -> str:
 
 
 def marked_version(uri: str) -> int | None:
-    """Number of the version that a mark is of; None for any other file."""
+    """Return the version number of a mark; None for any other file."""
     match = _MARK.fullmatch(uri.rpartition("/")[2])
     return parse_version(match[1]) if match else None
 
 
 def version_number(given: object) -> int:
-    """Number of a version that somebody names, as 3, '3' or 'v3'.
+    """Return the number of a version given as 3, '3' or 'v3'.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is no version number.
     """
     digits = str(given).strip().removeprefix("v")
     if isinstance(given, bool) or not digits.isascii() or not digits.isdecimal() or int(digits) < 1:
@@ -171,51 +171,51 @@ def version_number(given: object) -> int:
 
 
 def reservation_name(attempt: int) -> str:
-    """File that marks an attempt: _reservation.json for the first, _reservation-2.json for the second."""
+    """Return the file that marks an attempt: _reservation.json for the first, _reservation-2.json for the second."""
     return "_reservation.json" if attempt == 1 else f"_reservation-{attempt}.json"
 
 
 def part_name(index: int, attempt: int) -> str:
-    """Name of a data file; it bears the attempt, so that a crashed attempt's files are never taken for ours."""
+    """Return the name of a data file; it contains the attempt, to tell apart the files of a crashed attempt."""
     return f"part-{index:05d}-a{attempt}.parquet"
 
 
 def part_number(path: str) -> int | None:
-    """Number of a data file, of which the path may be a URI; None where it has another name."""
+    """Return the number of a data file, of which the path may be a URI; None for another name."""
     match = _PART.search(path)
     return int(match[1]) if match else None
 
 
 def rejected_name(source: str, index: int, attempt: int) -> str:
-    """Name of a file of rejected rows, relative to the version's directory."""
+    """Return the name of a file of rejected rows, relative to the version's directory."""
     return f"{REJECTED}/{source}-{index:05d}-a{attempt}.parquet"
 
 
 def image_dataset(name: str) -> str:
-    """Dataset name of augmented images: 'images' → 'training-datasets/images'."""
+    """Return the dataset name of augmented images: 'images' → 'training-datasets/images'."""
     return join(TRAINING_DATASETS, name)
 
 
 def streaming_dataset(name: str) -> str:
-    """Dataset name of a streaming-ready copy: 'images' → 'training-datasets/streaming-ready/images'."""
+    """Return the dataset name of a streaming-ready copy: 'images' → 'training-datasets/streaming-ready/images'."""
     return join(STREAMING_READY, name)
 
 
 def training_runs(root: str, name: str) -> str:
-    """Directory of the trainings on a streaming-ready copy, one directory a run."""
+    """Return the directory of the trainings on a streaming-ready copy, one directory a run."""
     return join(root, "training-runs", name)
 
 
 def split_directory(split: str) -> str:
-    """Directory of a split's data files within a version, as Hive-style partitions are named."""
+    """Return the directory of a split's data files within a version, named as a Hive-style partition."""
     return f"split={split}"
 
 
 def work_name(kind: str, index: int, attempt: int) -> str:
-    """Name of a note of finished work, relative to the version's directory."""
+    """Return the name of a note of finished work, relative to the version's directory."""
     return f"{WORK}/{kind}-{index:05d}-a{attempt}.parquet"
 
 
 def side_name(name: str, attempt: int) -> str:
-    """Name of a file that tells more about a version, relative to its directory."""
+    """Return the name of a file with more details of a version, relative to its directory."""
     return f"_{name}/{part_name(0, attempt)}"

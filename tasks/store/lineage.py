@@ -1,7 +1,7 @@
-"""Where a version comes from: back through the versions it was made from to the source files, with the runs between.
+"""Lineage of a version: back through the versions it was made from to the source files, with the runs between.
 
-Everything stands in the manifests already: each names its inputs with their fingerprints, its declaration, the digest
-of the code and the run. Following them is all there is to do; no registry is kept beside.
+The manifests contain all of it: each names its inputs with their fingerprints, its declaration, the digest of the code
+and the run. Following them is enough; there is no separate registry.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class VersionNode(Record):
-    """One version of a dataset."""
+    """Version of a dataset."""
 
     id: str = Field(description="'<dataset>@v<N>'.")
     dataset: str = Field(description="Dataset name.")
@@ -44,7 +44,7 @@ class VersionNode(Record):
 
 
 class SourceNode(Record):
-    """A table that isn't ours, with every file of it that was read, in each of its states."""
+    """External table, with every file of it that was read, in each of its states."""
 
     id: str = Field(description="'<name> <uri>'.")
     name: str = Field(description="Role, such as 'transactions'.")
@@ -53,7 +53,7 @@ class SourceNode(Record):
 
 
 class TrainingNode(Record):
-    """A training on a version."""
+    """Training on a version."""
 
     id: str = Field(description="Its directory.")
     uri: str = Field(description="Its directory.")
@@ -63,7 +63,7 @@ class TrainingNode(Record):
 
 
 class Edge(Record):
-    """That one was made from the other."""
+    """Edge from an input to a node made from it."""
 
     source: str = Field(description="Id of the node that was read.")
     target: str = Field(description="Id of the node that was made from it.")
@@ -74,7 +74,7 @@ class Edge(Record):
 
 
 class Lineage(Record):
-    """A version and all that it was made from."""
+    """Version and everything it was made from."""
 
     of: str = Field(description="Id of the version that was asked for.")
     versions: tuple[VersionNode, ...] = Field(description="Versions of our datasets, it and then those before it.")
@@ -84,17 +84,17 @@ class Lineage(Record):
     edges: tuple[Edge, ...] = Field(default=(), description="What was made from what.")
 
     def to_json(self) -> bytes:
-        """Canonical JSON (sorted keys, UTF-8); `Lineage.model_validate_json` reads it back."""
+        """Return canonical JSON (sorted keys, UTF-8); `Lineage.model_validate_json` reads it back."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False, indent=1)
         return text.encode() + b"\n"
 
 
 def trace(root: str, dataset: str, version: int) -> Lineage:
-    """Lineage of a committed version, published or rejected, with the trainings on it.
+    """Return the lineage of a committed version, published or rejected, with the trainings on it.
 
     Raises:
         VersionNotFound: the version isn't committed.
-        CorruptVersion: its own manifest can't be read; one before it counts as gone.
+        CorruptVersion: its manifest can't be read; an unreadable manifest of an earlier version counts as deleted.
 
     """
     root = storage.normalise(root)
@@ -102,7 +102,7 @@ def trace(root: str, dataset: str, version: int) -> Lineage:
 
 
 def trace_manifest(root: str, manifest: Manifest) -> Lineage:
-    """Lineage of a version by its manifest, which may not be committed yet."""
+    """Return the lineage of a version by its manifest, which may not be committed yet."""
     root = storage.normalise(root)
     uri = layout.version_uri(root, manifest.dataset, manifest.version)
     record = layout.join(uri, layout.WITHDRAWN)
@@ -132,7 +132,7 @@ def trace_manifest(root: str, manifest: Manifest) -> Lineage:
 
 
 class _Found:
-    """What has been come across so far."""
+    """Nodes, runs and edges collected so far."""
 
     def __init__(self) -> None:
         self.versions: dict[str, VersionNode] = {}
@@ -146,7 +146,7 @@ class _Found:
     def add(
         self, uri: str, manifest: Manifest | None, *, withdrawn: bool = False, recorded: InputRecord | None = None
     ) -> None:
-        """Add a version, with its run and the edges to its inputs; without a manifest, what was recorded of it."""
+        """Add a version, with its run and the edges to its inputs; without a manifest, only its record as an input."""
         if manifest is None:
             assert recorded is not None, "a version without manifest is known from who read it"
             assert recorded.version is not None, "and is a version"
@@ -179,7 +179,7 @@ class _Found:
 
 
 def _read(inputs: Iterable[InputRecord]) -> dict[str, tuple[Manifest | None, bool]]:
-    """Manifest, None where it is gone, and whether it is withdrawn, of versions by their directories."""
+    """Read versions by their directories: manifest, None if it is deleted, and True if it is withdrawn."""
     wanted = {one.uri: one for one in inputs}
     contents = storage.read_many(
         layout.join(uri, name) for uri in wanted for name in (layout.MANIFEST, layout.WITHDRAWN)
@@ -192,14 +192,14 @@ def _read(inputs: Iterable[InputRecord]) -> dict[str, tuple[Manifest | None, boo
         if place in contents:
             try:
                 manifest = parse_manifest(place, contents[place], one.name, one.version)
-            except CorruptVersion:  # what is new must not fail for the manifest of something old
+            except CorruptVersion:  # an unreadable manifest of an old version must not fail a new one
                 manifest = None
         found[uri] = manifest, layout.join(storage.normalise(uri), layout.WITHDRAWN) in contents
     return found
 
 
 def _trainings(root: str, manifest: Manifest) -> list[tuple[TrainingNode, RunRecord]]:
-    """Trainings on a streaming-ready version that have a report."""
+    """Return the trainings on a streaming-ready version that have a report."""
     if not manifest.dataset.startswith(layout.STREAMING_READY + "/"):
         return []
     runs = layout.training_runs(root, manifest.dataset.removeprefix(layout.STREAMING_READY + "/"))
@@ -214,7 +214,7 @@ def _trainings(root: str, manifest: Manifest) -> list[tuple[TrainingNode, RunRec
                 run = RunRecord.model_validate(raw["run"])
                 facts = {"verdict": raw["verdict"], "created_at": raw["created_at"], "run": run.flow_run_id}
                 found.append((TrainingNode(id=uri, uri=uri, **facts), run))
-            except (ValueError, LookupError, TypeError) as fault:  # what is known of the version doesn't depend on it
+            except (ValueError, LookupError, TypeError) as fault:  # the rest of the lineage doesn't depend on it
                 _LOG.warning("left out of the lineage: %s is no report of a training (%s)", report, fault)
     return found
 

@@ -1,4 +1,4 @@
-"""What is written about a version: the values that its manifest and its report are made of.
+"""Manifest of a version: the values that its manifest and its report are made of.
 
 Frozen pydantic models, so that the JSON beside the data has one schema, checked on reading as on writing.
 """
@@ -16,7 +16,7 @@ from tasks.store import layout
 
 MANIFEST_FORMAT = 1
 SUPERSEDED = "superseded"
-"""Check that fails where another run went on first from the same version."""
+"""Name of the check that fails if another run has published first from the same base version."""
 
 Verdict = Literal["pass", "warn", "fail"]
 Status = Literal["published", "rejected"]
@@ -25,7 +25,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Record(BaseModel):
-    """Base of everything that is kept as JSON: immutable, and unknown fields are an error."""
+    """Base of all values kept as JSON: immutable, and unknown fields are an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
@@ -38,7 +38,7 @@ def _inside(path: str) -> str:
 
 
 class FileEntry(Record):
-    """One data file of a version."""
+    """Data file of a version."""
 
     path: Annotated[str, AfterValidator(_inside)] = Field(description="Path relative to the version's directory.")
     rows: Count = Field(description="Number of rows.")
@@ -50,7 +50,7 @@ class FileEntry(Record):
     @model_validator(mode="before")
     @classmethod
     def _earlier_name(cls, value: Any) -> Any:
-        """Manifests made before there was a choice of methods say 'sha256'."""
+        """Rename the field 'sha256' of manifests made before there was a choice of methods."""
         if isinstance(value, dict) and "sha256" in value:
             value = dict(value)
             value["digest"] = f"sha256:{value.pop('sha256')}"
@@ -58,7 +58,7 @@ class FileEntry(Record):
 
 
 class ColumnSpec(Record):
-    """One column of the written schema."""
+    """Column of the written schema."""
 
     name: str = Field(description="Column name.")
     type: str = Field(description="Arrow type, as pyarrow prints it.")
@@ -66,7 +66,7 @@ class ColumnSpec(Record):
 
 
 class RowBalance(Record):
-    """Where the rows of one source or stage went: in = out + rejected + filtered + deduplicated."""
+    """Balance of the rows of one source or stage: in = out + rejected + filtered + deduplicated."""
 
     name: str = Field(description="What was counted, such as 'transactions' or 'customer-features'.")
     rows_in: Count = Field(description="Rows read.")
@@ -79,7 +79,7 @@ class RowBalance(Record):
 
     @property
     def missing(self) -> int:
-        """Rows that are accounted for nowhere (negative: rows that appeared); 0 when the rows balance."""
+        """Rows that are not accounted for (negative: rows that appeared); 0 if the rows balance."""
         accounted = self.rows_out + sum(self.rejected.values()) + sum(self.filtered.values()) + self.deduplicated
         return self.rows_in - accounted
 
@@ -101,7 +101,7 @@ class Histogram(Record):
 
 
 class ColumnProfile(Record):
-    """What is known of one column over a whole version."""
+    """Profile of one column over a whole version."""
 
     kind: Literal["numeric", "boolean", "string", "temporal", "other"] = Field(description="Kind of column.")
     count: Count = Field(description="Rows, nulls included.")
@@ -122,7 +122,7 @@ class ColumnProfile(Record):
 
 
 class CheckResult(Record):
-    """The verdict of one rule."""
+    """Verdict of one rule."""
 
     name: str = Field(description="Rule, such as 'nulls' or 'drift'.")
     column: str | None = Field(default=None, description="Column it judged, if one.")
@@ -133,21 +133,21 @@ class CheckResult(Record):
 
 
 class Partition(Record):
-    """How the rows of a version are spread over its files."""
+    """Distribution of a version's rows over its files."""
 
     key: str = Field(description="Column whose stable hash, modulo `buckets`, is the number of a row's bucket.")
     buckets: int = Field(ge=1, description="Number of buckets, a power of two; bucket b is the file part-<b>.")
 
 
 class GateResult(Record):
-    """The verdict of the quality gate: the worst of its checks."""
+    """Verdict of the quality gate: the worst of its checks."""
 
     verdict: Verdict = Field(description="Worst verdict of all checks.")
     checks: tuple[CheckResult, ...] = Field(description="Every check that was made.")
 
 
 class FaultResult(Record):
-    """What a gate made of one fault."""
+    """Result of a gate's self-test with one fault."""
 
     fault: str = Field(description="Name of the fault.")
     injected: str = Field(description="What was done to the sample, one sentence.")
@@ -159,7 +159,7 @@ class FaultResult(Record):
 
 
 class InputFile(Record):
-    """One source file as it was when it was read."""
+    """Source file at the time it was read."""
 
     uri: str = Field(description="Where the file was.")
     bytes: Count = Field(description="Size in bytes.")
@@ -167,7 +167,7 @@ class InputFile(Record):
 
 
 class InputRecord(Record):
-    """One input of a version: raw files, or a published version of another dataset."""
+    """Input of a version: raw files, or a published version of another dataset."""
 
     name: str = Field(description="Role, such as 'transactions'.")
     uri: str = Field(description="What the configuration named.")
@@ -177,7 +177,7 @@ class InputRecord(Record):
 
 
 class RunRecord(Record):
-    """The run that made a version."""
+    """Run that made a version."""
 
     flow_run_id: str = Field(description="Prefect flow-run id, or another unique id where Prefect isn't used.")
     flow_run_name: str | None = Field(default=None, description="Prefect flow-run name.")
@@ -186,14 +186,14 @@ class RunRecord(Record):
 
 
 class ReportDigest(Record):
-    """The validation report that belongs to a version."""
+    """Validation report that belongs to a version."""
 
     json_sha256: str = Field(description="SHA-256 of _report.json.")
     html_sha256: str = Field(description="SHA-256 of _report.html.")
 
 
 class Manifest(Record):
-    """Everything known about a version. Its presence with status 'published' is the commit."""
+    """Complete record of a version. Its presence with status 'published' is the commit."""
 
     format: int = Field(default=MANIFEST_FORMAT, description="Version of this file's own schema.")
     dataset: str = Field(description="Dataset name, such as 'feature-store/customer-features'.")
@@ -242,11 +242,11 @@ class Manifest(Record):
 
     @property
     def superseded(self) -> str | None:
-        """Why the version gave way to another one that began from the same version; None if it didn't."""
+        """Reason if the version gave way to another one with the same base version; else None."""
         return next((check.message for check in self.gate.checks if check.name == SUPERSEDED), None)
 
     def as_input(self, uri: str) -> InputRecord:
-        """This version as the input of another; `uri` is its directory."""
+        """Return this version as the input of another; `uri` is its directory."""
         files = tuple(
             InputFile(uri=f"{uri}/{file.path}", bytes=file.bytes, fingerprint=file.digest) for file in self.files
         )

@@ -1,4 +1,4 @@
-"""The table of all versions, for people and notebooks: derived from the manifests, and never read back by a flow."""
+"""Table of all versions, for people and notebooks: derived from the manifests; no flow reads it back."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCHEMA = pa.schema(
 def versions_table(root: str, datasets: Iterable[str]) -> pa.Table:
     """Describe every committed version of some datasets, published and rejected, by dataset and version.
 
-    It is made from the index: a version whose manifest was damaged since keeps its row.
+    The index is its source: a version whose manifest was damaged since keeps its row.
 
     Returns:
         One row a version, in `SCHEMA`: feature_count is the number of columns, keys included; record_count is the
@@ -53,10 +53,10 @@ def versions_table(root: str, datasets: Iterable[str]) -> pa.Table:
 
 
 def write_versions_csv(root: str) -> str:
-    """Write `versions_table` of all datasets of the feature store as CSV to its place, replacing the one before.
+    """Write `versions_table` of all datasets of the feature store as CSV, replacing the last one.
 
     A table that was made before another flow published, and is written after that flow's, would lack its version: so
-    the manifests are read once more after writing, and whoever writes last has seen all of them.
+    the manifests are read once more after writing, and the last writer has seen all of them.
 
     Returns:
         URI of the CSV file.

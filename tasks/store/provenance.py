@@ -1,4 +1,4 @@
-"""What computed a version: the code by digest, the libraries by version."""
+"""Provenance of a version: digest of the code, versions of the libraries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OWN = {
     "training-set": ("features", "training_sets"),
     "streaming-copy": ("delivery", "loader"),
 }
-"""Packages whose code makes a dataset, by its kind as `layout.kind` names it, besides the shared ones."""
+"""Packages whose code makes a dataset, by its kind in `layout.kind`, besides the shared ones."""
 
 
 def job_digest(kind: str, extra: str = "") -> str:
@@ -29,11 +29,11 @@ def job_digest(kind: str, extra: str = "") -> str:
 
 
 def code_digest(*packages: Path, extra: str = "") -> str:
-    """SHA-256 over the Python files of some directories and a text, hexadecimal; the same wherever they are.
+    """Return the SHA-256 over the Python files of some directories and a text, hexadecimal; independent of location.
 
     Args:
         packages: Directories of Python files.
-        extra: Anything else that decides the result, such as the digest of a declaration.
+        extra: Anything else that affects the result, such as the digest of a declaration.
 
     """
     digest = hashlib.sha256(extra.encode())
@@ -45,7 +45,7 @@ def code_digest(*packages: Path, extra: str = "") -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python, of this project and of the libraries that decide what is computed."""
+    """Return the versions of Python, of this project and of the libraries that affect the results."""
     versions = {"python": platform.python_version()}
     for name in ("training-data-pipelines", *PACKAGES):
         try:

@@ -1,11 +1,11 @@
-"""Readers of the store: which versions there are, and exactly the files that a published one lists.
+"""Readers of the store: list the versions, and read exactly the files that a published one lists.
 
 A version is *live* while it is published and not withdrawn; 'latest' is the highest live one, and isn't stored. A
-version whose manifest is damaged isn't live: it is passed over with a warning, and an error for who asks for it by its
-number. What may be read at another time (the store fails), or by a newer release, is never passed over.
+version whose manifest is damaged isn't live: it is skipped with a warning, and an error if requested by its number. A
+version that may be read later (the store fails), or by a newer release, is never skipped.
 
-Who asks about all versions gets them from the index (`version_index`), which isn't the truth: a version that is chosen
-to be read is looked at itself.
+Functions about all versions use the index (`version_index`), which isn't authoritative: a version that is chosen to be
+read is looked at directly.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tasks.store.withdrawal import Withdrawal, parse_withdrawals, withdrawal_uri
 
 CURE = "publish a new version from the same sources, or restore the file from a copy"
 PRUNED = "pruned"
-"""Run that holds the number of a version whose files `retention` has deleted, so that it is never given again."""
+"""Run id that holds the number of a version whose files `retention` has deleted, so that it is never reused."""
 _AT_ONCE = 32
 _LOG = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ Version = TypeVar("Version", Manifest, IndexedVersion)
 
 @dataclass(frozen=True, slots=True)
 class Committed(Generic[Version]):
-    """Committed versions by their numbers, ascending, those whose manifests are damaged, and who is withdrawn."""
+    """Committed versions by their numbers, ascending, those with damaged manifests, and withdrawals."""
 
     versions: Mapping[int, Version]
     damaged: Mapping[int, DamagedManifest]
@@ -52,17 +52,17 @@ class Committed(Generic[Version]):
 
     @property
     def live(self) -> list[Version]:
-        """The live versions."""
+        """Live versions."""
         withdrawn = self.withdrawals
         return [one for n, one in self.versions.items() if one.status == "published" and n not in withdrawn]
 
     @property
     def unreadable(self) -> dict[int, DamagedManifest]:
-        """Damaged manifests of versions that nobody has withdrawn."""
+        """Damaged manifests of versions that aren't withdrawn."""
         return {n: fault for n, fault in self.damaged.items() if n not in self.withdrawals}
 
     def warned(self) -> Self:
-        """Warn of damaged versions that are passed over, of each once in a process."""
+        """Warn of damaged versions that are skipped, of each once in a process."""
         for fault in self.unreadable.values():
             pass_over(fault)
         return self
@@ -70,10 +70,9 @@ class Committed(Generic[Version]):
 
 @dataclass(frozen=True, slots=True)
 class Overview(Committed[IndexedVersion]):
-    """All committed versions of a dataset in short.
+    """Summary of all committed versions of a dataset.
 
-    pruned: entries of pruned versions. undecided: numbers that are reserved, and no more is known of. stored: what the
-    index has.
+    pruned: entries of pruned versions. undecided: numbers that are only reserved. stored: contents of the index.
     """
 
     pruned: Mapping[int, IndexedVersion]
@@ -82,12 +81,12 @@ class Overview(Committed[IndexedVersion]):
 
     @property
     def settled(self) -> dict[int, IndexedVersion]:
-        """Entries that never have to be taken back."""
+        """Entries that will never be revoked."""
         return {**self.pruned, **{n: one for n, one in self.versions.items() if n not in self.withdrawals}}
 
 
 def read_manifest(root: str, dataset: str, version: int) -> Manifest:
-    """Manifest of a committed version, published or rejected.
+    """Return the manifest of a committed version, published or rejected.
 
     Raises:
         VersionNotFound: the version isn't committed; the message names those that are published.
@@ -104,7 +103,7 @@ def read_manifest(root: str, dataset: str, version: int) -> Manifest:
 
 
 def committed_manifests(root: str, dataset: str) -> list[Manifest]:
-    """Manifests of all committed versions, published and rejected, by ascending version, without damaged ones.
+    """Return manifests of all committed versions, published and rejected, by ascending version, without damaged ones.
 
     Raises:
         CorruptVersion: a manifest is of a format that a newer release writes.
@@ -113,7 +112,7 @@ def committed_manifests(root: str, dataset: str) -> list[Manifest]:
 
 
 def live_manifests(root: str, dataset: str) -> list[Manifest]:
-    """Manifests of all live versions, by ascending version; for those who need each of them whole.
+    """Return manifests of all live versions, by ascending version; for callers that need each of them whole.
 
     Raises:
         CorruptVersion: a manifest is of a format that a newer release writes.
@@ -123,12 +122,12 @@ def live_manifests(root: str, dataset: str) -> list[Manifest]:
 
 
 def read_committed(root: str, dataset: str, numbers: Sequence[int] | None = None) -> Committed[Manifest]:
-    """Read the manifests of some versions, or of all, and who is withdrawn, in one round of requests.
+    """Read the manifests of some versions, or of all, and the withdrawals, in one round of requests.
 
     Args:
         root: Root of the store.
         dataset: Dataset name.
-        numbers: Versions to look at; None: all that were ever begun.
+        numbers: Versions to look at; None: all versions ever begun.
 
     Raises:
         CorruptVersion: a manifest is of a format that a newer release writes.
@@ -142,7 +141,7 @@ def read_committed(root: str, dataset: str, numbers: Sequence[int] | None = None
 def _looked_at(
     root: str, dataset: str, numbers: Sequence[int], keep: Callable[[Manifest, str, bytes], Version]
 ) -> Committed[Version]:
-    """Read some versions in one round of requests; `keep` is given a manifest, its URI and its bytes."""
+    """Read some versions in one round of requests; `keep` gets a manifest, its URI and its bytes."""
     found: dict[int, Version] = {}
     damaged: dict[int, DamagedManifest] = {}
     manifests: dict[int, str] = {n: _manifest_uri(root, dataset, n) for n in numbers}
@@ -173,17 +172,17 @@ def overview(
     known: Mapping[int, IndexedVersion] | None = None,
     listed: Mapping[str, FileInfo] | None = None,
 ) -> Overview:
-    """All committed versions of a dataset, as the index has them; what isn't settled there is looked at itself.
+    """Return all committed versions of a dataset from the index; versions not settled there are looked at directly.
 
     The number of requests depends on how many versions aren't settled, not on how many there are.
 
     Args:
         root: Root of the store.
         dataset: Dataset name.
-        known: Settled entries of an earlier look.
+        known: Settled entries of an earlier call.
         listed: Every file of the dataset, as `list_dataset` gives them: entries are compared with the manifests' sizes
-            and stamps, so that a manifest that was damaged or removed since is noticed. None: it isn't noticed, and
-            who goes on to use a version must read its manifest.
+            and stamps, so that a manifest that was damaged or removed since is noticed. None: it isn't noticed, and a
+            caller that uses a version must read its manifest.
 
     Raises:
         CorruptVersion: a manifest is of a format that a newer release writes.
@@ -196,7 +195,7 @@ def overview(
     entries = {n: entries[n] for n in numbers if n in entries}
     pruned = {n: one for n, one in entries.items() if one.status == "pruned"}
     if listed is None:
-        marks = marked(root, dataset)  # after the index: whatever it says was true until the mark was made
+        marks = marked(root, dataset)  # after the index: its entries were true until the mark was made
         found = {n: one for n, one in entries.items() if n not in marks and n not in pruned}
         unsure = [n for n in numbers if n not in found and n not in pruned]
     else:
@@ -220,7 +219,7 @@ def _numbers(root: str, dataset: str, listed: Iterable[str]) -> list[int]:
 
 
 def _unchanged(root: str, dataset: str, entry: IndexedVersion, listed: Mapping[str, FileInfo]) -> bool:
-    """Compare an entry with what a listing shows of its manifest; a version that may be withdrawn is looked at."""
+    """Compare an entry with the listing of its manifest; a version that may be withdrawn is looked at."""
     info = listed.get(_manifest_uri(root, dataset, entry.version))
     same = info is not None and (info.bytes, info.stamp) == (entry.manifest_bytes, entry.manifest_stamp)
     return same and withdrawal_uri(root, dataset, entry.version) not in listed
@@ -231,15 +230,15 @@ def _manifest_uri(root: str, dataset: str, version: int) -> str:
 
 
 def list_dataset(root: str, dataset: str, *, follow_links: bool = True) -> dict[str, FileInfo]:
-    """Every file of a dataset by its URI, hidden ones too."""
+    """Return every file of a dataset by its URI, hidden ones too."""
     place = layout.dataset_uri(storage.normalise(root), dataset)
     return {info.uri: info for info in storage.list_files(place, include_hidden=True, follow_links=follow_links)}
 
 
 def update_index(root: str, dataset: str) -> None:
-    """Add to the index what was settled since it was written; make it anew where it is missing or damaged.
+    """Add newly settled versions to the index; rebuild it if it is missing or damaged.
 
-    Worth doing after each change. Where it can't be done, readers are slower and see the same.
+    Call it after each change. If it fails, readers are slower and see the same.
     """
     root = storage.normalise(root)
     try:
@@ -258,25 +257,25 @@ def update_index(root: str, dataset: str) -> None:
 
 
 def published_versions(root: str, dataset: str) -> list[int]:
-    """Numbers of the live versions, ascending."""
+    """Return the numbers of the live versions, ascending."""
     return [one.version for one in overview(root, dataset, listed=list_dataset(root, dataset)).warned().live]
 
 
 def latest(root: str, dataset: str) -> Manifest | None:
-    """Manifest of the highest live version, or None when there is none."""
+    """Return the manifest of the highest live version, or None without any."""
     root = storage.normalise(root)
     numbers = version_numbers(root, dataset)[::-1]
-    newest = first_live(root, dataset, numbers[:1])  # mostly it is that one, and nothing more has to be asked
+    newest = first_live(root, dataset, numbers[:1])  # mostly it is that one, and no further request is needed
     if newest is None and numbers:
         entries = read_index(root, dataset)
-        # What was rejected or pruned stays so; whatever else the index says is looked at.
+        # Rejected or pruned versions stay so; all others in the index are looked at.
         left = [n for n in numbers[1:] if n not in entries or entries[n].status == "published"]
         newest = first_live(root, dataset, left)
     return newest
 
 
 def first_live(root: str, dataset: str, numbers: Sequence[int]) -> Manifest | None:
-    """Manifest of the first version in a row that is live, by the versions themselves; None: none of them is."""
+    """Return the manifest of the first live version of a sequence, by the versions themselves; None without any."""
     start, some = 0, 1
     while start < len(numbers):
         tried = numbers[start : start + some]
@@ -289,13 +288,13 @@ def first_live(root: str, dataset: str, numbers: Sequence[int]) -> Manifest | No
 
 
 def resolve(root: str, dataset: str, version: int | str = "latest") -> Manifest:
-    """Manifest of a live version, which is named as 3, '3', 'v3' or 'latest'.
+    """Return the manifest of a live version given as 3, '3', 'v3' or 'latest'.
 
     Raises:
         VersionNotFound: there is no such version, the gate rejected it, or it is withdrawn; the message names those
-            that there are.
-        ConfigError: the version is no number.
-        CorruptVersion: as `read_manifest`; of the latest, if nothing is left but damaged versions.
+            that exist.
+        ConfigError: the version isn't a number.
+        CorruptVersion: as `read_manifest`; for 'latest', if only damaged versions are left.
     """
     root = storage.normalise(root)
     if version == "latest":
@@ -310,7 +309,7 @@ def resolve(root: str, dataset: str, version: int | str = "latest") -> Manifest:
     found = read_committed(root, dataset, [version])
     manifest, withdrawal = found.versions.get(version), found.withdrawals.get(version)
     if manifest is None and (version not in found.damaged or withdrawal is None):
-        return read_manifest(root, dataset, version)  # which says what there is instead, or what is wrong
+        return read_manifest(root, dataset, version)  # raises the error that names the existing versions or the damage
     if manifest is not None and manifest.status != "published":
         report = layout.join(layout.version_uri(root, dataset, version), layout.REPORT_HTML)
         cause = f"{dataset} v{version} was rejected by the quality gate (see {report})"
@@ -342,9 +341,9 @@ def _not_found(root: str, dataset: str, cause: str) -> VersionNotFound:
 
 
 def list_datasets(root: str) -> list[str]:
-    """Names of all datasets under a root that have a version, published or not, sorted.
+    """Return the names of all datasets under a root that have a version, published or not, sorted.
 
-    A store that lies within another, as root/other does, isn't looked into: it is a root of its own.
+    A store within another, such as root/other, is skipped: it is a separate root.
     """
     root = storage.normalise(root)
     found: list[str] = []
@@ -365,7 +364,7 @@ def list_datasets(root: str) -> list[str]:
 
 
 def data_files(root: str, manifest: Manifest) -> list[str]:
-    """URIs of exactly the files that make up a published version, in the manifest's order.
+    """Return the URIs of exactly the files that make up a published version, in the manifest's order.
 
     Raises:
         VersionNotFound: the gate rejected the version, so that it has no data.
@@ -422,10 +421,10 @@ def _read_file(uri: str, expected: FileEntry, columns: Sequence[str] | None) -> 
 
 @contextmanager
 def opened(uri: str, size: int) -> Iterator[pa.NativeFile]:
-    """A data file, opened, of the size that its manifest says; around all that reads it.
+    """Open a data file and check its size against the manifest; explain the errors of reading it in this block.
 
     Raises:
-        CorruptVersion: it is missing, of another size, or no Parquet.
+        CorruptVersion: it is missing, of another size, or not Parquet.
 
     """
     with explained(uri), open_data(uri, size) as source:
@@ -433,7 +432,7 @@ def opened(uri: str, size: int) -> Iterator[pa.NativeFile]:
 
 
 def open_data(uri: str, size: int) -> pa.NativeFile:
-    """The same, for a file that stays open: who reads it later does so within `explained`."""
+    """Open a data file like `opened`, for a file that stays open: read it later within `explained`."""
     with explained(uri):
         source = storage.open_input(uri)
         compare(uri, "bytes", size, source.size())
@@ -442,7 +441,7 @@ def open_data(uri: str, size: int) -> pa.NativeFile:
 
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
-    """Around reading a data file: name it in what that raises.
+    """Name a data file in the errors of reading it in this block.
 
     Raises:
         CorruptVersion: it is missing or can't be read as Parquet.
@@ -455,7 +454,7 @@ def explained(uri: str) -> Iterator[None]:
     except pa.ArrowInvalid as error:
         raise CorruptVersion(f"{uri} can't be read as Parquet ({error}): {CURE}") from error
     except OSError as error:
-        # Arrow says of damaged pages what it says of a broken connection: only the latter may pass.
+        # Arrow's errors for damaged pages resemble those of a broken connection: only the latter may pass.
         if is_transient(error) or isinstance(error, PermissionError):
             raise
         cause = str(error).splitlines()[0]
@@ -463,7 +462,7 @@ def explained(uri: str) -> Iterator[None]:
 
 
 def rows_of(file: pq.ParquetFile, rows: npt.NDArray[np.int64], columns: Sequence[str] | None = None) -> pa.Table:
-    """Read some rows of an open file, one of its row groups at a time.
+    """Read some rows of an open file, one row group at a time.
 
     Args:
         file: The file.
@@ -471,7 +470,7 @@ def rows_of(file: pq.ParquetFile, rows: npt.NDArray[np.int64], columns: Sequence
         columns: Columns to read; None reads all.
 
     Raises:
-        IndexError: the file hasn't so many rows.
+        IndexError: the file has fewer rows.
 
     """
     wanted = None if columns is None else list(columns)
@@ -489,11 +488,11 @@ def rows_of(file: pq.ParquetFile, rows: npt.NDArray[np.int64], columns: Sequence
 
 
 def faults_of_files(root: str, manifest: Manifest, listed: Mapping[str, int]) -> list[str]:
-    """What is wrong with a published version's data files, one sentence a file, without opening them.
+    """Return the faults of a published version's data files, one sentence a file, without opening them.
 
     Args:
         root: Root of the store.
-        manifest: The version's.
+        manifest: Manifest of the version.
         listed: Size in bytes of every file below its directory, by URI.
 
     """
@@ -509,10 +508,10 @@ def faults_of_files(root: str, manifest: Manifest, listed: Mapping[str, int]) ->
 
 
 def verify(root: str, manifest: Manifest) -> None:
-    """Compare every file that a manifest lists with it, byte by byte: data, rejected rows and report.
+    """Compare every file of a manifest with it, byte by byte: data, rejected rows and report.
 
     Raises:
-        CorruptVersion: a file is missing or differs; the message names it, and what was expected and found.
+        CorruptVersion: a file is missing or differs; the message names it, and the expected and actual values.
     """
     published = manifest.status == "published"
     data = manifest.files if published else ()
@@ -538,10 +537,10 @@ def _verify_files(root: str, manifest: Manifest, files: Sequence[FileEntry]) -> 
 
 
 def verify_digest(uri: str, expected: str) -> None:
-    """Compare a file with the digest that its manifest has of it.
+    """Compare a file with its digest in the manifest.
 
     Raises:
-        CorruptVersion: it is missing or differs; the message names it, and what was expected and found.
+        CorruptVersion: it is missing or differs; the message names it, and the expected and actual digests.
 
     """
     try:
@@ -551,10 +550,10 @@ def verify_digest(uri: str, expected: str) -> None:
 
 
 def compare(uri: str, what: str, expected: object, found: object) -> None:
-    """Compare what a file has (its bytes, rows or digests) with what its manifest says.
+    """Compare an actual value of a file (its bytes, rows or digest) with its manifest.
 
     Raises:
-        CorruptVersion: they differ; the message names the file, and what was expected and found.
+        CorruptVersion: they differ; the message names the file, and the expected and actual values.
 
     """
     if found != expected:

@@ -1,4 +1,4 @@
-"""Who writes which version: numbers are reserved before anything is written, by one conditional create each.
+"""Reservation of version numbers: before anything is written, by one conditional create each.
 
 A version's attempts are a chain of files, each made by put-if-absent, so that everybody sees the same chain:
 
@@ -6,8 +6,8 @@ A version's attempts are a chain of files, each made by put-if-absent, so that e
     v3/_reservation-2.json    run A, attempt 2      the same run again: a retry; or another run that took v3 over
     v3/_manifest.json         the commit (`versions.commit`)
 
-Only the newest attempt may commit. Data files bear the attempt's number, so that no attempt can damage another's. A
-reservation that can't be read is somebody's who can't be named: its version is left alone, with a warning.
+Only the newest attempt may commit. Names of data files contain the attempt's number, so that no attempt can damage
+another's. A reservation that can't be read belongs to an unknown run: its version is left alone, with a warning.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ _warned: set[str] = set()
 
 
 def pass_over(fault: CorruptVersion) -> None:
-    """Warn of what is damaged and left alone, once in a process."""
+    """Warn of damaged files that are skipped, once in a process."""
     if str(fault) not in _warned:
         _warned.add(str(fault))
         _LOG.warning("passed over: %s", fault)
 
 
 class Owner(Record):
-    """A process, told apart from every other one, also from a later one with the same pid."""
+    """Process, distinguished from every other one, also from a later one with the same pid."""
 
     host: str = Field(description="Host name, for people.")
     boot_id: str = Field(description="Boot and process namespace within which pids are comparable; '' if unknown.")
@@ -55,16 +55,16 @@ class Owner(Record):
     process_start: str = Field(description="When the process started, in the operating system's own terms.")
 
     def is_gone(self) -> bool:
-        """Whether the process is known to have ended; False for one that can't be seen from here."""
+        """Return True if the process is known to have ended; False for one that isn't visible from here."""
         return bool(self.boot_id) and self.boot_id == _boot_id() and _process_start(self.pid) != self.process_start
 
 
 NOBODY = Owner(host="", boot_id="", pid=0, process_start="")
-"""Owner of what no process answers for; whether it is gone can't be known."""
+"""Owner of an attempt without a process; its end can't be known."""
 
 
 class Attempt(Record):
-    """One attempt to write a version, as its reservation file says."""
+    """Attempt to write a version, from its reservation file."""
 
     run_id: str = Field(description="Run that made the attempt.")
     attempt: Ordinal = Field(description="Number of the attempt under the same version.")
@@ -74,7 +74,7 @@ class Attempt(Record):
 
 
 class Reservation(Record):
-    """The right to write a version: `versions.commit` accepts it until a newer attempt exists."""
+    """Right to write a version: `versions.commit` accepts it until a newer attempt exists."""
 
     root: str = Field(description="Normalised root, the same for processes in other working directories.")
     dataset: str = Field(description="Dataset name.")
@@ -89,15 +89,15 @@ class Reservation(Record):
         return layout.version_uri(self.root, self.dataset, self.version)
 
     def data_uri(self, index: int, directory: str = "") -> str:
-        """Where data file `index` goes; `directory` is a subdirectory such as 'split=train'."""
+        """Return the URI of data file `index`; `directory` is a subdirectory such as 'split=train'."""
         return layout.join(self.uri, *([directory] if directory else []), layout.part_name(index, self.attempt))
 
     def rejected_uri(self, source: str, index: int) -> str:
-        """Where a file of rejected rows of a source goes."""
+        """Return the URI of a file of rejected rows of a source."""
         return layout.join(self.uri, layout.rejected_name(source, index, self.attempt))
 
     def entry(self, written: storage.WrittenFile) -> FileEntry:
-        """Manifest entry of a file that was written under this reservation."""
+        """Return the manifest entry of a file that was written under this reservation."""
         prefix = self.uri + "/"
         assert written.uri.startswith(prefix), f"{written.uri} is not in {self.uri}"
         path = written.uri.removeprefix(prefix)
@@ -105,7 +105,7 @@ class Reservation(Record):
 
 
 def current_owner() -> Owner:
-    """The calling process."""
+    """Return the calling process as an owner."""
     pid = os.getpid()
     return Owner(host=socket.gethostname(), boot_id=_boot_id(), pid=pid, process_start=_process_start(pid) or "")
 
@@ -115,19 +115,19 @@ def reserve(root: str, dataset: str, run_id: str, owner: Owner | None = None) ->
 
     - A run that has published before gets that version again, marked `committed`.
     - A run that holds an unpublished version gets it again, as a new attempt (a retry, or a resume after a crash).
-    - Versions at the end of the row whose last owner is a dead process of this machine are taken over, lowest first,
-      so that a killed run leaves no hole. What a process on another machine holds is left alone: it may be alive.
+    - Versions above all others whose last owner is a dead process of this machine are taken over, lowest first, so that
+      a killed run leaves no gap. A version held by a process on another machine is left alone: it may be alive.
     - Otherwise the run gets the number after the highest. A version that the gate rejected keeps its number.
 
     Args:
         root: Root of the store.
         dataset: Dataset name.
         run_id: Unique id of the run, the same for its retries.
-        owner: Process whose death ends the attempt, such as the flow's where a worker calls; None: this process.
+        owner: Process whose death ends the attempt, such as the flow's if a worker calls; None: this process.
     """
     root = storage.normalise(root)
     owner = owner or current_owner()
-    while True:  # every turn after the first means that another publisher got the number, so somebody always advances
+    while True:  # every turn after the first means that another publisher got the number, so progress is guaranteed
         numbers = version_numbers(root, dataset)
         entries = read_index(root, dataset)
         decided = {number: entries[number] for number in numbers if number in entries}
@@ -135,33 +135,33 @@ def reserve(root: str, dataset: str, run_id: str, owner: Owner | None = None) ->
         held, committed = _held(root, dataset, run_id, chains, decided)
         version = held or next(iter(_abandoned(root, dataset, chains, decided)), max(numbers, default=0) + 1)
         if version in entries and version not in decided:
-            write_index(root, dataset, decided)  # of versions that somebody has removed, and not of the one to come
+            write_index(root, dataset, decided)  # without removed versions, one of which had this number
         chain = attempts(root, dataset, version) if version in decided else chains.get(version, ())
         attempt = len(chain) + 1
         reservation = Reservation(
             root=root, dataset=dataset, version=version, run_id=run_id, attempt=attempt, committed=committed
         )
-        # Look again after each failure, rather than try the next number: the one who was faster may be the same run.
+        # Look again after each failure, rather than try the next number: the faster publisher may be the same run.
         if _claim(reservation, owner):
             return reservation
 
 
 def version_numbers(root: str, dataset: str) -> list[int]:
-    """Numbers of all versions that were ever begun, ascending, whether or not they were published."""
+    """Return the numbers of all versions that were ever begun, ascending, whether or not they were published."""
     names = storage.list_directories(layout.dataset_uri(root, dataset))
     return sorted(version for name in names if (version := layout.parse_version(name)) is not None)
 
 
 def attempts(root: str, dataset: str, version: int) -> tuple[Attempt, ...]:
-    """Attempts to write a version, first to newest; one whose reservation can't be read is of nobody."""
+    """Return the attempts to write a version, first to newest; an unreadable reservation gets the owner `NOBODY`."""
     return _chains(storage.normalise(root), dataset, [version])[version]
 
 
 def ensure_newest(reservation: Reservation) -> None:
-    """Check that no newer attempt has taken this reservation's place; worth asking before a file is overwritten.
+    """Check that no newer attempt has replaced this reservation; call it before overwriting a file.
 
     Raises:
-        VersionConflict: a newer attempt exists; it is named.
+        VersionConflict: a newer attempt exists; the message names it.
     """
     successor = layout.join(reservation.uri, layout.reservation_name(reservation.attempt + 1))
     if storage.exists(successor):
@@ -174,7 +174,7 @@ def ensure_newest(reservation: Reservation) -> None:
 
 
 def _chains(root: str, dataset: str, versions: list[int]) -> dict[int, tuple[Attempt, ...]]:
-    """Attempts of many versions in as many rounds of requests as the longest chain has links, plus one."""
+    """Read attempts of many versions in as many rounds of requests as the longest chain has links, plus one."""
     chains: dict[int, tuple[Attempt, ...]] = dict.fromkeys(versions, ())
     growing, attempt = versions, 1
     while growing:
@@ -210,18 +210,18 @@ def _held(
     chains: Mapping[int, tuple[Attempt, ...]],
     decided: Mapping[int, IndexedVersion],
 ) -> tuple[int | None, bool]:
-    """The version that a run has published or still holds, if any, and whether it is published."""
+    """Return the version that a run has published or still holds, if any, and True if it is published."""
     published = (number for number, entry in decided.items() if (entry.run_id, entry.status) == (run_id, "published"))
     begun = (number for number, chain in chains.items() if any(link.run_id == run_id for link in chain))
     for version in sorted((*published, *begun), reverse=True):
         chain = chains.get(version, ())
         try:
             manifest = find_manifest(root, dataset, version)
-        except DamagedManifest:  # it was committed, and nothing can be said of it: the run needs a new number
+        except DamagedManifest:  # it was committed, but is unreadable: the run needs a new number
             continue
         if manifest is None and chain and chain[-1].run_id == run_id:
             return version, False
-        # A run that the gate refused and that is tried again, with other input, needs a new number.
+        # A rejected run that is tried again with other input needs a new number.
         if manifest is not None and manifest.run.flow_run_id == run_id and manifest.status == "published":
             return version, True
     return None, False
@@ -230,7 +230,7 @@ def _held(
 def _abandoned(
     root: str, dataset: str, chains: Mapping[int, tuple[Attempt, ...]], decided: Mapping[int, IndexedVersion]
 ) -> list[int]:
-    """Unpublished versions that nobody works on, above all others, ascending.
+    """Return unpublished versions without a live owner, above all others, ascending.
 
     Only above all others: a version taken over below a published one would be newer than 'latest'.
     """
@@ -240,7 +240,7 @@ def _abandoned(
         chain, uri = chains[version], layout.version_uri(root, dataset, version)
         if storage.exists(layout.join(uri, layout.MANIFEST)) or (chain and not chain[-1].owner.is_gone()):
             break
-        # Without a reservation: a process that died between making the directory and reserving it, or somebody's data.
+        # Without a reservation: a process that died between making the directory and reserving it, or foreign data.
         if not chain and storage.list_files(uri):
             break
         numbers.append(version)
@@ -257,12 +257,12 @@ def _claim(reservation: Reservation, owner: Owner) -> bool:
     )
     data = attempt.model_dump_json(indent=2).encode()
     uri = layout.join(reservation.uri, layout.reservation_name(reservation.attempt))
-    # Already there with our token: the answer to a request that succeeded was lost.
+    # Exists with our token: the response to a successful request was lost.
     return storage.put_if_absent(uri, data) or storage.read_bytes(uri) == data
 
 
 def find_manifest(root: str, dataset: str, version: int) -> Manifest | None:
-    """Manifest of a version, or None while it is not committed.
+    """Return the manifest of a version, or None if it isn't committed.
 
     Raises:
         DamagedManifest: the manifest is cut short, altered or another version's.
@@ -277,7 +277,7 @@ def find_manifest(root: str, dataset: str, version: int) -> Manifest | None:
 
 
 def parse_manifest(uri: str, data: bytes, dataset: str, version: int) -> Manifest:
-    """Manifest from its file's contents, checked against the place where it was found.
+    """Parse a manifest from its file's contents, and check it against its location.
 
     Raises:
         DamagedManifest, CorruptVersion: as `find_manifest`.
@@ -317,14 +317,14 @@ def _boot_id() -> str:
 
 
 def _process_start(pid: int) -> str | None:
-    """When a process started; None when there is no such process, or a zombie that only waits to be collected."""
+    """Return the start time of a process; None if it doesn't exist or is a zombie."""
     if sys.platform != "linux":
         return _output("ps", "-o", "lstart=", "-p", str(pid)) or None
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # The second field, the name, may hold spaces and brackets; after it come the state and, 19 fields on, the start.
+    # The second field, the name, may contain spaces and brackets; after it come the state and, 19 fields on, the start.
     fields = status.rpartition(")")[2].split()
     return None if fields[0] in "ZX" else fields[19]
 

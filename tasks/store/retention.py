@@ -1,11 +1,11 @@
-"""Which versions may go, and their deletion; what somebody still needs stays.
+"""Retention: find the versions that may be deleted, and delete them; versions still in use stay.
 
 A version stays if it is the latest live one, if a published version anywhere under the root was made from it, or if a
 version that stays continues its state. One whose manifest is damaged stays until it is withdrawn, and so does what it
 may have been made from: a copy of the manifest may still come back.
 
-The number of a deleted version is never given again: `prune` takes it over as an attempt of its own before it deletes
-anything, as a run takes over what another one has left (`reservation`).
+The number of a deleted version is never reused: `prune` takes it over with a new attempt before it deletes anything, as
+a run takes over an abandoned version (`reservation`).
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from tasks.store.versions import attempt_of, orphans
 State = Literal["published", "withdrawn", "rejected", "abandoned"]
 
 ABANDONED_AFTER = dt.timedelta(days=7)
-"""A version that a process elsewhere began and hasn't committed may be alive, but not for ever."""
+"""Age at which an uncommitted version of a process elsewhere counts as abandoned."""
 
 CUT_OFF_AFTER = dt.timedelta(days=1)
-"""No single file takes so long to write: a temporary one of this age was left by a process that was killed."""
+"""Age at which a temporary file counts as left by a killed process: no single file takes so long to write."""
 
 _ORDER: Mapping[State, int] = {"rejected": 0, "abandoned": 0, "withdrawn": 1, "published": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prunable:
-    """A version that may be deleted."""
+    """Version that may be deleted."""
 
     dataset: str
     version: int
@@ -47,12 +47,12 @@ class Prunable:
     files: int
     bytes: int
     only_here: tuple[dt.datetime, ...] = ()
-    """As-of times that no version that stays holds: history is lost with it."""
+    """As-of times that no remaining version holds: deletion loses this history."""
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What may go, in the order of deletion, and why others stay that are old enough or too many."""
+    """Versions that may be deleted, in that order, and reasons why others that are old enough or too many stay."""
 
     prunable: tuple[Prunable, ...]
     held: Mapping[int, str] = field(default_factory=dict)
@@ -71,10 +71,10 @@ def survey(
     Args:
         root: Root of the store.
         dataset: Dataset name.
-        keep: Live versions that stay, from the newest; None: by age alone. With neither bound no published version
-            goes, only rejected and abandoned ones.
-        older_than: What was made within this time stays, whatever it is; None: any age.
-        now: Time to count from; the clock's if none is given.
+        keep: Number of live versions that stay, from the newest; None: by age alone. With neither bound no published
+            version goes, only rejected and abandoned ones.
+        older_than: Versions younger than this stay in any case; None: any age.
+        now: Reference time; the clock's if omitted.
 
     Raises:
         ConfigError: `keep` is below 1, or `older_than` is negative.
@@ -128,20 +128,20 @@ def survey(
 def prunable(
     root: str, dataset: str, *, keep: int | None = None, older_than: dt.timedelta | None = None
 ) -> list[Prunable]:
-    """The versions that may be deleted, as `survey` finds them, in the order of deletion."""
+    """Return the versions that may be deleted, as `survey` finds them, in the order of deletion."""
     return list(survey(root, dataset, keep=keep, older_than=older_than).prunable)
 
 
 def prune(root: str, chosen: Iterable[Prunable]) -> int:
     """Delete versions: the manifest first, so that no reader sees a part, then all but the reservation.
 
-    Stopped half-way, it is finished by doing it again. A reader that has opened a version before may miss files.
+    If it is interrupted, run it again. A reader that has opened a version before may miss files.
 
     Returns:
-        Bytes that were deleted.
+        Deleted bytes.
 
     Raises:
-        VersionConflict: somebody has begun a new attempt at one of them since.
+        VersionConflict: a new attempt at one of them has begun since.
 
     """
     root = storage.normalise(root)
@@ -162,16 +162,16 @@ def prune(root: str, chosen: Iterable[Prunable]) -> int:
 
 
 def leftovers(root: str, datasets: Iterable[str], now: dt.datetime | None = None) -> list[FileInfo]:
-    """Find files that runs have left that were killed: nobody reads them, and no later run comes across them.
+    """Find files of killed runs: nobody reads them, and no later run removes them.
 
-    - In committed versions, what the commit was about to tidy up.
+    - In committed versions, files that the commit didn't get to delete.
     - Everywhere below the root, on a local disk, temporary files that are older than `CUT_OFF_AFTER`. (On S3 they are
       uploads that were never completed, see `uploads`.)
 
     Args:
         root: Root of the store.
-        datasets: Datasets whose versions are looked into.
-        now: Time to count from; the clock's if none is given.
+        datasets: Datasets whose versions are searched.
+        now: Reference time; the clock's if omitted.
 
     Raises:
         CorruptVersion: a manifest can't be read.
@@ -183,7 +183,7 @@ def leftovers(root: str, datasets: Iterable[str], now: dt.datetime | None = None
         committed = (read_committed(root, dataset, [number]).warned() for number in version_numbers(root, dataset))
         for manifest in (manifest for one in committed for manifest in one.versions.values()):
             uri = layout.version_uri(root, dataset, manifest.version)
-            # What somebody else has put there isn't ours to delete.
+            # Foreign files aren't ours to delete.
             left = [path for path in orphans(uri, manifest) if attempt_of(path) or storage.is_temporary(path)]
             gone = {layout.join(uri, path) for path in left}
             listed = storage.list_files(uri, include_hidden=True) if gone else []
@@ -204,14 +204,14 @@ def _state(version: IndexedVersion, taken_back: bool) -> State:
 def _abandoned(
     root: str, dataset: str, committed: Set[int], listed: Iterable[str], now: dt.datetime
 ) -> dict[int, dt.datetime]:
-    """Versions without a manifest that nobody works on and that have files, with the time of their last attempt."""
+    """Return versions with files but without manifest or live owner, with the time of their last attempt."""
     found = {}
-    # Without files there is nothing to gain, and a number that was pruned is done with.
+    # Without files there is nothing to gain, and a pruned number is final.
     filled = {layout.version_and_path(root, dataset, uri)[0] for uri in listed if not _holds_number(uri)}
     for number in sorted(number for number in filled if number is not None and number not in committed):
         chain = attempts(root, dataset, number)
         if not chain:
-            continue  # a directory that isn't ours
+            continue  # not our directory
         last = chain[-1]
         if last.run_id == PRUNED or last.owner.is_gone() or last.created_at < now - ABANDONED_AFTER:
             found[number] = last.created_at
@@ -221,7 +221,7 @@ def _abandoned(
 def _held(
     root: str, dataset: str, committed: Overview, states: Mapping[int, State], wanted: set[int]
 ) -> dict[int, str]:
-    """Versions that somebody needs, or may need, and who."""
+    """Return versions that are, or may be, in use, and by whom."""
     held: dict[int, str] = {}
     known = committed.versions
     if layout.kind(dataset) == "features":
@@ -241,7 +241,7 @@ def _held(
             for name, version in one.made_from:
                 if name == dataset and version in wanted:
                     held.setdefault(version, f"{other} v{one.version} was made from it")
-    # A chain of states: what a version that stays continues stays, and what that one continues.
+    # A chain of states: a version that a remaining one continues stays, and so does the one that it continues.
     staying = sorted(n for n in known if states[n] != "rejected" and (n not in wanted or n in held))
     while staying:
         number = staying.pop()
@@ -253,15 +253,15 @@ def _held(
 
 
 def _files(root: str, dataset: str, version: int) -> Sequence[FileInfo]:
-    """Files of a version that go with it: all but its reservations."""
+    """Return the files of a version that are deleted with it: all but its reservations."""
     uri = layout.version_uri(root, dataset, version)
-    # What a link leads to isn't the version's, and must never be deleted with it.
+    # The target of a link isn't the version's, and must never be deleted with it.
     found = storage.list_files(uri, include_hidden=True, follow_links=False)
     return [info for info in found if not _holds_number(info.uri)]
 
 
 def _holds_number(uri: str) -> bool:
-    """Whether a file is a reservation, which stays for ever."""
+    """Return True if a file is a reservation, which stays for ever."""
     return uri.rpartition("/")[2].startswith(layout.reservation_name(1).removesuffix(".json"))
 
 

@@ -1,4 +1,4 @@
-"""Types of fields that the configurations of several flows share, and times that the environment sets."""
+"""Field types shared by several flows' configurations, and times set by the environment."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STREAMING = layout.STREAMING_READY.rpartition("/")[2]  # a directory beside tho
 
 
 def _names(value: object) -> object:
-    """Let 'a,b' stand for ['a', 'b'], as command lines have it."""
+    """Split 'a,b' into ['a', 'b'], as on command lines."""
     return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
@@ -36,12 +36,12 @@ def _dataset_name(value: str) -> str:
 
 
 def _location(value: str) -> str:
-    normalise(value)  # what can't be one is told at once; where a path begins is decided when it is used
+    normalise(value)  # reject invalid paths at once; a relative path is resolved when it is used
     return value
 
 
 def _version(value: object) -> object:
-    """Let 'v3' and '3' stand for 3."""
+    """Turn 'v3' and '3' into 3."""
     try:
         return value if value == "latest" else layout.version_number(value)
     except ConfigError as fault:
@@ -61,7 +61,7 @@ class Settings(BaseModel):
 
     @classmethod
     def recorded(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Values as a manifest has them, with what older versions of this code left out."""
+        """Return the values of a manifest, with those that older versions of this code left out."""
         return dict(values)
 
 
@@ -72,9 +72,9 @@ def config_of(kind: type[Config], manifest: Manifest, **now: Any) -> Config:
     """Return the configuration that a version was made with.
 
     Args:
-        kind: Model of the configuration.
-        manifest: The version's.
-        now: Settings that are others now, such as the root.
+        kind: Configuration model.
+        manifest: Manifest of the version.
+        now: Settings with other values now, such as the root.
 
     Raises:
         ConfigError: this code can't use the configuration.
@@ -92,14 +92,14 @@ def config_of(kind: type[Config], manifest: Manifest, **now: Any) -> Config:
 
 
 def load_object(setting: str, path: str) -> Any:
-    """Import what a user's import path names, 'package.module:name'.
+    """Import an object by a user's import path, 'package.module:name'.
 
     Args:
         setting: Name of the setting, for messages.
         path: The import path; importing it runs the module.
 
     Raises:
-        ConfigError: it is no import path, can't be imported, or isn't there; the message says which part is wrong.
+        ConfigError: it is no import path, can't be imported, or doesn't exist; the message names the wrong part.
 
     """
     module, _, name = path.partition(":")
@@ -107,7 +107,7 @@ def load_object(setting: str, path: str) -> Any:
         raise ConfigError(f"{setting} = '{path}' is no import path; write it like 'package.module:name'")
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # whatever the module's own code raises
+    except Exception as error:  # any exception of the module's code
         raise ConfigError(
             f"{setting} = '{path}': can't import '{module}': {type(error).__name__}: {error}; "
             "check its name, that it is on the path of every worker, and that it can be imported by itself"
@@ -120,12 +120,12 @@ def load_object(setting: str, path: str) -> Any:
 
 
 def seconds_from_environment(name: str, default: float, most: float) -> float:
-    """A time that a variable of the environment may set, seconds.
+    """Return a time that an environment variable may set, seconds.
 
     Args:
-        name: The variable.
-        default: What it is where the variable is unset or empty.
-        most: Its upper bound.
+        name: Name of the variable.
+        default: Value if the variable is unset or empty.
+        most: Upper bound.
 
     Raises:
         ConfigError: it isn't a number from 0 to `most`.
@@ -142,12 +142,12 @@ def seconds_from_environment(name: str, default: float, most: float) -> float:
 
 
 def warn_before_fail(bounds: BaseModel, rising: Sequence[str], falling: Sequence[str] = ()) -> None:
-    """Raise `ValueError` where a gate would fail before it warns; a bound that is None is open.
+    """Raise `ValueError` if a gate would fail before it warns; a bound of None is open.
 
     Args:
         bounds: Thresholds with fields such as drift_warn and drift_fail.
-        rising: Fields of bounds that more is worse for, such as 'drift', or 'fresh_{}_days' where the name goes on.
-        falling: Those that less is worse for.
+        rising: Fields of upper bounds, such as 'drift', or 'fresh_{}_days' if the name goes on.
+        falling: Fields of lower bounds.
 
     """
     for names, sign in ((rising, 1), (falling, -1)):

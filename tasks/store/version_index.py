@@ -1,17 +1,17 @@
-"""The index of a dataset: what its manifests say in short, so that nobody must read all of them. It is never the truth.
+"""Index of a dataset: a summary of its manifests, so that not all of them must be read. It is never authoritative.
 
     {dataset}/_index/versions.json   the settled versions, one entry each
     {dataset}/_index/changing-v3     v3 was, or is about to be, withdrawn or pruned: look at v3 itself
 
-An entry never has to be taken back, which is why it may be written by anyone at any time, without a lock: manifests
-don't change, and a version that is withdrawn or pruned is marked first. A mark is never removed. Only the entry
-'pruned' outweighs it, as no number is given twice.
+An entry is never revoked, so anyone may write it at any time, without a lock: manifests don't change, and a version
+that is withdrawn or pruned is marked first. A mark is never removed. Only the entry 'pruned' overrides it, as no number
+is reused.
 
 - The index is behind (its writer was killed, or an older one was written over a newer): versions without an entry are
-  looked at themselves. Which numbers there are is always asked of the directory.
-- It is missing or damaged: the same, for all versions; whoever publishes next writes it anew.
-- It has entries of numbers that aren't there (the versions were removed by hand): these don't count.
-- A reader that has chosen a version reads its manifest, and asks whether it is withdrawn, before it uses it.
+  looked at directly. The existing numbers always come from the directory.
+- It is missing or damaged: the same, for all versions; the next publisher rebuilds it.
+- It has entries of missing numbers (the versions were removed by hand): these don't count.
+- A reader that has chosen a version reads its manifest, and checks for a withdrawal, before it uses it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FORMAT = 1
 
 
 class IndexedVersion(Record):
-    """What the index keeps of a settled version."""
+    """Index entry of a settled version."""
 
     version: int = Field(ge=1, description="Version number N of vN.")
     status: Literal["published", "rejected", "pruned"] = Field(description="As in its manifest, or pruned since.")
@@ -61,10 +61,10 @@ class _Index(Record):
 
 
 def indexed(manifest: Manifest, size: int, stamp: str) -> IndexedVersion:
-    """Entry of a version.
+    """Return the index entry of a version.
 
     Args:
-        manifest: Its manifest.
+        manifest: Manifest of the version.
         size: The manifest's size in bytes.
         stamp: The manifest's mark of change, as `storage.stamp_of` gives it.
 
@@ -96,13 +96,13 @@ def indexed(manifest: Manifest, size: int, stamp: str) -> IndexedVersion:
 
 
 def files_digest(files: Iterable[tuple[str, int]]) -> str:
-    """Digest of files by their paths and sizes in bytes, in any order; hexadecimal."""
+    """Return a digest of files by their paths and sizes in bytes, in any order; hexadecimal."""
     text = "".join(f"{path}\0{size}\n" for path, size in sorted(files))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def read_index(root: str, dataset: str) -> dict[int, IndexedVersion]:
-    """Entries by version; none where the index is missing, damaged, another dataset's or another release's."""
+    """Return entries by version; none if the index is missing, damaged, another dataset's or another release's."""
     uri = layout.index_uri(root, dataset)
     try:
         data = storage.read_bytes(uri)
@@ -119,9 +119,9 @@ def read_index(root: str, dataset: str) -> dict[int, IndexedVersion]:
 
 
 def write_index(root: str, dataset: str, entries: Mapping[int, IndexedVersion]) -> None:
-    """Write the entries of settled versions in place of those before; who writes at the same time loses nothing true.
+    """Write the entries of settled versions over the last ones; concurrent writers lose no true information.
 
-    A store in which it can't be written has slower readers, and is otherwise the same.
+    If it can't be written, readers are slower and otherwise unaffected.
     """
     ordered = tuple(entries[number] for number in sorted(entries))
     body = _Index(format=_FORMAT, dataset=dataset, versions=ordered).model_dump_json(exclude_defaults=True).encode()
@@ -129,12 +129,12 @@ def write_index(root: str, dataset: str, entries: Mapping[int, IndexedVersion]) 
 
 
 def mark(root: str, dataset: str, version: int) -> None:
-    """Let everybody look at a version itself from now on; to be done before it is withdrawn or pruned."""
+    """Mark a version so that readers look at it directly; call it before the version is withdrawn or pruned."""
     storage.put_if_absent(layout.mark_uri(root, dataset, version), b"")
 
 
 def marked(root: str, dataset: str) -> frozenset[int]:
-    """Versions that have a mark."""
+    """Return the versions that have a mark."""
     place = layout.index_uri(root, dataset).rpartition("/")[0]
     return frozenset(
         number

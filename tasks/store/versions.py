@@ -1,18 +1,18 @@
-"""The commit protocol: a version exists from the moment its manifest does, whole or not at all.
+"""Commit protocol: a version exists from the moment its manifest does, whole or not at all.
 
     reserve → write files → validate → commit → read
                                          │
                             put-if-absent of vN/_manifest.json
 
-Why nothing is ever mixed. The conditional create of the manifest is the only deciding step: of any number of attempts
+Versions are never mixed. The conditional create of the manifest is the only deciding step: of any number of attempts
 one succeeds, and the manifest names exactly that attempt's files. Files of an attempt that may still be alive are
-deleted only after the decision, when it can't publish any more; files of dead attempts earlier.
+deleted only after the decision, when it can no longer publish; files of dead attempts earlier.
 
-Why no two versions go on from the same one. What a version carries over (the classes' ids) it has from the one that was
-the latest when it was planned, its base. Before it is published, every number between the two is decided: one that
-isn't yet gets a manifest with status 'rejected' by put-if-absent, which its own run then finds in its way. After that
-nothing below can be published any more, and whoever publishes above must decide this number first. So of two runs with
-one base the first publishes, and the other is `Superseded` and plans anew.
+No two published versions have the same base. A version carries over state (the classes' ids) from the latest version
+when it was planned, its base. Before it is published, every number between the two is decided: an undecided one gets a
+manifest with status 'rejected' by put-if-absent, which blocks its run. After that nothing below can be published any
+more, and a publisher above must decide this number first. So of two runs with one base the first publishes, and the
+other is `Superseded` and plans again.
 """
 
 from __future__ import annotations
@@ -86,26 +86,26 @@ _ATTEMPT = re.compile(r"-a([0-9]+)\.")
 
 
 def commit(reservation: Reservation, manifest: Manifest, base: int | None = None) -> Manifest:
-    """Publish what was written under a reservation, or record that the gate rejected it.
+    """Publish the files written under a reservation, or record that the gate rejected them.
 
-    Doing it again, after a lost answer or in a retry, gives the manifest that was committed first. Of a version with
-    status 'rejected' the data files are deleted, so that no reader that just opens the directory can take them for
-    data; the manifest still says what they were, and _rejected/ and the reports stay.
+    A repeated call, after a lost response or in a retry, returns the manifest that was committed first. Data files of a
+    version with status 'rejected' are deleted, so that a reader that just opens the directory can't mistake them for
+    data; the manifest still lists them, and _rejected/ and the reports stay.
 
     Args:
-        reservation: What it was written under.
-        manifest: What it is.
+        reservation: Reservation of the version.
+        manifest: Manifest of the version.
         base: Number of the latest version when this one was planned, 0 for none: it is published only while that is the
-            latest one. None: nothing was carried over, so any other may be published meanwhile.
+            latest one. None: no state was carried over, so others may be published meanwhile.
 
     Returns:
-        The manifest as it stands in the store.
+        The manifest in the store.
 
     Raises:
         BalanceError: rows don't balance.
         GateFailed: the gate's verdict is 'fail' but the status is 'published'.
-        CorruptVersion: a file that the manifest lists isn't there, or has another size.
-        VersionConflict: a newer attempt exists, or another one has committed; it is named.
+        CorruptVersion: a file of the manifest is missing, or has another size.
+        VersionConflict: a newer attempt exists, or another one has committed; the message names it.
         Superseded: a version above `base` was published meanwhile, or is about to be; this one is recorded as rejected.
     """
     assert (manifest.dataset, manifest.version) == (reservation.dataset, reservation.version), "another's manifest"
@@ -143,7 +143,7 @@ def commit(reservation: Reservation, manifest: Manifest, base: int | None = None
 
 
 def _decided(reservation: Reservation, data: bytes) -> Manifest | None:
-    """The manifest that stands, if it is this attempt's own; None before the decision."""
+    """Return the committed manifest, if it is this attempt's; None before the decision."""
     uri = layout.join(reservation.uri, layout.MANIFEST)
     try:
         found = storage.read_bytes(uri)
@@ -167,7 +167,7 @@ def _decided(reservation: Reservation, data: bytes) -> Manifest | None:
 
 
 def _go_on_from(base: int, reservation: Reservation, manifest: Manifest) -> None:
-    """Make sure that nothing above the base is published, nor can be before this version; else record it as rejected.
+    """Ensure that nothing above the base is, or can be, published before this version; else record it as rejected.
 
     Raises:
         Superseded: there is such a version.
@@ -220,13 +220,13 @@ def _given_way(message: str, *others: CheckResult) -> GateResult:
 
 
 def discard_attempt_files(reservation: Reservation, keep: Sequence[str] = ()) -> list[str]:
-    """Delete what earlier attempts have left, as far as they are known to be over; meant for the start of an attempt.
+    """Delete files of earlier attempts that are known to be over; meant for the start of an attempt.
 
-    An attempt is over when its process is gone, or when it was made by the same process as this one. What an attempt
-    elsewhere has left stays until the commit: it may still be alive and publish first.
+    An attempt is over if its process has ended, or is this one. Files of an attempt elsewhere stay until the commit: it
+    may still be alive and publish first.
 
     Args:
-        reservation: The newest attempt.
+        reservation: Reservation of the newest attempt.
         keep: Paths that this attempt has taken over, relative to the version's directory.
 
     Returns:
@@ -246,10 +246,10 @@ def discard_attempt_files(reservation: Reservation, keep: Sequence[str] = ()) ->
 
 
 def _replaced(reservation: Reservation, listed: Sequence[str]) -> list[str]:
-    """Data files of this attempt that it doesn't list, as it has written others in their place.
+    """Return data files of this attempt that its manifest doesn't list, because others replaced them.
 
-    They go before the manifest comes: a reader that just opens the directory would see their rows twice, and for ever
-    if this process were killed in between.
+    They are deleted before the manifest is written: a reader that just opens the directory would see their rows twice,
+    and for ever if this process were killed in between.
     """
     kept = set(listed)
     own = [path for path in _paths(reservation.uri) if attempt_of(path) == reservation.attempt]
@@ -257,23 +257,23 @@ def _replaced(reservation: Reservation, listed: Sequence[str]) -> list[str]:
 
 
 def _paths(uri: str) -> list[str]:
-    # What a link leads to isn't the version's, and must never be deleted with it.
+    # The target of a link isn't the version's, and must never be deleted with it.
     found = storage.list_files(uri, include_hidden=True, follow_links=False)
     return [info.uri.removeprefix(uri + "/") for info in found]
 
 
 def attempt_of(path: str) -> int | None:
-    """Number of the attempt that wrote a file of a version, which its name bears; None for any other file."""
+    """Return the number of the attempt that wrote a version's file, from its name; None for any other file."""
     match = _ATTEMPT.search(path.rpartition("/")[2])
     return int(match[1]) if match else None
 
 
 def orphans(uri: str, manifest: Manifest) -> list[str]:
-    """Files of a committed version that belong to no reader: not listed, and not the protocol's or the report's.
+    """Return files of a committed version that no reader needs: not listed, and not the protocol's or the report's.
 
     Args:
         uri: Directory of the version.
-        manifest: Its manifest.
+        manifest: Manifest of the version.
 
     Returns:
         Paths relative to the directory.
@@ -281,7 +281,7 @@ def orphans(uri: str, manifest: Manifest) -> list[str]:
     kept = {file.path for file in manifest.companions}
     if manifest.status == "published":
         kept |= {file.path for file in manifest.files}
-    # Of the temporary files one may be another process's reservation on its way, which is then written again.
+    # A temporary file may be another process's reservation in progress, which is then written again.
     return [
         path
         for path in _paths(uri)

@@ -1,7 +1,7 @@
-"""Versions that are taken back: readers pass them over, and nothing that was published is rewritten.
+"""Withdrawal of versions: readers skip them, and no published file is rewritten.
 
-A withdrawal is one more record beside the manifest, made by put-if-absent: the first one stands. The data stays, so
-that what was made from it can still be explained; `retention` deletes it.
+A withdrawal is one more record beside the manifest, made by put-if-absent: the first one counts. The data stays, so
+that everything made from it can still be explained; `retention` deletes it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tasks.store.version_index import mark
 
 
 class Withdrawal(Record):
-    """Why, when and by whom a version was withdrawn."""
+    """Reason, time and author of a version's withdrawal."""
 
     reason: str = Field(description="Why readers must not use it, in words.")
     when: dt.datetime | None = Field(
@@ -35,9 +35,9 @@ class Withdrawal(Record):
 
 
 def withdraw(root: str, dataset: str, version: int, reason: str, by: str) -> None:
-    """Let readers pass a published version over; 'latest' is then the one before. A second withdrawal is no error.
+    """Withdraw a published version: readers skip it, and 'latest' is then the one before. A second call is no error.
 
-    A version whose manifest is damaged can be withdrawn too: nobody is warned of it any more, and `prune` deletes it.
+    A version whose manifest is damaged can be withdrawn too: it causes no more warnings, and `prune` deletes it.
 
     Raises:
         VersionNotFound: the version isn't published.
@@ -59,27 +59,27 @@ def withdraw(root: str, dataset: str, version: int, reason: str, by: str) -> Non
 
 
 def withdrawal_of(root: str, dataset: str, version: int) -> Withdrawal | None:
-    """The withdrawal of a version; None if it isn't withdrawn."""
+    """Return the withdrawal of a version; None if it isn't withdrawn."""
     uris = {version: withdrawal_uri(storage.normalise(root), dataset, version)}
     return parse_withdrawals(uris, storage.read_many(uris.values())).get(version)
 
 
 def withdrawn(root: str, dataset: str) -> dict[int, Withdrawal]:
-    """The withdrawn versions of a dataset, ascending."""
+    """Return the withdrawn versions of a dataset, ascending."""
     root = storage.normalise(root)
     uris = {version: withdrawal_uri(root, dataset, version) for version in version_numbers(root, dataset)}
     return parse_withdrawals(uris, storage.read_many(uris.values()))
 
 
 def withdrawal_uri(root: str, dataset: str, version: int) -> str:
-    """Where the record of a version's withdrawal is, if it is withdrawn; `root` is normalised."""
+    """Return the URI of the record of a version's withdrawal, if it is withdrawn; `root` is normalised."""
     return layout.join(layout.version_uri(root, dataset, version), layout.WITHDRAWN)
 
 
 def parse_withdrawals(uris: Mapping[int, str], contents: Mapping[str, bytes]) -> dict[int, Withdrawal]:
-    """Withdrawals by version, from the contents of those records that exist.
+    """Return withdrawals by version, from the contents of the existing records.
 
-    Whoever made a record meant it: one that can't be read withdraws its version all the same.
+    Every record counts: one that can't be read withdraws its version all the same.
     """
     found = {}
     for version, uri in uris.items():
