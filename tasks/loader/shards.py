@@ -42,7 +42,7 @@ _DOWNLOADS = 4  # at a time
 _MAPPED_AT_ONCE = 512  # local files, when a split is opened: errors in them are raised then
 _LOOK_SECONDS, _TIMES_SECONDS = 0.02, 1.0  # between checks of files' lengths, and of their times, which take longer
 _LOOK_SHARE = 1 / 500  # of the time at most, however many files there are
-_FETCH_BYTES = 1 << 18  # of a chunk that is fetched as a whole; for smaller ones the operating system's read-ahead is enough
+_FETCH_BYTES = 1 << 18  # of a chunk that is fetched as a whole; for smaller ones the system's read-ahead is enough
 
 
 class Shards:

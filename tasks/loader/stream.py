@@ -110,7 +110,7 @@ class TrainingStream:
             last batches, and adds a boolean column 'mask' to each batch, False for the repeated ones; 'drop' leaves
             out an incomplete batch of each worker.
         columns: Some of 'features' or 'image', 'label', 'sample_id'; None: all available ones.
-        normalise: True to convert inputs to (x - mean) / std with the version's constants, and pixels to x / 255 before.
+        normalise: True for inputs as (x - mean) / std with the version's constants, and pixels as x / 255 before.
         dtype: Element type of the inputs, of torch, of numpy or by its name: float32, float16, bfloat16, float64. None:
             float32 if they are normalised, else as stored.
         channels_last: Images lie in memory pixel by pixel, in tensors of the same shape.
