@@ -1,6 +1,6 @@
 """Identity of a sample, its split, and its place in the order: all by stable hashes. Pure.
 
-    entity ─┬───────────── split     never by row: an entity's rows stay together
+    entity ─┬───────────── split        never by row: an entity's rows stay together
             └ + times ─ key ─ + ordinal ─ sample id ─ + seed ─ random key ─ place in the split's order
 
 A key depends only on the source's values, so it is the same in every version that holds the row. Rows with the same

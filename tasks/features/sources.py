@@ -160,7 +160,7 @@ class SourceTable:
 
 
 def _common_type(kinds: Sequence[pa.DataType], largest: int) -> pa.DataType | None:
-    """Return a type for the values of several types: text holds all plain ones, times hold days, floats small numbers."""
+    """Return a common type of several: text holds all plain ones, times hold days, floats small numbers."""
     plain = [kind.value_type if pt.is_dictionary(kind) else kind for kind in kinds]
 
     def all_are(*tests: Callable[[pa.DataType], bool]) -> bool:
@@ -186,8 +186,8 @@ class ReadUnit:
 
     rows: number of rows, approximate for a whole CSV file. first_row: number of its first row in the file, from 0.
     columns: the file's names of the columns to read. dictionary: those of them to read as dictionaries, which for a
-    few values is several times as fast as text. in_path, added: as in the file. missing: text of CSV that means no value;
-    typed: columns of keys, numbers, times.
+    few values is several times as fast as text. in_path, added: as in the file. missing: text of CSV that means no
+    value; typed: columns of keys, numbers, times.
     """
 
     uri: str

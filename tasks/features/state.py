@@ -1,6 +1,6 @@
 """Judged events kept beside a version, so that a later run needn't read and judge their files again.
 
-    {version}/_events/part-<bucket>-a1.parquet     the bucket's new events, with their file and row
+    {version}/_events/part-<bucket>-a1.parquet    the bucket's new events, with their file and row
 
 A version keeps the events of the files that it read itself; those of earlier files stay with earlier versions, so that
 the state of a version is a chain of links. An event is alive as long as its file exists unchanged.

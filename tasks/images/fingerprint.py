@@ -1,6 +1,6 @@
-"""A picture's fingerprint, by which its copies are found: a perceptual hash of its shapes, and its coarse colours.
+"""Fingerprint of a picture, for finding its copies: a perceptual hash of its shapes, and its coarse colours.
 
-How many bits of the hash copies change, measured on 146 photographs of about 500 × 375 pixels:
+Bits of the hash that copies change, measured on 146 photographs of about 500 × 375 pixels:
 
 | copy | mean | most | at most 6 |
 |---|---|---|---|
@@ -30,7 +30,7 @@ Int64Array = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
 SIGNATURE_BYTES = 48
-STRUCTURE_BOUND = 2.0  # standard deviation of what the hash sees, of 255
+STRUCTURE_BOUND = 2.0  # standard deviation of the hashed frequencies, of 255
 
 _CELLS = 32
 _FREQUENCIES = 8
@@ -41,23 +41,23 @@ _RED, _GREEN, _BLUE = 0.299, 0.587, 0.114  # luminance, ITU-R BT.601
 
 
 def perceptual_hash(pixels: UInt8Array) -> tuple[int, UInt8Array, bool]:
-    """Hash of a picture's coarse shapes, its coarse colours, and whether the hash means anything.
+    """Return the hash of a picture's coarse shapes, its coarse colours, and True if the hash is meaningful.
 
-    The hash is pHash: luminance, averaged to 32 × 32, 2-D DCT-II, and for each low frequency one bit, whether its
+    The hash is pHash: luminance, averaged to 32 × 32, 2-D DCT-II, and for each low frequency one bit: 1 if its
     coefficient is above their median (Zauner 2010, "Implementation and benchmarking of perceptual image hash
     functions"; pHash.org). Two details differ. The frequencies are 0 to 7, not 1 to 8, which are blind to stripes; the
-    mean itself has no bit. And a bit needs half a level above the median: most coefficients of a plain gradient are
-    zero, and noise would draw their bits.
+    mean itself has no bit. And a bit requires half a level above the median: most coefficients of a plain gradient are
+    zero, and noise would set their bits.
 
-    Averages are exact, whatever the size, from 1 × 1 on. Where a side has more than 512 pixels, only 512 evenly spread
+    Averages are exact for any size, from 1 × 1 on. Where a side has more than 512 pixels, only 512 evenly spread
     rows or columns are read, so that the cost is bounded.
 
     Args:
         pixels: RGB, or RGB and more channels, which are ignored; shape (height, width, ≥ 3).
 
     Returns:
-        The hash, in [0, 2**63). The mean RGB of each cell of a 4 × 4 grid, row by row; shape (48,), uint8. Whether the
-        low frequencies have a standard deviation of 2 of 255 or more: a picture without has no meaningful hash.
+        The hash, in [0, 2**63). The mean RGB of each cell of a 4 × 4 grid, row by row; shape (48,), uint8. True if the
+        low frequencies have a standard deviation of 2 of 255 or more: other pictures have no meaningful hash.
 
     """
     assert pixels.ndim == 3, f"a picture has three axes, not the shape {pixels.shape}"
@@ -68,7 +68,7 @@ def perceptual_hash(pixels: UInt8Array) -> tuple[int, UInt8Array, bool]:
 
 
 def _cosines() -> FloatArray:
-    """Orthonormal DCT-II (Ahmed, Natarajan & Rao 1974) of the low frequencies; shape (32, 8)."""
+    """Return the orthonormal DCT-II (Ahmed, Natarajan & Rao 1974) of the low frequencies; shape (32, 8)."""
     place, frequency = np.arange(_CELLS)[:, None], np.arange(_FREQUENCIES)
     basis = np.cos(np.pi * (2 * place + 1) * frequency / (2 * _CELLS)) * math.sqrt(2 / _CELLS)
     basis[:, 0] = math.sqrt(1 / _CELLS)

@@ -1,6 +1,6 @@
 """Files of S3 on the local disk, shared by all processes of a node, up to a number of bytes.
 
-    {cache_dir}/_stream-cache/CACHEDIR.TAG             marks the directory's owner, and exempts it from backups
+    {cache_dir}/_stream-cache/CACHEDIR.TAG               marks the directory's owner, and exempts it from backups
                              {method}-{digest}.parquet  a whole file, checked; modified when it was last used
                              .{name}.lock               held by the process that downloads it
                              .{name}.{random}.tmp       a download on its way

@@ -1,7 +1,7 @@
 """A feature group over time: all its live versions together, and their rows by bucket.
 
     v1  ──Jan──Feb──Mar──            as_of times that each version holds
-    v2           Mar'──Apr──  computed later: its March supersedes v1's as a whole
+    v2            Mar'──Apr──        computed later: its March supersedes v1's as a whole
     history: Jan Feb Mar' Apr        with known_at: March from v1 until v2 was created, then from v2
 
 Only versions with the same definition of the requested features count together: a version whose definition differs

@@ -3,7 +3,7 @@
 spine rows ─ judge ─ tally ─┐
 spine ──┐                   │        the same functions as in the job, on a few thousand rows:
         ├─ as-of join ─ canary ─ profile ─ gate
-history ┘                   the features of a row become a separate history, known at its time
+history ┘                            the features of a row become a separate history, known at its time
 """
 
 from __future__ import annotations
