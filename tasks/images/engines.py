@@ -75,7 +75,7 @@ class _Fused:
     def variants(
         self, images: Iterable[UInt8Array | None], keys: UInt64Array, expected_sizes: Sequence[tuple[int, int]]
     ) -> Variants:
-        # Drawing all at once takes a tenth of the time; each image is augmented right after decoding, still in the cache.
+        # Drawing all at once takes a tenth of the time; each image is augmented right after decoding, in the cache.
         variants = self._augmentation.variants
         count = len(keys) * variants
         if count > len(self._out):

@@ -304,7 +304,7 @@ def _by_image(class_counts: Mapping[str, int]) -> TableProfile:
 
 
 def _images_before(previous: Manifest) -> ColumnProfile:
-    """Return an earlier version's profile of classes, counted by image; without counts, all had equally many variants."""
+    """Return an earlier version's profile of classes, by image; without counts, all had equally many variants."""
     images = previous.definition.get("images")
     if images is not None:
         counted = {name: count for name, count in images.items() if count}

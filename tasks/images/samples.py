@@ -80,7 +80,7 @@ def _is_of_16_bits(image: Image.Image) -> bool:
 
 
 def _float_scale(image: Image.Image) -> Scale:
-    """Return a TIFF's declared scale; else up to 1 if the greatest is at most 2 (overshoot of a filter), or up to 255."""
+    """Return a TIFF's declared scale; else up to 1 if the greatest is at most 2 (a filter's overshoot), or to 255."""
     black, white = 0.0, 0.0
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         black, white = (float(_first(image.tag_v2.get(tag, 0))) for tag in (_LEAST, _GREATEST))
