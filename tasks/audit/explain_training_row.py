@@ -1,6 +1,6 @@
 """One row of a training set, explained: the origin of its target and of each of its features.
 
-A feature's history consists of the versions that the training set's manifest names, whatever has been published or
+A feature's history consists of the versions that the training set's manifest names, not of those published or
 withdrawn since; the match is the flow's (`tasks.training_sets.asof`).
 """
 

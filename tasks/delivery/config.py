@@ -20,7 +20,7 @@ def _import_path(value: str) -> str:
 
 
 class TrainingConfig(Settings):
-    """What is trained on the streaming-ready version, and in how many workers."""
+    """Training on the streaming-ready version, and its number of workers."""
 
     enabled: bool = Field(default=True, description="Train after publishing; without it, only the copy is made.")
     function: Annotated[str, AfterValidator(_import_path)] | None = Field(

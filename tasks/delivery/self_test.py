@@ -1,4 +1,4 @@
-"""The faults of a streaming-ready copy, in a sample of the source's own rows. Pure, but for the reading.
+"""Fault tests of a streaming-ready copy, in a sample of the source's rows. Pure, but for the reading.
 
 source rows ─ judge ─ split ─ profile ─ encoder, label ─┐   the same functions as in the job,
                         └─ keys ─ repeats ─ sample ids ─┴─ gate     on a few thousand rows

@@ -92,7 +92,7 @@ class ComputedGroup:
 def bucket_count(plan: FeaturePlan) -> int:
     """Return the number of buckets a group: each holds about `rows_per_bucket` events, on any cluster.
 
-    A power of two, so that the buckets of versions of different sizes lie within each other. A long history has more
+    A power of two, so that the buckets of versions of different sizes nest. A long history has more
     of them, for the rows that come out.
     """
     rows = plan.events.table.estimated_rows() * max(1, len(plan.as_of) // SNAPSHOTS_PER_BUCKET)

@@ -19,7 +19,7 @@ Channel = Annotated[int, Field(ge=0, le=255)]
 
 
 class Augmentation(Settings):
-    """What becomes of each image; the operations and their defaults are torchvision's."""
+    """Augmentation of each image; the operations and their defaults are torchvision's."""
 
     variants: int = Field(default=3, ge=1, le=1000, description="Augmented variants of each image.")
     size: int = Field(default=224, ge=8, le=4096, description="Height and width of each variant, pixels.")
@@ -65,7 +65,7 @@ class Augmentation(Settings):
 
 
 class Centred(Augmentation):
-    """One variant without chance, for images that aren't trained on: resized whole, and the middle taken of it."""
+    """One variant without randomness, for images that aren't trained on: resized whole, then cropped to the middle."""
 
 
 class ImageThresholds(Settings):

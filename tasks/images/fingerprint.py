@@ -118,7 +118,7 @@ def _hash_picture(pixels: UInt8Array, cosines: FloatArray) -> tuple[np.uint64, U
 
 @njit(cache=True, nogil=True)
 def _sampled(pixels: UInt8Array, rows: int, columns: int) -> UInt8Array:
-    """Some rows and columns of a picture, evenly spread; shape (rows, columns, 3)."""
+    """Return some rows and columns of a picture, evenly spread; shape (rows, columns, 3)."""
     height, width = pixels.shape[:2]
     sampled = np.empty((rows, columns, 3), dtype=np.uint8)
     for i in range(rows):

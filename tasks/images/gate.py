@@ -1,4 +1,4 @@
-"""What the quality gate asks of a version of augmented images, and its summary by class. Pure."""
+"""The quality gate of a version of augmented images, and its summary by class. Pure."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def judge_images(
         config: Thresholds and choices.
         schema: Schema of the data files, with the metadata of its fields.
         profile: Profile of the data files; the image and its label may be missing.
-        balances: Row balances of the images and of what they went through.
+        balances: Row balances of the images and of their processing steps.
         variants: Rows of the data files.
         passed: Rows without a fatal issue.
         ready: Training-ready rows.

@@ -44,7 +44,7 @@ def read_version(
     Raises:
         ConfigError: it isn't a streaming-ready version, there is no such split or column, or `verify` isn't a bool.
         VersionNotFound: there is no such published version.
-        CorruptVersion: a file is missing or has another size. (Within Ray's own error, a block that is damaged.)
+        CorruptVersion: a file is missing or has another size. (Within Ray's error, a damaged block.)
     """
     truth_values(verify=verify)
     version = open_version(uri)

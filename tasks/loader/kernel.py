@@ -239,7 +239,7 @@ def _group(places: Places, sample: Any) -> Any:
 def gather(places: Places, index: IntArray, addresses: IntArray, widths: IntArray, to: IntArray) -> None:
     """Copy the values of some samples, one after the other, for each column.
 
-    Rows lie anywhere in a window of megabytes. Prefetching the next rows while some are copied takes about 50 ns
+    Rows are anywhere in a window of megabytes. Prefetching the next rows while some are copied takes about 50 ns
     a row of 20 numbers, instead of 100.
 
     Args:

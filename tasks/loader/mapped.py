@@ -112,7 +112,7 @@ class MappedFile:
         return before != self._written
 
     def is_intact(self, block: int) -> bool:
-        """Return True if a block's tensors have the checksum stored beside them.
+        """Return True if a block's tensors match the stored checksum.
 
         Raises:
             CorruptVersion: the checksums can't be read.

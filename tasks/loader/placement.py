@@ -244,7 +244,7 @@ class _Elsewhere(_OnCpu):
 
 
 class _OnCuda:
-    """Tensors on a GPU. Copies and arithmetic are queued in a stream of their own, beside the training's."""
+    """Tensors on a GPU. Copies and arithmetic are queued in a separate stream, beside the training's."""
 
     def __init__(self, constants: Constants, device: torch.device) -> None:
         import torch

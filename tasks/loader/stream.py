@@ -113,7 +113,7 @@ class TrainingStream:
         normalise: True for inputs as (x - mean) / std with the version's constants, and pixels as x / 255 before.
         dtype: Element type of the inputs, of torch, of numpy or by its name: float32, float16, bfloat16, float64. None:
             float32 if they are normalised, else as stored.
-        channels_last: Images lie in memory pixel by pixel, in tensors of the same shape.
+        channels_last: True to store images pixel by pixel, in tensors of the same shape.
         device: Device of the batches; None: the current GPU if there is one, else the CPU.
         on_corrupt: 'raise' on damaged or missing data, or 'skip' the samples concerned: batches have fewer samples.
         verify: True to check each block's checksum before its first use in this process.

@@ -299,7 +299,7 @@ def train_epoch(
         progress.fraction += step
         if run.on_batch is not None:
             run.on_batch(epoch, progress.steps, batch)
-        # At its last batch the stream is in the next epoch: the epoch's own checkpoint follows, with its figures.
+        # At its last batch the stream is in the next epoch: the epoch's checkpoint follows, with its metrics.
         if every and progress.steps % every == 0 and run.train.epoch == epoch:
             _add_up(run, own, progress)
             run.save(state())

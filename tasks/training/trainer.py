@@ -41,7 +41,7 @@ _LOG = logging.getLogger(__name__)
 # Interval at which the controller polls its workers. Within it a report waits for the previous one, and a death isn't
 # noticed; Ray's default is 2 s, too long for short epochs. A poll costs one small call of each worker.
 _ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
-# One machine can't lose a node, and the watcher for lost nodes logs an error of its own.
+# One machine can't lose a node, and the watcher for lost nodes logs an error.
 _LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 

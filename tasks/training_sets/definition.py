@@ -1,6 +1,6 @@
 """A model's inputs, as a value: its rows (the spine), its target (the label), and its features.
 
-A *spine* is a table of (entity key, event timestamp, target): each row asks for the features that were known at that
+A *spine* is a table of (entity key, event timestamp, target): each row gets the features that were known at that
 time. It is the user's table, or made by a *label*: a target computed from the events *after* a time, for every
 entity that existed *before* it. Features come only from before, labels only from after.
 """

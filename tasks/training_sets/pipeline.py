@@ -246,7 +246,7 @@ def _turns(
     on_read: Progress,
     on_joined: Progress,
 ) -> list[Shuffled[SpineNote, JoinedBucket]]:
-    """Shuffle the rows by each entity key in turn, the model's own last."""
+    """Shuffle the rows by each entity key in turn, the model's last."""
     buckets = bucket_count(job.plan)
     turns: list[Shuffled[SpineNote, JoinedBucket]] = []
     for number, entity in enumerate(job.plan.entities):
