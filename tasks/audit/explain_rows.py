@@ -45,7 +45,7 @@ class Found:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """Return the rows as plain values."""
+        """The rows as plain values."""
         found: list[dict[str, Any]] = self.table.to_pylist()
         return found
 

@@ -1,7 +1,7 @@
 """One row of a training set, explained: the origin of its target and of each of its features.
 
-A feature's history consists of the versions that the training set's manifest names, not of those published or
-withdrawn since; the match is the flow's (`tasks.training_sets.asof`).
+A feature's history consists of the versions that the training set's manifest names, regardless of later
+publications or withdrawals; the match is the flow's (`tasks.training_sets.asof`).
 """
 
 from __future__ import annotations

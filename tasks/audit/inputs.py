@@ -162,7 +162,7 @@ def present(definitions: Definitions, sources: Sources, notes: list[str]) -> Def
 def input_version(root: str, record: InputRecord, causes: list[Cause]) -> Manifest | None:
     """Return the manifest of a version that another one was made from, None if it can't be read.
 
-    Add a cause if it can't be read, or lists other files than were read.
+    Add a cause to `causes` if it can't be read, or lists other files than were read.
     """
     assert record.version is not None, "an input that is a version has a number"
     name = f"{record.name} v{record.version}"

@@ -88,7 +88,7 @@ def fit_label(
     names: Sequence[str] | None,
     target_kind: TargetKind,
 ) -> Label:
-    """Decide whether a target is a class or a number, and number the classes.
+    """Decide if a target is a class or a number, and number the classes.
 
     Args:
         column: The target.

@@ -186,7 +186,7 @@ class FeatureGroup:
 
     @property
     def event_columns(self) -> set[str]:
-        """Return the columns of the events that the group needs, including its entity key; as_of is not one of them."""
+        """Columns of the events that the group needs, including its entity key; as_of is not one of them."""
         expressions = [*self.features.values(), *(e for window in self.windows for e in window.features.values())]
         roots = {root for expression in expressions for root in expression.meta.root_names()}
         return (roots | {self.entity}) - {AS_OF}
@@ -208,7 +208,7 @@ class FeatureGroup:
         }
 
     def digest(self) -> str:
-        """SHA-256 of the declaration, hexadecimal."""
+        """Return the SHA-256 of the declaration, hexadecimal."""
         return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
 
 

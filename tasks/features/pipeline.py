@@ -85,7 +85,7 @@ class ComputedGroup:
 
     @property
     def columns(self) -> tuple[ColumnSpec, ...]:
-        """Return the schema of the data files, for the manifest."""
+        """Schema of the data files, for the manifest."""
         return tuple(ColumnSpec(name=f.name, type=str(f.type), nullable=f.nullable) for f in self.schema)
 
 

@@ -141,7 +141,7 @@ class SourceTable:
         return together
 
     def estimated_rows(self) -> int:
-        """Approximate rows of all files."""
+        """Return the approximate number of rows of all files."""
         return sum(file.estimated_rows for file in self.files)
 
     def fingerprints(self) -> tuple[str, ...]:

@@ -80,7 +80,7 @@ _COSINES = _cosines()
 
 @njit(cache=True, nogil=True)
 def _hash_picture(pixels: UInt8Array, cosines: FloatArray) -> tuple[np.uint64, UInt8Array, float]:
-    """Hash, signature and structure of a C-contiguous picture."""
+    """Return hash, signature and structure of a C-contiguous picture."""
     height, width = min(pixels.shape[0], _MOST_SAMPLES), min(pixels.shape[1], _MOST_SAMPLES)
     is_whole = pixels.shape[:2] == (height, width)
     sums = _cell_sums(pixels) if is_whole else _cell_sums(_sampled(pixels, height, width))
@@ -132,7 +132,7 @@ def _sampled(pixels: UInt8Array, rows: int, columns: int) -> UInt8Array:
 
 @njit(cache=True, nogil=True)
 def _cell_sums(pixels: UInt8Array) -> Int64Array:
-    """Sums over 32 × 32 cells of equal area; a pixel on a border counts for each cell by its part in it.
+    """Return sums over 32 × 32 cells of equal area; a pixel on a border counts for each cell by its part in it.
 
     Lengths are in 1/32 pixel: a side of n pixels has 32 n of them, and each of its cells has n, a whole number. So
     the weights of a cell's pixels sum up to height × width, and the sums are exact. Shape (32, 32, 3), int64.

@@ -316,9 +316,9 @@ def assign_class_ids(names: Iterable[str], previous: Mapping[str, int] | None = 
     A class that was numbered before keeps its number, also while it has no images; new ones follow the highest number
     so far, sorted by name.
 
-    names: Present classes, in any order and with repeats.
+    Args:
+        names: Present classes, in any order and with repeats.
         previous: Numbers given so far, from the last version.
-        previous: Numbers given so far, as the last version has them.
 
     Returns:
         Numbers by class, ascending.

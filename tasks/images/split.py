@@ -177,7 +177,7 @@ def _rounded(quota: FloatArray, low: FloatArray, high: FloatArray, total: float,
 
 
 def _place(groups: _LargerGroups, room: Int64Array, left: Int64Array, splits: list[int]) -> tuple[Int8Array, BoolArray]:
-    """Return the split of each larger group, and a mask of classes with one in train; reduce the room by their images."""
+    """Return each larger group's split, and a mask of classes with one in train; reduce the room by their images."""
     rooms, remaining = room.tolist(), left.tolist()
     in_train = [False] * len(remaining)
     starts, class_of, count = groups.starts.tolist(), groups.class_of.tolist(), groups.count.tolist()

@@ -225,7 +225,7 @@ class TrainingStream:
 
     @property
     def stats(self) -> StreamStats:
-        """Return the statistics so far."""
+        """Statistics so far."""
         cached = self._cache.counts if self._cache is not None else None
         return replace(
             self._counts,

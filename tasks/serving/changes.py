@@ -184,7 +184,7 @@ def _compare(group: FeatureGroup, live: Sequence[Manifest], definitions: Definit
 
 
 def _dimension_columns(group: FeatureGroup, newest: Manifest, definitions: Definitions) -> list[str]:
-    """Return the columns that the dimension will add: for an unchanged one those of before, as its file decides."""
+    """Return the columns that the dimension will add: for an unchanged one the same as before, as its file decides."""
     if group.dimension is None:
         return []
     if group.dimension == newest.definition.get("dimension"):

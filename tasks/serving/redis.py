@@ -1,6 +1,6 @@
 """The newest feature values in Redis, for look-ups over the network in a fraction of a millisecond.
 
-    <group>              hash   version, as_of, entity, schema, ttl, export    written last, and read first
+    <group>              hash   version, as_of, entity, schema, ttl, export    written last; readers follow it
     <group>:<entity>     hash   feature → text, _version, _as_of, _export      one row; a null is a missing field
     <group>/expiring     zset   entity → as_of of each row that has a time to live
     <group>/lock                one export at a time

@@ -56,7 +56,7 @@ class Stream(Protocol):
 
     @property
     def stats(self) -> Any:
-        """Return counters since the stream was opened, including `COUNTERS`."""
+        """Counters since the stream was opened, including `COUNTERS`."""
         ...
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]: ...

@@ -62,7 +62,7 @@ class Bound:
 
     @property
     def sentence(self) -> str:
-        """Return the verdict, its reason and the advice, in one line."""
+        """The verdict, its reason and the advice, in one line."""
         return (
             f"The training is {self.verdict}: its workers spent {share(self.wait_share)} of their time in waiting "
             f"for data (above {share(WAIT_BOUND)} is data-bound). {self.advice}"

@@ -78,7 +78,7 @@ class Label:
     """A target computed from events, for every entity at each of some times.
 
     at: times as `tasks.io.times.expand` takes them. An entity has a row at a time t if it has an event at or before
-    t (in the `active_days` before t, if given). target: an expression over its events in t < time ≤ t + days; where
+    t (in the `active_days` before t, if given). target: an expression over its events in t < time ≤ t + days;
     without any, its value over no rows (0 for a count). Times whose days aren't over yet have no rows.
     """
 
@@ -181,7 +181,7 @@ class Model:
         }
 
     def digest(self) -> str:
-        """SHA-256 of the declaration, hexadecimal."""
+        """Return the SHA-256 of the declaration, hexadecimal."""
         return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
 
 

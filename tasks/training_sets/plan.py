@@ -97,7 +97,7 @@ class TrainingSetPlan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Return sentences about what is left out."""
+        """Sentences about what is left out."""
         return tuple(
             f"{history.group} v{version} isn't read: {reason}"
             for history in self.histories
