@@ -35,12 +35,12 @@ from tasks.store.own_columns import AS_OF, QUALITY
 from tasks.store.reading import data_files
 
 MOST_ROWS = 5_000_000
-"""Rows of a version with several times up to which the fences of one are computed again."""
+"""Maximum rows of a version with several times for which the fences of one are recomputed."""
 _MISSING, _RATIO, _SCORE, _READY = QUALITY
 
 
 def explain_features(root: str, manifest: Manifest, key: str, at: str | None) -> Explanation:
-    """Explain where a row of features comes from, and who has it."""
+    """Explain the origin of a row of features, and its holders."""
     entity: str = manifest.definition["entity"]
     held = look_for(root, manifest, key, at, time=AS_OF, spellings=_spellings(manifest, entity))
     if isinstance(held, Explanation):
@@ -67,7 +67,7 @@ def explain_features(root: str, manifest: Manifest, key: str, at: str | None) ->
 
 
 def _spellings(manifest: Manifest, entity: str) -> set[str]:
-    """Names that the entity's column has in the sources."""
+    """Return the names of the entity's column in the sources."""
     names = {entity}
     for setting in ("transaction_columns", "customer_columns", "product_columns"):
         names.add(manifest.config.get(setting, {}).get(entity, entity))
@@ -82,7 +82,7 @@ def _spellings(manifest: Manifest, entity: str) -> set[str]:
 
 
 def _values(manifest: Manifest, row: Mapping[str, Any], bounds: Mapping[str, Fences]) -> tuple[Section, dict[str, str]]:
-    """Each feature with its declaration and what is odd about it; and the columns that are odd."""
+    """Return each feature with its declaration and anomalies; and the columns with anomalies."""
     declared, rows, concerned = declarations(manifest), [], {}
     dimension = manifest.definition.get("dimension")
     for name in feature_names(manifest):
@@ -110,13 +110,13 @@ def _values(manifest: Manifest, row: Mapping[str, Any], bounds: Mapping[str, Fen
 
 
 def _numeric(manifest: Manifest) -> list[str]:
-    """Features that have fences."""
+    """Return the features with fences."""
     profile = manifest.profile
     return [name for name in feature_names(manifest) if name in profile and profile[name].kind == "numeric"]
 
 
 def _bounds(root: str, manifest: Manifest, row: Mapping[str, Any]) -> Mapping[str, Fences]:
-    """Compute the fences of the row's time again, unless nothing is outside of them, or the version is too large."""
+    """Recompute the fences of the row's time, unless nothing is outside of them, or the version is too large."""
     moment: dt.datetime = row[AS_OF]
     numeric = _numeric(manifest)
     if len(manifest.as_of) > 1 and (not row.get(_RATIO) or manifest.rows > MOST_ROWS):
@@ -131,7 +131,7 @@ def _bounds(root: str, manifest: Manifest, row: Mapping[str, Any]) -> Mapping[st
 
 
 def _quality(manifest: Manifest, row: Mapping[str, Any], values: Sequence[Mapping[str, Any]]) -> Section:
-    """The quality columns, and the bound that decides."""
+    """Return the quality columns, and the deciding bound."""
     issues = Counter(str(one["issue"]).partition(":")[0] for one in values if one["issue"])
     bounds = Thresholds.model_validate(manifest.config["thresholds"])
     because = [
@@ -165,7 +165,7 @@ def _quality(manifest: Manifest, row: Mapping[str, Any], values: Sequence[Mappin
 
 
 def _sources(manifest: Manifest, entity: str, held: Held) -> list[Section]:
-    """The source files, with the numbers of the entity's events in each, and its rows in the dimension."""
+    """Return the source files, with the numbers of the entity's events in each, and its rows in the dimension."""
     records = {record.name: record for record in manifest.inputs if record.version is None}
     try:
         declared = declared_sources(manifest)

@@ -1,4 +1,4 @@
-"""Holders of a row: other versions of its dataset, what was made from its version, and trainings on that."""
+"""Holders of a row: other versions of its dataset, versions made from its version, and trainings on those."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tasks.store.reading import committed_manifests, latest, list_datasets
 from tasks.store.withdrawal import withdrawal_of
 
 MOST_VERSIONS = 30
-"""Versions of the row's own dataset that are looked into, the newest."""
+"""Number of versions of the row's dataset that are searched, the newest."""
 MOST_ROWS = 200
-"""Rows of a training set whose match is looked for."""
+"""Maximum rows of a training set whose match is searched."""
 Given = Callable[[Manifest, Mapping[str, Any]], bool]
 _USES = {
     "train": "learned from it, each epoch",
@@ -33,14 +33,14 @@ _USES = {
 def holders_section(
     root: str, manifest: Manifest, column: str, value: int | str, given: Given | None = None
 ) -> Section:
-    """Versions that have a key, and trainings on them.
+    """Return versions that have a key, and trainings on them.
 
     Args:
         root: Root of the store.
         manifest: The version that the row is of.
         column: Its key column.
         value: Its key.
-        given: Of a row of features: tells whether a row of a training set was given just that.
+        given: For a row of features: returns True if it was joined to a row of a training set.
 
     """
     key = column, value
@@ -55,7 +55,7 @@ def holders_section(
 
 
 def _own_versions(root: str, manifest: Manifest, key: tuple[str, int | str]) -> Iterator[dict[str, Any]]:
-    """The other versions of the dataset, newest first."""
+    """Yield the other versions of the dataset, newest first."""
     versions = [one for one in committed_manifests(root, manifest.dataset) if one.status == "published"]
     served = (newest if layout.kind(manifest.dataset) == "features" else latest)(root, manifest.dataset)
     for one in versions[::-1][:MOST_VERSIONS]:
@@ -77,7 +77,7 @@ def _row(root: str, manifest: Manifest, relation: str, holds: str) -> dict[str, 
 
 
 def _trainings(root: str, manifest: Manifest, holds: str) -> list[dict[str, Any]]:
-    """Trainings on a copy that have a report, and what they did with samples that the copy `holds`."""
+    """Return trainings on a copy that have a report, and their use of samples that the copy `holds`."""
     if layout.kind(manifest.dataset) != "streaming-copy":
         return []
     used = [what for split, what in _USES.items() if split in holds.partition(";")[0]]
@@ -94,7 +94,7 @@ def _trainings(root: str, manifest: Manifest, holds: str) -> list[dict[str, Any]
 
 
 def made_from(root: str, manifest: Manifest) -> tuple[list[Manifest], list[str]]:
-    """Find the published versions made from a version, directly or through others, and say what couldn't be read."""
+    """Return the published versions made from a version, directly or through others, and notes on unreadable ones."""
     known, notes = [], []
     for dataset in list_datasets(root):
         try:
@@ -121,7 +121,7 @@ def _holds(root: str, manifest: Manifest, key: tuple[str, int | str], given: Giv
         root: Root of the store.
         manifest: The version's.
         key: Key column and key.
-        given: As `holders_section` takes it.
+        given: As in `holders_section`.
 
     """
     column, value = key

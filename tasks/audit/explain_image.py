@@ -1,7 +1,7 @@
-"""One image, explained: its file, what was drawn for each variant, how these were judged, and why it has its split.
+"""One image, explained: its file, the draws of each variant, their judgement, and the reason for its split.
 
-All that is known of each original is in one file beside the data (`_originals`). The draws aren't kept anywhere: they
-are a function of the seed, the image's id and its size, and are made again. So is the split, of all originals.
+All facts about each original are in one file beside the data (`_originals`). The draws aren't stored: they
+are a function of the seed, the image's id and its size, and are repeated. So is the split, of all originals.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _MEMBERS = 50
 
 
 def explain_image(root: str, manifest: Manifest, key: str, picture: str | None = None) -> Explanation:
-    """Explain where an image comes from, what became of it, and who has it."""
+    """Explain the origin of an image, its outcome, and its holders."""
     config = config_of(ImageAugmentationConfig, manifest)
     nothing = pa.table({"image_id": pa.array([], "string")})
     known = _read_originals(root, manifest, columns=_DECIDING) if manifest.status == "published" else nothing
@@ -65,7 +65,7 @@ def explain_image(root: str, manifest: Manifest, key: str, picture: str | None =
     if image_id is None:
         rejected = rejected_rows(root, manifest, {"image_id", "path", "uri"}, {key})
         if not rejected:
-            data_files(root, manifest)  # which says so if the gate rejected the version
+            data_files(root, manifest)  # raises if the gate rejected the version
             refuse(manifest, "image", key, closest_of(known["image_id"].to_pylist(), key))
         notes = ["A rejected image has no variants, so no picture was written."] if picture is not None else []
         concerned = {"images": "this image", "labels": "this image's label"}
@@ -93,7 +93,7 @@ def explain_image(root: str, manifest: Manifest, key: str, picture: str | None =
 
 
 def _read_originals(root: str, manifest: Manifest, **how: Any) -> pa.Table:
-    """Read the table of originals, in the order of the plan."""
+    """Return the table of originals, in the order of the plan."""
     base = layout.version_uri(root, manifest.dataset, manifest.version)
     uri = layout.join(base, originals_entry(manifest).path)
     with explained(uri), storage.open_input(uri) as source:
@@ -101,7 +101,7 @@ def _read_originals(root: str, manifest: Manifest, **how: Any) -> pa.Table:
 
 
 def _named(known: pa.Table, key: str) -> str | None:
-    """Find the image that a key names: by its id, or by that of one of its variants."""
+    """Return the image that a key names: by its id, or by that of one of its variants."""
     variant = _VARIANT.fullmatch(key)
     for name in (key, *([variant[1]] if variant else [])):
         if pc.any(pc.equal(known["image_id"], name)).as_py():
@@ -118,12 +118,12 @@ def _variants(
     *,
     columns: Sequence[str],
 ) -> Found:
-    """Find the rows of an image's variants: in the files of its unit, if they are named as the flow names them."""
+    """Return the rows of an image's variants: in the files of its unit, if they have the flow's names."""
     directory = layout.split_directory(original["split"]) + "/"
     place = pc.index(known["image_id"], original["image_id"]).as_py()
     rejected = sum(sum(balance.rejected.values()) for balance in manifest.balances[:1])
     units = range(place // config.images_per_file, (place + rejected) // config.images_per_file + 1)
-    # Rows that changed their split late are in files behind those of all units.
+    # Rows that changed their split late are in files after those of all units.
     last = -(-(known.num_rows + rejected) // config.images_per_file)
 
     def likely(entry: FileEntry) -> bool:
@@ -137,7 +137,7 @@ def _variants(
 
 
 def _file_state(original: Mapping[str, Any]) -> str:
-    """Compare the image's file with its contents as they were."""
+    """Compare the image's file with its original contents."""
     try:
         data = storage.read_bytes(original["uri"])
     except FileNotFoundError:
@@ -216,7 +216,7 @@ def _quality(config: ImageAugmentationConfig, found: Found) -> Section:
 
 
 def drawn_rows(config: ImageAugmentationConfig, original: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Draw the variants again: one row each, and the same in a sentence each."""
+    """Draw the variants again: one row each, and one sentence each."""
     config = config.of_split(original["split"])
     if config.augmentation.policy is not None:
         seeds = policy_seeds(image_keys([original["image_id"]], config.seed), config.augmentation.variants)
@@ -262,7 +262,7 @@ def _words(name: str, amount: float) -> str:
 
 
 def _split(config: ImageAugmentationConfig, known: pa.Table, original: Mapping[str, Any]) -> Section:
-    """The split of an image, those that share it because they belong together, and what decides.
+    """Return the split of an image, related images that share it, and the deciding rule.
 
     Args:
         config: The version's configuration.
@@ -292,7 +292,7 @@ def _split(config: ImageAugmentationConfig, known: pa.Table, original: Mapping[s
 def _alone(
     keys: UInt64Array, classes: npt.NDArray[np.int32], groups: Int64Array, splits: npt.NDArray[np.int8], mine: int
 ) -> str:
-    """Say of a single image its place among those of its class, in the order of their keys."""
+    """Describe a single image's place among those of its class, in the order of their keys."""
     _, group_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     single = np.flatnonzero((classes == classes[mine]) & (sizes[group_of] == 1))
     order = single[np.argsort(keys[single])]
@@ -306,7 +306,7 @@ def _alone(
 
 
 def _together(keys: UInt64Array, members: Int64Array, split: int, config: ImageAugmentationConfig) -> str:
-    """Say of a group what its smallest key draws, and whether it got it."""
+    """Describe a group's draw by its smallest key, and if it was granted."""
     draw = float(stable_hash(pa.array([keys[members].min()]))[0] / 2.0**64)
     test = config.validation_share + config.test_share
     drawn = 1 if draw < config.validation_share else 2 if draw < test else 0
@@ -329,7 +329,7 @@ def _member(known: pa.Table, row: int, original: Mapping[str, Any], mine: int) -
 
 
 def _likeness(known: pa.Table, row: int, original: Mapping[str, Any]) -> str:
-    """Say how alike two images of a group are, by their contents."""
+    """Describe the likeness of two images of a group, by their contents."""
     if known["content_xxh3"][row].as_py() == original["content_xxh3"]:
         return "the same bytes"
     bits = (known["perceptual_hash"][row].as_py() ^ original["perceptual_hash"]).bit_count()

@@ -40,7 +40,7 @@ def write_picture(
     """Write the picture, a local .png or .webp.
 
     Args:
-        path: File to write; one that is there is replaced.
+        path: File to write; an existing one is replaced.
         config: The version's configuration.
         image: Its row in the table of originals, and the state of its file.
         variants: Stored rows of its variants.
@@ -73,7 +73,7 @@ def write_picture(
 def _before(
     config: ImageAugmentationConfig, original: Mapping[str, Any], state: str
 ) -> tuple[str, str, ByteArray | None]:
-    """The original with its crops; a text where the file isn't what it was."""
+    """Return the original with its crops; a text if the file has changed."""
     name, size = f"original: {original['class_name']}", f"{original['width']} × {original['height']} px"
     if state != "unchanged":
         return name, f"its file is {state}", None
@@ -101,7 +101,7 @@ def _frame(pixels: ByteArray, crop: Sequence[int], scale: tuple[float, float], c
 
 
 def _opaque(sheet: bytes, path: str) -> bytes:
-    """A sheet on white, in the format that a file's name asks for."""
+    """Encode a sheet on white, in the format of a file's suffix."""
     from PIL import Image
 
     with Image.open(io.BytesIO(sheet)) as opened:

@@ -1,9 +1,9 @@
 """Rows of one key in a version, found without reading the version.
 
-    key ── stable hash ──▶ file ── least and greatest key of its row groups ──▶ row groups ── key column ──▶ rows
+    key ── stable hash ──▶ file ── smallest and largest key of its row groups ──▶ row groups ── key column ──▶ rows
 
-A version that isn't partitioned by the key is searched by the footers of its files; where these don't tell, by the key
-column alone. Other columns are read only of row groups that have the key.
+A version that isn't partitioned by the key is searched by the footers of its files; without statistics, by the key
+column alone. Other columns are read only from row groups that have the key.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from tasks.store.manifest import FileEntry, Manifest
 from tasks.store.reading import data_files, explained, rows_of
 
 MOST_KEYS = 2_000_000
-"""Keys that are looked through for the closest ones."""
+"""Maximum number of keys that are searched for the closest ones."""
 _READERS = 16
 _CLOSE, _NEAR = 3, 50
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Rows that were found, with the file and the number in it of each, and what was read for them."""
+    """Found rows, with the file and number of each, and the amount read."""
 
     table: pa.Table
     places: tuple[tuple[str, int], ...]
@@ -50,20 +50,20 @@ class Found:
         return found
 
     def read_of(self, manifest: Manifest) -> str:
-        """Files and row groups that were read, in words."""
+        """Return the files and row groups that were read, in words."""
         return f"footers of {self.files} of {len(manifest.files)} data files, {self.groups} row groups"
 
 
 def is_whole(manifest: Manifest, column: str) -> bool:
-    """Check that a column holds whole numbers."""
+    """Return True if a column holds whole numbers."""
     return any(one.name == column and one.type.startswith(("int", "uint")) for one in manifest.columns)
 
 
 def typed_key(manifest: Manifest, column: str, text: str) -> int | str:
-    """Return a key as the column has it.
+    """Return a key in the column's type.
 
     Raises:
-        ConfigError: the column holds whole numbers, and the text is none.
+        ConfigError: the column holds whole numbers, and the text isn't one.
 
     """
     if not is_whole(manifest, column):
@@ -87,15 +87,15 @@ def find_rows(
     columns: Sequence[str] | None = None,
     wanted: Callable[[FileEntry], bool] | None = None,
 ) -> Found:
-    """Find all rows of a version that have a value in a column.
+    """Return all rows of a version that have a value in a column.
 
     Args:
         root: Root of the store.
         manifest: The version.
         column: The key column.
-        value: The key, as the column has it.
-        columns: Columns to give; None gives all.
-        wanted: Filter of the data files to look into; all that may have it, by default.
+        value: The key, in the column's type.
+        columns: Columns to return; None for all.
+        wanted: Filter of the data files to search; by default all that may have it.
 
     Raises:
         CorruptVersion: a file is missing.
@@ -134,7 +134,7 @@ def read_row(root: str, manifest: Manifest, path: str, row: int, columns: Sequen
 def _search(
     uri: str, column: str, value: int | str, columns: Sequence[str] | None
 ) -> tuple[pa.Table | None, list[int], int]:
-    """Find the rows of one file, their numbers in it, and how many row groups were looked into."""
+    """Return the rows of one file, their numbers in it, and the number of row groups read."""
     with explained(uri), storage.open_input(uri) as source:
         file = pq.ParquetFile(source, pre_buffer=True)
         tables, numbers, groups, start = [], [], 0, 0
@@ -153,7 +153,7 @@ def _search(
 
 
 def _may_have(file: pq.ParquetFile, group: int, column: str, value: Any) -> bool:
-    """Check that a row group may have a value, by the least and the greatest that its footer names."""
+    """Return True if a row group may have a value, by its footer's smallest and largest one."""
     found = file.metadata.row_group(group)
     number = next((n for n in range(found.num_columns) if found.column(n).path_in_schema == column), None)
     bounds = None if number is None else found.column(number).statistics
@@ -163,7 +163,7 @@ def _may_have(file: pq.ParquetFile, group: int, column: str, value: Any) -> bool
 
 
 def closest_keys(root: str, manifest: Manifest, column: str, value: int | str) -> list[str]:
-    """Find the keys of a version that are most like another; of very large versions, in the first files."""
+    """Return the keys of a version that are closest to another; for very large versions, from the first files."""
     keys: set[Any] = set()
     for uri in data_files(root, manifest):
         if len(keys) >= MOST_KEYS:
@@ -174,11 +174,11 @@ def closest_keys(root: str, manifest: Manifest, column: str, value: int | str) -
 
 
 def closest_of(keys: Iterable[Any], value: int | str) -> list[str]:
-    """Pick the closest of some keys: by difference for numbers, by likeness for text."""
+    """Return the closest of some keys: by difference for numbers, by likeness for text."""
     if isinstance(value, int):
         return [str(key) for key in sorted(keys, key=lambda key: (abs(key - value), key))[:_CLOSE]]
     ordered = sorted(map(str, keys))
-    if len(ordered) > 20_000:  # comparing with all would take a while: those beside it, and those that contain it
+    if len(ordered) > 20_000:  # comparing with all is too slow: those beside it, and those that contain it
         place = bisect_left(ordered, value)
         near = ordered[max(place - _NEAR, 0) : place + _NEAR]
         ordered = list(dict.fromkeys([*near, *(key for key in ordered if value in key)][: 4 * _NEAR]))

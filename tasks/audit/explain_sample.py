@@ -42,17 +42,17 @@ from tasks.store.reading import data_files
 from tasks.store.settings import config_of
 
 MOST_ORDERED = 20_000_000
-"""Samples of a split up to which their order in an epoch is computed."""
+"""Maximum samples of a split for which their order in an epoch is computed."""
 
 
 def explain_sample(root: str, manifest: Manifest, key: str, at: str | None) -> Explanation:
-    """Explain where samples of a copy come from, what was made of them, and when they are learned from."""
+    """Explain the origin of samples of a copy, their encoding, and their use in training."""
     definition, config = manifest.definition, config_of(DeliveryConfig, manifest)
     entity: str = definition["entity"]
     names = {entity, definition["keys"][0]}
     rejected = rejected_rows(root, manifest, names, {key})
     if not rejected:
-        data_files(root, manifest)  # which says so if the gate rejected the version
+        data_files(root, manifest)  # raises if the gate rejected the version
     try:
         found = find_samples(root, manifest, config, key)
     except ConfigError:
@@ -93,7 +93,7 @@ def explain_sample(root: str, manifest: Manifest, key: str, at: str | None) -> E
 
 
 def _at(manifest: Manifest, held: Sequence[Sample], times: Sequence[str], key: str, at: str | None) -> list[Sample]:
-    """Pick the samples of one time, where the rows have times."""
+    """Return the samples of one time, if the rows have times."""
     if not times or not held:
         if at is not None and not times:
             raise ConfigError(f"--at names a time, and the rows of {manifest.dataset} have none; leave it out")
@@ -133,7 +133,7 @@ def _split(manifest: Manifest, config: DeliveryConfig, held: Sequence[Sample], v
 
 
 def _position(root: str, manifest: Manifest, held: Sequence[Sample]) -> Section:
-    """File, block and place of each sample, and its step in the first epoch."""
+    """Return file, block and place of each sample, and its step in the first epoch."""
     trainings = _trainings(root, manifest)
     rows, notes = [], []
     for sample in held:
@@ -158,7 +158,7 @@ def _position(root: str, manifest: Manifest, held: Sequence[Sample]) -> Section:
 
 
 def _trainings(root: str, manifest: Manifest) -> list[tuple[str, dict[str, Any]]]:
-    """Trainings on the copy with their settings, the last one first; without one, the settings of its flow run."""
+    """Return trainings on the copy with their settings, the last first; without one, the settings of its flow run."""
     found = []
     for training in reversed(trace(root, manifest.dataset, manifest.version).trainings):
         report = json.loads(storage.read_bytes(layout.join(training.uri, layout.REPORT_JSON)))
@@ -167,7 +167,7 @@ def _trainings(root: str, manifest: Manifest) -> list[tuple[str, dict[str, Any]]
 
 
 def _first_epoch(root: str, manifest: Manifest, sample: Sample, training: Mapping[str, Any]) -> dict[str, int | str]:
-    """Step, worker and place in the batch by which a sample is delivered in epoch 0."""
+    """Return step, worker and place in the batch of a sample's delivery in epoch 0."""
     count = int(manifest.definition["samples"]["train"])
     if count > MOST_ORDERED:
         return {}
@@ -188,7 +188,7 @@ def _first_epoch(root: str, manifest: Manifest, sample: Sample, training: Mappin
 
 
 def _encoded(root: str, manifest: Manifest, sample: Sample, *, several: bool) -> Section:
-    """Stored values of a sample against its source row, and the checksum of its block."""
+    """Compare stored values of a sample with its source row, and the checksum of its block."""
     name = f"values of {sample.source.get('image_id', sample.sample_id)}" if several else "values"
     if sample.file is None:
         return Section(title=name, notes=["It isn't there."])
@@ -219,7 +219,7 @@ def _label(manifest: Manifest, sample: Sample, block: pa.Table) -> dict[str, Any
 
 
 def _feature_rows(manifest: Manifest, sample: Sample, stored: npt.NDArray[np.float32]) -> list[dict[str, Any]]:
-    """Each feature: raw value, what is stored, what a model sees, and whether encoding again gives the same."""
+    """Return each feature: raw value, stored value, the model's input, and the result of encoding again."""
     encoder = encoder_of(manifest)
     assert encoder is not None, "tables are encoded"
     raw = {name: sample.source[name] for name in feature_columns(manifest)}
@@ -241,7 +241,7 @@ def _feature_rows(manifest: Manifest, sample: Sample, stored: npt.NDArray[np.flo
 
 
 def _table(raw: Mapping[str, Any], encoder: Encoder) -> pa.Table:
-    """Make a table of a raw row as the encoder takes it: a column without a value has no type of its own."""
+    """Return a raw row as a table for the encoder: a column without a value has no type of its own."""
     texts = {feature.column for feature in encoder.features if feature.encoding == "category"}
     return pa.table(
         {
@@ -254,7 +254,7 @@ def _table(raw: Mapping[str, Any], encoder: Encoder) -> pa.Table:
 
 
 def _image_facts(root: str, manifest: Manifest, sample: Sample, block: pa.Table) -> dict[str, Any]:
-    """The picture against that of the source, and by what it is normalised."""
+    """Compare the picture with that of the source; return this and the constants for normalising."""
     image, constants = to_numpy(block, IMAGE)[0], manifest.definition["normalise"]
     facts = {
         "shape": " × ".join(map(str, image.shape)),

@@ -1,7 +1,7 @@
-"""Samples of a streaming-ready copy that an entity or an image became, and the place of each.
+"""Samples of a streaming-ready copy that come from an entity or an image, and the place of each.
 
 A sample's id, split and place in the order are functions of its row in the source version, so they are computed from
-there; then the one file that must have it is asked whether it has: by its column of ids alone.
+there; then the one file that must have it is checked, by its column of ids alone.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Sample:
         source_row: Its number there.
         sample_id: Its id.
         split: Its split.
-        file: Its file; None if it isn't where it must be.
+        file: Its file; None if it isn't in the expected place.
         block: Row of the file, which is a block of samples.
         place: Its place in the block.
         position: Its number among the samples of the split, in the order of the files.
@@ -71,7 +71,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Outcome of an entity's rows: samples, and rows that were left out, each with the reason."""
+    """Outcome of an entity's rows: samples, and omitted rows, each with the reason."""
 
     source: Manifest
     held: tuple[Sample, ...]
@@ -96,18 +96,18 @@ def feature_columns(copy: Manifest) -> list[str]:
 
 
 def find_samples(root: str, copy: Manifest, config: DeliveryConfig, key: str) -> Samples:
-    """Find the samples of an entity, or of an image or one of its variants.
+    """Return the samples of an entity, or of an image or one of its variants.
 
     Args:
         root: Root of the store.
         copy: A streaming-ready version.
         config: Its configuration.
-        key: The entity's key; of images the id of an original or of a variant.
+        key: The entity's key; for images the id of an original or of a variant.
 
     Raises:
         VersionNotFound: the source version was deleted.
         CorruptVersion: a file is missing.
-        ConfigError: the key can't be one.
+        ConfigError: the key is invalid.
 
     """
     version = source_of(root, copy)
@@ -136,7 +136,7 @@ def find_samples(root: str, copy: Manifest, config: DeliveryConfig, key: str) ->
 
 
 def _taken(root: str, copy: Manifest, version: Manifest, config: DeliveryConfig) -> Source:
-    """Return what a copy has taken of its source, as its definition says."""
+    """Return the parts of its source that a copy uses, by its definition."""
     definition, known = copy.definition, [column.name for column in version.columns]
     label = definition.get("label")
     return Source(
@@ -162,7 +162,7 @@ def _source_rows(root: str, copy: Manifest, version: Manifest, key: str, columns
 
 
 def _locate(root: str, copy: Manifest, split: str, sample_id: int, config: DeliveryConfig) -> dict[str, Any]:
-    """Find the place of a sample in its split; first where its random key says, then anywhere."""
+    """Return the place of a sample in its split; search first by its random key, then everywhere."""
     form, counts = block_format(copy), copy.definition["file_samples"]
     own = [entry for entry in copy.files if entry.path.startswith(layout.split_directory(split) + "/")]
     total = int(copy.definition["samples"].get(split, 0))
@@ -195,7 +195,7 @@ def split_row(config: DeliveryConfig, entity: str, value: int | str, copy: str) 
 
 
 def summary(root: str, copy: Manifest, key: str) -> str:
-    """Count the samples of a key that a copy has, in words."""
+    """Return the number of a key's samples in a copy, in words."""
     try:
         config = config_of(DeliveryConfig, copy)
     except ConfigError as fault:

@@ -1,7 +1,7 @@
-"""Rows of one key in the source files of a version, as these are now.
+"""Rows of one key in the source files of a version, in their present state.
 
-Sources are read as the flow reads them (`tasks.features.rows`), but first by the key alone; the other columns only of
-row groups that have it. Python files of definitions aren't run: what a version names may have come from anywhere.
+Sources are read as the flow reads them (`tasks.features.rows`), but first by the key alone; other columns only from
+row groups that have it. Python files of definitions aren't run: a version may name any file.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from tasks.store.settings import config_of
 
 ROW = "row"
 _READERS = 16
-_ROWS_AT_ONCE = 1  # row groups are looked into one by one
+_ROWS_AT_ONCE = 1  # row groups are searched one by one
 
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """Sources as a version's configuration declares them, and why some may be missing."""
+    """Sources declared by a version's configuration, and the reasons for missing ones."""
 
     definitions: Definitions
     config: FeatureStoreConfig
@@ -65,7 +65,7 @@ def declared_sources(manifest: Manifest) -> Declared:
 
 
 def files_section(title: str, record: InputRecord, note: str = "") -> Section:
-    """Files of an input as they are now."""
+    """Return the files of an input in their present state."""
     rows = [file.as_row() for file in check_files(record)]
     return Section(title=title, rows=rows, notes=[note] if note else [])
 
@@ -77,14 +77,14 @@ def events_section(
     key: tuple[str, int | str],
     spans: Mapping[str, tuple[dt.datetime | None, dt.datetime | None]],
 ) -> Section:
-    """Files of events, with how many the key has in each of some spans of time.
+    """Return files of events, with the key's number of events in each of some spans of time.
 
     Args:
         declared: Sources of the version.
         manifest: The version's.
         record: The events.
         key: Key column and key.
-        spans: Name of a column of the answer → after which time (None: any), up to which (None: any).
+        spans: Name of a column of the answer → start, exclusive (None: any), end, inclusive (None: any).
 
     """
     entity, value = key
@@ -116,7 +116,7 @@ def events_section(
 
 
 def dimension_section(declared: Declared, manifest: Manifest, record: InputRecord, value: int | str) -> Section:
-    """Rows of the dimension that have the key: the first is joined, others are copies or contradict it."""
+    """Return rows of the dimension that have the key: the first is joined, others are copies or contradict it."""
     title = f"rows of {record.name}"
     source = declared.definitions.dimensions.get(record.name)
     if source is None:
@@ -136,7 +136,7 @@ def dimension_section(declared: Declared, manifest: Manifest, record: InputRecor
 
 
 def _doubts(files: Sequence[CheckedFile]) -> list[str]:
-    """Say what keeps the counts from being those of the version."""
+    """Return reasons why the counts may differ from those of the version."""
     states: Counter[str] = Counter(file.state for file in files)
     texts = {"gone": "are gone", "changed since": "have changed since, and are counted as they are now"}
     doubts = [f"{states[state]} of {len(files)} files {text}" for state, text in texts.items() if states[state]]
@@ -152,14 +152,14 @@ def _within(times: pl.Series, after: dt.datetime | None, until: dt.datetime | No
 
 
 def key_type_in(manifest: Manifest, column: str) -> KeyType:
-    """Return the type that the keys of a version's column have."""
+    """Return the type of the keys of a version's column."""
     return "int64" if is_whole(manifest, column) else "string"
 
 
 def _event_plan(
     declared: Declared, source: EventSource, entity: str, manifest: Manifest, table: SourceTable
 ) -> RowPlan:
-    """Plan how the events of a source are read, as far as it decides which rows of an entity count."""
+    """Plan the reading of a source's events, as far as it decides which rows of an entity count."""
     config = declared.config
     features = {"found": pl.len()}
     if config.negative_amounts == "reject" and table.has(names_in_files(source, table).get("amount", "amount")):
@@ -191,11 +191,11 @@ class KeyedRows:
 
 
 def rows_of_key(checked: CheckedFile, plan: RowPlan, key: str, value: int | str) -> KeyedRows | None:
-    """Read the rows of a key in a file, each kept or rejected as the flow does it; None of a deleted file.
+    """Read the rows of a key in a file, each kept or rejected by the flow's rules; None for a deleted file.
 
     Args:
         checked: The file.
-        plan: How the source is read.
+        plan: Rules for reading the source.
         key: Our name of the key column.
         value: The key.
 

@@ -1,7 +1,7 @@
 """One row of a training set, explained: the origin of its target and of each of its features.
 
-A feature's history is that of the versions which the training set's manifest names, whatever has been published or
-withdrawn since; the match is the flow's own (`tasks.training_sets.asof`).
+A feature's history consists of the versions that the training set's manifest names, regardless of later
+publications or withdrawals; the match is the flow's (`tasks.training_sets.asof`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from tasks.training_sets.spine import SPINE
 
 
 def explain_training_row(root: str, manifest: Manifest, key: str, at: str | None) -> Explanation:
-    """Explain where a row of a training set comes from, and who has it."""
+    """Explain the origin of a row of a training set, and its holders."""
     entity: str = manifest.definition["entity"]
     held = look_for(root, manifest, key, at, time=EVENT_TIME, spellings=_spellings(manifest, entity))
     if isinstance(held, Explanation):
@@ -80,7 +80,7 @@ def _spellings(manifest: Manifest, entity: str) -> set[str]:
 def _target(
     manifest: Manifest, key: tuple[str, int | str], row: Mapping[str, Any], moment: dt.datetime
 ) -> list[Section]:
-    """The target, and the rows of the source that it was made of."""
+    """Return the target, and the source rows that it was made of."""
     spine = manifest.definition["spine"]
     if "label" not in spine:
         return [_from_table(manifest, key, row, moment)]
@@ -109,7 +109,7 @@ def _target(
 
 
 def _from_table(manifest: Manifest, key: tuple[str, int | str], row: Mapping[str, Any], moment: dt.datetime) -> Section:
-    """The row of the user's own table."""
+    """Return the row of the user's table."""
     entity, value = key
     record = next(one for one in manifest.inputs if one.version is None and one.name == SPINE)
     columns = manifest.definition["spine"]["columns"]
@@ -140,7 +140,7 @@ def _from_table(manifest: Manifest, key: tuple[str, int | str], row: Mapping[str
 
 
 def _features(manifest: Manifest, matched: Sequence[Match], moment: dt.datetime) -> Section:
-    """Features that each group gave."""
+    """Return the features from each group."""
     definition = manifest.definition
     days = definition["ttl_days"]
     rows = [
@@ -164,7 +164,7 @@ def _features(manifest: Manifest, matched: Sequence[Match], moment: dt.datetime)
 
 
 def _values(manifest: Manifest, matched: Sequence[Match], row: Mapping[str, Any]) -> Section:
-    """Each feature, compared with the value that the version has now."""
+    """Compare each feature with the version's present value."""
     given = {column: match for match in matched for column in match.columns}
     rows = []
     for column, reference in manifest.definition["columns"].items():
@@ -178,7 +178,7 @@ def _values(manifest: Manifest, matched: Sequence[Match], row: Mapping[str, Any]
 
 
 def _splits(root: str, manifest: Manifest, entity: str, value: int | str) -> Section:
-    """The split that each copy gives the entity, and why; without a copy, that of the usual settings."""
+    """Return the split of the entity in each copy, and why; without a copy, that of the usual settings."""
     copies = [one for one in made_from(root, manifest)[0] if layout.kind(one.dataset) == "streaming-copy"]
     rows = []
     for copy in copies:
@@ -203,7 +203,7 @@ class Match:
         versions: Versions that were read for the training set.
         version: The version whose row was matched; None: none.
         as_of: Time of that row.
-        age: From then to the event.
+        age: Time from then to the event.
         why: The match in words, or why there is none.
         columns: Column of the training set → value in the matched row.
         gone: Versions that were read and have been deleted since.
@@ -226,7 +226,7 @@ class Match:
 
 
 def matches(root: str, manifest: Manifest, row: Mapping[str, Any]) -> list[Match]:
-    """Find the match of each group for a row of a training set.
+    """Return the match of each group for a row of a training set.
 
     Args:
         root: Root of the store.
@@ -283,7 +283,7 @@ def _options(manifest: Manifest) -> dict[str, Any]:
 
 
 def _rows_of(root: str, history: History, value: Any, known_at: bool) -> tuple[pl.DataFrame, list[HistoryVersion]]:
-    """Read the rows of an entity in all versions, oldest first, and the version of each."""
+    """Return the rows of an entity in all versions, oldest first, and the version of each."""
     keys = pl.Series(history.entity, [value])
     bucket = int(bucket_of(keys.to_arrow(), history.buckets)[0])
     frames, owners = [], []
@@ -296,7 +296,7 @@ def _rows_of(root: str, history: History, value: Any, known_at: bool) -> tuple[p
 
 
 def _why_not(rows: pl.DataFrame, when: dt.datetime, options: Mapping[str, Any]) -> str:
-    """Say why no row of a history counts."""
+    """Return why no row of a history counts."""
     times = rows[AS_OF].to_list()
     before = [moment for moment in times if (moment < when if options["strict"] else moment <= when)]
     if not times:

@@ -1,4 +1,4 @@
-"""Answers of `explain` as values: sections of facts, tables and sentences; and those that all kinds have in common."""
+"""Answers of `explain` as values: sections of facts, tables and sentences; and the sections common to all kinds."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ Answer = Literal["held", "rejected", "left out"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """One side of the answer.
+    """One section of the answer.
 
     Attributes:
         title: Its name; programs find it under this name in lower case.
         facts: Names and values.
         rows: A table, one mapping a row; all have the same names.
-        shown: Names of the columns that people see; all, if none are given.
+        shown: Names of the columns that people see; empty for all.
         notes: Sentences.
 
     """
@@ -55,10 +55,10 @@ class Explanation:
 
     Attributes:
         manifest: The version's.
-        key: Key that was asked for.
-        answer: 'held' by the version; 'rejected' on the way to it; 'left out' of it by intent.
+        key: Requested key.
+        answer: 'held' by the version; 'rejected' on the way to it; 'left out' of it on purpose.
         headline: The answer in a sentence.
-        sections: The rest.
+        sections: The sections.
 
     """
 
@@ -69,7 +69,7 @@ class Explanation:
     sections: Sequence[Section]
 
     def to_json(self) -> str:
-        """Return the answer for programs: sections by their names, every value in its own unit."""
+        """Return the answer for programs: sections by their names, every value in its original unit."""
         sections = {
             one.title.replace(" ", "_"): {"facts": dict(one.facts), "rows": list(one.rows), "notes": list(one.notes)}
             for one in self.sections
@@ -106,7 +106,7 @@ class Explanation:
 
 
 def _plain(value: object) -> object:
-    """Write lists and mappings in a line, and numbers of the data with all their digits."""
+    """Return lists and mappings in one line, and numbers of the data with all their digits."""
     match value:
         case dt.datetime():
             return moment(value)
@@ -126,7 +126,7 @@ def _cell(value: object) -> object:
 
 
 def version_section(root: str, manifest: Manifest) -> Section:
-    """State of the version, and the run and the code that made it."""
+    """Return the state of the version, and the run and the code that made it."""
     withdrawal = withdrawal_of(root, manifest.dataset, manifest.version)
     facts = {
         "version": f"{manifest.dataset} v{manifest.version}",
@@ -141,11 +141,11 @@ def version_section(root: str, manifest: Manifest) -> Section:
 
 
 def gate_section(manifest: Manifest, concerned: Mapping[str, str]) -> Section:
-    """Verdict of the gate, and the checks that didn't pass.
+    """Return the verdict of the gate, and the checks that didn't pass.
 
     Args:
         manifest: The version.
-        concerned: Columns (and names of sources) that have to do with the row, and what.
+        concerned: Columns (and names of sources) related to the row, and how.
 
     """
     open_checks = [check for check in manifest.gate.checks if check.verdict != "pass"]
@@ -168,7 +168,7 @@ def gate_section(manifest: Manifest, concerned: Mapping[str, str]) -> Section:
 def rejected_rows(
     root: str, manifest: Manifest, columns: Collection[str], keys: Collection[str]
 ) -> list[dict[str, Any]]:
-    """Find rejected rows that have one of some keys in one of some columns, with the reason and their place.
+    """Return rejected rows that have one of some keys in one of some columns, with the reason and their place.
 
     Args:
         root: Root of the store.
@@ -195,7 +195,7 @@ def rejected_rows(
 
 
 def matching(table: pa.Table, keys: Collection[str]) -> pa.Array:
-    """Mark the rows that have one of some keys in any column, whatever its type; '7.0' is 7."""
+    """Mark the rows that have one of some keys in any column, of any type; '7.0' is 7."""
     hits = pa.array([False] * table.num_rows)
     for column in table.columns:
         kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
@@ -221,7 +221,7 @@ def _rejected(row: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 
 def _meaning(reason: str) -> str | None:
-    """A reason in words."""
+    """Return a reason in words."""
     if reason in _MEANINGS:
         return _MEANINGS[reason]
     if reason.startswith("no_") and reason.endswith("_row"):
@@ -242,19 +242,19 @@ _PREFIXES = {
 
 
 def rejected_sections(rows: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> list[Section]:
-    """Rejected rows as a section, none if there are none; people see their values as text."""
+    """Return rejected rows as a section, none if there are none; people see their values as text."""
     names = ("reason", "source file", "source row", "detail", "values", "kept in")
     shown = tuple(name for name in names if any(row[name] is not None for row in rows))
     return [Section(title="rejected", rows=rows, shown=shown, notes=notes)] if rows else []
 
 
 def rejected_sources(rows: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Names of the sources of rejected rows, as the files that keep these are named."""
+    """Return the names of the sources of rejected rows, as in the names of the files that keep these."""
     return {row["kept in"].partition("/")[2].rsplit("-", 2)[0].removesuffix("-conflicts") for row in rows}
 
 
 def refuse(manifest: Manifest, what: str, key: str, close: Sequence[str]) -> NoReturn:
-    """Say that a version hasn't a key.
+    """Raise an error for a missing key of a version.
 
     Raises:
         InputError: always; its message names the closest keys.
@@ -267,11 +267,11 @@ def refuse(manifest: Manifest, what: str, key: str, close: Sequence[str]) -> NoR
 
 
 def pick_time(manifest: Manifest, key: str, times: Sequence[dt.datetime], at: str | None) -> dt.datetime:
-    """Pick one of the times of a key's rows: the newest, unless one is asked for.
+    """Return one of the times of a key's rows: the newest, unless one is given.
 
     Raises:
-        ConfigError: the text is no time.
-        InputError: there is no row of that time; the message names those that there are.
+        ConfigError: the text isn't a time.
+        InputError: there is no row of that time; the message names the available ones.
 
     """
     if at is None:
@@ -305,10 +305,10 @@ def absent(
         root: Root of the store.
         manifest: The version's.
         what: Kind of thing, and its key.
-        why: Reason for which it isn't there.
-        sections: Sections that say more.
+        why: Reason for its absence.
+        sections: Further sections.
         answer: Kind of the answer.
-        concerned: As `gate_section` takes it.
+        concerned: As in `gate_section`.
 
     """
     headline = f"{what[0]} {what[1]} isn't in {manifest.dataset} v{manifest.version}: {why}"
@@ -339,19 +339,19 @@ class Held:
 def look_for(
     root: str, manifest: Manifest, key: str, at: str | None, *, time: str, spellings: Collection[str]
 ) -> Held | Explanation:
-    """Look for an entity's rows, kept and rejected; where there are only rejected ones, that is the whole answer.
+    """Return an entity's row, or the whole answer if there are only rejected ones.
 
     Args:
         root: Root of the store.
         manifest: The version's, which names its entity.
         key: The entity's key, as it was typed.
-        at: The time that is asked for; None: the newest.
+        at: The requested time; None: the newest.
         time: Column of the rows' times.
         spellings: Names of the key's column in the files of rejected rows.
 
     Raises:
         InputError: the version has no such row, and has rejected none.
-        ConfigError: the key or the time can't be one.
+        ConfigError: the key or the time is invalid.
 
     """
     entity: str = manifest.definition["entity"]

@@ -1,7 +1,7 @@
-"""The command `explain`: where a row comes from, what was done to it, and who has it now.
+"""The command `explain`: origin of a row, its treatment, and its present holders.
 
 Neither Ray nor Prefect is started, and no version is read as a whole: a row is found by the partition of its version
-and the least and greatest keys in the footers of its files.
+and the smallest and largest keys in the footers of its files.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ PICTURES = (".png", ".webp")
 
 
 def explain(arguments: argparse.Namespace) -> int:
-    """Answer `explain`.
+    """Run the command `explain`.
 
     Args:
         arguments: name, version, key, at, picture, json, root.
 
     Raises:
-        ConfigError: arguments that don't belong together, or a key that can't be one.
-        InputError: the version has no such row, nor has it rejected one.
+        ConfigError: the arguments contradict each other, or the key is invalid.
+        InputError: the version neither has nor rejected such a row.
         VersionNotFound: there is no such version.
 
     """

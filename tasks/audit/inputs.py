@@ -1,4 +1,4 @@
-"""Inputs of a version as they are now: the files of its sources, the versions that it read, its declaration."""
+"""Inputs of a version in their present state: its source files, the versions that it read, its declaration."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _NAMED = 3
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Reason for which something may differ: its kind, such as 'input' or 'library', and a sentence.
+    """Reason for a possible difference: its kind, such as 'input' or 'library', and a sentence.
 
-    columns: those that it can make differ; none means any.
+    columns: affected columns; none means any.
     """
 
     kind: str
@@ -40,9 +40,9 @@ class CheckedFile:
     Attributes:
         source: URI of the input.
         number: Place of the file among the input's.
-        file: The file as it was recorded.
-        info: The file as it is now; None if there is none.
-        fingerprint: Its fingerprint now.
+        file: The file as recorded.
+        info: The present file; None if there is none.
+        fingerprint: Its present fingerprint.
 
     """
 
@@ -60,7 +60,7 @@ class CheckedFile:
         return "unchanged" if self.fingerprint == self.file.fingerprint else "changed since"
 
     def as_row(self) -> dict[str, Any]:
-        """The file as a row of a table."""
+        """Return the file as a row of a table."""
         file = self.file
         return {"file": file.uri, "bytes": file.bytes, "fingerprint": file.fingerprint, "now": self.state}
 
@@ -77,10 +77,10 @@ def check_files(record: InputRecord) -> list[CheckedFile]:
 
 
 def table_of(record: InputRecord, files: Sequence[CheckedFile]) -> SourceTable:
-    """Return a source of just these files of an input, as far as they are there.
+    """Return a source of only these files of an input, if they exist.
 
     Raises:
-        SourceError: none of them is there, or one can't be read.
+        SourceError: none of them exists, or one can't be read.
 
     """
     infos = [file.info for file in files if file.info is not None]
@@ -92,7 +92,7 @@ def table_of(record: InputRecord, files: Sequence[CheckedFile]) -> SourceTable:
 
 
 def input_causes(record: InputRecord, files: Sequence[CheckedFile]) -> list[Cause]:
-    """One cause for each changed file of an input; of many the first few, and how many there are."""
+    """Return one cause for each changed file of an input; for many the first few, and their number."""
     changed = [file for file in files if file.state != "unchanged"]
     texts = [
         f"{one.file.uri} is gone"
@@ -113,7 +113,7 @@ def _short(fingerprint: str) -> str:
 
 @dataclass(slots=True)
 class Sources:
-    """Source files of a version as they are now, by source, and the causes that they give."""
+    """Present source files of a version, by source, and the resulting causes."""
 
     files: dict[str, list[CheckedFile]] = field(default_factory=dict)
     tables: dict[str, SourceTable] = field(default_factory=dict)
@@ -125,10 +125,10 @@ def sources_of(records: Sequence[InputRecord], kept: str | None = None) -> Sourc
 
     Args:
         records: Inputs that are raw files.
-        kept: Source whose events are kept beside the version: only its unchanged files are taken.
+        kept: Source whose events are kept beside the version: only its unchanged files are used.
 
     Raises:
-        SourceError: a source has no file any more.
+        SourceError: a source has no files any more.
 
     """
     sources = Sources()
@@ -143,9 +143,9 @@ def sources_of(records: Sequence[InputRecord], kept: str | None = None) -> Sourc
 
 
 def present(definitions: Definitions, sources: Sources, notes: list[str]) -> Definitions:
-    """Leave out dimensions that can't be read and of which a version took nothing but the types of keys.
+    """Leave out unreadable dimensions from which a version took nothing but the types of keys.
 
-    `sources` gets the tables of the others; `notes` says what is left out.
+    `sources` gets the tables of the others; `notes` lists the omitted ones.
     """
     dimensions = dict(definitions.dimensions)
     for name, dimension in definitions.dimensions.items():
@@ -160,9 +160,9 @@ def present(definitions: Definitions, sources: Sources, notes: list[str]) -> Def
 
 
 def input_version(root: str, record: InputRecord, causes: list[Cause]) -> Manifest | None:
-    """Return the manifest of a version that another one was made from, None where it can't be read.
+    """Return the manifest of a version that another one was made from, None if it can't be read.
 
-    `causes` says so, or that it lists other files than were read.
+    Add a cause to `causes` if it can't be read, or lists other files than were read.
     """
     assert record.version is not None, "an input that is a version has a number"
     name = f"{record.name} v{record.version}"
@@ -178,7 +178,7 @@ def input_version(root: str, record: InputRecord, causes: list[Cause]) -> Manife
 
 
 def other_declaration(manifest: Manifest, declared: Mapping[str, Any]) -> list[Cause]:
-    """Compare a declaration as it is now with the one that a version was made by."""
+    """Compare a present declaration with the one that a version was made by."""
     names = _differing(manifest.definition, declared, declared)
     if not names:
         return []
@@ -193,16 +193,16 @@ def other_declaration(manifest: Manifest, declared: Mapping[str, Any]) -> list[C
 
 
 def _differing(then: Mapping[str, Any], now: Mapping[str, Any], names: Any) -> list[str]:
-    """Names whose values differ as JSON."""
+    """Return the names whose values differ as JSON."""
     pairs = ((name, json.dumps(then.get(name)), json.dumps(now.get(name))) for name in dict.fromkeys(names))
     return [name for name, before, after in pairs if json.loads(before) != json.loads(after)]
 
 
 def why_not(fault: Exception) -> Cause:
-    """Return the cause for which nothing can be made again.
+    """Return the cause that prevents any replay.
 
     Raises:
-        Exception: the fault itself, if it may pass.
+        Exception: the fault itself, if it may be transient.
 
     """
     if is_transient(fault):

@@ -1,4 +1,4 @@
-"""Kinds of datasets: how the rows of each are made again and explained."""
+"""Kinds of datasets: functions for making the rows of each again and for explaining them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Kind:
     """Programs for one kind of dataset.
 
     Attributes:
-        again: Makes rows again and compares them.
-        explain: Explains where a row comes from, what was done to it, and who has it. It takes the root of the store,
+        again: Class that makes rows again and compares them.
+        explain: Function that explains a row's origin, treatment and holders. It takes the root of the store,
             the manifest, the key as it was typed, and the value of `option`; raises InputError if the version has no
-            such row and has rejected none, and ConfigError if the key or the value can't be one.
+            such row and has rejected none, and ConfigError if the key or the value is invalid.
         option: Argument that may be given beside a key: `at`, the time of a row, or `picture`, a file to draw to.
-        declared: True if the user declares what a version holds, so that the digest of its code includes that.
+        declared: True if the user declares a version's content, so that the digest of its code includes that.
 
     """
 
@@ -36,7 +36,7 @@ def kind_of(manifest: Manifest) -> Kind:
     """Return the kind of a version; the modules of the other kinds aren't loaded.
 
     Raises:
-        InputError: it is of none that is known here.
+        InputError: its kind is unknown.
 
     """
     match layout.kind(manifest.dataset):

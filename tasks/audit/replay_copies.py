@@ -1,7 +1,7 @@
 """Samples of a streaming-ready copy made again from its source version: order, ids, labels and values.
 
-All rows of the source are looked at for their ids and splits, since these decide where each sample is: about thirty
-bytes a row are held. Only the rows of the samples that were asked for are encoded.
+All rows of the source are read for their ids and splits, since these decide the place of each sample: about thirty
+bytes a row are held. Only the rows of the requested samples are encoded.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tasks.store.settings import config_of
 
 
 class CopyAgain(Again):
-    """The samples of one copy, to be made again with the blocks that they are in."""
+    """The samples of one copy, to be made again with their blocks."""
 
     unit = "sample"
 
@@ -70,7 +70,7 @@ class CopyAgain(Again):
         return replayed
 
     def _blocks(self, wanted: Mapping[str, IntArray]) -> dict[str, pa.Table]:
-        """Make the blocks of some numbers of each file, as far as there are so many."""
+        """Make the blocks of some numbers of each file, if there are as many."""
         [record] = self.manifest.inputs
         version = input_version(self.root, record, self.causes)
         if version is None:
@@ -109,9 +109,9 @@ class CopyAgain(Again):
         }
 
     def _order(self, ids: IntArray, splits: npt.NDArray[np.int8]) -> dict[tuple[str, int], IntArray]:
-        """Rows of the source that become samples, by split and file, in the order of their samples.
+        """Return rows of the source that become samples, by split and file, in the order of their samples.
 
-        Rows are numbered through all units, those alone that are kept.
+        Rows are numbered through all units, counting only kept ones.
         """
         drawn = random_keys(ids, self._config.seed)
         counts = np.bincount(splits, minlength=len(SPLITS))
@@ -123,7 +123,7 @@ class CopyAgain(Again):
         return found
 
     def _encoded(self, rows: IntArray, ids: list[IntArray]) -> list[Samples]:
-        """Make samples of some rows, ascending, from the units that have them."""
+        """Make samples of some rows, ascending, from their units."""
         starts = np.cumsum([0, *(len(own) for own in ids)])
         unit_of = np.searchsorted(starts, rows, side="right") - 1
         columns = self._source.columns + ([IMAGE] if self._source.image else [])
@@ -145,15 +145,15 @@ class CopyAgain(Again):
 def _compare(
     stored: StoredFiles, entry: FileEntry, numbers: IntArray, *, size: int, blocks: IntArray, made: pa.Table | None
 ) -> list[Replayed]:
-    """Compare some samples of one file, and the blocks that they are in.
+    """Compare some samples of one file, and their blocks.
 
     Args:
         stored: The version's files.
         entry: The file.
         numbers: Samples, by their number in the file.
         size: Samples of a block.
-        blocks: Numbers of the blocks that have them.
-        made: These blocks, made again, as far as there are so many now.
+        blocks: Numbers of their blocks.
+        made: These blocks, made again, if there are as many now.
 
     """
     names = [f"{entry.path} sample {number}" for number in numbers.tolist()]
@@ -177,7 +177,7 @@ def _compare(
 
 
 def _samples(blocks: pa.Table, rows: IntArray, within: IntArray, size: int) -> pa.Table:
-    """Take some samples of blocks, with the numbers of their blocks; a tensor is its bytes."""
+    """Return some samples of blocks, with the numbers of their blocks; a tensor is its bytes."""
     columns: dict[str, pa.Array] = {}
     for field in blocks.schema:
         if not is_tensor(field):
@@ -191,7 +191,7 @@ def _samples(blocks: pa.Table, rows: IntArray, within: IntArray, size: int) -> p
 
 
 def _place_of(path: str) -> tuple[str, int]:
-    """Split and number of a data file."""
+    """Return split and number of a data file."""
     number = layout.part_number(path)
     assert number is not None, f"{path} isn't named as a part"
     return path.partition("/")[0].removeprefix("split="), number

@@ -1,4 +1,4 @@
-"""Rows of a feature version made again: of what the sources hold, only the sampled entities' events are kept.
+"""Rows of a feature version made again: of the sources' rows, only the sampled entities' events are kept.
 
 sources ─ judge ─ look up ─ events of the sampled entities ─┐
 ├─ features at each as-of time ─ join ─ score ─ compare
@@ -46,7 +46,7 @@ class FeaturesAgain(TableAgain):
         self._config = config_of(FeatureStoreConfig, manifest, root=root)
 
     def rows(self, sampled: pa.Table) -> pa.Table:
-        """Make all rows of the sampled entities, as they would be written."""
+        """Make all rows of the sampled entities, in written form."""
         planned, plan = self._plan()
         keys = frame_of(sampled.select([self.entity])).unique()
         features = snapshots_of(planned, self._events(plan, planned, keys), plan.time, plan.as_of)
@@ -65,11 +65,11 @@ class FeaturesAgain(TableAgain):
         for entry in self.manifest.files:
             try:
                 yield self.stored.read(entry, columns=columns)
-            except Unreadable as fault:  # the fences are others' without these rows, and so is the quality of all
+            except Unreadable as fault:  # without these rows the fences differ, and so does the quality of all
                 self.causes.append(replace(fault.cause, columns=frozenset(QUALITY)))
 
     def _plan(self) -> tuple[GroupPlan, FeaturePlan]:
-        """Plan the run again, over just the files that it read, as far as they are there."""
+        """Plan the run again, over only the files that it read, if they exist."""
         manifest = self.manifest
         definitions = with_uris(declared(self._config.definitions), self._config)
         name = manifest.dataset.rpartition("/")[2]
@@ -81,7 +81,7 @@ class FeaturesAgain(TableAgain):
         self._sources = sources_of(manifest.inputs, kept)
         self.causes += self._sources.causes
         definitions = present(definitions, self._sources, self.notes)
-        # Which columns are needed, and rows rejected for, is decided for all groups of a run that read one source.
+        # The needed columns, and those that rows are rejected for, depend on all groups of a run that read one source.
         beside = [one.name for one in definitions.select(self._config.groups) if one.source == group.source]
         config = self._config.model_copy(update={"groups": tuple(beside)})
         [plan] = plan_features(definitions, config, manifest.as_of, self._sources.tables)
@@ -89,7 +89,7 @@ class FeaturesAgain(TableAgain):
 
     def _events(self, plan: FeaturePlan, planned: GroupPlan, keys: pl.DataFrame) -> pl.DataFrame:
         """Read the entities' events up to the last as-of time, in the order of the files."""
-        # Later ones are left out only here, so that kept events and those of files are treated alike.
+        # Later ones are left out only here, so that kept events and those of files are treated equally.
         source = replace(plan.events, rows=replace(plan.events.rows, as_of=None))
         numbers = {file.info.uri: file.number for file in self._sources.files[source.name] if file.info is not None}
         lookups = lookup_tables(plan)

@@ -1,7 +1,7 @@
 """Images of a version made again, from their files: decoded, drawn, augmented, judged, labelled and split anew.
 
 The split depends on all images, and is made from the version's table of all of them (`_originals`): from ids,
-classes and groups. Which images are alike is taken from there as it is, since to find it all of them are decoded.
+classes and groups. Likeness of images is taken from there unchanged, since finding it would decode all of them.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from tasks.store.manifest import FileEntry, Manifest
 from tasks.store.settings import config_of
 
 AT_ONCE = 32
-"""Images whose variants are held in memory at a time."""
+"""Number of images whose variants are held in memory at a time."""
 
 _OF_ALL_IMAGES = frozenset({"class_id", "class_name", "one_hot_label", "split", "bytes"})
-"""Columns that the listing and the labels decide, not what is in an image's own file."""
+"""Columns that the listing and the labels decide, not the content of an image's file."""
 
 
 class ImagesAgain(Again):
-    """The images of one version, to be made again, each with all of its variants and what is noted of it."""
+    """The images of one version, to be made again, each with all of its variants and its record."""
 
     unit = "image"
 
@@ -93,7 +93,7 @@ class ImagesAgain(Again):
         return replayed
 
     def _runnable(self, config: ImageAugmentationConfig) -> ImageAugmentationConfig:
-        """Fit the configuration to this machine; without a GPU, one that asks for it runs on the CPU."""
+        """Fit the configuration to this machine; without a GPU, one that requests it runs on the CPU."""
         policy = config.augmentation.policy
         if policy is not None:
             text = f"the policy '{policy}' is code of your own, of which the manifest has no digest"
@@ -137,7 +137,7 @@ class ImagesAgain(Again):
         return {image: (name, size) for image, name, size in joined.select("image_id", "class_name", "bytes").rows()}
 
     def _compare(self, entry: FileEntry, originals: pl.DataFrame) -> list[Replayed]:
-        """Compare some images of one file with what is made of them now."""
+        """Compare some images of one file with their replays."""
         ids = originals["image_id"].to_list()
         try:
             owners = self.stored.read(entry, columns=["original_image_id"])["original_image_id"]
@@ -166,7 +166,7 @@ class ImagesAgain(Again):
         ]
 
     def _planned(self, originals: pl.DataFrame) -> pa.Table:
-        """Plan some images as a run would; the class of one that has no usable label now is the version's."""
+        """Plan some images as a run would; the class of one without a usable label now is the version's."""
         ids = originals["image_id"].to_list()
         classes, sizes = [], []
         for image, was, size in originals.select("image_id", "class_name", "bytes").rows():
@@ -187,7 +187,7 @@ class ImagesAgain(Again):
     def _of_originals(
         self, originals: pl.DataFrame, planned: pa.Table, outcomes: pa.Table
     ) -> dict[str, list[Difference]]:
-        """Compare what is noted of some images with what is found of them now; alike isn't found again."""
+        """Compare the records of some images with their replays; alike isn't found again."""
         ids = originals["image_id"].to_list()
         good = outcomes["reason"].is_null()
         images = planned.filter(good)
@@ -209,7 +209,7 @@ def _split_of(entry: FileEntry) -> str:
 
 
 def _changed(originals: pl.DataFrame, outcomes: pa.Table) -> Mapping[str, Sequence[Cause]]:
-    """Name the images whose own file isn't what it was."""
+    """Return the images whose file has changed."""
     rows = zip(originals.select("image_id", "uri", "content_xxh3").rows(), outcomes.to_pylist(), strict=True)
     found = {}
     for (image, uri, content), outcome in rows:

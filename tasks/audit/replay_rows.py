@@ -1,4 +1,4 @@
-"""Rows as they are stored and as they were made again: choose some, read them, make them again and compare."""
+"""Stored rows and rows made again: choose some, read them, make them again and compare."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SHOWN = 80
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One value that isn't as it is stored; row: which of several rows of what was replayed, if it has several."""
+    """One value that differs from the stored one; row: its row among several of the replayed item."""
 
     column: str
     stored: str
@@ -43,7 +43,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed:
-    """One row, image or sample; causes: reasons for which it alone may differ, such as its file that was altered."""
+    """One row, image or sample; causes: reasons why it alone may differ, such as its altered file."""
 
     name: str
     file: str
@@ -52,7 +52,7 @@ class Replayed:
 
 
 class Unreadable(Exception):
-    """A stored file was altered so that nothing can be read of it."""
+    """A stored file was altered so that nothing can be read from it."""
 
     def __init__(self, cause: Cause) -> None:
         super().__init__(cause.text)
@@ -65,7 +65,7 @@ class StoredFiles:
     Args:
         root: Root of the store.
         manifest: The version's.
-        role: Words before 'the stored file …' that say which version it is, of one that another was made from.
+        role: Words before 'the stored file …' that name the version, for one that another was made from.
 
     """
 
@@ -76,11 +76,11 @@ class StoredFiles:
 
     @property
     def altered(self) -> tuple[Cause, ...]:
-        """Files that aren't as they were, of those that were compared."""
+        """Compared files that have changed."""
         return tuple(cause for cause in self._seen.values() if cause is not None)
 
     def check(self, entry: FileEntry) -> tuple[Cause, ...]:
-        """Compare a file's bytes with its digest: one cause if it was altered, else none."""
+        """Compare a file's bytes with its digest: return one cause if it was altered, else none."""
         if entry.path not in self._seen:
             text = self._compared(entry)
             kind = "input" if self._role else "stored"
@@ -103,7 +103,7 @@ class StoredFiles:
 
         Raises:
             Unreadable: the file was altered, and can't be read any more.
-            CorruptVersion: it is what the manifest says, and can't be read.
+            CorruptVersion: it matches the manifest, and can't be read.
 
         """
         altered = self.check(entry)
@@ -123,21 +123,21 @@ class StoredFiles:
 
 
 def choose(total: int, sample: int, seed: int) -> IntArray:
-    """Choose some of so many things by their numbers, ascending; all of them where they are no more than asked for."""
+    """Choose some items by their numbers, ascending; all of them if there are no more than requested."""
     if sample >= total:
         return np.arange(total, dtype=np.int64)
     return np.sort(np.random.default_rng(seed).choice(total, sample, replace=False, shuffle=False)).astype(np.int64)
 
 
 def by_file(files: Sequence[tuple[FileEntry, int]], chosen: IntArray) -> list[tuple[FileEntry, IntArray]]:
-    """Number the chosen ones within each file that has some; files come with how many each holds."""
+    """Return the chosen numbers within each file, from files with their numbers of items."""
     starts = np.concatenate([[0], np.cumsum([count for _, count in files])]).astype(np.int64)
     owner = np.searchsorted(starts, chosen, side="right") - 1
     return [(files[number][0], chosen[owner == number] - starts[number]) for number in np.unique(owner).tolist()]
 
 
 def missing(name: str, entry: FileEntry, cause: Cause) -> Replayed:
-    """Return the outcome for something that can't be read where it is stored."""
+    """Return the outcome for an item that can't be read from its file."""
     differences = (Difference("(row)", "can't be read", "–"),)
     return Replayed(name=name, file=entry.path, differences=differences, causes=(cause,))
 
@@ -146,14 +146,14 @@ class Again(ABC):
     """The rows, images or samples of one version, to be made again.
 
     Attributes:
-        unit: Kind of thing: 'row', 'image' or 'sample'.
+        unit: Kind of item: 'row', 'image' or 'sample'.
         stored: The version's files.
-        causes: Things that are otherwise than they were; they gather while rows are made.
-        notes: Things that couldn't be made again, or only alike; likewise.
+        causes: Things that have changed; they are collected while rows are made.
+        notes: Things that couldn't be made again, or only similarly; also collected.
 
     Raises:
         ConfigError: this code can't use the version's configuration.
-        CorruptVersion: a file that says what the version holds was altered.
+        CorruptVersion: a file that describes the version's content was altered.
 
     """
 
@@ -168,7 +168,7 @@ class Again(ABC):
 
     @property
     def total(self) -> int:
-        """Number of them in the version."""
+        """Number of items in the version."""
         return self.manifest.rows
 
     @abstractmethod
@@ -182,14 +182,14 @@ class Again(ABC):
 
 
 class TableAgain(Again):
-    """The rows of one version of a table, which are named by an entity and a time."""
+    """The rows of one version of a table, which are identified by an entity and a time."""
 
     time: str
     """Column of the time."""
 
     @abstractmethod
     def rows(self, sampled: pa.Table) -> pa.Table:
-        """Make the rows of the sampled entities, in the order in which a file has those of one key."""
+        """Make the rows of the sampled entities, with those of one key in the order of a file."""
 
     @property
     def entity(self) -> str:
@@ -230,7 +230,7 @@ class TableAgain(Again):
 
 
 def _ordinals(table: pa.Table, columns: Sequence[str]) -> list[tuple[Any, ...]]:
-    """Key of each row, with the number of rows before it that have the same."""
+    """Return the key of each row, with the number of rows before it that have the same."""
     seen: dict[tuple[Any, ...], int] = {}
     found = []
     for key in zip(*(table[name].to_pylist() for name in columns), strict=True):
@@ -249,12 +249,12 @@ def differences(stored: pa.Table, rebuilt: pa.Table, places: Sequence[int | None
     """Compare rows, to the last bit of each value.
 
     Args:
-        stored: Rows as they are stored.
-        rebuilt: Rows as they were made again, in any order.
+        stored: Stored rows.
+        rebuilt: Rows made again, in any order.
         places: For each stored row its number among the rebuilt ones; None if it wasn't made.
 
     Returns:
-        For each stored row its differences, none if there are none.
+        The differences of each stored row, none if there are none.
 
     """
     found: list[list[Difference]] = [
@@ -275,7 +275,7 @@ def differences(stored: pa.Table, rebuilt: pa.Table, places: Sequence[int | None
 
 
 def same(one: Any, other: Any) -> bool:
-    """Check that two values are the same to the last bit; NaN is NaN, and 0.0 isn't -0.0."""
+    """Return True if two values are the same to the last bit; NaN is NaN, and 0.0 isn't -0.0."""
     if isinstance(one, float) and isinstance(other, float):
         return struct.pack("<d", one) == struct.pack("<d", other) or (math.isnan(one) and math.isnan(other))
     if isinstance(one, list) and isinstance(other, list):
@@ -284,7 +284,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def _shown(one: Any, other: Any) -> tuple[str, str]:
-    """Two values that differ, as text; of bytes how many differ, and the first."""
+    """Return two values that differ, as text; for bytes how many differ, and the first."""
     if isinstance(one, bytes) and isinstance(other, bytes):
         if len(one) != len(other):
             return f"{len(one):,} bytes", f"{len(other):,} bytes"
@@ -303,7 +303,7 @@ def text_of(value: Any) -> str:
 
 
 def placed(stored: Sequence[Any], rebuilt: Sequence[Any]) -> list[int | None]:
-    """Find the place of each stored key among the rebuilt ones, None if it isn't there."""
+    """Return the place of each stored key among the rebuilt ones, None if it is missing."""
     places: Mapping[Any, int] = {key: place for place, key in enumerate(rebuilt)}
     return [places.get(key) for key in stored]
 
@@ -316,11 +316,11 @@ def frame_of(table: pa.Table) -> pl.DataFrame:
 
 
 def matching(rows: pl.DataFrame, wanted: pl.DataFrame) -> pl.DataFrame:
-    """Keep the rows that have some keys, null among them, in their order.
+    """Return the rows that have some keys, null among them, in their order.
 
     Args:
         rows: The rows.
-        wanted: The keys: some columns of the rows, in whatever types.
+        wanted: The keys: some columns of the rows, of any types.
 
     """
     typed = wanted.select(pl.col(name).cast(rows.schema[name], strict=False) for name in wanted.columns)

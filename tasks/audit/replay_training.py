@@ -43,7 +43,7 @@ class TrainingSetAgain(TableAgain):
         self._versions: dict[str, list[tuple[Manifest, StoredFiles]]] = {}
 
     def rows(self, sampled: pa.Table) -> pa.Table:
-        """Make the rows of the sampled entities and times, in the order in which a training set has those of one."""
+        """Make the rows of the sampled entities and times, in the order of a training set."""
         plan = self._plan()
         wanted = frame_of(sampled.select([self.entity, EVENT_TIME])).unique()
         rows = self._labelled(plan, wanted) if plan.label is not None else self._spine(plan, wanted)
@@ -52,7 +52,7 @@ class TrainingSetAgain(TableAgain):
         return to_arrow(rows.select(*plan.entities[::-1], EVENT_TIME, *plan.columns, TARGET))
 
     def _plan(self) -> TrainingSetPlan:
-        """Plan the run again, over just the files and versions that it read."""
+        """Plan the run again, over only the files and versions that it read."""
         config, manifest = self._config, self.manifest
         name = manifest.definition["name"]
         if config.models is None:
@@ -78,7 +78,7 @@ class TrainingSetAgain(TableAgain):
         )
 
     def _history(self, root: str, group: str, features: Sequence[str], _: Pin) -> History:
-        """Return the history of the versions that the manifest names, whatever was published or withdrawn since."""
+        """Return the history of the manifest's versions, regardless of later publications or withdrawals."""
         versions = [version for version, _ in self._versions.get(layout.feature_dataset(group), ())]
         if not versions:
             raise SourceError(f"no version of '{group}' that it was made from is there any more")
@@ -103,7 +103,7 @@ class TrainingSetAgain(TableAgain):
         return matching(made, wanted).drop_nulls(TARGET)
 
     def _joined(self, plan: TrainingSetPlan, history: History, rows: pl.DataFrame) -> pl.DataFrame:
-        """Join each row with the newest features of one group that were there at its time."""
+        """Join each row with the newest features of one group available at its time."""
         kind, buckets = polars_type(history.key_type), history.buckets
         assert kind is not None, "a published key has a type that can be read"
         keys = rows[history.entity].cast(kind, strict=False)

@@ -1,4 +1,4 @@
-"""The command `replay`: make some rows of a version again and compare them with what is stored.
+"""The command `replay`: make some rows of a version again and compare them with the stored ones.
 
 manifest ─ inputs by fingerprint, configuration, seed, declaration ─ the rows again ─ compare ─ ok, or why not
 """
@@ -26,13 +26,13 @@ from tasks.store.provenance import job_digest, package_versions
 from tasks.store.reading import data_files, read_manifest
 
 SHOWN = 20
-"""Rows that differ, of which the text says more; the JSON has all of them."""
+"""Number of differing rows that the text shows; the JSON has all of them."""
 ALARM = Cause("nondeterminism", "nothing explains it: nondeterminism")
 OWN_PACKAGE = "training-data-pipelines"
-"""This project itself: its code is compared by digest, which says more than its version."""
+"""This project: its code is compared by digest, which is more precise than its version."""
 
 _OF_THE_VERSION = ("newest_event", "state", "columns")
-"""Entries of a definition beside what was declared."""
+"""Entries of a definition besides the declaration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class Verdict:
     """The answer about one version.
 
     Attributes:
-        again: The version, and the causes and notes that its replay gave.
+        again: The version, and the causes and notes of its replay.
         seed: Seed of the sample.
         replayed: Rows, images or samples that were made again.
         code: Digests of the code, then and now.
@@ -66,7 +66,7 @@ class Verdict:
         return ", ".join(f"{name} {then} → {now}" for name, (then, now) in self.libraries.items())
 
     def reasons(self, one: Replayed) -> tuple[Cause, ...]:
-        """Return the causes of some differences; the alarm, if one of them is explained by nothing."""
+        """Return the causes of some differences; the alarm, if one of them is unexplained."""
         known = [*one.causes, *self.again.causes]
         if self.other_code:
             known.append(Cause("code", f"the code isn't the same ({self.other_code})"))
@@ -81,12 +81,12 @@ class Verdict:
 
     @property
     def differing(self) -> tuple[Replayed, ...]:
-        """Rows, images or samples that aren't as they are stored."""
+        """Rows, images or samples that differ from the stored ones."""
         return tuple(one for one in self.replayed if one.differences)
 
     @property
     def ok(self) -> bool:
-        """True if everything is as it is stored, and every stored file that was read as the manifest says."""
+        """True if everything equals what is stored, and every stored file that was read matches the manifest."""
         return not self.differing and not self.again.stored.altered
 
     @property
@@ -142,7 +142,7 @@ def replay(arguments: Namespace) -> int:
 
     Raises:
         VersionNotFound: there is no such version, or the gate rejected it, so that it has no data.
-        InputError: the dataset is of no kind that can be made again.
+        InputError: the dataset's kind can't be made again.
         ConfigError: this code can't use the version's configuration.
         CorruptVersion: a stored file has the right digest and can't be read.
 
@@ -166,7 +166,7 @@ def replay(arguments: Namespace) -> int:
 
 
 def digest_now(manifest: Manifest) -> str:
-    """Return the digest of the code as it is now, made as the version's was, with the version's own declaration."""
+    """Return the digest of the present code, made as the version's was, with the version's declaration."""
     extra = ""
     if kind_of(manifest).declared:
         declared = {name: value for name, value in manifest.definition.items() if name not in _OF_THE_VERSION}
@@ -175,7 +175,7 @@ def digest_now(manifest: Manifest) -> str:
 
 
 def other_libraries(manifest: Manifest) -> dict[str, tuple[str, str]]:
-    """Compare the libraries with the manifest: name → (then, now) of those that differ."""
+    """Compare the libraries with the manifest: return name → (then, now) of those that differ."""
     now = package_versions()
     then = {name: version for name, version in manifest.packages.items() if name != OWN_PACKAGE}
     return {
@@ -220,7 +220,7 @@ def _print(verdict: Verdict) -> None:
 
 
 def _row_of(one: Replayed) -> tuple[object, ...]:
-    """The first difference, and how many there are besides."""
+    """Return the first difference, and the number of the others."""
     first, *others = one.differences
     name = first.row or one.name
     return name, first.column, first.stored, first.rebuilt, f"{len(others)} more" if others else ""

@@ -28,7 +28,7 @@ def self_test(arguments: Namespace) -> int:
 
     Raises:
         VersionNotFound: there is no such version.
-        InputError: it can't be tested: it is of another kind, or its configuration isn't known here.
+        InputError: it can't be tested: it is of another kind, or its configuration is unknown here.
 
     """
     root = storage.normalise(arguments.root)
@@ -52,7 +52,7 @@ def self_test(arguments: Namespace) -> int:
 
 
 def results_of(root: str, manifest: Manifest) -> tuple[FaultResult, ...]:
-    """Inject faults into a sample of a published version, by the configuration that its manifest has.
+    """Inject faults into a sample of a published version, by its manifest's configuration.
 
     Raises:
         InputError: the version can't be tested.
@@ -75,7 +75,7 @@ def results_of(root: str, manifest: Manifest) -> tuple[FaultResult, ...]:
             from tasks.images import self_test as images
             from tasks.images.config import ImageAugmentationConfig
 
-            # A configuration that doesn't say is of a time when all splits were augmented.
+            # A configuration without it is from a time when all splits were augmented.
             of_images = _config(ImageAugmentationConfig, manifest, evaluation="augmented")
             return images.self_test(root, manifest, of_images, previous)
         case "streaming-copy":
@@ -91,7 +91,7 @@ def results_of(root: str, manifest: Manifest) -> tuple[FaultResult, ...]:
 
 
 def _config(model: type[Config], manifest: Manifest, **older: str) -> Config:
-    """Return the configuration of a version; `older` are values of fields that older ones don't have."""
+    """Return the configuration of a version; `older` are values of fields that older ones lack."""
     try:
         return model.model_validate({**older, **manifest.config})
     except ValidationError as error:

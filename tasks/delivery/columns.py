@@ -1,4 +1,4 @@
-"""The values of a source's columns as they are encoded, and what is known of them. Pure."""
+"""Values of a source's columns as they are encoded, and their statistics. Pure."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tasks.quality.sketch import TopValues
 FloatArray = npt.NDArray[np.float32]
 
 MOST_VALUES = 1 << 16
-"""Different values of a text column that are counted."""
+"""Maximum number of distinct values of a text column that are counted."""
 LONGEST_VALUE = 1024
 """Bytes of the longest text that is counted."""
 
 
 def numbers(column: pa.ChunkedArray) -> FloatArray:
-    """Numbers or booleans as float32, shape (n,); NaN where they are missing, infinite or too large."""
+    """Return numbers or booleans as float32, shape (n,); NaN where they are missing, infinite or too large."""
     if pt.is_boolean(column.type):
         column = column.cast(pa.uint8())
     elif pt.is_decimal(column.type):
@@ -38,7 +38,7 @@ def numbers(column: pa.ChunkedArray) -> FloatArray:
 
 
 def is_missing(column: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
-    """Where a feature or a target has no value that could be used, shape (n,)."""
+    """Return a mask of missing or unusable values of a feature or a target, shape (n,)."""
     if pt.is_floating(column.type) or pt.is_decimal(column.type):
         return np.isnan(numbers(column))
     missing: npt.NDArray[np.bool_] = column.is_null().to_numpy()
@@ -46,14 +46,14 @@ def is_missing(column: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
 
 
 def text_of(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Text, booleans ('true', 'false') or whole numbers as text."""
+    """Return text, booleans ('true', 'false') or whole numbers as text."""
     if pt.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     return column.cast(pa.large_string())
 
 
 def top_values(texts: pa.ChunkedArray, capacity: int) -> TopValues:
-    """Counts of different texts, as long as they are no more than so many."""
+    """Return counts of distinct texts, up to a number of them."""
     values, counts = texts.drop_null().value_counts().flatten()
     return TopValues.of(values, counts, capacity, LONGEST_VALUE)
 
@@ -61,12 +61,12 @@ def top_values(texts: pa.ChunkedArray, capacity: int) -> TopValues:
 def profile_features(
     rows: pa.Table, columns: Sequence[str], chosen: npt.NDArray[np.bool_] | None = None
 ) -> TableProfile:
-    """Profile of feature columns, or of a target, as they are encoded: what is missing counts as null.
+    """Return the profile of feature columns, or of a target, as encoded: missing values count as null.
 
     Args:
-        rows: Some rows.
-        columns: Which columns of them.
-        chosen: Which rows of them count, shape (n,); all of them if not given.
+        rows: Rows to profile.
+        columns: Names of the columns.
+        chosen: Mask of the rows that count, shape (n,); all of them if not given.
     """
     partials = {}
     for name in columns:  # one at a time: together they would take as much memory as the rows
@@ -78,7 +78,7 @@ def profile_features(
 
 
 def _cleaned(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Text, booleans, or float64 with null for what is missing."""
+    """Return text, booleans, or float64 with null for missing values."""
     if is_text(column.type):
         return text_of(column)
     if pt.is_boolean(column.type):
@@ -88,12 +88,12 @@ def _cleaned(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def moments_of(partial: ColumnPartial) -> Moments:
-    """Of numbers or booleans."""
+    """Return the moments of numbers or booleans."""
     return flag_moments(*_ones(partial)) if partial.kind == "boolean" else partial.moments or Moments()
 
 
 def bounds_of(partial: ColumnPartial) -> tuple[float, float]:
-    """Smallest and largest number or boolean; zeros if there is none."""
+    """Return the smallest and largest number or boolean; zeros if there is none."""
     if partial.kind == "boolean":
         return flag_bounds(*_ones(partial))
     sketch = partial.quantiles
@@ -101,17 +101,17 @@ def bounds_of(partial: ColumnPartial) -> tuple[float, float]:
 
 
 def _ones(partial: ColumnPartial) -> tuple[int, int]:
-    """How many booleans are true, of how many."""
+    """Return the number of true booleans, and of all."""
     counts: Mapping[str, int] = (partial.top.counts if partial.top else None) or {}
     return counts.get("true", 0), sum(counts.values())
 
 
 def flag_moments(ones: int, rows: int) -> Moments:
-    """Of a column that is 1 in some rows of all, and 0 in the others."""
+    """Return the moments of a column that is 1 in some rows, and 0 in the others."""
     one = Moments.of(np.ones(1))
     return Moments(rows, one.total * ones, one.squares * ones)
 
 
 def flag_bounds(ones: int, rows: int) -> tuple[float, float]:
-    """Smallest and largest value of a column that is 1 in some rows of all, and 0 in the others."""
+    """Return the smallest and largest value of a column that is 1 in some rows, and 0 in the others."""
     return float(0 < rows == ones), float(ones > 0)

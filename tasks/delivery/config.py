@@ -1,6 +1,6 @@
 """Configuration of the training-delivery flow: the flow's parameter, the command line and the deployment's parameters.
 
-Credentials never stand here (Prefect stores parameters); storage takes them from the environment.
+Credentials never appear here (Prefect stores parameters); storage takes them from the environment.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _import_path(value: str) -> str:
 
 
 class TrainingConfig(Settings):
-    """What is trained on the streaming-ready version, and in how many workers."""
+    """Training on the streaming-ready version, and its number of workers."""
 
     enabled: bool = Field(default=True, description="Train after publishing; without it, only the copy is made.")
     function: Annotated[str, AfterValidator(_import_path)] | None = Field(
@@ -184,5 +184,5 @@ class DeliveryConfig(Settings):
 
     @property
     def less_at_once(self) -> str:
-        """What to do so that a task takes less memory."""
+        """Advice for making a task take less memory."""
         return f"lower --file-megabytes (it is {self.file_megabytes:g})"

@@ -1,4 +1,4 @@
-"""The definition of a streaming-ready version in its manifest: enough to read it, and to encode rows alike. Pure."""
+"""The definition of a streaming-ready version in its manifest: enough to read it and to encode rows equally. Pure."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tasks.quality.sketch import DistinctSketch, TopValues
 from tasks.store.manifest import Manifest
 
 NORMALISE_IMAGES: dict[str, Any] = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "scale": 255}
-"""ImageNet's, for images whose version says nothing."""
+"""ImageNet's constants, for images whose version declares none."""
 
 
 def describe(shuffle: Shuffle, written: Sequence[WrittenBucket], samples: dict[str, int]) -> dict[str, Any]:
-    """`manifest.definition` of the version: JSON.
+    """Return `manifest.definition` of the version: JSON.
 
     Args:
-        shuffle: What was planned.
-        written: What was written.
+        shuffle: The plan.
+        written: The written buckets.
         samples: Samples by split, without empty ones.
     """
     source, form = shuffle.source, shuffle.form
@@ -64,7 +64,7 @@ def block_format(manifest: Manifest) -> BlockFormat:
 
 
 def encoder_of(manifest: Manifest) -> Encoder | None:
-    """Return the encoder that made a version's features; None of images."""
+    """Return the encoder of a version's features; None for images."""
     features = manifest.definition.get("features")
     return None if features is None else Encoder(tuple(Feature(**described) for described in features))
 
@@ -74,7 +74,7 @@ def label_of(manifest: Manifest, numbered: bool = False) -> Label | None:
 
     Args:
         manifest: The version's.
-        numbered: Whether the source numbers its classes itself, so that its column holds the numbers.
+        numbered: True if the source numbers its classes itself, so that its column holds the numbers.
 
     """
     described = manifest.definition.get("label")
@@ -86,7 +86,7 @@ def label_of(manifest: Manifest, numbered: bool = False) -> Label | None:
 
 
 def named_profile(profile: TableProfile, label: Label | None, notes: Sequence[UnitNote]) -> TableProfile:
-    """The profile of the train split's features and target, in which a class goes by its name, whatever its type."""
+    """Return the profile of the train split's features and target, with classes by name, of any type."""
     if label is None or label.kind != "class":
         return profile
     counts = TopValues.merge_all([note.labels[0] for note in notes if note.labels])  # of the train split
@@ -100,7 +100,7 @@ def named_profile(profile: TableProfile, label: Label | None, notes: Sequence[Un
 
 
 def _image_constants(shuffle: Shuffle) -> dict[str, Any]:
-    """Those of the source; of one or more channels."""
+    """Return the constants of the source, for one or more channels."""
     channels = shuffle.form.shape[0]
     found: dict[str, Any] = shuffle.source.manifest.definition.get("normalise") or NORMALISE_IMAGES
     if len(found["mean"]) != channels:

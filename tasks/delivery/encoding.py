@@ -1,12 +1,12 @@
-"""From columns to a float32 matrix: what is fitted on the train split, and how it is applied. Pure.
+"""From columns to a float32 matrix: fitting on the train split, and encoding. Pure.
 
-What is fitted comes from a `TableProfile`, which is exact and the same however the rows were cut into units.
+The fit uses a `TableProfile`, which is exact and independent of the cut into units.
 
-- number: as float32. What is missing (null, NaN, infinite, or too large for float32) becomes the train split's mean,
+- number: as float32. A missing value (null, NaN, infinite, or too large for float32) becomes the train split's mean,
   or zero.
-- boolean: 0 and 1; what is missing, likewise.
+- boolean: 0 and 1; missing values as for numbers.
 - category: a 0/1 column for each of the most frequent values, '<name>=<value>', and one for all others,
-  '<name>=other', if the train split has more. A missing value, or one that it hasn't, is 0 everywhere.
+  '<name>=other', if the train split has more. A missing or unknown value is 0 everywhere.
 - missing: '<name>_missing' is 1 where the value was missing, for columns that have such rows in the train split.
 """
 
@@ -41,22 +41,22 @@ Encoding = Literal["number", "boolean", "category", "missing"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Feature:
-    """One column of the matrix; the statistics are those of its encoded values in the train split."""
+    """One column of the matrix; its statistics are of its encoded values in the train split."""
 
     name: str
     column: str
     encoding: Encoding
     value: str | None = None
-    """Of a category; None for 'all others'."""
+    """Value of a category; None for 'all others'."""
     fill: float | None = None
-    """What stands for a missing number or boolean."""
+    """Replacement of a missing number or boolean."""
     mean: float
     std: float
     minimum: float
     maximum: float
 
     def describe(self) -> dict[str, Any]:
-        """As the manifest has it."""
+        """Return the manifest's form."""
         described: dict[str, Any] = {"name": self.name, "column": self.column, "encoding": self.encoding}
         if self.encoding == "category":
             described["value"] = self.value
@@ -68,12 +68,12 @@ class Feature:
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """Makes the matrix."""
+    """Encoder of rows as the matrix."""
 
     features: tuple[Feature, ...]
 
     def encode(self, rows: pa.Table) -> FloatArray:
-        """The matrix of some rows, shape (n, features)."""
+        """Return the matrix of some rows, shape (n, features)."""
         matrix = np.zeros((rows.num_rows, len(self.features)), np.float32)
         by_column: dict[str, list[tuple[int, Feature]]] = {}
         for position, feature in enumerate(self.features):
@@ -86,7 +86,7 @@ class Encoder:
         return matrix
 
     def normalise(self) -> dict[str, list[float]]:
-        """Mean and deviation to standardise by: of numbers; columns of 0 and 1 stay as they are."""
+        """Return mean and deviation to standardise numbers by; columns of 0 and 1 stay as they are."""
         numeric = [feature.encoding == "number" for feature in self.features]
         pairs = list(zip(self.features, numeric, strict=True))
         return {
@@ -96,10 +96,10 @@ class Encoder:
 
 
 def fit_encoder(profile: TableProfile, columns: Sequence[str], config: DeliveryConfig) -> Encoder:
-    """Decide on the matrix's columns by the profile of the train split.
+    """Choose the matrix's columns by the profile of the train split.
 
     Raises:
-        ConfigError: a text column has too many different values, or no column is left.
+        ConfigError: a text column has too many distinct values, or no column is left.
     """
     features: list[Feature] = []
     for column in columns:
@@ -158,14 +158,14 @@ def _fit_category(column: str, partial: ColumnPartial, most: int) -> list[Featur
 
 
 def _flag(name: str, column: str, encoding: Encoding, shown: tuple[int, int]) -> Feature:
-    """A column that is 1 in some rows of all, and 0 in the others."""
+    """Return a column that is 1 in some rows, and 0 in the others."""
     moments, (low, high) = flag_moments(*shown), flag_bounds(*shown)
     mean, std = moments.mean or 0.0, moments.std or 0.0
     return Feature(name=name, column=column, encoding=encoding, mean=mean, std=std, minimum=low, maximum=high)
 
 
 def _named_apart(features: Sequence[Feature]) -> list[Feature]:
-    """Features with different names: a column may be called as another's encoding is."""
+    """Return features with unique names: a column's name may equal another's encoding."""
     taken: set[str] = set()
     apart = []
     for feature in features:

@@ -1,4 +1,4 @@
-"""What is decided after the first look at all rows: encoder, label and files, and how many samples there are. Pure."""
+"""Decisions after the first look at all rows: encoder, label, files, and number of samples. Pure."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tasks.quality.sketch import TopValues
 
 
 def samples_of(notes: Sequence[UnitNote]) -> npt.NDArray[np.int64]:
-    """Samples of each split."""
+    """Return the samples of each split."""
     counts: npt.NDArray[np.int64] = np.sum([note.samples for note in notes], axis=0)
     return counts
 
 
 def fit(look: Look, notes: Sequence[UnitNote], profile: TableProfile) -> Shuffle:
-    """Fit on the train split, and decide on the files."""
+    """Fit on the train split, and plan the files."""
     config, source = look.config, look.source
     encoder = fit_encoder(profile, source.features, config) if source.kind == "table" else None
     label = _label(config, source, notes, profile)
@@ -66,7 +66,7 @@ def _label(config: DeliveryConfig, source: Source, notes: Sequence[UnitNote], pr
 
 
 def class_counts(label: Label | None, written: Sequence[WrittenBucket]) -> dict[str, dict[str, int]]:
-    """Samples by split, then class; empty without classes."""
+    """Return the samples by split, then class; empty without classes."""
     if label is None or label.kind != "class":
         return {}
     counts = {}

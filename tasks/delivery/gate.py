@@ -1,4 +1,4 @@
-"""What the quality gate asks of a streaming-ready copy. Pure: figures in, verdict out."""
+"""The quality gate of a streaming-ready copy. Pure: figures in, verdict out."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ NAMED = 5
 
 
 def judge_copy(config: DeliveryConfig, copy: StreamingReady, previous: Manifest | None) -> GateResult:
-    """Judge what was written.
+    """Judge a written copy.
 
-    Against the last published version, a change of the columns that features are made of, of the label or of the shape
+    Against the last published version, a change of the source columns of features, of the label or of the shape
     of images fails unless it is allowed: a model can't be trained on both. Other columns of the matrix, as new
     categories bring them, and other classes or block sizes warn.
 
     Args:
         config: Thresholds and choices.
-        copy: What was written.
+        copy: The written copy.
         previous: Manifest of the last published version of the same name, if there is one.
     """
     bounds = config.thresholds
@@ -60,7 +60,7 @@ def judge_copy(config: DeliveryConfig, copy: StreamingReady, previous: Manifest 
 
 
 def _rows(copy: StreamingReady, minimum: int) -> CheckResult:
-    """Whether there is enough to train on; where nothing is left, where it went."""
+    """Check that there are enough rows to train on; if none is left, report why."""
     check = rules.check_rows(copy.samples["train"], minimum)
     gone = {reason: rows for balance in copy.balances for reason, rows in balance.filtered.items() if rows}
     if sum(copy.samples.values()) or not gone:
@@ -71,7 +71,7 @@ def _rows(copy: StreamingReady, minimum: int) -> CheckResult:
 
 
 def _splits(config: DeliveryConfig, copy: StreamingReady) -> list[CheckResult]:
-    """Whether each split that is needed has samples; images have the splits of their source, whatever its shares."""
+    """Check that each required split has samples; images have the splits of their source, whatever its shares."""
     if copy.definition["kind"] == "table":
         shares = (1 - config.validation_share - config.test_share, config.validation_share, config.test_share)
         return rules.check_split_sizes(copy.samples, dict(zip(SPLITS, shares, strict=True)), SPLITS[0])
@@ -85,7 +85,7 @@ def _splits(config: DeliveryConfig, copy: StreamingReady) -> list[CheckResult]:
 
 
 def _repeats(copy: StreamingReady) -> CheckResult:
-    """Whether each row has a key of its own: rows that are alike but for nothing count more than once."""
+    """Check that each row has a unique key: rows with the same values count more than once."""
     found, keys = copy.repeated_keys, ", ".join(copy.definition["keys"])
     message = f"Every row has another {keys}."
     if found:
@@ -102,7 +102,7 @@ def _leak(copy: StreamingReady) -> CheckResult:
 
 
 def _constants(features: Iterable[Mapping[str, Any]]) -> CheckResult:
-    """Whether each column of the matrix tells samples apart."""
+    """Check that no column of the matrix is constant."""
     constant = [str(feature["name"]) for feature in features if feature["minimum"] == feature["maximum"]]
     message = f"{_listed(constant)} never differ in the train split: they teach nothing."
     message = message if constant else "Every feature differs between samples."
@@ -110,7 +110,7 @@ def _constants(features: Iterable[Mapping[str, Any]]) -> CheckResult:
 
 
 def _classes(config: DeliveryConfig, copy: StreamingReady) -> list[CheckResult]:
-    """Whether each class is frequent enough to be learned, and is in every split."""
+    """Check that each class is frequent enough to be learned, and is in every split."""
     column, train = copy.definition["label"]["column"], copy.class_counts.get("train", {})
     share = config.thresholds.balance_warn / max(len(train), 1)
     balance = rules.check_class_balance(column, list(train.items()), share)
@@ -129,7 +129,7 @@ def _classes(config: DeliveryConfig, copy: StreamingReady) -> list[CheckResult]:
 def _against(
     version: int, before: Mapping[str, Any], now: Mapping[str, Any], change_allowed: bool
 ) -> list[CheckResult]:
-    """Whether who reads the last version can read this one; definitions of both."""
+    """Check that readers of the last version can read this one, from both definitions."""
     checks = []
     for what, find in _ESSENTIALS.items():
         old, new = find(before), find(now)
@@ -183,17 +183,17 @@ def _difference(old: Any, new: Any) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    """Some names, and how many more."""
+    """Return some names, and the number of the others."""
     more = len(names) - NAMED
     return ", ".join(names[:NAMED]) + (f" and {number(more)} more" if more > 0 else "")
 
 
 def _none(count: int) -> tuple[Verdict, float, str]:
-    """There should be none, but some do no harm."""
+    """Return the verdict on a count that should be 0, but does no harm if it isn't."""
     return "warn" if count else "pass", float(count), "= 0"
 
 
 def _check(name: str, column: str | None, found: tuple[Verdict, float | str, str], message: str) -> CheckResult:
-    """A result; `found` is the verdict, the figure and what was asked for."""
+    """Return a result; `found` is the verdict, the figure and the requirement."""
     verdict, figure, bound = found
     return CheckResult(name=name, column=column, verdict=verdict, figure=figure, bound=bound, message=message)

@@ -1,4 +1,4 @@
-"""What is learned: classes numbered in their order, or numbers. Pure."""
+"""The label of samples: classes numbered in their order, or numbers. Pure."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from tasks.quality.sketch import TopValues
 TargetKind = Literal["auto", "class", "number"]
 
 FEW_INTEGERS = 50
-"""Whole numbers of at most so many different values are taken for classes."""
+"""Whole numbers of at most this many distinct values count as classes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Label:
-    """What is learned.
+    """The label of samples.
 
     Attributes:
         column: column of the source.
         kind: 'class' or 'number'.
         values: text of each class in the column, by class id.
         classes: name of each class, by class id.
-        mean: of a number, in the train split.
-        std: likewise, never 0.
+        mean: mean of a number in the train split.
+        std: its deviation, never 0.
     """
 
     column: str
@@ -49,17 +49,17 @@ class Label:
         return "int64" if self.kind == "class" else "float32"
 
     def describe(self) -> dict[str, Any]:
-        """As the manifest has it."""
+        """Return the manifest's form."""
         described: dict[str, Any] = {"column": self.column, "kind": self.kind}
         if self.kind == "class":
             return described | {"classes": list(self.classes)}
         return described | {"mean": self.mean, "std": self.std}
 
     def encode(self, column: pa.ChunkedArray) -> npt.NDArray[Any]:
-        """Class ids or numbers of a column that misses none, shape (n,), of `dtype`.
+        """Return class ids or numbers of a column without missing values, shape (n,), of `dtype`.
 
         Raises:
-            InputError: a class that isn't known.
+            InputError: a class is unknown.
         """
         if self.kind == "number":
             return numbers(column)
@@ -73,7 +73,7 @@ class Label:
 
 
 def label_counts(column: pa.ChunkedArray, target_kind: TargetKind) -> TopValues | None:
-    """Values of a target that may be classes, with their counts; None for one that can't be."""
+    """Return values of a target that may be classes, with their counts; None for one that can't be."""
     kind = column.type
     if pt.is_floating(kind) or pt.is_decimal(kind) or target_kind == "number":
         return None
@@ -88,14 +88,14 @@ def fit_label(
     names: Sequence[str] | None,
     target_kind: TargetKind,
 ) -> Label:
-    """Decide whether a target is a class or a number, and number the classes.
+    """Decide if a target is a class or a number, and number the classes.
 
     Args:
         column: The target.
         counts: Its values in all splits (`label_counts`).
         partial: Its profile in the train split.
         names: Names of the classes by id, where the source numbers them itself.
-        target_kind: What it is asked to be.
+        target_kind: The requested kind.
 
     Raises:
         ConfigError: there are too many classes.
@@ -115,7 +115,7 @@ def fit_label(
 
 
 def _class_order(value: str) -> tuple[int, int, str]:
-    """Whole numbers by their value, before text."""
+    """Return a sort key: whole numbers by their value, before text."""
     try:
         return 0, int(value), value
     except ValueError:

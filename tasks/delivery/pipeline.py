@@ -4,9 +4,9 @@
                └─ hashes ─ check ─ repeated keys ────┴─ units ─ scatter ─ buckets ─ gather ─ files
 
 The order must be random over the whole split, so every file gets samples from every unit: their bytes go through Ray
-Data's shuffle, from the unit that read them to the bucket that sorts and writes them. Gathering each file straight from
-the sources instead would read each row group once a file. What the object store can't hold spills to disk. A task holds
-a unit or a bucket, however large the whole is.
+Data's shuffle, from the unit that read them to the bucket that sorts and writes them. Gathering each file directly from
+the sources instead would read each row group once a file. Data beyond the object store's size spills to disk. A task
+holds a unit or a bucket, however large the whole is.
 
 Nothing here is visible to readers until the version is committed.
 """
@@ -35,10 +35,10 @@ from tasks.store.manifest import RowBalance
 from tasks.store.reservation import Reservation
 
 KEYS_PER_PART = 4_000_000
-"""Hashes that one task checks, about."""
+"""Approximate number of hashes that one task checks."""
 MAX_PARTS = 256
 KEY_BYTES = 24
-"""Bytes of a row's hashes on their way."""
+"""Bytes of a row's hashes in the shuffle."""
 
 Progress = Callable[[int], None]
 
@@ -57,9 +57,9 @@ def write_streaming_ready(
 
     Args:
         config: How samples are made, split and ordered.
-        source: What `find_source` has found.
+        source: Result of `find_source`.
         reservation: Where to write.
-        on_rows: Called with numbers of rows as they are done: written, or found to be left out.
+        on_rows: Called with numbers of rows as they are done: written, or left out.
         unit_bytes: Size of the pieces that tasks read, in memory.
 
     Raises:
@@ -120,7 +120,7 @@ def write_streaming_ready(
 
 
 def _write(delivery: Shuffle, repeats: dict[int, Repeats], units: int, on_rows: Progress) -> list[WrittenBucket]:
-    """Bring the samples of each bucket together and write them; files in the buckets' order."""
+    """Gather and write the samples of each bucket; return the files in the buckets' order."""
     buckets = len(delivery.buckets)
     if not buckets:
         return []
@@ -137,7 +137,7 @@ def _write(delivery: Shuffle, repeats: dict[int, Repeats], units: int, on_rows: 
 
 
 def _balance(source: Source, notes: Sequence[UnitNote], written: Sequence[WrittenBucket]) -> RowBalance:
-    """Where the rows went: in = out + rejected + filtered, checked against the manifest and what was written."""
+    """Return the row balance: in = out + rejected + filtered, checked against the manifest and the written files."""
     rejected: Counter[str] = Counter()
     filtered: Counter[str] = Counter()
     for note in notes:

@@ -1,4 +1,4 @@
-"""The faults of a streaming-ready copy, in a sample of the source's own rows. Pure, but for the reading.
+"""Fault tests of a streaming-ready copy, in a sample of the source's rows. Pure, but for the reading.
 
 source rows ─ judge ─ split ─ profile ─ encoder, label ─┐   the same functions as in the job,
                         └─ keys ─ repeats ─ sample ids ─┴─ gate     on a few thousand rows
@@ -33,12 +33,12 @@ from tasks.store.manifest import FaultResult, FileEntry, GateResult, Manifest, R
 from tasks.store.reservation import Reservation
 
 SPLIT = "_split"
-"""Column of the sample with the number of a row's split, −1 where its entity draws one."""
+"""Column of the sample with the number of a row's split, −1 if its entity draws one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rows(Sample):
-    """Rows of a source, what is taken of them, and the share of samples that are written twice."""
+    """Rows of a source, the columns taken from them, and the share of samples that are written twice."""
 
     source: Source
     twice: float = 0.0
@@ -93,7 +93,7 @@ class _Trial(Trial[_Rows]):
     def _written(
         self, shuffle: Shuffle, loaded: Loaded, ids: npt.NDArray[np.int64], rows: _Rows
     ) -> list[WrittenBucket]:
-        """Return what would be written of each split."""
+        """Return the rows that would be written for each split."""
         label, labels, classes = shuffle.label, None, 0
         if label is not None and label.kind == "class":
             labels, classes = label.encode(loaded.rows[label.column]), len(label.classes)
@@ -148,7 +148,7 @@ class _Trial(Trial[_Rows]):
         yield self.shift() if self.number else self.one_class(target if rare else "", value, why_not)
 
     def _of_class(self, name: str) -> tuple[BoolArray, npt.NDArray[np.int8]]:
-        """Mark the rows of a class, none for ''; with the split of each row, −1 of those that the job leaves out."""
+        """Mark the rows of a class, none for ''; return each row's split, too, −1 for rows that the job leaves out."""
         source, table = self.sample.source, self.table
         good = judge(table, source, self.config)[0] == 0
         splits = np.full(len(good), -1, np.int8)
@@ -162,7 +162,7 @@ class _Trial(Trial[_Rows]):
 def self_test(
     source: Source, manifest: Manifest, config: DeliveryConfig, previous: Manifest | None
 ) -> tuple[FaultResult, ...]:
-    """Inject faults into a sample of what a copy was made from, and judge each; the copy need not be committed.
+    """Inject faults into a sample of a copy's source, and judge each; the copy need not be committed.
 
     Drift, features and label are compared with the sample as it is.
     """

@@ -1,7 +1,7 @@
-"""The version that is to be delivered, looked at before any work starts: its kind, columns, files and splits.
+"""The version to be delivered, checked before any work starts: its kind, columns, files and splits.
 
-Everything that can be wrong with a source as a whole is found here, with an error that names the column and the cure;
-what can be wrong with a row is found in `stages`.
+All faults of a source as a whole are found here, with an error that names the column and the cure;
+faults of a row are found in `stages`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from tasks.store.reading import compare, explained, opened, verify_digest
 CLASS_ID = "class_id"
 IMAGE_ID, ORIGINAL_ID = "image_id", "original_image_id"
 TIMES = (EVENT_TIME, "event_time", "timestamp", AS_OF)
-"""Columns that tell rows of one entity apart."""
+"""Columns that distinguish rows of one entity."""
 UNIT_BYTES = 64 << 20
 
 USUAL_TARGETS = {"customer-features": "spending_trend", "product-features": "performance_tier"}
-"""What is learned of the project's own feature groups if nothing is asked for, so that they can be tried at once. Both
+"""Default targets of the project's feature groups, so that they can be tried at once. Both
 follow from other features of the same row: an example of how, not of what, to learn."""
 
 _IDENTIFIER = re.compile(r"(.*_)?(id|uuid|key)|file_path|index", re.IGNORECASE)
@@ -55,7 +55,7 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What one task reads: row groups of some files, in their order."""
+    """The input of one task: row groups of some files, in their order."""
 
     index: int
     pieces: tuple[tuple[SourceFile, tuple[int, ...]], ...]
@@ -63,7 +63,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A published version and what is taken of it.
+    """A published version and the parts of it that are used.
 
     Attributes:
         root: Root of the store.
@@ -71,13 +71,13 @@ class Source:
         kind: 'table' or 'images'.
         files: Its data files.
         schema: Arrow schema of the data files.
-        features: Columns that become features; none of images.
+        features: Columns that become features; none for images.
         target: Column that becomes the label, if any.
         entity: Column whose equal values share a split.
-        keys: Columns whose values name a sample; the first is hashed, the others are mixed in.
-        ready: Column that says which rows may be used, if it is asked.
+        keys: Columns that identify a sample; the first is hashed, the others are mixed in.
+        ready: Column that marks the usable rows, if used.
         image: Shape and element type of the images.
-        classes: Names of the classes by id, if the version knows them.
+        classes: Names of the classes by id, if the version has them.
     """
 
     root: str
@@ -95,22 +95,22 @@ class Source:
 
     @property
     def columns(self) -> list[str]:
-        """Columns that are looked at, without the images."""
+        """Columns that are read, without the images."""
         names = [*self.keys, self.entity, self.ready, self.target, *self.features]
         return list(dict.fromkeys(name for name in names if name is not None))
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row in memory, about."""
+        """Approximate bytes of a row in memory."""
         return 16 * len(self.columns) + (self.image.width if self.image else 0)
 
     def record(self) -> InputRecord:
-        """What the manifest says of this input."""
+        """Return the manifest's record of this input."""
         return self.manifest.as_input(layout.version_uri(self.root, self.manifest.dataset, self.manifest.version))
 
 
 def needs_sample(config: DeliveryConfig) -> bool:
-    """Decide that features must be made first: no dataset or version is asked for, and the store never had any."""
+    """Return True if features must be made first: no dataset or version is requested, and the store never had any."""
     if config.model_fields_set & {"dataset", "version"}:
         return False
     committed = (
@@ -122,7 +122,7 @@ def needs_sample(config: DeliveryConfig) -> bool:
 
 
 def find_source(config: DeliveryConfig) -> Source:
-    """Find the version that the configuration names, and decide what is taken of it.
+    """Find the version that the configuration names, and choose its columns.
 
     Raises:
         VersionNotFound: there is no such published version.
@@ -134,10 +134,10 @@ def find_source(config: DeliveryConfig) -> Source:
 
 
 def source_of(config: DeliveryConfig, root: str, manifest: Manifest) -> Source:
-    """Decide what is taken of a version.
+    """Choose the columns of a version.
 
     Raises:
-        CorruptVersion: a file of it can't be read.
+        CorruptVersion: one of its files can't be read.
         ConfigError: as `find_source`.
     """
     files, schema = _look(root, manifest)
@@ -201,7 +201,7 @@ def read_units(source: Source, unit_bytes: int | None = None) -> list[Unit]:
 
 
 def read_pieces(unit: Unit, columns: Sequence[str]) -> Iterator[tuple[SourceFile, pa.Table]]:
-    """The rows of a unit, one table a piece.
+    """Yield the rows of a unit, one table a piece.
 
     Raises:
         CorruptVersion: a file is missing or can't be read.
@@ -216,7 +216,7 @@ def read_pieces(unit: Unit, columns: Sequence[str]) -> Iterator[tuple[SourceFile
 
 
 def _without_views(schema: pa.Schema) -> pa.Schema:
-    """The schema with plain text for views of text, which Arrow can't take rows of."""
+    """Return the schema with plain text instead of text views, from which Arrow can't take rows."""
     plain = [field.with_type(pa.large_string()) if pt.is_string_view(field.type) else field for field in schema]
     return pa.schema(plain, schema.metadata)
 
@@ -224,7 +224,7 @@ def _without_views(schema: pa.Schema) -> pa.Schema:
 def check_digests(unit: Unit) -> None:
     """Compare the files that begin in a unit with their manifest, byte by byte: in all units, each file once.
 
-    A column's pages bear no checksum, and pixels are stored raw: a changed byte would reach the model.
+    A column's pages have no checksum, and pixels are stored raw: a changed byte would reach the model.
 
     Raises:
         CorruptVersion: a file is missing or differs.
@@ -236,7 +236,7 @@ def check_digests(unit: Unit) -> None:
 
 
 def _look(root: str, manifest: Manifest) -> tuple[tuple[SourceFile, ...], pa.Schema]:
-    """The files' row groups, and the first one's schema, from their footers."""
+    """Return the files' row groups, and the first one's schema, from their footers."""
     uris = versions.data_files(root, manifest)
 
     def footer(uri: str, entry: FileEntry) -> tuple[SourceFile, pa.Schema]:
@@ -309,7 +309,7 @@ def _target(config: DeliveryConfig, schema: pa.Schema, name: str, images: bool) 
 def _features(
     config: DeliveryConfig, schema: pa.Schema, name: str, taken: set[str], target: str | None
 ) -> tuple[str, ...]:
-    """Names of the columns that become features, in the schema's order."""
+    """Return the names of the columns that become features, in the schema's order."""
     usable = {field.name for field in schema if _is_feature(field.type)} - {target}
     excluded = _matching(config.exclude, schema.names, schema, name, "exclude")
     if config.features:
@@ -332,7 +332,7 @@ def _features(
 
 
 def _matching(patterns: Sequence[str], known: Sequence[str], schema: pa.Schema, name: str, option: str) -> set[str]:
-    """Columns that patterns name; a plain name may be any column."""
+    """Return the columns that patterns name; a plain name may be any column."""
     found: set[str] = set()
     for pattern in patterns:
         matches = [column for column in known if fnmatchcase(column, pattern)]
@@ -350,7 +350,7 @@ def _check_column(column: str, schema: pa.Schema, name: str, option: str) -> Non
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column holds text, as it is or by dictionary."""
+    """Return True if a column holds text, plain or by dictionary."""
     if pt.is_dictionary(kind):
         kind = kind.value_type
     return bool(pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind))

@@ -2,7 +2,7 @@
 
 - look: a unit's files are compared with their manifest; it is read and judged; its train rows are profiled, its keys
   are hashed, its rejected rows are written.
-- check: the hashes of a part of their range, of all units: which keys are repeated, which entities in several splits.
+- check: the hashes of a part of their range, of all units: finds repeated keys and entities in several splits.
 - scatter: a unit is read again, encoded, and cut into buckets by random keys.
 - gather: a bucket, of all units, is sorted by random key and written as a file.
 """
@@ -57,17 +57,17 @@ REASON, FILE, ROW = "_reason", "_file", "_row"
 
 @dataclass(slots=True, kw_only=True)
 class UnitNote:
-    """What is known of a unit after the first look.
+    """Result of the first look at a unit.
 
     Attributes:
         unit: Its number.
         rows: Rows read.
-        filtered: Rows left out by intent, by reason.
+        filtered: Rows left out on purpose, by reason.
         rejected: Rows rejected, by reason.
-        rejected_file: Where they are.
+        rejected_file: File of the rejected rows.
         samples: Rows that became samples, by split.
-        labels: Values of a target that may be classes, by split; without such a target, none.
-        profile: Of the features, and of the target's numbers, in the train split, until it is added to the others.
+        labels: Values of a target that may be classes, by split; none without such a target.
+        profile: Profile of the features, and of the target's numbers, in the train split, until it is merged.
     """
 
     unit: int
@@ -81,13 +81,13 @@ class UnitNote:
 
     @property
     def left_out(self) -> int:
-        """Rows that become no sample."""
+        """Number of rows that become no sample."""
         return self.filtered.total() + self.rejected.total()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """What was found in a part of the hashes: repeated keys by unit, entities by split, and those in several."""
+    """Result of checking a part of the hashes: repeated keys by unit, entities by split, and those in several."""
 
     repeats: dict[int, Repeats] = field(default_factory=dict)
     entities: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(SPLITS), np.int64))
@@ -96,14 +96,14 @@ class Checked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WrittenBucket:
-    """A file, and what is in it.
+    """A written file and its contents.
 
     Attributes:
         entry: The file.
         split: Number of its split.
         samples: Number of samples.
         class_counts: Samples of each class, by class id; None without classes.
-        duplicate_ids: Samples whose id another sample has, too.
+        duplicate_ids: Samples with the id of another sample.
     """
 
     entry: FileEntry
@@ -115,18 +115,18 @@ class WrittenBucket:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamingReady:
-    """What was written, and what is known of it; nothing is committed yet.
+    """Result of writing a copy, before the commit.
 
     Attributes:
         files: data files, in the order of their splits' samples.
-        profile: of the source's features and of the label, in the train split.
+        profile: profile of the source's features and of the label, in the train split.
         definition: `manifest.definition`.
-        samples: by split.
+        samples: number of samples by split.
         class_counts: samples by split, then class; empty without classes.
-        entities: different entities by split.
+        entities: distinct entities by split.
         leaking_entities: entities that are in several splits.
-        repeated_keys: rows whose entity (and time) an earlier row has, too.
-        duplicate_ids: samples whose id another one has, too.
+        repeated_keys: rows with the entity (and time) of an earlier row.
+        duplicate_ids: samples with the id of another sample.
         timings: seconds of each stage.
     """
 
@@ -153,7 +153,7 @@ class StreamingReady:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Rows of a unit that become samples, with their splits and entities; and those that don't."""
+    """Rows of a unit that become samples, with their splits and entities; and the other rows."""
 
     rows: pa.Table
     splits: SplitArray
@@ -174,7 +174,7 @@ class Look:
     parts: int
 
     def scatter(self, index: int) -> tuple[UnitNote, list[pl.DataFrame]]:
-        """Verify, read and judge a unit; its note, and its keys and its entities in parts."""
+        """Verify, read and judge a unit; return its note, and its keys and its entities in parts."""
         check_digests(self.units[index])
         loaded = load(self.units[index], self.source, self.config, self.source.columns)
         note = note_of(index, loaded, self.source, self.config)
@@ -186,7 +186,7 @@ class Look:
         return note, [*split_by_key(keys, "key", self.parts), *split_by_key(entities, "key", self.parts)]
 
     def gather(self, part: int, frames: Mapping[int, pl.DataFrame]) -> tuple[Checked, pa.Table]:
-        """Check a part of the keys, or, behind those, of the entities; frames by unit."""
+        """Check a part of the keys, or, after those, of the entities; frames by unit."""
         rows = pl.concat(frames.values())
         hashes = rows["key"].to_numpy()
         if part < self.parts:
@@ -200,7 +200,7 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """One file to be: a part of the range of random keys of a split."""
+    """A planned file: a part of the range of random keys of a split."""
 
     split: int
     part: int
@@ -209,7 +209,7 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shuffle:
-    """The second pass: encode all units, and bring the samples of each bucket together."""
+    """The second pass: encode all units, and gather the samples of each bucket."""
 
     config: DeliveryConfig
     source: Source
@@ -219,13 +219,13 @@ class Shuffle:
     encoder: Encoder | None
     label: Label | None
     buckets: tuple[Bucket, ...]
-    """By split, then part."""
+    """Buckets by split, then part."""
 
     def scatter(self, repeats: Mapping[int, Repeats], index: int) -> tuple[int, list[pa.Table]]:
         """Return the number of a unit's samples, and the samples for each bucket.
 
         Args:
-            repeats: Rows whose keys others have, too, by unit.
+            repeats: Rows with keys of other rows, by unit.
             index: Number of the unit.
         """
         columns = self.source.columns + ([IMAGE] if self.source.image else [])
@@ -277,7 +277,7 @@ def encode(rows: pa.Table, ids: npt.NDArray[np.int64], encoder: Encoder | None, 
 
 
 def note_of(unit: int, loaded: Loaded, source: Source, config: DeliveryConfig) -> UnitNote:
-    """What is known of a unit's rows after the first look."""
+    """Return the note on a unit's rows after the first look."""
     target = source.target
     labels, profiled = None, list(source.features)
     if target is not None:
@@ -300,24 +300,24 @@ def note_of(unit: int, loaded: Loaded, source: Source, config: DeliveryConfig) -
 
 
 def keys_of(rows: pa.Table, source: Source) -> UInt64Array:
-    """Key of each row."""
+    """Return the key of each row."""
     return sample_keys([rows[name] for name in source.keys])
 
 
 def plan_buckets(samples: npt.NDArray[np.int64], form: BlockFormat, file_bytes: float) -> tuple[Bucket, ...]:
-    """As many buckets a split as its samples need: of whatever cluster, the same."""
+    """Return as many buckets a split as its samples need: the same on any cluster."""
     a_file = max(1, int(file_bytes // form.sample_bytes))
     parts = [-(-int(count) // a_file) for count in samples]
     return tuple(Bucket(split, part, count) for split, count in enumerate(parts) for part in range(count))
 
 
 def load(unit: Unit, source: Source, config: DeliveryConfig, columns: Sequence[str]) -> Loaded:
-    """Read a unit, judge its rows, and give each of the good ones its split.
+    """Read a unit, judge its rows, and assign a split to each valid one.
 
     Args:
         unit: The unit.
-        source: What it is of.
-        config: Which rows are wanted; shares and seed of the splits.
+        source: The unit's source.
+        config: Selection of rows; shares and seed of the splits.
         columns: Columns to read, at least `source.columns`.
     """
     tables, splits, places = [], [], []
@@ -340,15 +340,15 @@ def admit(
     *,
     rejected: pa.Table,
 ) -> Loaded:
-    """The good ones of some rows, each with its split.
+    """Return the valid rows, each with its split.
 
     Args:
         rows: The rows.
-        given: Splits that they have, -1 for those whose entity draws one.
-        judged: What `judge` gives.
-        source: What they are of.
+        given: Splits of the rows, -1 where the entity draws one.
+        judged: Result of `judge`.
+        source: Source of the rows.
         config: Shares and seed of the splits.
-        rejected: The rejected ones, as they are kept.
+        rejected: The rejected rows, as they are kept.
     """
     codes, reasons = judged
     counts = Counter({reasons[code]: int(count) for code, count in enumerate(np.bincount(codes)) if code and count})
@@ -361,7 +361,7 @@ def admit(
 
 
 def judge(rows: pa.Table, source: Source, config: DeliveryConfig) -> tuple[npt.NDArray[np.int16], list[str]]:
-    """Why each row is left out, as a position among the reasons; 0 is none. The first reason counts."""
+    """Return why each row is left out, as an index into the reasons; 0 means not. The first reason counts."""
     codes, reasons = np.zeros(rows.num_rows, np.int16), [""]
 
     def mark(bad: npt.NDArray[np.bool_], reason: str) -> None:
@@ -383,7 +383,7 @@ def judge(rows: pa.Table, source: Source, config: DeliveryConfig) -> tuple[npt.N
 def _rejected_rows(
     rows: pa.Table, codes: npt.NDArray[np.int16], reasons: Sequence[str], unit: Unit, source: Source
 ) -> pa.Table:
-    """The rejected rows as they were, with the reason and their place; without images."""
+    """Return the rejected rows unchanged, with the reason and their place; without images."""
     filtered = reasons.index(NOT_READY) if NOT_READY in reasons else 0
     rejected = np.flatnonzero((codes > 0) & (codes != filtered))
     table = rows.select(source.columns).take(pa.array(rejected))
@@ -399,7 +399,7 @@ def _rejected_rows(
 
 
 def _places(unit: Unit, rows: npt.NDArray[np.int64]) -> tuple[list[str], npt.NDArray[np.int64]]:
-    """File of some rows of a unit, and their numbers in it."""
+    """Return the file of some rows of a unit, and their numbers in it."""
     counts = [sum(file.row_groups[group] for group in groups) for file, groups in unit.pieces]
     before = [sum(file.row_groups[: groups[0]]) for file, groups in unit.pieces]
     starts = np.cumsum([0, *counts])

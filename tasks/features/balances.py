@@ -1,7 +1,7 @@
-"""Where the rows of a feature job went, by three counts that know nothing of each other. Pure.
+"""Row balances of a feature job, from three independent counts. Pure.
 
-What the tasks say that they sent, what the shuffle carried, and what the tasks say that they took must be the same;
-what was read must be what the files' footers say.
+The rows that the tasks sent, that the shuffle carried, and that the tasks took must be equal in number;
+the rows that were read must equal the counts in the files' footers.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Int64Array = npt.NDArray[np.int64]
 def group_balances(
     job: Job, number: int, notes: Sequence[UnitNote], summaries: Sequence[BucketSummary], sent: Int64Array
 ) -> tuple[RowBalance, ...]:
-    """Balances of the events, the dimension and the entities of a group, each checked.
+    """Return the balances of the events, the dimension and the entities of a group, each checked.
 
-    What earlier versions have kept has a balance of its own.
+    Events kept by earlier versions have a separate balance.
 
     Args:
         job: The job.
@@ -54,7 +54,7 @@ def group_balances(
 def _event_balances(
     job: Job, number: int, notes: Sequence[UnitNote], summaries: Sequence[BucketSummary], sent: Int64Array
 ) -> list[RowBalance]:
-    """Balance of the events that were read and, in an incremental run, of those that earlier versions have kept."""
+    """Return the balance of the events read and, in an incremental run, of those kept by earlier versions."""
     planned, source = job.plan.groups[number], job.plan.events
     own = [index for index, split in enumerate(job.splits) if job.reads(number, split)]
     events = Tally()
@@ -72,7 +72,7 @@ def _event_balances(
 
 
 def _kept_balance(job: Job, number: int, arrived: Sequence[EventTally]) -> RowBalance:
-    """Where the events went that earlier versions have kept."""
+    """Return the balance of the events kept by earlier versions."""
     state, count = job.plan.states[number], sum(tally.kept for tally in arrived)
     name = f"{job.plan.events.name} kept by v{state.parent}"
     check_equal(name, state.rows, count, "are kept, {} were read")

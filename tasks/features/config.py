@@ -1,6 +1,6 @@
 """Configuration of the feature-store flow: the flow's parameter, the command line and the deployment's parameters.
 
-Credentials never stand here (Prefect stores parameters); storage takes them from the environment.
+Credentials never appear here (Prefect stores parameters); storage takes them from the environment.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ class FeatureStoreConfig(Settings):
 
     @property
     def less_at_once(self) -> str:
-        """What to do so that a task takes less memory."""
+        """Advice for making a task take less memory."""
         return f"lower --rows-per-bucket (it is {self.rows_per_bucket:,})"
 
     @model_validator(mode="after")

@@ -1,8 +1,8 @@
-"""How a feature group is declared: which rows it reads, whose features they are, and the features as expressions.
+"""Declaration of a feature group: the rows that it reads, its entity, and its features as expressions.
 
 A group is a value. Nothing here computes: `kernel.py` evaluates a group on whole entities, `rows.py` brings a
-source's rows into the declared form. The two standard groups are declared in `standard.py`, just as a user
-declares his own in a Python or YAML file (`loading.py`).
+source's rows into the declared form. The two standard groups are declared in `standard.py`, in the same way as a
+user's groups in a Python or YAML file (`loading.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ColumnKind = Literal["key", "time", "number", "category", "any"]
 JoinHow = Literal["inner", "left"]
 
 MOST_DAYS = 36_525
-"""Days that a window, a label or a time to live spans at most: a hundred years."""
+"""Maximum days of a window, a label or a time to live: a hundred years."""
 
 _PLACES = (layout.TRAINING_READY, layout.METADATA)
 _KEPT = tuple(path.removeprefix(f"{layout.FEATURE_STORE}/").partition("/")[0] for path in _PLACES)
@@ -37,8 +37,8 @@ class Column:
     """One column of a source, as expressions see it.
 
     kind: 'key' (integer or text), 'time' (microseconds, UTC), 'number' (float64), 'category' (text with few
-    values) or 'any' (left as the file has it). required: a row without a valid value is rejected. also: other names
-    that files may give it, which count where nothing is mapped and no file has a column of our name.
+    values) or 'any' (unchanged). required: a row without a valid value is rejected. also: other names
+    that files may use, which count if nothing is mapped and no file has a column of our name.
     """
 
     kind: ColumnKind = "any"
@@ -50,7 +50,7 @@ class Column:
 class EventSource:
     """A table of events: many rows an entity, each at a time.
 
-    columns: our names and what stands in them; optional ones may be missing from the files.
+    columns: our names and their columns; optional ones may be missing from the files.
     """
 
     name: str
@@ -75,7 +75,7 @@ class EventSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DimensionSource:
-    """A table that says something about an entity: one row a key.
+    """A table about an entity: one row a key.
 
     columns: the columns to take. If `mapping` is given, exactly the mapped columns are taken.
     """
@@ -115,7 +115,7 @@ class FeatureGroup:
     """Features of one kind of entity.
 
     entity: the key column of the event source. features: aggregations over all rows of an entity up to as_of.
-    windows: the same over trailing windows. derived: expressions over the entity's own features above, evaluated in
+    windows: the same over trailing windows. derived: expressions over the same entity's features above, evaluated in
     order. dimension: name of the dimension source to join by the entity key. bounds: lowest and
     highest value that a feature may have (None: open), judged by the quality gate.
     """
@@ -157,7 +157,7 @@ class FeatureGroup:
                 f"{closest(unbounded[0], names)}"
             )
         for name, (low, high) in self.bounds.items():
-            # NaN is above and below nothing.
+            # NaN is neither above nor below anything.
             if not (-math.inf if low is None else low) <= (math.inf if high is None else high):
                 raise DefinitionError(
                     f"feature group '{self.name}': bounds of '{name}' are {low}, {high}; give the lowest value, then "
@@ -168,7 +168,7 @@ class FeatureGroup:
         """Check that no column of the dimension has the name of a feature.
 
         Raises:
-            DefinitionError: one has.
+            DefinitionError: a column has.
 
         """
         clash = sorted(set(columns) & set(self.feature_names))
@@ -186,13 +186,13 @@ class FeatureGroup:
 
     @property
     def event_columns(self) -> set[str]:
-        """Columns of the events that the group needs, its entity key included; as_of is not one of them."""
+        """Columns of the events that the group needs, including its entity key; as_of is not one of them."""
         expressions = [*self.features.values(), *(e for window in self.windows for e in window.features.values())]
         roots = {root for expression in expressions for root in expression.meta.root_names()}
         return (roots | {self.entity}) - {AS_OF}
 
     def describe(self) -> dict[str, Any]:
-        """The declaration as plain values, for the manifest; equal declarations give equal values."""
+        """Return the declaration as plain values, for the manifest; equal declarations give equal values."""
         return {
             "name": self.name,
             "entity": self.entity,
@@ -208,20 +208,20 @@ class FeatureGroup:
         }
 
     def digest(self) -> str:
-        """SHA-256 of the declaration, hexadecimal."""
+        """Return the SHA-256 of the declaration, hexadecimal."""
         return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Definitions:
-    """Sources and feature groups by name. A user's definitions are laid over the standard ones."""
+    """Sources and feature groups by name. A user's definitions override the standard ones."""
 
     events: Mapping[str, EventSource] = field(default_factory=dict)
     dimensions: Mapping[str, DimensionSource] = field(default_factory=dict)
     groups: Mapping[str, FeatureGroup] = field(default_factory=dict)
 
     def over(self, base: Definitions) -> Definitions:
-        """These definitions laid over `base`: same names replace, others are added."""
+        """Return these definitions over `base`: same names replace, others are added."""
         return Definitions(
             events={**base.events, **self.events},
             dimensions={**base.dimensions, **self.dimensions},
@@ -229,7 +229,7 @@ class Definitions:
         )
 
     def select(self, names: tuple[str, ...]) -> list[FeatureGroup]:
-        """The groups of these names (all if none is named), in order of declaration.
+        """Return the groups of these names (all if none is given), in order of declaration.
 
         Raises:
             DefinitionError: A name is unknown, or a group names a source that isn't declared.
@@ -254,7 +254,7 @@ class Definitions:
 
 
 def check_expression(what: str, value: object) -> None:
-    """Check that what is declared as a feature is an expression.
+    """Check that a declared feature is an expression.
 
     Raises:
         DefinitionError: it is something else, such as SQL.
@@ -272,10 +272,10 @@ def check_expression(what: str, value: object) -> None:
 
 
 def check_days(what: str, days: float, *, whole: bool = True) -> None:
-    """Check a span of time that a user declares in days.
+    """Check a time span that a user declares in days.
 
     Raises:
-        DefinitionError: it is no number above 0, or over `MOST_DAYS`.
+        DefinitionError: it isn't a number above 0, or is over `MOST_DAYS`.
 
     """
     fits = isinstance(days, int | float) and 0 < days <= MOST_DAYS  # NaN doesn't

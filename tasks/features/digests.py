@@ -1,4 +1,4 @@
-"""What decides a feature's values, as a digest: features with equal digests mean the same, in whichever version.
+"""Digests of features' definitions: features with equal digests mean the same, in any version.
 
 A group changes often and most of its features don't: versions are comparable feature by feature.
 """
@@ -15,14 +15,14 @@ _COLUMN = re.compile(r'col\("((?:[^"\\]|\\.)*)"\)')
 
 
 def feature_digests(definition: Mapping[str, Any]) -> dict[str, str]:
-    """Digest of each feature that a group declares, in order of declaration; its dimension's columns aren't in it.
+    """Return the digest of each declared feature of a group, in order of declaration, without its dimension's columns.
 
     Args:
-        definition: A group as `FeatureGroup.describe` gives it and a manifest keeps it.
+        definition: A group in the form of `FeatureGroup.describe` and the manifest.
 
     Returns:
         Name → SHA-256, hexadecimal, of the entity, the source, the expression, the window's days, and for a derived
-        feature the digests of the features that it names. Bounds don't decide values, and other features neither.
+        feature the digests of the features that it names. Bounds and other features don't affect values.
 
     """
     base = {"entity": definition["entity"], "source": definition.get("source")}

@@ -1,4 +1,4 @@
-"""What the quality gate asks of a feature group. Pure: figures in, verdict out."""
+"""The quality gate of a feature group. Pure: figures in, verdict out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tasks.store.own_columns import FEATURES, OUTLYING
 
 NEVER_STALE = float("inf")
 TAKEN_FOR_FINER = dt.datetime(1970, 3, 1, tzinfo=dt.UTC)
-"""Before this lie all counts of today in a unit a thousand times as coarse as the one that they are taken for."""
+"""Today's counts in a unit a thousand times coarser than assumed are all before this time."""
 
 
 def judge_group(
@@ -37,7 +37,7 @@ def judge_group(
     times: Sequence[dt.datetime] = (),
     suspects: Sequence[str] = (),
 ) -> GateResult:
-    """Judge what was written for a group.
+    """Judge the written files of a group.
 
     Args:
         group: The declaration.
@@ -46,8 +46,8 @@ def judge_group(
         features: Columns that count as features: the group's and its dimension's.
         profile: Profile of the data files.
         balances: Row balances, the entities' last.
-        duplicate_keys: Rows whose entity key another row has too.
-        unmatched: Entities that found no dimension row.
+        duplicate_keys: Rows with the entity key of another row.
+        unmatched: Entities without a dimension row.
         ready: Training-ready rows.
         newest_event: Time of the newest event that counted.
         as_of: Time up to which events count, the last of them.
@@ -104,7 +104,7 @@ def judge_group(
 def _event_times(
     events: RowBalance, newest: dt.datetime | None, as_of: dt.datetime, config: FeatureStoreConfig
 ) -> list[CheckResult]:
-    """What a wrong unit or zone makes of all event times; nothing where they may be right."""
+    """Return a result on event times that a wrong unit or zone has shifted; nothing if they may be right."""
     late = events.filtered.get(AFTER_AS_OF, 0)
     if late and not events.rows_out:
         message = (
@@ -131,7 +131,7 @@ def _missing_keys(entity: str, suspects: Sequence[str]) -> CheckResult:
 
 
 def _incomparable(times: Sequence[dt.datetime], previous: Manifest) -> CheckResult | None:
-    """Why drift against the last version says nothing; None where it does.
+    """Return why drift against the last version is meaningless; None if it is meaningful.
 
     Features over all events grow with time: a history, or a day of the past, differs from today's snapshot by nature.
     """
@@ -150,7 +150,7 @@ def _expected_types(
     previous: Manifest | None,
     config: FeatureStoreConfig,
 ) -> dict[str, str]:
-    """The declared columns; those of the last version must be there still, and of their type."""
+    """Return the expected columns: the declared ones, and those of the last version with their types."""
     names = dict.fromkeys([group.entity, *group.feature_names, *features, *FEATURES])
     types = {name: found.get(name, "any type") for name in names}
     if previous is not None and not config.allow_schema_change:

@@ -1,6 +1,6 @@
 """A feature group evaluated as of several times in one pass. Pure: frames in, frames out.
 
-Between two times most entities have no event. What is aggregated over all their events can't have changed then and is
+Between two times most entities have no event. Their aggregations over all events can't have changed and are
 kept; windows, which move with the time, and derived features are evaluated anew. Each time's features are those of
 `kernel.evaluate` on the events up to it, to the last bit.
 """
@@ -32,7 +32,7 @@ def evaluate_history(
         as_of: Times, UTC, ascending, at least one.
 
     Yields:
-        For each time what `kernel.evaluate` gives for the events up to it: an entity without one has no row.
+        For each time the result of `kernel.evaluate` for the events up to it: an entity without one has no row.
 
     Raises:
         DefinitionError: as `kernel.evaluate`.
@@ -62,7 +62,7 @@ def evaluate_history(
 def _renewed(
     plain: pl.DataFrame, group: FeatureGroup, events: pl.DataFrame, as_of: dt.datetime, rows: npt.NDArray[np.bool_]
 ) -> pl.DataFrame:
-    """The plain aggregations with those of some entities computed anew; rows: all that count of these entities."""
+    """Return the plain aggregations, recomputed for some entities; rows: all events that count of these entities."""
     if not rows.any():
         return plain
     fresh = aggregate(group, events.filter(pl.Series(rows)), as_of)
@@ -70,14 +70,14 @@ def _renewed(
 
 
 def _of_same_entities(codes: npt.NDArray[np.uint32], rows: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """All rows of the entities that have one of some rows."""
+    """Return a mask of all rows of the entities of some rows."""
     touched = np.zeros(int(codes.max(initial=0)) + 1, dtype=bool)
     touched[codes[rows]] = True
     return touched[codes]
 
 
 def _codes(events: pl.DataFrame, entity: str) -> npt.NDArray[np.uint32]:
-    """A small number for each row's entity."""
+    """Return a small number for each row's entity."""
     keys = events.select(pl.col(entity).unique()).with_row_index(_CODE)
     coded = events.select(entity).join(keys, on=entity, how="left", maintain_order="left")
     return coded[_CODE].to_numpy()

@@ -1,4 +1,4 @@
-"""What a run takes from the versions before it, decided before it starts, and how far a group has come."""
+"""Planning of an incremental run from earlier versions, and the progress of a group."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Prints = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True, slots=True)
 class Watermark:
-    """How far a group's published versions reach: their latest as-of time, and their newest event."""
+    """Progress of a group's published versions: their latest as-of time, and their newest event."""
 
     as_of: dt.datetime | None
     newest_event: dt.datetime | None
 
 
 def watermark(root: str, dataset: str) -> Watermark:
-    """How far a feature group has come, by its published manifests; nothing else keeps account of it.
+    """Return the progress of a feature group from its published manifests, the only record of it.
 
     Args:
         root: Root of the store.
@@ -44,7 +44,7 @@ def watermark(root: str, dataset: str) -> Watermark:
 
 
 def with_state(plan: FeaturePlan, root: str) -> FeaturePlan:
-    """The plan of an incremental run: only files that no earlier version has kept the events of are read.
+    """Return the plan of an incremental run: it reads only files whose events no earlier version has kept.
 
     Args:
         plan: The plan of a full run.
@@ -81,7 +81,7 @@ def _plan_state(plan: FeaturePlan, planned: GroupPlan, root: str, prints: Sequen
 
 
 def kept_links(manifest: Manifest, root: str, source: str) -> tuple[StateLink, ...]:
-    """The events that an incremental version stands upon: its own, and those that it took from versions before it.
+    """Return the events that an incremental version builds on: its own, and those taken from versions before it.
 
     Args:
         manifest: Its manifest; one without a state has no links.
@@ -89,7 +89,7 @@ def kept_links(manifest: Manifest, root: str, source: str) -> tuple[StateLink, .
         source: Name of the event source.
 
     Raises:
-        VersionNotFound: a version that it built upon was pruned.
+        VersionNotFound: a version that it builds on was pruned.
 
     """
     files = next(record for record in manifest.inputs if record.name == source).files
@@ -103,7 +103,7 @@ def kept_links(manifest: Manifest, root: str, source: str) -> tuple[StateLink, .
 
 
 def _newest_chain(root: str, dataset: str, digest: str) -> list[Manifest]:
-    """Manifests of the newest published version with a state that fits, and of those it builds upon, oldest first."""
+    """Return manifests of the newest published version with a fitting state and of those it builds on, oldest first."""
     found = overview(root, dataset).warned()
     for newest in (one.version for one in reversed(found.live) if one.state_digest == digest):
         if first_live(root, dataset, [newest]) is None:
@@ -111,7 +111,7 @@ def _newest_chain(root: str, dataset: str, digest: str) -> list[Manifest]:
         chain: list[Manifest] = []
         number: int | None = newest
         while number is not None and number in found.versions and found.versions[number].state_digest == digest:
-            # A version that was withdrawn since can't be built upon, but it may be a link of one that was before.
+            # A withdrawn version can't be built on, but it may be a link of an earlier one.
             link = read_committed(root, dataset, [number]).warned().versions.get(number)
             if link is None:  # pruned, or damaged since
                 break
@@ -143,7 +143,7 @@ def _link(manifest: Manifest, root: str, source: str, today: Mapping[tuple[str, 
 
 
 def _digest(plan: FeaturePlan, planned: GroupPlan, lookups: Prints) -> str:
-    """Digest of all that decides which events are kept, and how they look; their files and the as-of times don't."""
+    """Return the digest of all settings that affect the kept events; their files and the as-of times don't."""
     used = [lookup for lookup in plan.lookups if set(lookup.columns) & set(planned.columns)]
     wanted = {*planned.columns, *(lookup.key for lookup in used)}
     parts = {
@@ -161,7 +161,7 @@ def _digest(plan: FeaturePlan, planned: GroupPlan, lookups: Prints) -> str:
 
 
 def _spelled(source: SourcePlan, wanted: Set[str] | None = None) -> list[object]:
-    """How rows are judged; columns that aren't wanted and that no row is rejected for make no difference."""
+    """Return the rules for judging rows; unwanted columns that reject no row make no difference."""
     rows = source.rows
     columns = [
         (c.name, c.source_name, c.kind, c.required, c.key_type, None if c.dtype is None else str(c.dtype))

@@ -1,8 +1,8 @@
-"""Derived features that look at other entities' rows are found: they would depend on how the work is cut. Pure.
+"""Detection of derived features that use other entities' rows: they would depend on the cut of the work. Pure.
 
-A feature of an entity is sound if its value is the same, to the last bit, in whatever company it is computed: among
-all entities, among some of them in another order, alone. It is compared twice: on rows made up by their types, with
-ties and nulls, before any row is read; and in the job on a few of its own rows.
+A feature of an entity is sound if its value is the same, to the last bit, in any company: among
+all entities, among some of them in another order, alone. It is compared twice: on rows generated from the types, with
+ties and nulls, before any row is read; and in the job on a few of its rows.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import polars as pl
 IntArray = npt.NDArray[np.int64]
 
 ROWS = 12
-"""Rows that are compared: an expression is evaluated a few times more, on no more than so many."""
+"""Rows that are compared: an expression is evaluated a few more times on at most this many."""
 
 _VALUES = (3, 1, 4, 1, 8, 5, 9, 2, 6, 5, 7, 3)
 _NULLS = (4, 10)
-_STEPS = (1, 5, 7, 11)  # they have no divisor with ROWS in common: each column has all values, in an order of its own
+_STEPS = (1, 5, 7, 11)  # they share no divisor with ROWS: each column has all values, in a separate order
 _DAY = {"ms": 86_400_000, "us": 86_400_000_000, "ns": 86_400_000_000_000}
 
 _WHOLE = np.arange(ROWS)
@@ -34,18 +34,18 @@ COMPANIES = (
     _WHOLE[1::3],
     *(_WHOLE[row : row + 1] for row in (0, 1, 4, ROWS - 1)),
 )
-"""Rows of the made-up ones that an expression is evaluated on together."""
+"""Subsets of the generated rows on which an expression is evaluated together."""
 
 
 def looks_elsewhere(
     expression: pl.Expr, rows: pl.DataFrame, values: pl.Series, companies: Sequence[IntArray] | None = None
 ) -> bool:
-    """Tell whether the values of some entities depend on which others are evaluated with them, and in which order.
+    """Return True if the values of some entities depend on the others evaluated with them, or on their order.
 
     Args:
         expression: A derived feature.
-        rows: What it is evaluated on, a row an entity.
-        values: What it gave for all of them.
+        rows: Its input, a row an entity.
+        values: Its values for all of them.
         companies: Numbers of rows to evaluate it on together; by default a few in another order, and two alone.
 
     """
@@ -60,7 +60,7 @@ def _evaluated(expression: pl.Expr, rows: pl.DataFrame) -> pl.Series:
 
 
 def _same(one: pl.Series, other: pl.Series) -> bool:
-    """Whether two series are equal to the last bit; a null is equal to a null, NaN to NaN."""
+    """Return True if two series are equal to the last bit; a null is equal to a null, NaN to NaN."""
     if one.dtype != other.dtype or not one.equals(other, null_equal=True):
         return False
     if not one.dtype.is_float():
@@ -70,7 +70,7 @@ def _same(one: pl.Series, other: pl.Series) -> bool:
 
 
 def made_up(schema: pl.Schema, entity: str) -> Iterator[pl.DataFrame]:
-    """Rows of different entities with the columns of a schema: once without nulls, once with some in each column."""
+    """Yield rows of different entities with a schema's columns: once without nulls, once with some in each column."""
     for nulls in (False, True):
         columns = [pl.Series(entity, _typed(list(range(ROWS)), schema[entity]))]
         for number, (name, kind) in enumerate(schema.items()):
@@ -84,7 +84,7 @@ def made_up(schema: pl.Schema, entity: str) -> Iterator[pl.DataFrame]:
 
 
 def _typed(values: Sequence[int | None], kind: pl.DataType) -> pl.Series:
-    """Small whole numbers as values of a type, equal ones as equal ones; nulls where it can't hold such."""
+    """Return small whole numbers as values of a type, equal ones as equal; nulls if the type can't represent them."""
     numbers = pl.Series(values, dtype=pl.Int64)
     if kind.is_float():
         numbers = numbers.cast(pl.Float64) * 1.375 - 4.2

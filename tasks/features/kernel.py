@@ -1,7 +1,7 @@
 """A feature group evaluated on whole entities. Pure: frames in, frames out; one bucket of entities at a time.
 
-Every row of an entity is in the same frame (the shuffle sees to that), so the expressions see all of them, and
-the rows of an entity come in the order of the files, so that sums of floats don't depend on how the work was cut.
+Every row of an entity is in the same frame (the shuffle ensures that), so the expressions see all of them, and
+the rows of an entity come in the order of the files, so that sums of floats don't depend on the cut of the work.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tasks.store.own_columns import AS_OF
 
 IntArray = npt.NDArray[np.int64]
 _FAULTS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, ArithmeticError, LookupError, TypeError, ValueError)
-"""What expressions raise for values that they aren't written for; a Python function in one raises its own."""
+"""Exceptions of expressions for unexpected values; a Python function in one raises its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class JoinedRows:
-    """Entities with their dimension columns, and those that found no dimension row (with `_reason`)."""
+    """Entities with their dimension columns, and those without a dimension row (with `_reason`)."""
 
     kept: pl.DataFrame
     rejected: pl.DataFrame
@@ -56,7 +56,7 @@ def evaluate(group: FeatureGroup, events: pl.DataFrame, time: str, as_of: dt.dat
 
 
 def aggregate(group: FeatureGroup, events: pl.DataFrame, as_of: dt.datetime) -> pl.DataFrame:
-    """Compute the plain aggregations alone: a row an entity, in any order, as the expressions' own types."""
+    """Compute the plain aggregations alone: a row an entity, in any order, in the expressions' types."""
     return _aggregate(group, _with_as_of(group.features, events, as_of), group.features, "")
 
 
@@ -71,7 +71,7 @@ def complete(
 
     Args:
         group: The declaration.
-        plain: What `aggregate` gives over all events up to as_of.
+        plain: Result of `aggregate` over all events up to as_of.
         events: Events, for their types.
         as_of: Time (UTC) up to which the rows reach.
         after: The events after a time and up to as_of.
@@ -84,9 +84,9 @@ def complete(
 
 
 def check_derived(group: FeatureGroup, events: pl.DataFrame, as_of: dt.datetime) -> None:
-    """Check on made-up rows that derived features look at no other entity, as soon as the events' types are known.
+    """Check on generated rows that derived features use no other entity, as soon as the events' types are known.
 
-    What can't be evaluated on them, such as text that must be a date, is judged by the job on its own rows.
+    Expressions that can't be evaluated on them, such as on text that must be a date, are judged by the job on its rows.
 
     Args:
         group: The declaration.
@@ -94,7 +94,7 @@ def check_derived(group: FeatureGroup, events: pl.DataFrame, as_of: dt.datetime)
         as_of: An as-of time, UTC.
 
     Raises:
-        DefinitionError: a derived feature looks at other entities.
+        DefinitionError: a derived feature uses other entities.
 
     """
     if not group.derived:
@@ -121,7 +121,7 @@ def _windowed(
     as_of: dt.datetime,
     after: Callable[[dt.datetime], pl.DataFrame],
 ) -> pl.DataFrame:
-    """The plain aggregations with those over windows."""
+    """Return the plain aggregations with those over windows."""
     features = plain
     for window in group.windows:
         inside = _with_as_of(window.features, after(as_of - dt.timedelta(days=window.days)), as_of)
@@ -134,7 +134,7 @@ def _windowed(
 
 
 def uses_as_of(features: Mapping[str, pl.Expr]) -> bool:
-    """Whether an expression looks at the as-of time, so that its value changes without any new event."""
+    """Return True if an expression uses the as-of time, so that its value changes without any new event."""
     return any(AS_OF in expression.meta.root_names() for expression in features.values())
 
 
@@ -142,7 +142,7 @@ def join_dimension(group: FeatureGroup, features: pl.DataFrame, dimension: pl.Da
     """Join the group's dimension rows to its entities.
 
     Args:
-        group: The declaration; the dimension's key column must bear the entity's name.
+        group: The declaration; the dimension's key column must have the entity's name.
         features: One row an entity.
         dimension: One row a key.
         how: 'inner': an entity without dimension row is rejected (reason `no_<dimension>_row`, features kept);
@@ -166,8 +166,8 @@ def _with_as_of(features: Mapping[str, pl.Expr], events: pl.DataFrame, as_of: dt
 
 def _aggregate(group: FeatureGroup, events: pl.DataFrame, features: Mapping[str, pl.Expr], suffix: str) -> pl.DataFrame:
     named = [expression.alias(name + suffix) for name, expression in features.items()]
-    # Where all expressions are as simple as a sum, Polars (2.1) adds up partial sums in an order that differs from run
-    # to run, and with it the last bits. One that isn't makes it gather each entity's rows first, at no cost.
+    # If all expressions are as simple as a sum, Polars (2.1) adds partial sums in an order that differs from run
+    # to run, and with it the last bits. A more complex one makes it gather each entity's rows first, at no cost.
     gathered = pl.col(group.entity).head(1).len().alias(_GATHERED)
     try:
         aggregated = events.group_by(group.entity).agg(*named, gathered).drop(_GATHERED)
@@ -183,7 +183,7 @@ def _aggregate(group: FeatureGroup, events: pl.DataFrame, features: Mapping[str,
 
 
 def _over_no_rows(events: pl.DataFrame, features: Mapping[str, pl.Expr], suffix: str) -> dict[str, object]:
-    """The value each expression has over no rows: 0 for a count or a sum, None for a mean."""
+    """Return the value of each expression over no rows: 0 for a count or a sum, None for a mean."""
     try:
         return events.clear().select(e.alias(name + suffix) for name, e in features.items()).row(0, named=True)
     except (pl.exceptions.PolarsError, IndexError):
@@ -193,7 +193,7 @@ def _over_no_rows(events: pl.DataFrame, features: Mapping[str, pl.Expr], suffix:
 def _refused(
     group: FeatureGroup, features: Mapping[str, pl.Expr], events: pl.DataFrame, fault: Exception
 ) -> DefinitionError:
-    """Find the feature that is at fault, by evaluating them one by one on no rows."""
+    """Find the faulty feature, by evaluating them one by one on no rows."""
     for name, expression in features.items():
         try:
             events.clear().group_by(group.entity).agg(expression.alias(name))
@@ -221,7 +221,7 @@ def _derive(group: FeatureGroup, features: pl.DataFrame, as_of: dt.datetime) -> 
 def _derived(
     group: FeatureGroup, name: str, before: pl.DataFrame, companies: Sequence[IntArray] | None = None
 ) -> pl.DataFrame:
-    """The features with another one, if its values depend on the entity's own features alone."""
+    """Return the features with another one, if its values depend on the same entity's features alone."""
     expression = group.derived[name]
     after = before.with_columns(expression.alias(name))
     if looks_elsewhere(expression, before, after[name], companies):
@@ -234,7 +234,7 @@ def _derived(
 
 
 def _plain_types(frame: pl.DataFrame) -> pl.DataFrame:
-    """Widen integers to int64 and floats to float64, categories to strings: every reader has these."""
+    """Widen integers to int64 and floats to float64, categories to strings: every reader supports these."""
     casts = []
     for name, dtype in frame.schema.items():
         if dtype.is_integer() and dtype not in (pl.Int64, pl.UInt64):

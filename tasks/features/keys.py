@@ -1,4 +1,4 @@
-"""Keys of entities: which values are the same key, wherever they come from. Pure.
+"""Keys of entities: rules for equal keys from different sources. Pure.
 
 The flows, the point-in-time join, look-ups in files and in Redis, and the commands all read keys by these rules:
 
@@ -13,7 +13,7 @@ The flows, the point-in-time join, look-ups in files and in Redis, and the comma
 | null, NaN | no key | no key |
 
 From 2⁵³ on a float may be any of several whole numbers: 9007199254740993 read as a float is another customer's key.
-The rows of a flow that are refused are rejected with a reason; where somebody asks for keys, it is an error.
+Refused rows of a flow are rejected with a reason; in a look-up a refused key is an error.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from tasks.io.errors import InputError
 KeyType = Literal["int64", "string"]
 
 _EXACT = {"Float16": 2**11, "Float32": 2**24, "Float64": 2**53}
-"""From here on a float isn't one whole number alone."""
+"""From here on a float may be several whole numbers."""
 _TEXT = (pl.String, pl.Categorical, pl.Enum)
 _GIVEN, _KEY = "given", "key"
 _SHOWN = 3
 
 
 def key_type(kinds: Iterable[pa.DataType]) -> KeyType:
-    """Type of a key by the types of all columns that hold it: an integer if it can be one in each, else text.
+    """Return the type of a key from the types of all its columns: an integer if possible in each, else text.
 
-    Floats count as whole numbers: they are where a data frame had a null among them.
+    Floats count as whole numbers: data frames use them for integers with nulls.
     """
-    told = [kind for kind in kinds if not pt.is_null(kind)]  # a column without any value doesn't say
+    told = [kind for kind in kinds if not pt.is_null(kind)]  # a column without any value has no type
     whole = all(pt.is_integer(kind) or pt.is_floating(kind) or pt.is_decimal(kind) for kind in told)
     return "int64" if told and whole else "string"
 
 
 def as_key(source: pl.Expr, dtype: pl.DataType, wanted: KeyType) -> pl.Expr:
-    """Expression that brings keys of a type into the wanted one; what can't be such a key becomes null."""
+    """Return an expression that converts keys to the wanted type; null for values that can't be such a key."""
     if dtype.is_float():
         whole = source.cast(pl.Int64, strict=False)
         source = pl.when((source == whole) & ~is_inexact(source, dtype)).then(whole)
@@ -68,23 +68,23 @@ def as_key(source: pl.Expr, dtype: pl.DataType, wanted: KeyType) -> pl.Expr:
 
 
 def is_inexact(source: pl.Expr, dtype: pl.DataType) -> pl.Expr:
-    """Whether each value of a float column is finite and may be several whole numbers."""
+    """Return an expression that is True for finite floats that may be several whole numbers."""
     return source.is_finite() & (source.abs() >= pl.lit(_EXACT[str(dtype)]))
 
 
 def read_keys(values: Iterable[Any], kind: pa.DataType, what: str) -> pa.Array:
-    """Keys that somebody asks for, in the type that a version has them in.
+    """Return requested keys in the type of a version's keys.
 
     Args:
         values: Arrow array or plain values, numpy's and pandas' scalars too; None and NaN are no key.
         kind: Arrow type of the version's key column.
-        what: Whose keys they are, for errors: "keys of feature-store/customer-features v1 ('customer_id')".
+        what: Description of the keys, for errors: "keys of feature-store/customer-features v1 ('customer_id')".
 
     Returns:
         An array of type `kind`, as long as the values, null where there is no key.
 
     Raises:
-        InputError: a value can't be such a key, or not exactly; it says which, and why.
+        InputError: a value can't be such a key, or not exactly; the message says which, and why.
 
     """
     if pt.is_dictionary(kind):
@@ -108,7 +108,7 @@ def read_keys(values: Iterable[Any], kind: pa.DataType, what: str) -> pa.Array:
 
 
 def as_given(values: Iterable[Any], what: str) -> pa.Array:
-    """Plain values as an Arrow array of their own type: floats keep their width, which says up to where they are exact.
+    """Return plain values as an Arrow array of their type: floats keep their width, which limits their exact range.
 
     Raises:
         InputError: they aren't of one type, or beyond 64 bits.
@@ -124,7 +124,7 @@ def as_given(values: Iterable[Any], what: str) -> pa.Array:
 
 
 def _plain(value: Any) -> Any:
-    """None for pandas' missing value, and Python's own for a boolean of numpy's, which Arrow would count as 1."""
+    """Return None for pandas' missing value, and a Python bool for numpy's, which Arrow would count as 1."""
     if type(value).__name__ == "NAType":
         return None
     return bool(value) if isinstance(value, np.bool_) else value
@@ -142,10 +142,10 @@ def _may_be_keys(given: pa.DataType, kind: pa.DataType) -> bool:
 
 
 def _refuse(frame: pl.DataFrame, kind: pa.DataType, what: str) -> None:
-    """Name the values that are no keys.
+    """Raise an error that names the values that aren't keys.
 
     Raises:
-        InputError: there are some.
+        InputError: there are any.
 
     """
     numbers = (frame[_GIVEN].is_not_null() & frame[_KEY].is_null()).arg_true()
@@ -160,7 +160,7 @@ def _refuse(frame: pl.DataFrame, kind: pa.DataType, what: str) -> None:
 
 
 def _cast(array: pa.Array, kind: pa.DataType, what: str) -> pa.Array:
-    """The keys in the exact type; a boolean, which Arrow casts to anything, only among booleans."""
+    """Return the keys in the exact type; booleans, which Arrow casts to anything, only to booleans."""
     try:
         if pt.is_boolean(array.type) != pt.is_boolean(kind):
             raise pa.ArrowTypeError(f"they are of type {array.type}")

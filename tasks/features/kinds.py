@@ -1,6 +1,6 @@
-"""Which types of a file's columns can be read as which kind of column: asked before any row is read. Pure.
+"""Types of files' columns that can be read as each kind of column: checked before any row is read. Pure.
 
-A type that can't is refused, not cast: ticks of a time would be amounts, the text of a struct a key.
+Other types are refused, not cast: ticks of a time would be amounts, the text of a struct a key.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ _WANTED: Mapping[ColumnKind, str] = {
 
 
 def check_kind(table: SourceTable, kind: ColumnKind, ours: str, theirs: str, mapping: str | None = None) -> None:
-    """Make sure that a column of every file can be read as what it is declared to be.
+    """Check that a column of every file can be read as its declared kind.
 
     Args:
         table: The source, whose files all have the column; settled, if it has CSV files.
-        kind: What it is read as; 'time' is judged by `check_times`.
-        ours: Our name of it.
-        theirs: The files' name of it.
-        mapping: How a user maps another column, if not as `how_to_map` says.
+        kind: Kind to read it as; 'time' is judged by `check_times`.
+        ours: Our name for it.
+        theirs: The files' name for it.
+        mapping: Instruction for mapping another column, if not that of `how_to_map`.
 
     Raises:
-        SourceError: names the file, the column, its type and what it must be.
+        SourceError: a column can't; the message names the file, the column, its type and the expected one.
 
     """
     types: dict[pa.DataType, str] = {}
@@ -65,16 +65,16 @@ def check_kind(table: SourceTable, kind: ColumnKind, ours: str, theirs: str, map
 
 
 def check_times(table: SourceTable, column: str, epoch_unit: str | None, where: str | None = None) -> None:
-    """Make sure that a column of every file can be read as times.
+    """Check that a column of every file can be read as times.
 
     Args:
-        table: The source, settled as far as the column's first block says.
+        table: The source, settled by the column's first block.
         column: The files' name of the column.
-        epoch_unit: What integers count, if somebody said it.
-        where: Name of the source in messages, if it isn't its own.
+        epoch_unit: Unit of integers, if given.
+        where: Name of the source in messages, if it isn't the table's.
 
     Raises:
-        SourceError: it can't, or holds integers that are dates, or of which nobody said what they count.
+        SourceError: it can't, or holds integers that are dates, or integers without a given unit.
 
     """
     where = where or table.name
@@ -100,12 +100,12 @@ def check_times(table: SourceTable, column: str, epoch_unit: str | None, where: 
 
 
 def is_date(number: int) -> bool:
-    """Whether a whole number reads as a date of 1900 to 2099 in digits: YYYYMMDD, also with HHMM or HHMMSS behind."""
+    """Return True if a whole number reads as a date of 1900 to 2099: YYYYMMDD, optionally with HHMM or HHMMSS."""
     return iso_date(number) is not None
 
 
 def iso_date(number: int) -> str | None:
-    """Such a number in ISO 8601; None for any other."""
+    """Return such a number in ISO 8601; None for any other."""
     text = str(number)
     if len(text) not in _DIGITS or not 1900 <= int(text[:4]) < 2100:
         return None

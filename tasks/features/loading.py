@@ -1,7 +1,7 @@
-"""A user's definitions, read from a Python or a YAML file.
+"""Loader of a user's definitions from a Python or a YAML file.
 
 A Python file declares values of `FeatureGroup`, `EventSource` and `DimensionSource` at module level. A YAML file
-says the same in words, with features in SQL (`SUM(amount) FILTER (WHERE …)`), which Polars turns into
+declares the same, with features in SQL (`SUM(amount) FILTER (WHERE …)`), which Polars turns into
 expressions; nothing in it is executed. As in SQL, a SUM over no rows is null: COALESCE(SUM(x), 0) makes it 0.
 """
 
@@ -95,7 +95,7 @@ class _File(_Strict):
 
 
 def is_yaml(what: str, path: str) -> bool:
-    """Whether a file of declarations is YAML, and not Python.
+    """Return True for a YAML file of declarations, False for Python.
 
     Raises:
         DefinitionError: It is neither.
@@ -107,10 +107,10 @@ def is_yaml(what: str, path: str) -> bool:
 
 
 def python_values(what: str, path: str) -> list[Any]:
-    """Run a user's Python file; the values of its module-level names.
+    """Run a user's Python file; return the values of its module-level names.
 
     Raises:
-        DefinitionError: It is missing, or fails; says which file and why.
+        DefinitionError: It is missing, or fails; the message says which file and why.
 
     """
     if not Path(path).is_file():
@@ -127,13 +127,13 @@ def python_values(what: str, path: str) -> list[Any]:
 def by_name(
     path: str, values: Iterable[object], kind: type[_Kind], base: Mapping[str, _Kind] = MappingProxyType({})
 ) -> dict[str, _Kind]:
-    """The values of a kind that a Python file declares, by their names.
+    """Return the values of a kind that a Python file declares, by their names.
 
     Args:
         path: The file.
         values: Its values.
         kind: A class with a name.
-        base: What the file may import to build upon: another of the same name takes its place.
+        base: Values that the file may import and extend: another of the same name replaces one.
 
     Raises:
         DefinitionError: two of them have the same name.
@@ -152,10 +152,10 @@ def by_name(
 
 
 def yaml_content(what: str, path: str) -> Any:
-    """What a YAML file holds; an empty one an empty mapping. Nothing in it is executed.
+    """Return the content of a YAML file; an empty mapping for an empty file. Nothing in it is executed.
 
     Raises:
-        DefinitionError: It is missing, or no YAML.
+        DefinitionError: It is missing, or isn't YAML.
 
     """
     try:
@@ -167,7 +167,7 @@ def yaml_content(what: str, path: str) -> Any:
 
 
 def declared(definitions: str | None) -> Definitions:
-    """The standard definitions, with those of a user's file, if there is one, over them; sources as they are declared.
+    """Return the standard definitions, overridden by those of a user's file, if there is one; sources as declared.
 
     Raises:
         DefinitionError: as `load_definitions`.
@@ -177,10 +177,10 @@ def declared(definitions: str | None) -> Definitions:
 
 
 def load_definitions(path: str) -> Definitions:
-    """Read a definitions file (local, or YAML anywhere that storage reaches).
+    """Read a definitions file (local, or YAML in any supported storage).
 
     Raises:
-        DefinitionError: The file is missing, of another kind, or can't be used; says where and why.
+        DefinitionError: The file is missing, of another kind, or invalid; the message says where and why.
 
     """
     return _from_yaml(path) if is_yaml(_WHAT, path) else _from_python(path)
@@ -221,11 +221,11 @@ def _from_yaml(path: str) -> Definitions:
 
 
 def first_mistake(file: type[BaseModel], fault: ValidationError) -> str:
-    """Where a file's first mistake is, what is wrong, and what stands there; for an unknown field the closest ones.
+    """Return place, error and value of a file's first mistake; for an unknown field the closest ones.
 
     Args:
         file: Model of the whole file.
-        fault: What it says of it.
+        fault: Its validation error.
 
     """
     first = min(
@@ -241,7 +241,7 @@ def first_mistake(file: type[BaseModel], fault: ValidationError) -> str:
 
 
 def _model_at(model: type[BaseModel], place: Sequence[int | str]) -> type[BaseModel]:
-    """The model of what stands at a place: a path of fields, and of keys and numbers in mappings and lists."""
+    """Return the model at a place: a path of fields, and of keys and numbers in mappings and lists."""
     names = iter(place)
     for name in names:
         kind: Any = model.model_fields[str(name)].annotation
@@ -281,13 +281,13 @@ def _expressions(group: str, features: dict[str, str]) -> dict[str, pl.Expr]:
 
 
 def sql_expression(what: str, sql: str) -> pl.Expr:
-    """A user's SQL as an expression over the columns of its rows, and of nothing else.
+    """Return a user's SQL as an expression over only the columns of its rows.
 
     Polars reads the files that a subquery names (`(SELECT x FROM read_csv('/etc/passwd'))`) while it parses, so these
     are refused before.
 
     Raises:
-        DefinitionError: It is no such expression; says where and why.
+        DefinitionError: It isn't such an expression; the message says where and why.
 
     """
     bare = sql if _AMBIGUOUS.search(sql) else _QUOTED.sub("''", sql)
@@ -297,7 +297,7 @@ def sql_expression(what: str, sql: str) -> pl.Expr:
         return pl.sql_expr(sql)
     except pl.exceptions.PolarsError as fault:
         raise DefinitionError(f"{what} '{sql}' is no SQL expression: {fault}") from fault
-    except UnicodeEncodeError as fault:  # half a character, as YAML's '\\ud800' is
+    except UnicodeEncodeError as fault:  # half a character, as YAML's '\\ud800'
         raise DefinitionError(f"{what} {sql!a} has a character that is none: write it out") from fault
 
 

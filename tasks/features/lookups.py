@@ -1,4 +1,4 @@
-"""Dimensions that are looked up: read once, in the driver, and given to every task, so they fit in memory. Pure."""
+"""Look-up dimensions: read once, in the driver, and given to every task, so they fit in memory. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tasks.store.reservation import Reservation
 
 @dataclass(frozen=True, slots=True)
 class LookedUp:
-    """A dimension by key: the rows to join to events, and where the others went.
+    """A dimension by key: the rows to join to events, and the counts of the others.
 
     rejected: frames of rejected rows with their reason, each with the name of its file.
     """
@@ -27,12 +27,12 @@ class LookedUp:
     rejected: tuple[tuple[str, int, pl.DataFrame], ...]
 
     def write_rejected(self, reservation: Reservation) -> list[FileEntry]:
-        """Keep the rejected rows beside a version that was made with this dimension."""
+        """Write the rejected rows beside a version that was made with this dimension."""
         return [write_rejected(reservation, name, index, frame) for name, index, frame in self.rejected]
 
 
 def read_lookup(plan: LookupPlan, rows_per_unit: int) -> LookedUp:
-    """Read a dimension and keep one row a key.
+    """Read a dimension and return one row a key.
 
     Args:
         plan: The look-up.
@@ -64,12 +64,12 @@ def read_lookup(plan: LookupPlan, rows_per_unit: int) -> LookedUp:
 
 
 def categorised(plan: FeaturePlan, lookup: LookedUp) -> pl.DataFrame:
-    """The rows to join to the events of a plan, those columns as categories that are so in the events."""
+    """Return the rows to join to the events of a plan; columns that are categories in the events become categories."""
     categories = {column.name for column in plan.events.rows.columns if column.kind == "category"}
     names = [name for name in lookup.plan.columns if name in categories]
     return lookup.rows.with_columns(pl.col(name).cast(pl.Categorical) for name in names)
 
 
 def lookup_tables(plan: FeaturePlan) -> tuple[pl.DataFrame, ...]:
-    """The rows of all dimensions that a plan looks up, as its tasks are given them."""
+    """Return the rows of all look-up dimensions of a plan, in the form for its tasks."""
     return tuple(categorised(plan, read_lookup(lookup, plan.rows_per_bucket)) for lookup in plan.lookups)

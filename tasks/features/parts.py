@@ -23,14 +23,14 @@ from tasks.store.own_columns import AS_OF, CREATED, READY, VERSION
 from tasks.store.reservation import Reservation
 
 ROW_GROUP = 8192
-"""Rows of a row group: a look-up of one entity decodes one, and a hundred groups' statistics are soon searched."""
+"""Rows of a row group: a look-up of one entity decodes one, and a hundred groups' statistics are quick to search."""
 
 _NUMERIC = (pa.types.is_floating, pa.types.is_integer, pa.types.is_decimal)
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenPart:
-    """One data file as it was written; profile has the columns that weren't profiled for the fences before."""
+    """A written data file; profile has the columns that weren't profiled for the fences."""
 
     entry: FileEntry
     schema: pa.Schema
@@ -49,7 +49,7 @@ def write_part(
 ) -> WrittenPart:
     """Score the rows of one part against the global fences of their as-of time and write them as one file.
 
-    Rows stand by entity and as_of, in row groups so small that a look-up of one entity reads little.
+    Rows are sorted by entity and as_of, in row groups so small that a look-up of one entity reads little.
     """
     frame = pl.from_arrow(table)
     assert isinstance(frame, pl.DataFrame)
@@ -62,7 +62,7 @@ def write_part(
 
 
 def stamped(features: pl.DataFrame, created: dt.datetime, version: int) -> pl.DataFrame:
-    """Features with when they were computed, and in which version they stand."""
+    """Return features with the time of their computation, and their version."""
     return features.with_columns(pl.lit(created, TIME).alias(CREATED), pl.lit(f"v{version}").alias(VERSION))
 
 
@@ -72,7 +72,7 @@ def scored_rows(
     bounds: Mapping[dt.datetime, Mapping[str, Fences]],
     thresholds: Thresholds,
 ) -> pl.DataFrame:
-    """Stamped rows with their quality, judged against the fences of their as-of time, as they are written."""
+    """Return stamped rows with their quality, judged against the fences of their as-of time, in written form."""
     names = feature_columns(frame.columns, planned)
     snapshots = frame.partition_by(AS_OF, maintain_order=True) if frame.height else [frame]
     scored = pl.concat(
@@ -91,7 +91,7 @@ def scored_rows(
 
 
 def by_time(table: pa.Table, as_of: Sequence[dt.datetime]) -> list[pa.Table]:
-    """A table whose rows stand in order of as_of, cut into one piece a time; some may have no row."""
+    """Return a table, sorted by as_of, as one piece for each time; some may have no row."""
     ticks = table[AS_OF].cast(pa.int64()).to_numpy()
     times = pa.array(as_of, table.schema.field(AS_OF).type).cast(pa.int64()).to_numpy()
     ends = np.searchsorted(ticks, times, side="right").tolist()
@@ -99,24 +99,24 @@ def by_time(table: pa.Table, as_of: Sequence[dt.datetime]) -> list[pa.Table]:
 
 
 def repeated_keys(frame: pl.DataFrame, entity: str) -> int:
-    """Rows whose entity another row of the same as-of time has too, beyond the first."""
+    """Return the number of rows with the entity of another row of the same as-of time, beyond the first."""
     return frame.height - frame.select(entity, AS_OF).n_unique()
 
 
 def sketches(profile: TableProfile) -> dict[str, QuantileSketch]:
-    """Quantiles of all columns of a profile, each numeric."""
+    """Return the quantiles of all columns of a profile, each numeric."""
     return {name: profile.sketch(name) for name in profile.partials}
 
 
 def feature_columns(names: Sequence[str], planned: GroupPlan) -> list[str]:
-    """The columns that are judged as features: the group's own and those of its dimension."""
+    """Return the columns that are judged as features: the group's and its dimension's."""
     dimension = [c.name for c in planned.dimension.rows.columns] if planned.dimension is not None else []
     wanted = {*planned.group.feature_names, *dimension} - {planned.group.entity}
     return [name for name in names if name in wanted]
 
 
 def numeric_features(schema: pa.Schema, planned: GroupPlan) -> list[str]:
-    """The features that have quantiles, and so fences."""
+    """Return the features with quantiles, and so with fences."""
     return [
         name
         for name in feature_columns(schema.names, planned)
@@ -125,7 +125,7 @@ def numeric_features(schema: pa.Schema, planned: GroupPlan) -> list[str]:
 
 
 def to_arrow(frame: pl.DataFrame) -> pa.Table:
-    """An Arrow table with the plain types that every Parquet reader knows."""
+    """Return an Arrow table with the plain types that every Parquet reader knows."""
     table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
     plain = [
         field.with_type(pa.string()) if pa.types.is_large_string(field.type) else field.with_type(field.type)
@@ -135,7 +135,7 @@ def to_arrow(frame: pl.DataFrame) -> pa.Table:
 
 
 def write_rejected(reservation: Reservation, source: str, index: int, rows: pl.DataFrame) -> FileEntry:
-    """Keep rejected rows beside the version that they are missing from."""
+    """Write rejected rows beside the version that lacks them."""
     return reservation.entry(
         storage.write_parquet(to_arrow(_uncategorised(rows)), reservation.rejected_uri(source, index))
     )

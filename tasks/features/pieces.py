@@ -1,7 +1,7 @@
-"""Large CSV files cut into pieces that tasks read side by side, each from the beginning of a row on.
+"""Large CSV files cut into pieces that tasks read in parallel, each from the start of a row.
 
-Where rows begin can't be told from the middle of a file, as quoted text may hold line ends: so a file is followed once
-from its beginning, field by field as RFC 4180 says and pyarrow reads it, at some hundreds of megabytes a second.
+Row starts can't be recognised in the middle of a file, as quoted text may hold line ends: so a file is scanned once
+from its beginning, field by field by the rules of RFC 4180 and pyarrow, at some hundreds of megabytes a second.
 Compressed files have no middle; they stay whole.
 """
 
@@ -17,7 +17,7 @@ import pyarrow as pa
 from tasks.io import storage
 
 PIECE_BYTES = 64 * 2**20
-"""Text of a piece, about; a file of less than twice as much isn't cut."""
+"""Approximate bytes of a piece; a file of less than twice as much isn't cut."""
 
 _BLOCK = 16 * 2**20
 
@@ -30,7 +30,7 @@ class Piece:
         header: bytes of the file's header, from its beginning.
         start: offset of the piece's first byte.
         end: offset behind its last one.
-        rows: rows in it, malformed ones included.
+        rows: rows in it, including malformed ones.
         first_row: number of its first row in the file, from 0.
         lines: lines of the file between the header and the piece.
     """
@@ -44,7 +44,7 @@ class Piece:
 
 
 def cut(info: storage.FileInfo) -> tuple[Piece, ...]:
-    """The pieces of a CSV file; none if it is better read as a whole."""
+    """Return the pieces of a CSV file; none if it is better read as a whole."""
     if info.bytes < 2 * PIECE_BYTES or info.uri.lower().endswith(".gz"):
         return ()
     from tasks.features.row_ends import START, follow  # numba: 0.7 s to import and load
@@ -72,14 +72,14 @@ def cut(info: storage.FileInfo) -> tuple[Piece, ...]:
 
 
 class PieceText:
-    """A piece as a file of its own, with the header in front, to be read from the beginning on."""
+    """A piece as a separate file, with the header in front, to be read from the beginning."""
 
     def __init__(self, stream: pa.NativeFile, piece: Piece) -> None:
         self._stream, self._piece = stream, piece
         self._place = 0
 
     def read(self, size: int | None = None) -> bytes:
-        """Some bytes; none at the end."""
+        """Return some bytes; none at the end."""
         header, start, end = self._piece.header, self._piece.start, self._piece.end
         if self._place == header < start:
             self._stream.seek(start)

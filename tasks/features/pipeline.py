@@ -40,10 +40,10 @@ from tasks.store.reservation import Reservation
 
 MAX_BUCKETS = 4096
 SNAPSHOTS_PER_BUCKET = 8
-"""As-of times whose rows take about the memory that the events themselves take, with some ten events an entity."""
+"""As-of times whose rows take about as much memory as the events, with some ten events an entity."""
 
 PACKED_BYTES = {"key": 5, "time": 8, "number": 8, "category": 3, "any": 16}
-"""Bytes that a value of each kind takes on its way, about."""
+"""Approximate bytes of a value of each kind in the shuffle."""
 
 Progress = Callable[[int], None]
 Sketches = dict[str, QuantileSketch]
@@ -59,11 +59,11 @@ class GroupPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputedGroup:
-    """What was written for one group, and what is known of it; nothing is committed yet.
+    """Result of computing one group, before the commit.
 
     suspects: keys that look like missing values.
-    entities, unmatched, ready: rows, so an entity counts once for each as-of time that it has features at.
-    side_files, state: the events that an incremental run has kept, and what the manifest's definition says of them.
+    entities, unmatched, ready: rows, so an entity counts once for each as-of time with features.
+    side_files, state: the events kept by an incremental run, and their entry in the manifest's definition.
     """
 
     reservation: Reservation
@@ -90,9 +90,9 @@ class ComputedGroup:
 
 
 def bucket_count(plan: FeaturePlan) -> int:
-    """Buckets a group: so many that each holds about `rows_per_bucket` events, whatever the cluster's size.
+    """Return the number of buckets a group: each holds about `rows_per_bucket` events, on any cluster.
 
-    A power of two, so that the buckets of versions of different sizes lie within each other. A long history has more
+    A power of two, so that the buckets of versions of different sizes nest. A long history has more
     of them, for the rows that come out.
     """
     rows = plan.events.table.estimated_rows() * max(1, len(plan.as_of) // SNAPSHOTS_PER_BUCKET)
@@ -112,7 +112,7 @@ def compute_groups(
     """Compute, score and write all groups of a plan under their reservations.
 
     Args:
-        plan: What to compute.
+        plan: Plan of the computation.
         config: Join and thresholds.
         reservations: One a group, in the plan's order.
         created: Stamp of every row, UTC.
@@ -134,7 +134,7 @@ def compute_groups(
     numbers: list[TableProfile | None] = [None] * groups
 
     def on_summary(summary: BucketSummary) -> None:
-        # Those of all buckets and as-of times are large: they are added up as they come.
+        # The profiles of all buckets and as-of times are large: they are merged as they come.
         assert summary.profile is not None
         numbers[summary.group] = added(numbers[summary.group], summary.profile)
         found, summary.quantiles, summary.profile = summary.quantiles, [], None
@@ -177,12 +177,12 @@ def _merged(one: Sketches, other: Sketches) -> Sketches:
 
 
 def pieces_to_read(plan: FeaturePlan) -> int:
-    """Pieces of files that the job will read."""
+    """Return the number of pieces of files that the job will read."""
     return sum(1 for _ in _splits(plan))
 
 
 def _packed_bytes(plan: FeaturePlan) -> int:
-    """Bytes of all rows on their way to their buckets, about."""
+    """Return the approximate bytes of all rows in the shuffle."""
     kinds = {column.name: column.kind for column in plan.events.rows.columns}
     row_bytes = sum(PACKED_BYTES[kinds.get(name, "any")] for group in plan.groups for name in group.columns)
     return plan.read_table.estimated_rows() * row_bytes
@@ -205,14 +205,14 @@ def _splits(plan: FeaturePlan) -> Iterator[Split]:
 
 
 def _joins(planned: GroupPlan, lookup: LookedUp) -> bool:
-    """Whether a group's events are completed by a look-up whose rows the group doesn't balance as its dimension."""
+    """Return True if a group uses a look-up that isn't balanced as the group's dimension."""
     own = planned.dimension.name if planned.dimension is not None else None
     return lookup.balance.name != own and bool(set(lookup.plan.columns) & set(planned.columns))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Result:
-    """What is known of a group before its rows are scored.
+    """Result of a group before its rows are scored.
 
     numbers: profile of the numeric features. rows: of each bucket's table.
     """
@@ -233,7 +233,7 @@ def _results(
     numbers: TableProfile | None,
     quantiles: Sequence[Sketches],
 ) -> _Result:
-    """Add up what the tasks reported of a group."""
+    """Add up the tasks' reports on a group."""
     own = slice(number * job.buckets, (number + 1) * job.buckets)
     summaries = done.summaries[own]
     assert numbers is not None, "each group has a bucket"
@@ -249,9 +249,9 @@ def _results(
 
 
 def _write(job: Job, tables: Parts, results: Sequence[_Result], thresholds: Thresholds) -> list[GroupPart]:
-    """Score the rows of all buckets and write a file for each that has some; by group, in the buckets' order.
+    """Score the rows of all buckets and write a file for each that has rows; by group, in the buckets' order.
 
-    A group without a single row still has one file: a schema for the gate to judge.
+    A group without any row still has one file: a schema for the gate to judge.
     """
     writers = [
         partial(
@@ -283,7 +283,7 @@ def _finish(
     lookups: Sequence[LookedUp],
     timings: Mapping[str, float],
 ) -> ComputedGroup:
-    """Put together what was written of one group and what is known of it."""
+    """Return the result of one group."""
     number, notes, summaries, balances = result.number, result.notes, result.summaries, result.balances
     planned, reservation = job.plan.groups[number], job.reservations[number]
     written = [made.part for made in parts_written]
@@ -321,14 +321,14 @@ def _finish(
 def _fences(
     as_of: Sequence[dt.datetime], numbers: TableProfile, quantiles: Sequence[Sketches]
 ) -> dict[dt.datetime, dict[str, Fences]]:
-    """Fences of each as-of time, from its own rows: what is computed beside it makes no difference."""
+    """Return the fences of each as-of time, from its rows alone: other times make no difference."""
     if len(as_of) == 1:
         return {as_of[0]: fences(list(numbers.partials), numbers.quantiles)}
     return {moment: fences_of(sketches) for moment, sketches in zip(as_of, quantiles, strict=True)}
 
 
 def _whole_profile(written: Sequence[WrittenPart], numbers: TableProfile) -> TableProfile:
-    """Profile of the data files in their order of columns; the numeric features were profiled for the fences."""
+    """Return the data files' profile in their order of columns; the numeric features were profiled for the fences."""
     rest = merge_profiles([part.profile for part in written])
     partials = {**rest.partials, **numbers.partials}
     return TableProfile(rest.rows, {name: partials[name] for name in written[0].schema.names})

@@ -1,4 +1,4 @@
-"""What a run will do, decided before it starts: which files, columns, types, look-ups and joins. Pure.
+"""Plan of a run, made before it starts: files, columns, types, look-ups and joins. Pure.
 
 A plan is a frozen value that goes to the workers.
 """
@@ -29,7 +29,7 @@ from tasks.io.names import closest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourcePlan:
-    """One source: where its rows are and how they are read."""
+    """One source: its rows, and the way they are read."""
 
     table: SourceTable
     rows: RowPlan
@@ -40,12 +40,12 @@ class SourcePlan:
         return self.table.name
 
     def units(self, rows_per_unit: int, table: SourceTable | None = None) -> list[ReadUnit]:
-        """The pieces of the source, or of some of its files, that tasks read (`sources.read_units`)."""
+        """Return the pieces of the source, or of some of its files, that tasks read (`sources.read_units`)."""
         return units_of(table or self.table, self.rows, rows_per_unit)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Text that may mean 'no value', but is read as text, in sentences."""
+        """Sentences about text that may mean 'no value', but is read as text."""
         kinds = {column.source_name: column for column in self.rows.columns}
         found = {
             (name, mark): None
@@ -83,9 +83,9 @@ class GroupPlan:
 class FeaturePlan:
     """Everything that the workers need to know. All groups of one event source are computed from one reading.
 
-    as_of: times that features are computed as of, UTC, ascending. states, fingerprints: of an incremental run
-    (`incremental.with_state`), for each group and each file of the events; empty otherwise. notes: which of several
-    columns are read, and what is taken for null, in sentences.
+    as_of: as-of times of the features, UTC, ascending. states, fingerprints: of an incremental run
+    (`incremental.with_state`), for each group and each file of the events; empty otherwise. notes: sentences about
+    the choice between columns, and about text taken for null.
     """
 
     events: SourcePlan
@@ -111,7 +111,7 @@ class FeaturePlan:
         return replace(self.events.table, files=tuple(self.events.table.files[number] for number in self.read_files))
 
     def reads(self, group: int, file: int) -> bool:
-        """Whether a group takes the rows of a file from the file, not from an earlier version."""
+        """Return True if a group takes the rows of a file from the file, not from an earlier version."""
         return not self.states or file in self.states[group].new
 
 
@@ -121,16 +121,16 @@ def plan_features(
     as_of: Sequence[dt.datetime],
     known: Mapping[str, SourceTable] | None = None,
 ) -> list[FeaturePlan]:
-    """Plan the groups that the configuration asks for, one plan an event source.
+    """Plan the configured groups, one plan an event source.
 
     Args:
-        definitions: Declared sources and groups; sources without a URI are not there.
-        config: What the user asked for.
+        definitions: Declared sources and groups; sources without a URI count as missing.
+        config: The user's configuration.
         as_of: Times up to which events count, UTC, ascending, at least one.
-        known: Sources whose files are known, by name; the others are looked for at their URIs.
+        known: Sources with known files, by name; the others are searched at their URIs.
 
     Raises:
-        DefinitionError: a group needs a source or column that is nowhere.
+        DefinitionError: a group needs a source or column that doesn't exist.
         SourceError: a source is missing, unreadable, or lacks a column.
 
     """
@@ -219,7 +219,7 @@ def _plan_source(
 
 
 def names_in_files(source: EventSource, events: SourceTable) -> dict[str, str]:
-    """Our names to the files', where they differ: as they are mapped, else as another known name that a file has."""
+    """Return our names → the files', where they differ: the mapped one, else another known name that a file has."""
     found = dict(source.mapping)
     known = {name for file in events.files for name in file.schema.names}
     for ours, spec in source.columns.items():
@@ -232,13 +232,13 @@ def names_in_files(source: EventSource, events: SourceTable) -> dict[str, str]:
 def _choices(
     source: EventSource, columns: Mapping[str, str], events: SourceTable, elsewhere: Callable[[str], str | None]
 ) -> Iterator[str]:
-    """Which columns of the events are read, where others of theirs or of a dimension may be meant and may differ.
+    """Yield notes on event columns that could also mean another column, theirs or a dimension's, with other values.
 
     Args:
         source: The declaration, with the user's mapping.
-        columns: Columns that the events' own files have, our names to theirs.
+        columns: Columns that the events' files have, our names to theirs.
         events: These files.
-        elsewhere: Gives the dimension that has a column too.
+        elsewhere: Returns the dimension that has a column too.
 
     """
     for ours, theirs in columns.items():
@@ -259,7 +259,7 @@ def _dimension_of(
     present: Mapping[str, DimensionSource],
     tables: Mapping[str, SourceTable],
 ) -> str | None:
-    """The first dimension that has a column and whose key the events have."""
+    """Return the first dimension that has a column and whose key the events have."""
     for name, dimension in present.items():
         taken = column in dimension.mapping or not dimension.mapping or column in dimension.columns
         joins = dimension.key in needed and dimension.key != column
@@ -269,7 +269,7 @@ def _dimension_of(
 
 
 def _no_rows(events: RowPlan, lookups: Sequence[LookupPlan]) -> pl.DataFrame:
-    """No events, with the columns and types that expressions over them see."""
+    """Return no events, with the columns and types that expressions over them see."""
     frames = [judge(_unread(plan), plan).kept for plan in (events, *(lookup.dimension.rows for lookup in lookups))]
     return pl.DataFrame(schema={name: kind for frame in reversed(frames) for name, kind in frame.schema.items()})
 
@@ -279,7 +279,7 @@ def _unread(plan: RowPlan) -> pl.DataFrame:
 
 
 def _taken_for_null(sources: Sequence[SourcePlan]) -> tuple[str, ...]:
-    """What CSV fields are null, and which text isn't, though it is so in other columns."""
+    """Return sentences about CSV text that is null, and about text that isn't, though it is in other columns."""
     if not any(file.format == "csv" for source in sources for file in source.table.files):
         return ()
     notes = [note for source in sources for note in source.notes]
@@ -312,7 +312,7 @@ def _event_columns(
     present: Mapping[str, DimensionSource],
     tables: Mapping[str, SourceTable],
 ) -> dict[str, str | None]:
-    """Where each column that is needed stands: None for the events' own files, else a dimension's name."""
+    """Return the place of each needed column: None for the events' files, else a dimension's name."""
     needed = {column: None for column, spec in source.columns.items() if spec.required or column == source.time}
     for group in groups:
         needed |= dict.fromkeys(sorted(group.event_columns))
@@ -329,7 +329,7 @@ def _event_columns(
             users = ", ".join(group.name for group in groups if column in group.event_columns)
             if users:
                 own = {name: source.mapping.get(name, name) for name, place in found.items() if place is None}
-                check_columns(events, own)  # what else is missing may say more: other separators, other capitals
+                check_columns(events, own)  # another missing column may explain more: other separators, other capitals
                 places = ", ".join([source.name, *present]) or source.name
                 raise SourceError(
                     f"{users} needs the column '{column}', which stands in none of {places}; if it bears another "
@@ -346,7 +346,7 @@ def _key_types(
     present: Mapping[str, DimensionSource],
     tables: Mapping[str, SourceTable],
 ) -> dict[str, KeyType]:
-    """A key is an integer if it is one in every file of every table that has it, else text."""
+    """Return the keys' types: integer if it is one in every file of every table that has it, else text."""
     types: dict[str, list[KeyType | None]] = {}
     for column, spec in source.columns.items():
         theirs = source.mapping.get(column, column)
@@ -359,7 +359,7 @@ def _key_types(
 
 
 def key_type_of(table: SourceTable, column: str) -> KeyType | None:
-    """What the keys of a source's column become (rows.py rejects fractions); None for one without any value."""
+    """Return the key type of a source's column (rows.py rejects fractions); None for one without any value."""
     types = [kind for kind in table.types(column) if not pa.types.is_null(kind)]
     if not types:
         return None
@@ -369,7 +369,7 @@ def key_type_of(table: SourceTable, column: str) -> KeyType | None:
 def _settled_events(
     events: SourceTable, source: EventSource, names: Mapping[str, str], missing: MissingValues
 ) -> SourceTable:
-    """Settle the columns that have no type by their kind; of the others a first block tells what is wrong with all."""
+    """Settle the columns without a type by their kind; for the others a first block shows faults of all."""
     kinds = {theirs: source.columns.get(ours, Column()).kind for ours, theirs in names.items()}
     whole = [theirs for theirs, kind in kinds.items() if kind in ("key", "any")]
     return settled(events, whole, missing, sampled=kinds)
@@ -383,7 +383,7 @@ def _settled_dimension(table: SourceTable, dimension: DimensionSource, missing: 
 
 
 def units_of(table: SourceTable, rows: RowPlan, rows_per_unit: int) -> list[ReadUnit]:
-    """The pieces of some files that tasks read, as a plan reads them."""
+    """Return the pieces of some files that tasks read, by a plan."""
     return read_units(table, rows.file_columns, rows_per_unit, rows.categories, missing=rows.missing, typed=rows.typed)
 
 
@@ -395,13 +395,13 @@ def plan_dimension(
     *,
     missing: MissingValues,
 ) -> SourcePlan:
-    """Plan how a dimension is read.
+    """Plan the reading of a dimension.
 
     Args:
         dimension: Its declaration.
         table: Its files.
         keys: Types of keys.
-        only: Columns to read beside the key; None: all that it declares.
+        only: Columns to read beside the key; None: all declared ones.
         missing: Texts that are null.
 
     """
@@ -432,7 +432,7 @@ def plan_dimension(
 
 
 def _spec(source: EventSource, column: str, groups: Sequence[FeatureGroup]) -> Column:
-    """How a column is read: as declared, and an entity that isn't declared as a key, so that look-ups can meet it."""
+    """Return a column's declaration; an entity not declared as a key becomes one, so that look-ups can match it."""
     declared = source.columns.get(column, Column())
     is_entity = any(group.entity == column for group in groups)
     return replace(declared, kind="key") if is_entity and declared.kind == "any" else declared
@@ -454,10 +454,10 @@ def check_mappings(definitions: Definitions, others: Iterable[FeatureGroup] = ()
 
     Args:
         definitions: Sources with their mappings, and all groups that may read them.
-        others: What else reads them, such as labels.
+        others: Other readers, such as labels.
 
     Raises:
-        DefinitionError: nothing reads one; names the closest that is read.
+        DefinitionError: nothing reads one; the message names the closest that is read.
 
     """
     for source in definitions.events.values():
@@ -471,7 +471,7 @@ def check_mappings(definitions: Definitions, others: Iterable[FeatureGroup] = ()
 
 
 def needs_sample(definitions: Definitions, config: FeatureStoreConfig) -> bool:
-    """Whether a group that is asked for reads transactions, and nobody said where they are.
+    """Return True if a requested group reads transactions, and their place isn't given.
 
     Raises:
         DefinitionError: a group is unknown, or names a source that isn't declared.
@@ -482,7 +482,7 @@ def needs_sample(definitions: Definitions, config: FeatureStoreConfig) -> bool:
 
 
 def with_uris(definitions: Definitions, config: FeatureStoreConfig) -> Definitions:
-    """Definitions with the standard sources' URIs and mappings as the configuration gives them."""
+    """Return definitions with the configuration's URIs and mappings of the standard sources."""
     events, dimensions = dict(definitions.events), dict(definitions.dimensions)
     if config.transactions is not None:
         events["transactions"] = replace(

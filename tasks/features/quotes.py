@@ -1,6 +1,6 @@
-"""Quotes of a CSV file, looked at while it is read: one that isn't closed would swallow the rows behind it, unseen.
+"""Check of a CSV file's quotes while it is read: an unclosed one would silently swallow the following rows.
 
-Arrow's reader takes all up to the next quote, or to the end of the file, for one field.
+Arrow's reader takes everything up to the next quote, or to the end of the file, for one field.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from tasks.io.errors import SourceError
 
 _QUOTE = ord('"')
 _BESIDE = np.isin(np.arange(256), list(b',\r\n"'))
-"""Bytes that may stand beside a quote."""
+"""Bytes that may occur beside a quote."""
 _OPENING = re.compile(rb'[,\r\n]"')
 _MARK = b"\xef\xbb\xbf"
 
 
 class QuotedText:
-    """A CSV file as `pyarrow.PythonFile` reads it, whose quotes are checked as they pass.
+    """A CSV file for `pyarrow.PythonFile`, whose quotes are checked as they pass.
 
-    Where text keeps to RFC 4180, quotes open and close in turn (an escaped one does both), each beside a comma, the end
-    of a line or another quote: that is seen for all of them at once. Elsewhere, as with a quote within a field that
-    isn't quoted, fields are followed one by one.
+    In RFC 4180 text, quotes open and close in turn (an escaped one does both), each beside a comma, the end
+    of a line or another quote: that is checked for all of them at once. Elsewhere, as with a quote within an unquoted
+    field, fields are followed one by one.
     """
 
     def __init__(self, uri: str, stream: pa.NativeFile | PieceText, left_out: int = 0) -> None:
-        """Read a stream that stands at its beginning, and behind whose header some lines of the file are left out."""
+        """Wrap a stream at its beginning; some lines of the file after the header are left out."""
         self._uri, self._stream = uri, stream
         self._before, self._pending = b"\n", b""
         self._inside, self._begins = False, True
@@ -37,16 +37,16 @@ class QuotedText:
         self.closed = False
 
     def read(self, size: int | None = None) -> bytes:
-        """Some bytes; none at the end.
+        """Return some bytes; none at the end.
 
         Raises:
-            SourceError: a quoted field isn't closed, or goes on behind its closing quote after several lines.
+            SourceError: a quoted field isn't closed, or continues after its closing quote after several lines.
 
         """
         piece: bytes = self._stream.read(size)
         text = self._pending + (piece.removeprefix(_MARK) if self._begins else piece)
         self._begins = False
-        if piece:  # a quote is judged by what is behind it, and a run of them together
+        if piece:  # a quote is judged by the bytes after it, and a run of them together
             checked = text[:-1].rstrip(b'"')
             self._pending = text[len(checked) :]
             self._check(checked, self._pending[:1])

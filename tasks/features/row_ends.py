@@ -1,4 +1,4 @@
-"""Where the rows of a CSV file end: followed field by field, compiled by numba."""
+"""Ends of the rows of a CSV file: followed field by field, compiled by numba."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-_FIELD, _TEXT, _QUOTED, _QUOTE = range(4)  # at the start of a field, within one, within quotes, behind a quote within
+_FIELD, _TEXT, _QUOTED, _QUOTE = range(4)  # at the start of a field, within one, within quotes, after a quote within
 _LINE_FEED, _RETURN, _MARK, _COMMA = b'\n\r",'
 
 START = (_FIELD, 1, 0, 0, 0)
@@ -23,15 +23,15 @@ def follow(
     place: npt.NDArray[np.int64],
     found: npt.NDArray[np.int64],
 ) -> Any:
-    """Follow some text from a place on, and note the ends of rows at which pieces may end; how many were noted.
+    """Follow some text from a place on, and record the ends of rows at which pieces may end; return their number.
 
     Args:
         text: The text.
-        offset: Of its first byte in the file.
+        offset: Its offset in the file.
         piece: Bytes of a piece.
         place: (5,): state, whether the line is blank so far, rows and lines that have ended, and the offset from which
-            on the end of a row is wanted; at first `START`, changed to where the text ends.
-        found: Where to note them, (n, 3): offset behind the end of the row, rows and lines up to there.
+            on the end of a row is wanted; at first `START`, changed to the end of the text.
+        found: Array for the ends, (n, 3): offset after the end of the row, rows and lines up to there.
 
     """
     state, blank, rows, lines, wanted = place[0], place[1], place[2], place[3], place[4]
@@ -54,7 +54,7 @@ def follow(
             if sign == _LINE_FEED and rows and offset + at + 1 >= wanted:
                 found[count, 0], found[count, 1], found[count, 2] = offset + at + 1, rows, lines
                 count += 1
-                # The first is the header's; pieces begin behind it.
+                # The first is the header's; pieces begin after it.
                 wanted = offset + at + 1 + piece
             continue
         blank = 0

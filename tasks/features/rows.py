@@ -1,6 +1,6 @@
-"""Rows of a source brought into the declared form, each kept or rejected with a reason. Pure: frames in, frames out.
+"""Rows of a source converted to the declared form, each kept or rejected with a reason. Pure: frames in, frames out.
 
-What becomes of odd values:
+Treatment of odd values:
 
 | value | becomes |
 |---|---|
@@ -42,11 +42,11 @@ _TYPED_KINDS = ("key", "number", "time")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnPlan:
-    """How one column of a source is read.
+    """Reading of one column of a source.
 
     name: ours; source_name: the file's. key_type: what a key becomes, decided over all sources, so that keys
     of different files and tables are equal when they mean the same. dtype: type of an 'any' column, None as it is.
-    strict: a value that can't be read is rejected, although it may be null.
+    strict: an unreadable value is rejected, although the column may be null.
     """
 
     name: str
@@ -60,11 +60,11 @@ class ColumnPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowPlan:
-    """How the rows of one source are read and judged.
+    """Rules for reading and judging the rows of one source.
 
     time: the event time's column, None for a dimension. as_of: later events are filtered. timezone: IANA zone of
-    times without one. epoch_unit: what integers in a time column count since 1970-01-01 UTC. missing: text of CSV that
-    is no value.
+    times without one. epoch_unit: unit of integers in a time column since 1970-01-01 UTC. missing: text of CSV that
+    means no value.
     """
 
     source: str
@@ -84,7 +84,7 @@ class RowPlan:
 
     @property
     def categories(self) -> tuple[str, ...]:
-        """The file's names of the columns with few different values."""
+        """The file's names of the columns with few distinct values."""
         return tuple(column.source_name for column in self.columns if column.kind == "category")
 
     @property
@@ -107,8 +107,8 @@ def judge(raw: pl.DataFrame, plan: RowPlan) -> JudgedRows:
     """Type, check and split the rows of one file or part of a file.
 
     Args:
-        raw: Columns named as in the file; others than the plan's are carried along with rejected rows only.
-        plan: What to make of them.
+        raw: Columns named as in the file; columns outside the plan are kept with rejected rows only.
+        plan: Rules for the rows.
 
     Returns:
         kept has the plan's columns under our names; rejected has raw's columns and `_reason`.
@@ -116,7 +116,7 @@ def judge(raw: pl.DataFrame, plan: RowPlan) -> JudgedRows:
     """
     typed = raw.select(_typed(column, raw.schema[column.source_name], plan) for column in plan.columns)
     reasons = [reason for column in plan.columns for reason in _reasons(column, raw, plan)]
-    # The usual case is clean data: one boolean pass decides whether reasons are worth spelling out.
+    # The usual case is clean data: one boolean pass decides if reasons must be spelled out.
     bad = pl.any_horizontal(pl.lit(value=False), *(fault for fault, _ in reasons))
     checked = pl.concat([typed, raw.select(pl.all().name.prefix(_RAW))], how="horizontal")
     is_bad = checked.select(bad.alias("bad"))["bad"]
@@ -145,7 +145,7 @@ _TEXT = (pl.String, pl.Categorical)
 
 
 def _typed(column: ColumnPlan, dtype: pl.DataType, plan: RowPlan) -> pl.Expr:
-    """Expression that brings a column into its declared type; a value that can't be becomes null."""
+    """Return an expression that converts a column to its declared type; null for values that don't fit."""
     source = pl.col(column.source_name)
     match column.kind:
         case "key":
@@ -165,7 +165,7 @@ def _typed(column: ColumnPlan, dtype: pl.DataType, plan: RowPlan) -> pl.Expr:
 
 
 def _as_type(source: pl.Expr, dtype: pl.DataType, wanted: pl.DataType | None, plan: RowPlan) -> pl.Expr:
-    """A column of another type than the source's first file has, or CSV text; what doesn't fit becomes null."""
+    """Convert a column of another type than in the source's first file, or CSV text; null for values that don't fit."""
     assert wanted is not None
     if wanted == TIME and (dtype == pl.Date or isinstance(dtype, pl.Datetime)):
         return _time(source, dtype, plan)
@@ -182,28 +182,28 @@ def _time(source: pl.Expr, dtype: pl.DataType, plan: RowPlan) -> pl.Expr:
         return _in_calendar(times) if zone is not None else localised(_in_calendar(times), plan.timezone)
     if dtype == pl.String and plan.epoch_unit is None:
         return parsed_time(source, plan.timezone)
-    # Integers, also as text: plan.py has made sure that a unit is given.
+    # Integers, also as text: plan.py has ensured that a unit is given.
     count = (source.str.strip_chars() if dtype == pl.String else source).cast(pl.Int64, strict=False)
     scale = {"s": 1_000_000, "ms": 1_000}.get(plan.epoch_unit or "us", 1)
-    # A count in a finer unit than the one that is given would overflow, and come out as any time at all.
+    # A count in a finer unit than the given one would overflow, to an arbitrary time.
     count = pl.when(count.is_between(-_TICKS // scale, _TICKS // scale)).then(count)
     microseconds = count // 1_000 if plan.epoch_unit == "ns" else count * scale
     return _in_calendar(microseconds.cast(pl.Datetime("us"))).dt.replace_time_zone("UTC")
 
 
 def _in_calendar(times: pl.Expr) -> pl.Expr:
-    """Times of the years 1 to 9999: others aren't meant, and neither Python nor the time zones' rules know them."""
+    """Return times, null outside the years 1 to 9999: neither Python nor the time zones' rules support others."""
     return pl.when(times.to_physical().is_between(*_CALENDAR)).then(times)
 
 
 def _reasons(column: ColumnPlan, raw: pl.DataFrame, plan: RowPlan) -> list[tuple[pl.Expr, str]]:
-    """What can be wrong with a value of the column, each as (boolean expression, reason), first match wins."""
+    """Return possible faults of a column's values, each as (boolean expression, reason), first match wins."""
     given = pl.col(_RAW + column.source_name)
     value = pl.col(column.name)
     found: list[tuple[pl.Expr, str]] = []
     negative = ((value < 0).fill_null(value=False), f"negative_{column.name}")
     is_text = raw.schema[column.source_name] in _TEXT
-    # A blank string is CSV's way to say null in a quoted field.
+    # A blank string is CSV's null in a quoted field.
     missing = given.is_null() | (given.cast(pl.String).str.strip_chars() == "" if is_text else pl.lit(value=False))
     if not column.required and column.name != plan.time:  # without its time no event can be placed
         if column.strict:

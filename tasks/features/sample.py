@@ -1,7 +1,7 @@
-"""A small deterministic shop: transactions of a year, customers and products, with the usual flaws in them.
+"""A small deterministic shop: transactions of a year, customers and products, with the usual flaws.
 
-Every block of rows has its own counter-based generator (Philox, keyed by seed and block), so the tables don't
-depend on how many blocks there are, and are the same on every machine.
+Every block of rows has a separate counter-based generator (Philox, keyed by seed and block), so the tables don't
+depend on the number of blocks, and are the same on every machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CUSTOMERS, _PRODUCTS, _BLOCKS = 0, 1, 2
 
 
 def sample_transactions(rows: int, seed: int, block: int, total: int) -> pl.DataFrame:
-    """One block of transactions of 2024, in the order of time within the block.
+    """Return one block of transactions of 2024, in the order of time within the block.
 
     About 1 % are refunds (negative), 0.2 % have no amount, 0.1 % a NaN, 0.2 % no customer, 0.3 % a time after
     `SAMPLE_AS_OF`, and 1 % name customers that aren't in the customers table.
@@ -33,7 +33,7 @@ def sample_transactions(rows: int, seed: int, block: int, total: int) -> pl.Data
         rows: Rows of this block.
         seed: Seed of the sample.
         block: Number of the block.
-        total: Rows of all blocks, which give the numbers of customers and products.
+        total: Rows of all blocks, which determine the numbers of customers and products.
 
     """
     draw = _generator(seed, _BLOCKS + block)
@@ -64,7 +64,7 @@ def sample_transactions(rows: int, seed: int, block: int, total: int) -> pl.Data
 
 
 def sample_customers(total: int, seed: int) -> pl.DataFrame:
-    """One row a customer: customer_id, age, gender, location, signup_date."""
+    """Return one row a customer: customer_id, age, gender, location, signup_date."""
     draw = _generator(seed, _CUSTOMERS)
     count, _ = sizes(total)
     signup = np.datetime64("2020-01-01") + draw.integers(0, 4 * 365, count).astype("timedelta64[D]")
@@ -80,7 +80,7 @@ def sample_customers(total: int, seed: int) -> pl.DataFrame:
 
 
 def sample_products(total: int, seed: int) -> pl.DataFrame:
-    """One row a product: product_id, category, brand, price, launch_date."""
+    """Return one row a product: product_id, category, brand, price, launch_date."""
     draw = _generator(seed, _PRODUCTS)
     _, count = sizes(total)
     launch = np.datetime64("2018-01-01") + draw.integers(0, 6 * 365, count).astype("timedelta64[D]")
@@ -96,12 +96,12 @@ def sample_products(total: int, seed: int) -> pl.DataFrame:
 
 
 def sizes(total: int) -> tuple[int, int]:
-    """Number of customers and of products in a sample of `total` transactions."""
+    """Return the number of customers and of products in a sample of `total` transactions."""
     return max(10, total // TRANSACTIONS_PER_CUSTOMER), max(10, total // TRANSACTIONS_PER_PRODUCT)
 
 
 def write_sample(root: str, total: int, seed: int) -> dict[str, str]:
-    """Write the sample under the root, unless it is there; gives the URI of each table.
+    """Write the sample under the root, unless it exists; return the URI of each table.
 
     Transactions and products are Parquet, customers CSV.
 

@@ -33,38 +33,38 @@ class Fences:
 def fences(
     columns: Sequence[str], quantiles: Callable[[str, Sequence[float]], npt.NDArray[np.float64]]
 ) -> dict[str, Fences]:
-    """Tukey's fences per numeric column; a column without finite values has none.
+    """Return Tukey's fences per numeric column; a column without finite values has none.
 
     Args:
         columns: Numeric columns.
-        quantiles: Gives the global quantiles (column, levels) → values; NaN when there is no finite value.
+        quantiles: Returns the global quantiles (column, levels) → values; NaN if there is no finite value.
 
     """
     found = {}
     for column in columns:
         quartiles = quantiles(column, (0.25, 0.75))
         if quartiles[0] <= quartiles[1]:
-            with np.errstate(over="ignore"):  # fences of the largest floats are infinite: nothing lies outside
+            with np.errstate(over="ignore"):  # fences of the largest floats are infinite: nothing is outside
                 reach = 1.5 * (quartiles[1] - quartiles[0])
                 found[column] = Fences(float(quartiles[0] - reach), float(quartiles[1] + reach))
     return found
 
 
 def fences_of(sketches: Mapping[str, QuantileSketch]) -> dict[str, Fences]:
-    """Fences of columns by the sketches of all their values."""
+    """Return the fences of columns from the sketches of all their values."""
     return fences(list(sketches), lambda column, levels: sketches[column].quantiles(levels))
 
 
 def fences_again(
     manifest: Manifest, as_of: Sequence[dt.datetime], columns: Sequence[str], rows: Callable[[], Iterable[pa.Table]]
 ) -> dict[dt.datetime, dict[str, Fences]]:
-    """Compute the fences of a published version again, bit by bit, as quantiles depend on the values alone.
+    """Recompute the fences of a published version bit by bit, as quantiles depend on the values alone.
 
     Args:
-        manifest: The version's; of one as-of time its profile has the quartiles.
+        manifest: The version's; with one as-of time its profile has the quartiles.
         as_of: Times of the version whose fences are wanted, UTC.
         columns: Numeric features.
-        rows: Gives the stored `columns` and as_of, table by table; called where the version has several times.
+        rows: Returns the stored `columns` and as_of, table by table; called if the version has several times.
 
     Returns:
         The fences of each time.
@@ -105,7 +105,7 @@ def score_rows(
         frame: One row an entity.
         features: Columns that are judged: missing_value_ratio is the share of them that is null or NaN.
         bounds: Fences of the numeric ones among them: outlier_ratio is the share of these columns that is outside
-            (a missing value is not an outlier). 0 where there are none.
+            (a missing value is not an outlier). 0 if there are none.
         missing_below: A row is ready only with missing_value_ratio below this,
         outliers_below: and outlier_ratio below this,
         score_above: and feature_quality_score above this, which is 1 − (missing_value_ratio + outlier_ratio)/2.

@@ -1,4 +1,4 @@
-"""The faults of a feature group, in a sample of the version's own rows. Pure, but for the reading.
+"""Fault tests of a feature group, in a sample of the version's rows. Pure, but for the reading.
 
 keys, times ─ judge ─ tally ─┐                the same functions as in the job, on a few thousand rows:
 features ─ join ─ score ─ profile ─ gate      an entity's event is its key and the newest event's time
@@ -96,7 +96,7 @@ class _Trial(Trial[_Rows]):
         )
 
     def _scored(self, frame: pl.DataFrame, features: list[str]) -> pl.DataFrame:
-        """Add the rows' quality, by the fences of their own as-of time."""
+        """Add the rows' quality, by the fences of their as-of time."""
         bounds, scored = self.config.thresholds, []
         for rows in frame.partition_by(AS_OF, maintain_order=True) if frame.height else [frame]:
             numbers = to_arrow(rows.select(name for name in features if rows.schema[name].is_numeric()))
@@ -121,7 +121,7 @@ class _Trial(Trial[_Rows]):
         why_not = "The group declares no bounds of its numbers."
         yield self.out_of_range("range", f"range of {bounded}", bounded, beyond, why_not)
         yield self.shift("drift")
-        # The share of outliers is one over all numbers, the dimension's too.
+        # The share of outliers is over all numbers, including the dimension's.
         others = [name for name in self.dimension or () if injection.is_number(self.table.schema.field(name).type)]
         numbers = [*self.numbers, *others]
         words = f"{OUTLIERS:.0%} of the entities had all their numbers moved by 100 standard deviations."
@@ -145,7 +145,7 @@ class _Trial(Trial[_Rows]):
         return table
 
     def _beyond(self) -> tuple[str, float]:
-        """Return the first bounded number, and a value that it may not have; no name without any."""
+        """Return the first bounded number, and a value outside its bounds; no name without any."""
         for name, (low, high) in self.group.bounds.items():
             if name in self.numbers and high is not None:
                 return name, math.ceil(high + abs(high) + 1)
@@ -159,7 +159,7 @@ def self_test(
 ) -> tuple[FaultResult, ...]:
     """Inject faults into a sample of a version, which need not be committed, and judge each.
 
-    Drift and types are compared with the sample as it is; whether they can be compared at all, with the last version.
+    Drift and types are compared with the sample as it is; their comparability, with the last version.
     """
     group, columns = _sampled_group(manifest)
     uri = layout.version_uri(root, manifest.dataset, manifest.version)
@@ -178,7 +178,7 @@ def self_test(
 
 
 def _sampled_group(manifest: Manifest) -> tuple[FeatureGroup, tuple[str, ...]]:
-    """Return the group as far as the gate asks, and its columns in the sample: those with bounds, and the first."""
+    """Return the group as far as the gate uses it, and its columns in the sample: those with bounds, and the first."""
     definition = manifest.definition
     own = [*definition["features"]]
     own += [f"{name}_{window['days']}d" for window in definition["windows"] for name in window["features"]]
@@ -195,7 +195,7 @@ def _sampled_group(manifest: Manifest) -> tuple[FeatureGroup, tuple[str, ...]]:
 def judge_events(
     events: pl.DataFrame, source: str, bad: float, *, required: bool, as_of: dt.datetime | None = None
 ) -> tuple[pl.DataFrame, RowBalance]:
-    """Judge events, a key and a time each, as the job does; the times of a share (`bad`) are lost before.
+    """Judge events, a key and a time each, as the job does; the times of a share (`bad`) are removed before.
 
     `required` rejects events without a key, too; those after `as_of` are left out.
     """

@@ -1,9 +1,9 @@
 """Types of a source's columns, decided by all of their values before any row is judged.
 
-A CSV file doesn't say of what types its columns are, and its beginning doesn't say what follows: zip codes that begin
-in another state get leading zeros. So each CSV file is read once for the columns whose type matters, until they turn
-out to be text. A Parquet file says its types, but not which values fit a type that is to hold those of other files,
-too; its statistics do.
+A CSV file doesn't declare its columns' types, and its beginning doesn't predict the rest: zip codes that begin
+in another state get leading zeros. So each CSV file is read once for the columns whose type matters, until they
+prove to be text. A Parquet file declares its types, but not which values fit a type that must also hold those of other
+files; its statistics do.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _SHOWN = 200
 def settled(
     table: SourceTable, columns: Iterable[str], missing: MissingValues, sampled: Iterable[str] = ()
 ) -> SourceTable:
-    """The table, with what its values say of the types of some columns.
+    """Return the table with the types that its values determine for some columns.
 
     Args:
         table: The source, whose files all have the columns.
         columns: Columns whose type must hold for every value.
-        missing: Text of CSV that is no value.
-        sampled: Columns of which the first rows of each CSV file are enough.
+        missing: Text of CSV that means no value.
+        sampled: Columns for which the first rows of each CSV file are enough.
 
     Raises:
         SourceError: a file can't be read.
@@ -72,7 +72,7 @@ def settled(
 
 
 def _may_not_fit(table: SourceTable, column: str) -> bool:
-    """Whether a type for the column depends on values of Parquet files."""
+    """Return True if a type for the column depends on values of Parquet files."""
     types = {file.schema.field(column).type for file in table.files}
     return len(types) > 1 or pa.uint64() in types
 
@@ -88,7 +88,7 @@ def _values(kind: Kind, marks: tuple[str, ...] = ()) -> ColumnValues:
 def _of_csv(
     file: SourceFile, whole: Sequence[str], first: Sequence[str], missing: MissingValues
 ) -> dict[str, ColumnValues]:
-    """Read a CSV file as long as a column may still turn out to be of another type."""
+    """Read a CSV file as long as a column may still prove to be of another type."""
     pending = [*whole, *first]
     kinds: dict[str, Kind] = dict.fromkeys(pending, "null")
     marks: dict[str, tuple[str, ...]] = {}
@@ -110,7 +110,7 @@ def _marks(values: pl.Series, missing: MissingValues) -> tuple[str, ...]:
 
 
 def _of_parquet(file: SourceFile, columns: Sequence[str]) -> dict[str, ColumnValues]:
-    """Which columns have no value at all, and how large whole numbers are: by statistics, else by the values."""
+    """Return columns without any value and magnitudes of whole numbers: from statistics, else from the values."""
     found = {}
     with storage.open_input(file.info.uri) as source, pq.ParquetFile(source) as opened:
         for name in columns:
@@ -123,7 +123,7 @@ def _of_parquet(file: SourceFile, columns: Sequence[str]) -> dict[str, ColumnVal
 
 
 def _extremes(file: pq.ParquetFile, column: str) -> tuple[bool, int, int]:
-    """Whether a column has no value, and its least and largest ones."""
+    """Return True if a column has no value, and its smallest and largest ones."""
     groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
     found = []
     for group in groups:
@@ -142,15 +142,15 @@ def _extremes(file: pq.ParquetFile, column: str) -> tuple[bool, int, int]:
 
 
 def read_csv(name: str, uri: str, infos: Sequence[storage.FileInfo]) -> pa.Table:
-    """Read CSV files as a whole, each column of the type that all of its values have.
+    """Read CSV files as a whole, each column with the type that all of its values have.
 
     Args:
         name: Role of the rows, for messages.
-        uri: Where they were looked for.
-        infos: The files, one at least, in the order of the rows.
+        uri: Place where they were found.
+        infos: The files, at least one, in the order of the rows.
 
     Raises:
-        SourceError: a file can't be read, lacks a column of the others, or has a line of another number of fields.
+        SourceError: a file can't be read, lacks a column of the others, or has a line with another number of fields.
 
     """
     table = inspect_files(name, uri, infos)
@@ -172,7 +172,7 @@ def read_csv(name: str, uri: str, infos: Sequence[storage.FileInfo]) -> pa.Table
 
 
 def whole_numbers(file: SourceFile, column: str) -> tuple[int, int] | None:
-    """The least and the largest value of a column of whole numbers, of CSV those of its first block; None without any.
+    """Return the smallest and largest value of a column of whole numbers, for CSV of its first block; None without any.
 
     Raises:
         SourceError: the file can't be read.

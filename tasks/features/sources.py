@@ -1,7 +1,7 @@
-"""Source tables looked at before any work starts: their files, schemas, row groups and fingerprints.
+"""Source tables checked before any work starts: their files, schemas, row groups and fingerprints.
 
-Everything that can be wrong with a source as a whole is found here, in the driver, with an error that names the
-file, the column and the cure; what can be wrong with a single row is found in `rows.py`.
+All faults of a source as a whole are found here, in the driver, with an error that names the
+file, the column and the cure; faults of a single row are found in `rows.py`.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ Format = Literal["parquet", "csv"]
 
 @dataclass(frozen=True, slots=True)
 class ColumnValues:
-    """What all values of a column of one file have in common.
+    """Common properties of all values of a column of one file.
 
-    kind: of text, and 'null' where there is no value; None otherwise for Parquet, whose schema says it. largest: the
+    kind: of text, and 'null' without any value; None otherwise for Parquet, whose schema has it. largest: the
     largest absolute value of whole numbers, as far as it matters. marks: text that would be missing in another column.
     """
 
@@ -56,11 +56,11 @@ class ColumnValues:
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One file of a source. rows and row_groups (rows of each) are None for CSV, which doesn't say.
+    """One file of a source. rows and row_groups (rows of each) are None for CSV, which doesn't record them.
 
     schema: columns of the file, those of CSV as text, and then of its path. in_path: values of the columns that its
-    path names ('year=2024/month=01/…'), None for null. added: those of them that the file itself doesn't have.
-    values: what `settling` has found out about columns. pieces: what a large CSV file is cut into; none of others.
+    path names ('year=2024/month=01/…'), None for null. added: those of them that the file itself lacks.
+    values: results of `settling` about columns. pieces: those of a large CSV file; none for others.
     """
 
     info: storage.FileInfo
@@ -73,18 +73,18 @@ class SourceFile:
     pieces: tuple[Piece, ...] = ()
 
     def type_of(self, column: str) -> pa.DataType:
-        """Type of a column, of CSV the one of its values as far as they have been looked at."""
+        """Return the type of a column; for CSV that of its values as far as they have been read."""
         values = self.values.get(column)
         return self.schema.field(column).type if values is None or values.kind is None else TYPES[values.kind]
 
     @property
     def rows(self) -> int | None:
-        """Number of rows, if the file says."""
+        """Number of rows, if the file records it."""
         return None if self.row_groups is None else sum(self.row_groups)
 
     @property
     def estimated_rows(self) -> int:
-        """Number of rows, if the file says; a CSV file is taken to have 50 bytes a row."""
+        """Number of rows, if the file records it; a CSV file is assumed to have 50 bytes a row."""
         return self.info.bytes // 50 + 1 if self.rows is None else self.rows
 
 
@@ -97,11 +97,11 @@ class SourceTable:
     files: tuple[SourceFile, ...]
 
     def has(self, column: str) -> bool:
-        """Whether every file has the column."""
+        """Return True if every file has the column."""
         return all(column in file.schema.names for file in self.files)
 
     def types(self, column: str) -> dict[pa.DataType, str]:
-        """Types of a column, each with a file that has it: Parquet's by file, one for all text together."""
+        """Return the types of a column, each with a file that has it: Parquet's by file, one for all text together."""
         found = dict[pa.DataType, str]()
         texts = dict[str, Kind]()
         for file in self.files:
@@ -114,16 +114,16 @@ class SourceTable:
             together = join(list(texts.values()))
             others = {kind for kind in found if not pt.is_null(kind)}
             if together == "boolean" and any(not pt.is_boolean(kind) for kind in others):
-                together = "text"  # 'true' is no number
+                together = "text"  # 'true' isn't a number
             found.setdefault(TYPES[together], next((uri for uri, kind in texts.items() if kind == together), "the CSV"))
         return found
 
     def largest(self, column: str) -> int:
-        """The largest absolute value of whole numbers of a column, as far as it is known."""
+        """Return the largest absolute value of whole numbers of a column, as far as it is known."""
         return max((file.values[column].largest for file in self.files if column in file.values), default=0)
 
     def type_of(self, column: str) -> pa.DataType:
-        """Type of a column: the files', or where they differ one that holds the values of all.
+        """Return the type of a column: the files', or if they differ one that holds the values of all.
 
         Raises:
             SourceError: there is no such type.
@@ -141,16 +141,16 @@ class SourceTable:
         return together
 
     def estimated_rows(self) -> int:
-        """Rows of all files, about."""
+        """Return the approximate number of rows of all files."""
         return sum(file.estimated_rows for file in self.files)
 
     def fingerprints(self) -> tuple[str, ...]:
-        """Fingerprint of each file, which on a local disk means to read it."""
+        """Return the fingerprint of each file, which reads it on a local disk."""
         with ThreadPoolExecutor(_READERS) as pool:
             return tuple(pool.map(lambda file: storage.fingerprint(file.info), self.files))
 
     def record(self, rows: int | None, fingerprints: Sequence[str] = ()) -> InputRecord:
-        """What the manifest says of this input; reads the files' fingerprints, unless they are given."""
+        """Return the manifest's record of this input; read the files' fingerprints, unless they are given."""
         prints = fingerprints or self.fingerprints()
         files = tuple(
             InputFile(uri=file.info.uri, bytes=file.info.bytes, fingerprint=fingerprint)
@@ -160,7 +160,7 @@ class SourceTable:
 
 
 def _common_type(kinds: Sequence[pa.DataType], largest: int) -> pa.DataType | None:
-    """A type that holds the values of several: text holds all plain ones, times hold days, floats small numbers."""
+    """Return a common type of several: text holds all plain ones, times hold days, floats small numbers."""
     plain = [kind.value_type if pt.is_dictionary(kind) else kind for kind in kinds]
 
     def all_are(*tests: Callable[[pa.DataType], bool]) -> bool:
@@ -182,12 +182,12 @@ def _common_type(kinds: Sequence[pa.DataType], largest: int) -> pa.DataType | No
 
 @dataclass(frozen=True, slots=True)
 class ReadUnit:
-    """What is read at once: some row groups of a Parquet file, or a CSV file or a piece of it.
+    """Unit of reading: some row groups of a Parquet file, or a CSV file or a piece of it.
 
-    rows: how many it has, of a whole CSV file about. first_row: number of its first row in the file, from 0. columns:
-    the file's names of the columns to read. dictionary: those of them to read as dictionaries, which for a few values
-    is several times as fast as text. in_path, added: as the file has them. missing: text of CSV that is no value;
-    typed: columns of keys, numbers, times.
+    rows: number of rows, approximate for a whole CSV file. first_row: number of its first row in the file, from 0.
+    columns: the file's names of the columns to read. dictionary: those of them to read as dictionaries, which for a
+    few values is several times as fast as text. in_path, added: as in the file. missing: text of CSV that means no
+    value; typed: columns of keys, numbers, times.
     """
 
     uri: str
@@ -205,13 +205,13 @@ class ReadUnit:
 
     @property
     def own(self) -> tuple[str, ...]:
-        """The columns that the file itself has."""
+        """Columns that the file itself has."""
         return tuple(name for name in self.columns if name not in self.added)
 
 
 @dataclass(frozen=True, slots=True)
 class RawRows:
-    """A piece of a source as it stands in the file; malformed counts CSV lines with a wrong number of fields."""
+    """An unchanged piece of a source; malformed counts CSV lines with a wrong number of fields."""
 
     frame: pl.DataFrame
     first_row: int
@@ -243,7 +243,7 @@ def inspect(name: str, uri: str) -> SourceTable:
 
 
 def inspect_files(name: str, uri: str, infos: Sequence[storage.FileInfo]) -> SourceTable:
-    """Read the schemas of certain files of a source, one at least.
+    """Read the schemas of certain files of a source, at least one.
 
     Raises:
         SourceError: a file can't be read.
@@ -258,10 +258,10 @@ def inspect_files(name: str, uri: str, infos: Sequence[storage.FileInfo]) -> Sou
 
 
 def check_columns(table: SourceTable, wanted: Mapping[str, str]) -> None:
-    """Make sure that every file has the wanted columns (ours → the file's names).
+    """Check that every file has the wanted columns (ours → the file's names).
 
     Raises:
-        SourceError: names the file, the missing column, and the closest one or how to map it.
+        SourceError: a file lacks one; the message names the file, the column, and the closest one or how to map it.
 
     """
     for file in table.files:
@@ -286,13 +286,13 @@ def _missing(table: SourceTable, file: SourceFile, ours: str, theirs: str) -> st
 
 
 def _other_separator(names: Sequence[str]) -> str | None:
-    """What separates the fields of a CSV file whose header is one name."""
+    """Return the separator of a CSV file whose header is one name."""
     separators = {";": "semicolons", "\t": "tabs", "|": "vertical bars", " ": "spaces"}
     return next((word for sign, word in separators.items() if len(names) == 1 and sign in names[0]), None)
 
 
 def how_to_map(source: str, column: str) -> str:
-    """How a user says that a column of a source bears another name."""
+    """Return the instruction for mapping a column of a source with another name."""
     if source in ("transactions", "customers", "products"):
         return f'--{source.removesuffix("s")}-columns \'{{"{column}": "…"}}\''
     return f"'mapping: {{{column}: …}}' of '{source}' in the definitions"
@@ -309,14 +309,14 @@ def read_units(
 ) -> list[ReadUnit]:
     """Cut a source into units of about `rows_per_unit` rows, never across files and in the files' order.
 
-    A large CSV file is read in the pieces that it was cut into.
+    A large CSV file is read in its pieces.
 
     Args:
         table: The source.
         columns: The file's names of the columns to read.
-        rows_per_unit: Rows; a row group that is larger is a unit of its own.
-        dictionary: Columns to read as dictionaries, where a file has them as text.
-        missing: Text of CSV that is no value.
+        rows_per_unit: Rows; a larger row group is a separate unit.
+        dictionary: Columns to read as dictionaries, if a file has them as text.
+        missing: Text of CSV that means no value.
         typed: Columns of keys, numbers and times.
 
     """
@@ -355,12 +355,12 @@ def read_units(
 def together(
     units: Sequence[ReadUnit], rows: int, kind: Callable[[ReadUnit], Hashable] = lambda _: None
 ) -> list[tuple[ReadUnit, ...]]:
-    """Put small units together, so that a task reads about as many rows, however small the files are.
+    """Combine small units, so that a task reads about as many rows, however small the files are.
 
     Args:
         units: Units, which stay in order.
-        rows: Rows of a task; a unit that has more is read by a task of its own.
-        kind: Units of different kinds aren't put together.
+        rows: Rows of a task; a unit that has more is read by a separate task.
+        kind: Units of different kinds aren't combined.
 
     Returns:
         The units of each task.
@@ -386,7 +386,7 @@ def read(unit: ReadUnit) -> Iterator[RawRows]:
     try:
         if unit.format == "parquet":
             source = storage.open_input(unit.uri)
-            # Checksums are verified where a file has some; where it has none, a changed value can't be told.
+            # Checksums are verified if a file has some; without them a changed value isn't noticed.
             options = {"pre_buffer": True, "page_checksum_verification": True}
             with pq.ParquetFile(source, read_dictionary=list(unit.dictionary), **options) as file:
                 table = file.read_row_groups(list(unit.row_groups), columns=list(unit.own), use_threads=False)
@@ -396,7 +396,7 @@ def read(unit: ReadUnit) -> Iterator[RawRows]:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as fault:
         raise SourceError(f"{unit.uri} can't be read as {unit.format}: {fault}") from fault
     except OSError as fault:
-        # Arrow says of damaged pages what it says of a broken connection: only the latter may pass.
+        # Arrow raises the same for damaged pages and for a broken connection: only the latter may be retried.
         if is_transient(fault) or not storage.exists(unit.uri):
             raise
         raise SourceError(f"{unit.uri} can't be read as {unit.format}, it may be damaged: {fault}") from fault
@@ -406,7 +406,7 @@ def _frame(table: pa.Table, unit: ReadUnit) -> pl.DataFrame:
     if unit.own:
         frame = pl.from_arrow(table.select(list(unit.own)), rechunk=False)
         assert isinstance(frame, pl.DataFrame)
-        frame.columns = list(unit.own)  # Polars gives a column without a name one
+        frame.columns = list(unit.own)  # Polars names a column without a name
     else:
         frame = pl.DataFrame({"": pl.repeat(None, table.num_rows, eager=True)})
     if not unit.in_path:
@@ -420,7 +420,7 @@ def _frame(table: pa.Table, unit: ReadUnit) -> pl.DataFrame:
 
 
 def _check_path(found: pl.Series, said: str | None, uri: str) -> None:
-    """Compare a column of a file with the value that the file's path has for it, as text, number or time.
+    """Compare a column of a file with its value in the file's path, as text, number or time.
 
     Raises:
         SourceError: they differ.
@@ -518,7 +518,7 @@ def _inspect_file(name: str, uri: str, info: storage.FileInfo) -> SourceFile:
 
 
 def _path_values(source: str, uri: str) -> dict[str, str | None]:
-    """Columns that directories below a source name, as Hive does: 'year=2024/place=New%20York/…'."""
+    """Return the columns in the names of directories below a source, as Hive does: 'year=2024/place=New%20York/…'."""
     base = storage.normalise(source)
     place = re.split(r"[*?\[]", base, maxsplit=1)[0].rpartition("/")[0] if glob.has_magic(base) else base
     pairs = (part.partition("=") for part in uri.removeprefix(place).split("/")[:-1]) if uri.startswith(place) else ()
@@ -526,7 +526,7 @@ def _path_values(source: str, uri: str) -> dict[str, str | None]:
 
 
 def _csv_schema(uri: str) -> tuple[pa.Schema, bool]:
-    """Names of the columns, and whether there are no rows; the beginning must be text in UTF-8."""
+    """Return the names of the columns, and True if there are no rows; the beginning must be text in UTF-8."""
     with _open_text(uri) as stream:
         try:
             head = stream.read(_HEAD)
@@ -555,5 +555,5 @@ def _csv_schema(uri: str) -> tuple[pa.Schema, bool]:
         )
 
     names = parsed({}).column_names
-    table = parsed(dict.fromkeys(names, pa.string()))  # which finds what is no UTF-8
+    table = parsed(dict.fromkeys(names, pa.string()))  # finds invalid UTF-8
     return pa.schema([pa.field(name, pa.string()) for name in names]), whole and not table.num_rows and not malformed

@@ -3,7 +3,7 @@
 The work is cut into slots: a slot is one bucket of one group. scatter: a unit of a source is read, judged,
 completed by look-ups and split by entity. gather: the rows of a bucket of entities become features, joined to
 their dimension rows. Then each part is scored and written. Rejected rows are written on the way, by the task that
-met them.
+read them.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from tasks.store.reservation import Reservation
 LINE = "_line"
 MALFORMED = "malformed_row"
 JUDGED_ROWS = 65_536
-"""Rows that are judged at once, of small pieces."""
+"""Number of rows of small pieces that are judged at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """What one task reads: some units of the events (group None), or of the dimension of a group.
+    """Input of one task: some units of the events (group None), or of the dimension of a group.
 
     files: numbers of the events' files, one a unit; they are all new to the same groups.
     """
@@ -63,7 +63,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """All that the tasks share; stored once in the object store."""
+    """State shared by all tasks; stored once in the object store."""
 
     plan: FeaturePlan
     reservations: tuple[Reservation, ...]
@@ -75,14 +75,14 @@ class Job:
 
     @property
     def typed(self) -> tuple[int, ...]:
-        """Numbers of the first split of each source: their frames tell a bucket its columns, also without rows."""
+        """Numbers of the first split of each source: their frames give a bucket its columns, also without rows."""
         firsts: dict[int | None, int] = {}
         for index, split in enumerate(self.splits):
             firsts.setdefault(split.group, index)
         return tuple(firsts.values())
 
     def scatter(self, index: int) -> tuple[UnitNote, list[pl.DataFrame]]:
-        """Read and judge one split and cut its rows by entity, for each group that wants them.
+        """Read and judge one split and cut its rows by entity, for each group that reads them.
 
         Args:
             index: Number of the split.
@@ -115,17 +115,17 @@ class Job:
         return note, frames
 
     def reads(self, group: int, split: Split) -> bool:
-        """Whether a group takes the rows of a split of the events."""
+        """Return True if a group takes the rows of a split of the events."""
         return split.group is None and self.plan.reads(group, split.files[0])
 
     def _readers(self, split: Split) -> list[int]:
-        """The groups that a split is read for."""
+        """Return the groups that a split is read for."""
         if split.group is not None:
             return [split.group]
         return [number for number in range(len(self.plan.groups)) if self.reads(number, split)]
 
     def _of_group(self, events: pl.DataFrame, planned: GroupPlan) -> pl.DataFrame:
-        """The events that a group sees: its columns, and only where its entity is known."""
+        """Return a group's events: its columns, and only rows with its entity."""
         places = [FILE, ROW] if self.plan.states else []
         return events.select([*planned.columns, *places]).filter(pl.col(planned.group.entity).is_not_null())
 
@@ -169,17 +169,17 @@ class Job:
         return summary, table
 
     def _of(self, frames: Mapping[int, pl.DataFrame], group: int | None) -> list[pl.DataFrame]:
-        """The frames that came from a group's dimension, or from the events (None)."""
+        """Return the frames from a group's dimension, or from the events (None)."""
         return [frame for index, frame in frames.items() if self.splits[index].group == group]
 
     def _suspects(self, planned: GroupPlan, features: pl.DataFrame) -> list[str]:
-        """Entities that look like missing values; a category may well be unknown."""
+        """Return entities that look like missing values; a category may well be unknown."""
         entity = planned.group.entity
         is_key = any(column.name == entity and column.kind == "key" for column in self.plan.events.rows.columns)
         return suspects(features[entity]) if is_key else []
 
     def _events(self, number: int, part: int, arrived: list[pl.DataFrame]) -> tuple[pl.DataFrame, EventTally]:
-        """The events of a bucket that count, in the order of the files; an incremental run's new ones are kept."""
+        """Return the events of a bucket that count, in the files' order; an incremental run's new ones are kept."""
         planned, time = self.plan.groups[number], self.plan.time
         counts = EventTally(new=sum(frame.height for frame in arrived))
         if not self.plan.states:
@@ -205,7 +205,7 @@ class Job:
         return events, counts
 
     def _no_events(self, planned: GroupPlan) -> pl.DataFrame:
-        """An empty frame of a group's events."""
+        """Return an empty frame of a group's events."""
         raw = pl.DataFrame(schema=dict.fromkeys(self.plan.events.rows.file_columns, pl.String))
         judged = judge(raw, self.plan.events.rows).kept
         placed = judged.with_columns(pl.lit(0, pl.Int32).alias(FILE), pl.lit(0, pl.Int64).alias(ROW))
@@ -213,14 +213,14 @@ class Job:
 
 
 def looked_up(events: pl.DataFrame, lookups: Sequence[LookupPlan], tables: Sequence[pl.DataFrame]) -> pl.DataFrame:
-    """Events with the columns of dimensions that expressions over them use; null where there is no row."""
+    """Return events with the dimension columns that expressions over them use; null without a row."""
     for lookup, table in zip(lookups, tables, strict=True):
         events = events.join(table, on=lookup.key, how="left", maintain_order="left")
     return events
 
 
 def snapshots_of(planned: GroupPlan, events: pl.DataFrame, time: str, as_of: Sequence[dt.datetime]) -> pl.DataFrame:
-    """Features of whole entities as of each time, in order of the times, which stand in a column."""
+    """Return the features of whole entities as of each time, in order of the times, with a column of the time."""
     found = evaluate_history(planned.group, events, time, as_of)
     return pl.concat(
         frame.with_columns(pl.lit(moment, TIME).alias(AS_OF)) for frame, moment in zip(found, as_of, strict=True)
@@ -228,7 +228,7 @@ def snapshots_of(planned: GroupPlan, events: pl.DataFrame, time: str, as_of: Seq
 
 
 def entity_rows(events: pl.DataFrame, entity: str, time: str, as_of: Sequence[dt.datetime]) -> int:
-    """Rows that a bucket's events must give: an entity has one at each time from its first event on.
+    """Return the number of rows that a bucket's events must give: one for each entity and time from its first event on.
 
     Args:
         events: Events of whole entities up to the last time.
@@ -246,9 +246,9 @@ def entity_rows(events: pl.DataFrame, entity: str, time: str, as_of: Sequence[dt
 def read_and_judge(
     source: SourcePlan, *units: ReadUnit, files: Sequence[int] | None = None
 ) -> tuple[pl.DataFrame, Tally, pl.DataFrame | None]:
-    """Read units of a source and judge their rows: those kept, the counts, and those rejected (None: none).
+    """Read units of a source and judge their rows; return the kept ones, the counts, and the rejected ones or None.
 
-    With the numbers of their files, the kept rows bear them (`FILE`), and their own number in the file (`ROW`).
+    With the numbers of their files, the kept rows have them (`FILE`), and their number in the file (`ROW`).
     """
     tally = Tally()
     kept, rejected = [], []
@@ -280,7 +280,7 @@ def read_and_judge(
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Rows as they stand in a file, with its number if that is asked for."""
+    """Unchanged rows of a file, with its number if requested."""
 
     unit: ReadUnit
     file: int | None
@@ -288,7 +288,7 @@ class _Piece:
 
 
 def _judged_together(units: Sequence[ReadUnit], files: Sequence[int] | Sequence[None]) -> Iterator[list[_Piece]]:
-    """Read units; pieces of small ones with the same types come together, as a judgement takes 2 ms for any number."""
+    """Yield pieces of units, small ones of equal types together, as a judgement takes 2 ms for any number of rows."""
     found = (_Piece(unit, file, raw) for unit, file in zip(units, files, strict=True) for raw in read(unit))
     # An empty file, too, has typed columns.
     first = next(found, _Piece(units[0], files[0], RawRows(_no_rows(units[0]), 0)))
@@ -303,7 +303,7 @@ def _judged_together(units: Sequence[ReadUnit], files: Sequence[int] | Sequence[
 
 
 def _placed(judged: JudgedRows, pieces: Sequence[_Piece]) -> pl.DataFrame:
-    """The kept rows with the file and the row that they stood in; nothing may have been filtered."""
+    """Return the kept rows with their file and row; nothing may have been filtered."""
     heights = [piece.raw.frame.height for piece in pieces]
     files = np.repeat(np.array([piece.file for piece in pieces], np.int32), heights)
     firsts = [np.arange(piece.raw.first_row, piece.raw.first_row + piece.raw.frame.height) for piece in pieces]
@@ -319,12 +319,12 @@ def _no_rows(unit: ReadUnit) -> pl.DataFrame:
 
 
 def unique_dimension_rows(rows: pl.DataFrame, key: str, tally: Tally) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """One row a key: copies of a row are dropped, of rows that contradict each other the first is kept.
+    """Return one row a key: copies of a row are dropped, of rows that contradict each other the first is kept.
 
     Args:
         rows: Dimension rows in the order of the files.
         key: Key column.
-        tally: Gets the counts: rows_in, rows_out, deduplicated.
+        tally: Receives the counts: rows_in, rows_out, deduplicated.
 
     Returns:
         The rows to join, and the contradicting ones with `_reason`.

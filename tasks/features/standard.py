@@ -1,6 +1,6 @@
 """The standard sources and the two feature groups that come with the project: customers and products.
 
-They are declared as a user declares his own; nothing else in the code knows their names.
+They are declared like a user's; nothing else in the code knows their names.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import polars as pl
 from tasks.features.definitions import Column, Definitions, DimensionSource, EventSource, FeatureGroup, Window
 
 RECENT = 5
-"""Transactions that 'recent' means: the last 5 by time."""
+"""Number of 'recent' transactions: the last 5 by time."""
 
 TREND_TOLERANCE = 0.1
 """A recent mean within ±10 % of the overall mean is a stable trend."""

@@ -1,9 +1,9 @@
-"""Judged events that are kept beside a version, so that a later run needn't read and judge their files again.
+"""Judged events kept beside a version, so that a later run needn't read and judge their files again.
 
-    {version}/_events/part-<bucket>-a1.parquet    the bucket's new events, with the file and row that they stood in
+    {version}/_events/part-<bucket>-a1.parquet    the bucket's new events, with their file and row
 
 A version keeps the events of the files that it read itself; those of earlier files stay with earlier versions, so that
-the state of a version is a chain of links. An event is alive as long as its file is there unchanged.
+the state of a version is a chain of links. An event is alive as long as its file exists unchanged.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from tasks.store.reservation import Reservation
 DIRECTORY = "_events"
 FILE, ROW = "_file", "_row"
 MAX_LINKS = 16
-"""Links of a chain; then all events that are alive are written anew, in one."""
+"""Links of a chain; after that many all live events are rewritten in one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateLink:
-    """The events that one version has kept.
+    """The events kept by one version.
 
-    buckets: number of them. files: URI by bucket; one without events has none. live: of the source files that the
-    version read those that are there unchanged, number in that version's inputs → number among the files of today.
-    rows: their events. complete: whether all of its files are.
+    buckets: number of them. files: URI by bucket; one without events has none. live: those of the source files that the
+    version read that exist unchanged, number in that version's inputs → number among today's files.
+    rows: their events. complete: True if all of its files exist.
     """
 
     version: int
@@ -48,11 +48,11 @@ class StateLink:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatePlan:
-    """Which events of a group are taken from where.
+    """Sources of a group's events.
 
-    digest: what decides how events are read and judged; states of equal digests fit together. parent: version whose
-    state is built upon. depth: links of the chain, with the new one. new: numbers of the source files to read.
-    whole: write all events that are alive, not only the new ones, and begin a new chain.
+    digest: rules for reading and judging events; states of equal digests fit together. parent: version whose
+    state is extended. depth: links of the chain, with the new one. new: numbers of the source files to read.
+    whole: write all live events, not only the new ones, and begin a new chain.
     """
 
     digest: str
@@ -64,14 +64,14 @@ class StatePlan:
 
     @property
     def rows(self) -> int:
-        """Events that earlier versions have kept and that are alive."""
+        """Number of live events kept by earlier versions."""
         return sum(link.rows for link in self.links)
 
     def record(self, rows: Mapping[int, int], files: int, buckets: int) -> dict[str, object]:
-        """What the manifest's definition says of the version's own state.
+        """Return the manifest's definition of the version's own state.
 
         Args:
-            rows: Events that were written, by the number of their source file.
+            rows: Number of written events, by the number of their source file.
             files: Number of source files.
             buckets: Number of buckets.
 
@@ -87,7 +87,7 @@ class StatePlan:
 
 
 def bucket_files(version_uri: str, side_files: Sequence[FileEntry]) -> dict[int, str]:
-    """URIs of a version's kept events, by bucket."""
+    """Return the URIs of a version's kept events, by bucket."""
     kept = [file.path for file in side_files if file.path.startswith(f"{DIRECTORY}/")]
     numbered = ((layout.part_number(path), path) for path in kept)
     return {number: layout.join(version_uri, path) for number, path in numbered if number is not None}
@@ -96,14 +96,14 @@ def bucket_files(version_uri: str, side_files: Sequence[FileEntry]) -> dict[int,
 def read_kept(
     links: Sequence[StateLink], bucket: int, buckets: int, entity: str, schema: Mapping[str, pl.DataType]
 ) -> pl.DataFrame:
-    """Events of one of today's buckets that earlier versions have kept.
+    """Return events of one of today's buckets kept by earlier versions.
 
     Args:
         links: The chain.
         bucket: Bucket of the entities.
-        buckets: Number of buckets, a power of two as every link's.
+        buckets: Number of buckets, a power of two, as in every link.
         entity: Key column.
-        schema: Columns to give and their types, among them `FILE`: the number of the source file, as of today.
+        schema: Columns to return and their types, among them `FILE`: the number of the source file, as of today.
 
     """
     frames = [_read_link(link, bucket, buckets, entity, schema) for link in links if link.live]
@@ -132,10 +132,9 @@ def _read_link(
 
 
 def in_order(events: Sequence[pl.DataFrame]) -> pl.DataFrame:
-    """Each entity's events in the order of a full reading: by file, and by row in each.
+    """Return each entity's events in the order of a full reading: by file, and by row in each.
 
-    Of one file an entity's events come from one frame, and there in their order, so that the rows' numbers needn't be
-    looked at.
+    Within one file an entity's events come from one frame, in their order, so that the rows' numbers aren't needed.
     """
     together = pl.concat(events)
     files = together[FILE].to_numpy()
@@ -147,7 +146,7 @@ def in_order(events: Sequence[pl.DataFrame]) -> pl.DataFrame:
 
 
 def write_kept(events: pa.Table, reservation: Reservation, bucket: int) -> FileEntry:
-    """Keep a bucket's events beside the version."""
+    """Write a bucket's events beside the version."""
     uri = reservation.data_uri(bucket, DIRECTORY)
     plain = [name for name in events.column_names if name != ROW]
     options = {"use_dictionary": plain, "column_encoding": {ROW: "DELTA_BINARY_PACKED"}}

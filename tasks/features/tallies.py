@@ -1,4 +1,4 @@
-"""What the tasks of the feature job count and report. Small values that add up."""
+"""Counts and reports of the feature job's tasks. Small values that add up."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Tally:
         self.deduplicated += other.deduplicated
 
     def pass_on(self, later: Tally) -> None:
-        """Take over what became of the kept rows in a later step."""
+        """Add the later treatment of the kept rows."""
         self.rows_out = later.rows_out
         self.rejected += later.rejected
         self.filtered += later.filtered
         self.deduplicated += later.deduplicated
 
     def balance(self, name: str) -> RowBalance:
-        """The counts as the manifest keeps them."""
+        """Return the counts in the manifest's form."""
         return RowBalance(
             name=name,
             rows_in=self.rows_in,
@@ -54,7 +54,7 @@ class Tally:
 
 @dataclass(slots=True)
 class UnitNote:
-    """What a scatter task reports: its source's tally, and by group the rows without entity and the rejected file."""
+    """Report of a scatter task: its source's tally, and by group the rows without entity and the rejected file."""
 
     tally: Tally
     without_entity: dict[int, int] = field(default_factory=dict)
@@ -63,11 +63,11 @@ class UnitNote:
 
 @dataclass(slots=True)
 class EventTally:
-    """Events of a bucket: those that were read and, in an incremental run, those that earlier versions have kept.
+    """Events of a bucket: those read and, in an incremental run, those kept by earlier versions.
 
     new_late, kept_late: of these, after the last as-of time, so that they don't count (a run that isn't incremental
-    has filtered them before). newest: time of the newest that counts. file: where the new ones are kept; by_file:
-    how many are, by the number of their source file.
+    has filtered them before). newest: time of the newest that counts. file: file of the new kept ones; by_file:
+    their number by the number of their source file.
     """
 
     new: int = 0
@@ -81,7 +81,7 @@ class EventTally:
 
 @dataclass(slots=True)
 class BucketSummary:
-    """What a gather task reports of its bucket; entities are counted once for each as-of time.
+    """Report of a gather task on its bucket; entities are counted once for each as-of time.
 
     suspects: keys that look like missing values. profile: of the numeric features, until it is added to the others;
     quantiles: theirs at each as-of time, where there are several.
@@ -100,9 +100,9 @@ class BucketSummary:
 
 
 def check_rows_read(source: SourcePlan, units: Sequence[ReadUnit], tally: Tally) -> None:
-    """Compare the rows that were read with what the files' footers say; of a CSV file with what was seen as it was cut.
+    """Compare the number of read rows with the files' footers; for a CSV file with the count from its cutting.
 
-    Of CSV files that weren't cut nobody has counted the rows before.
+    The rows of uncut CSV files aren't counted before.
 
     Raises:
         BalanceError: they differ.
@@ -114,7 +114,7 @@ def check_rows_read(source: SourcePlan, units: Sequence[ReadUnit], tally: Tally)
 
 
 def check_way(name: str, sent: int, carried: int, taken: int) -> None:
-    """Compare what was sent to the buckets, what the shuffle carried there, and what was taken from it.
+    """Compare the rows sent to the buckets, those carried there by the shuffle, and those taken from it.
 
     Raises:
         BalanceError: they differ.

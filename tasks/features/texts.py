@@ -1,4 +1,4 @@
-"""Columns of CSV text: the type that all their values have, and the values of that type. Pure.
+"""Columns of CSV text: the common type of all their values, and the values of that type. Pure.
 
 A column's type is the join of its values' types, so that neither their order nor the cut into blocks or files makes a
 difference:
@@ -6,7 +6,7 @@ difference:
     null < integer < float                 an integer that no float holds exactly is text beside floats
     null < boolean, time, day < timestamp  everything else together is text
 
-An integer is written as a computer writes it: 007, +7 and digits beyond 64 bits are text, and stay as they are.
+An integer is in canonical form: 007, +7 and digits beyond 64 bits are text, and stay as they are.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TYPES: dict[Kind, pa.DataType] = {
     "text": pa.string(),
 }
 EXACT = 2**53
-"""Up to here a float holds every whole number."""
+"""Up to here a float represents every whole number."""
 
 _JOINS: dict[frozenset[Kind], Kind] = {
     frozenset(("integer", "wide")): "wide",
@@ -45,13 +45,13 @@ _FORMS = (
     *("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M:%S%.f%#z", "%Y-%m-%d"),
     *("%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M%#z"),
 )
-"""No text is of two of them."""
+"""No text matches two of them."""
 _NO_FLOAT = r"^[+-]?0[0-9]|^\+|^-?[0-9]+$"
 """A leading zero or plus, and digits alone: an identifier, or an integer of another size."""
 
 
 def join(kinds: Sequence[Kind]) -> Kind:
-    """The narrowest kind that holds the values of all."""
+    """Return the narrowest kind that holds the values of all."""
     return reduce(_join, kinds, "null")
 
 
@@ -62,17 +62,17 @@ def _join(one: Kind, other: Kind) -> Kind:
 
 
 def kind_of(values: pl.Series, missing: Sequence[str], found: Kind = "null") -> Kind:
-    """The kind of all values of a column of text.
+    """Return the kind of all values of a column of text.
 
     Args:
         values: Some of them.
-        missing: Text that is no value.
+        missing: Text that means no value.
         found: Kind of the others.
 
     """
     rest = values.drop_nulls()
     if found in _TESTS or not any(map(_like_an_integer, missing)):
-        # Most columns go on as they begin, so that this is all for most blocks.
+        # Most columns continue as they begin, so that this is enough for most blocks.
         found, rest = _sorted_out(found if found in _TESTS else "integer", found, rest)
     rest = rest.str.strip_chars()
     rest = rest.filter(~_any_of(rest, ("", *missing)))
@@ -84,7 +84,7 @@ def kind_of(values: pl.Series, missing: Sequence[str], found: Kind = "null") -> 
 
 
 def _sorted_out(kind: Kind, found: Kind, values: pl.Series) -> tuple[Kind, pl.Series]:
-    """The kind found with a further one, if there are values of it, and the values that aren't of it."""
+    """Return the known kind joined with another, if some values are of it, and the values that aren't of it."""
     holds = _TESTS[kind](values).fill_null(value=False)
     if not holds.any():
         return found, values
@@ -131,7 +131,7 @@ _TESTS: dict[Kind, Callable[[pl.Series], pl.Series]] = {
 
 
 def polars_type(kind: pa.DataType) -> pl.DataType | None:
-    """The type that Polars gives to a column of an Arrow type; None for those that it can't read."""
+    """Return Polars' type for a column of an Arrow type; None for those that it can't read."""
     if pt.is_decimal256(kind):  # Polars panics
         return None
     try:
@@ -143,7 +143,7 @@ def polars_type(kind: pa.DataType) -> pl.DataType | None:
 
 
 def as_type(text: pl.Expr, wanted: pl.DataType, timezone: str) -> pl.Expr:
-    """Text as values of a type; what doesn't fit becomes null."""
+    """Return text as values of a type; null for values that don't fit."""
     match wanted:
         case pl.String():
             typed = text
@@ -161,7 +161,7 @@ def as_type(text: pl.Expr, wanted: pl.DataType, timezone: str) -> pl.Expr:
 
 
 def parsed_time(text: pl.Expr, timezone: str) -> pl.Expr:
-    """ISO 8601 with 'T' or a space, with or without seconds, fraction and offset; formats may differ row by row.
+    """Parse ISO 8601 with 'T' or a space, with or without seconds, fraction and offset; formats may differ row by row.
 
     Args:
         text: The times.
@@ -172,7 +172,7 @@ def parsed_time(text: pl.Expr, timezone: str) -> pl.Expr:
 
 
 def _parsed(text: pl.Series, timezone: str) -> pl.Series:
-    """Times in UTC; as a rule all are of one form, so that the other forms needn't be tried."""
+    """Return times in UTC; usually all have one form, so that the other forms needn't be tried."""
     iso = text.str.strip_chars().str.replace("T", " ", literal=True).str.replace(r"[Zz]$", "+00:00")
     found = pl.Series(text.name, dtype=_TIME).extend_constant(None, len(text))
     for form in _FORMS:
@@ -188,6 +188,6 @@ def _parsed(text: pl.Series, timezone: str) -> pl.Series:
 
 
 def localised(naive: pl.Expr, timezone: str) -> pl.Expr:
-    """Times of a zone in UTC; null where the clock skipped them, the earlier of two equal ones."""
+    """Return times of a zone in UTC; null where the clock skipped them, the earlier of two equal ones."""
     local = naive.dt.replace_time_zone(timezone, ambiguous="earliest", non_existent="null")
     return local if timezone == "UTC" else local.dt.convert_time_zone("UTC")

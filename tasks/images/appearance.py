@@ -1,4 +1,4 @@
-"""What bytes that no decoder takes look like, so that a rejection can say it: an error page, a drawing, a video."""
+"""Appearance of bytes that no decoder accepts, for the rejection's message: an error page, a drawing, a video."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Appearance:
-    """What bytes look like, in words for a person; and whether it is a picture that wants another decoder."""
+    """Appearance of bytes, in words for a person; and True for a picture that needs another decoder."""
 
     what: str
     is_image: bool
@@ -37,7 +37,7 @@ _TEXT = r"\ufeff?[^\0-\x08\x0e-\x1f\ufffd]+\ufffd?\Z"  # the last character may 
 
 
 def appearance(data: bytes | memoryview) -> Appearance | None:
-    """What bytes look like by their first kilobyte; None if like nothing known."""
+    """Return the appearance of bytes by their first kilobyte; None if unknown."""
     head = bytes(data[:1024])
     for beginning, seen in _BEGINNINGS:
         if re.match(beginning, head, re.S):

@@ -19,7 +19,7 @@ _OTHER_COLOURS = ("#8d97a8", "#c3a13a", "#9c5fc0")
 
 
 def class_balance_chart(counts: Mapping[str, Mapping[str, int]]) -> bytes:
-    """Images of each class by split, as PNG: a bar for each of the 30 largest classes, and a word about the others.
+    """Plot the images of each class by split, as PNG: a bar for each of the 30 largest, and a note on the others.
 
     Args:
         counts: Number of images by class and split.
@@ -49,7 +49,7 @@ def class_balance_chart(counts: Mapping[str, Mapping[str, int]]) -> bytes:
             f"and {plural(len(others), 'more class', 'more classes')} with {plural(rest, 'image')}", loc="left"
         )
     if colours:
-        # matplotlib takes labels that begin with an underscore only when it is told what they belong to.
+        # matplotlib accepts labels that begin with an underscore only with explicit handles.
         patches = [Patch(color=colour) for colour in colours.values()]
         names = [plain(one_line(split, 30)) or "(blank)" for split in colours]
         style = {"frameon": False, "labelcolor": INK_COLOUR, "fontsize": 9.5}
@@ -58,7 +58,7 @@ def class_balance_chart(counts: Mapping[str, Mapping[str, int]]) -> bytes:
 
 
 def size_chart(heights: npt.ArrayLike, widths: npt.ArrayLike) -> bytes:
-    """Sizes of the originals, as PNG: width against height, and how many have how many megapixels.
+    """Plot the sizes of the originals, as PNG: width against height, and a histogram of megapixels.
 
     Args:
         heights: Height of each image, pixels.
@@ -81,7 +81,7 @@ def size_chart(heights: npt.ArrayLike, widths: npt.ArrayLike) -> bytes:
 
 
 def split_colours(splits: set[str]) -> dict[str, str]:
-    """Colours of splits in the order that they are drawn: those that everybody knows first."""
+    """Return the colours of splits in drawing order: well-known splits first."""
     order = list(SPLIT_COLOURS)
     known = [split for split in order if split in splits]
     others = sorted(splits - set(order))
@@ -90,16 +90,16 @@ def split_colours(splits: set[str]) -> dict[str, str]:
 
 
 def one_line(text: str, longest: int) -> str:
-    """Text as one short line of characters that can be printed."""
+    """Return text as one short line of printable characters."""
     printable = "".join(character if character.isprintable() else "·" for character in " ".join(text.split()))
     return shortened(printable, longest)
 
 
 def _draw_sizes(axes: Any, size: npt.NDArray[np.float64]) -> None:
-    """A point for each size, as large as there are many images of it."""
+    """Draw a point for each size; its area shows the number of images."""
     size = np.maximum(size, 1.0)
     low, high = size.min(), size.max()
-    cell = max((high / low) ** (1 / 48), 1.002)  # sizes nearer than that share a point, the first of them
+    cell = max((high / low) ** (1 / 48), 1.002)  # sizes closer than that share a point, the first of them
     cells = np.round(np.log(size) / np.log(cell))
     _, first, counts = np.unique(cells, axis=1, return_index=True, return_counts=True)
     area = 8 + 120 * counts / counts.max()
@@ -118,7 +118,7 @@ def _draw_sizes(axes: Any, size: npt.NDArray[np.float64]) -> None:
 
 
 def _mark(axis: Any, *values: float) -> None:
-    """Ticks of a logarithmic axis: 1, 2 and 5 times powers of ten, in full, or the powers alone if there are many."""
+    """Set the ticks of a logarithmic axis: 1, 2 and 5 times powers of ten, or the powers alone if there are many."""
     low, high = max(min(values), 1e-6), max(*values, 1e-6)
     powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
     steps = (1, 2, 5) if len(powers) <= 4 else (1,)

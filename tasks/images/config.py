@@ -1,6 +1,6 @@
 """Configuration of the image-augmentation flow: the flow's parameter, the command line and the deployment's parameters.
 
-Credentials never stand here (Prefect stores parameters); storage takes them from the environment.
+Credentials never appear here (Prefect stores parameters); storage takes them from the environment.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Channel = Annotated[int, Field(ge=0, le=255)]
 
 
 class Augmentation(Settings):
-    """What becomes of each image; the operations and their defaults are torchvision's."""
+    """Augmentation of each image; the operations and their defaults are torchvision's."""
 
     variants: int = Field(default=3, ge=1, le=1000, description="Augmented variants of each image.")
     size: int = Field(default=224, ge=8, le=4096, description="Height and width of each variant, pixels.")
@@ -65,7 +65,7 @@ class Augmentation(Settings):
 
 
 class Centred(Augmentation):
-    """One variant without chance, for images that aren't trained on: resized whole, and the middle taken of it."""
+    """One variant without randomness, for images that aren't trained on: resized whole, then cropped to the middle."""
 
 
 class ImageThresholds(Settings):
@@ -192,27 +192,27 @@ class ImageAugmentationConfig(Settings):
 
     @property
     def less_at_once(self) -> str:
-        """What to do so that a task takes less memory."""
+        """Advice for making a task take less memory."""
         return f"lower --images-per-file (it is {self.images_per_file})"
 
     @classmethod
     def recorded(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Values as a manifest has them; versions without `evaluation` were made when all splits were augmented."""
+        """Return a manifest's values; versions without `evaluation` were made when all splits were augmented."""
         return {"evaluation": "augmented", **values}
 
     def of_split(self, split: str) -> ImageAugmentationConfig:
-        """The configuration by which the images of a split become variants."""
+        """Return the configuration for the variants of a split's images."""
         if split == SPLITS[0] or self.evaluation == "augmented" or isinstance(self.augmentation, Centred):
             return self
         kept = self.augmentation.model_dump(include={"size", "mean", "std"})
         return self.model_copy(update={"augmentation": Centred(**kept, variants=1, degrees=0.0)})
 
     def alike(self, split: str, other: str) -> bool:
-        """Whether images of two splits become the same variants."""
+        """Return True if images of two splits become the same variants."""
         return self.of_split(split) == self.of_split(other)
 
     def variants_in(self, split: str) -> int:
-        """Variants of each image of a split."""
+        """Return the number of variants of each image of a split."""
         return self.of_split(split).augmentation.variants
 
     @model_validator(mode="after")

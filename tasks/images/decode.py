@@ -1,35 +1,35 @@
 """Encoded images to pixels: any bytes become 8-bit RGB, or a reason for their rejection. Pure, but for a buffer.
 
-What the pixels are:
+Decoding rules:
 
-- Every format that Pillow opens, and of several frames or pages the first. Ordinary JPEGs are decoded by simplejpeg
-  (libjpeg-turbo), whose pixels are Pillow's to the bit; all else by Pillow.
-- The orientation in the EXIF or XMP block is applied. A block that can't be read turns nothing.
+- Every format that Pillow opens; of several frames or pages the first. Ordinary JPEGs are decoded by simplejpeg
+  (libjpeg-turbo), whose pixels equal Pillow's bit by bit; all else by Pillow.
+- The orientation in the EXIF or XMP block is applied. An unreadable block turns nothing.
 - Transparent pixels are composited over the background, whether by an alpha channel, a palette or one clear colour.
 - Gray is replicated. Palette, CMYK, YCCK, YCbCr, LAB and HSV are converted as Pillow does. Colour profiles (ICC) are
-  left alone: numbers are taken as they stand.
-- Gray of more than 8 bits goes by the range that the file declares: its black becomes 0 and its white 255, with the
+  ignored: numbers stay as they are.
+- Gray of more than 8 bits is scaled by the file's declared range: its black becomes 0 and its white 255, with the
   rest between in proportion, rounded. Of n bits that is 0 to 2^n - 1, or with a sign -2^(n-1) to 2^(n-1) - 1, however
-  little of it is used; of a PGM it is 0 to its greatest value. Where white is zero it is turned round. One exception:
+  little of it is used; of a PGM it is 0 to its greatest value. If white is zero, it is inverted. One exception:
   32 bits with a sign of which no value is outside [0, 65535] are 16-bit gray, which Pillow writes in this way. A PNG's
   significant bits (sBIT) and a TIFF's statistics of integers declare no range.
-- Floats go by a TIFF's SMinSampleValue and SMaxSampleValue. Without them they are taken to be in [0, 1] if the
-  greatest is at most 2 (a filter may have overshot), else in [0, 255]. They are clipped there. NaN becomes 0.
-- A part of a file that no pixel comes from (text, gamma, colour profile, resolution, further frames) may be damaged,
+- Floats are scaled by a TIFF's SMinSampleValue and SMaxSampleValue. Without them they are assumed to be in [0, 1] if
+  the greatest is at most 2 (a filter may have overshot), else in [0, 255]. They are clipped there. NaN becomes 0.
+- Parts of a file that don't affect pixels (text, gamma, colour profile, resolution, further frames) may be damaged,
   of any length, or missing.
 
-What is rejected, and as what:
+Rejections, by name:
 
 - `empty_file`: there are no bytes.
-- `not_an_image`: the bytes are of no known image format; the detail says what they look like.
-- `unsupported`: an image whose format or variant can't be decoded here. Nothing is ever decoded by another program,
+- `not_an_image`: the bytes are of no known image format; the detail describes their appearance.
+- `unsupported`: an image whose format or variant can't be decoded here. No other program is ever used for decoding,
   so PostScript is among them.
-- `too_many_pixels`: the header declares more than the limit; known before memory is taken.
-- `truncated`: the file ends before its picture does, or lacks some of it, however well it is closed: rows, strips,
+- `too_many_pixels`: the header declares more than the limit; found before memory is allocated.
+- `truncated`: the file ends before its picture does, or lacks some of it, even with a valid end: rows, strips,
   tiles, or scans. A JPEG without its end mark counts as such: the rest of an interrupted copy may be zeros, which
   decode as gray.
-- `corrupt`: anything else that the decoder refuses, PNGs with a wrong checksum of a part that pixels come from, and
-  JPEGs whose compressed data is seen to be damaged, which Pillow alone would pass with gray or garbled areas. Stray
+- `corrupt`: anything else that the decoder refuses, PNGs with a wrong checksum of a part that affects pixels, and
+  JPEGs with detected damage of the compressed data, which Pillow alone would pass with gray or garbled areas. Stray
   bytes before a JPEG's markers are no damage.
 """
 
@@ -69,7 +69,7 @@ REASONS: tuple[Reason, ...] = get_args(Reason)
 
 Pixels = npt.NDArray[np.uint8]
 
-# A larger picture's memory is let go with the picture, so that one giant doesn't burden a worker for life.
+# A larger picture's memory is released with the picture, so that one giant doesn't burden a worker for life.
 _KEPT_BYTES = 64 * 2**20
 
 
@@ -83,21 +83,21 @@ class Decoded:
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """Why bytes give no picture: a stable name, and a sentence for a person."""
+    """Reason why bytes give no picture: a stable name, and a sentence for a person."""
 
     reason: Reason
     detail: str
 
 
 class Decoder:
-    """Decodes images one after the other into a buffer that it keeps: have one for each thread.
+    """Decoder of images, one after the other, into one reused buffer: use one for each thread.
 
-    Where Pillow decodes, threads take turns, for its settings are the process's: its limit of pixels and its patience
-    with truncated files are set for the while, and put back.
+    Where Pillow decodes, threads take turns, as its settings are process-wide: its limit of pixels and its tolerance
+    of truncated files are set temporarily, and restored.
 
     Args:
         max_pixels: Images with more are rejected.
-        background: What shows through transparent pixels: red, green, blue.
+        background: Colour behind transparent pixels: red, green, blue.
 
     """
 
@@ -107,7 +107,7 @@ class Decoder:
         self._kept: Pixels = np.empty(0, np.uint8)
 
     def decode(self, data: bytes | memoryview) -> Decoded | Rejection:
-        """Decode an image, or say why not; no bytes make it raise.
+        """Decode an image, or return why not; no bytes make it raise.
 
         The pixels are valid until the next call, which may overwrite them.
         """
@@ -126,7 +126,7 @@ class Decoder:
             )
 
     def _decode_jpeg(self, data: bytes | memoryview) -> Decoded | Rejection | None:
-        """The fast way for ordinary JPEGs; None for the others."""
+        """Decode an ordinary JPEG quickly; return None for others."""
         header = read_jpeg_header(data)
         if header is None:
             return None
@@ -141,11 +141,11 @@ class Decoder:
         buffer = room if orientation == 1 else np.empty(height * width * 4, np.uint8)
         colours = "CMYK" if header.inks == 4 else "RGBX"
         try:
-            pixels = simplejpeg.decode_jpeg(data, colours, buffer=buffer, strict=True)  # refuses what libjpeg warns of
+            pixels = simplejpeg.decode_jpeg(data, colours, buffer=buffer, strict=True)  # raises libjpeg's warnings
         except ValueError as fault:
             return _jpeg_damage(str(fault))
         if header.inks == 4:
-            return None  # it is sound, but only Pillow knows what colours Adobe's inks are
+            return None  # it is valid, but only Pillow knows Adobe's ink colours
         if orientation != 1:
             stored, pixels = pixels, _shaped(room, height, width, orientation)
             _as_stored(pixels, orientation)[:] = stored.view(np.uint32)[..., 0]
@@ -206,7 +206,7 @@ class Decoder:
 _DAMAGE = re.compile("Corrupt JPEG data: (premature end of data segment|bad (Huffman|arithmetic) code|found marker)")
 _NO_END = "Premature end of JPEG file"
 
-# Encoders make about ten. A small file with thousands would keep a worker for minutes.
+# Encoders make about ten. A small file with thousands would occupy a worker for minutes.
 _MAX_SCANS = 100
 
 
@@ -220,7 +220,7 @@ def _jpeg_orientation(data: bytes | memoryview, max_pixels: int) -> int:
 
 
 def _jpeg_damage(said: str) -> Rejection | None:
-    """What simplejpeg's complaint means; None if Pillow is to judge."""
+    """Return the meaning of simplejpeg's message; None if Pillow must judge."""
     if _DAMAGE.match(said):
         return Rejection("corrupt", f"The JPEG file is damaged: {said}.")
     if said == _NO_END:
@@ -240,14 +240,14 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _shaped(room: Pixels, height: int, width: int, orientation: int) -> Pixels:
-    """Room for a picture that is stored as height × width."""
+    """Return the buffer's view for a picture stored as height × width."""
     if orientation >= 5:
         height, width = width, height
     return room[: height * width * 4].reshape(height, width, 4)
 
 
 def _as_stored(pixels: Pixels, orientation: int) -> npt.NDArray[np.uint32]:
-    """The pixels of an upright picture as words, where the stored picture has them."""
+    """Return the pixels of an upright picture as words, in the order of the stored picture."""
     words = pixels.view(np.uint32)[..., 0]
     if orientation in (5, 6, 7, 8):
         words = words.T
@@ -262,12 +262,12 @@ def _as_stored(pixels: Pixels, orientation: int) -> npt.NDArray[np.uint32]:
 
 _TURN = threading.Lock()
 
-# Raw modes of big-endian samples, and those of the machine's own order.
+# Raw modes of big-endian samples, and those of the machine's order.
 _NATIVE = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}
 
 
 class _Png(PngImagePlugin.PngImageFile):
-    """Pillow's PNGs, but that all rows have to be there, and that parts that no pixel comes from aren't read."""
+    """Pillow's PNG, but all rows must be present, and parts that don't affect pixels aren't read."""
 
     _picture: bytes | None = None
 
@@ -282,7 +282,7 @@ class _Png(PngImagePlugin.PngImageFile):
         if picture is not None and not self.tile:
             raise DamageError("truncated", "The PNG file has no picture in it.")
         found = super().load()
-        # Rows that aren't there are zero: only then, or where rows come in several passes, it's worth to count them.
+        # Missing rows are zero: only then, or with interlacing, is counting them worthwhile.
         if picture is not None and (self.info.get("interlace") or not any(self._last_row())):
             check_png_rows(picture)
         return found
@@ -292,7 +292,7 @@ class _Png(PngImagePlugin.PngImageFile):
 
 
 class _Jpeg2K(Jpeg2KImagePlugin.Jpeg2KImageFile):
-    """Pillow's JPEGs 2000, but that all tiles have to be there."""
+    """Pillow's JPEG 2000, but all tiles must be present."""
 
     def load(self) -> Any:
         if self.tile and self.fp is not None:
@@ -306,12 +306,12 @@ _OURS: dict[str, type[ImageFile.ImageFile]] = {"PNG": _Png, "JPEG2000": _Jpeg2K}
 
 @contextlib.contextmanager
 def _pillow(max_pixels: int) -> Iterator[None]:
-    """Pillow's settings as we need them, for the while."""
+    """Set Pillow's settings as required, and restore them."""
     wanted = (
         (Image, "MAX_IMAGE_PIXELS", max_pixels / 2),  # Pillow refuses what exceeds twice this, also within containers
         (ImageFile, "LOAD_TRUNCATED_IMAGES", False),
         (EpsImagePlugin, "gs_binary", False),  # PostScript is a program: it isn't run
-        (PngImagePlugin, "PngImageFile", _Png),  # what icons hold
+        (PngImagePlugin, "PngImageFile", _Png),  # the format within icons
         (Jpeg2KImagePlugin, "Jpeg2KImageFile", _Jpeg2K),
     )
     with _TURN, warnings.catch_warnings():
@@ -328,7 +328,7 @@ def _pillow(max_pixels: int) -> Iterator[None]:
 
 
 def _identify(data: bytes | memoryview, max_pixels: int) -> ImageFile.ImageFile | Rejection:
-    """Image.open, but that the order of formats is fixed, and that a format's complaint is kept."""
+    """Open as Image.open, but with a fixed order of formats, and keep a format's error."""
     stream = io.BytesIO(data)
     prefix = bytes(data[:16])
     complaint = None
@@ -362,7 +362,7 @@ def _accepted(accept: Callable[[bytes], bool | str], prefix: bytes) -> bool | st
 
 
 def _scale_clear_colour(image: ImageFile.ImageFile) -> None:
-    """Bring a PNG's clear colour to 8 bits, as Pillow brings the pixels, but not it (PNG specification, tRNS)."""
+    """Scale a PNG's clear colour to 8 bits, as Pillow does only with the pixels (PNG specification, tRNS)."""
     clear = image.info.get("transparency")
     if image.format == "PNG" and image.tile and clear is not None:
         match image.tile[0].args:
@@ -375,7 +375,7 @@ def _scale_clear_colour(image: ImageFile.ImageFile) -> None:
 
 
 def _read_until(image: ImageFile.ImageFile, start: io.BytesIO) -> None:
-    """Let an image's decoder have no more than the start of its file; a TGA reads its footer after that."""
+    """Give an image's decoder only the start of its file; a TGA reads its footer after that."""
     if image.format == "QOI":
         image.fp = start  # its decoder reads by itself
     else:
@@ -383,7 +383,7 @@ def _read_until(image: ImageFile.ImageFile, start: io.BytesIO) -> None:
 
 
 def _mend_byte_order(image: TiffImagePlugin.TiffImageFile) -> None:
-    """Samples that libtiff unpacks come in the machine's order, and not in the file's, as Pillow takes these for."""
+    """Fix the byte order: libtiff unpacks samples in the machine's order, but Pillow assumes the file's."""
     for index, (decoder, extents, offset, args) in enumerate(image.tile):
         if decoder == "libtiff" and isinstance(args, tuple):
             raw = _NATIVE.get(args[0], args[0])
@@ -391,7 +391,7 @@ def _mend_byte_order(image: TiffImagePlugin.TiffImageFile) -> None:
 
 
 def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """The picture in pieces of about a million pixels, so that conversions don't hold several copies of it."""
+    """Yield the picture in pieces of about a million pixels, so that conversions don't hold several copies of it."""
     rows = max(1, 2**20 // image.width)
     if rows >= image.height:
         yield 0, image
@@ -401,7 +401,7 @@ def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 
 def _rgb(image: Image.Image, background: tuple[int, int, int], scale: Scale | None) -> Image.Image:
-    """Convert any mode to RGB, composited over the background; gray of more than 8 bits by its scale."""
+    """Convert any mode to RGB, composited over the background; scale gray of more than 8 bits."""
     if scale is not None:
         values = np.asarray(image)
         clear = image.info.get("transparency")
@@ -438,10 +438,10 @@ def _too_many(width: int, height: int, max_pixels: int) -> Rejection:
 
 
 def _rejection(name: str, fault: Exception, data: bytes | memoryview, max_pixels: int) -> Rejection:
-    """What it means that Pillow's decoder of a format raised."""
+    """Return the rejection for an error of Pillow's decoder of a format."""
     said = " ".join(_ADDRESS.sub("", str(fault)).split())[:200].rstrip(".") or type(fault).__name__
     if isinstance(fault, Image.DecompressionBombError):
-        # Pillow's message has only the product of width and height.
+        # Pillow's message only has the product of width and height.
         checked = [frame.f_locals.get("size") for frame, _ in traceback.walk_tb(fault.__traceback__)][-1]
         return _too_many(checked[0], checked[1], max_pixels) if checked else Rejection("too_many_pixels", f"{said}.")
     if _EARLY.search(said) or _ends_early(name, data):
@@ -452,7 +452,7 @@ def _rejection(name: str, fault: Exception, data: bytes | memoryview, max_pixels
 
 
 def _ends_early(name: str, data: bytes | memoryview) -> bool:
-    """Whether a refused file lacks bytes, by its format's own account of its length."""
+    """Return True if a refused file lacks bytes, by its format's length fields."""
     head, tail = bytes(data[:16]), bytes(data[-16:])
     order: Literal["big", "little"] = "big" if head[:1] == b"M" else "little"
     lacks = {

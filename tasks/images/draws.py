@@ -1,8 +1,8 @@
-"""Every random parameter of every variant, from (seed, image id, variant) alone.
+"""Random parameters of every variant, from (seed, image id, variant) alone.
 
 Counter-based, as Philox and splitmix64 are: the value of a draw is the splitmix64 finaliser of key + counter · golden,
-where the key is a hash of the image's id under the seed, and the counter names variant, purpose and attempt. So no
-draw depends on how many others were made, in which order, or in which batch. A batch is drawn at once.
+where the key is a hash of the image's id under the seed, and the counter names variant, purpose and attempt. So
+draws don't depend on the number, order, or batches of other draws. A batch is drawn at once.
 
 The distributions are those of torchvision.transforms.v2: RandomResizedCrop, RandomHorizontalFlip, RandomRotation and
 ColorJitter (torchvision 0.29); the numbers aren't, as torch draws them one after another.
@@ -31,12 +31,12 @@ FloatArray = npt.NDArray[np.float64]
 CROP_ATTEMPTS = 10
 _LONGEST = 4
 
-# Purposes of a draw. Their numbers are part of what makes a draw: append to them, never renumber.
+# Purposes of a draw. Their numbers affect the draws: append to them, never renumber.
 _AREA, _RATIO, _TOP, _LEFT, _FLIP, _ANGLE, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _ORDER, _POLICY = range(12)
 _PURPOSE_BITS = 4
 _ATTEMPT_BITS = 4
 
-_GOLDEN = 0x9E3779B97F4A7C15  # 2**64 by the golden ratio: consecutive counters lie far apart
+_GOLDEN = 0x9E3779B97F4A7C15  # 2**64 by the golden ratio: consecutive counters are far apart
 _ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.uint8)
 
 
@@ -46,7 +46,7 @@ class Draws:
 
     Attributes:
         crop: int32 (n, 4): top, left, height, width, pixels of the oriented original.
-        flip: bool (n,): whether left and right change places, after the crop.
+        flip: bool (n,): True to swap left and right, after the crop.
         angle: float32 (n,): degrees, positive is counter-clockwise, after the flip.
         jitter: float32 (n, 4): factors of brightness, contrast and saturation; shift of hue, turns. A factor of
             exactly 1 and a shift of exactly 0 mean that the operation isn't applied.
@@ -63,7 +63,7 @@ class Draws:
 
 
 def image_keys(image_ids: Sequence[str], seed: int) -> UInt64Array:
-    """Key of each image, (m,): BLAKE2b of its id, keyed by the seed.
+    """Return the key of each image, (m,): BLAKE2b of its id, keyed by the seed.
 
     Args:
         image_ids: Ids, any text.
@@ -91,17 +91,17 @@ def draws_of(config: ImageAugmentationConfig, original: Mapping[str, Any]) -> Dr
 def draw(
     keys: UInt64Array, heights: npt.NDArray[np.integer], widths: npt.NDArray[np.integer], augmentation: Augmentation
 ) -> Draws:
-    """Parameters of all variants of m images: n = m × variants rows, row i · variants + v for variant v of image i.
+    """Draw parameters of all variants of m images: n = m × variants rows, i · variants + v for variant v of image i.
 
     As in torchvision, an operation whose range is empty (brightness, contrast, saturation or hue of 0) isn't applied:
-    its factor is exactly 1, its shift exactly 0. A `Centred` augmentation has no chance: its crop is the whole image,
+    its factor is exactly 1, its shift exactly 0. A `Centred` augmentation isn't random: its crop is the whole image,
     or the middle of one that is longer than four times its shorter side.
 
     Args:
         keys: (m,) from `image_keys`.
         heights: (m,) heights of the oriented originals, at least 1 pixel.
         widths: (m,) widths, likewise.
-        augmentation: The bounds.
+        augmentation: Bounds of the parameters.
 
     """
     if isinstance(augmentation, Centred):
@@ -139,7 +139,7 @@ def draw(
 
 def _whole(heights: IntArray, widths: IntArray) -> Draws:
     count = len(heights)
-    longest = _LONGEST * np.minimum(heights, widths)  # of a line of pixels the whole would be resized to gigabytes
+    longest = _LONGEST * np.minimum(heights, widths)  # the whole of a line of pixels would be resized to gigabytes
     height, width = np.minimum(heights, longest), np.minimum(widths, longest)
     return Draws(
         crop=np.stack([(heights - height) // 2, (widths - width) // 2, height, width], axis=1).astype(np.int32),
@@ -151,10 +151,10 @@ def _whole(heights: IntArray, widths: IntArray) -> Draws:
 
 
 def window(height: int, width: int, augmentation: Augmentation) -> tuple[int, int, int, int]:
-    """What a crop of this size is resized to, and which size × size pixels of that are taken.
+    """Return the size to which a crop of this size is resized, and the place of the size × size pixels taken from it.
 
     Returns:
-        Height and width, pixels; top and left of what is taken. A `Centred` augmentation's are those of torchvision's
+        Height and width, pixels; top and left of the taken pixels. For a `Centred` augmentation as torchvision's
         Resize(size × 256/224) and CenterCrop(size).
 
     """
@@ -167,7 +167,7 @@ def window(height: int, width: int, augmentation: Augmentation) -> tuple[int, in
 
 
 def policy_seeds(keys: UInt64Array, variants: int) -> UInt64Array:
-    """Seed of a user's own policy for each variant, (m × variants,), rows as in `draw`."""
+    """Return the seed of a user's policy for each variant, (m × variants,), rows as in `draw`."""
     return _bits(_streams(keys, variants), np.array([_POLICY], dtype=np.uint64))
 
 
@@ -175,7 +175,7 @@ def policy_seeds(keys: UInt64Array, variants: int) -> UInt64Array:
 def _crop_sizes(
     streams: UInt64Array, height: IntArray, width: IntArray, augmentation: Augmentation
 ) -> tuple[IntArray, IntArray, npt.NDArray[np.bool_]]:
-    """Height and width of each crop, and whether an attempt fitted; if none did, the crop belongs in the middle.
+    """Return height and width of each crop, and True if an attempt fitted; otherwise the crop belongs in the middle.
 
     An attempt draws a share of the area, uniformly, and a ratio of width to height, log-uniformly, and fits if neither
     side exceeds the image's. Else the whole image is taken, or as much of it as the bounds of the ratio allow, but at
@@ -207,23 +207,23 @@ def _crop_sizes(
 
 
 def _streams(keys: UInt64Array, variants: int) -> UInt64Array:
-    """State of each variant's first counter, (m × variants,), image by image."""
+    """Return the state of each variant's first counter, (m × variants,), image by image."""
     counters = np.arange(variants, dtype=np.uint64) << np.uint64(_PURPOSE_BITS + _ATTEMPT_BITS)
     return (keys[:, None] + counters * np.uint64(_GOLDEN)).ravel()
 
 
 def _bits(streams: UInt64Array, purpose: UInt64Array, attempt: int = 0) -> UInt64Array:
-    """64 random bits for each pair of stream and purpose, broadcast."""
+    """Return 64 random bits for each pair of stream and purpose, broadcast."""
     counters = (purpose << np.uint64(_ATTEMPT_BITS)) + np.uint64(attempt)
     states = streams + counters * np.uint64(_GOLDEN)
     return stable_hash(pa.array(states.ravel())).reshape(states.shape)
 
 
 def _uniform(streams: UInt64Array, purpose: UInt64Array, attempt: int = 0) -> FloatArray:
-    """Uniform in [0, 1), of 53 bits."""
+    """Return uniform draws in [0, 1), of 53 bits."""
     return (_bits(streams, purpose, attempt) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _symmetric(uniform: FloatArray, bound: float) -> FloatArray:
-    """Uniform in ± bound; exactly 0 if that is 0."""
+    """Scale uniform draws to ± bound; exactly 0 if that is 0."""
     return (2 * uniform - 1) * bound + 0.0  # + 0.0 makes 0.0 of -0.0

@@ -1,6 +1,6 @@
-"""Which images are copies of one another, though their bytes differ: recompressed, resized, converted.
+"""Search for copies of images whose bytes differ: recompressed, resized, converted.
 
-Images whose perceptual hashes differ in few bits and whose colours agree are linked; what hangs together is a group.
+Images whose perceptual hashes differ in few bits and whose colours agree are linked; connected images form a group.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ def similar_pairs(
     *,
     valid: BoolArray | None = None,
 ) -> Int64Array:
-    """Enough pairs of similar images to connect all that are connected by similar pairs.
+    """Return enough pairs of similar images to connect all that are connected by similar pairs.
 
     Two images are similar if their hashes differ in at most `max_bits` bits and their signatures by at most
-    `COLOUR_BOUND` a byte on average. Every pair that is returned is similar, and the connected components of the
+    `COLOUR_BOUND` a byte on average. Every returned pair is similar, and the connected components of the
     returned pairs, over all parts together, are exactly those of all similar pairs; but there are fewer pairs than
     images in each part, even where 100,000 copies of one picture have 5 billion pairs.
 
     Not all pairs are compared (pigeonhole principle; Norouzi, Punjani & Fleet 2012, "Fast search in Hamming space with
-    multi-index hashing"): of max_bits + k bands of bits, two similar hashes agree in k at least. So for each choice of
+    multi-index hashing"): of max_bits + k bands of bits, two similar hashes agree in at least k. So for each choice of
     k bands there is a table, and only hashes that agree on its bands are compared (Manku, Jain & Das Sarma 2007,
     "Detecting near-duplicates for web crawling"). k is the cheapest for this many hashes. An image is compared with
-    the members of a component only until one is similar, so that big clusters cost little. What costs a comparison
-    a pair are many images of one hash and different colours, and max_bits above 10 or so.
+    the members of a component only until one is similar, so that big clusters cost little. Many images of one
+    hash and different colours, and max_bits above 10 or so, cost a comparison a pair.
 
     Args:
         hashes: shape (n,).
         signatures: shape (n, 48).
         max_bits: 0 to 64.
         part: this part of the work, in [0, parts).
-        parts: into how many parts the work is cut; each part gets all images.
-        valid: whether a hash means anything, shape (n,); images without are in no pair. All do, if none is given.
+        parts: number of parts of the work; each part gets all images.
+        valid: True for images with a meaningful hash, shape (n,); others are in no pair. If None, all are.
 
     Returns:
         Indices i < j of similar images; shape (fewer than n, 2).
@@ -93,7 +93,7 @@ def similar_pairs(
 
 
 def group_images(n: int, pairs: Iterable[Int64Array], exact: Int64Array | None = None) -> Int64Array:
-    """Connected components of images: a pure function of which images are linked, in whatever pairs.
+    """Return the connected components of images: a function of the links alone, in any order of pairs.
 
     Args:
         n: number of images.
@@ -114,7 +114,7 @@ def group_images(n: int, pairs: Iterable[Int64Array], exact: Int64Array | None =
 
 
 def _equal_images(images: Int64Array, hashes: UInt64Array, signatures: UInt8Array) -> tuple[BoolArray, Int64Array]:
-    """Which of the images are the first of their hash and signature, and pairs that chain each other to one before."""
+    """Return a mask of the first image of each hash and signature, and pairs that chain equal images."""
     key = hashes[images]
     words = signatures.view("<u8")
     for word in range(words.shape[1]):
@@ -123,7 +123,7 @@ def _equal_images(images: Int64Array, hashes: UInt64Array, signatures: UInt8Arra
     order = np.argsort(key, kind="stable")
     ordered = images[order]
     before, after = ordered[:-1], ordered[1:]
-    # Equal keys nearly always mean equal images; where not, an image may count as first once more, which is harmless.
+    # Equal keys nearly always mean equal images; otherwise an image may count as first once more, which is harmless.
     equal = (hashes[before] == hashes[after]) & (words[before] == words[after]).all(axis=1)
     is_first = np.ones(len(images), dtype=np.bool_)
     is_first[order[1:][equal]] = False
@@ -131,10 +131,10 @@ def _equal_images(images: Int64Array, hashes: UInt64Array, signatures: UInt8Arra
 
 
 def _tables(count: int, max_bits: int, parts: int) -> UInt64Array:
-    """Bit masks; any two hashes within max_bits agree on all bits of at least one of them."""
+    """Return bit masks; any two hashes within max_bits agree on all bits of at least one of them."""
 
     def cost(chosen: int) -> float:
-        if not chosen:  # one table without bits: all pairs, and all in one part
+        if not chosen:  # one table without bits: all pairs, in one part
             return count * count / 2 * _PAIR_COST
         bands = max_bits + chosen
         alike = max(math.exp2(-64 * chosen / bands), 1 / min(max(count, 1), 1 << _MOST_BUCKET_BITS))
@@ -157,7 +157,7 @@ def _bucket(bits: np.uint64, mask: np.uint64, bucket_bits: int) -> np.int64:
 def _buckets(
     hashes: UInt64Array, mask: np.uint64, bucket_bits: int, split: int, splits: int
 ) -> tuple[Int32Array, Int64Array]:
-    """Hashes by bucket, of those buckets that are ours: their indices, and where each bucket begins."""
+    """Return this part's hashes by bucket: their indices, and the start of each bucket."""
     bounds = np.zeros((1 << bucket_bits) + 1, dtype=np.int64)
     for i in range(len(hashes)):
         bucket = _bucket(hashes[i], mask, bucket_bits)
@@ -187,8 +187,8 @@ def _link_buckets(  # noqa: PLR0917 - compiled functions take arguments by place
 ) -> int:
     """Link similar images of each bucket that aren't connected yet; appends to `links` and returns their number.
 
-    Within a bucket, the images seen so far stand in one linked list for each component. The next image walks each list
-    of another component than its own until it meets a similar one; then the lists become one.
+    Within a bucket, the images seen so far form one linked list for each component. The next image walks each list
+    of every other component until it meets a similar one; then the lists are merged.
     """
     most = 0
     for bucket in range(len(bounds) - 1):
@@ -228,7 +228,7 @@ def _link_buckets(  # noqa: PLR0917 - compiled functions take arguments by place
                     continue
                 links[found, 0], links[found, 1] = image, order[start + b]
                 found += 1
-                # The other list joins ours, and the last list takes its place.
+                # The other list joins this one, and the last list takes its place.
                 parent[root_of[other]] = root_of[own]
                 after[tail[own]], tail[own] = head[other], tail[other]
                 lists -= 1
@@ -243,7 +243,7 @@ def _link_buckets(  # noqa: PLR0917 - compiled functions take arguments by place
 
 @njit(cache=True, nogil=True)
 def _root(parent: npt.NDArray[Any], image: Any) -> Any:
-    """Root of an image's tree, with path halving (Tarjan & van Leeuwen 1984)."""
+    """Return the root of an image's tree, with path halving (Tarjan & van Leeuwen 1984)."""
     while parent[image] != image:
         parent[image] = parent[parent[image]]
         image = parent[image]
@@ -260,13 +260,13 @@ def _connect(parent: Int64Array, links: Int64Array) -> None:
 
 @njit(cache=True, nogil=True)
 def _flatten(parent: Int64Array) -> None:
-    for i in range(len(parent)):  # a parent has the smaller index, so its own parent is its root by now
+    for i in range(len(parent)):  # a parent has the smaller index, so its parent is its root by now
         parent[i] = parent[parent[i]]
 
 
 @njit(cache=True, nogil=True)
 def _differing_bits(a: np.uint64, b: np.uint64) -> np.int64:
-    """Hamming distance; the compiler knows this for the machine's own instruction (Warren, "Hacker's Delight", 5-1)."""
+    """Return the Hamming distance; compiled to the machine's instruction (Warren, "Hacker's Delight", 5-1)."""
     x = a ^ b
     x -= (x >> np.uint64(1)) & np.uint64(0x5555555555555555)
     x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))

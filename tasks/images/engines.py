@@ -1,4 +1,4 @@
-"""One way to call what makes the variants: the compiled kernel, torch on a device, or a policy of the user's own."""
+"""Common interface of the engines that make variants: the compiled kernel, torch on a device, or a user's policy."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ UInt8Array = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
 
 HELD_BYTES = 256 << 20
-"""Of pixels that wait for a torch engine."""
+"""Bytes of pixels that wait for a torch engine."""
 
 Variants = tuple[npt.NDArray[Any], Measured, FloatArray]
 """The variants, shape (m × K, 3, size, size), image by image; their figures; the crops' magnification."""
 
 
 class Engine(Protocol):
-    """Makes the variants of some images; loaded once per worker."""
+    """Maker of variants of images; loaded once per worker."""
 
     keeps: bool
-    """Whether it holds several images at a time: then each needs memory of its own."""
+    """True if it holds several images at a time: then each needs separate memory."""
 
     def variants(
         self, images: Iterable[UInt8Array | None], keys: UInt64Array, expected_sizes: Sequence[tuple[int, int]]
     ) -> Variants:
-        """K variants of each image, in its order.
+        """Return K variants of each image, in its order.
 
         Args:
             images: m pictures, RGBX, shape (height, width, 4) each; None for one that can't be decoded and has no
-                variants. They are taken one by one, as they are needed.
+                variants. They are consumed one by one, as they are needed.
             keys: Keys of the images (`tasks.images.draws.image_keys`), shape (m,).
-            expected_sizes: Height and width that each image probably has: wrong ones only cost time.
+            expected_sizes: Probable height and width of each image: wrong ones only cost time.
 
         Returns:
             uint8 or float32 variants, valid until the next call; see `Variants`.
@@ -47,10 +47,10 @@ class Engine(Protocol):
 
 
 def make_engine(config: ImageAugmentationConfig) -> Engine:
-    """The engine that a configuration asks for.
+    """Return the engine for a configuration.
 
     Raises:
-        ConfigError: the policy can't be loaded, or there is no such device.
+        ConfigError: the policy can't be loaded, or the device doesn't exist.
 
     """
     augmentation = config.augmentation
@@ -75,7 +75,7 @@ class _Fused:
     def variants(
         self, images: Iterable[UInt8Array | None], keys: UInt64Array, expected_sizes: Sequence[tuple[int, int]]
     ) -> Variants:
-        # All draws at once cost a tenth; and each image is augmented right after it is decoded, still in the cache.
+        # Drawing all at once takes a tenth of the time; each image is augmented right after decoding, in the cache.
         variants = self._augmentation.variants
         count = len(keys) * variants
         if count > len(self._out):
@@ -141,7 +141,7 @@ class _ByPolicy:
 
 
 def _portions(images: Iterable[UInt8Array | None], keys: UInt64Array) -> Iterator[tuple[list[UInt8Array], UInt64Array]]:
-    """Those images that there are, with their keys: all at once, unless they are very large."""
+    """Yield the decodable images with their keys: all at once, unless they are very large."""
     held: list[UInt8Array] = []
     numbers: list[int] = []
     for number, pixels in enumerate(images):

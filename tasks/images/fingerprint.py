@@ -1,6 +1,6 @@
-"""A picture's fingerprint, by which its copies are found: a perceptual hash of its shapes, and its coarse colours.
+"""Fingerprint of a picture, for finding its copies: a perceptual hash of its shapes, and its coarse colours.
 
-How many bits of the hash copies change, measured on 146 photographs of about 500 × 375 pixels:
+Bits of the hash that copies change, measured on 146 photographs of about 500 × 375 pixels:
 
 | copy | mean | most | at most 6 |
 |---|---|---|---|
@@ -30,7 +30,7 @@ Int64Array = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
 SIGNATURE_BYTES = 48
-STRUCTURE_BOUND = 2.0  # standard deviation of what the hash sees, of 255
+STRUCTURE_BOUND = 2.0  # standard deviation of the hashed frequencies, of 255
 
 _CELLS = 32
 _FREQUENCIES = 8
@@ -41,23 +41,23 @@ _RED, _GREEN, _BLUE = 0.299, 0.587, 0.114  # luminance, ITU-R BT.601
 
 
 def perceptual_hash(pixels: UInt8Array) -> tuple[int, UInt8Array, bool]:
-    """Hash of a picture's coarse shapes, its coarse colours, and whether the hash means anything.
+    """Return the hash of a picture's coarse shapes, its coarse colours, and True if the hash is meaningful.
 
-    The hash is pHash: luminance, averaged to 32 × 32, 2-D DCT-II, and for each low frequency one bit, whether its
+    The hash is pHash: luminance, averaged to 32 × 32, 2-D DCT-II, and for each low frequency one bit: 1 if its
     coefficient is above their median (Zauner 2010, "Implementation and benchmarking of perceptual image hash
     functions"; pHash.org). Two details differ. The frequencies are 0 to 7, not 1 to 8, which are blind to stripes; the
-    mean itself has no bit. And a bit needs half a level above the median: most coefficients of a plain gradient are
-    zero, and noise would draw their bits.
+    mean itself has no bit. And a bit requires half a level above the median: most coefficients of a plain gradient are
+    zero, and noise would set their bits.
 
-    Averages are exact, whatever the size, from 1 × 1 on. Where a side has more than 512 pixels, only 512 evenly spread
+    Averages are exact for any size, from 1 × 1 on. Where a side has more than 512 pixels, only 512 evenly spread
     rows or columns are read, so that the cost is bounded.
 
     Args:
         pixels: RGB, or RGB and more channels, which are ignored; shape (height, width, ≥ 3).
 
     Returns:
-        The hash, in [0, 2**63). The mean RGB of each cell of a 4 × 4 grid, row by row; shape (48,), uint8. Whether the
-        low frequencies have a standard deviation of 2 of 255 or more: a picture without has no meaningful hash.
+        The hash, in [0, 2**63). The mean RGB of each cell of a 4 × 4 grid, row by row; shape (48,), uint8. True if the
+        low frequencies have a standard deviation of 2 of 255 or more: other pictures have no meaningful hash.
 
     """
     assert pixels.ndim == 3, f"a picture has three axes, not the shape {pixels.shape}"
@@ -68,7 +68,7 @@ def perceptual_hash(pixels: UInt8Array) -> tuple[int, UInt8Array, bool]:
 
 
 def _cosines() -> FloatArray:
-    """Orthonormal DCT-II (Ahmed, Natarajan & Rao 1974) of the low frequencies; shape (32, 8)."""
+    """Return the orthonormal DCT-II (Ahmed, Natarajan & Rao 1974) of the low frequencies; shape (32, 8)."""
     place, frequency = np.arange(_CELLS)[:, None], np.arange(_FREQUENCIES)
     basis = np.cos(np.pi * (2 * place + 1) * frequency / (2 * _CELLS)) * math.sqrt(2 / _CELLS)
     basis[:, 0] = math.sqrt(1 / _CELLS)
@@ -80,7 +80,7 @@ _COSINES = _cosines()
 
 @njit(cache=True, nogil=True)
 def _hash_picture(pixels: UInt8Array, cosines: FloatArray) -> tuple[np.uint64, UInt8Array, float]:
-    """Hash, signature and structure of a C-contiguous picture."""
+    """Return hash, signature and structure of a C-contiguous picture."""
     height, width = min(pixels.shape[0], _MOST_SAMPLES), min(pixels.shape[1], _MOST_SAMPLES)
     is_whole = pixels.shape[:2] == (height, width)
     sums = _cell_sums(pixels) if is_whole else _cell_sums(_sampled(pixels, height, width))
@@ -118,7 +118,7 @@ def _hash_picture(pixels: UInt8Array, cosines: FloatArray) -> tuple[np.uint64, U
 
 @njit(cache=True, nogil=True)
 def _sampled(pixels: UInt8Array, rows: int, columns: int) -> UInt8Array:
-    """Some rows and columns of a picture, evenly spread; shape (rows, columns, 3)."""
+    """Return some rows and columns of a picture, evenly spread; shape (rows, columns, 3)."""
     height, width = pixels.shape[:2]
     sampled = np.empty((rows, columns, 3), dtype=np.uint8)
     for i in range(rows):
@@ -132,7 +132,7 @@ def _sampled(pixels: UInt8Array, rows: int, columns: int) -> UInt8Array:
 
 @njit(cache=True, nogil=True)
 def _cell_sums(pixels: UInt8Array) -> Int64Array:
-    """Sums over 32 × 32 cells of equal area; a pixel on a border counts for each cell by its part in it.
+    """Return sums over 32 × 32 cells of equal area; a pixel on a border counts for each cell by its part in it.
 
     Lengths are in 1/32 pixel: a side of n pixels has 32 n of them, and each of its cells has n, a whole number. So
     the weights of a cell's pixels sum up to height × width, and the sums are exact. Shape (32, 32, 3), int64.

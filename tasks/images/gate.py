@@ -1,4 +1,4 @@
-"""What the quality gate asks of a version of augmented images, and its summary by class. Pure."""
+"""The quality gate of a version of augmented images, and its summary by class. Pure."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def judge_images(
     duplicate_ids: int,
     previous: Manifest | None,
 ) -> GateResult:
-    """Judge what was written.
+    """Judge the written images.
 
     Against the last published version, a changed column warns where the configuration or the classes explain it: the
     image column for another format, size or normalisation, the one-hot label for another number of classes. Any other
@@ -53,15 +53,15 @@ def judge_images(
         config: Thresholds and choices.
         schema: Schema of the data files, with the metadata of its fields.
         profile: Profile of the data files; the image and its label may be missing.
-        balances: Row balances of the images and of what they went through.
+        balances: Row balances of the images and of their processing steps.
         variants: Rows of the data files.
         passed: Rows without a fatal issue.
         ready: Training-ready rows.
-        class_counts: Images that were augmented, by class; a class that was known but has none counts as 0.
+        class_counts: Augmented images by class; a known class without any counts as 0.
         split_counts: The same images by class, then split.
         class_ids: Id of each known class.
-        leaking_groups: Groups of images that belong together and are in several splits.
-        duplicate_ids: Rows whose image_id another row has too.
+        leaking_groups: Groups of related images that are in several splits.
+        duplicate_ids: Rows with the image_id of another row.
         previous: Manifest of the last published version, if there is one.
     """
     assert 0 <= ready <= passed <= variants, f"{ready} ready of {passed} passed of {variants}"
@@ -105,7 +105,7 @@ def judge_images(
 
 
 def split_shares(config: ImageAugmentationConfig) -> dict[str, float]:
-    """Share of the images that each split is asked to have."""
+    """Return the requested share of the images for each split."""
     train = 1 - config.validation_share - config.test_share
     return dict(zip(SPLITS, (train, config.validation_share, config.test_share), strict=True))
 
@@ -121,7 +121,7 @@ def class_summary(
     variants: Mapping[str, int],
     split_names: Sequence[str] = SPLITS,
 ) -> pa.Table:
-    """One row for each class and split, in this order, also where there is no image; the images' order is no matter.
+    """Return one row for each class and split, in this order, also without images; independent of the images' order.
 
     Args:
         class_names: By class id.
@@ -152,7 +152,7 @@ def class_summary(
     for code, name in enumerate(split_names):
         codes[names == name] = code
     groups = class_ids.astype(np.int64) * len(split_names) + codes
-    order = np.lexsort((mean_scores, groups))  # one order of adding up, whatever the order of the images
+    order = np.lexsort((mean_scores, groups))  # one order of summation, whatever the order of the images
     rows = len(class_names) * len(split_names)
 
     def total(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -177,7 +177,7 @@ def class_summary(
 
 
 def summary_csv(summary: pa.Table) -> bytes:
-    """A summary as CSV (UTF-8, with a header, quoted where needed)."""
+    """Return a summary as CSV (UTF-8, with a header, quoted where needed)."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")  # pyarrow's quotes every text
     writer.writerow(summary.column_names)
@@ -186,7 +186,7 @@ def summary_csv(summary: pa.Table) -> bytes:
 
 
 def _described(field: pa.Field) -> str:
-    """Type of a column, with what its metadata says: 3 × 224² of uint8 and 3 × 112² of float32 are the same bytes."""
+    """Return a column's type with its metadata: 3 × 224² of uint8 and 3 × 112² of float32 are the same bytes."""
     metadata = field.metadata or {}
     return " ".join([str(field.type), *(metadata[key].decode() for key in (TENSOR, ENCODED) if key in metadata)])
 
@@ -202,11 +202,11 @@ def _distinct_ids(class_ids: Mapping[str, int]) -> CheckResult:
 
 
 def _class_balance(config: ImageAugmentationConfig, counts: Mapping[str, int]) -> CheckResult:
-    # A class of earlier versions that is left out on purpose isn't missed.
+    # A class of earlier versions that is excluded on purpose isn't missing.
     judged = {name: count for name, count in counts.items() if count or not config.classes or name in config.classes}
     share = config.thresholds.balance_warn / max(len(judged), 1)
     check = rules.check_class_balance(CLASS, sorted(judged.items()), share)
-    intended = len(judged) > 1 or len(config.classes) == 1  # one class is a mistake unless somebody asked for it
+    intended = len(judged) > 1 or len(config.classes) == 1  # one class is a mistake unless requested
     return check.model_copy(update={"verdict": "warn"}) if check.verdict == "fail" and intended else check
 
 
@@ -221,9 +221,9 @@ def _against(
     warn_above, fail_above = config.thresholds.drift_warn, config.thresholds.drift_fail
     if CLASS in previous.profile:
         before = _images_before(previous)
-        if before.distinct == len(before.top_values):  # else it isn't known which classes there were
+        if before.distinct == len(before.top_values):  # else the classes of that version aren't known
             checks.append(_same_classes(previous.version, class_counts, before))
-        # Counted by image: the variants of one are no independent witnesses of what chance does.
+        # Counted by image: the variants of one are not independent samples.
         now = _by_image(class_counts)
         checks.append(rules.check_drift(CLASS, now, before, warn_above=warn_above, fail_above=fail_above))
     if SCORE in previous.profile and SCORE in profile.partials:
@@ -234,7 +234,7 @@ def _against(
 
 
 def _choices(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration, as a manifest has it, says of the pictures; None where it says nothing."""
+    """Return a recorded configuration's settings of the pictures; None for missing ones."""
     augmentation = config.get("augmentation", {})
     found = {name: augmentation.get(name) for name in ("size", "variants")} | {"format": config.get("format")}
     for name in ("mean", "std"):
@@ -244,7 +244,7 @@ def _choices(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _compatibility(previous: Manifest, config: ImageAugmentationConfig, schema: pa.Schema) -> list[CheckResult]:
-    """Whether readers of the last version can read this one."""
+    """Check that readers of the last version can read this one."""
     label = {column.name: column.type for column in previous.columns}.get(LABEL)
     now, before = _choices(config.model_dump()), _choices(previous.config)
     changed = [name for name in ("format", "size", "mean", "std") if before[name] != now[name] and before["format"]]
@@ -277,7 +277,7 @@ def _compatibility(previous: Manifest, config: ImageAugmentationConfig, schema: 
 
 
 def _same_classes(version: int, counts: Mapping[str, int], profile: ColumnProfile) -> CheckResult:
-    """Whether the classes that have images are those that had some."""
+    """Check that the same classes have images as before."""
     now, before = {name for name, count in counts.items() if count}, {name for name, _ in profile.top_values}
     words = [
         f"{plural(len(names), 'class', 'classes')} {what}: {', '.join(sorted(names)[:5])}{', …' * (len(names) > 5)}"
@@ -304,7 +304,7 @@ def _by_image(class_counts: Mapping[str, int]) -> TableProfile:
 
 
 def _images_before(previous: Manifest) -> ColumnProfile:
-    """Profile of an earlier version's classes, counted by image; without counts, all had equally many variants."""
+    """Return an earlier version's profile of classes, by image; without counts, all had equally many variants."""
     images = previous.definition.get("images")
     if images is not None:
         counted = {name: count for name, count in images.items() if count}

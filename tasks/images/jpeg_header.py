@@ -1,6 +1,6 @@
-"""What a JPEG says before its picture: size, inks, and whether something may turn it; and if its scans are whole. Pure.
+"""Header of a JPEG: size, inks, and possible orientation; and completeness of its scans. Pure.
 
-Segments are as in ITU-T T.81, annex B. Only the ordinary is read here; a decoder sees to the odd.
+Segments are as in ITU-T T.81, annex B. Only ordinary files are read here; a decoder handles the others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ ORIENTATION_TAG = 274  # TIFF 6.0
 
 @dataclass(frozen=True, slots=True)
 class JpegHeader:
-    """Height and width in pixels, as stored; and what else decides how to decode."""
+    """Height and width in pixels, as stored; and other facts that choose the decoder."""
 
     height: int
     width: int
@@ -25,7 +25,7 @@ class JpegHeader:
 
 @dataclass(frozen=True, slots=True)
 class Scans:
-    """Passes over the picture, of which progressive JPEGs have about ten; and if they send every bit of it."""
+    """Passes over the picture, of which progressive JPEGs have about ten; and True if they send every bit of it."""
 
     count: int
     are_complete: bool
@@ -36,7 +36,7 @@ _FRAME = struct.Struct(">BHHB")
 _TAGS = tuple(struct.pack(order, ORIENTATION_TAG) for order in (">H", "<H"))
 _START_OF_SCAN = 0xDA
 _APPLICATION_1 = 0xE1
-_TABLES = (0xC4, 0xC8, 0xCC)  # their markers stand among those of the frames
+_TABLES = (0xC4, 0xC8, 0xCC)  # their markers are among those of the frames
 _PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
 _FRAMES = tuple(marker for marker in range(0xC0, 0xD0) if marker not in _TABLES)
 _IN_ONE = Scans(1, are_complete=True)
@@ -53,7 +53,7 @@ def read_jpeg_header(data: bytes | memoryview) -> JpegHeader | None:
         data: A file that begins as a JPEG; a view must be of unsigned bytes.
 
     Returns:
-        The header; None if anything in it is out of the ordinary, or missing.
+        The header; None if anything in it is unusual or missing.
 
     """
     at = 2
@@ -87,8 +87,8 @@ def read_jpeg_header(data: bytes | memoryview) -> JpegHeader | None:
 def read_scans(data: bytes | memoryview) -> Scans:
     """Read the headers of all scans of a JPEG's first picture.
 
-    A decoder doesn't miss what no scan sends: of a progressive JPEG that lacks its last scans a blurred picture is
-    left, of one whose colours come one after the other a gray one.
+    A decoder doesn't notice missing scans: a progressive JPEG without its last scans becomes a blurred picture,
+    one whose colours come one after the other a gray one.
 
     Args:
         data: A file that begins as a JPEG; a view must be of unsigned bytes.
@@ -114,7 +114,7 @@ def read_scans(data: bytes | memoryview) -> Scans:
 
 
 def _send(scan: bytes, lacking: dict[int, list[int]]) -> None:
-    """Note what a scan sends: some inks' coefficients of a range, down to a bit (ITU-T T.81, B.2.3 and G.1)."""
+    """Record a scan's data: some inks' coefficients of a range, down to a bit (ITU-T T.81, B.2.3 and G.1)."""
     end = 1 + 2 * scan[0]
     if len(scan) < end + 3:
         return
@@ -124,5 +124,5 @@ def _send(scan: bytes, lacking: dict[int, list[int]]) -> None:
         if len(bits) == 1:  # all at once
             bits[0] = 0
         these = slice(first, max(first, last + 1))
-        if known == 0 or set(bits[these]) == {known}:  # else it refines what was never sent
+        if known == 0 or set(bits[these]) == {known}:  # else it refines data that was never sent
             bits[these] = [low_bit] * len(bits[these])

@@ -4,11 +4,11 @@
 
 The operations and their rounding are torchvision's on uint8 tensors (`torchvision.transforms.v2.functional`):
 antialiased triangle resampling with a rounding to uint8 between the axes, nearest rotation with black corners, and
-colour operations that truncate to uint8 after each. What differs, and by how much, stands in the kernel's tests:
+colour operations that truncate to uint8 after each. The kernel's tests list and bound the differences:
 resampling sums in float32 along y first (torch: int16 weights, x first), so a pixel may be one level off.
 
-Why it is fast: an image is decoded once; everything works on a few kilobytes that stay in the cache; resampling along
-x is done as resampling along y of the turned picture, which vectorises; colours are float32 rows, so that four
+It is fast because an image is decoded once; everything works on a few kilobytes that stay in the cache; resampling
+along x is done as resampling along y of the turned picture, which vectorises; colours are float32 rows, so that four
 operations cost one conversion from and to uint8. The GIL is released.
 """
 
@@ -33,7 +33,7 @@ _F = np.float32
 _RED, _GREEN, _BLUE = _F(0.2989), _F(0.587), _F(0.114)
 _ZERO, _ONE, _TWO, _THREE, _FOUR, _SIX = (_F(v) for v in (0, 1, 2, 3, 4, 6))
 _WHITE = _F(255)
-_STRETCH = _F((256 - 1e-3) / 255)  # torchvision's way from uint8 to [0, 1] and back
+_STRETCH = _F((256 - 1e-3) / 255)  # torchvision's conversion from uint8 to [0, 1] and back
 _STRIP = 1024  # pixels that are coloured together: their float32 channels stay in the first-level cache
 _BLOCK = 1 << 15  # values whose squares add up to less than 2**32
 _FRACTION = 32  # bits of the rotation's fixed-point coordinates
@@ -56,14 +56,14 @@ class FusedEngine:
     """Augments one image at a time on one core; one engine a thread.
 
     Args:
-        augmentation: Size and largest angle; everything else comes with the draws.
+        augmentation: Size and largest angle; all other parameters come with the draws.
 
     """
 
     def __init__(self, augmentation: Augmentation) -> None:
         size = self.size = augmentation.size
         self._augmentation = augmentation
-        # How far a corner is turned beyond the edge; without bounds checks the gather must find zeros there.
+        # Distance that a corner is turned beyond the edge; without bounds checks the gather must find zeros there.
         angle = math.radians(min(augmentation.degrees, 45.0))
         self._margin = math.ceil((math.cos(angle) + math.sin(angle) - 1) * size / 2) + 2
         side = size + 2 * self._margin
@@ -144,14 +144,14 @@ def _augment(
         tall, wide, first_y, first_x = windows[variant]
         triangle_weights(height, tall, first_y, spans[0], spans[1], weights_y)
         triangle_weights(width, wide, first_x, spans[2], spans[3], weights_x)
-        # Only the columns that are looked at: all, unless a window is taken.
+        # Only the columns that are used: all, unless a window is taken.
         skipped = spans[2, 0]
         left, width = left + skipped, spans[2, size - 1] + spans[3, size - 1] - skipped
         for x in range(size):
             spans[2, x] -= skipped
         resample_rows(source, top, left * 4, width * 4, spans[0], spans[1], weights_y, row, upright, 0, width * 4)
         turn(upright.view(np.uint32), turned.view(np.uint32), size, width)
-        # The picture stands turned in the padded buffer too: one of its rows is a column x.
+        # The picture is turned in the padded buffer too: one of its rows is a column x.
         side = size + 2 * margin
         start, step = margin * side + margin, side
         if flip[variant]:
@@ -168,7 +168,7 @@ def _augment(
 
 @jit
 def _rotate_and_colour(padded, side, margin, angle, jitter, order, line, rows, planes):
-    """Gather rotated rows and colour them, a strip of rows at a time; gives mean and deviation of all values."""
+    """Gather rotated rows and colour them, a strip of rows at a time; return mean and deviation of all values."""
     pixels = planes.shape[1]
     size = int(math.sqrt(pixels))
     strip = len(line)
@@ -213,7 +213,7 @@ def _rotate_and_colour(padded, side, margin, angle, jitter, order, line, rows, p
 
 @jit
 def _rotation(size, margin, angle):
-    """Fixed-point steps and start of the gather: source = R(angle) · (x, y) about the centre, rounded to nearest."""
+    """Return fixed-point steps and start of the gather: source = R(angle) · (x, y) about the centre, to nearest."""
     radians = math.radians(angle)
     one = float(1 << _FRACTION)
     cosine, sine = math.cos(radians), math.sin(radians)
@@ -235,7 +235,7 @@ def _gather_row(padded, side, gather, y, line):
 
 @jit
 def _clipped(value):
-    """A value as uint8 holds it: within 0 and 255, without its fraction."""
+    """Return a value as uint8 stores it: within 0 and 255, without its fraction."""
     value = value if value < _WHITE else _WHITE
     value = value if value > _ZERO else _ZERO
     return _F(np.int32(value))
@@ -274,9 +274,9 @@ def _colour(operation, jitter, red, green, blue):
 
 @jit
 def _shift_hue(red, green, blue, shift):
-    """RGB → HSV → RGB, the hue in sixths of a turn, without branches.
+    """Convert RGB → HSV → RGB, the hue in sixths of a turn, without branches.
 
-    With V the largest and C the span of the channels, a channel is V - C · (how far its hue is away, within 0 and 1).
+    With V the largest and C the span of the channels, a channel is V - C · (its hue distance, within 0 and 1).
     """
     for x in range(len(red)):
         r, g, b = red[x], green[x], blue[x]
@@ -298,7 +298,7 @@ def _shift_hue(red, green, blue, shift):
 
 @jit
 def _within(value):
-    """A value, at least 0 and at most 1."""
+    """Clip a value to [0, 1]."""
     value = value if value < _ONE else _ONE
     return value if value > _ZERO else _ZERO
 
@@ -317,7 +317,7 @@ def _mean_and_deviation(planes):
     for channel in range(3):
         for start in range(0, planes.shape[1], _BLOCK):
             values = planes[channel, start : start + _BLOCK]
-            few, many = np.uint32(0), np.uint32(0)  # of 32 bits, so that more of them fit a register
+            few, many = np.uint32(0), np.uint32(0)  # 32-bit, so that more of them fit a register
             for x in range(len(values)):
                 value = np.uint32(values[x])
                 few = np.uint32(few + value)

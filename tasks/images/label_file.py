@@ -1,4 +1,4 @@
-"""The file of labels as a table of text: which class, and which group, each image is said to have."""
+"""The labels file as a table of text: class and group of each image."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LABELS = pa.schema([("row", pa.int64()), *((name, _TEXT) for name in ("image_id"
 
 _POLARS = {name: pl.Int64 if name == "row" else pl.String for name in LABELS.names}
 _SHOWN = 200
-_BLOCK = 2**30  # a single one, if possible: no row may be longer than a block
+_BLOCK = 2**30  # a single block, if possible: no row may be longer than a block
 _EXACT = 2.0**53
 _NOT_TEXT = {
     b"\x1f\x8b": "it is compressed with gzip: decompress it",
@@ -46,7 +46,7 @@ def read_labels(
 ) -> pa.Table:
     """Read a CSV or Parquet file of labels, all values as text.
 
-    Text is as it is written: '007' stays. Parquet's whole floats, as data frames with nulls hold integers, become '7',
+    Text is unchanged: '007' stays. Parquet's whole floats, as data frames with nulls hold integers, become '7',
     and NaN becomes null. In CSV the missing values are null: a class is text, ids and groups are keys. A file is
     Parquet by its first bytes or its suffix, else CSV: separated by commas, or by tabs if its suffix is '.tsv'.
 
@@ -55,7 +55,7 @@ def read_labels(
         malformed: the text of a CSV line with a wrong number of fields, whose other columns are null.
 
     Raises:
-        SourceError: the file is missing, empty, unreadable, or has not these columns.
+        SourceError: the file is missing, empty, unreadable, or lacks these columns.
     """
     location = storage.normalise(uri)
     wanted = {"id_column": id_column, "class_column": class_column}
@@ -79,7 +79,7 @@ def read_labels(
             "give a Parquet file, or CSV in UTF-8 (is it cut short, of another format, or a quote left open?)"
         ) from fault
     except OSError as fault:
-        # Arrow says of damaged pages what it says of a broken connection: only the latter may pass.
+        # Arrow raises the same for damaged pages and for a broken connection: only the latter may be retried.
         if is_transient(fault):
             raise
         raise SourceError(f"labels '{shown(uri)}' can't be read: {_cause(location, fault)}") from fault
@@ -96,7 +96,7 @@ def read_labels(
 
 
 def labels_record(uri: str, rows: int) -> InputRecord:
-    """What the manifest says of the labels' file; reads its fingerprint."""
+    """Return the manifest's record of the labels' file; read its fingerprint."""
     (info,) = storage.list_files(uri)
     entry = InputFile(uri=info.uri, bytes=info.bytes, fingerprint=storage.fingerprint(info))
     return InputRecord(name="labels", uri=uri, rows=rows, files=(entry,))
@@ -139,7 +139,7 @@ def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
 def _read_csv(
     data: bytes, wanted: Mapping[str, str], separator: str, malformed: dict[int, str], *, missing: MissingValues
 ) -> pa.Table:
-    """Read the wanted columns as text; lines with a wrong number of fields go into `malformed`, by row."""
+    """Read the wanted columns as text; collect lines with a wrong number of fields in `malformed`, by row."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as fault:
@@ -157,7 +157,7 @@ def _read_csv(
 
     table = pa_csv.read_csv(
         pa.BufferReader(data),
-        # Rows have numbers only where one thread reads them.
+        # Rows have numbers only if one thread reads them.
         read_options=pa_csv.ReadOptions(use_threads=False, block_size=min(max(len(data) + 1, 2**20), _BLOCK)),
         parse_options=pa_csv.ParseOptions(delimiter=separator, invalid_row_handler=note, newlines_in_values=True),
         convert_options=pa_csv.ConvertOptions(

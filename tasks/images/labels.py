@@ -1,11 +1,11 @@
-r"""Which class each image has: the table of labels, joined to the files there are; each row used, or its reason.
+r"""Class of each image: the table of labels, joined to the files; each row is used, or has a reason.
 
 A label names its image by the file's path below the listed directory, with or without suffix; a label without '/'
-also by the bare file name, with or without suffix. The first of these four that any file answers to decides. Both
+also by the bare file name, with or without suffix. The first of these four that matches any file decides. Both
 sides are compared with '\' read as '/', spaces around and './' in front dropped, and accents composed (NFC); case
-matters. Around classes and groups spaces are dropped, too, and their accents composed.
+matters. In classes and groups outer spaces are dropped, too, and their accents composed.
 
-What becomes of odd labels:
+Treatment of odd labels:
 
 | label | becomes |
 |---|---|
@@ -15,10 +15,10 @@ What becomes of odd labels:
 | its file is itself rejected | the file's reason: `duplicate_id`, `bad_name`, `not_a_file` |
 | two classes for one file, whatever the spelling of its id | all rejected, and the image: `conflicting_labels` |
 | one class, but two groups for one file (no group is one, too) | all rejected, and the image: `conflicting_groups` |
-| a class that isn't to be taken | rejected, and the image: `unknown_class` |
+| a class outside the allowed ones | rejected, and the image: `unknown_class` |
 | file, class and group of an earlier row | deduplicated |
 
-An image that is left without label is `unlabelled`.
+An image without a label is `unlabelled`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ REJECTED_LABELS = pa.schema(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Joined:
-    """Images with their class, and every row that has not come so far.
+    """Images with their class, and all rejected rows.
 
     images: columns of `IMAGES`, in the listing's order. rejected_images: columns of `REJECTED_IMAGES`, sorted by uri.
     rejected_labels: columns of `REJECTED_LABELS`, in the file's order; none without a labels file. label_balance is
@@ -83,7 +83,7 @@ class Joined:
 
 
 def folder_labels(listing: ImageListing) -> pa.Table:
-    """Labels that a class-per-directory layout implies: the class is the first directory of the path.
+    """Return the labels of a class-per-directory layout: the class is the first directory of the path.
 
     Returns:
         Columns of `LABELS`, in the listing's order; row is that of the listing, and image_id the path. Files at the top
@@ -95,15 +95,15 @@ def folder_labels(listing: ImageListing) -> pa.Table:
 
 
 def join_labels(listing: ImageListing, labels: pa.Table | None, allowed_classes: Sequence[str] = ()) -> Joined:
-    """Give each image its class, and each image and label that has to go its reason.
+    """Assign each image its class, and each rejected image and label its reason.
 
     Args:
-        listing: The files there are.
-        labels: Columns of `LABELS`; None takes `folder_labels`.
+        listing: The image files.
+        labels: Columns of `LABELS`; None uses `folder_labels`.
         allowed_classes: Classes to take; all if empty.
 
     Raises:
-        SourceError: no image has a usable label; shows counts, and ids of both sides.
+        SourceError: no image has a usable label; the message shows counts, and ids of both sides.
     """
     files = _files(listing)
     if labels is None:
@@ -157,14 +157,14 @@ def _plain(column: str) -> pl.Expr:
 
 
 def _key(column: str) -> pl.Expr:
-    r"""The form in which a label's id and a file's name are compared; null if nothing is left."""
+    r"""Return the form for comparing a label's id with a file's name; null if nothing is left."""
     text = pl.col(column).str.replace_all("\\", "/", literal=True).str.strip_chars().str.normalize("NFC")
     text = text.str.replace(r"^(\./)+", "")
     return pl.when(text != "").then(text)
 
 
 def _files(listing: ImageListing) -> pl.DataFrame:
-    """Every candidate, those of the listing's table first, with what a label may call it, the first choice first."""
+    """Return every candidate, the listing's table first, with its possible label ids, the first choice first."""
     columns = ["path", "image_id", "reason"]
     good = as_frame(listing.table).with_columns(reason=pl.lit(None, pl.String)).select(columns)
     every = pl.concat([good, as_frame(listing.rejected).select(columns)]).with_row_index("file")
@@ -177,11 +177,11 @@ def _files(listing: ImageListing) -> pl.DataFrame:
 
 
 def _match(keys: pl.Series, files: pl.DataFrame) -> pl.DataFrame:
-    """Find the files that labels call by their distinct keys.
+    """Find the files of labels' distinct keys.
 
     Returns:
-        key, file (null if there are several), candidates, and named, the first of several; keys that no file answers
-        to are left out.
+        key, file (null if there are several), candidates, and named, the first of several; keys without a file
+        are left out.
     """
     found = []
     rest = pl.DataFrame({"key": keys})
@@ -205,7 +205,7 @@ _NAMED = {"key": pl.String, "named": pl.String}
 
 
 def _judge(given: pl.DataFrame, files: pl.DataFrame, allowed: set[str]) -> pl.DataFrame:
-    """Add reason and detail, null for labels that hold, and used: those that give an image its class."""
+    """Add reason and detail, null for valid labels, and used: those that give an image its class."""
     texts = ("image_id", "class_name", "group")
     odd = pl.any_horizontal(
         pl.col(name).str.strip_chars().str.contains(r"\p{Cc}").fill_null(value=False) for name in texts
@@ -246,7 +246,7 @@ def _first(faults: Sequence[tuple[pl.Expr, str | pl.Expr, str | pl.Expr]], place
 
 
 def _conflicts(labels: pl.DataFrame) -> pl.DataFrame:
-    """Files whose labels differ: file, conflict (the reason) and among."""
+    """Return files whose labels differ: file, conflict (the reason) and among."""
     repeated = labels.filter(pl.len().over("file") > 1).group_by("file")
     values = repeated.agg(pl.col("class_name", "group").unique().sort()).filter(
         (pl.col("class_name").list.len() > 1) | (pl.col("group").list.len() > 1)
@@ -261,7 +261,7 @@ def _conflicts(labels: pl.DataFrame) -> pl.DataFrame:
 
 
 def _without_label(images: pl.DataFrame, judged: pl.DataFrame, by_folder: bool) -> pl.DataFrame:
-    """Columns of `REJECTED_IMAGES` for images that no label gives a class; the reason is that of a label of theirs."""
+    """Return `REJECTED_IMAGES` for images without a class from any label; the reason is that of one of their labels."""
     own = judged.filter(pl.col("reason").is_not_null() & pl.col("file").is_not_null())
     lacks_class = ~pl.col("reason").is_in(["conflicting_labels", "conflicting_groups", "unknown_class"])
     own = (
@@ -313,12 +313,12 @@ def _nothing_left(listing: ImageListing, joined: Joined, judged: pl.DataFrame) -
 def assign_class_ids(names: Iterable[str], previous: Mapping[str, int] | None = None) -> dict[str, int]:
     """Number the classes so that a number means the same class in every version.
 
-    A class that was numbered before keeps its number, also while no image has it; new ones follow the highest number
+    A class that was numbered before keeps its number, also while it has no images; new ones follow the highest number
     so far, sorted by name.
 
     Args:
-        names: Classes there are now, in any order and as often as may be.
-        previous: Numbers given so far, as the last version has them.
+        names: Present classes, in any order and with repeats.
+        previous: Numbers given so far, from the last version.
 
     Returns:
         Numbers by class, ascending.

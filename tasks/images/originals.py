@@ -1,4 +1,4 @@
-"""Outcomes of all images of a run: gathered from the units' notes, grouped by likeness, split, and written down."""
+"""Outcomes of all images of a run: gathered from the units' notes, grouped by likeness, split, and written."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ ORIGINALS = pa.schema(
         ("issues", pa.list_(pa.string())),
     ]
 )
-"""A row an augmented image. alike: id of the first image of its group, where it has company: images that share a
+"""A row an augmented image. alike: id of the first image of its group, if it has others: images that share a
 split because they are copies of each other or belong to one group. passed, ready: numbers of its variants."""
 
 _FACTS = ("reason", "content", "hash", "structured", "colours", "height", "width")
@@ -75,12 +75,12 @@ class Gathered:
     width: npt.NDArray[np.int32]
 
     def of_augmented(self, values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-        """Values of the augmented images alone."""
+        """Return values of the augmented images alone."""
         return values[self.augmented]
 
 
 def gather(plan: ImagePlan, notes: Sequence[UnitNote], planned: Iterable[pa.Table]) -> Gathered:
-    """Bring the facts of all units together.
+    """Gather the facts of all units.
 
     Args:
         plan: The plan.
@@ -113,15 +113,15 @@ def gather(plan: ImagePlan, notes: Sequence[UnitNote], planned: Iterable[pa.Tabl
 def settle(
     found: Gathered, config: ImageAugmentationConfig, near: Callable[[Gathered], Iterable[Int64Array]]
 ) -> tuple[Int64Array, Int8Array]:
-    """Group images that belong together, and split them.
+    """Group related images, and split them.
 
     Args:
         found: The images.
         config: Shares of the splits.
-        near: Finds pairs of near-duplicates, shape (pairs, 2), rows of the plan.
+        near: Returns pairs of near-duplicates, shape (pairs, 2), rows of the plan.
 
     Returns:
-        For each image of the plan: the first image of its group, and its split; -1 for an image that was rejected.
+        The first image of its group, and the split, for each image of the plan; -1 for a rejected image.
 
     """
     groups = grouped(near(found), found.linked, found.content, found.augmented)
@@ -134,13 +134,13 @@ def settle(
 
 
 def grouped(near: Iterable[Int64Array], linked: Int64Array, content: UInt64Array, augmented: BoolArray) -> Int64Array:
-    """Group images that are copies of each other, or belong together.
+    """Group images that are copies of each other or otherwise related.
 
     Args:
         near: Pairs of near-duplicates, shape (pairs, 2).
-        linked: What images share that are known to belong together, shape (n,).
+        linked: A common value of images known to be related, shape (n,).
         content: Hash of each file's contents.
-        augmented: Whether an image counts.
+        augmented: True for images that count.
 
     Returns:
         The first image of each image's group, -1 for one that doesn't count; shape (n,).
@@ -151,7 +151,7 @@ def grouped(near: Iterable[Int64Array], linked: Int64Array, content: UInt64Array
 
 
 def repeated_keys(keys: UInt64Array) -> int:
-    """Images whose key another one has, too, beyond the first."""
+    """Return the number of images with the key of another one, beyond the first."""
     return len(keys) - len(np.unique(keys))
 
 
@@ -164,19 +164,19 @@ def _chained(values: npt.NDArray[np.generic], chosen: BoolArray) -> Int64Array:
 
 
 def moved_units(found: Gathered, splits: Int8Array, images_per_unit: int) -> list[int]:
-    """Units that hold an image which now belongs to another split than its file is for."""
+    """Return units with an image that now belongs to another split than its file's."""
     moved = np.flatnonzero(found.augmented & (splits != found.planned_split))
     return [int(unit) for unit in np.unique(moved // images_per_unit)]
 
 
 def wanted_splits(found: Gathered, splits: Int8Array, unit: slice) -> dict[str, Int8Array]:
-    """For each file of a unit, by the split it was planned for: where each of its images belongs, in its order."""
+    """Return, for each file of a unit, by its planned split: the split of each of its images, in its order."""
     planned, now, augmented = found.planned_split[unit], splits[unit], found.augmented[unit]
     return {SPLITS[number]: now[augmented & (planned == number)] for number in np.unique(planned[augmented]).tolist()}
 
 
 def leaking_groups(groups: Int64Array, written: Int8Array) -> int:
-    """Groups of images that stand in more than one split, as written."""
+    """Return the number of groups of images that are in more than one split, as written."""
     good = groups >= 0
     pairs = np.unique(np.stack([groups[good], written[good].astype(np.int64)], axis=1), axis=0)
     return int(len(pairs) - len(np.unique(pairs[:, 0])))
@@ -184,15 +184,15 @@ def leaking_groups(groups: Int64Array, written: Int8Array) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OriginalsFile:
-    """The table of originals, as written, and what it says in sum."""
+    """The written table of originals, and its totals."""
 
     entry: FileEntry
     profile: TableProfile
-    """Of the data files' rows, without the images: as they follow from the originals."""
+    """Profile of the data files' rows, without the images, derived from the originals."""
     passed: int
     ready: int
     mean_scores: npt.NDArray[np.float32]
-    """Of each augmented image; so are the next two."""
+    """Mean score of each augmented image; the next two fields have the same order."""
     passed_variants: npt.NDArray[np.int32]
     ready_variants: npt.NDArray[np.int32]
 
@@ -245,13 +245,13 @@ def write_originals(
 
 
 def original_rows(images: pa.Table, judged: pa.Table, split: Sequence[str], alike: Sequence[str | None]) -> pa.Table:
-    """Rows of the table of originals.
+    """Return the rows of the table of originals.
 
     Args:
         images: image_id, uri, bytes, class_name and class_id of augmented images.
-        judged: What became of each, by `OUTCOMES`.
+        judged: Outcome of each, by `OUTCOMES`.
         split: Split of each.
-        alike: Id of the first image of the group of each, where it has company.
+        alike: Id of the first image of each one's group, if it has others.
 
     """
     columns = {name: images[name] for name in ("image_id", "uri", "bytes", "class_name", "class_id")}
@@ -263,7 +263,7 @@ def original_rows(images: pa.Table, judged: pa.Table, split: Sequence[str], alik
 
 
 def originals_entry(manifest: Manifest) -> FileEntry:
-    """Return the file of a version that has its table of originals.
+    """Return the file of a version's table of originals.
 
     Raises:
         CorruptVersion: its manifest lists none.
@@ -276,14 +276,14 @@ def originals_entry(manifest: Manifest) -> FileEntry:
 
 
 def split_again(originals: pa.Table, config: ImageAugmentationConfig) -> tuple[Int64Array, Int8Array]:
-    """Split the originals of a version as `settle` did, from what their table says of them.
+    """Split the originals of a version as `settle` did, from their table.
 
     Args:
         originals: image_id, class_id and alike of all originals, in their order.
         config: Seed, and shares of the splits.
 
     Returns:
-        For each: the number of the first image of its group, and its split.
+        The number of the first image of its group, and the split, for each.
 
     """
     ids = originals["image_id"].combine_chunks()
@@ -321,7 +321,7 @@ def profile_variants(rows: pa.Table, judged: pa.Table, split: pa.Array | pa.Chun
 
 
 def row_means(scores: pa.ChunkedArray) -> npt.NDArray[np.float32]:
-    """Mean score of each image over its variants, of which each has one at least; shape (n,)."""
+    """Return the mean score of each image over its variants, at least one; shape (n,)."""
     lists = scores.combine_chunks()
     counts = pc.list_value_length(lists).to_numpy()
     if not len(counts):

@@ -1,8 +1,8 @@
-"""What a file says of its own parts, where the decoder doesn't look. Pure.
+"""Checks of a file's declared parts that the decoder doesn't make. Pure.
 
-A decoder takes what is there for the picture: rows that a PNG's stream doesn't have are black, scans that a progressive
-JPEG doesn't have are blur, a strip without an offset is read from the file's beginning. The parts' own lengths, numbers
-and checksums tell.
+A decoder fills in missing parts: rows that a PNG's stream lacks are black, scans that a progressive
+JPEG lacks are blur, a strip without an offset is read from the file's beginning. The parts' lengths, numbers
+and checksums reveal it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _END = b"\xff\xd9"  # the end mark of a JPEG, and of a JPEG 2000's codestream
 
 
 class DamageError(Exception):
-    """A picture lacks parts, or has damaged ones, that its decoder wouldn't miss. It never leaves the decoder."""
+    """A picture has missing or damaged parts that its decoder wouldn't notice. It never leaves the decoder."""
 
     def __init__(self, reason: Literal["truncated", "corrupt"], detail: str) -> None:
         super().__init__(detail)
@@ -38,18 +38,18 @@ def check_scans(scans: Scans) -> None:
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _PNG_PART = struct.Struct(">I4s")
-_PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a pixel, by the kind of colour
+_PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a pixel, by colour type
 _PNG_PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-_PNG_PIXELS = (b"tRNS", b"eXIf")  # parts that may be passed over by their names, and yet change pixels
+_PNG_PIXELS = (b"tRNS", b"eXIf")  # parts that may be skipped by their names, but affect pixels
 _PNG_TURNING = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"exif")  # texts that may have an orientation
 _MOST_TEXT = 2**20
 
 
 def png_picture(data: bytes) -> bytes:
-    """Reduce a PNG to the parts that its first picture's pixels come from: no damage or length of the others matters.
+    """Reduce a PNG to the parts that affect its first picture's pixels: damage or length of the others doesn't matter.
 
     These are the critical parts, the transparency, the EXIF block, and the texts that may have an orientation, of
-    1 MiB together at most. Animations keep the picture that a viewer without animations shows.
+    1 MiB together at most. Animations keep the picture for viewers without animations.
 
     Args:
         data: The file, and perhaps something after it.
@@ -77,7 +77,7 @@ def png_picture(data: bytes) -> bytes:
 
 
 def _png_parts(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """Names and bytes of a PNG's parts to its end; what can't be split is one without a name, left to the decoder."""
+    """Yield names and bytes of a PNG's parts; an unsplittable rest has no name and is left to the decoder."""
     view, at = memoryview(data), len(_PNG_MAGIC)
     while at + 8 <= len(view):
         length, kind = _PNG_PART.unpack_from(view, at)
@@ -93,7 +93,7 @@ def _png_parts(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def _turning_text(kind: bytes, body: memoryview, room: int) -> int:
-    """Length of a text that may have an orientation; 0 for others, and for those that are too long or unreadable."""
+    """Return the length of a text that may have an orientation; 0 for others, and for too long or unreadable ones."""
     if kind not in (b"tEXt", b"zTXt", b"iTXt"):
         return 0
     name, _, text = bytes(body[: room + 200]).partition(b"\0")
@@ -116,7 +116,7 @@ def _turning_text(kind: bytes, body: memoryview, room: int) -> int:
 
 
 def check_png_rows(picture: bytes) -> None:
-    """Unpack a PNG's pixels, keeping none, to see that there are as many as its header says.
+    """Unpack a PNG's pixels, keeping none, to check that there are as many as its header declares.
 
     Args:
         picture: A PNG that could be decoded, reduced to its picture.
@@ -139,7 +139,7 @@ def check_png_rows(picture: bytes) -> None:
 
 
 def _png_size(header: memoryview) -> int:
-    """Bytes of all rows, each with its filter's number before it (PNG specification, 7 and 8)."""
+    """Return the bytes of all rows, each with its filter's number before it (PNG specification, 7 and 8)."""
     width, height, depth, colour, *_, interlaced = struct.unpack(">IIBBBBB", header[:13])
     total = 0
     for left, top, across, down in _PNG_PASSES if interlaced else ((0, 0, 1, 1),):
@@ -149,7 +149,7 @@ def _png_size(header: memoryview) -> int:
     return total
 
 
-# --- what follows the picture ---
+# --- data after the picture ---
 
 _PCX_PALETTE = 1 + 3 * 256
 _QOI_END = bytes(7) + b"\1"
@@ -157,9 +157,9 @@ _TGA_FOOTER, _TGA_NAME = 26, b"TRUEVISION-XFILE.\0"
 
 
 def picture_end(name: str, data: bytes | memoryview) -> int | None:
-    """Where the bytes of the first picture end at the latest; None if the format doesn't tell.
+    """Return the latest end of the first picture's bytes; None if the format doesn't record it.
 
-    A decoder that misses pixels would go on with what follows: another picture, a palette, or a footer.
+    A decoder that misses pixels would continue with the following data: another picture, a palette, or a footer.
 
     Args:
         name: The format's name.
@@ -189,7 +189,7 @@ def _gif_end(data: bytes | memoryview) -> int | None:
 
 
 def _colours(flags: int) -> int:
-    """Bytes of the colour table that a GIF's flags announce."""
+    """Return the bytes of the colour table that a GIF's flags announce."""
     return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
 
 
@@ -205,11 +205,11 @@ _DIB = struct.Struct("<IiiHHI12xI")
 
 
 def check_icon(data: bytes | memoryview, offset: int, size: int) -> None:
-    """Check that an icon's bitmap has all its rows before the mask, which would be taken for the others.
+    """Check that an icon's bitmap has all its rows before the mask, which would otherwise be read as rows.
 
     Args:
         data: The file.
-        offset: Where the bitmap begins, by the file's directory.
+        offset: Start of the bitmap, by the file's directory.
         size: Its bytes, and those of its mask, by the same.
 
     Raises:
@@ -247,7 +247,7 @@ def check_tiff_parts(tags: Mapping[int, Any], data: bytes | memoryview) -> None:
         data: The file.
 
     Raises:
-        DamageError: One isn't there.
+        DamageError: One is missing.
 
     """
     compression = tags.get(_COMPRESSION, 1)
@@ -279,7 +279,7 @@ def check_tiff_parts(tags: Mapping[int, Any], data: bytes | memoryview) -> None:
 
 
 def _is_whole(compression: int, part: bytes, rows: int, is_mirrored: bool) -> bool:
-    """Check a strip or tile of a compression whose decoder makes black of what lacks: by its end, or its rows' ends."""
+    """Check a strip or tile of a compression whose decoder fills gaps with black: by its end, or its rows' ends."""
     if compression == _JPEG:
         return part.rstrip(b"\0").endswith(_END)
     if is_mirrored:
@@ -299,7 +299,7 @@ def _is_whole(compression: int, part: bytes, rows: int, is_mirrored: bool) -> bo
 def _check_uncompressed(
     tags: Mapping[int, Any], lengths: tuple[int, ...], tile_rows: int, columns: int, planes: int
 ) -> None:
-    """Check that the strips or tiles together hold all pixels: what lacks would be read from beyond them."""
+    """Check that the strips or tiles together hold all pixels: missing ones would be read from beyond them."""
     bits = _numbers(tags.get(_BITS, 1))
     samples = tags.get(_SAMPLES, 1)
     bits_of_pixel = bits[0] if planes > 1 else sum(bits[:samples]) if len(bits) > 1 else bits[0] * samples
@@ -328,7 +328,7 @@ def check_tiles(data: bytes) -> None:
     """Check that a JPEG 2000 file has its whole codestream: all tiles' parts, and the end mark (ITU-T T.800, annex A).
 
     Raises:
-        DamageError: Something lacks, and would be blank.
+        DamageError: A missing part would be blank.
 
     """
     start, end, is_open = _codestream(memoryview(data))
@@ -341,7 +341,7 @@ def check_tiles(data: bytes) -> None:
 
 
 def jpeg2000_depths(data: bytes | memoryview) -> tuple[int, ...]:
-    """Bits of each component's samples; none if they can't be read."""
+    """Return the bits of each component's samples; none if they can't be read."""
     view = memoryview(data).cast("B")
     start = _codestream(view)[0] + 2
     try:
@@ -352,7 +352,7 @@ def jpeg2000_depths(data: bytes | memoryview) -> tuple[int, ...]:
 
 
 def with_deeper_samples(data: bytes | memoryview) -> bytes:
-    """The same codestream, but that each component announces one bit more than it has."""
+    """Return the same codestream, but each component announces one bit more than it has."""
     deeper = bytearray(data)
     start = _codestream(memoryview(deeper))[0] + 42
     for component in range(len(jpeg2000_depths(data))):
@@ -361,7 +361,7 @@ def with_deeper_samples(data: bytes | memoryview) -> bytes:
 
 
 def _codestream(view: memoryview) -> tuple[int, int, bool]:
-    """Where the codestream begins and ends, and if zeros may be behind it (ITU-T T.800, annex I).
+    """Return start and end of the codestream, and True if zeros may follow it (ITU-T T.800, annex I).
 
     The file is the codestream itself, or consists of boxes of which one holds it.
     """
@@ -383,7 +383,7 @@ def _codestream(view: memoryview) -> tuple[int, int, bool]:
 
 
 def _has_all_tiles(stream: bytes) -> bool:
-    """Follow the lengths of the tiles' parts to the end mark. What can't be read is left to the decoder."""
+    """Follow the lengths of the tiles' parts to the end mark; leave unreadable ones to the decoder."""
     try:
         width, height, _, _, across, down, left, top = _SIZE.unpack_from(stream, 2)[3:11]
         number = math.ceil((width - left) / across) * math.ceil((height - top) / down)

@@ -1,4 +1,4 @@
-"""What a person looks at: originals beside their variants, what was rejected, and how classes and sizes are spread."""
+"""Pictures for a person: originals beside their variants, rejected images, and distributions of classes and sizes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UInt8Array = npt.NDArray[np.uint8]
 
 EXAMPLES = 12
 DOUBTFUL = 4
-"""Of the examples, those whose variants have issues."""
+"""Number of examples whose variants have issues."""
 REJECTS = 18
 SIDE = 224
 
@@ -45,12 +45,12 @@ class Example:
 def choose_examples(
     keys: npt.NDArray[np.uint64], class_ids: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]
 ) -> list[int]:
-    """Images worth showing: some of as many classes as possible, and some whose variants are doubtful.
+    """Choose images to show: some of as many classes as possible, and some whose variants are doubtful.
 
     Args:
-        keys: Of each image; they decide among equals. Shape (n,).
-        class_ids: Likewise.
-        scores: Mean quality score of its variants, likewise.
+        keys: Key of each image; they decide among equals. Shape (n,).
+        class_ids: Class of each image, shape (n,).
+        scores: Mean quality score of its variants, shape (n,).
 
     Returns:
         Rows, at most `EXAMPLES`, by class.
@@ -70,7 +70,7 @@ def choose_examples(
 def contact_picture(
     examples: Sequence[Example], config: ImageAugmentationConfig, max_bytes: int | None = None
 ) -> Picture | None:
-    """Originals beside their variants, as they were stored."""
+    """Draw originals beside their variants, as they were stored."""
     decoder = Decoder(config.max_pixels, config.background)
     rows = list(_sheet_rows(examples, config, decoder))
     if not rows:
@@ -102,7 +102,7 @@ def _stored_rows(example: Example) -> pa.Table:
 
 
 def levels(image: npt.NDArray[np.generic], augmentation: Augmentation) -> UInt8Array:
-    """A stored image as RGB rows of uint8, shape (height, width, 3)."""
+    """Return a stored image as RGB rows of uint8, shape (height, width, 3)."""
     rows = np.moveaxis(np.asarray(image), 0, 2)
     if rows.dtype == np.uint8:
         return np.ascontiguousarray(rows)
@@ -113,7 +113,7 @@ def levels(image: npt.NDArray[np.generic], augmentation: Augmentation) -> UInt8A
 def reject_picture(
     entries: Sequence[FileEntry], reservation: Reservation, config: ImageAugmentationConfig
 ) -> Picture | None:
-    """Some of the rejected images of each reason, as far as they can be decoded."""
+    """Draw some of the rejected images of each reason, if they can be decoded."""
     decoder = Decoder(config.max_pixels, config.background)
     items: list[tuple[str, str, UInt8Array | None]] = []
     shown: Counter[str] = Counter()
@@ -147,7 +147,7 @@ def _thumbnail_of(uri: str, decoder: Decoder) -> UInt8Array | None:
 
 
 def charts(counts: Mapping[str, Mapping[str, int]], sizes: npt.NDArray[np.int32]) -> list[Picture]:
-    """How classes are spread over splits, and how large the originals are.
+    """Return charts of the classes by split, and of the sizes of the originals.
 
     Args:
         counts: Images by class, then split.
@@ -167,7 +167,7 @@ def charts(counts: Mapping[str, Mapping[str, int]], sizes: npt.NDArray[np.int32]
 
 
 def reject_table(rejected: Mapping[str, int], images: int) -> DataTable | None:
-    """How many images were rejected for each reason."""
+    """Return the number of rejected images for each reason."""
     if not rejected:
         return None
     rows = tuple(

@@ -3,8 +3,8 @@
     plan ─ units ─ augment, write ─ notes ─┬─ near-duplicates ─ groups ─ splits ─ units whose split has changed
                                            └─ originals, profile
 
-Each image is decoded once. What is its near-duplicate is known only when all are decoded, so its file may be the
-wrong split's by then: such units are written anew, which is copying. Nothing here is visible to readers until the
+Each image is decoded once. Its near-duplicates are known only when all are decoded, so its file may belong to the
+wrong split by then: such units are rewritten by copying. Nothing here is visible to readers until the
 version is committed.
 """
 
@@ -53,19 +53,19 @@ from tasks.store.manifest import ColumnSpec, FileEntry, RowBalance
 from tasks.store.reservation import Reservation
 
 PARTS_FROM = 200_000
-"""Images from which on the search for near-duplicates is worth dividing."""
+"""Number of images from which the search for near-duplicates is worth dividing."""
 NAMED_GROUPS = 1000
 SAMPLE, SAMPLE_VARIANTS = 8, 3
-"""Images, and variants of each, that a policy makes twice before anything is made with it."""
+"""Images, and variants of each, that a policy makes twice before the run."""
 GPU_TOLERANCE = 0.02
-"""Of the values' span: a GPU may sum in another order each time."""
+"""Share of the values' span: a GPU may sum in another order each time."""
 
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LikeGroup:
-    """Images that share a split because they belong together."""
+    """Images that share a split because they are related."""
 
     image_ids: tuple[str, ...]
     split: str
@@ -73,7 +73,7 @@ class LikeGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AugmentedImages:
-    """What was written, and what is known of it; nothing is committed yet."""
+    """Result of augmenting the images, before the commit."""
 
     reservation: Reservation
     files: tuple[FileEntry, ...]
@@ -87,7 +87,7 @@ class AugmentedImages:
     passed: int
     ready: int
     class_ids: npt.NDArray[np.int64]
-    """Of each augmented image; so are the next four."""
+    """Class of each augmented image; the next four fields have the same order."""
     splits: npt.NDArray[np.int8]
     mean_scores: npt.NDArray[np.float32]
     passed_variants: npt.NDArray[np.int32]
@@ -117,16 +117,16 @@ def augment_images(
 ) -> AugmentedImages:
     """Augment all images of a plan, split them, and write everything under the plan's reservation.
 
-    What an earlier attempt has finished is taken over.
+    Results of an earlier attempt are reused.
 
     Args:
-        plan: What to do.
-        config: How.
+        plan: Plan of the run.
+        config: Configuration of the run.
         on_images: Called with the number of images done, as they are.
 
     Raises:
         BalanceError: images were lost or doubled on the way.
-        ConfigError: the policy can't be loaded, gives something else than images, or something else each time.
+        ConfigError: the policy can't be loaded, returns something other than images, or isn't deterministic.
         ResourceError: memory or disk are too small; it says what to do.
 
     """
@@ -201,7 +201,7 @@ def augment_images(
 
 
 def check_policy(job: ImageJob) -> None:
-    """Make a sample with a policy of the user's own twice, each time in a new process and another order.
+    """Make a sample with a user's policy twice, each time in a new process and another order.
 
     Raises:
         ConfigError: the variants differ.
@@ -241,7 +241,7 @@ def _made_apart(config: ImageAugmentationConfig, classes: int, planned: pa.Table
 
 
 def _augment(job: ImageJob, units: Sequence[int]) -> Iterator[UnitNote]:
-    """Notes of the units as they are finished, in any order."""
+    """Yield notes of the units as they are finished, in any order."""
 
     def augment(_: int, unit: int) -> UnitNote:
         return augment_unit(job, unit)
@@ -250,7 +250,7 @@ def _augment(job: ImageJob, units: Sequence[int]) -> Iterator[UnitNote]:
 
 
 def _each_once(plan: ImagePlan, notes: Sequence[UnitNote]) -> list[UnitNote]:
-    """Notes in the units' order: one of each, with all its images."""
+    """Return notes in the units' order: one for each, with all its images."""
     by_unit = {note.unit: note for note in notes}
     check_equal("units of images", plan.units, len(notes), "were planned, of {} there are notes")
     check_equal("units of images", plan.units, len(by_unit), "were planned, {} different ones are done")
@@ -261,7 +261,7 @@ def _each_once(plan: ImagePlan, notes: Sequence[UnitNote]) -> list[UnitNote]:
 def _mapped(
     function: Callable[[int, Any], UnitNote], name: str, items: Sequence[Any], config: ImageAugmentationConfig
 ) -> Iterator[UnitNote]:
-    """Run a function on each item, in tasks or actors, as the configuration says."""
+    """Run a function on each item, in tasks or actors, by the configuration."""
     if not items:
         return
     actors = min(config.actors or max(1, _places(config)), len(items)) if config.workers == "actors" else None
@@ -270,7 +270,7 @@ def _mapped(
 
 
 def _places(config: ImageAugmentationConfig) -> int:
-    """Workers that the cluster has room for."""
+    """Return the number of workers that the cluster has room for."""
     if config.num_gpus:
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         return int(resources.get("GPU", 0) / config.num_gpus)
@@ -278,7 +278,7 @@ def _places(config: ImageAugmentationConfig) -> int:
 
 
 def _near_duplicates(found: Gathered, config: ImageAugmentationConfig) -> list[npt.NDArray[np.int64]]:
-    """Pairs of near-duplicates among the augmented images, rows of the plan; in parts where they are many."""
+    """Return pairs of near-duplicates among the augmented images, rows of the plan; in parts if there are many."""
     if config.near_duplicates is None:
         return []
     valid = found.augmented & found.structured
@@ -295,7 +295,7 @@ def _near_duplicates(found: Gathered, config: ImageAugmentationConfig) -> list[n
 
 
 def _resplit(job: ImageJob, notes: Sequence[UnitNote], found: Gathered, splits: npt.NDArray[np.int8]) -> list[UnitNote]:
-    """New notes of the units that hold images of another split by now."""
+    """Return new notes of the units with images that now belong to another split."""
     per_unit = job.config.images_per_file
     items = [
         (note, wanted_splits(found, splits, slice(note.unit * per_unit, (note.unit + 1) * per_unit))) for note in notes
@@ -313,7 +313,7 @@ def _check_files(
     plan: ImagePlan,
     config: ImageAugmentationConfig,
 ) -> None:
-    """Each unit's files must hold as many rows of each split as its images give."""
+    """Check that each unit's files hold as many rows of each split as its images give."""
     for unit, entries in files.items():
         own = splits[unit * plan.images_per_unit : (unit + 1) * plan.images_per_unit]
         for number, split in enumerate(SPLITS):
@@ -324,7 +324,7 @@ def _check_files(
 
 
 def _written_schema(plan: ImagePlan, files: Mapping[int, Mapping[str, FileEntry]]) -> pa.Schema | None:
-    """Schema of the first data file, as its readers see it."""
+    """Return the schema of the first data file, as its readers see it."""
     for unit in sorted(files):
         for entry in files[unit].values():
             with storage.open_input(layout.join(plan.reservation.uri, entry.path)) as source:
@@ -333,7 +333,7 @@ def _written_schema(plan: ImagePlan, files: Mapping[int, Mapping[str, FileEntry]
 
 
 def _balances(plan: ImagePlan, notes: Sequence[UnitNote]) -> tuple[RowBalance, ...]:
-    """The plan's balances, with what decoding rejected, each checked."""
+    """Return the plan's balances with decoding's rejections, each checked."""
     images, *others = plan.balances
     rejected = Counter(images.rejected)
     for note in notes:
@@ -347,7 +347,7 @@ def _balances(plan: ImagePlan, notes: Sequence[UnitNote]) -> tuple[RowBalance, .
 
 
 def _names(plan: ImagePlan, rows: npt.NDArray[np.int64]) -> dict[int, str]:
-    """Image ids of some rows of the plan."""
+    """Return the image ids of some rows of the plan."""
     per_unit = plan.images_per_unit
     names: dict[int, str] = {}
     units = np.unique(rows // per_unit).tolist()

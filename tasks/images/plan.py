@@ -1,6 +1,6 @@
-"""What a run will do: every image with its label, class id and split, in units that one task augments and writes.
+"""Plan of a run: every image with its label, class id and split, in units that one task augments and writes.
 
-The plan is a Parquet file in the reserved version's directory, of which a task reads the row group that has its unit.
+The plan is a Parquet file in the reserved version's directory; a task reads the row group of its unit.
 """
 
 from __future__ import annotations
@@ -47,28 +47,28 @@ PLAN = pa.schema(
         ("split", pa.int8()),
     ]
 )
-"""A row an image. key: of its draws and its place in the split. linked: number of the first image that is known to
-belong with it, by contents or by the group column. split: as far as near-duplicates aren't known yet."""
+"""A row an image. key: of its draws and its place in the split. linked: number of the first image known to be
+related, by contents or by the group column. split: before near-duplicates are known."""
 
 PLAN_ROW_GROUP = 8192
-"""Images of a row group, about."""
+"""Approximate number of images of a row group."""
 
-# Settings that change no byte of a unit's files, but for what they do to the plan's own rows.
+# Settings that don't affect the bytes of a unit's files, except through the plan's rows.
 _ELSEWHERE = {"root", "name", "images", "labels", "near_duplicates", "workers", "actors", "sample_images", "self_test"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImagePlan:
-    """A planned run; the images themselves stand in the file at `uri`."""
+    """A planned run; the images themselves are in the file at `uri`."""
 
     reservation: Reservation
     base: int
-    """Number of the version that the classes' ids are carried over from; 0 for none."""
+    """Number of the version from which the classes' ids are carried over; 0 for none."""
     uri: str
     images: int
     images_per_unit: int
     digests: tuple[str, ...]
-    """Of each unit: equal digests give equal files."""
+    """Digest of each unit: equal digests give equal files."""
     classes: dict[str, int]
     balances: tuple[RowBalance, ...]
     rejected_files: tuple[FileEntry, ...]
@@ -84,13 +84,13 @@ def plan_images(config: ImageAugmentationConfig, reservation: Reservation, previ
     """List and label the images, and write the plan under the reservation.
 
     Args:
-        config: What to take. `images` must be given.
+        config: Configuration. `images` must be given.
         reservation: The version to be written.
         previous: Manifest of the last published version: its classes keep their ids.
 
     Raises:
         CorruptVersion: the last version gives one id to two classes.
-        SourceError: images or labels are missing or unreadable, or don't belong together.
+        SourceError: images or labels are missing or unreadable, or don't match.
 
     """
     assert config.images is not None, "the sample is made before"
@@ -132,7 +132,7 @@ def plan_images(config: ImageAugmentationConfig, reservation: Reservation, previ
 
 
 def known_classes(manifest: Manifest | None) -> dict[str, int]:
-    """Class ids of a version by name, as its manifest keeps them."""
+    """Return the class ids of a version by name, from its manifest."""
     return dict(manifest.definition.get("classes", {})) if manifest is not None else {}
 
 
@@ -155,7 +155,7 @@ def read_unit(uri: str, unit: int, images_per_unit: int) -> pa.Table:
 
 
 def read_units(uri: str, units: Iterable[int], images_per_unit: int) -> Iterator[pa.Table]:
-    """Return the rows of some units of the plan one by one; each row group is read once where they are in order."""
+    """Yield the rows of some units of the plan one by one; each row group is read once if they are in order."""
     together, held, rows = _units_together(images_per_unit), -1, pa.table({})
     with storage.open_input(uri) as source:
         file = pq.ParquetFile(source)
@@ -167,7 +167,7 @@ def read_units(uri: str, units: Iterable[int], images_per_unit: int) -> Iterator
 
 
 def _units_together(images_per_unit: int) -> int:
-    """Units of a row group: each task parses the plan's footer, which has an entry a row group and column."""
+    """Return units a row group: each task parses the plan's footer, which has an entry a row group and column."""
     return -(-PLAN_ROW_GROUP // images_per_unit)
 
 
@@ -182,7 +182,7 @@ def _rows(images: pa.Table, classes: Mapping[str, int], config: ImageAugmentatio
 
 
 def _group_links(groups: pa.ChunkedArray) -> list[Int64Array]:
-    """Pairs that link each image of a group with the next one, shape (pairs, 2)."""
+    """Return pairs that link each image of a group with the next one, shape (pairs, 2)."""
     given = np.flatnonzero(groups.is_valid().to_numpy())
     hashes = stable_hash(groups)[given]
     order = np.argsort(hashes, kind="stable")
@@ -200,7 +200,7 @@ def _job_digest(config: ImageAugmentationConfig, classes: Mapping[str, int]) -> 
 def _unit_digest(unit: pa.Table, job: str) -> str:
     digest = hashlib.blake2b(job.encode(), digest_size=16)
     sink = pa.BufferOutputStream()
-    # `linked` counts rows of the whole plan; the splits that follow from it are what the files depend on.
+    # `linked` counts rows of the whole plan; files depend only on the splits that follow from it.
     with pa.ipc.new_stream(sink, PLAN.remove(PLAN.get_field_index("linked"))) as writer:
         writer.write_table(unit.drop_columns(["linked"]).combine_chunks())
     digest.update(sink.getvalue())
@@ -208,7 +208,7 @@ def _unit_digest(unit: pa.Table, job: str) -> str:
 
 
 def _write_rejected(joined: Joined, reservation: Reservation) -> list[FileEntry]:
-    """Keep what the listing and the labels rejected, each with its reason."""
+    """Write the rejected rows of the listing and the labels, each with its reason."""
     entries = []
     for source, rows in (("files", joined.rejected_images), ("labels", joined.rejected_labels)):
         if rows.num_rows:

@@ -1,7 +1,7 @@
-"""Notes of finished units: what became of each image, and which files hold it.
+"""Notes of finished units: the outcome of each image, and the files that hold it.
 
-A note is written after its files, so whoever finds it finds them whole. A later attempt of the same version takes a
-unit over whose note bears the digest that it has planned, and doesn't do it again.
+A note is written after its files, so an existing note means complete files. A later attempt of the same version reuses
+a unit whose note has the planned digest, and doesn't repeat it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ OUTCOMES = pa.schema(
         ("issues", pa.list_(pa.string())),
     ]
 )
-"""A row an image of the unit, in the plan's order. reason, detail: why it was rejected; null if it was augmented, and
+"""A row an image of the unit, in the plan's order. reason, detail: of its rejection; null if it was augmented, and
 then the rest is set. content: XXH3-128 of the file's bytes. scores: of its variants. issues: of any of them."""
 
 _META = b"unit"
@@ -49,7 +49,7 @@ _READERS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitNote:
-    """What is known of a finished unit without its images one by one."""
+    """Summary of a finished unit, without its single images."""
 
     unit: int
     uri: str
@@ -58,7 +58,7 @@ class UnitNote:
     augmented: int
     rejected: dict[str, int]
     files: dict[str, FileEntry]
-    """By split."""
+    """Files by split."""
     rejected_file: FileEntry | None
     seconds: dict[str, float]
     """Wall time of each stage."""
@@ -79,12 +79,12 @@ def write_note(note: UnitNote, outcomes: pa.Table) -> None:
 
 
 def note_uri(reservation: Reservation, unit: int) -> str:
-    """Where an attempt's note of a unit goes."""
+    """Return the place of an attempt's note of a unit."""
     return layout.join(reservation.uri, layout.work_name("unit", unit, reservation.attempt))
 
 
 def finished_units(plan: ImagePlan) -> dict[int, UnitNote]:
-    """Units of the plan that this attempt or an earlier one has finished, whose files are all there."""
+    """Return units of the plan that this attempt or an earlier one has finished, whose files all exist."""
     reservation = plan.reservation
     infos = storage.list_files(reservation.uri, include_hidden=True)
     sizes = {info.uri.removeprefix(f"{reservation.uri}/"): info.bytes for info in infos}
@@ -102,7 +102,7 @@ def finished_units(plan: ImagePlan) -> dict[int, UnitNote]:
 
 
 def read_outcomes(notes: Sequence[UnitNote], columns: Sequence[str]) -> Iterable[pa.Table]:
-    """Some columns of the images of each unit, unit by unit in their order."""
+    """Yield some columns of the images of each unit, unit by unit in their order."""
     with ThreadPoolExecutor(_READERS) as readers:
         yield from readers.map(lambda note: _read_table(note.uri, columns), notes)
 
@@ -113,7 +113,7 @@ def _read_table(uri: str, columns: Sequence[str]) -> pa.Table:
 
 
 def _read_note(found: tuple[int, str]) -> UnitNote | None:
-    """A note, or None if it isn't whole: then its unit is done again."""
+    """Return a note, or None if it isn't complete: then its unit is repeated."""
     unit, uri = found
     try:
         with storage.open_input(uri) as source:

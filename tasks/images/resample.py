@@ -1,4 +1,4 @@
-"""Antialiased resampling along one axis, and turning a picture so that it serves for the other; compiled by numba."""
+"""Antialiased resampling along one axis, and transposing a picture for the other axis; compiled by numba."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ jit: Any = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"nn
 
 @jit
 def triangle_weights(length, size, first, starts, counts, weights):
-    """Antialiased bilinear weights, as Pillow's and torch's, from `first` of `size` on: each row's sum is 1."""
+    """Write antialiased bilinear weights, as Pillow's and torch's, from `first` of `size` on: each row's sum is 1."""
     scale = length / size
     support = max(scale, 1.0)
     for i in range(len(starts)):
@@ -49,7 +49,7 @@ def resample_rows(source, top, left, width, starts, counts, weights, row, out, s
 
 @jit
 def _weighted_row(source, y, left, width, count, weights, row):
-    """Weighted sum of `count` rows, four at a time: the sum stays in registers."""
+    """Return the weighted sum of `count` rows, four at a time: the sum stays in registers."""
     right = left + width
     done = 0
     while count - done >= 4:
@@ -66,7 +66,7 @@ def _weighted_row(source, y, left, width, count, weights, row):
     rest = count - done
     if rest == 0:
         return
-    # One to three rows are left; an absent one counts with weight 0.
+    # One to three rows are left; a missing one counts with weight 0.
     a = source[y + done, left:right]
     b = source[y + done + min(1, rest - 1), left:right]
     c = source[y + done + rest - 1, left:right]

@@ -1,10 +1,10 @@
-"""The rows of a data file: one variant each, with its label, where it came from, and what was found of it. Pure.
+"""The rows of a data file: one variant each, with its label, its origin, and its judgement. Pure.
 
-How the picture is stored is the configuration's choice, and stands in its field's metadata:
+The storage format of the picture is the configuration's choice, recorded in its field's metadata:
 
-- uint8: a tensor column (`tasks.io.tensors`) of shape (3, size, size), as the transform gave it.
-- float32: likewise, (x/255 − mean)/std of each channel.
-- jpeg, webp: a binary column; `decode_images` gives uint8 back. Their loss: 41 dB and 39 dB at quality 95.
+- uint8: a tensor column (`tasks.io.tensors`) of shape (3, size, size), as the transform returned it.
+- float32: the same with (x/255 − mean)/std of each channel.
+- jpeg, webp: a binary column; `decode_images` restores uint8. Their loss: 41 dB and 39 dB at quality 95.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _WEBP_METHOD = 0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Originals:
-    """The images that some variants were made from: n of each."""
+    """The originals of some variants: n of each."""
 
     ids: pa.Array  # string
     uris: pa.Array  # string
@@ -48,7 +48,7 @@ class Originals:
 
 
 def rows_schema(config: ImageAugmentationConfig, classes: int) -> pa.Schema:
-    """Schema of the data files.
+    """Return the schema of the data files.
 
     Args:
         config: Format and size.
@@ -75,19 +75,19 @@ def rows_schema(config: ImageAugmentationConfig, classes: int) -> pa.Schema:
 def build_rows(
     config: ImageAugmentationConfig, images: AnyArray, originals: Originals, scored: Scored, classes: int
 ) -> pa.Table:
-    """The rows of the variants of n images, K each, by `rows_schema`; uint8 tensors are not copied.
+    """Return the rows of the variants of n images, K each, by `rows_schema`; uint8 tensors are not copied.
 
     Args:
         config: Format, size, normalisation, and K as `augmentation.variants`.
         images: Shape (n·K, 3, size, size), the K variants of an image one after the other; uint8, or float32 from a
-            policy that ends so, which is stored as it is.
+            policy that returns floats, which is stored as it is.
         originals: The n images.
         scored: The judgement of the n·K variants.
-        classes: Number of classes. An id that is none of them gets a label of zeros.
+        classes: Number of classes. An id outside them gets a label of zeros.
 
     Raises:
-        ConfigError: the policy's values can't be stored in this format, or it gave another shape.
-        InputError: lengths that don't belong together, or a null.
+        ConfigError: the policy's values can't be stored in this format, or have another shape.
+        InputError: inconsistent lengths, or a null.
     """
     variants = config.augmentation.variants
     count = len(originals.ids) * variants
@@ -120,12 +120,12 @@ def build_rows(
 
 
 def decode_images(rows: pa.Table | pa.RecordBatch, column: str = IMAGE) -> AnyArray:
-    """Images of written rows, shape (n, 3, height, width): uint8, or float32 as it was normalised.
+    """Return the images of written rows, shape (n, 3, height, width): uint8, or normalised float32.
 
-    Tensors come as a read-only view where that is possible (`tasks.io.tensors.to_numpy`).
+    Tensors come as a read-only view if possible (`tasks.io.tensors.to_numpy`).
 
     Raises:
-        InputError: no such column, one without images, or a value that is no image of its kind and shape.
+        InputError: no such column, one without images, or a value that isn't an image of its kind and shape.
     """
     position = rows.schema.get_field_index(column)
     if position < 0 or is_tensor(rows.schema.field(position)):
@@ -156,12 +156,12 @@ def decode_images(rows: pa.Table | pa.RecordBatch, column: str = IMAGE) -> AnyAr
 
 
 def normalise(images: UInt8Array, mean: tuple[float, ...], std: tuple[float, ...]) -> npt.NDArray[np.float32]:
-    """(x/255 − mean)/std of each channel, in float32 and in this order, as torchvision's ToDtype and Normalize have it.
+    """Return (x/255 − mean)/std of each channel, in float32 and this order, as torchvision's ToDtype and Normalize.
 
     Args:
         images: Shape (n, channels, height, width).
-        mean: One for each channel, of values in [0, 1].
-        std: Likewise.
+        mean: Mean of each channel, of values in [0, 1].
+        std: Standard deviation of each channel, of the same values.
     """
     means, stds = (np.asarray(values, dtype=np.float32)[:, None, None] for values in (mean, std))
     result = np.empty(images.shape, dtype=np.float32)
@@ -173,7 +173,7 @@ def normalise(images: UInt8Array, mean: tuple[float, ...], std: tuple[float, ...
 
 
 def one_hot(class_ids: npt.NDArray[np.int32], classes: int) -> UInt8Array:
-    """Shape (n, classes), 1 at the class; an id outside of 0 to classes − 1 gives zeros."""
+    """Return one-hot labels, shape (n, classes), 1 at the class; an id outside of 0 to classes − 1 gives zeros."""
     labels: UInt8Array = (class_ids[:, None] == np.arange(classes, dtype=np.int32)).view(np.uint8)
     return labels
 
@@ -224,7 +224,7 @@ def _stored(config: ImageAugmentationConfig, images: AnyArray) -> pa.Array:
 
 
 def _interleaved(image: UInt8Array) -> UInt8Array:
-    """Height × width × channel, contiguous; a quarter of the time that numpy's own copy of the transpose takes."""
+    """Return height × width × channel, contiguous; in a quarter of the time of numpy's copy of the transpose."""
     result = np.empty((*image.shape[1:], image.shape[0]), dtype=np.uint8)
     for channel, plane in enumerate(image):
         result[..., channel] = plane
@@ -261,6 +261,6 @@ def _decode_webp(data: UInt8Array) -> UInt8Array:
 
 
 def _values(column: pa.Array | pa.ChunkedArray) -> Iterator[UInt8Array]:
-    """The bytes of each value, without a copy."""
+    """Yield the bytes of each value, without a copy."""
     for value in column:
         yield np.frombuffer(value.as_buffer(), dtype=np.uint8)

@@ -1,8 +1,8 @@
 """A small deterministic set of labelled pictures: five textures in any colours and light, with the usual flaws.
 
-Every picture has its own counter-based generator (Philox, keyed by seed and number), so it doesn't depend on how
-many there are. Pixels come from operations that IEEE 754 rounds exactly (no sine, no exponential, no sum whose order
-is open), so they are the same on every machine; the files are too, as far as their encoders are.
+Every picture has a separate counter-based generator (Philox, keyed by seed and number), so it doesn't depend on the
+number of pictures. Pixels come from operations that IEEE 754 rounds exactly (no sine, no exponential, no sum in
+undefined order), so they are the same on every machine; the files are too, if their encoders are.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class SampleFile:
 
 
 def write_sample(root: str, count: int, seed: int) -> dict[str, str]:
-    """Write the sample under the root, unless it is there; gives the URIs of the images and of their labels.
+    """Write the sample under the root, unless it exists; return the URIs of the images and of their labels.
 
     The labels are a CSV file of image_id (the file's name without its suffix) and class_name.
 
@@ -77,7 +77,7 @@ def write_sample(root: str, count: int, seed: int) -> dict[str, str]:
         seed: Seed, in [0, 2**63).
 
     Raises:
-        InputError: fewer than one picture is asked for.
+        InputError: fewer than one picture is requested.
 
     """
     if count < 1:
@@ -105,10 +105,10 @@ def write_sample(root: str, count: int, seed: int) -> dict[str, str]:
 
 
 def picture(seed: int, number: int) -> ByteArray:
-    """Pixels of one picture, (height, width, 3); its class is `picture_class(number)`.
+    """Return the pixels of one picture, (height, width, 3); its class is `picture_class(number)`.
 
     The sides are 160 to 400 pixels. The texture is turned, bent, in two colours of different brightness, unevenly lit
-    and noisy; nothing but its shape depends on the class.
+    and noisy; only its shape depends on the class.
     """
     draw = _generator(seed, number)
     height, width = _size(draw)
@@ -130,19 +130,19 @@ def picture(seed: int, number: int) -> ByteArray:
 
 
 def picture_class(number: int) -> str:
-    """Class of a picture: they take turns."""
+    """Return the class of a picture: classes take turns."""
     return CLASSES[number % len(CLASSES)]
 
 
 def picture_file(seed: int, number: int) -> SampleFile:
-    """One picture as a file: mostly JPEG; some PNG, WebP, grey or turned by EXIF, one CMYK and one transparent."""
+    """Return a picture as a file: mostly JPEG; some PNG, WebP, grey or turned by EXIF, one CMYK, one transparent."""
     form = "cmyk" if number == _CMYK else "rgba" if number == _RGBA else _FORMS.get(number % _FORMS_REPEAT, "jpeg")
     suffix, data = _encoded(picture(seed, number), form, _generator(seed, number, stream=1))
     return SampleFile(f"img-{number:06d}", suffix, data, (picture_class(number),))
 
 
 def flawed_files(seed: int) -> Iterator[SampleFile]:
-    """What `FLAWS` names, in that order; copies are of pictures that every sample with flaws has."""
+    """Yield the files of `FLAWS`, in that order; copies are of pictures that every sample with flaws has."""
     from PIL import Image
 
     truncated, unlabelled, twice = (
@@ -176,7 +176,7 @@ def _labels(file: SampleFile) -> list[str]:
 
 
 def _encoded(pixels: ByteArray, form: str, draw: np.random.Generator) -> tuple[str, bytes]:
-    """Suffix and bytes of a picture in one of the forms."""
+    """Return suffix and bytes of a picture in one of the forms."""
     from PIL import Image
 
     quality = int(draw.integers(85, 96))
@@ -209,28 +209,28 @@ def _saved(image: PIL_Image.Image, form: str, **options: Any) -> bytes:
 
 
 def _cut_out(height: int, width: int) -> ByteArray:
-    """Opacity of an ellipse that fills the picture."""
+    """Return the opacity of an ellipse that fills the picture."""
     y, x = np.ogrid[:height, :width]
     inside = 1 - (2 * y / height - 1) ** 2 - (2 * x / width - 1) ** 2
     return np.clip(inside * 2550, 0, 255).astype(np.uint8)
 
 
 def _size(draw: np.random.Generator) -> tuple[int, int]:
-    """Height and width: the longer 200 to 400 pixels, the shorter at least 160 and six tenths of it."""
+    """Return height and width: the longer 200 to 400 pixels, the shorter at least 160 and six tenths of it."""
     longer = 200 + int(201 * draw.random())
     shorter = max(160, int(longer * (0.6 + 0.4 * draw.random())))
     return (longer, shorter) if draw.random() < 0.5 else (shorter, longer)
 
 
 def _directions(draw: np.random.Generator, count: int) -> FloatArray:
-    """Cosines and sines of angles within a quarter turn of 0, (2, count), by the tangents of their halves."""
+    """Return cosines and sines of angles within a quarter turn of 0, (2, count), by the tangents of their halves."""
     tangent = 2 * draw.random(count) - 1
     square = tangent * tangent
     return np.stack([(1 - square) / (1 + square), 2 * tangent / (1 + square)]).astype(np.float32)
 
 
 def _colours(draw: np.random.Generator) -> tuple[FloatArray, FloatArray]:
-    """Two colours whose luma differs by 70 or more."""
+    """Return two colours whose luma differs by at least 70."""
     pairs = draw.integers(0, 256, (64, 2, 3))
     luma = pairs @ np.array([77, 150, 29]) >> 8
     distinct = np.flatnonzero(abs(luma[:, 0] - luma[:, 1]) >= 70)
@@ -239,9 +239,9 @@ def _colours(draw: np.random.Generator) -> tuple[FloatArray, FloatArray]:
 
 
 def _fields(draw: np.random.Generator, height: int, width: int) -> FloatArray:
-    """What varies slowly over a picture, (3, height, width): bend of the texture, light and warmth of the colours.
+    """Return slow variations over a picture, (3, height, width): bend of the texture, light and warmth of the colours.
 
-    They are made on a coarse grid and lie linearly between its points.
+    They are made on a coarse grid and interpolated linearly.
     """
     coarse = _COARSE
     ramp = np.linspace(-1, 1, coarse, dtype=np.float32) * np.float32(0.2)
@@ -261,7 +261,7 @@ def _fields(draw: np.random.Generator, height: int, width: int) -> FloatArray:
 
 
 def _smooth_noise(draw: np.random.Generator, length: int, points: int) -> FloatArray:
-    """Random values of -1 to 1 at points × points places, and smoothly between them (value noise), as a square."""
+    """Return random values of -1 to 1 at points × points places, smooth between them (value noise), as a square."""
     grid = draw.random((points, points), dtype=np.float32) * 2 - 1
     before, part = _between(length, points)
     part = part * part * (3 - 2 * part)
@@ -270,14 +270,14 @@ def _smooth_noise(draw: np.random.Generator, length: int, points: int) -> FloatA
 
 
 def _between(length: int, points: int) -> tuple[npt.NDArray[np.intp], FloatArray]:
-    """For each of `length` places the grid point before it, and its part of the way to the next one."""
+    """Return for each of `length` places the grid point before it, and its part of the way to the next one."""
     place = np.arange(length, dtype=np.float32) * np.float32((points - 1) / length)
     before = place.astype(np.intp)
     return before, place - before.astype(np.float32)
 
 
 def _texture(draw: np.random.Generator, name: str, height: int, width: int, bend: FloatArray) -> FloatArray:
-    """How much of the front colour each pixel has, from 0 to 1, with edges one pixel wide."""
+    """Return the share of the front colour of each pixel, from 0 to 1, with edges one pixel wide."""
     cosine, sine = _directions(draw, 1)
     single = name in ("stripes", "checks")
     widest = (0.06 + 0.07 * draw.random()) if single else (0.13 + 0.09 * draw.random())
@@ -299,7 +299,7 @@ def _texture(draw: np.random.Generator, name: str, height: int, width: int, bend
 def _shapes(
     draw: np.random.Generator, name: str, across: FloatArray, along: FloatArray, period: np.float32
 ) -> FloatArray:
-    """A disc, a ring or a triangle in each cell of a grid, each a bit off its middle and of its own size."""
+    """Return coverage by a disc, ring or triangle in each cell of a grid, slightly shifted and of random size."""
     column, row = np.floor(across), np.floor(along)
     cell = (column.astype(np.intp) & _CELLS - 1) * _CELLS + (row.astype(np.intp) & _CELLS - 1)
     kinds = _CELLS * _CELLS
@@ -320,13 +320,13 @@ def _shapes(
 
 
 def _from_middle(value: FloatArray) -> FloatArray:
-    """Distance of the fraction from one half."""
+    """Return the distance of the fraction from one half."""
     distance: FloatArray = abs(value - np.floor(value) - np.float32(0.5))
     return distance
 
 
 def _soft(distance: FloatArray) -> FloatArray:
-    """Coverage of a pixel whose centre is so many pixels within the edge."""
+    """Return the coverage of a pixel whose centre is so many pixels within the edge."""
     coverage: FloatArray = np.minimum(np.maximum(distance + np.float32(0.5), 0), 1)
     return coverage
 

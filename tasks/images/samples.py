@@ -1,7 +1,7 @@
-"""What a file declares of its samples, so that its black becomes 0 and its white 255. Pure.
+"""Declared range of a file's samples, so that its black becomes 0 and its white 255. Pure.
 
-Pillow brings most pictures to 8 bits itself. Of what it leaves deeper, or brings down without a look at the
-declaration, this says the range.
+Pillow converts most pictures to 8 bits itself. For those that it leaves deeper, or converts without the
+declaration, this gives the range.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _UNSIGNED, _SIGNED = 1, 2
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """The samples that are black and white; and their type, where Pillow takes them for another one's."""
+    """The samples that are black and white; and their type, if Pillow assumes another."""
 
     black: float
     white: float
     dtype: str | None = None
 
     def eight_bits(self, values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
-        """Gray values of any range in 8 bits, rounded; what is beyond black or white becomes it, and NaN 0."""
+        """Return gray values of any range in 8 bits, rounded and clipped to black and white; NaN becomes 0."""
         if self.dtype is not None:
             values = values.view(self.dtype)
         if values.dtype.kind == "u" and values.itemsize == 2 and values.size > 2**16:
@@ -44,17 +44,17 @@ class Scale:
 
 
 def declared_scale(image: Image.Image, data: bytes | memoryview) -> Scale:
-    """The scale of a loaded gray picture of more than 8 bits: of mode I, I;16 or F.
+    """Return the scale of a loaded gray picture of more than 8 bits: of mode I, I;16 or F.
 
     Args:
         image: The picture.
-        data: The file that it comes from.
+        data: The picture's file.
 
     """
     if image.mode == "F":
         return _float_scale(image)
     if image.mode == "I" and image.format == "PPM":
-        return Scale(0, 65535)  # Pillow has brought them there, whatever the greatest value was
+        return Scale(0, 65535)  # Pillow has scaled them, whatever the greatest value was
     if image.format == "JPEG2000":
         bits = min(16, max(jpeg2000_depths(data)[:1], default=16))
         return Scale(0, (2**bits - 1) << (16 - bits))  # Pillow has moved them to the upper end of 16 bits
@@ -74,13 +74,13 @@ def declared_scale(image: Image.Image, data: bytes | memoryview) -> Scale:
 
 
 def _is_of_16_bits(image: Image.Image) -> bool:
-    """All values fit 16 bits: Pillow, for one, writes such pictures as 32-bit integers with a sign."""
+    """Return True if all values fit 16 bits: Pillow, for one, writes such pictures as signed 32-bit integers."""
     values = np.asarray(image)
     return bool(values.min() >= 0 and values.max() <= 65535)
 
 
 def _float_scale(image: Image.Image) -> Scale:
-    """As declared by a TIFF; else up to 1 if the greatest is at most 2 (a filter may have overshot), or up to 255."""
+    """Return a TIFF's declared scale; else up to 1 if the greatest is at most 2 (a filter's overshoot), or to 255."""
     black, white = 0.0, 0.0
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         black, white = (float(_first(image.tag_v2.get(tag, 0))) for tag in (_LEAST, _GREATEST))
@@ -91,7 +91,7 @@ def _float_scale(image: Image.Image) -> Scale:
 
 
 def _is_negative(image: Image.Image) -> bool:
-    """White is zero, by the file's declaration."""
+    """Return True if the file declares white as zero."""
     return isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
 
 
@@ -100,9 +100,9 @@ def _first(value: Any) -> Any:
 
 
 def in_whole_range(image: Image.Image, data: bytes | memoryview) -> Image.Image:
-    """A JPEG 2000 of colour or alpha, or of fewer than 8 bits, with each sample in 0 to 255; others as they are.
+    """Return a JPEG 2000 of colour or alpha, or of fewer than 8 bits, with samples in 0 to 255; others unchanged.
 
-    Pillow moves samples of n < 8 bits to the upper end of 8, where white isn't 255; and of those of more it adds half
+    Pillow moves samples of n < 8 bits to the upper end of 8, where white isn't 255; for deeper ones it adds half
     a unit before it drops the rest, which makes 256 of white, and of that 0.
     """
     depths = jpeg2000_depths(data) if image.format == "JPEG2000" and image.mode in ("L", "LA", "RGB", "RGBA") else ()
@@ -119,7 +119,7 @@ def in_whole_range(image: Image.Image, data: bytes | memoryview) -> Image.Image:
 
 
 def _white_again(image: Image.Image, data: bytes | memoryview) -> Image.Image:
-    """Tell black from the white that became it: with one bit more announced, samples lie between 64 and 192."""
+    """Distinguish black from the white that became it: with one bit more announced, samples are between 64 and 192."""
     if all(band.getextrema()[0] for band in image.split()):
         return image  # nothing is black
     halved = Jpeg2KImagePlugin.Jpeg2KImageFile(io.BytesIO(with_deeper_samples(data)))

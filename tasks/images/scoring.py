@@ -1,16 +1,16 @@
-"""Whether a variant is fit for training: figures of its pixels, what is wrong with it, and a score. Pure.
+"""Judgement of variants for training: figures of their pixels, issues, and a score. Pure.
 
 A fatal issue makes a variant invalid, with score 0. A minor one lowers the score, which begins at 1, by its weight. By
 the weights, one minor issue leaves a variant training-ready at the usual bound of 0.5, and any two don't.
 
     fatal          not_finite     a value is NaN or infinite
-                   wrong_shape    the transform gave another shape than was asked for
-                   wrong_dtype    the transform gave another element type than was asked for
-                   out_of_range   a normalised value that no pixel can have
-                   constant       next to nothing varies over the variant
-                   bad_label      the class id is no class's
+                   wrong_shape    the transform returned another shape than requested
+                   wrong_dtype    the transform returned another element type than requested
+                   out_of_range   a normalised value outside the range of pixels
+                   constant       almost no variation over the variant
+                   bad_label      the class id belongs to no class
     minor  0.375   low_contrast, dark, bright
-           0.25    magnified      a small crop was enlarged: it shows less than its pixels promise
+           0.25    magnified      a small crop was enlarged: it shows less detail than its pixels suggest
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BoolArray = npt.NDArray[np.bool_]
 FATAL = ("not_finite", "wrong_shape", "wrong_dtype", "out_of_range", "constant", "bad_label")
 MINOR = {"low_contrast": 0.375, "dark": 0.375, "bright": 0.375, "magnified": 0.25}
 ISSUES = (*FATAL, *MINOR)
-ISSUES_TYPE = pa.list_(pa.field("element", pa.string()))  # as Parquet names it: what is written reads back alike
+ISSUES_TYPE = pa.list_(pa.field("element", pa.string()))  # as Parquet names it: written and read types are equal
 
 # Values that were normalised on another device or in half precision may miss the ends by a little.
 _TOLERANCE = 1e-2
@@ -46,8 +46,8 @@ class Measured:
     std: FloatArray  # likewise, of the population (divided by the number of values)
     minimum: FloatArray | None = None  # smallest stored value; None for uint8, which is in range by its type
     maximum: FloatArray | None = None
-    finite: BoolArray | None = None  # whether all values are; None for uint8
-    levels: bool = True  # False where nobody knows what value black and white have
+    finite: BoolArray | None = None  # True if all values are; None for uint8
+    levels: bool = True  # False if the values of black and white are unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,20 +56,20 @@ class Scored:
 
     score: FloatArray  # in [0, 1]
     passed: BoolArray  # no fatal issue
-    issues: pa.ListArray  # names of what is wrong, in the order of ISSUES
-    ready: BoolArray  # training-ready: passed, and a score that is high enough
+    issues: pa.ListArray  # names of issues, in the order of ISSUES
+    ready: BoolArray  # training-ready: passed, with a high enough score
 
 
 def measure(
     images: npt.NDArray[Any], mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None
 ) -> Measured:
-    """Figures of variants that don't come from the compiled kernel, which gives its own.
+    """Return figures of variants that don't come from the compiled kernel, which computes them itself.
 
     Args:
         images: Shape (n, channels, height, width), uint8 or float32.
-        mean: Each channel's mean by which float32 values were normalised; None where that is unknown, as with a policy
-            of the user's own. The figures are then those of the values.
-        std: Each channel's standard deviation, likewise.
+        mean: Each channel's mean by which float32 values were normalised; None if unknown, as with a user's
+            policy. The figures are then those of the values.
+        std: Each channel's standard deviation; None if unknown.
 
     Raises:
         InputError: another shape or element type.
@@ -84,7 +84,7 @@ def measure(
 
 
 def value_range(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[float, float]:
-    """Smallest and largest value that normalised pixels can have: those of black and white in the widest channels."""
+    """Return the range of normalised pixels: the values of black and white in the widest channels."""
     means, stds = np.asarray(mean), np.asarray(std)
     return float(np.min(-means / stds)), float(np.max((1 - means) / stds))
 
@@ -104,14 +104,14 @@ def score(
 
     Args:
         measured: Their figures.
-        magnification: Area of the output by that of the crop; NaN where it isn't known. Shape (n,).
+        magnification: Area of the output by that of the crop; NaN if unknown. Shape (n,).
         class_ids: Shape (n,).
         classes: Number of classes: ids go from 0 to one below it.
         thresholds: Bounds. Those of light and contrast are in levels: without them only a variant whose values are
             all the same, as far as float32 can tell, is constant.
         expected: Range of the values (`value_range`), judged with a hundredth of it to spare; None leaves it open.
-        shape_ok: Whether the transform gave the right shape, shape (n,); what it gave else isn't judged further.
-        dtype_ok: Whether it gave the right element type, likewise.
+        shape_ok: True if the transform returned the right shape, shape (n,); others aren't judged further.
+        dtype_ok: True if it returned the right element type, shape (n,); others aren't judged further.
 
     Raises:
         InputError: arrays of different lengths.
@@ -152,7 +152,7 @@ def score(
 
 
 def _names(flags: dict[str, BoolArray], count: int) -> pa.ListArray:
-    """The names of the raised flags of each row, shape (count,)."""
+    """Return the names of the raised flags of each row, shape (count,)."""
     raised = np.stack([flags[name] for name in ISSUES], axis=1)
     offsets = np.zeros(count + 1, dtype=np.int32)
     np.cumsum(raised.sum(axis=1), out=offsets[1:])
@@ -175,7 +175,7 @@ def _measure_floats(
     levels = mean is not None and std is not None
     figures = np.full((4, len(images)), np.nan, np.float32)
     for row, image in enumerate(images):
-        low, high = image.min(), image.max()  # NaN where any value is
+        low, high = image.min(), image.max()  # NaN if any value is
         figures[2:, row] = low, high
         if not np.isfinite(low) or not np.isfinite(high):
             continue

@@ -1,4 +1,4 @@
-"""The faults of augmented images, in a sample of the version's own images. Pure, but for the reading.
+"""Fault tests of augmented images, in a sample of the version's images. Pure, but for the reading.
 
     files ─ decode ─ rejected ─┐
     figures ─ score ─ profile ─┼─ gate
@@ -124,7 +124,7 @@ class _Trial(Trial[_Rows]):
         yield self.fault("uneven split", words, f"stratification of {CLASS}", table=table)
         yield self.rare_class(CLASS, rare, own, own, alone)
         words, table = f"All images of class {rare} were taken away.", injection.lost(self.table, own)
-        # Of more classes than a profile lists, only the balance knows which there were.
+        # With more classes than a profile lists, only the balance has all of them.
         aims = (f"classes of {CLASS}", *([f"class balance of {CLASS}"] if len(counts) > 20 else []))
         yield self.fault("missing class", words, aims, alone, table=table)
         yield self.one_class(CLASS if rare else "", rare, alone)
@@ -143,7 +143,7 @@ class _Trial(Trial[_Rows]):
         yield self.fault("other type", "Column class_id was made text.", "compatibility of class_id", schema=text)
 
     def _looking(self, name: str, look: str, aims: str, mean: float, std: float) -> Fault:
-        """Return a fault that gives images variants of this light and contrast, judged as the job judges them."""
+        """Return a fault that gives images variants of this light and contrast, judged by the job's rules."""
         one, classes = np.ones(1, np.float32), len(self.sample.classes)
         figures = Measured(mean=one * np.float32(mean), std=one * np.float32(std))
         found = score(figures, one, np.zeros(1, np.int32), classes, self.config.thresholds)

@@ -1,6 +1,6 @@
-"""Contact sheets: originals beside their variants, and what was rejected.
+"""Contact sheets: originals beside their variants, and rejected images.
 
-Sheets are WebP on a transparent ground, with text in a grey that reads on light and dark pages. The text lies in the
+Sheets are WebP on a transparent ground, with text in a grey that is legible on light and dark pages. The text is in the
 alpha channel, which WebP keeps without blur, at any quality.
 """
 
@@ -46,15 +46,15 @@ _WEBP_SIDE = 16_383
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SheetRow:
-    """One original and what became of it.
+    """One original and its outcome.
 
     Attributes:
         image_id: name of the original.
         class_name: its class.
         split: its split.
-        original: its pixels, uint8, (height, width, 3 or more); a thumbnail will do.
-        variants: pixels of each variant, likewise.
-        issues: names of what is wrong with each variant, one text or several; none at all if nothing is.
+        original: its pixels, uint8, (height, width, 3 or more); a thumbnail is enough.
+        variants: pixels of each variant, in the same form.
+        issues: names of each variant's issues, one text or several; empty without any.
         note: a sentence about the original.
     """
 
@@ -68,11 +68,11 @@ class SheetRow:
 
 
 def thumbnail(pixels: ByteArray, side: int) -> ByteArray:
-    """A picture made to fit into side × side by averaging; smaller ones stay as they are.
+    """Shrink a picture to fit into side × side by averaging; smaller ones stay as they are.
 
     Args:
         pixels: uint8, (height, width, 3 or more); only the first three channels count.
-        side: most pixels of either side.
+        side: maximum pixels of either side.
 
     Returns:
         uint8, (height, width, 3).
@@ -81,15 +81,15 @@ def thumbnail(pixels: ByteArray, side: int) -> ByteArray:
 
 
 def contact_sheet(rows: Sequence[SheetRow], side: int = SIDE, max_bytes: int = SHEET_BYTES) -> bytes:
-    """Originals with their variants beside them, as WebP; variants with issues have a border and the issue's name.
+    """Draw originals with their variants beside them, as WebP; variants with issues have a border and the issue's name.
 
-    Everything is drawn for a screen of two pixels a CSS pixel. What is larger than `max_bytes` is drawn again with
-    lower quality, then smaller, and only then without the last rows. What isn't shown is counted in words.
+    Everything is drawn for a screen of two pixels a CSS pixel. A result larger than `max_bytes` is drawn again with
+    lower quality, then smaller, and only then without the last rows. A note counts the omitted rows.
 
     Args:
-        rows: What to show, in this order: at most 60 originals with 12 variants each.
+        rows: Rows to show, in this order: at most 60 originals with 12 variants each.
         side: Height and width of each picture, 16 to 256 CSS pixels.
-        max_bytes: Most bytes of the result, unless a single row has more.
+        max_bytes: Maximum bytes of the result, unless a single row has more.
     """
     assert SIDES[0] <= side <= SIDES[1], f"side = {side} isn't within {SIDES}"
     shown = min(len(rows), _ROWS_SHOWN)
@@ -107,12 +107,12 @@ def contact_sheet(rows: Sequence[SheetRow], side: int = SIDE, max_bytes: int = S
 def reject_sheet(
     items: Sequence[tuple[str, str, ByteArray | None]], side: int = SIDE, max_bytes: int = SHEET_BYTES // 2
 ) -> bytes:
-    """Rejected images with their reasons, as WebP; a grey tile stands for what can't be decoded.
+    """Draw rejected images with their reasons, as WebP; a grey tile represents an undecodable image.
 
     Args:
         items: Name, reason, and pixels or a thumbnail, uint8, (height, width, 3 or more), of each: at most 40 show.
         side: Height and width of each picture, 16 to 256 CSS pixels.
-        max_bytes: Most bytes of the result, unless a single tile has more.
+        max_bytes: Maximum bytes of the result, unless a single tile has more.
     """
     return tile_sheet(items, side, max_bytes)
 
@@ -124,14 +124,14 @@ def tile_sheet(
     lines: int = 2,
     empty: str = "Nothing was rejected.",
 ) -> bytes:
-    """Pictures side by side with a name and a text below each, as WebP; a grey tile stands for a missing picture.
+    """Draw pictures side by side with a name and a text below each, as WebP; a grey tile represents a missing picture.
 
     Args:
         items: Name, text, and pixels or a thumbnail, uint8, (height, width, 3 or more), of each: at most 40 show.
         side: Height and width of each picture, 16 to 256 CSS pixels.
-        max_bytes: Most bytes of the result, unless a single tile has more.
-        lines: Most lines of text.
-        empty: What stands there without any item.
+        max_bytes: Maximum bytes of the result, unless a single tile has more.
+        lines: Maximum lines of text.
+        empty: Text without any item.
     """
     assert SIDES[0] <= side <= SIDES[1], f"side = {side} isn't within {SIDES}"
     shown = min(len(items), _REJECTS_SHOWN)
@@ -145,7 +145,7 @@ def tile_sheet(
 
 
 class _Canvas:
-    """A transparent ground to put pictures and text on, measured in CSS pixels."""
+    """A transparent canvas for pictures and text, measured in CSS pixels."""
 
     def __init__(self, width: float, height: float, scale: float) -> None:
         from PIL import Image, ImageDraw
@@ -160,14 +160,14 @@ class _Canvas:
         return round(length * self.scale)
 
     def box(self, place: tuple[float, float, float, float], colour: str, opacity: int = 255) -> None:
-        """A rectangle with round corners, at x and y, of so much width and height."""
+        """Draw a rectangle with round corners, at x and y, with a width and height."""
         x, y, width, height = place
         corners = (self.at(x), self.at(y), self.at(x + width) - 1, self.at(y + height) - 1)
         self._paint.rectangle(corners, fill=colour)
         self._cover.rounded_rectangle(corners, radius=self.at(min(5, height / 2)), fill=opacity)
 
     def picture(self, pixels: ByteArray, x: float, y: float, side: float, border: str | None = None) -> None:
-        """A picture in the middle of a square, in a border if a colour is given for one."""
+        """Draw a picture in the middle of a square, with a border if a colour is given for one."""
         image = _fitted(pixels, self.at(side), enlarge=True)
         left, top = self.at(x) + (self.at(side) - image.width) // 2, self.at(y) + (self.at(side) - image.height) // 2
         self.colour.paste(image, (left, top))
@@ -186,20 +186,20 @@ class _Canvas:
         bold: bool = False,
         size: float = _CAPTION,
     ) -> float:
-        """A line of text, shortened to fit; gives its width."""
+        """Draw a line of text, shortened to fit; return its width."""
         font = _font(self.at(size), bold)
         text = _fit(text, font, self.at(width))
         self._cover.text((self.at(x), self.at(y)), text, font=font, fill=255)
         return font.getlength(text) / self.scale
 
     def lines(self, text: str, x: float, y: float, width: float, *, most: int) -> None:
-        """Small text on at most so many lines, the last one shortened to fit."""
+        """Draw small text on at most so many lines, the last one shortened to fit."""
         wrapped = _wrapped(text, _font(self.at(_SMALL), bold=False), self.at(width), most)
         for place, words in enumerate(wrapped):
             self.text(words, x, y + place * _SMALL_LINE, width, size=_SMALL)
 
     def chip(self, text: str, x: float, y: float, width: float, colour: str) -> None:
-        """White text on a coloured bar."""
+        """Draw white text on a coloured bar."""
         font = _font(self.at(_SMALL), bold=True)
         self.box((x, y, width, 17), colour)
         self._paint.text(
@@ -216,7 +216,7 @@ class _Canvas:
 
 
 def _contacts(rows: Sequence[SheetRow], side: int, scale: float, left_out: int) -> _Canvas:
-    """The rows, two or more beside each other where they are short."""
+    """Draw the rows, two or more beside each other if they are short."""
     most = max((min(len(row.variants), _VARIANTS_SHOWN) for row in rows), default=0)
     block = max(side + (_STEP - _GAP + most * (side + _GAP) if most else 0), 2 * side, 160)
     columns = max(1, (_WIDTH + _BLOCK_GAP) // (block + _BLOCK_GAP))
@@ -236,7 +236,7 @@ def _contacts(rows: Sequence[SheetRow], side: int, scale: float, left_out: int) 
 
 
 def _contact(canvas: _Canvas, row: SheetRow, place: tuple[float, float, float, float], side: int, dot: str) -> None:
-    """One row: a heading, perhaps a note, and the pictures at the bottom of its place (x, y, width, height)."""
+    """Draw one row: a heading, perhaps a note, and the pictures at the bottom of its place (x, y, width, height)."""
     x, y, block, height = place
     top = y + height - side
     split_width = min(96.0, block / 3)
@@ -273,7 +273,7 @@ def _tiles(
     lines: int,
     empty: str,
 ) -> _Canvas:
-    """Tiles with names and texts below them; the text stands in the tile where there is no picture."""
+    """Draw tiles with names and texts below them; without a picture the text is in the tile."""
     pitch, height = side + _TILE_GAP, side + _LINE + lines * _SMALL_LINE + 10
     columns = max(1, (_WIDTH + _TILE_GAP) // pitch)
     below = -(-len(items) // columns) * height
@@ -293,7 +293,7 @@ def _tiles(
 
 
 def _smallest(canvas: _Canvas, max_bytes: int) -> bytes:
-    """The canvas in the best of the qualities that keeps to the bound, or else in the lowest one."""
+    """Encode the canvas in the best quality within the bound, or else in the lowest one."""
     good, bad = len(_QUALITIES) - 1, -1
     best = canvas.encoded(_QUALITIES[good])
     if len(best) > max_bytes:
@@ -319,14 +319,14 @@ def _fitted(pixels: ByteArray, side: int, *, enlarge: bool) -> PIL_Image.Image:
     if ratio == 1 or (ratio > 1 and not enlarge):
         return image
     size = (max(1, round(image.width * ratio)), max(1, round(image.height * ratio)))
-    # Few pixels are shown as what they are.
+    # Small pictures are shown pixel by pixel.
     method = Image.Resampling.NEAREST if ratio >= 4 else Image.Resampling.BICUBIC
     return image.resize(size, method, reducing_gap=3.0)
 
 
 @cache
 def _font(pixels: int, bold: bool) -> PIL_ImageFont.FreeTypeFont:
-    """The font that comes with matplotlib, which has more letters than Pillow's."""
+    """Return the font that comes with matplotlib, which has more letters than Pillow's."""
     import matplotlib
     from PIL import ImageFont
 
@@ -336,7 +336,7 @@ def _font(pixels: int, bold: bool) -> PIL_ImageFont.FreeTypeFont:
 
 
 def _fit(text: str, font: PIL_ImageFont.FreeTypeFont, width: float) -> str:
-    """As much of a text, its middle left out, as is at most so many pixels wide."""
+    """Shorten a text in its middle to at most so many pixels."""
     text = one_line(text, 200)
     fitting = text
     for length in range(len(text) - 1, 0, -1):
@@ -347,7 +347,7 @@ def _fit(text: str, font: PIL_ImageFont.FreeTypeFont, width: float) -> str:
 
 
 def _wrapped(text: str, font: PIL_ImageFont.FreeTypeFont, width: float, most: int) -> Iterator[str]:
-    """Lines of words, at most so many; the last one has whatever is left."""
+    """Yield lines of words, at most so many; the last one has the rest."""
     words = one_line(text, 200).split()
     for line in range(most):
         count = 1

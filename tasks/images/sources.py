@@ -1,17 +1,17 @@
-"""What image files there are: one row a file, with the id by which labels and splits know it.
+"""Listing of image files: one row a file, with the id that labels and splits use.
 
-Only names and sizes are looked at. Whether a file holds an image is found when it is decoded, so every file is a
+Only names and sizes are read. Decoding decides if a file holds an image, so every file is a
 candidate, whatever its suffix, except for those that are evidently something else (`NOT_IMAGES`).
 
-What becomes of odd files:
+Treatment of odd files:
 
 | file | becomes |
 |---|---|
 | name, or directory on the way to it, that a system or a tool keeps beside files (`JUNK`) | filtered, `junk` |
 | suffix of a table, text, program, archive or array (`NOT_IMAGES`, in any case) | filtered, `not_image_suffix` |
 | name not in UTF-8, with control characters, of over 1,024 characters, or with '..' on S3 | rejected, `bad_name` |
-| pipe, socket, device, or link that leads nowhere | rejected, `not_a_file` |
-| same name but for the suffix: x.png and x.jpg | all rejected, `duplicate_id` |
+| pipe, socket, device, or broken link | rejected, `not_a_file` |
+| same name except for the suffix: x.png and x.jpg | all rejected, `duplicate_id` |
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ JUNK = frozenset(
 _JUNK_STARTS = ("._", ".trash-", ".nfs", ".fuse_hidden")
 _JUNK = "junk"
 LONGEST_PATH = 1024
-NAMED = 3  # names that a message lists before it says 'and n more'
+NAMED = 3  # names that a message lists before 'and n more'
 
-# The character before the dot keeps a name that is all suffix ('.png') from becoming nothing.
+# The character before the dot keeps a name that is all suffix ('.png') from becoming empty.
 SUFFIX = r"([^/])\.[^./]*$"
 
 _PIECE = 8 * 2**20
@@ -82,9 +82,9 @@ _UNSHOWABLE = re.compile(r"[\ud800-\udfff\x00-\x1f\x7f-\x9f]")
 class ImageListing:
     """The image files below a location.
 
-    uri: what was listed. base: that to which paths are relative, with '/' at its end. table: columns of `LISTING`, a
+    uri: the listed location. base: the base of relative paths, with '/' at its end. table: columns of `LISTING`, a
     row a candidate, sorted by uri, with unique image ids. rejected: columns of `REJECTED_IMAGES`, sorted by uri.
-    filtered: files left out by intent, by reason.
+    filtered: files left out on purpose, by reason.
     """
 
     uri: str
@@ -95,15 +95,15 @@ class ImageListing:
 
     @property
     def files(self) -> int:
-        """Every file that was found: candidates, rejected and filtered."""
+        """Number of files found: candidates, rejected and filtered."""
         candidates: int = self.table.num_rows + self.rejected.num_rows
         return candidates + sum(self.filtered.values())
 
     def record(self) -> InputRecord:
-        """What the manifest says of this input: all candidates as one entry, with a digest of the listing.
+        """Return the manifest's record of this input: all candidates as one entry, with a digest of the listing.
 
-        The digest is over path, size and stamp (modification time or ETag) of each candidate: a million files have a
-        million fingerprints of their own, which the version's rows carry, not its manifest.
+        The digest is over path, size and stamp (modification time or ETag) of each candidate: the fingerprints of a
+        million files are in the version's rows, not in its manifest.
         """
         lines = as_frame(self.table).select(pl.concat_str("path", "bytes", "stamp", separator="\t")).to_series()
         digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=32).hexdigest()
@@ -120,7 +120,7 @@ def list_images(uri: str) -> ImageListing:
     → 'a.b'); folder is the path's first directory, null for a file at the top.
 
     Raises:
-        SourceError: nothing is there, it can't be listed, or no file of it can be an image.
+        SourceError: nothing is there, it can't be listed, or no file in it can be an image.
     """
     root = storage.normalise(uri)
     infos = _list(root)
@@ -160,31 +160,31 @@ def list_images(uri: str) -> ImageListing:
 
 
 def _is_junk(path: str) -> bool:
-    """Whether a file, or a directory on the way to it, is one that systems and tools keep beside the user's."""
+    """Return True if a file, or a directory on the way to it, is one that systems and tools keep beside the user's."""
     parts = path.lower().split("/")
     return storage.is_temporary(path) or any(part in JUNK or part.startswith(_JUNK_STARTS) for part in parts)
 
 
 def shown(text: str) -> str:
-    r"""Text fit for UTF-8 and for one line: bytes that weren't UTF-8 and control characters become '\xff'."""
+    r"""Return text fit for UTF-8 and for one line: invalid UTF-8 bytes and control characters become '\xff'."""
     if text.isprintable():  # most names: several times as fast as the search
         return text
     return _UNSHOWABLE.sub(lambda match: f"\\x{ord(match[0]) & 0xFF:02x}", text)
 
 
 def name_some(names: Sequence[str], total: int | None = None) -> str:
-    """The first names, and how many there are besides."""
+    """Return the first names, and the number of the others."""
     more = (len(names) if total is None else total) - len(names[:NAMED])
     return ", ".join(names[:NAMED]) + (f" and {more:,} more" if more else "")
 
 
 def as_table(frame: pl.DataFrame, schema: pa.Schema) -> pa.Table:
-    """A frame as an Arrow table of exactly this schema."""
+    """Return a frame as an Arrow table of exactly this schema."""
     return frame.select(schema.names).to_arrow(compat_level=pl.CompatLevel.oldest()).cast(schema)
 
 
 def as_frame(table: pa.Table) -> pl.DataFrame:
-    """An Arrow table as a frame."""
+    """Return an Arrow table as a frame."""
     frame = pl.from_arrow(table)
     assert isinstance(frame, pl.DataFrame)
     return frame
@@ -215,7 +215,7 @@ def _base(root: str, infos: Sequence[storage.FileInfo]) -> str:
     below = root.rstrip("/") + "/"
     if infos[0].uri.startswith(below):
         return below
-    if infos[0].uri != root:  # a glob, as the place itself isn't there
+    if infos[0].uri != root:  # a glob, as the place itself doesn't exist
         root = re.split(r"[*?\[]", root, maxsplit=1)[0]
     return root.rpartition("/")[0] + "/"
 
@@ -229,19 +229,19 @@ _DETAILS = {
 
 
 def _fault(info: storage.FileInfo, start: int) -> str | None:
-    """Why a file can't be a candidate; `start` is where its relative path begins."""
+    """Return why a file can't be a candidate; `start` is the start of its relative path."""
     if len(info.uri) - start > LONGEST_PATH or (not info.uri.isprintable() and _UNSHOWABLE.search(info.uri)):
         return "bad_name"
     if storage.is_s3(info.uri) and odd_key(info.uri[start:]):
         return "bad_name"
-    # Whoever opened a pipe would wait for ever. They all claim to be empty, so that few files are asked.
+    # Opening a pipe would wait for ever. They all have size 0, so that few files are checked.
     if not info.bytes and not storage.is_s3(info.uri) and not Path(info.uri).is_file():
         return "not_a_file"
     return None
 
 
 def _set_duplicates_apart(frame: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Rows with an id of their own, and the others with columns of `REJECTED_IMAGES`."""
+    """Return rows with a unique id, and the others with columns of `REJECTED_IMAGES`."""
     unique = frame["image_id"].is_unique()
     shared = frame.filter(~unique)
     names = shared.group_by("image_id").agg(pl.col("path").sort().head(NAMED).alias("names"), pl.len().alias("total"))
@@ -252,10 +252,10 @@ def _set_duplicates_apart(frame: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFra
 
 
 def content_groups(table: pa.Table) -> Int64Array:
-    """For each row of a listing, the first row with the same contents (its own number where there is none before it).
+    """Return for each row of a listing the first row with the same contents (its own number if none is earlier).
 
-    On a local disk files are compared by a digest, and only those are read whose size another has too. On S3 nothing
-    is read: files are alike if size and ETag are, so copies that were uploaded in parts, or encrypted with KMS, go
+    On a local disk files are compared by a digest, and only those with the size of another are read. On S3 nothing
+    is read: files are equal if size and ETag are, so copies that were uploaded in parts, or encrypted with KMS, go
     unnoticed here (the search for near duplicates finds them).
 
     Args:
@@ -269,14 +269,14 @@ def content_groups(table: pa.Table) -> Int64Array:
 
 
 def same_size_rows(sizes: Int64Array) -> Int64Array:
-    """Rows, ascending, whose size another row has too: only those can be copies."""
+    """Return rows, ascending, with the size of another row: only those can be copies."""
     return np.flatnonzero(pl.Series(sizes).is_duplicated().to_numpy()).astype(np.int64)
 
 
 def digest_files(uris: Iterable[str]) -> list[str | None]:
-    """blake2b of each file's contents, hexadecimal; None where a file is gone or may not be read.
+    """Return the blake2b of each file's contents, hexadecimal; None if a file is missing or may not be read.
 
-    Whoever decodes that file says what is wrong with it; a fault that may pass is raised, to be tried again.
+    The decoder of that file reports its fault; a transient fault is raised, for a retry.
     """
     return [_digest(uri) for uri in uris]
 
@@ -295,12 +295,12 @@ def _digest(uri: str) -> str | None:
 
 
 def group_by_digest(rows_in_all: int, rows: Int64Array, digests: Sequence[str | None]) -> Int64Array:
-    """First row with the same contents, for each of `rows_in_all` rows.
+    """Return the first row with the same contents, for each of `rows_in_all` rows.
 
     Args:
         rows_in_all: Rows of the listing.
-        rows: Those that were read, ascending; any other is alike to none.
-        digests: Their digests in the same order; one that is None is alike to none.
+        rows: Rows that were read, ascending; any other equals none.
+        digests: Their digests in the same order; None equals none.
     """
     groups = np.arange(rows_in_all, dtype=np.int64)
     read = pl.DataFrame({"row": rows, "digest": pl.Series(digests, dtype=pl.String)}).drop_nulls()
@@ -310,7 +310,7 @@ def group_by_digest(rows_in_all: int, rows: Int64Array, digests: Sequence[str | 
 
 
 def first_alike(keys: pl.DataFrame) -> Int64Array:
-    """For each row, the first row that is equal to it in every column."""
+    """Return for each row the first row that is equal to it in every column."""
     numbered = keys.select(pl.struct(keys.columns).alias("key")).with_row_index("row")
     first = numbered.select(pl.col("row").min().over("key").cast(pl.Int64)).to_series()
     numbers: Int64Array = first.to_numpy()

@@ -1,13 +1,13 @@
 """Train, validation and test: each image is in one, and so are all images of its group.
 
-How many images of each class a split gets:
+Number of images of each class in a split:
 
-- A class of one group is wholly train's: nothing could be learnt of it else. The other rules are for the other classes.
-- Each class gives the floor or the ceiling of its share to validation and test together, and keeps one image at least.
+- A class of one group is wholly train's: otherwise it couldn't be learned. The other rules are for the other classes.
+- Each class gives the floor or the ceiling of its share to validation and test together, and keeps at least one image.
   The largest remainders are rounded up, as many as make the sum over all classes right to half an image; a half goes
   to train. So of 1,000 classes of 2 images, a share of 0.2 takes one image from each of 400.
-- What was taken is divided between validation and test in the same way; a half goes to validation.
-- Equal remainders are told apart by the smallest key of their class.
+- These images are divided between validation and test in the same way; a half goes to validation.
+- Equal remainders are ordered by the smallest key of their class.
 
 Each split is thus within one image of its share of each class, and also of its share of all (unless so little is left
 for train that many classes must keep more than their share).
@@ -17,13 +17,13 @@ for train that many classes must keep more than their share).
 | train, validation, test at 0.8, 0.2, 0 | 1, 0, 0 | 2, 0, 0 | 2, 1, 0 | 3, 1, 0 | 4, 1, 0 | 6, 2, 0 |
 | train, validation, test at 0.7, 0.15, 0.15 | 1, 0, 0 | 1, 1, 0 | 2, 1, 0 | 3, 1, 0 | 4, 1, 0 | 6, 1, 1 |
 
-Which images they are: groups of several images come first, the largest before the others, and of equal ones that with
+Choice of the images: groups of several images come first, the largest before the others, and of equal ones that with
 the smallest key. Each draws a split by its smallest key, the shares being the probabilities, and gets it if there is
 room for it in each of its classes; else it goes where it exceeds the room least, and first to train. The last group of
-a class goes to train if no other did. Then the single images of each class stand in the order of their keys: from the
-front they fill the room of validation, from the back that of test, and all between are train's.
+a class goes to train if no other did. Then the single images of each class are ordered by their keys: the first ones
+fill the room of validation, the last ones that of test, and all between are train's.
 
-So the counts are as above wherever single images are enough to fill the gaps that groups leave. And one image more or
+So the counts are as above if single images are enough to fill the gaps that groups leave. And one image more or
 less moves few others (of single images 2 at most in two splits and 8 in three), none from validation to test or back.
 """
 
@@ -47,13 +47,13 @@ BoolArray = npt.NDArray[np.bool_]
 SPLITS = ("train", "validation", "test")
 TRAIN, VALIDATION, TEST = range(3)
 
-_DIGITS = 9  # decimals of a quota that count: 0.1 × 30 is 3, whatever the floats say
+_DIGITS = 9  # decimals of a quota that count: 0.1 × 30 is 3, despite floating point
 
 
 def split_images(
     keys: UInt64Array, classes: Int64Array, groups: Int64Array, validation_share: float, test_share: float
 ) -> Int8Array:
-    """Split of each image, as an index into `SPLITS`; shape (n,).
+    """Return the split of each image, as an index into `SPLITS`; shape (n,).
 
     A pure function of the set of images: neither their order nor the numbers of classes and groups matter.
 
@@ -97,7 +97,7 @@ def split_images(
     single = order[is_alone[order]]
     owner = class_of[single]
     rank = np.arange(len(single)) - (np.cumsum(alone) - alone)[owner]
-    most = alone - ~in_train  # one must stay for train where no group is
+    most = alone - ~in_train  # one must stay for train if no group is in it
     front = np.clip(room[VALIDATION], 0, most)
     back = np.clip(room[TEST], 0, most - front)
     splits[single[rank < front[owner]]] = VALIDATION
@@ -109,7 +109,7 @@ def split_images(
 class _LargerGroups:
     """Groups of several images.
 
-    labels: ascending. order: in which they are placed. drawn: split that each draws. starts, class_of, count: group i
+    labels: ascending. order: of their placement. drawn: split that each draws. starts, class_of, count: group i
     has count[j] images of class class_of[j] for each j from starts[i] to starts[i + 1].
     """
 
@@ -144,7 +144,7 @@ def _larger_groups(keys: UInt64Array, class_of: Int64Array, group_of: Int64Array
 
 
 def _rooms(images: Int64Array, is_splittable: BoolArray, smallest: UInt64Array, shares: FloatArray) -> Int64Array:
-    """Images of each class that each split should get; shape (3, classes)."""
+    """Return the target number of images of each class in each split; shape (3, classes)."""
     quota = np.where(is_splittable, np.round(shares[:, None] * images, _DIGITS), 0)
     held_out = np.round(quota[VALIDATION] + quota[TEST], _DIGITS)
     floor, ceiling = np.floor(quota), np.ceil(quota)
@@ -167,7 +167,7 @@ def _rooms(images: Int64Array, is_splittable: BoolArray, smallest: UInt64Array, 
 
 
 def _rounded(quota: FloatArray, low: FloatArray, high: FloatArray, total: float, smallest: UInt64Array) -> FloatArray:
-    """Each class's low or high number, high for the largest remainders: as many as the total asks for."""
+    """Return each class's low or high number, high for the largest remainders: as many as the total requires."""
     open_classes = np.flatnonzero(high > low)
     remainder = np.round(quota - low, _DIGITS)
     order = open_classes[np.lexsort((smallest[open_classes], -remainder[open_classes]))]
@@ -177,7 +177,7 @@ def _rounded(quota: FloatArray, low: FloatArray, high: FloatArray, total: float,
 
 
 def _place(groups: _LargerGroups, room: Int64Array, left: Int64Array, splits: list[int]) -> tuple[Int8Array, BoolArray]:
-    """Split of each larger group, and whether each class has a group in train; takes their images from the room."""
+    """Return each larger group's split, and a mask of classes with one in train; reduce the room by their images."""
     rooms, remaining = room.tolist(), left.tolist()
     in_train = [False] * len(remaining)
     starts, class_of, count = groups.starts.tolist(), groups.class_of.tolist(), groups.count.tolist()

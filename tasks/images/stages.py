@@ -1,4 +1,4 @@
-"""What happens to one unit of images, in a Ray task or actor; nothing here knows Ray.
+"""Processing of one unit of images, in a Ray task or actor; nothing here depends on Ray.
 
 bytes ─ decode ─ fingerprint ─ K variants ─ judge ─ rows ─ one file a split ─ note
 """
@@ -44,18 +44,18 @@ from tasks.store.reservation import Reservation
 IMAGES_AT_ONCE = 32
 """Images that are drawn, judged and written together; a row group of a file."""
 BYTES_AT_ONCE = 64 << 20
-"""Of variants: of large ones there are fewer at once."""
+"""Bytes of variants: of large ones there are fewer at once."""
 PAGE_BYTES = 1 << 20
 READ_AHEAD = 16
 UNREADABLE = "unreadable"
 
 _Listed = tuple[int | None, str | None]
-"""Size and stamp of a file when it was listed; None where a file may have changed since."""
+"""Size and stamp of a file in the listing; None if a file may have changed since."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageJob:
-    """What every task needs to know."""
+    """State shared by all tasks."""
 
     config: ImageAugmentationConfig
     reservation: Reservation
@@ -66,7 +66,7 @@ class ImageJob:
 
 @dataclass(slots=True)
 class Worker:
-    """What a process keeps from one unit to the next."""
+    """State that a process keeps from one unit to the next."""
 
     engine: Engine
     decoders: list[Decoder]
@@ -74,7 +74,7 @@ class Worker:
 
 @dataclass(slots=True)
 class _Outcome:
-    """What becomes of one image."""
+    """Outcome of one image."""
 
     reason: str | None = None
     detail: str | None = None
@@ -93,7 +93,7 @@ class _Outcome:
 
 @dataclass(slots=True)
 class _Clock:
-    """Wall time by stage: each `lap` goes to the stage that has just ended."""
+    """Wall time by stage: each `lap` counts for the stage that has just ended."""
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     last: float = field(default_factory=time.perf_counter)
@@ -106,7 +106,7 @@ class _Clock:
 
 @lru_cache(maxsize=2)
 def worker_for(config: ImageAugmentationConfig) -> Worker:
-    """This process's worker for training images, or for others; loaded once, while the configuration stays the same."""
+    """Return this process's worker for training images or others; loaded once while the configuration is the same."""
     engine = make_engine(config)
     count = IMAGES_AT_ONCE if engine.keeps else 1
     return Worker(engine, [Decoder(config.max_pixels, config.background) for _ in range(count)])
@@ -116,10 +116,10 @@ def augment_unit(job: ImageJob, unit: int) -> UnitNote:
     """Augment and write one unit.
 
     Returns:
-        Its note, which also stands beside the data.
+        Its note, which is also stored beside the data.
 
     Raises:
-        OSError: the store fails in a way that may pass; an image that can't be read at all is rejected instead.
+        OSError: the store fails transiently; an unreadable image is rejected instead.
 
     """
     planned = read_unit(job.plan_uri, unit, job.config.images_per_file)
@@ -153,7 +153,7 @@ def augment_unit(job: ImageJob, unit: int) -> UnitNote:
 def _augment_split(
     job: ImageJob, place: tuple[int, str], planned: pa.Table, outcomes: Sequence[_Outcome], clock: _Clock
 ) -> FileEntry | None:
-    """Write the file of a unit's images of one split; None if none of them can be decoded."""
+    """Write the file of a unit's images of one split; return None if none of them can be decoded."""
     unit, split = place
     stream: ParquetStream | None = None
     try:
@@ -176,7 +176,7 @@ def _augment_split(
 def _rows(
     config: ImageAugmentationConfig, classes: int, planned: pa.Table, outcomes: Sequence[_Outcome], clock: _Clock
 ) -> Iterator[pa.Table]:
-    """The rows of some images' variants, some images at a time; what becomes of each image is noted."""
+    """Yield the rows of some images' variants, some images at a time; record the outcome of each image."""
     worker = worker_for(config)
     keys = planned["key"].to_numpy()
     uris = planned["uri"].to_pylist()
@@ -212,29 +212,29 @@ def augment_again(config: ImageAugmentationConfig, classes: int, planned: pa.Tab
     """Make the variants of a few images in memory, as `augment_unit` makes and writes those of a unit.
 
     Args:
-        config: How, of their split (`of_split`).
+        config: Configuration of their split (`of_split`).
         classes: Number of classes.
         planned: Columns image_id, uri, class_name, class_id and key of the plan; with bytes and stamp, files that have
-            changed since they were listed are rejected, as they are by the job.
+            changed since the listing are rejected, as in the job.
 
     Returns:
-        What becomes of each image, by `OUTCOMES`; and the rows of those that are augmented, by `rows_schema`.
+        The outcome of each image, by `OUTCOMES`; and the rows of the augmented ones, by `rows_schema`.
 
     """
     outcomes = [_Outcome() for _ in range(planned.num_rows)]
     schema = rows_schema(config, classes)
-    # Formats that aren't encoded are views of the engine's own memory, which the next images overwrite.
+    # Formats that aren't encoded are views of the engine's memory, which the next images overwrite.
     kept = [_copied(table) for table in _rows(config, classes, planned, outcomes, _Clock())]
     return _outcome_table(outcomes), pa.concat_tables([schema.empty_table(), *kept])
 
 
 def unlike_variants(made: pa.Table, again: pa.Table, tolerance: float) -> list[str]:
-    """Ids of variants that look otherwise when they are made again.
+    """Return ids of variants that differ when they are made again.
 
     Args:
         made: Rows by `rows_schema`.
         again: The same variants in any order.
-        tolerance: Mean difference that counts as none, by the span of the values.
+        tolerance: Mean difference to ignore, relative to the span of the values.
 
     """
     one, other = (table.sort_by("image_id") for table in (made, again))
@@ -256,10 +256,10 @@ def _outcome_table(outcomes: Sequence[_Outcome]) -> pa.Table:
 
 
 def open_rows(job: ImageJob, uri: str) -> ParquetStream:
-    """A file of rows, open for writing."""
+    """Open a file of rows for writing."""
     schema = rows_schema(job.config, job.classes)
-    # Pages that fit the processor's cache, looked at after each row: they pass from buffer to buffer on their way, and
-    # some images are written in half the time that one large page takes.
+    # Pages that fit the processor's cache, checked after each row: they pass from buffer to buffer, and
+    # some images are written in half the time of one large page.
     pages = {"data_page_size": PAGE_BYTES, "write_batch_size": 1}
     return ParquetStream(uri, schema, **parquet_settings(schema) | pages)
 
@@ -267,7 +267,7 @@ def open_rows(job: ImageJob, uri: str) -> ParquetStream:
 def _chunks(
     contents: Iterator[bytes | OSError], config: ImageAugmentationConfig
 ) -> Iterator[tuple[int, list[bytes | OSError]]]:
-    """Some files' contents at a time, with the number of the first."""
+    """Yield some files' contents at a time, with the number of the first."""
     augmentation = config.augmentation
     variant_bytes = augmentation.variants * augmentation.size**2 * 3 * (4 if config.format == "float32" else 1)
     most = max(1, min(IMAGES_AT_ONCE, BYTES_AT_ONCE // variant_bytes))
@@ -278,7 +278,7 @@ def _chunks(
 
 
 def expected_size(data: bytes | OSError) -> tuple[int, int]:
-    """Height and width of an ordinary JPEG; (1, 1) for anything else, which is only known once it is decoded."""
+    """Return height and width of an ordinary JPEG; (1, 1) for anything else, whose size is known after decoding."""
     header = None if isinstance(data, OSError) else read_jpeg_header(data)
     return (1, 1) if header is None or header.may_be_turned else (header.height, header.width)
 
@@ -286,7 +286,7 @@ def expected_size(data: bytes | OSError) -> tuple[int, int]:
 def _decoded(
     worker: Worker, contents: Sequence[bytes | OSError], outcomes: Sequence[_Outcome], clock: _Clock
 ) -> Iterator[UInt8Array | None]:
-    """Pixels of each file, decoded when they are asked for; None for one that is rejected, whose reason is noted."""
+    """Yield the pixels of each file, decoded on demand; None for a rejected one, whose reason is recorded."""
     clock.lap("read")
     for number, (data, outcome) in enumerate(zip(contents, outcomes, strict=True)):
         if isinstance(data, OSError):
@@ -306,7 +306,7 @@ def _decoded(
 
 
 def _contents(uris: Sequence[str], listed: Sequence[_Listed]) -> Iterator[bytes | OSError]:
-    """Contents of each file, in order, or why it can't be used; from S3 some are read ahead."""
+    """Yield the contents of each file, in order, or its fault; from S3 some are read ahead."""
     if not uris or not storage.is_s3(uris[0]):
         yield from map(_content, uris, listed)
         return
@@ -321,7 +321,7 @@ def _contents(uris: Sequence[str], listed: Sequence[_Listed]) -> Iterator[bytes 
 
 
 def _content(uri: str, listed: _Listed) -> bytes | OSError:
-    """A file as it was listed, if it was: copies were looked for in what it held then.
+    """Return a file if it is as listed: copies were searched among the listed contents.
 
     On a local disk its size and time of modification must be the same, on S3 its size: its ETag would cost a request.
     """
@@ -368,14 +368,14 @@ def _write_rejected(job: ImageJob, unit: int, planned: pa.Table, outcomes: pa.Ta
 
 
 def resplit_unit(job: ImageJob, note: UnitNote, wanted: dict[str, npt.NDArray[np.int8]]) -> UnitNote:
-    """Write a unit's rows anew, each to the split that it belongs to now; the old files stay until the commit.
+    """Rewrite a unit's rows, each to its present split; the old files stay until the commit.
 
-    Rows are copied, but for images that come to train, or leave it: what is made of these differs, so they are read and
+    Rows are copied, except for images that enter or leave train: their variants differ, so they are read and
     made again.
 
     Args:
-        job: What was done.
-        note: The unit.
+        job: The job.
+        note: Note of the unit.
         wanted: For each file of the note, by its split: the split of each of its images, in the file's order.
 
     Returns:
@@ -386,7 +386,7 @@ def resplit_unit(job: ImageJob, note: UnitNote, wanted: dict[str, npt.NDArray[np
 
     """
     streams: dict[int, ParquetStream] = {}
-    number = len(job.digests) + note.unit  # names of its own: the old files may be needed by another attempt
+    number = len(job.digests) + note.unit  # separate names: the old files may be needed by another attempt
 
     def write(target: int, rows: pa.Table) -> None:
         if target not in streams:
@@ -427,10 +427,10 @@ def _made_again(
     outcomes: pa.Table,
     write: Callable[[int, pa.Table], None],
 ) -> tuple[pa.Table, dict[str, float]]:
-    """Make the variants of images that come to train, or leave it.
+    """Make the variants of images that enter or leave train.
 
     Returns:
-        The outcomes of all images as they are now; and wall time by stage, with that of the first making.
+        The present outcomes of all images; and wall time by stage, including the first making.
 
     """
     clock = _Clock()

@@ -1,8 +1,8 @@
-"""The torch engines: drawn parameters applied by torchvision's operations on any device, and policies of your own.
+"""The torch engines: drawn parameters applied by torchvision's operations on any device, and users' policies.
 
-`TorchEngine` gives what `torchvision.transforms.v2.functional` gives for the same parameters, on uint8 tensors. A GPU
-spends most of its time waiting if each variant brings its own sixty small operations, so only the crops are resized
-one by one (each has its own size); all that follows works on many variants at once.
+`TorchEngine` equals `torchvision.transforms.v2.functional` for the same parameters, on uint8 tensors. A GPU
+mostly waits if each variant brings its sixty small operations separately, so only the crops are resized
+one by one (each has another size); all that follows works on many variants at once.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 UInt8Array = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
 
-# Variants worked on together have so many pixels: on a GPU enough to keep it busy, on a CPU what its cache holds.
+# Pixels of the variants that are processed together: on a GPU enough to keep it busy, on a CPU its cache's size.
 _PIXELS_AT_ONCE = {"cuda": 1 << 22, "cpu": 1 << 18}
-# torch's antialiasing on CUDA keeps its weights in shared memory, which from about 60 : 1 on doesn't hold them
+# torch's antialiasing on CUDA keeps its weights in shared memory, which is too small from about 60 : 1 on
 # (pytorch/vision issue 7671).
 _STEEPEST_ON_GPU = 32
 
 
 class TorchEngine:
-    """Augments images with torch on one device; loaded once per worker.
+    """Engine that augments images with torch on one device; loaded once per worker.
 
-    The results on a CPU are those of torchvision's own functions bit by bit, whatever the batch. On a GPU resizing is
+    The results on a CPU equal torchvision's functions bit by bit, for any batch. On a GPU resizing is
     done in float32 where CPUs use 16-bit weights, so a pixel may be a level off before the colour operations.
     """
 
@@ -48,7 +48,7 @@ class TorchEngine:
         """Load torch.
 
         Raises:
-            ConfigError: there is no such device.
+            ConfigError: the device doesn't exist.
 
         """
         import torch
@@ -59,13 +59,13 @@ class TorchEngine:
         self._device = _device(device)
         self._pinned = self._device.type == "cuda"
         self._at_once = max(1, _PIXELS_AT_ONCE["cuda" if self._pinned else "cpu"] // (size * size))
-        # As torchvision's `_affine_grid` has it: pixel centres around the middle of the image.
+        # As in torchvision's `_affine_grid`: pixel centres around the middle of the image.
         axis = torch.linspace((1.0 - size) * 0.5, (size - 1.0) * 0.5, steps=size, device=self._device)
         y, x = torch.meshgrid(axis, axis, indexing="ij")
         self._centres = torch.stack((x, y, torch.ones_like(x)), dim=-1).view(1, size * size, 3)
 
     def apply(self, images: Sequence[UInt8Array], draws: Draws) -> UInt8Array:
-        """Variants of the images, (n, 3, size, size), in the order of the draws.
+        """Return variants of the images, (n, 3, size, size), in the order of the draws.
 
         Args:
             images: m oriented originals, each (height, width, 3 or more), RGB first.
@@ -92,7 +92,7 @@ class TorchEngine:
         return variants.numpy()
 
     def _crops(self, images: Sequence[UInt8Array], draws: Draws) -> Iterator[Tensor]:
-        """Each variant's crop, resized: (3, size, size)."""
+        """Yield each variant's crop, resized: (3, size, size)."""
         from torchvision.transforms.v2 import functional
 
         for number, image in enumerate(images):
@@ -128,14 +128,14 @@ class TorchEngine:
         matrices = [_inverse_rotation(degree) for degree in degrees[others].tolist()]
         theta = torch.tensor(matrices, dtype=torch.float32).to(self._device).transpose(1, 2)
         theta = theta.div(torch.tensor([0.5 * self._size] * 2, device=self._device))
-        # One product each: a product of a whole batch may round otherwise, and move a pixel.
+        # One product each: a product of a whole batch may round differently, and move a pixel.
         grid = torch.cat([torch.bmm(self._centres, one) for one in torch.split(theta, 1)])
         grid = grid.view(-1, self._size, self._size, 2)
         rotated = grid_sample(batch[rows].float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
         return batch.index_copy_(0, rows, rotated.to(torch.uint8))
 
     def _adjust(self, batch: Tensor, jitter: FloatArray, order: UInt8Array) -> Tensor:
-        """Each variant's colour operations in its own order, those of a kind at once."""
+        """Apply each variant's colour operations in its order, those of a kind at once."""
         import torch
 
         operations = ((colours.brightness, 1), (colours.contrast, 1), (colours.saturation, 1), (colours.hue, 0))
@@ -155,17 +155,17 @@ class TorchEngine:
 
 
 class PolicyEngine:
-    """Augments images with a transform of the user's own; loaded once per worker.
+    """Engine that augments images with a user's transform; loaded once per worker.
 
     Each variant starts from the whole oriented original, with the generators of torch, numpy and Python seeded by its
-    key, so that it depends on nothing else. These generators belong to the whole process: call it from one thread.
+    key, so that it depends on nothing else. These generators are process-wide: call it from one thread.
     """
 
     def __init__(self, policy: str, augmentation: Augmentation, device: str = "cpu") -> None:
         """Load torch and the policy.
 
         Raises:
-            ConfigError: there is no such device, or no such policy.
+            ConfigError: the device or the policy doesn't exist.
 
         """
         import torch
@@ -180,14 +180,14 @@ class PolicyEngine:
             self._transform.to(self._device)
 
     def apply(self, images: Sequence[UInt8Array], keys: npt.NDArray[np.uint64]) -> UInt8Array | FloatArray:
-        """Variants of the images, (m × variants, 3, size, size), image by image; uint8, or float32 of any range.
+        """Return variants of the images, (m × variants, 3, size, size), image by image; uint8, or float32 of any range.
 
         Args:
             images: m oriented originals, each (height, width, 3 or more), RGB first.
             keys: (m,) from `draws.image_keys`.
 
         Raises:
-            ConfigError: the policy gave something else.
+            ConfigError: the policy returned something else.
 
         """
         from torchvision import tv_tensors
@@ -234,15 +234,15 @@ class PolicyEngine:
 
 
 def load_policy(path: str) -> Callable[..., Any]:
-    """The transform that an import path names: 'package.module:name'.
+    """Return the transform of an import path, 'package.module:name'.
 
-    It may name the transform, a function of one image, or a class or function without arguments that gives one.
+    It may name the transform, a function of one image, or a class or function without arguments that returns one.
 
     Args:
         path: As in the configuration; it is imported, which runs its module.
 
     Raises:
-        ConfigError: it can't be imported, isn't there, or is no transform.
+        ConfigError: it can't be imported, doesn't exist, or isn't a transform.
 
     """
     found: Callable[..., Any] = load_object("policy", path)
@@ -257,10 +257,10 @@ def load_policy(path: str) -> Callable[..., Any]:
 
 
 def _made_by(found: Callable[..., Any], path: str) -> Callable[..., Any]:
-    """The transform that a class or function is, or gives when called without arguments."""
+    """Return the transform that a class or function is, or returns when called without arguments."""
     try:
         signature = inspect.signature(found)
-    except ValueError:  # compiled functions may not tell
+    except ValueError:  # compiled functions may have no signature
         return found
     if not inspect.isclass(found):
         if _accepts(signature, 1) and not _accepts(signature, 0):
@@ -291,7 +291,7 @@ def _accepts(signature: inspect.Signature, count: int) -> bool:
 
 @contextmanager
 def _seeded(seed: int, device: Any) -> Iterator[None]:
-    """Seed the generators of torch, numpy and Python for a while, then put them back."""
+    """Seed the generators of torch, numpy and Python temporarily, then restore them."""
     import torch
 
     python, legacy = random.getstate(), np.random.get_state()
@@ -299,7 +299,7 @@ def _seeded(seed: int, device: Any) -> Iterator[None]:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             random.seed(seed)
-            # Python and numpy have one algorithm: of the same seed they would give the same numbers.
+            # Python and numpy have the same algorithm: from one seed they would give the same numbers.
             np.random.seed(np.random.SeedSequence(seed).generate_state(8))
             yield
     finally:
@@ -322,7 +322,7 @@ def _device(name: str) -> Any:
 
 
 def _copied(image: UInt8Array, *, pinned: bool) -> Tensor:
-    """A tensor of the image's own memory: torch takes no read-only or mirrored arrays, and a GPU copies from pinned."""
+    """Return a tensor of a copy: torch takes no read-only or mirrored arrays, and a GPU copies from pinned memory."""
     import torch
 
     copy = torch.empty(image.shape, dtype=torch.uint8, pin_memory=pinned)
@@ -331,14 +331,14 @@ def _copied(image: UInt8Array, *, pinned: bool) -> Tensor:
 
 
 def _described(value: object) -> str:
-    """Type and, for tensors and arrays, element type and shape."""
+    """Return type and, for tensors and arrays, element type and shape."""
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     kind = f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
     return kind if shape is None or dtype is None else f"{kind} of {dtype}, {' × '.join(map(str, shape)) or 'a scalar'}"
 
 
 def _inverse_rotation(degrees: float) -> list[list[float]]:
-    """From a pixel of the result to where it comes from, around the middle, (2, 3); degrees are counter-clockwise."""
+    """Return the map from a result's pixel to its source, around the middle, (2, 3); degrees are counter-clockwise."""
     angle = math.radians(-degrees)
     cosine, sine = math.cos(angle), math.sin(angle)
     return [[cosine, sine, 0.0], [-sine, cosine, 0.0]]

@@ -1,4 +1,4 @@
-"""Arguments of the loader as they must be, or a sentence that says which one isn't, what it is, and what to give."""
+"""Checks of the loader's arguments; each error names the argument, its value and the cure."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 from tasks.io.errors import ConfigError
 
 LIMIT = 1 << 63
-"""Above every whole number that is taken: they are kept as int64."""
+"""Upper bound, exclusive, of all whole numbers: they are kept as int64."""
 
 
 def whole_number(name: str, value: Any, cure: str, *, least: int = 0, below: int = LIMIT) -> int:
-    """A whole number in [least, below), of Python or numpy; no truth value, and no fraction even if it is whole.
+    """Return a whole number in [least, below), of Python or numpy; refuse truth values, and floats even if whole.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: it is anything else.
     """
     try:
         number = operator.index(value)
@@ -31,7 +31,7 @@ def whole_number(name: str, value: Any, cure: str, *, least: int = 0, below: int
 
 
 def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Refuse what isn't one of some words.
+    """Check that a value is one of some words.
 
     Raises:
         ConfigError: it isn't.
@@ -41,7 +41,7 @@ def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def truth_values(**values: Any) -> None:
-    """Refuse what is neither True nor False, by its name.
+    """Check that values are True or False; an error names the argument.
 
     Raises:
         ConfigError: one of them isn't.
@@ -52,7 +52,7 @@ def truth_values(**values: Any) -> None:
 
 
 def place(name: str, value: Any, cure: str) -> str:
-    """A path or URI as text.
+    """Return a path or URI as text.
 
     Raises:
         ConfigError: it is neither text nor a path, or it is empty.
@@ -64,10 +64,10 @@ def place(name: str, value: Any, cure: str) -> str:
 
 
 def picked_columns(columns: Any, there: Sequence[str]) -> list[str]:
-    """Some of the columns that there are, each once in the order that was asked for; None for all.
+    """Return the chosen columns, each once in the requested order; all for None.
 
     Raises:
-        ConfigError: it is no list, an empty one, or names something else.
+        ConfigError: it isn't a list, is empty, or names another column.
     """
     if columns is None:
         return list(there)

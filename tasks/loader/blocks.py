@@ -1,4 +1,4 @@
-"""Samples as blocks, and blocks as files: the streaming-ready format, as it is written.
+"""Samples as blocks, and blocks as files: writing the streaming-ready format.
 
 A row of a file is a block of `block_size` samples. Its tensors are raw bytes, so that a reader maps the file into
 memory and picks samples by their address; the tail of a file's last block is zeros. `batch_id` is the XXH3-128 of the
@@ -31,7 +31,7 @@ _SHAPE, _DTYPE = b"shape", b"dtype"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockFormat:
-    """What a block holds.
+    """Format of a block.
 
     Attributes:
         kind: 'table', or 'images', whose blocks are one image each and have no axis for it.
@@ -90,11 +90,11 @@ class Samples:
         return len(self.ids)
 
     def take(self, index: npt.NDArray[np.int64]) -> Samples:
-        """Some of them, copied."""
+        """Return a copy of some samples."""
         return Samples(self.values[index], None if self.labels is None else self.labels[index], self.ids[index])
 
     def to_arrow(self) -> pa.Table:
-        """The same samples as a table, a view where they lie in one piece."""
+        """Return the samples as a table, a view where they are contiguous."""
         columns = {"values": self.values, "ids": self.ids} | ({} if self.labels is None else {"labels": self.labels})
         fields = [
             pa.field(
@@ -113,7 +113,7 @@ class Samples:
 
     @classmethod
     def from_arrow(cls, table: pa.Table) -> Samples:
-        """Samples of a table that `to_arrow` made, a view."""
+        """Return the samples of a table that `to_arrow` made, a view."""
         found = {field.name: _column(table[field.name], field) for field in table.schema}
         return cls(found["values"], found.get("labels"), found["ids"])
 
@@ -131,7 +131,7 @@ def _column(values: pa.ChunkedArray, field: pa.Field) -> AnyArray:
 
 
 def pick(parts: Sequence[Samples], index: npt.NDArray[np.int64]) -> Samples:
-    """Some samples of several parts, copied; they are numbered through all parts, of which one or more has some."""
+    """Return a copy of some samples of one or more parts; numbers run through all parts."""
     starts = np.cumsum([0, *(len(part) for part in parts)])
     owner = np.searchsorted(starts, index, side="right") - 1
     like = next(part for part in parts if len(part))
@@ -148,7 +148,7 @@ def pick(parts: Sequence[Samples], index: npt.NDArray[np.int64]) -> Samples:
 
 
 def block_table(samples: Samples, form: BlockFormat) -> pa.Table:
-    """Samples as whole blocks, the last one filled up with zeros."""
+    """Return samples as whole blocks, the last one padded with zeros."""
     count = len(samples)
     blocks = -(-count // form.block_size)
     schema = form.schema
@@ -178,13 +178,13 @@ def block_table(samples: Samples, form: BlockFormat) -> pa.Table:
 
 
 def block_checksums(blocks: pa.Table) -> list[str]:
-    """Checksum of each block, computed from its tensors; compare with the column `batch_id`."""
+    """Return the checksum of each block, computed from its tensors; compare with the column `batch_id`."""
     tensors = [to_numpy(blocks, field.name) for field in blocks.schema if is_tensor(field)]
     return _checksums(tensors, blocks.num_rows)
 
 
 def _checksums(tensors: Sequence[AnyArray], blocks: int) -> list[str]:
-    """XXH3-128 of each block's tensors, shape (blocks, ...) each, in the schema's order; hexadecimal."""
+    """Return the XXH3-128 of each block's tensors, shape (blocks, ...) each, in the schema's order; hexadecimal."""
     hashers = [xxhash.xxh3_128() for _ in range(blocks)]
     for values in tensors:
         for block, hasher in zip(values, hashers, strict=True):
@@ -193,13 +193,13 @@ def _checksums(tensors: Sequence[AnyArray], blocks: int) -> list[str]:
 
 
 def write_samples(uri: str, parts: Sequence[Samples], order: npt.NDArray[np.int64], form: BlockFormat) -> WrittenFile:
-    """Write samples of some parts in an order, one or more, as one file, in the memory of a row group.
+    """Write one or more samples in an order, as one file, in the memory of a row group.
 
     Args:
         uri: Name of the file.
-        parts: The samples; they are numbered through all parts.
-        order: Which to write, in this order.
-        form: What a block holds.
+        parts: The samples; numbers run through all parts.
+        order: Numbers of the samples to write, in this order.
+        form: Format of a block.
     """
     schema = form.schema
     settings = parquet_settings(schema)

@@ -1,13 +1,13 @@
 """Files of S3 on the local disk, shared by all processes of a node, up to a number of bytes.
 
-    {cache_dir}/_stream-cache/CACHEDIR.TAG               says whose directory it is, and that no backup needs it
+    {cache_dir}/_stream-cache/CACHEDIR.TAG               marks the directory's owner, and exempts it from backups
                              {method}-{digest}.parquet  a whole file, checked; modified when it was last used
                              .{name}.lock               held by the process that downloads it
                              .{name}.{random}.tmp       a download on its way
 
-The directory is the cache's own, known by its tag, and only files of these names are counted and evicted in it:
-whatever else is in `cache_dir`, or was put beside them, stays. A file's name is its digest, so nothing in the cache is
-ever out of date, and versions share what they have in common. Whoever reads a file holds a shared lock on it, which
+The directory belongs to the cache, known by its tag; only files of these names are counted and evicted in it, and
+other files in `cache_dir` or beside them stay. A file's name is its digest, so nothing in the cache is
+ever out of date, and versions share common files. A reader of a file holds a shared lock on it, which
 ends with the last mapping: files in use aren't evicted, as that would free nothing. All locks are those of the kernel
 (flock) and end with their process, however it ends.
 """
@@ -37,7 +37,7 @@ from tasks.store.manifest import FileEntry
 
 DEFAULT_BYTES = 50 * 10**9
 OWN_DIRECTORY = "_stream-cache"
-"""Name of the cache's own directory; readers of directories, such as pandas, pass over names that begin with '_'."""
+"""Name of the cache's directory; readers of directories, such as pandas, skip names that begin with '_'."""
 TAG = "CACHEDIR.TAG"
 # The first line is that of bford.info/cachedir, which tar, borg, restic and others know.
 _TAG_TEXT = """Signature: 8a477f597d28d172789f06886806bc55
@@ -46,21 +46,21 @@ _TAG_TEXT = """Signature: 8a477f597d28d172789f06886806bc55
 _WHOLE = re.compile(PATTERN.replace(":", "-") + r"\.parquet")
 _ON_ITS_WAY = re.compile(rf"\.{_WHOLE.pattern}\.[0-9a-f]{{32}}\.tmp")
 _PIECE = 8 << 20
-# A link under a file's name leads to somebody else's file, and a pipe to nothing.
+# A link under a file's name could lead to a foreign file, and a pipe to nothing.
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 def default_directory() -> Path:
-    """Where files are kept if nothing else is said: in the user's cache directory."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # to be passed over unless absolute, says its specification
+    """Return the default directory for files: in the user's cache directory."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # ignored unless absolute, by its specification
     return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "training-data-pipelines"
 
 
 def local_directory(cache_dir: str | os.PathLike[str] | None) -> Path:
-    """The directory that an argument means: None is `default_directory()`.
+    """Return the directory of an argument: `default_directory()` for None.
 
     Raises:
-        ConfigError: it is no path, an empty one, or a URI.
+        ConfigError: it is not a path, empty, or a URI.
     """
     if cache_dir is None:
         return default_directory()
@@ -72,10 +72,10 @@ def local_directory(cache_dir: str | os.PathLike[str] | None) -> Path:
 
 
 def limit_of(cache_bytes: int | None) -> int:
-    """The bytes that an argument means: None is `DEFAULT_BYTES`.
+    """Return the number of bytes of an argument: `DEFAULT_BYTES` for None.
 
     Raises:
-        ConfigError: it is no whole number above 0.
+        ConfigError: it isn't a whole number above 0.
     """
     if cache_bytes is None:
         return DEFAULT_BYTES
@@ -85,7 +85,7 @@ def limit_of(cache_bytes: int | None) -> int:
 
 @dataclass(slots=True)
 class CacheCounts:
-    """What a process has had of the cache: files found, files downloaded, and the bytes of the latter."""
+    """A process's cache statistics: files found, files downloaded, and the bytes of the latter."""
 
     hits: int = 0
     misses: int = 0
@@ -96,14 +96,14 @@ class FileCache:
     """The cache, as one process sees it.
 
     Args:
-        directory: Where the cache has its own directory; None: `default_directory()`.
+        directory: Parent of the cache's directory; None: `default_directory()`.
         limit: Bytes of all files together; None: `DEFAULT_BYTES`. Exceeded only by files that are all in use.
 
     Attributes:
-        directory: the cache's own directory.
+        directory: the cache's directory.
 
     Raises:
-        ConfigError: the limit isn't above 0, or the directory can't be made or written, or is somebody else's.
+        ConfigError: the limit isn't above 0, or the directory can't be made or written, or belongs to another program.
 
     """
 
@@ -123,7 +123,7 @@ class FileCache:
             ) from error
 
     def _tag(self) -> None:
-        """Make the directory the cache's own, unless somebody else has something in it."""
+        """Tag the directory as the cache's, unless it has foreign files."""
         if (self.directory / TAG).exists():
             return
         foreign = sorted(path.name for path in self.directory.iterdir() if path.name != _lock_name("tag"))
@@ -135,13 +135,13 @@ class FileCache:
         (self.directory / TAG).write_text(_TAG_TEXT)
 
     def open(self, uri: str, entry: FileEntry, stop: threading.Event | None = None) -> BinaryIO:
-        """Open a file, downloaded first if need be; it isn't evicted as long as it, or a mapping of it, is open.
+        """Open a file, downloaded first if necessary; it isn't evicted as long as it, or a mapping of it, is open.
 
-        Of several processes and threads that want a file at the same time one downloads it, and the others wait.
+        If several processes and threads open a file at the same time, one downloads it, and the others wait.
 
         Args:
-            uri: Where the file is.
-            entry: What its manifest says of it.
+            uri: Place of the file.
+            entry: Its entry in the manifest.
             stop: Ends a download when it is set.
 
         Raises:
@@ -171,13 +171,13 @@ class FileCache:
         return file
 
     def _open_whole(self, name: str, size: int) -> BinaryIO | None:
-        """Open a file that is there, with a shared lock on it."""
+        """Open a cached file with a shared lock on it."""
         file = _open_own(self.directory / name)
         if file is None:
             return None
         fcntl.flock(file, fcntl.LOCK_SH)
         now = os.fstat(file.fileno())
-        # It may have been evicted between the two steps; a shorter one was cut by somebody else.
+        # It may have been evicted between the two steps; a shorter one was cut by another program.
         if not now.st_nlink or now.st_size != size:
             file.close()
             return None
@@ -186,13 +186,13 @@ class FileCache:
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """Hold the lock of a name, or wait for it."""
+        """Wait for the lock of a name, and hold it."""
         with (self.directory / _lock_name(name)).open("wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def discard(self, entry: FileEntry) -> None:
-        """Forget a file, as it turned out to be damaged: the next one who wants it downloads it again."""
+        """Delete a damaged file: its next reader downloads it again."""
         (self.directory / _name(entry)).unlink(missing_ok=True)
 
     def _download(self, uri: str, entry: FileEntry, name: str, stop: threading.Event | None) -> BinaryIO:
@@ -206,7 +206,7 @@ class FileCache:
                     f"{uri} differs from its manifest: expected {entry.bytes} bytes of {entry.digest}, found "
                     f"{size} of {found}: {CURE}"
                 )
-            # Not synchronised with the disk: what a power cut damages is noticed by the blocks' own checksums.
+            # Not synchronised with the disk: damage by a power cut is noticed by the blocks' checksums.
             temporary.replace(self.directory / name)
         except BaseException:
             file.close()
@@ -215,7 +215,7 @@ class FileCache:
         return file
 
     def _reserve(self, temporary: Path, size: int) -> BinaryIO:
-        """Make room for a file of some bytes: what was used longest ago goes; open it, with a shared lock on it."""
+        """Evict the least recently used files to make room; open a file with a shared lock on it."""
         with self._locked("eviction"):
             left, files = self.limit - size, []
             with os.scandir(self.directory) as entries:
@@ -242,7 +242,7 @@ def _name(entry: FileEntry) -> str:
 
 
 def _copy(uri: str, entry: FileEntry, target: BinaryIO, stop: threading.Event | None) -> tuple[str, int]:
-    """Copy a file to a local one; its digest and size."""
+    """Copy a file to a local one; return its digest and size."""
     digest, size = Digest(entry.digest), 0
     try:
         with storage.open_input(uri) as source:
@@ -263,7 +263,7 @@ def _lock_name(name: str) -> str:
 
 
 def _open_own(path: Path) -> BinaryIO | None:
-    """Open a file of the cache; None where there is none, or something else than a file under its name."""
+    """Open a file of the cache; return None if there is none, or its name isn't a regular file."""
     try:
         descriptor = os.open(path, _READ)
     except FileNotFoundError:
@@ -279,7 +279,7 @@ def _open_own(path: Path) -> BinaryIO | None:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """When a file was last used, ns, and its bytes; nothing of one that another process has removed meanwhile."""
+    """Return the time of a file's last use, ns, and its bytes; zeros if another process has removed it."""
     try:
         found = path.lstat()
     except FileNotFoundError:
@@ -288,7 +288,7 @@ def _size(path: Path) -> tuple[int, int]:
 
 
 def _evict(path: Path) -> bool:
-    """Delete a file of the cache that nobody has open; whether it is gone."""
+    """Delete a file of the cache that no process has open; return True if it no longer exists."""
     file = _open_own(path)
     if file is None:
         return not os.path.lexists(path)
@@ -297,7 +297,7 @@ def _evict(path: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        # Under its name there may be another one by now, which was downloaded anew.
+        # Its name may belong to another file by now, downloaded anew.
         if os.fstat(file.fileno()).st_nlink:
             path.unlink(missing_ok=True)
     return True

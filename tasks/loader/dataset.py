@@ -1,6 +1,6 @@
-"""A streaming-ready version as a Ray Dataset, for whoever iterates with Ray.
+"""A streaming-ready version as a Ray Dataset, for iteration with Ray.
 
-`TrainingStream` is faster and can be resumed; this is for pipelines of Ray's own: further transformations, several
+`TrainingStream` is faster and can be resumed; this is for Ray pipelines: further transformations, several
 datasets together, `train.get_dataset_shard(...).iter_torch_batches(...)`.
 """
 
@@ -30,7 +30,7 @@ _REAL = "batch_size"
 def read_version(
     uri: str | os.PathLike[str], split: str = "train", columns: Sequence[str] | None = None, *, verify: bool = True
 ) -> ray.data.Dataset:
-    """Read the samples of a split: exactly the files that the manifest lists, a row for each sample.
+    """Read the samples of a split: only the files that the manifest lists, a row for each sample.
 
     'features' and 'image' are Ray's tensors, as they are stored: not normalised (the constants are in the manifest's
     definition); 'label' and 'sample_id' are numbers.
@@ -38,14 +38,13 @@ def read_version(
     Args:
         uri: Directory of a version (…/v3), or of a dataset for its latest version.
         split: 'train', 'validation' or 'test'.
-        columns: Some of them; None: all.
-        verify: Whether each block is compared with its checksum, for which all columns are read.
+        columns: Names of columns; None: all.
+        verify: Compare each block with its checksum, which reads all columns.
 
     Raises:
-        ConfigError: it is no streaming-ready version, there is no such split or column, or `verify` is neither True nor
-            False.
+        ConfigError: it isn't a streaming-ready version, there is no such split or column, or `verify` isn't a bool.
         VersionNotFound: there is no such published version.
-        CorruptVersion: a file is missing or has another size. (Within Ray's own error, a block that is damaged.)
+        CorruptVersion: a file is missing or has another size. (Within Ray's error, a damaged block.)
     """
     truth_values(verify=verify)
     version = open_version(uri)
@@ -58,7 +57,7 @@ def read_version(
         raise fault
     filesystem, _ = storage.arrow_filesystem(version.uri)
     paths = [storage.arrow_filesystem(uri)[1] for uri in uris]
-    # The names of the directories say which split it is, and would become a column.
+    # The directory names contain the split, and would become a column.
     blocks = ray.data.read_parquet(paths, filesystem=filesystem, partitioning=None)
     take_apart = functools.partial(_samples, columns=picked, block_size=int(definition["block_size"]), verify=verify)
     read = [*there, CHECKSUM] if verify else picked
@@ -72,7 +71,7 @@ def _verify(blocks: pa.Table) -> None:
 
 
 def _samples(blocks: pa.Table, columns: Sequence[str], block_size: int, verify: bool) -> pa.Table:
-    """One row a sample: blocks are taken apart, and what fills the last one up is left out."""
+    """Return one row a sample: blocks are split, and the padding of the last one is dropped."""
     if verify:
         _verify(blocks)
     real = np.arange(block_size) < np.asarray(blocks[_REAL])[:, None]

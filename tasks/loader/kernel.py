@@ -1,6 +1,6 @@
 """The loader's inner loops, compiled by numba: shuffling, gathering rows from mapped files, normalising.
 
-All release the GIL, so that a training loop in Python goes on beside them.
+All release the GIL, so that a training loop in Python continues beside them.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ _AHEAD = 16  # rows that are fetched while as many are copied
 
 
 def jit(function: Function) -> Function:
-    """Compile a function when it is first called; kept on disk for other processes."""
+    """Compile a function on its first call; cached on disk for other processes."""
     return cast(Function, numba.njit(nogil=True, cache=True, error_model="numpy")(function))
 
 
 class Places(NamedTuple):
-    """Where each sample is: files, and in them row groups, whose samples lie one after the other.
+    """Place of each sample: files, and in them row groups of consecutive samples.
 
     Attributes:
         files: (F + 1,) first sample of each file, and the end.
         near: File of every `1 << shift`-th sample.
         shift: See `near`.
-        groups: (F + 1,) first row group of each file in the following arrays; none of a file that isn't mapped.
-        size: (F,) samples of the first row group of each file, of which others rarely differ.
+        groups: (F + 1,) first row group of each file in the following arrays; an unmapped file has none.
+        size: (F,) samples of the first row group of each file; other groups rarely differ.
         starts: (G,) first sample of each row group.
         blocks: (F,) number of the first block of each file.
         block_size: Samples of a block.
@@ -64,7 +64,7 @@ class Places(NamedTuple):
 
 
 def _code_of_copy(_context: Any, _to: Any, _origin: Any, _count: Any) -> Any:
-    """The C library's memcpy between two addresses, given as numbers."""
+    """Generate a call of the C library's memcpy between two addresses, given as numbers."""
 
     def build(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
@@ -75,7 +75,7 @@ def _code_of_copy(_context: Any, _to: Any, _origin: Any, _count: Any) -> Any:
 
 
 def _code_of_prefetch(_context: Any, _address: Any) -> Any:
-    """Have the cache line at an address fetched, while other instructions go on."""
+    """Generate a prefetch of the cache line at an address, beside other instructions."""
 
     def build(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -88,7 +88,7 @@ def _code_of_prefetch(_context: Any, _address: Any) -> Any:
 
 
 def _code_of_populate(_context: Any, _address: Any, _length: Any) -> Any:
-    """Linux' madvise(…, MADV_POPULATE_READ); where the kernel doesn't know it (before 5.14), it does nothing."""
+    """Generate a call of Linux' madvise(…, MADV_POPULATE_READ); kernels before 5.14 don't know it and do nothing."""
 
     def build(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -106,7 +106,7 @@ _populate: Any = intrinsic(_code_of_populate)
 
 @jit
 def mix(value: Any) -> Any:
-    """The finaliser of splitmix64 (see `tasks.io.hashing`), uint64 → uint64."""
+    """Return the finaliser of splitmix64 (see `tasks.io.hashing`), uint64 → uint64."""
     value = (value ^ (value >> np.uint64(30))) * _FIRST
     value = (value ^ (value >> np.uint64(27))) * _SECOND
     return value ^ (value >> np.uint64(31))
@@ -114,7 +114,7 @@ def mix(value: Any) -> Any:
 
 @jit
 def draw_key(seed: Any, epoch: Any, level: Any, number: Any) -> Any:
-    """Key of a shuffle, uint64: of which seed, epoch and level it is, and the how-manieth there."""
+    """Return the key of a shuffle, uint64: from seed, epoch, level, and number within the level."""
     key = mix(np.uint64(seed) + _GOLDEN)
     key = mix((key ^ np.uint64(epoch)) + _GOLDEN)
     key = mix((key ^ np.uint64(level)) + _GOLDEN)
@@ -123,7 +123,7 @@ def draw_key(seed: Any, epoch: Any, level: Any, number: Any) -> Any:
 
 @jit
 def shuffle(values: IntArray, key: Any) -> None:
-    """Fisher-Yates in place; draw i is the splitmix64 of key + i. Of less than 2**32 values."""
+    """Shuffle in place by Fisher-Yates; draw i is the splitmix64 of key + i. For fewer than 2**32 values."""
     for i in range(len(values) - 1, 0, -1):
         bits = mix(key + np.uint64(i) * _GOLDEN)
         j = np.int64(((bits >> _HALF) * np.uint64(i + 1)) >> _HALF)
@@ -137,16 +137,16 @@ def deal(  # noqa: PLR0917 - compiled functions take numbers one by one
     """Sort some consecutive samples of an epoch by stream, and take a part of them.
 
     Args:
-        turns: (S,) turn of each stream: it gives the samples at positions whose remainder by S is its turn.
-        samples: Samples of the epoch; after the last one the first ones follow again.
+        turns: (S,) turn of each stream: it holds the samples at positions whose remainder by S is its turn.
+        samples: Samples of the epoch; after the last one it starts again.
         start: Position of the first sample, below `samples`.
         count: Number of samples.
-        low: Where the part begins among the sorted samples.
-        high: Where it ends.
+        low: Start of the part among the sorted samples.
+        high: End of the part.
 
     Returns:
-        (n, 3) stream, place in the stream, and number of samples of each run; those that follow again come last. And
-        how many of the part's samples don't follow again.
+        (n, 3) stream, place in the stream, and number of samples of each run, repeated samples last; and the number
+        of samples of the part that aren't repeated.
 
     """
     streams, laps = len(turns), (start + count - 1) // samples + 1
@@ -171,7 +171,7 @@ def deal(  # noqa: PLR0917 - compiled functions take numbers one by one
 
 @jit
 def samples_of(firsts: IntArray, chunk: int, end: int, out: IntArray) -> int:
-    """Write the samples of chunks to `out`, those below an end; how many they are."""
+    """Write the samples of chunks below an end to `out`; return their number."""
     count = 0
     for first in firsts:
         for sample in range(first, min(first + chunk, end)):
@@ -184,19 +184,19 @@ def samples_of(firsts: IntArray, chunk: int, end: int, out: IntArray) -> int:
 def collect(  # noqa: PLR0917 - compiled functions take arrays one by one
     runs: IntArray, run: int, windows: IntArray, starts: IntArray, ends: IntArray, out: IntArray, done: int
 ) -> tuple[int, int]:
-    """Copy the samples of runs from the windows of their streams, up to one that isn't there.
+    """Copy the samples of runs from the windows of their streams, up to a missing window.
 
     Args:
-        runs: (n, 3) stream, place in the stream, and number of samples; what was copied is taken off.
-        run: The run to begin with.
+        runs: (n, 3) stream, place in the stream, and number of samples; copied ones are subtracted.
+        run: First run.
         windows: (S, W) samples of a window of each stream.
         starts: (S,) place in the stream at which its window begins.
-        ends: (S,) place at which it ends.
-        out: Where the samples go.
-        done: How many are there already.
+        ends: (S,) place at which its window ends.
+        out: Array for the samples.
+        done: Number of samples in it already.
 
     Returns:
-        The run whose next sample is in another window, n if there is none; and how many samples are there now.
+        The run whose next sample is in another window, n if there is none; and the number of samples in `out`.
 
     """
     while run < len(runs):
@@ -239,13 +239,13 @@ def _group(places: Places, sample: Any) -> Any:
 def gather(places: Places, index: IntArray, addresses: IntArray, widths: IntArray, to: IntArray) -> None:
     """Copy the values of some samples, one after the other, for each column.
 
-    Rows lie anywhere in a window of megabytes. While some are copied, the next ones are on their way to the cache: for
-    rows of 20 numbers that takes about 50 ns a row, and 100 without.
+    Rows are anywhere in a window of megabytes. Prefetching the next rows while some are copied takes about 50 ns
+    a row of 20 numbers, instead of 100.
 
     Args:
-        places: Where samples are.
+        places: Places of samples.
         index: (n,) samples, all of them in mapped files.
-        addresses: (C, G) where the values of each row group begin, for each column.
+        addresses: (C, G) start of each row group's values, for each column.
         widths: (C,) bytes of a value.
         to: (C,) addresses of memory for n values.
     """
@@ -275,15 +275,15 @@ def fetch(  # noqa: PLR0917 - compiled functions take arrays one by one
 ) -> None:
     """Read chunks of samples from the disk, and enter their pages into this process's table.
 
-    Touched one by one, pages of an image of 150 KB cost 30 to 50 µs, even if they are in memory; like this 11 µs.
+    Touched one by one, pages of an image of 150 KB cost 30 to 50 µs, even if they are in memory; this way 11 µs.
 
     Args:
-        places: Where samples are.
+        places: Places of samples.
         firsts: (n,) first samples of the chunks, all of them in mapped files.
-        ends: (n,) where they end.
-        addresses: (C, G) where the values of each row group begin, for each column.
+        ends: (n,) ends of the chunks.
+        addresses: (C, G) start of each row group's values, for each column.
         widths: (C,) bytes of a value.
-        stop: (1,) not 0 ends it.
+        stop: (1,) a value other than 0 stops it.
     """
     for i in range(len(firsts)):
         sample, end = firsts[i], ends[i]
@@ -300,7 +300,7 @@ def fetch(  # noqa: PLR0917 - compiled functions take arrays one by one
 
 @jit
 def files_of(places: Places, firsts: IntArray, ends: IntArray, out: IntArray) -> int:
-    """Write the files that hold some ranges of samples to `out`, each once, as they come; how many they are."""
+    """Write the files of some ranges of samples to `out`, each once, in their order; return their number."""
     seen, count = np.zeros(len(out), np.uint8), 0
     for i in range(len(firsts)):
         for file in range(_file(places, firsts[i]), _file(places, ends[i] - 1) + 1):
@@ -313,7 +313,7 @@ def files_of(places: Places, firsts: IntArray, ends: IntArray, out: IntArray) ->
 
 @jit
 def blocks_of(places: Places, index: IntArray, out: IntArray) -> None:
-    """Block of each sample."""
+    """Write the block of each sample to `out`."""
     for i in range(len(index)):
         file = _file(places, index[i])
         out[i] = places.blocks[file] + (index[i] - places.files[file]) // places.block_size
@@ -321,7 +321,7 @@ def blocks_of(places: Places, index: IntArray, out: IntArray) -> None:
 
 @jit
 def unknown_blocks(blocks: IntArray, status: UInt8Array, out: IntArray) -> Any:
-    """Write the blocks of which nothing is known yet to `out`, each once; how many they are."""
+    """Write the unchecked blocks to `out`, each once; return their number."""
     count = 0
     for block in blocks:
         if status[block] == UNKNOWN:
@@ -335,7 +335,7 @@ def unknown_blocks(blocks: IntArray, status: UInt8Array, out: IntArray) -> Any:
 
 @jit
 def normalise_rows(values: FloatArray, mean: FloatArray, std: FloatArray, out: FloatArray) -> None:
-    """(values - mean) / std of each column; (n, F); `out` may be `values`."""
+    """Write (values - mean) / std of each column; (n, F); `out` may be `values`."""
     for i in range(values.shape[0]):
         for j in range(values.shape[1]):
             out[i, j] = (values[i, j] - mean[j]) / std[j]
@@ -343,7 +343,7 @@ def normalise_rows(values: FloatArray, mean: FloatArray, std: FloatArray, out: F
 
 @jit
 def normalise_planes(values: UInt8Array, factor: FloatArray, shift: FloatArray, out: FloatArray) -> None:
-    """Values * factor + shift of each channel; (n, C, P) → (n, C, P)."""
+    """Write values * factor + shift of each channel; (n, C, P) → (n, C, P)."""
     for i in range(values.shape[0]):
         for c in range(values.shape[1]):
             by, plus = factor[c], shift[c]
@@ -353,7 +353,7 @@ def normalise_planes(values: UInt8Array, factor: FloatArray, shift: FloatArray, 
 
 @jit
 def normalise_pixels(values: UInt8Array, factor: FloatArray, shift: FloatArray, out: FloatArray) -> None:
-    """As `normalise_planes`, turned to (n, P, C)."""
+    """Write the result of `normalise_planes`, transposed to (n, P, C)."""
     for i in range(values.shape[0]):
         for p in range(values.shape[2]):
             for c in range(values.shape[1]):

@@ -1,8 +1,8 @@
-"""One Parquet file in memory, and where the raw values of its tensor columns are.
+"""One Parquet file in memory, and the addresses of the raw values of its tensor columns.
 
 `tasks.io.tensors.parquet_settings` writes tensor columns raw, each column chunk as one page without levels: its
-values lie one after the other and end where the column chunk ends. That it is so is looked at here, in the footer and
-in the page's own header, before anybody reads a value by its address.
+values are contiguous and end where the column chunk ends. This is checked here, in the footer and
+in the page's header, before any value is read by its address.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ CURE = "publish a new version from the same sources, or restore the file from a 
 CHECKSUM = "batch_id"
 
 _CHECKSUM_BYTES = 16
-_HEADER_BYTES = 64  # more than the part of a page's header that is looked at
+_HEADER_BYTES = 64  # more than the part of a page's header that is read
 _DATA_PAGES = (0, 3)
 
 
 @dataclass(frozen=True, slots=True)
 class RawColumn:
-    """Where the values of a tensor column are.
+    """Place of a tensor column's values.
 
     Attributes:
         spec: Shape and element type of a block's values.
-        offsets: int64 (row groups,), where the values of each row group begin in the file.
+        offsets: int64 (row groups,), start of each row group's values in the file.
     """
 
     spec: TensorSpec
@@ -47,15 +47,15 @@ class MappedFile:
 
     Args:
         file: The open file; it may be closed afterwards.
-        name: What it is called in errors.
+        name: Name of the file in errors.
 
     Attributes:
         columns: Tensor columns by name, in the schema's order.
         starts: int64 (row groups + 1,), first block of each row group, and the end.
-        address: Where the file begins in memory; valid as long as this object is there.
+        address: Address of the file's first byte; valid as long as this object exists.
 
     Raises:
-        CorruptVersion: it is no Parquet file, or its tensors don't lie in it one after the other.
+        CorruptVersion: it isn't a Parquet file, or its tensors aren't contiguous.
 
     """
 
@@ -88,19 +88,19 @@ class MappedFile:
         return int(self.starts[-1])
 
     def check_length(self) -> None:
-        """Check that the file hasn't been cut: to read behind its end would end the process by SIGBUS.
+        """Check that the file hasn't been truncated: reading past its end would end the process by SIGBUS.
 
         Raises:
-            CorruptVersion: it has been.
+            CorruptVersion: it has been truncated.
         """
         size = self._map.size()
         if size < len(self._map):
             raise CorruptVersion(f"{self.name} was cut from {len(self._map)} to {size} bytes while it was read: {CURE}")
 
     def was_written(self) -> bool:
-        """Whether the file, under the path that is its name, has other times than when it was last asked, or mapped.
+        """Return True if the times of the file under this path have changed since the last call, or the mapping.
 
-        Another file under its name is no change: the one that is mapped stays.
+        Another file under the same name is no change: the mapped one stays.
         """
         try:
             status = os.stat(self.name)
@@ -112,7 +112,7 @@ class MappedFile:
         return before != self._written
 
     def is_intact(self, block: int) -> bool:
-        """Whether a block's tensors have the checksum that stands beside them.
+        """Return True if a block's tensors match the stored checksum.
 
         Raises:
             CorruptVersion: the checksums can't be read.
@@ -127,7 +127,7 @@ class MappedFile:
         return hasher.digest() == expected[row * _CHECKSUM_BYTES : (row + 1) * _CHECKSUM_BYTES]
 
     def _checksums_of(self, group: int) -> bytes:
-        """Checksums of a row group's blocks, 16 bytes each."""
+        """Return the checksums of a row group's blocks, 16 bytes each."""
         if group not in self._checksums:
             try:
                 texts = self._parquet.read_row_group(group, columns=[CHECKSUM])[CHECKSUM].to_pylist()
@@ -159,7 +159,7 @@ class MappedFile:
 
 
 def _page_bytes(header: bytes) -> int | None:
-    """Size of a data page's contents, as its header says; None if it is no data page.
+    """Return the size of a data page's contents from its header; None if it isn't a data page.
 
     Thrift's compact protocol: a field's number and type in a byte, then its value. The first fields of a page's header
     are its kind and its size, 32-bit integers in zigzag and 7-bit groups.

@@ -1,4 +1,4 @@
-"""A streaming-ready version, found by its place and looked at before a sample is read: does it fit its manifest?"""
+"""Finding a streaming-ready version by its place, and checking it against its manifest before a sample is read."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Version:
 
     @property
     def definition(self) -> dict[str, Any]:
-        """What its samples are: kind, sizes, features, label, constants to normalise by."""
+        """Definition of its samples: kind, sizes, features, label, constants to normalise by."""
         return self.manifest.definition
 
     def files(self, split: str) -> list[tuple[FileEntry, int]]:
-        """Files of a split and the number of samples in each, in the manifest's order.
+        """Return the files of a split and the number of samples in each, in the manifest's order.
 
         Raises:
             ConfigError: there is no such split, or it has no samples.
@@ -61,7 +61,7 @@ def open_version(uri: str | os.PathLike[str]) -> Version:
     """Find a streaming-ready version by its directory, or the latest one by that of its dataset.
 
     Raises:
-        ConfigError: it is no place, or not one of streaming-ready datasets.
+        ConfigError: it isn't a place, or not one of streaming-ready datasets.
         VersionNotFound: there is no such published version.
         CorruptVersion: its manifest can't be read.
     """
@@ -87,7 +87,7 @@ def open_version(uri: str | os.PathLike[str]) -> Version:
 
 
 def _contradiction(manifest: Manifest) -> str | None:
-    """What can't be in the definition of a streaming-ready version."""
+    """Return a contradiction in a streaming-ready version's definition; None if there is none."""
     said = manifest.definition
     try:
         counts = {path: int(count) for path, count in said["file_samples"].items()}
@@ -110,7 +110,7 @@ def _contradiction(manifest: Manifest) -> str | None:
 
 
 def misfits(version: Version, files: Sequence[tuple[FileEntry, int]]) -> Iterator[tuple[int, CorruptVersion]]:
-    """Which of some files are missing or have another size than the manifest says, by one listing; and what to say."""
+    """Yield the number and the error of each file that is missing or of the wrong size, found by one listing."""
     base = version.uri
     directories = {layout.join(base, entry.path.rpartition("/")[0]) for entry, _ in files}
     sizes = {info.uri: info.bytes for inside in directories for info in storage.list_files(inside)}
@@ -126,7 +126,7 @@ def misfits(version: Version, files: Sequence[tuple[FileEntry, int]]) -> Iterato
 
 
 def sample_columns(definition: dict[str, Any]) -> dict[str, TensorSpec]:
-    """What a sample consists of."""
+    """Return the columns of a sample."""
     columns = {}
     if definition["kind"] == "table":
         columns["features"] = TensorSpec((int(definition["feature_count"]),), "float32")

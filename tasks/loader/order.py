@@ -1,13 +1,13 @@
-"""The order of an epoch, and which worker takes what: a function of (version, seed, epoch) alone, in bounded memory.
+"""The order of an epoch and of its workers: a function of (version, seed, epoch) alone, in bounded memory.
 
     samples of a split, in the order of its files
       └─ canonical streams: C ranges of equally many samples, C a power of two up to 64, of at least 8 files each
            └─ regions of consecutive chunks: about 1 GiB in all streams together, and a file at least
-                └─ chunks of some consecutive samples: what is read together from a disk
+                └─ chunks of some consecutive samples: the unit of a read from a disk
 
 In a stream the regions are permuted, and the chunks in each region. Some consecutive chunks of that order form a
-window, and the samples of a window are permuted. A stream below the size of a region is one region, and one below that
-of a window is permuted as a whole. Samples of a version lie in a random order to begin with, so that the neighbours in
+window, and the samples of a window are permuted. A stream smaller than a region is one region, and one smaller
+than a window is permuted as a whole. A version's samples are stored in a random order, so that the neighbours in
 a chunk have nothing in common.
 
 An epoch interleaves the streams: sample i is the next one of stream bit_reverse(i mod C). Any 2**k consecutive samples
@@ -36,10 +36,10 @@ IntArray = npt.NDArray[np.int64]
 Remainder = Literal["pad", "drop"]
 
 ORDER = 2
-"""Number of this way to order, for the states of streams: any change that gives another order needs another number."""
+"""Number of this ordering, for the states of streams: any change of the order needs another number."""
 
-# Chunks of 256 rows of a table or 8 images are read at nearly the speed of memory; so are windows that stay in the
-# cache. Larger windows mix more; all sizes are those of whole samples, so that the columns picked change no order.
+# Chunks of 256 rows of a table or 8 images are read at nearly the speed of memory; the same holds for windows in the
+# cache. Larger windows mix more; sizes are those of whole samples, so that the choice of columns changes no order.
 _CHUNK_BYTES, _CHUNK_SAMPLES = 1 << 20, (8, 256)
 _WINDOW_BYTES, _WINDOW_CHUNKS = 64 << 20, (64, 256)  # of all streams together
 _REGION_BYTES = 1 << 30  # of all streams together
@@ -53,7 +53,7 @@ _STREAM_DRAWS = 32  # bits for the draws of a level in a stream
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How a split is cut: into streams, and each stream into regions, windows and chunks.
+    """Sizes of a split's parts: streams, and in each stream regions, windows and chunks.
 
     Attributes:
         chunk: samples in a chunk, a power of two.
@@ -71,7 +71,7 @@ class Sizes:
 
     @classmethod
     def of(cls, sample_bytes: int, samples: int, files: int) -> Sizes:
-        """Sizes for a split.
+        """Return the sizes for a split.
 
         Args:
             sample_bytes: Bytes of a sample.
@@ -90,7 +90,7 @@ class Sizes:
 
 
 class Share(NamedTuple):
-    """Which part of each step a worker takes.
+    """A worker's part of each step.
 
     Attributes:
         rank: number of the worker, from 0.
@@ -113,10 +113,10 @@ class EpochOrder:
 
     Args:
         samples: Number of samples, at least 1.
-        sizes: How they are cut.
+        sizes: Sizes of the parts.
         seed: In [0, 2**63).
         epoch: Number of the epoch, from 0.
-        shuffled: Without, the samples come as they are stored, as one stream.
+        shuffled: False: the samples come as they are stored, as one stream.
 
     """
 
@@ -130,13 +130,13 @@ class EpochOrder:
         lengths = samples // len(self._turns) + (self._turns < samples % len(self._turns))
         self._bounds = np.concatenate([[0], np.cumsum(lengths)])
         self._streams: dict[int, _Stream] = {}
-        # The current window of each stream, and between which places of the stream it lies.
+        # The current window of each stream, and its range of places in the stream.
         window = min(sizes.chunk * sizes.window, int(lengths.max()))
         self._windows = np.empty((len(self._turns), window), np.int64)
         self._starts, self._ends = np.zeros((2, len(self._turns)), np.int64)
 
     def take(self, start: int, count: int) -> IntArray:
-        """Samples at `count` positions from `start` on, (count,); after the last one the first ones follow again."""
+        """Return the samples at `count` positions from `start` on, (count,); after the last one it starts again."""
         found, streams = np.empty(count, np.int64), len(self._turns)
         done, position = 0, start % self.samples
         while done < count:
@@ -149,7 +149,7 @@ class EpochOrder:
         return found
 
     def part(self, start: int, share: Share) -> tuple[IntArray, int]:
-        """A worker's batch of the step from a position on: (batch_size,) samples, and how many of them are real.
+        """Return a worker's batch of the step from a position on: (batch_size,) samples, and the number of real ones.
 
         A step that goes beyond the epoch's end is filled with the epoch's first samples. They come last in a batch.
         """
@@ -157,18 +157,18 @@ class EpochOrder:
         return self._collect(runs, share.batch_size), real
 
     def streams_of(self, start: int, share: Share) -> IntArray:
-        """Streams that a worker reads from a position on; for the step that ends the epoch it may need others, too."""
+        """Return the streams that a worker reads from a position on; the epoch's last step may need others, too."""
         whole = max((self.samples - start) // share.step, 1)
-        # What a worker takes depends on the stream that a step begins with, which recurs.
+        # A worker's part depends on the first stream of a step, which recurs.
         steps = range(min(whole, len(self._turns)))
         return np.unique(np.concatenate([self._deal(start + step * share.step, share)[0][:, 0] for step in steps]))
 
     def round_at(self, position: int) -> int:
-        """Round of a position: in round n, streams are about in their n-th window, and not before it."""
+        """Return the round of a position: in round n, streams are about in their n-th window, and not before it."""
         return position // (len(self._turns) * self.sizes.chunk * self.sizes.window)
 
     def chunks_of(self, streams: IntArray, number: int, count: int) -> tuple[IntArray, IntArray]:
-        """First samples and ends of `count` chunks of each of some streams from a round on, as they will be needed.
+        """Return first samples and ends of `count` chunks of each of some streams from a round on, in order of use.
 
         There are fewer at the end of the epoch.
         """
@@ -185,7 +185,7 @@ class EpochOrder:
         return deal(self._turns, self.samples, start, share.step, first, first + share.batch_size)
 
     def _collect(self, runs: IntArray, count: int) -> IntArray:
-        """Samples of runs, (count,); `runs` is used up."""
+        """Return the samples of runs, (count,); uses up `runs`."""
         found = np.empty(count, np.int64)
         run = done = 0
         while True:
@@ -215,7 +215,7 @@ class _Stream:
     Args:
         first: First sample.
         end: The last sample + 1.
-        sizes: How they are cut.
+        sizes: Sizes of the parts.
         key: Seed, epoch, and number of the stream; None: as they are stored.
 
     """
@@ -228,23 +228,23 @@ class _Stream:
         self._last = int(np.flatnonzero(self._order == len(self._order) - 1)[0])
 
     def window_at(self, place: int) -> int:
-        """Window of a place in the stream."""
+        """Return the window of a place in the stream."""
         window = place // (self._sizes.chunk * self._sizes.window)
         # The short chunk moves all later windows forward.
         return window + 1 if place >= self.start(window + 1) else window
 
     def start(self, window: int) -> int:
-        """Place of a window's first sample."""
+        """Return the place of a window's first sample."""
         chunk = min(window * self._sizes.window, len(self._order))
         return chunk * self._sizes.chunk - (self._missing if chunk > self._last else 0)
 
     def chunks(self, window: int, count: int) -> IntArray:
-        """First samples of `count` chunks from a window on; fewer at the end."""
+        """Return the first samples of `count` chunks from a window on; fewer at the end."""
         start = window * self._sizes.window
         return self._first + self._order[start : start + count] * self._sizes.chunk
 
     def fill(self, window: int, out: IntArray) -> int:
-        """Write a window's samples in their order to an array that may be longer; how many they are."""
+        """Write a window's samples in their order to an array that may be longer; return their number."""
         count = samples_of(self.chunks(window, self._sizes.window), self._sizes.chunk, self._end, out)
         self._shuffle(out[:count], _SAMPLES, window)
         return count
@@ -268,18 +268,18 @@ class _Stream:
 
 
 def batch_count(samples: int, batch_size: int, remainder: Remainder) -> int:
-    """Batches of an epoch over all workers: 'pad' has one for the rest, 'drop' leaves it out."""
+    """Return the batches of an epoch over all workers: 'pad' adds one for the rest, 'drop' leaves it out."""
     return samples // batch_size if remainder == "drop" else -(-samples // batch_size)
 
 
 def step_count(batches: int, world_size: int, remainder: Remainder, consumed: int = 0) -> int:
-    """Steps that each worker has left when all together have consumed some of an epoch's batches."""
+    """Return the steps left for each worker after some of an epoch's batches were consumed by all together."""
     left = max(batches - consumed, 0)
     return left // world_size if remainder == "drop" else -(-left // world_size)
 
 
 def mean_displacement(order: IntArray) -> float:
-    """How far samples are from where they are stored, on average, by that of a full permutation (a third of them).
+    """Return the mean distance of samples from their stored place, relative to a full permutation's (a third of them).
 
     Args:
         order: (n,) a permutation of range(n).
@@ -290,10 +290,10 @@ def mean_displacement(order: IntArray) -> float:
 
 
 def class_runs(labels: npt.NDArray[Any]) -> float:
-    """Mean length of the runs of equal labels, by that of a full permutation of them: 1 is as good as that.
+    """Return the mean length of runs of equal labels, relative to a full permutation's: 1 is equally good.
 
     Args:
-        labels: (n,) classes in the order of delivery, two different ones at least.
+        labels: (n,) classes in the order of delivery, at least two different ones.
     """
     count = len(labels)
     runs = 1 + np.count_nonzero(labels[1:] != labels[:-1])
@@ -304,12 +304,12 @@ def class_runs(labels: npt.NDArray[Any]) -> float:
 
 
 def _power(number: int) -> int:
-    """The largest power of two that isn't above a number, and at least 1."""
+    """Return the largest power of two ≤ a number, and at least 1."""
     return 1 << max(number.bit_length() - 1, 0)
 
 
 def _bit_reversed(count: int) -> IntArray:
-    """Each number below a power of two with its bits reversed: the turn of each stream, and the stream of each turn."""
+    """Return the numbers below a power of two, bits reversed: the turn of each stream, and the stream of each turn."""
     turns = np.zeros(1, np.int64)
     while len(turns) < count:
         turns = np.concatenate([2 * turns, 2 * turns + 1])

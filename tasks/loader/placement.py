@@ -1,4 +1,4 @@
-"""From gathered values to the batch that a training loop gets: normalised, of the wanted type, on its device.
+"""From gathered values to the batch of a training loop: normalised, of the requested type, on its device.
 
 | for | gathered into | normalised | handed out as |
 |---|---|---|---|
@@ -6,8 +6,8 @@
 | the CPU | memory that is used again | on the CPU, compiled | tensors over the same memory |
 | a GPU | pinned memory | on the GPU, after the copy: images travel as bytes | tensors, in a stream of their own |
 
-Memory is lent: it comes back, to be used again, when the array that was handed out over it is finalised, which every
-view, slice and tensor of it keeps alive. So a batch belongs to whoever has it. It counts: the first touch of fresh
+Memory is lent: it returns, to be used again, when the array handed out over it is finalised, which every
+view, slice and tensor of it keeps alive. So a batch belongs to its holder. Reuse matters: the first touch of fresh
 memory takes longer than filling it.
 """
 
@@ -35,14 +35,14 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 class Constants:
-    """What to do with a version's inputs, beside moving them.
+    """Treatment of a version's inputs, beside moving them.
 
     Args:
         definition: `manifest.definition` of the version.
-        normalise: Whether to.
-        dtype: Element type of the inputs, by its name or torch's or numpy's own; None: float32 if normalised, else as
+        normalise: True to normalise.
+        dtype: Element type of the inputs, by its name or torch's or numpy's; None: float32 if normalised, else as
             stored.
-        channels_last: Whether the channels of an image's pixel lie side by side in memory; its shape stays.
+        channels_last: True to store the channels of a pixel side by side in memory; the shape stays.
 
     Raises:
         ConfigError: the type isn't one of `DTYPES`.
@@ -64,13 +64,13 @@ class Constants:
 class _Memory(np.ndarray[Any, np.dtype[Any]]):
     """Memory that is lent as plain arrays.
 
-    Its type is the point: views of a plain array refer to what that is a view of, unless it is of another type (as
+    Its type matters: views of a plain array refer to that array's base, unless it is of another type (as
     with numpy's memmap). So they refer to the array that was lent.
     """
 
 
 class _Loan:
-    """Memory and the array over it that is out; entered in a list of free ones again when that one is finalised."""
+    """Memory and the lent array over it; entered in a list of free ones again when the array is finalised."""
 
     __slots__ = ("_free", "_memory", "_out")
 
@@ -79,23 +79,23 @@ class _Loan:
         self._out: weakref.ref[AnyArray] | None = None
 
     def lend(self) -> AnyArray:
-        """An array over the memory, which must be free."""
+        """Return an array over the memory, which must be free."""
         array = self._memory.view(np.ndarray)
         self._out = weakref.ref(array, self._back)
         return array
 
     def _back(self, _: weakref.ref[AnyArray]) -> None:
-        # In whichever thread has dropped it: appending to a list is one step.
+        # In the thread that has dropped it: appending to a list is one step.
         self._free.append(self)
 
 
 class Buffers:
-    """Memory that is used again when nobody holds an array or tensor over it.
+    """Memory that is reused when no array or tensor over it is held.
 
-    One thread at a time may take; others may drop what they got.
+    One thread at a time may take; others may drop their arrays.
 
     Args:
-        limit: Arrays of each shape to keep; what is asked for beyond is fresh.
+        limit: Arrays of each shape to keep; further ones are fresh.
 
     """
 
@@ -104,7 +104,7 @@ class Buffers:
         self._kept: dict[tuple[tuple[int, ...], str], tuple[list[_Loan], list[_Loan]]] = {}
 
     def take(self, shape: tuple[int, ...], dtype: str) -> AnyArray:
-        """An array with anything in it."""
+        """Return an uninitialised array."""
         pool = self._kept.get((shape, dtype))
         if pool is None:
             pool = self._kept[shape, dtype] = ([], [])
@@ -118,26 +118,26 @@ class Buffers:
 
 
 class Placement(Protocol):
-    """Makes batches; `buffer` and `place` are called by the thread that gathers, `receive` by the consumer's."""
+    """Maker of batches; `buffer` and `place` are called by the gathering thread, `receive` by the consumer's."""
 
     def buffer(self, spec: TensorSpec, count: int) -> AnyArray:
-        """Where to gather the values of a column, (count, *shape)."""
+        """Return the array to gather a column's values in, (count, *shape)."""
         ...
 
     def place(self, gathered: dict[str, AnyArray]) -> Any:
-        """Turn what was gathered into a batch, or begin to."""
+        """Turn gathered values into a batch, or begin to."""
         ...
 
     def receive(self, placed: Any) -> dict[str, Any]:
-        """The batch, ready to be used."""
+        """Return the batch, ready for use."""
         ...
 
 
 def placement(constants: Constants, device: Any, as_numpy: bool, buffers: int) -> Placement:
-    """The placement for a device.
+    """Return the placement for a device.
 
     Args:
-        constants: What to do with inputs.
+        constants: Treatment of inputs.
         device: Torch's device or its name; None: the current GPU if there is one, else the CPU.
         as_numpy: Arrays instead of tensors; PyTorch isn't needed then.
         buffers: Batches that may be in use at the same time without new memory.
@@ -171,7 +171,7 @@ class _OnHost:
     def __init__(self, constants: Constants, buffers: int) -> None:
         self._constants = constants
         self._buffers = Buffers(buffers)
-        # What is converted anyway is gathered into memory that never leaves.
+        # Inputs to convert are gathered into memory that isn't handed out.
         self._passing = Buffers(1)
 
     def buffer(self, spec: TensorSpec, count: int) -> AnyArray:
@@ -233,7 +233,7 @@ class _OnCpu(_OnHost):
 
 
 class _Elsewhere(_OnCpu):
-    """Tensors on a device of another kind: made on the CPU and moved."""
+    """Tensors on another kind of device: made on the CPU and moved."""
 
     def __init__(self, constants: Constants, buffers: int, device: torch.device) -> None:
         super().__init__(constants, buffers)
@@ -244,7 +244,7 @@ class _Elsewhere(_OnCpu):
 
 
 class _OnCuda:
-    """Tensors on a GPU. Copies and arithmetic are queued in a stream of their own, beside the training's."""
+    """Tensors on a GPU. Copies and arithmetic are queued in a separate stream, beside the training's."""
 
     def __init__(self, constants: Constants, device: torch.device) -> None:
         import torch
@@ -263,7 +263,7 @@ class _OnCuda:
     def buffer(self, spec: TensorSpec, count: int) -> AnyArray:
         import torch
 
-        # PyTorch keeps pinned memory for use again.
+        # PyTorch reuses pinned memory.
         pinned = torch.empty((count, *spec.shape), dtype=getattr(torch, spec.dtype), pin_memory=True)
         values: AnyArray = pinned.numpy()
         return values
@@ -294,7 +294,7 @@ class _OnCuda:
         current = torch.cuda.current_stream(self._device)
         current.wait_event(done)
         for values in moved.values():
-            values.record_stream(current)  # else its memory might be given away while the training uses it
+            values.record_stream(current)  # else its memory might be reused while the training uses it
         batch: dict[str, Any] = moved
         return batch
 
@@ -313,7 +313,7 @@ class _OnCuda:
 
 
 def _device(device: Any) -> torch.device:
-    """The device that is meant, which is there if it is a GPU."""
+    """Return the torch device; check that a GPU exists."""
     import torch
 
     if device is None:

@@ -1,4 +1,4 @@
-"""Items that are made in a thread, a few ahead of their use."""
+"""Items made in a thread, a few ahead of their use."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ class _Failure:
 
 
 class _End:
-    """Comes after the last item."""
+    """Marker after the last item."""
 
 
 class Prefetch(Generic[Item]):
-    """Iterates over items that a thread makes; what fails there is raised here, with its traceback.
+    """Iterator over items made by a thread; the thread's error is raised here, with its traceback.
 
-    The thread ends when the items do, when one fails, by `close`, and when this object is no longer in use.
+    The thread ends with the items, with an error, with `close`, and when this object is no longer in use.
 
     Args:
-        items: What to iterate over; it must not refer to this object, or to what holds it.
-        depth: Items that may be ready and wait, at least 1.
+        items: Source of the items; it must not refer to this object, or to its holder.
+        depth: Maximum number of ready items, at least 1.
 
     """
 
     def __init__(self, items: Iterator[Item], depth: int) -> None:
         assert depth > 0, "nothing can be made ahead"
         self._ready: queue.SimpleQueue[Item | _Failure | _End] = queue.SimpleQueue()
-        # A semaphore made of a queue, as threading's own is Python code and takes several times as long.
+        # A semaphore made of a queue, as threading's is Python code and takes several times as long.
         self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
         for _ in range(depth):
             self._room.put(None)
@@ -63,7 +63,7 @@ class Prefetch(Generic[Item]):
         return item
 
     def close(self) -> None:
-        """End the thread, after the item that it is making; items that are ready are dropped."""
+        """End the thread after its current item; drop the ready items."""
         self._end()
 
 

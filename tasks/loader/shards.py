@@ -1,12 +1,12 @@
-"""The files of a version's split, as one long row of samples that can be gathered from.
+"""The files of a version's split, as one sequence of samples to gather from.
 
-Files on a local disk are mapped into memory as they are: of a split of many files the first ones at once, others
-somewhat before they are first needed. Those of S3 come through the cache, likewise; only those that are needed soon
-stay mapped, so that the cache can let go of the others.
+Files on a local disk are mapped into memory directly: of a split of many files the first ones at once, others
+shortly before their first use. Those of S3 come through the cache, in the same way; only those needed soon
+stay mapped, so that the cache can evict the others.
 
-A mapped file that somebody cuts or writes to is noticed: each is looked at before a batch is gathered, unless that was
-done in the last 20 ms. What is cut in between, and read before the next look, still ends the process by SIGBUS; what
-was written is compared with its checksums anew within about a second.
+A mapped file that is truncated or written to is noticed: each is checked before a batch is gathered, unless that was
+done in the last 20 ms. A truncation in between, read before the next check, still ends the process by SIGBUS;
+written files are compared with their checksums anew within about a second.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ OnCorrupt = Literal["raise", "skip"]
 
 _NEAR_ENTRIES = 1 << 20
 _DOWNLOADS = 4  # at a time
-_MAPPED_AT_ONCE = 512  # local files, when a split is opened: what is wrong with them is told then
-_LOOK_SECONDS, _TIMES_SECONDS = 0.02, 1.0  # between looks at files' lengths, and at their times, which take longer
+_MAPPED_AT_ONCE = 512  # local files, when a split is opened: errors in them are raised then
+_LOOK_SECONDS, _TIMES_SECONDS = 0.02, 1.0  # between checks of files' lengths, and of their times, which take longer
 _LOOK_SHARE = 1 / 500  # of the time at most, however many files there are
-_FETCH_BYTES = 1 << 18  # of a chunk that is fetched as a whole; of smaller ones the operating system reads enough ahead
+_FETCH_BYTES = 1 << 18  # of a chunk that is fetched as a whole; for smaller ones the system's read-ahead is enough
 
 
 class Shards:
@@ -53,22 +53,21 @@ class Shards:
     Args:
         version: The version.
         split: The split.
-        cache: Where files of S3 are kept; not used for local ones.
-        on_corrupt: 'raise' on damage, or 'skip' the samples that are concerned.
-        verify: Whether the checksum of each block is looked at before its first use.
+        cache: Cache for files of S3; not used for local ones.
+        on_corrupt: 'raise' on damage, or 'skip' the affected samples.
+        verify: True to check each block's checksum before its first use.
 
     Attributes:
-        samples: number of samples, the damaged ones included.
-        columns: what there is to gather of each sample, by name.
+        samples: number of samples, including damaged ones.
+        columns: columns of a sample, by name.
         sample_bytes: bytes of all columns of a sample.
-        files: number of files, those left out included.
-        remote: whether its files come through the cache.
-        skipped_files: number of files left out.
+        files: number of files, including skipped ones.
+        remote: True if its files come through the cache.
+        skipped_files: number of skipped files.
 
     Raises:
         ConfigError: as `Version.files`.
-        CorruptVersion: a file is missing, or differs from its manifest or from what it should be like; or all are left
-            out.
+        CorruptVersion: a file is missing, or differs from its manifest or its format; or all are skipped.
 
     """
 
@@ -114,18 +113,18 @@ class Shards:
         self._tabulate()
 
     def close(self) -> None:
-        """End what is being fetched."""
+        """Stop the current fetches."""
         self._stop.set()
         self._halt[0] = 1
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def usable(self, index: IntArray) -> npt.NDArray[np.bool_] | None:
-        """Which of some samples can be gathered, (n,); None for all of them.
+        """Return a mask of the samples that can be gathered, (n,); None for all of them.
 
-        Files that they are in are mapped afterwards, and their blocks are checked.
+        Map the files of the samples, and check their blocks.
 
         Raises:
-            CorruptVersion: some are damaged, and they aren't to be skipped; or all that there are.
+            CorruptVersion: some are damaged, and `on_corrupt` is 'raise'; or all samples are damaged.
         """
         if len(self._mapped) + len(self._bad) < len(self._files):
             self._require(self._files_of(index, index + 1))
@@ -146,28 +145,28 @@ class Shards:
 
         Args:
             index: (n,) samples that are usable.
-            out: Where to, by column: C-contiguous, (n, *shape).
+            out: Target arrays by column: C-contiguous, (n, *shape).
         """
         self.pick(tuple(out))
         to = np.array([values.__array_interface__["data"][0] for values in out.values()], np.int64)
         gather(self._places, index, self._addresses, self._widths, to)
 
     def pick(self, names: tuple[str, ...]) -> None:
-        """Say which columns will be gathered."""
+        """Choose the columns to gather."""
         if names != self._picked:
             self._picked = names
             self._widths = np.array([self.columns[name].width for name in names], np.int64)
             self._pick()
 
     def soon(self, firsts: IntArray, ends: IntArray, chunk: int) -> None:
-        """Tell which samples will be needed, so that they are there then.
+        """Announce the samples that are needed soon, so that they are ready then.
 
         Remote files are downloaded in this order, and others needn't stay mapped. Local ones are mapped, and read ahead
         at their first use.
 
         Args:
             firsts: (n,) first samples of chunks.
-            ends: (n,) where the chunks end.
+            ends: (n,) ends of the chunks.
             chunk: Samples of a whole chunk.
         """
         wanted = self._files_of(firsts, ends)
@@ -180,7 +179,7 @@ class Shards:
                 self._coming[file] = self._pool.submit(self._open, file)
         kept = set(wanted)
         for file in self._coming.keys() - kept:
-            # One that is here and was never used would stay mapped, and in the cache.
+            # A present but never used one would stay mapped, and in the cache.
             if self._coming[file].cancel() or self._coming[file].done():
                 del self._coming[file]
         dropped = self._mapped.keys() - kept
@@ -194,19 +193,19 @@ class Shards:
             return
         if not len(self._read):
             self._read = np.zeros(-(-self.samples // chunk), np.bool_)
-        # The short chunk that ends a stream may share its number with the next stream's first one; either will do.
+        # The short chunk that ends a stream may share its number with the next stream's first one; either is correct.
         fresh = ~self._read[firsts // chunk]
         self._read[firsts // chunk] = self._stays
         addresses, widths = self._addresses, self._widths
         self._pool.submit(fetch, self._places, firsts[fresh], ends[fresh], addresses, widths, self._halt)
 
     def _files_of(self, firsts: IntArray, ends: IntArray) -> list[int]:
-        """Files of some ranges of samples, as they come."""
+        """Return the files of some ranges of samples, in their order."""
         found = np.empty(self.files, np.int64)
         return [int(file) for file in found[: files_of(self._places, firsts, ends, found)]]
 
     def _require(self, files: Sequence[int]) -> None:
-        """Map some files that may not be yet."""
+        """Map those of some files that aren't mapped yet."""
         missing = [file for file in files if file not in self._mapped and file not in self._bad]
         for file in missing:
             self._map(file)
@@ -223,7 +222,7 @@ class Shards:
             self._leave_out(file, error)
 
     def _leave_out(self, file: int, error: CorruptVersion) -> None:
-        """Skip a file, or raise what is wrong with it."""
+        """Skip a file, or raise its error."""
         if not self._skip:
             raise error
         self._bad.add(file)
@@ -241,9 +240,9 @@ class Shards:
             raise CorruptVersion(f"all {self.samples:,} samples are damaged or missing; the last: {error}") from error
 
     def _look(self) -> None:
-        """Look which mapped files were cut or written to since the last look."""
+        """Find mapped files that were truncated or written to since the last check."""
         started = time.monotonic()
-        # To use a file of the cache changes its times.
+        # Using a file of the cache changes its times.
         times = not self.remote and started >= self._next_times
         for file, mapped in self._mapped.items():
             if file in self._bad:
@@ -311,7 +310,7 @@ class Shards:
                 self._refuse_if_nothing_is_left(error)
 
     def _tabulate(self) -> None:
-        """Make the tables of where samples are, of the files that are mapped now."""
+        """Build the tables of the samples' places, for the files that are mapped now."""
         groups, starts, sizes = [0], [np.empty(0, np.int64)], []
         for file in range(len(self._files)):
             mapped = self._mapped.get(file)
@@ -332,7 +331,7 @@ class Shards:
         self._pick()
 
     def _pick(self) -> None:
-        """Make the table of where the values of the picked columns are, (columns, row groups)."""
+        """Build the table of the picked columns' addresses, (columns, row groups)."""
         self._addresses = np.empty((len(self._picked), len(self._places.starts)), np.int64)
         for row, name in zip(self._addresses, self._picked, strict=True):
             for file, mapped in self._mapped.items():
@@ -341,12 +340,12 @@ class Shards:
 
 
 def memory_bytes() -> int:
-    """Bytes of the machine's memory, in which the operating system keeps what was read."""
+    """Return the bytes of the machine's memory, which holds the operating system's file cache."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _near(starts: IntArray) -> tuple[npt.NDArray[np.int32], int]:
-    """File of every 2**shift-th sample, and shift: where a search for a sample's file begins."""
+    """Return the file of every 2**shift-th sample, and shift: starting points of the search for a sample's file."""
     samples, shift = int(starts[-1]), 0
     while samples >> shift > _NEAR_ENTRIES:
         shift += 1

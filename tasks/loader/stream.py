@@ -1,4 +1,4 @@
-"""The loader: a published version as batches for one of some workers, in an order that anybody can compute again.
+"""The loader: a published version as batches for one of several workers, in a reproducible order.
 
     with TrainingStream("s3://bucket/data/training-datasets/streaming-ready/customers", batch_size=1024) as stream:
         for epoch in range(10):
@@ -6,18 +6,18 @@
                 …
                 checkpoint = {…, "stream": stream.state_dict()}
 
-What it promises:
+Guarantees:
 
 - Over all workers each sample comes exactly once an epoch, and each worker gets as many batches as the others.
-- The order depends on the version, the seed and the epoch alone. Which worker gets what of a step follows from their
+- The order depends on the version, the seed and the epoch alone. A worker's part of a step follows from its
   number: each reads about its share of the files.
-- A state is the place of all workers together: any of them can save it, and any number of workers can go on from it,
+- A state is the place of all workers together: any of them can save it, and any number of workers can resume from it,
   without losing or repeating a sample.
-- A batch belongs to whoever got it: nothing writes to it later.
+- A batch belongs to its receiver: nothing writes to it later.
 
 A stream belongs to the process that opened it, which alone knows its place: it can't be sent to another one, a forked
-copy says so instead of waiting for a thread that isn't there, and processes of a torch DataLoader are refused, unless
-each opens a stream with a rank and world_size of its own. It is a loader itself, and needs none around it.
+copy raises an error instead of waiting for a missing thread, and processes of a torch DataLoader are refused, unless
+each opens a stream with a separate rank and world_size. It is a loader itself and needs no DataLoader.
 
 It runs in Ray Train's workers, under torchrun, and alone; it needs neither Ray nor, for numpy, PyTorch.
 """
@@ -55,19 +55,19 @@ _OF_A_STATE = "give what state_dict() of a TrainingStream gave"
 
 @dataclass(slots=True)
 class StreamStats:
-    """What a stream has handed out since it was opened.
+    """Statistics of a stream since it was opened.
 
     Attributes:
         batches: batches of this worker.
         samples: real samples in them.
-        bytes_read: bytes gathered for them, as they are stored.
+        bytes_read: bytes gathered for them, as stored.
         wait_seconds: time in which the consumer waited for a batch.
-        seconds: time of iterations, waiting included, up to when a batch was last asked for or given.
+        seconds: time of iterations, including waiting, up to the last request or delivery of a batch.
         cache_hits: files of S3 that were in the cache.
-        cache_misses: files that had to be downloaded.
+        cache_misses: files that were downloaded.
         cache_bytes_read: their bytes.
-        skipped_samples: samples of this worker that were left out, as they were damaged.
-        skipped_files: files left out as a whole.
+        skipped_samples: damaged samples of this worker that were skipped.
+        skipped_files: files skipped as a whole.
     """
 
     batches: int = 0
@@ -83,7 +83,7 @@ class StreamStats:
 
 
 class _Made(NamedTuple):
-    """A batch on its way from the thread that makes it to the consumer."""
+    """A batch on its way from the producing thread to the consumer."""
 
     placed: Any
     samples: int
@@ -94,36 +94,36 @@ class _Made(NamedTuple):
 class TrainingStream:
     """Batches of one split of a streaming-ready version for one worker.
 
-    An iteration gives the rest of the current epoch. With its last batch the stream is at the start of the next one,
-    even if nobody asks for another batch. Of two iterations at the same time only the later one goes on.
+    An iteration yields the rest of the current epoch. With its last batch the stream is at the start of the next one,
+    even if no further batch is requested. Of two iterations at the same time only the later one continues.
 
     Args:
         uri: Directory of a version (…/v3), or of a dataset for its latest version.
         batch_size: Samples of a batch of each worker.
         split: 'train', 'validation' or 'test'.
-        seed: Decides on the order, together with the epoch; in [0, 2**63).
-        rank: Number of this worker from 0; None: as Ray Train, torch.distributed, torchrun, mpirun or SLURM's srun
-            says, else 0.
-        world_size: Number of workers, likewise.
-        shuffle: Without, each epoch has the order of the files (which is random by itself, but always the same).
-        remainder: What is left at the end of an epoch: 'pad' repeats the epoch's first samples to fill all workers'
-            last batches, and gives a boolean column 'mask' with each batch, False for the repeated ones; 'drop' leaves
-            out what doesn't fill a batch for each worker.
-        columns: Some of 'features' or 'image', 'label', 'sample_id'; None: all that there are.
-        normalise: Whether inputs become (x - mean) / std with the version's own constants, and pixels x / 255 before.
+        seed: Determines the order, together with the epoch; in [0, 2**63).
+        rank: Number of this worker from 0; None: from Ray Train, torch.distributed, torchrun, mpirun or SLURM's srun,
+            else 0.
+        world_size: Number of workers, with the same default.
+        shuffle: False: each epoch has the order of the files (which is random, but always the same).
+        remainder: Treatment of an epoch's rest: 'pad' repeats the epoch's first samples to fill all workers'
+            last batches, and adds a boolean column 'mask' to each batch, False for the repeated ones; 'drop' leaves
+            out an incomplete batch of each worker.
+        columns: Some of 'features' or 'image', 'label', 'sample_id'; None: all available ones.
+        normalise: True for inputs as (x - mean) / std with the version's constants, and pixels as x / 255 before.
         dtype: Element type of the inputs, of torch, of numpy or by its name: float32, float16, bfloat16, float64. None:
-            float32 if they are normalised, else as they are stored.
-        channels_last: Images lie in memory pixel by pixel, in tensors of the same shape.
-        device: Where batches go; None: the current GPU if there is one, else the CPU.
+            float32 if they are normalised, else as stored.
+        channels_last: True to store images pixel by pixel, in tensors of the same shape.
+        device: Device of the batches; None: the current GPU if there is one, else the CPU.
         on_corrupt: 'raise' on damaged or missing data, or 'skip' the samples concerned: batches have fewer samples.
-        verify: Whether each block's checksum is looked at before its first use in this process.
+        verify: True to check each block's checksum before its first use in this process.
         prefetch: Batches that are made ahead in a thread; 0: none, and no thread.
-        cache_dir: Where files of S3 are kept, in a directory of the cache's own; None: in the user's cache directory.
+        cache_dir: Parent of the cache's directory, for files of S3; None: the user's cache directory.
         cache_bytes: Bytes of all files kept there; None: 50 GB.
         as_numpy: Arrays instead of tensors, for any other library.
 
     Raises:
-        ConfigError: an argument can't be used, or it is no streaming-ready version.
+        ConfigError: an argument is invalid, or it isn't a streaming-ready version.
         VersionNotFound: there is no such published version.
         CorruptVersion: a file is missing or differs from the manifest, here or while iterating; or everything is to be
             skipped, at the latest by the end of a worker's epoch.
@@ -175,7 +175,7 @@ class TrainingStream:
         self._batch_size, self._seed, self._shuffle, self._remainder = batch_size, seed, shuffle, remainder
         self._prefetch = prefetch
         constants = Constants(version.definition, normalise, dtype, channels_last)
-        # Of the batches one is made, some wait, one is used, and one more may be held beside it.
+        # One batch is made, some wait, one is used, and one more may be held beside it.
         self._placement = placement(constants, device, as_numpy, prefetch + 4)
         self._cache = FileCache(cache_dir, cache_bytes) if version.uri.startswith("s3://") else None
         self._shards = Shards(version, split, self._cache, on_corrupt, verify)
@@ -212,7 +212,7 @@ class TrainingStream:
 
     @property
     def epoch(self) -> int:
-        """The epoch that an iteration would go on with, from 0."""
+        """Epoch that an iteration would continue, from 0."""
         return self._epoch
 
     def set_epoch(self, epoch: int) -> None:
@@ -220,12 +220,12 @@ class TrainingStream:
         self._move(whole_number("epoch", epoch, "epochs are counted from 0"), 0)
 
     def __len__(self) -> int:
-        """Batches of this worker in a whole epoch."""
+        """Return the batches of this worker in a whole epoch."""
         return step_count(self._batches, self.world_size, self._remainder)
 
     @property
     def stats(self) -> StreamStats:
-        """What has been handed out so far."""
+        """Statistics so far."""
         cached = self._cache.counts if self._cache is not None else None
         return replace(
             self._counts,
@@ -235,17 +235,17 @@ class TrainingStream:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The place of all workers after the batch that was handed out last: plain values, the same in each worker.
+        """Return the place of all workers after the last delivered batch: plain values, the same in each worker.
 
         After the last batch of an epoch it is the start of the next one.
         """
         return {**self._identity, "epoch": self._epoch, "batches": self._consumed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a place, saved by any worker of any number of them.
+        """Continue from a place saved by any worker of any number of them.
 
         Raises:
-            InputError: it is a place in something else, or in another order, of which each difference is named; or
+            InputError: it is a place in another version, or in another order, with each difference named; or
                 there is no such place.
         """
         if not isinstance(state, Mapping):
@@ -269,12 +269,12 @@ class TrainingStream:
                 raise InputError(
                     f"the state's {name} = {value!r} is no place in an epoch of {self._batches} batches: {_OF_A_STATE}"
                 )
-        # What is left may be too little for a step of this number of workers, where a remainder is dropped.
+        # The rest may be too small for a step of this number of workers, if a remainder is dropped.
         left = step_count(self._batches, self.world_size, self._remainder, consumed)
         self._move(*((epoch, consumed) if left else (epoch + 1, 0)))
 
     def __iter__(self) -> Iterator[Batch]:
-        """The rest of the current epoch."""
+        """Yield the rest of the current epoch."""
         if self._closed:
             raise PipelineError("the stream is closed: open another one")
         self._refuse_other_process()
@@ -303,7 +303,7 @@ class TrainingStream:
                     )
                 del one
                 yield batch
-                del batch  # else its memory couldn't be used again while the next one is waited for
+                del batch  # else its memory couldn't be reused during the wait for the next one
                 self._refuse_other_process()
                 if step < steps and move != self._moves:
                     raise PipelineError(
@@ -314,7 +314,7 @@ class TrainingStream:
                 counts.seconds = before + asked - started
 
     def close(self) -> None:
-        """End iterations and downloads; what was handed out stays valid."""
+        """End iterations and downloads; delivered batches stay valid."""
         self._closed = True
         self._moves += 1
         self._shards.close()
@@ -347,7 +347,7 @@ class TrainingStream:
         self._moves += 1
 
     def _made(self, epoch: int, first: int, steps: int) -> Any:
-        """The batches of this worker from a place on, an iterator that can be closed."""
+        """Return a closable iterator over the batches of this worker from a place on."""
         share = Share(self.rank, self.world_size, self._batch_size)
         start = first * self._batch_size
         masked = self._remainder == "pad"
@@ -365,7 +365,7 @@ class TrainingStream:
         return Prefetch(items, self._prefetch) if self._prefetch else items
 
     def _stop_making(self) -> None:
-        """End the thread of an iteration that may still be under way: only one at a time may use the shards."""
+        """End the thread of an unfinished iteration: only one at a time may use the shards."""
         if self._making is not None:
             self._making.close()
             self._making = None
@@ -389,7 +389,7 @@ def _make(
     starts: range,
     masked: bool,
 ) -> Iterator[_Made]:
-    """Make a worker's batches of the steps from some positions on."""
+    """Yield a worker's batches of the steps from some positions on."""
     streams = order.streams_of(starts.start, share)
     sizes, named = order.sizes, 0
     for start in starts:
@@ -418,7 +418,7 @@ def _gathered(
     skipped: int,
     masked: bool,
 ) -> _Made:
-    """One batch of samples, the first of which are real."""
+    """Return one batch of samples, the first of which are real."""
     gathered = {name: place.buffer(shards.columns[name], len(index)) for name in columns}
     shards.gather(index, gathered)
     size = sum(values.nbytes for values in gathered.values())

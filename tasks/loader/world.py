@@ -1,8 +1,8 @@
-"""Which of how many workers this process is, whatever started it.
+"""Rank of this process among the workers, for any launcher.
 
-Launchers run within one another: `srun` starts a torchrun on each node, and that one the workers. Then each has
-variables of its own, and those of the innermost count: it starts at least as many processes as the outer one. Variables
-that can't be of such a nesting would have several processes deliver the same samples, and are refused.
+Launchers nest: `srun` starts a torchrun on each node, which starts the workers. Then each sets its
+variables, and those of the innermost count: it starts at least as many processes as the outer one. Variables
+that contradict such a nesting would let several processes deliver the same samples, and are refused.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _VARIABLES = (
     ("PMI_RANK", "PMI_SIZE"),  # mpiexec of MPICH and Intel MPI; srun --mpi=pmi2
     ("SLURM_PROCID", "SLURM_NTASKS"),  # srun; a step may have fewer processes than its job
 )
-# Its ranks are agreed upon when its processes meet, and needn't follow those of what started it.
+# Its ranks are assigned when its processes meet, and may differ from the launcher's.
 _TORCHRUN = "TORCHELASTIC_RUN_ID"
 _STEP = "SLURM_STEP_NUM_TASKS"
 
 
 def place_in_world(rank: int | None = None, world_size: int | None = None) -> tuple[int, int]:
-    """Rank and number of workers: as given, or those of Ray Train, torch.distributed or a launcher; else 0 of 1.
+    """Return rank and number of workers: as given, or those of Ray Train, torch.distributed or a launcher; else 0 of 1.
 
-    Launchers are torchrun, mpirun, mpiexec and srun, known by the variables that they set. Nothing is imported for it:
-    who runs in one of these has imported it.
+    Launchers are torchrun, mpirun, mpiexec and srun, known by the variables that they set. It imports nothing:
+    a process of one of these has imported it.
 
     Raises:
         ConfigError: only one of them is given, the rank isn't below the number, variables contradict one another, or
-            this is a process of a torch DataLoader, of which nobody said which part it takes.
+            this is a process of a torch DataLoader without a given part.
     """
     if (rank is None) != (world_size is None):
         raise ConfigError(f"rank = {rank} and world_size = {world_size}: give both, or neither to have them found")
@@ -53,10 +53,10 @@ def place_in_world(rank: int | None = None, world_size: int | None = None) -> tu
 
 
 def _refuse_loader_process() -> None:
-    """Refuse to open a whole worker's stream in one of a DataLoader's processes, which each would deliver all of it.
+    """Refuse to open a whole worker's stream in a DataLoader's processes, each of which would deliver all of it.
 
-    To share it out here would keep neither promise: the place and the epoch are known to whoever opened the stream, and
-    these processes are started anew with each epoch.
+    Sharing it here would break both promises: only the process that opened the stream knows place and epoch, and
+    these processes are restarted with each epoch.
     """
     data: Any = sys.modules.get("torch.utils.data")
     found = data.get_worker_info() if data is not None else None
@@ -87,7 +87,7 @@ def _torch_distributed() -> tuple[int, int] | None:
 
 
 class _Said(NamedTuple):
-    """What a launcher's variables say."""
+    """Values of a launcher's variables."""
 
     rank: int
     size: int
@@ -95,7 +95,7 @@ class _Said(NamedTuple):
 
 
 def _environment() -> tuple[int, int] | None:
-    """What the innermost launcher says that has set its variables; None if there is none."""
+    """Return the values of the innermost launcher with variables; None if there is none."""
     found: _Said | None = None
     for names in _VARIABLES:
         if names[0] == "SLURM_PROCID" and _outside_steps():
@@ -134,7 +134,7 @@ def _number(name: str) -> int | None:
 
 
 def _compare(inner: _Said, outer: _Said) -> None:
-    """Refuse two launchers of which the one can't have started the other."""
+    """Raise an error if one of two launchers can't have started the other."""
     if inner.size < outer.size or (
         inner.size == outer.size and inner.rank != outer.rank and _TORCHRUN not in os.environ
     ):
@@ -145,13 +145,13 @@ def _compare(inner: _Said, outer: _Said) -> None:
 
 
 def _outside_steps() -> bool:
-    """Whether this is the script or the shell of a job of SLURM, and not one of the processes that srun has started."""
+    """Return True in the script or the shell of a job of SLURM, False in a process started by srun."""
     step = {"SLURM_STEP_ID", _STEP} & os.environ.keys()
     return "SLURM_JOB_ID" in os.environ and not step and _number("SLURM_PROCID") in (None, 0)
 
 
 def _refuse_job_of_several() -> None:
-    """Refuse to take the first share of a job of several tasks in a process that srun hasn't started."""
+    """Refuse to take the first share of a job of several tasks in a process not started by srun."""
     tasks = _number("SLURM_NTASKS")
     if tasks is not None and tasks > 1:
         raise ConfigError(

@@ -1,7 +1,7 @@
-"""What a changed declaration would do: which features of what is published it changes, and which models it breaks.
+"""Effects of a changed declaration: published features that it changes, and models that it breaks.
 
-Nothing is computed. Two declarations of a feature are compared by their digests; what types they give is found by
-evaluating the new one on no rows.
+Nothing is computed. Two declarations of a feature are compared by their digests; the types of a new one are found by
+evaluating it on no rows.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _TEXT = {"large_string", "string_view"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupChange:
-    """What a declaration changes of a group.
+    """Change of a group by a declaration.
 
-    status: 'undeclared' is published and not declared here: it stays as it is. version: the newest one that is
-    published, which it is compared with. retyped: feature → type now and then. recompute: times of the history whose
-    features are others from now on.
+    status: 'undeclared' is published and not declared here: it stays as it is. version: the newest published version,
+    the base of the comparison. retyped: feature → type before and after. recompute: times of the history whose
+    features change.
     """
 
     group: str
@@ -54,14 +54,14 @@ class GroupChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Changes:
-    """What declarations change: of each group, and of each model what breaks (sentences) and what to know (notes)."""
+    """Changes by declarations: of each group, and for each model what breaks (sentences) and what to know (notes)."""
 
     groups: tuple[GroupChange, ...]
     breaks: tuple[str, ...]
     notes: tuple[str, ...]
 
     def to_text(self) -> str:
-        """The changes in words."""
+        """Return the changes in words."""
         lines: list[str] = []
         for change in self.groups:
             compared = "" if change.version is None else f", against v{change.version}"
@@ -79,7 +79,7 @@ class Changes:
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """A model by what it reads; trained: the newest version of its training set, if one is published."""
+    """A model and its inputs; trained: the newest version of its training set, if one is published."""
 
     name: str
     references: tuple[FeatureReference, ...]
@@ -88,7 +88,7 @@ class _Reader:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What models' references are held against; published: live manifests of groups, oldest first, at least one."""
+    """Base for checking models' references; published: live manifests of groups, oldest first, at least one."""
 
     root: str
     definitions: Definitions
@@ -101,8 +101,8 @@ def plan_changes(root: str, definitions: Definitions, models: Mapping[str, Model
 
     Args:
         root: Root of the store.
-        definitions: Groups and sources as they are to be.
-        models: Models as they are to be; those of published training sets are looked at too.
+        definitions: New groups and sources.
+        models: New models; those of published training sets are checked too.
 
     Raises:
         CorruptVersion: a manifest can't be read.
@@ -133,7 +133,7 @@ def plan_changes(root: str, definitions: Definitions, models: Mapping[str, Model
 
 
 def _groups(datasets: Sequence[str]) -> list[str]:
-    """Feature groups among datasets: directly under the feature store."""
+    """Return the feature groups among datasets: directly under the feature store."""
     under = [
         name.removeprefix(layout.FEATURE_STORE + "/") for name in datasets if name.startswith(layout.FEATURE_STORE)
     ]
@@ -141,7 +141,7 @@ def _groups(datasets: Sequence[str]) -> list[str]:
 
 
 def _readers(root: str, datasets: Sequence[str], models: Mapping[str, Model]) -> list[_Reader]:
-    """Models of the file, and those of published training sets that it doesn't declare anew."""
+    """Return models of the file, and those of published training sets that it doesn't redeclare."""
     readers = []
     base = layout.TRAINING_READY + "/"
     trained = {name.removeprefix(base): live_manifests(root, name) for name in datasets if name.startswith(base)}
@@ -184,7 +184,7 @@ def _compare(group: FeatureGroup, live: Sequence[Manifest], definitions: Definit
 
 
 def _dimension_columns(group: FeatureGroup, newest: Manifest, definitions: Definitions) -> list[str]:
-    """Columns that the dimension will bring: of the same one those that it brought, as its file decides them."""
+    """Return the columns that the dimension will add: for an unchanged one the same as before, as its file decides."""
     if group.dimension is None:
         return []
     if group.dimension == newest.definition.get("dimension"):
@@ -195,7 +195,7 @@ def _dimension_columns(group: FeatureGroup, newest: Manifest, definitions: Defin
 
 
 def _types(group: FeatureGroup, source: EventSource | None, newest: Manifest) -> dict[str, str]:
-    """Type of each feature as far as the declaration decides it: what it gives on no rows, whatever columns are."""
+    """Return the type of each feature that the declaration alone decides, from an evaluation on no rows."""
     if source is None:
         return {}
     types = {column.name: column.type for column in newest.columns}
@@ -215,7 +215,7 @@ def _types(group: FeatureGroup, source: EventSource | None, newest: Manifest) ->
 
 
 def _effect(reader: _Reader, reference: FeatureReference, known: _Known) -> tuple[list[str], list[str]]:
-    """Sentences about a reference of a model: what breaks, and what is worth knowing."""
+    """Return sentences about a model's reference: what breaks, and what is worth knowing."""
     group, feature = reference.group, reference.feature
     who = f"model '{reader.name}' reads"
     if group not in known.changes:
@@ -225,7 +225,7 @@ def _effect(reader: _Reader, reference: FeatureReference, known: _Known) -> tupl
         return _pinned(reader, reference, reference.pin, known.root), []
     change, live = known.changes[group], known.published.get(group, ())
     had = feature_names(live[-1]) if live else []
-    # 'group:*' takes what there is; what it took before is missed by the one who trained on it.
+    # 'group:*' takes the present features; a missing former one matters only to models trained on it.
     asked = [feature] if feature != ALL else had if reader.trained is not None else []
     breaks = [f"{who} {group}:{name}, which {why}" for name in asked if (why := _broken(name, change, had, known))]
     changed = [name for name in asked or had if name in change.redeclared and name not in change.retyped]
@@ -237,7 +237,7 @@ def _effect(reader: _Reader, reference: FeatureReference, known: _Known) -> tupl
 
 
 def _broken(name: str, change: GroupChange, had: Sequence[str], known: _Known) -> str:
-    """Why a feature can't be read any more as it was, with the cure; empty if it can."""
+    """Return why a feature can't be read as before, with the cure; empty if it can."""
     if name in change.removed:
         return f"v{change.version} has and the declaration hasn't any more; keep it, or take it out of the model"
     if name in change.retyped:
@@ -248,7 +248,7 @@ def _broken(name: str, change: GroupChange, had: Sequence[str], known: _Known) -
 
 
 def _may_come(name: str, known: _Known) -> bool:
-    """Whether the group has columns that nobody knows yet: those of a dimension that was never joined."""
+    """Return True if the group has unknown columns: those of a dimension that was never joined."""
     group = known.definitions.groups.get(name)
     return group is not None and group.dimension is not None and name not in known.published
 
@@ -265,7 +265,7 @@ def _pinned(reader: _Reader, reference: FeatureReference, pin: int, root: str) -
 
 
 def _plain(kind: str) -> str:
-    """An Arrow type's name, with one name for text."""
+    """Return an Arrow type's name, with one name for text."""
     return "string" if kind in _TEXT else kind
 
 

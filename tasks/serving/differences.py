@@ -1,4 +1,4 @@
-"""What differs between two versions of a dataset, by their manifests alone: nothing of the data is read."""
+"""Differences between two versions of a dataset, from their manifests alone: no data is read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Counts = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnChange:
-    """One column that both versions have, before and after.
+    """A column of both versions, before and after.
 
     nulls: shares. psi: population stability index (`core.drift`) from the profiles' histograms, whose bins differ:
     exact where a bin is one value, else as near as straight lines within bins come; None where there is none.
@@ -54,7 +54,7 @@ class Difference:
 
 
 def compare(before: Manifest, after: Manifest) -> Difference:
-    """What changed from one version of a dataset to another."""
+    """Return the changes from one version of a dataset to another."""
     types = {column.name: column.type for column in before.columns}, {c.name: c.type for c in after.columns}
     times = before.as_of, after.as_of
     both = [name for name in types[1] if name in types[0]]
@@ -82,7 +82,7 @@ def compare(before: Manifest, after: Manifest) -> Difference:
 
 
 def _declared(before: Manifest, after: Manifest) -> dict[str, tuple[str, str]]:
-    """Features of a group that mean something else; of other datasets, what was declared otherwise."""
+    """Return redefined features of a group; for other datasets, changed declarations."""
     if "features" not in after.definition or not isinstance(after.definition["features"], Mapping):
         return {
             n: (str(a), str(b)) for n, (a, b) in _changed(_flat(before.definition), _flat(after.definition)).items()
@@ -97,7 +97,7 @@ def _declared(before: Manifest, after: Manifest) -> dict[str, tuple[str, str]]:
 
 
 def _inputs(manifest: Manifest) -> dict[str, str]:
-    """What a version was made from; versions of one dataset stand together."""
+    """Return the inputs of a version; versions of one dataset are grouped."""
     found: dict[str, list[str]] = {}
     for record in manifest.inputs:
         what = f"v{record.version}" if record.version else f"{len(record.files):,} files, {record.uri}"
@@ -106,7 +106,7 @@ def _inputs(manifest: Manifest) -> dict[str, str]:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
+    """Return nested settings by dotted name."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
@@ -124,7 +124,7 @@ def _column(name: str, before: ColumnProfile, after: ColumnProfile) -> ColumnCha
 
 
 def psi(before: ColumnProfile, after: ColumnProfile) -> float | None:
-    """Population stability index of a column from two profiles; None for kinds that have no bins."""
+    """Return the population stability index of a column from two profiles; None for kinds without bins."""
     if before.kind != after.kind or before.kind not in ("numeric", "boolean", "string"):
         return None
     counts = _by_number(before, after) if before.kind == "numeric" else _by_value(before, after)
@@ -140,7 +140,7 @@ def _by_number(before: ColumnProfile, after: ColumnProfile) -> tuple[Counts, Cou
         sizes = [sum(p.histogram.counts) if p.histogram is not None else 0 for p in (before, after)]
         return np.array([sizes[0]]), np.array([sizes[1]])
     edges = np.array(before.histogram.edges)
-    # How many of the later values lie below each edge, if they are spread evenly within their own bins.
+    # Number of the later values below each edge, if they are spread evenly within their bins.
     below = np.interp(edges, after.histogram.edges, np.append(0, np.cumsum(after.histogram.counts)))
     total = sum(after.histogram.counts)
     inner = np.rint(np.diff(below)).astype(np.int64)

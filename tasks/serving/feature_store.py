@@ -1,4 +1,4 @@
-"""The store as a data scientist reads it, with the names that users of Feast know.
+"""The store's interface for data scientists, with Feast's names.
 
     store = FeatureStore("s3://bucket/prefix")
     store.get_historical_features(spine, ["customer-features:total_spent"]).to_pandas()   # to train
@@ -45,11 +45,11 @@ if TYPE_CHECKING:
 
 
 REFRESH_SECONDS = 10.0
-"""A look-up uses the newest version of at most this long ago; a withdrawal, too, is seen that late."""
+"""A look-up uses the newest version of at most this long ago; a withdrawal is also noticed this late."""
 
 
 class _Values(Protocol):
-    """Where newest values are looked up: a version's files, or Redis."""
+    """Source of the newest values: a version's files, or Redis."""
 
     @property
     def entity(self) -> str: ...
@@ -61,7 +61,7 @@ class _Values(Protocol):
 
 
 class Features:
-    """A table of features, in the form that one wants; computed once, when it is first asked for."""
+    """A table of features, convertible to several forms; computed once, on first use."""
 
     def __init__(self, compute: Callable[[], pa.Table]) -> None:
         self._compute = compute
@@ -71,19 +71,19 @@ class Features:
         return self._compute()
 
     def to_arrow(self) -> pa.Table:
-        """As an Arrow table."""
+        """Return an Arrow table."""
         return self._table
 
     def to_pandas(self) -> pd.DataFrame:
-        """As a pandas data frame."""
+        """Return a pandas data frame."""
         frame: pd.DataFrame = self._table.to_pandas()
         return frame
 
     to_df = to_pandas
-    """The name that Feast has for it."""
+    """Feast's name for it."""
 
     def to_polars(self) -> pl.DataFrame:
-        """As a Polars data frame."""
+        """Return a Polars data frame."""
         import polars as pl
 
         frame = pl.from_arrow(self._table)
@@ -91,19 +91,19 @@ class Features:
         return frame
 
     def to_dict(self) -> dict[str, list[Any]]:
-        """As column name → values, in the order of the rows."""
+        """Return column name → values, in the order of the rows."""
         values: dict[str, list[Any]] = self._table.to_pydict()
         return values
 
     def to_ray(self) -> ray.data.Dataset:
-        """As a Ray Dataset."""
+        """Return a Ray Dataset."""
         import ray.data
 
         return ray.data.from_arrow(self._table)
 
 
 class FeatureStore:
-    """A store under a root; reads only, keeps open what look-ups use, and may be shared by threads."""
+    """A store under a root; read-only, keeps the files of look-ups open, and may be shared by threads."""
 
     def __init__(
         self,
@@ -112,11 +112,11 @@ class FeatureStore:
         refresh_seconds: float = REFRESH_SECONDS,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        """Remember where the store is.
+        """Remember the place of the store.
 
         Args:
             root: Path or s3:// URI.
-            refresh_seconds: How old the knowledge of which version is the newest may be, for look-ups.
+            refresh_seconds: Maximum age, for look-ups, of the knowledge which version is the newest.
             cache_bytes: Decoded rows that look-ups keep in memory, for each group.
 
         """
@@ -132,18 +132,18 @@ class FeatureStore:
         self._lock = threading.Lock()
 
     def list(self) -> Sequence[DatasetSummary]:
-        """Every dataset under the root, by name."""
+        """Return every dataset under the root, by name."""
         return catalogue.summaries(self.root)
 
     def describe(self, group: str, version: int | str | None = None) -> Description:
-        """What a version of a dataset holds: its columns, times and origin; the latest if none is given.
+        """Return a description of a dataset's version: columns, times and origin; the latest if none is given.
 
         Args:
             group: Name of a dataset, or its last part.
-            version: Its number, as 3 or 'v3'.
+            version: Version number, as 3 or 'v3'.
 
         Raises:
-            ConfigError: the version is no number.
+            ConfigError: the version isn't a number.
             VersionNotFound: there is no such dataset or version.
 
         """
@@ -151,7 +151,7 @@ class FeatureStore:
         return catalogue.describe(self.root, catalogue.find_dataset(self.root, group), number)
 
     def versions(self, group: str) -> Sequence[VersionSummary]:
-        """Every committed version of a dataset, ascending, also those that readers pass over.
+        """Return every committed version of a dataset, ascending, including those that readers skip.
 
         Raises:
             VersionNotFound: there is no such dataset.
@@ -170,27 +170,27 @@ class FeatureStore:
         full_feature_names: bool = False,
         include_status: bool = False,
     ) -> Features:
-        """Features as they were at each row's time: the newest with as_of ≤ event_timestamp.
+        """Return features as they were at each row's time: the newest with as_of ≤ event_timestamp.
 
         Args:
             entity_df: Rows with the groups' entity keys and `event_timestamp` (UTC if it has no time zone; a row
-                without one finds nothing), in memory or as the URI of a Parquet or CSV file. Rows may repeat; other
+                without one gets nulls), in memory or as the URI of a Parquet or CSV file. Rows may repeat; other
                 columns are kept as they are.
             features: References such as 'customer-features:total_spent', 'customer-features:*' or '…@v3'.
-            ttl_days: Features with event_timestamp − as_of above this are none.
-            strict: Whether as_of must be before the event time.
-            known_at: Whether only features count that had been created by the event time.
-            full_feature_names: Whether each feature's column is named '<group>__<feature>', not only where names meet.
+            ttl_days: Ignore features older than this (event_timestamp − as_of).
+            strict: Require as_of before the event time.
+            known_at: Ignore features created after the event time.
+            full_feature_names: Name each column '<group>__<feature>', not only where names collide.
             include_status: As in `get_online_features`.
 
         Returns:
-            The rows in their order, with the features' columns behind theirs; nulls where there were none in time.
+            The rows in their order, followed by the features' columns; null where there is no feature in time.
 
         Raises:
-            DefinitionError: a reference is none, or the group or feature doesn't exist.
+            DefinitionError: a reference is malformed, or the group or feature doesn't exist.
             VersionNotFound: a pinned version doesn't exist.
-            InputError: another argument isn't what it must be.
-            SourceError: a column of the rows is missing, or they can't be read.
+            InputError: another argument is invalid.
+            SourceError: a column of the rows is missing, or the rows can't be read.
 
         """
         from tasks.serving.retrieval import retrieve
@@ -224,26 +224,25 @@ class FeatureStore:
         now: dt.datetime | None = None,
         include_status: bool = False,
     ) -> Features:
-        """The newest features of some entities, without loading the dataset.
+        """Return the newest features of some entities, without loading the dataset.
 
         Args:
             features: References, as `get_historical_features` takes them.
             entity_rows: [{'customer_id': 17}, …], {'customer_id': [17, …]}, or a pandas, Polars or Arrow table.
             full_feature_names: As in `get_historical_features`.
-            from_redis: URL of a Redis server that the groups were exported to, to read from it instead of the files.
-            ttl_days: Values with now − as_of above this are none; those of Redis also after the export's own ttl_days.
-            now: Time to measure ages by, with a time zone; the clock's if none is given.
-            include_status: Whether to give a column '<feature>__status' behind each feature's: PRESENT, NULL, EXPIRED
+            from_redis: URL of a Redis server with the exported groups, to read instead of the files.
+            ttl_days: Ignore values older than this (now − as_of); Redis also applies the export's ttl_days.
+            now: Time for measuring ages, with a time zone; the clock's if none is given.
+            include_status: Add a column '<feature>__status' after each feature's: PRESENT, NULL, EXPIRED
                 or NOT_FOUND.
 
         Returns:
-            The keys as they were given and the features' columns, one row an entity; nulls for one that is unknown or
-            whose values have expired.
+            The keys as given and the features' columns, one row an entity; nulls for an unknown entity or
+            expired values.
 
         Raises:
-            DefinitionError: a reference is none, or the group or feature doesn't exist.
-            InputError: a group's entity key isn't given, or is of the wrong type; or another argument isn't what it
-                must be.
+            DefinitionError: a reference is malformed, or the group or feature doesn't exist.
+            InputError: a group's entity key is missing or of the wrong type; or another argument is invalid.
             VersionNotFound: a pinned version doesn't exist.
 
         """
@@ -268,7 +267,7 @@ class FeatureStore:
                 )
             own = [ref.feature for ref in spelled if (ref.group, ref.pin) == (group, pin)]
             table = source.rows(keys[source.entity], list(dict.fromkeys([*own, AS_OF])))
-            # Redis drops what has expired by the clock, whatever time the caller measures by.
+            # Redis drops expired rows by the clock, whatever time the caller measures by.
             late = expired(table[AS_OF], moment, ttl) | expired(table[AS_OF], moment_of(None), source.ttl)
             there = table[AS_OF].is_valid().to_numpy().astype(np.bool_)
             for name, ref in zip(names, spelled, strict=True):
@@ -302,7 +301,7 @@ class FeatureStore:
         return lookup
 
     def _refreshed(self, group: str, pin: Pin, before: _Held | None) -> _Held:
-        """The group's look-up, which stays what it is while its version is the newest."""
+        """Return the group's look-up; the same object while its version is the newest."""
         dataset = layout.feature_dataset(group)
         known = before.known if before is not None else {}
         if isinstance(pin, int):
@@ -315,7 +314,7 @@ class FeatureStore:
             chosen = latest(self.root, dataset)
         if chosen is None:
             self._find_group(group)
-            chosen = resolve(self.root, dataset)  # which says why there is none
+            chosen = resolve(self.root, dataset)  # raises with the reason if there is none
         if before is not None and before.lookup.manifest.version == chosen.version:
             return _Held(before.lookup, known, time.monotonic())
         return _Held(Lookup(self.root, chosen, self._cache_bytes), known, time.monotonic())
@@ -324,7 +323,7 @@ class FeatureStore:
         return catalogue.find_dataset(self.root, layout.feature_dataset(group), "features")
 
     def _check(self, reference: FeatureReference) -> None:
-        """Complain at once of a group or feature that doesn't exist, not only when the rows are computed."""
+        """Raise at once if a group or feature doesn't exist, not only when the rows are computed."""
         names = self._values(reference.group, reference.pin, None).features
         if reference.feature not in (ALL, *names):
             raise DefinitionError(
@@ -334,7 +333,7 @@ class FeatureStore:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """A look-up, and since when it is known to be the newest."""
+    """A look-up, and the time of the last check that it is the newest."""
 
     lookup: Lookup
     known: Mapping[int, IndexedVersion]
@@ -362,7 +361,7 @@ class _Held:
 def _spelled_out(
     references: Sequence[FeatureReference], values: Mapping[tuple[str, Pin], _Values]
 ) -> list[FeatureReference]:
-    """Each feature by its name, once."""
+    """Return each feature by its name, once."""
     found: dict[FeatureReference, None] = {}
     for ref in references:
         known = values[ref.group, ref.pin].features
@@ -374,7 +373,7 @@ def _spelled_out(
 
 
 def _names(references: Sequence[FeatureReference], *, full: bool) -> list[str]:
-    """Column of each feature: its name, with its group where names meet or if the full names are asked for."""
+    """Return each feature's column: its name, with its group where names collide or full names are requested."""
     features = [ref.feature for ref in references]
     names = [
         f"{ref.group}__{ref.feature}" if full or features.count(ref.feature) > 1 else ref.feature for ref in references
@@ -400,7 +399,7 @@ def _check_number(name: str, value: Any) -> None:
 
 
 def _columns(entity_rows: Any) -> dict[str, Any]:
-    """Keys by their columns' names, of entities in any of the forms that they are taken in."""
+    """Return keys by column name, for entities in any accepted form."""
     if not isinstance(entity_rows, Mapping | list | tuple):
         table = _table(entity_rows)
         return {name: table[name] for name in table.column_names}
@@ -428,7 +427,7 @@ def _columns(entity_rows: Any) -> dict[str, Any]:
 
 
 def _table(entity_df: pa.Table | pd.DataFrame | pl.DataFrame | str) -> pa.Table:
-    """Rows as an Arrow table; a URI is read."""
+    """Return rows as an Arrow table; read a URI."""
     if isinstance(entity_df, str):
         return _single(_read(entity_df))
     if isinstance(entity_df, pa.Table):
@@ -476,7 +475,7 @@ def _read(uri: str) -> pa.Table:
 
 
 def _single(table: pa.Table) -> pa.Table:
-    """The table, if each of its columns has a name of its own."""
+    """Return the table if its column names are unique."""
     twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
     if twice:
         raise SourceError(f"the rows have several columns named '{twice[0]}'; rename or leave out all but one")

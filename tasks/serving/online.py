@@ -2,9 +2,9 @@
 
     key ── stable hash ──▶ file ── bisection of the row groups' statistics ──▶ row group ── index ──▶ row
 
-A version that is hash-partitioned and sorted by (entity, as_of) needs one row group a key; footers, and the row groups
-that were used last, stay in memory. Of an entity that has rows at several as-of times the last one counts. Versions
-made before there were partitions are searched whole, which takes as long as reading them.
+A version that is hash-partitioned and sorted by (entity, as_of) needs one row group a key; footers and the most
+recently used row groups stay in memory. For an entity with rows at several as-of times the last one counts. Versions
+made before partitions existed are searched whole, which takes as long as reading them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tasks.store.reading import data_files, explained, open_data
 
 CACHE_BYTES = 256 * MIB
 
-# Local reads are bound by decoding, which scales with cores; on S3 each waits for the network.
+# Local reads are limited by decoding, which scales with cores; on S3 each waits for the network.
 _THREADS = 16
 
 Place = tuple[int, int]
@@ -45,7 +45,7 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class _OpenFile:
-    """A file whose footer was read, and the least and greatest key of each row group (None: not recorded)."""
+    """An open file with its footer, and the smallest and largest key of each row group (None: not recorded)."""
 
     uri: str
     source: pa.NativeFile
@@ -59,7 +59,7 @@ class Lookup:
     """Look-ups in one feature version; may be used by several threads at once."""
 
     def __init__(self, root: str, manifest: Manifest, cache_bytes: int = CACHE_BYTES) -> None:
-        """Remember where the version's files are; they are opened when they are needed.
+        """Remember the places of the version's files; open them on first use.
 
         Args:
             root: Root of the store.
@@ -81,15 +81,15 @@ class Lookup:
         return self._file(0).schema
 
     def rows(self, keys: Iterable[Any], columns: Sequence[str]) -> pa.Table:
-        """The newest values of some entities, one row a key in the order of the keys; nulls for a key without rows.
+        """Return the newest values of some entities, one row a key in the keys' order; nulls for a key without rows.
 
         Args:
-            keys: Keys, an Arrow array or plain values; a null has no row, and one may stand twice.
-            columns: Columns to give, in this order.
+            keys: Keys, an Arrow array or plain values; a null has no row, and keys may repeat.
+            columns: Columns to return, in this order.
 
         Raises:
             DefinitionError: the version has no such column.
-            InputError: a key can't be one of this entity's.
+            InputError: a key can't belong to this entity.
             CorruptVersion: a file is missing, of another size, or can't be read.
 
         """
@@ -109,7 +109,7 @@ class Lookup:
             numbers = by_place[place]
             hits = pc.index_in(batch.column(self.entity), value_set=distinct.take(pa.array(numbers)))
             rows = np.flatnonzero(hits.is_valid().to_numpy(zero_copy_only=False))
-            # Ascending (entity, as_of): of several rows of a key, the last assignment stands.
+            # Ascending (entity, as_of): of several rows of a key, the last assignment wins.
             row_of[numbers[hits.drop_null().to_numpy()]] = total + np.arange(len(rows))
             found.append(batch.select(list(columns)).take(pa.array(rows)))
             total += len(rows)
@@ -119,13 +119,13 @@ class Lookup:
         return table.take(order)
 
     def _order(self, wanted: pa.Array, distinct: pa.Array, row_of: npt.NDArray[np.int64]) -> pa.Array:
-        """Number of each key's row among those found, null without one."""
+        """Return the row number of each key among the found rows, null without one."""
         number = pc.index_in(wanted, value_set=distinct).fill_null(-1).to_numpy()
         rows = np.append(row_of, -1)[number]
         return pa.array(rows, mask=rows < 0)
 
     def _places(self, distinct: pa.Array) -> dict[Place, npt.NDArray[np.int64]]:
-        """Row groups that may have the keys, each with the numbers of those keys."""
+        """Return row groups that may have the keys, each with the numbers of those keys."""
         found: dict[Place, list[int]] = {}
         values = distinct.to_pylist()
         if self._partition is None:
@@ -141,24 +141,24 @@ class Lookup:
         return {place: np.array(numbers, dtype=np.int64) for place, numbers in found.items()}
 
     def _read(self, places: Sequence[Place], columns: list[str]) -> list[pa.RecordBatch]:
-        """Row groups with at least these columns, from the cache as far as it has them; the others at once."""
+        """Return row groups with at least these columns, from the cache if possible; read the others at once."""
         found = {place: self._cache.get(place) for place in places}
         missing = [place for place, held in found.items() if held is None or not set(columns) <= {*held.schema.names}]
         decode = functools.partial(self._decode, columns=columns)
-        # Handing one to another thread would only cost time.
+        # Passing a single one to another thread would only cost time.
         decoded = _pool().map(decode, missing) if len(missing) > 1 else map(decode, missing)
         found |= zip(missing, decoded, strict=True)
         return [batch for batch in found.values() if batch is not None]
 
     def _decode(self, place: Place, columns: list[str]) -> pa.RecordBatch:
-        """Read what the cache lacks of a row group."""
+        """Read the columns of a row group that the cache lacks."""
         held = self._cache.get(place)
         missing = [name for name in columns if held is None or name not in held.schema.names]
         if held is not None and not missing:  # another thread has read it meanwhile
             return held
         file = self._file(place[0])
         with explained(file.uri):
-            # A reader of its own for each thread; it costs little where the footer is known.
+            # A separate reader for each thread; it costs little once the footer is known.
             reader = pq.ParquetFile(file.source, metadata=file.footer, pre_buffer=storage.is_s3(file.uri))
             table = reader.read_row_group(place[1], columns=missing, use_threads=False).select(missing).combine_chunks()
         arrays = [column.chunk(0) for column in table.columns]
@@ -200,7 +200,7 @@ def _open(uri: str, size: int, entity: str) -> _OpenFile:
 
 
 def _groups(file: _OpenFile, value: Any, *, ordered: bool) -> Iterable[int]:
-    """Row groups that may have a key; where rows are in its order, the one that has its last row."""
+    """Return row groups that may have a key; for ordered rows, the one with its last row."""
     if file.lowest is None or file.highest is None:
         return range(file.footer.num_row_groups)
     if ordered:
@@ -216,7 +216,7 @@ def _pool() -> ThreadPoolExecutor:
 
 
 class _Cache:
-    """The row groups that were used last, up to a number of bytes."""
+    """The most recently used row groups, up to a number of bytes."""
 
     def __init__(self, most: int) -> None:
         self._most = most

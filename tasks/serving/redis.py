@@ -1,13 +1,13 @@
 """The newest feature values in Redis, for look-ups over the network in a fraction of a millisecond.
 
-    <group>              hash   version, as_of, entity, schema, ttl, export    written last: what readers go by
+    <group>              hash   version, as_of, entity, schema, ttl, export    written last; readers follow it
     <group>:<entity>     hash   feature → text, _version, _as_of, _export      one row; a null is a missing field
     <group>/expiring     zset   entity → as_of of each row that has a time to live
     <group>/lock                one export at a time
 
-Export n stamps its rows with n and then says n in the group's own hash. A row with a lower stamp is of an entity that
-has no row any more: readers take it for missing, and the export deletes it at its end. A row is replaced as a whole.
-Of an export with a time to live, Redis drops each row when it expires; that there was one is still known.
+Export n stamps its rows with n and then writes n to the group's hash. A row with a lower stamp is of an entity that
+no longer has a row: readers treat it as missing, and the export deletes it at its end. A row is replaced as a whole.
+With a time to live, Redis drops each row when it expires; the set still records that it existed.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ _MICROSECOND = dt.timedelta(microseconds=1)
 
 
 def connect(url: str) -> Redis:
-    """A client of a Redis server, such as redis://localhost:6379/0, that has answered.
+    """Return a client of a Redis server, such as redis://localhost:6379/0, that has answered.
 
     Raises:
-        ConfigError: the client isn't installed, or the URL is none of Redis's.
-        ConnectionError: no server answers there.
+        ConfigError: the client isn't installed, or the URL isn't a Redis URL.
+        ConnectionError: no server answers at the URL.
 
     """
     try:
@@ -74,21 +74,21 @@ def export_latest(
     ttl_days: float | None = None,
     on_written: Callable[[int], None] | None = None,
 ) -> int:
-    """Write the newest values of every entity of a group; doing it again changes nothing.
+    """Write the newest values of every entity of a group; idempotent.
 
     Args:
         root: Root of the store.
         group: Feature group.
         url: Redis server.
-        ttl_days: Days after its as-of time at which a row expires: Redis drops it then, and readers say EXPIRED.
+        ttl_days: Days after its as-of time at which a row expires: Redis drops it then, and readers return EXPIRED.
             None: never.
-        on_written: Told how many more rows were written.
+        on_written: Called with the number of newly written rows.
 
     Returns:
-        Rows written; those that have expired by now aren't.
+        Number of rows written, without those already expired.
 
     Raises:
-        InputError: `ttl_days` is no number above 0.
+        InputError: `ttl_days` isn't a number above 0.
         VersionNotFound: the group has no published version.
         VersionConflict: another export of the group is under way.
         CorruptVersion: a file of the version is missing, of another size, or can't be read.
@@ -131,10 +131,10 @@ def export_latest(
 
 
 class RedisLookup:
-    """Look-ups in an exported group, with the same answers as `online.Lookup` on the version that was exported."""
+    """Look-ups in an exported group, with the same answers as `online.Lookup` on the exported version."""
 
     def __init__(self, group: str, url: str) -> None:
-        """Read what was exported.
+        """Read the header of the export.
 
         Raises:
             VersionNotFound: the group wasn't exported to this server.
@@ -159,13 +159,13 @@ class RedisLookup:
         self.features: list[str] = json.loads(header[b"features"])
 
     def rows(self, keys: Iterable[Any], columns: Sequence[str]) -> pa.Table:
-        """The values of some entities, one row a key in the order of the keys; nulls for a key without a row.
+        """Return the values of some entities, one row a key in the order of the keys; nulls for a key without a row.
 
-        Of a row that Redis has dropped as expired, as_of is still there.
+        For a row that Redis has dropped as expired, as_of is still returned.
 
         Raises:
             DefinitionError: no such column was exported.
-            InputError: a key can't be one of this entity's.
+            InputError: a key can't belong to this entity.
 
         """
         for name in columns:
@@ -202,7 +202,7 @@ class RedisLookup:
 
 
 def _newest_rows(root: str, manifest: Manifest) -> Iterator[pa.Table]:
-    """The last row of each entity, file by file; an entity is in one file, its rows by as_of."""
+    """Yield the last row of each entity, file by file; an entity is in one file, its rows by as_of."""
     import pyarrow.parquet as pq
 
     entity = manifest.definition["entity"]
@@ -223,7 +223,7 @@ def _write(
     ttl: dt.timedelta | None,
     now: dt.datetime,
 ) -> int:
-    """Write rows, and when each expires; give the number of those that haven't yet."""
+    """Write rows and their expiry times; return the number of those that haven't expired."""
     entity = table.column_names[0]
     ticks = table[AS_OF].cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_pylist()
     late = expired(table[AS_OF], now, ttl)
@@ -232,19 +232,19 @@ def _write(
     for number, key in enumerate(texts[entity]):
         if ttl is not None:
             pipeline.zadd(f"{group}/{_COMING}", {str(key): ticks[number]})
-        if late[number]:  # what an earlier export has of it is deleted at the end, with what else is gone
+        if late[number]:  # values of it from an earlier export are deleted at the end, with the other removed rows
             continue
         row: dict[Any, Any] = {name: values[number] for name, values in texts.items() if values[number] is not None}
         pipeline.delete(f"{group}:{key}")
         pipeline.hset(f"{group}:{key}", mapping={**row, _AS_OF: ticks[number], **stamps})
-        if ttl is not None:  # Redis takes a key away in the millisecond after the one that is named
+        if ttl is not None:  # Redis removes a key in the millisecond after the given one
             pipeline.pexpireat(f"{group}:{key}", (ticks[number] + ttl // _MICROSECOND) // 1000)
     pipeline.execute()
     return int(len(late) - late.sum())
 
 
 def _hand_over(client: Redis, group: str, header: Mapping[Any, Any]) -> None:
-    """Let readers go by the new export."""
+    """Switch readers to the new export."""
     pipeline = client.pipeline(transaction=True)
     pipeline.hset(group, mapping=dict(header))
     pipeline.delete(f"{group}/{_EXPIRING}")
@@ -279,7 +279,7 @@ def _header(manifest: Manifest, schema: pa.Schema, number: int, ttl_days: float 
 
 
 def _delete_gone(client: Redis, group: str, number: int) -> None:
-    """Delete the rows of entities that this export had none of."""
+    """Delete the rows of entities that are missing from this export."""
     keys: list[bytes] = []
     for key in client.scan_iter(match=f"{group}:*", count=1000):
         keys.append(key)

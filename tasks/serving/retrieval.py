@@ -25,10 +25,10 @@ from tasks.training_sets.freshness import STATUS, statuses, time_to_live
 from tasks.training_sets.history import TIME, History, read_bucket, resolve_history
 
 BUCKETS = 16
-"""Pieces that are read and joined one by one: what is in memory is a sixteenth of the history for each thread."""
+"""Pieces that are read and joined one by one: memory holds a sixteenth of the history for each thread."""
 
 FEW = 10_000
-"""Up to so many rows of a bucket, only the row groups that may have their entities are read."""
+"""For at most this many rows of a bucket, read only the row groups that may have their entities."""
 
 _KEY = "\x00key"
 _THERE, _LATE = "\x00there", "\x00late"
@@ -46,21 +46,21 @@ def retrieve(
     full_feature_names: bool = False,
     include_status: bool = False,
 ) -> pa.Table:
-    """Features as they were at each row's time.
+    """Return features as they were at each row's time.
 
     Args:
         root: Root of the store.
         spine: Rows with the groups' entity keys and a time (UTC if it has no time zone).
-        references: Features; 'group:*' stands for all of the group.
+        references: Features; 'group:*' means all of the group.
         event_time: Name of the time's column.
-        ttl_days: Features older than this are none.
-        strict: Whether as_of must be before the event time.
-        known_at: Whether only features count that had been computed by the event time.
-        full_feature_names: Whether each feature's column is named '<group>__<feature>', not only where names meet.
-        include_status: Whether to give the status of each value behind it, in a column '<feature>__status'.
+        ttl_days: Ignore features older than this.
+        strict: Require as_of before the event time.
+        known_at: Ignore features computed after the event time.
+        full_feature_names: Name each column '<group>__<feature>', not only where names collide.
+        include_status: Add the status of each value after it, in a column '<feature>__status'.
 
     Returns:
-        The spine's columns, its rows in their order, and behind them the features' columns.
+        The spine's columns, its rows in their order, followed by the features' columns.
 
     Raises:
         DefinitionError: no such feature, or two columns would have the same name.
@@ -105,7 +105,7 @@ def _columns(
     *,
     full: bool,
 ) -> dict[str, FeatureReference]:
-    """Column of each feature, once, in the order in which they were asked for."""
+    """Return each feature's column, once, in the requested order."""
     spelled = list(
         dict.fromkeys(
             FeatureReference(ref.group, name, ref.pin)
@@ -144,7 +144,7 @@ def _times(spine: pa.Table, event_time: str) -> pl.Series:
 
 
 def _keys(spine: pa.Table, history: History) -> pl.Series:
-    """The keys in the history's type, null where a row has none."""
+    """Return the keys in the history's type, null for rows without one."""
     _check_column(spine, history.entity, f"the key of '{history.group}'")
     return _series(
         read_keys(spine[history.entity], history.key_type, f"keys of '{history.group}' ('{history.entity}')")
@@ -170,10 +170,10 @@ def _join(
     *,
     with_status: bool,
 ) -> pa.Table:
-    """The history's features for each row, in the rows' order; with marks of which found a row, and an expired one."""
+    """Return the history's features for each row, in the rows' order; with masks of matched and of expired rows."""
     keys = rows[history.entity].to_arrow(compat_level=pl.CompatLevel.oldest())
     schema = pa.schema([pa.field(name, history.types[name]) for name in history.features])
-    # Versions without buckets would be read once for each.
+    # Versions without buckets would be read once for each bucket.
     buckets = BUCKETS if any(version.partition for version in history.versions) else 1
     bucket = bucket_of(keys.cast(history.key_type), buckets)
     order = np.argsort(bucket, kind="stable")

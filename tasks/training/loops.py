@@ -1,9 +1,9 @@
-"""The default training function, and what it gets: an example to copy for one's own.
+"""The default training function and its argument: an example to copy for a custom function.
 
-One's own is any function of one `TrainingRun`, named by its import path in the configuration. It runs in every worker,
-takes its batches from `run.train` and `run.validation`, says at the end of each epoch how it went (`run.report`), and
-goes on from `run.resumed` if that isn't None. What it saves with `run.train.state_dict()` in it can be resumed in the
-middle of an epoch, by any number of workers, without losing or repeating a sample. No Ray in here: the same function
+A custom function takes one `TrainingRun` and is named by its import path in the configuration. It runs in every worker,
+reads its batches from `run.train` and `run.validation`, reports each epoch's metrics at its end (`run.report`), and
+resumes from `run.resumed` if that isn't None. A state that includes `run.train.state_dict()` can be resumed in the
+middle of an epoch, by any number of workers, without losing or repeating a sample. Ray isn't used: the same function
 runs under torchrun.
 """
 
@@ -32,7 +32,7 @@ Batch = Mapping[str, torch.Tensor]
 State = Mapping[str, Any]
 Send = Callable[[dict[str, Any], State | None], None]
 
-_RISE, _FIRST = 0.3, 0.04  # of the learning rate: how long it rises, and from which part of its highest value
+_RISE, _FIRST = 0.3, 0.04  # of the learning rate: length of its rise, and its start relative to its highest value
 
 COUNTERS = (
     "batches",
@@ -47,38 +47,38 @@ COUNTERS = (
 
 
 class Stream(Protocol):
-    """What is used here of `tasks.loader.stream.TrainingStream`."""
+    """Part of `tasks.loader.stream.TrainingStream` that is used here."""
 
     @property
     def epoch(self) -> int:
-        """The epoch that the next iteration goes on with; one more from an epoch's last batch on."""
+        """Epoch that the next iteration continues; one more from an epoch's last batch on."""
         ...
 
     @property
     def stats(self) -> Any:
-        """Counters since the stream was opened, `COUNTERS` among them."""
+        """Counters since the stream was opened, including `COUNTERS`."""
         ...
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]: ...
 
     def state_dict(self) -> dict[str, Any]:
-        """The place after the batch that was handed out last, for all workers together."""
+        """Return the place after the last delivered batch, for all workers together."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from such a place."""
+        """Continue from a saved place."""
         ...
 
 
 class Meter:
-    """Counts what a stream has delivered since it was last asked, the first time since it was opened."""
+    """Counter of a stream's deliveries since the last call; the first call counts from the opening."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._before = dict.fromkeys(COUNTERS, 0.0)
 
     def take(self) -> dict[str, float]:
-        """`COUNTERS` since the last call."""
+        """Return `COUNTERS` since the last call."""
         stats = self._stream.stats
         now = {name: getattr(stats, name) for name in COUNTERS}
         taken = {name: now[name] - self._before[name] for name in COUNTERS}
@@ -88,18 +88,18 @@ class Meter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingRun:
-    """What a training function gets.
+    """Argument of a training function.
 
     Attributes:
         definition: `manifest.definition` of the version.
         config: the configuration of the training.
         train: batches of the train split for this worker.
         validation: batches of the validation split in a fixed order, padded, with a mask; None if the split is empty.
-        device: where the batches are, and the model belongs.
+        device: device of the batches, and of the model.
         rank: number of this worker, from 0.
         world_size: number of workers.
-        resumed: what the last checkpoint holds, on the CPU; None at the start.
-        run_uri: directory of the run, where files of one's own may be put; None outside Ray Train.
+        resumed: contents of the last checkpoint, on the CPU; None at the start.
+        run_uri: directory of the run, open to files of the function; None outside Ray Train.
         send: takes a message and, with a checkpoint, the state to keep; used by `report` and `save`.
         meter: counts what `train` delivers.
         on_batch: called for each batch that was trained on, with the epoch, the number of the step and the batch.
@@ -119,19 +119,19 @@ class TrainingRun:
     on_batch: Callable[[int, int, Batch], None] | None = None
 
     def report(self, epoch: int, metrics: Mapping[str, float], state: State | None = None) -> None:
-        """Say how an epoch went, and keep a checkpoint if a state is given; every worker calls it as often.
+        """Report an epoch's metrics, and keep a checkpoint if a state is given; every worker calls it equally often.
 
         Args:
             epoch: Number of the epoch, from 0.
             metrics: Numbers by name, of all workers together; rank 0's count.
-            state: What `resumed` will be after a restart: tensors, numbers, texts, and lists and dicts of them. Rank
-                0's is kept.
+            state: Value of `resumed` after a restart: tensors, numbers, texts, and lists and dicts of them. Rank 0's is
+                kept.
         """
         figures = {name: float(value) for name, value in metrics.items()}
         self.send({"epoch": epoch, "metrics": figures, "worker": self.meter.take()}, state)
 
     def save(self, state: State) -> None:
-        """Keep a checkpoint in the middle of an epoch; every worker calls it as often."""
+        """Keep a checkpoint in the middle of an epoch; every worker calls it equally often."""
         self.send({}, state)
 
 
@@ -148,17 +148,17 @@ def open_run(
     resumed: State | None = None,
     run_uri: str | None = None,
 ) -> Generator[TrainingRun]:
-    """Open the streams of one worker; they are closed at the end.
+    """Open the streams of one worker; close them at the end.
 
     Args:
         uri: Directory of the version.
         definition: Its `manifest.definition`.
-        config: What to train.
+        config: Configuration of the training.
         send: As in `TrainingRun`; it must have written the state when it returns, which then changes.
         rank: Number of this worker, from 0.
-        world_size: Number of workers, whose process group is there if they are more than one.
-        device: Where to train; the CPU if not given.
-        resumed: What the last checkpoint holds.
+        world_size: Number of workers; if more than one, their process group must exist.
+        device: Device to train on; the CPU if not given.
+        resumed: Contents of the last checkpoint.
         run_uri: Directory of the run.
 
     Raises:
@@ -199,7 +199,7 @@ def open_run(
 
 @dataclass(slots=True)
 class Progress:
-    """How far a training has come; a part of its checkpoints.
+    """Progress of a training; a part of its checkpoints.
 
     Attributes:
         steps: steps of the optimiser so far.
@@ -217,7 +217,7 @@ class Progress:
 
 
 def train(run: TrainingRun) -> None:
-    """Train the default model for the version's kind: the function that a configuration without one means.
+    """Train the default model for the version's kind; used when the configuration names no function.
 
     The same seed, version and number of workers give the same model, restarted or not, on the same kind of device.
     """
@@ -252,10 +252,10 @@ def train(run: TrainingRun) -> None:
 
 
 def schedule(done: float) -> float:
-    """Part of the highest learning rate, by the part of the training that is done: a linear rise, then a cosine to 0.
+    """Return the share of the highest learning rate, by the share of training done: a linear rise, then a cosine to 0.
 
-    As torch's OneCycleLR has it (Smith & Topin 2019, "Super-convergence"), but by samples instead of steps, so that it
-    goes on where it was when the number of workers changes.
+    As torch's OneCycleLR (Smith & Topin 2019, "Super-convergence"), but by samples instead of steps, so that it
+    continues unchanged when the number of workers changes.
     """
     if done < _RISE:
         return _FIRST + (1 - _FIRST) * done / _RISE
@@ -271,7 +271,7 @@ def train_epoch(
     progress: Progress,
     state: Callable[[], State],
 ) -> None:
-    """Train on what is left of the stream's epoch, with a checkpoint every so many steps."""
+    """Train on the rest of the stream's epoch, with a checkpoint at intervals of steps."""
     model.train()
     epoch, every = run.train.epoch, run.config.checkpoint_every_steps
     step = run.world_size * run.config.batch_size / max(int(run.definition["samples"]["train"]), 1)
@@ -279,8 +279,8 @@ def train_epoch(
     own = torch.zeros(2, dtype=torch.float64, device=run.device)
     for batch in run.train:
         real = _real(batch, batch["label"])
-        # DDP takes the mean of the workers' gradients, and padding makes some workers' batches count less. So each
-        # gives the sum of its losses by the number of all workers' real samples, times the number of workers.
+        # DDP averages the workers' gradients, and padding makes some workers' batches count less. So each worker
+        # divides the sum of its losses by the number of all workers' real samples, times the number of workers.
         everyone = real.sum()
         counted = torch.distributed.all_reduce(everyone, async_op=True) if run.world_size > 1 else None
         losses = target.losses(model(batch[input_name(run.definition)]), batch["label"]) * real
@@ -299,7 +299,7 @@ def train_epoch(
         progress.fraction += step
         if run.on_batch is not None:
             run.on_batch(epoch, progress.steps, batch)
-        # At its last batch the stream is in the next epoch: the epoch's own checkpoint follows, with its figures.
+        # At its last batch the stream is in the next epoch: the epoch's checkpoint follows, with its metrics.
         if every and progress.steps % every == 0 and run.train.epoch == epoch:
             _add_up(run, own, progress)
             run.save(state())
@@ -308,9 +308,9 @@ def train_epoch(
 
 @torch.no_grad()
 def validate(run: TrainingRun, model: nn.Module, target: Target) -> dict[str, float]:
-    """Figures of the whole validation split, the same in every worker: loss, and `class_metrics` or `number_metrics`.
+    """Return metrics of the whole validation split, same in all workers: loss and `class_metrics` or `number_metrics`.
 
-    Scores, losses and labels of all workers' real samples are put together: 8 bytes a sample and 4 for each class.
+    Scores, losses and labels of all workers' real samples are gathered: 8 bytes a sample and 4 for each class.
     """
     if run.validation is None:
         return {}
@@ -328,13 +328,13 @@ def validate(run: TrainingRun, model: nn.Module, target: Target) -> dict[str, fl
 
 
 def _real(batch: Batch, like: torch.Tensor) -> torch.Tensor:
-    """1 for each real sample of a batch and 0 for each padded one, float32 (B,)."""
+    """Return 1 for each real sample of a batch and 0 for each padded one, float32 (B,)."""
     mask = batch.get("mask")
     return torch.ones(len(like), device=like.device) if mask is None else mask.float()
 
 
 def _add_up(run: TrainingRun, own: torch.Tensor, progress: Progress) -> None:
-    """Move what each worker has counted into the progress of all."""
+    """Add the counts of all workers to the common progress."""
     if run.world_size > 1:
         torch.distributed.all_reduce(own)
     loss, samples = own.tolist()
@@ -344,7 +344,7 @@ def _add_up(run: TrainingRun, own: torch.Tensor, progress: Progress) -> None:
 
 
 def _gathered(run: TrainingRun, own: torch.Tensor) -> npt.NDArray[Any]:
-    """Rows of all workers, by rank, in every worker."""
+    """Return the rows of all workers, by rank, in every worker."""
     if run.world_size == 1:
         return own.cpu().numpy()
     count = torch.tensor([len(own)], device=own.device)

@@ -1,4 +1,4 @@
-"""Figures of merit of a whole validation split, exact: from all its scores at once, never a mean over batches."""
+"""Exact metrics of a whole validation split: from all its scores at once, never a mean over batches."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ IntArray = npt.NDArray[np.integer[Any]]
 
 
 def auc(scores: FloatArray, positive: npt.NDArray[np.bool_]) -> float | None:
-    """Area under the ROC curve: how often a positive sample scores above a negative one, a tie counting half.
+    """Return the area under the ROC curve: the probability that a positive scores above a negative, ties counting half.
 
     Args:
         scores: Score of each sample, shape (n,).
-        positive: Whether it is a positive one, shape (n,).
+        positive: True for positive samples, shape (n,).
 
     Returns:
-        The area, or None where there are no positives, or no negatives.
+        The area, or None if there are no positives or no negatives.
     """
     hits = int(positive.sum())
     misses = len(positive) - hits
@@ -33,15 +33,15 @@ def auc(scores: FloatArray, positive: npt.NDArray[np.bool_]) -> float | None:
 
 
 def class_metrics(scores: FloatArray, labels: IntArray) -> dict[str, float]:
-    """Accuracy and AUC of probabilities.
+    """Return accuracy and AUC of probabilities.
 
     Args:
         scores: Probability of each class, shape (n, classes).
         labels: Class ids, shape (n,).
 
     Returns:
-        'accuracy', and 'auc' where it is defined: of the second class for two classes, else the mean over every class
-        against the others, of those classes that some samples are of and some are not.
+        'accuracy', and 'auc' where it is defined: of the second class for two classes, else the one-against-rest mean
+        over the classes that some samples have and some don't.
     """
     if not len(labels):
         return {}
@@ -52,11 +52,11 @@ def class_metrics(scores: FloatArray, labels: IntArray) -> dict[str, float]:
 
 
 def number_metrics(predicted: FloatArray, numbers: FloatArray) -> dict[str, float]:
-    """Root mean squared error, in the number's own unit, and R².
+    """Return root mean squared error, in the number's unit, and R².
 
     Args:
         predicted: Predicted numbers, shape (n,).
-        numbers: True ones, shape (n,).
+        numbers: True numbers, shape (n,).
 
     Returns:
         'rmse', and 'r2' unless all numbers are the same.

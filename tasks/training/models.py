@@ -1,6 +1,6 @@
-"""What is trained by default: an MLP for tables, a small CNN for images, and the loss that fits the label.
+"""The default models, an MLP for tables and a small CNN for images, and the loss that fits the label.
 
-Neither has a layer whose outcome for one sample depends on the others of its batch (as batch normalisation has): so a
+Neither has a layer whose output for one sample depends on the rest of its batch (as batch normalisation does): so a
 padded sample changes nothing, and a batch means the same with one worker as with eight.
 """
 
@@ -24,7 +24,7 @@ _STAGES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What a version's label asks a model for.
+    """The target that a version's label defines for a model.
 
     Attributes:
         kind: 'class' or 'number'.
@@ -40,7 +40,7 @@ class Target:
 
     @classmethod
     def of(cls, definition: Mapping[str, Any]) -> Target:
-        """The target of a streaming-ready version, by its definition.
+        """Return the target of a streaming-ready version, from its definition.
 
         Raises:
             ConfigError: the version has no label, or fewer than two classes.
@@ -62,39 +62,39 @@ class Target:
 
     @property
     def outputs(self) -> int:
-        """Outputs that a model must have: one for each class, or one."""
+        """Number of outputs of a model: one for each class, or one."""
         return len(self.classes) if self.kind == "class" else 1
 
     def losses(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Loss of each sample, shape (B,): cross entropy, or squared error of the standardised number.
+        """Return the loss of each sample, shape (B,): cross entropy, or squared error of the standardised number.
 
         Args:
-            outputs: What the model gave, shape (B, `outputs`).
-            labels: int64 class ids, or float32 numbers in their own unit, shape (B,).
+            outputs: Outputs of the model, shape (B, `outputs`).
+            labels: int64 class ids, or float32 numbers in their original unit, shape (B,).
         """
         if self.kind == "class":
             return functional.cross_entropy(outputs.float(), labels, reduction="none")
         return (outputs.float().squeeze(1) - (labels - self.mean) / self.std).square()
 
     def scores(self, outputs: torch.Tensor) -> torch.Tensor:
-        """What metrics are computed of, shape (B, `outputs`): probabilities, or the number in its own unit."""
+        """Return the input of the metrics, shape (B, `outputs`): probabilities, or the number in its original unit."""
         return outputs.float().softmax(1) if self.kind == "class" else outputs.float() * self.std + self.mean
 
 
 def input_name(definition: Mapping[str, Any]) -> Literal["features", "image"]:
-    """Name of a batch's tensor that goes into the model."""
+    """Return the name of the batch's tensor that is the model's input."""
     return "image" if definition["kind"] == "images" else "features"
 
 
 def build_model(definition: Mapping[str, Any], config: TrainingConfig) -> nn.Module:
-    """The default model for a version; its weights come from torch's global generator.
+    """Return the default model for a version; its weights come from torch's global generator.
 
     Args:
         definition: `manifest.definition` of the version.
         config: `hidden` sizes of the MLP, `width` of the CNN.
 
     Returns:
-        A module that takes float32 (B, F), or (B, 3, H, W), and gives (B, outputs).
+        A module from float32 (B, F) or (B, 3, H, W) to (B, outputs).
 
     Raises:
         ConfigError: as `Target.of`.
@@ -115,11 +115,11 @@ def _mlp(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Module:
 
 
 def _cnn(channels: int, size: int, width: int, outputs: int) -> nn.Module:
-    """Up to four stages of convolution, batch normalisation and pooling on the picture shrunk to 32 … 63 pixels.
+    """Return up to four stages of convolution, batch normalisation and pooling on an image shrunk to 32 … 63 pixels.
 
-    Batch normalisation, because it learns classes of coarse shapes in a third of the epochs that group normalisation
-    takes (the sample, 10 epochs: accuracy 0.92 against 0.51). Its statistics are each worker's own batch's while it is
-    trained, as is DistributedDataParallel's usual way, and those of rank 0 are kept.
+    Batch normalisation, because it learns classes of coarse shapes in a third of the epochs of group normalisation
+    (the sample, 10 epochs: accuracy 0.92 against 0.51). In training its statistics are those of each worker's batch,
+    as usual with DistributedDataParallel, and those of rank 0 are kept.
     """
     shrink = max(size // 32, 1)
     layers: list[nn.Module] = [nn.AvgPool2d(shrink)] if shrink > 1 else []
@@ -134,7 +134,7 @@ def _cnn(channels: int, size: int, width: int, outputs: int) -> nn.Module:
 
 
 class _SpatialMean(nn.Module):
-    """(B, C, H, W) → (B, C). Not AdaptiveAvgPool2d, whose gradient on a GPU differs from run to run."""
+    """Mean over space, (B, C, H, W) → (B, C). Not AdaptiveAvgPool2d: its gradient on a GPU differs from run to run."""
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         return maps.mean((2, 3))

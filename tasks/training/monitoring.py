@@ -1,4 +1,4 @@
-"""What a training says of its data: figures of each worker, whether data or computing was the limit, and charts."""
+"""Data report of a training: figures of each worker, the bottleneck (data or computing), and charts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tasks.report.plots import BEFORE_COLOUR, INK_COLOUR, NOW_COLOUR, compact_pn
 from tasks.report.report import DataTable, Picture
 
 WAIT_BOUND = 0.1
-"""Above this share of its time spent in waiting for batches a training is data-bound."""
+"""A training that waits for batches for more than this share of its time is data-bound."""
 
 _COLOURS = (NOW_COLOUR, BEFORE_COLOUR, "#2f9e78", "#9c5fc0", "#c3a13a", "#8d97a8")
 _NAMES = {"auc": "AUC", "rmse": "RMSE", "r2": "R²"}
@@ -21,18 +21,18 @@ _MB = 1e6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerEpoch:
-    """What one worker's stream delivered in one epoch, or since the restart if there was one within it.
+    """Deliveries of one worker's stream in one epoch, or since a restart within it.
 
     Attributes:
         epoch: number of the epoch, from 0.
         worker: rank.
-        samples: real samples, those of padding left out.
-        seconds: how long the epoch's training took, without validation.
-        wait_seconds: how much of it was spent in waiting for batches.
-        bytes_read: bytes of the samples, from wherever they came.
+        samples: real samples, without padding.
+        seconds: duration of the epoch's training, without validation.
+        wait_seconds: part of it spent waiting for batches.
+        bytes_read: bytes of the samples, from any source.
         cache_hits: files of a remote store that were in the local cache.
-        cache_misses: files that had to be fetched.
-        skipped_samples: samples in corrupt blocks, left out by choice.
+        cache_misses: files that were downloaded.
+        skipped_samples: samples skipped in corrupt blocks.
     """
 
     epoch: int
@@ -48,12 +48,12 @@ class WorkerEpoch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bound:
-    """What limited a training.
+    """Bottleneck of a training.
 
     Attributes:
         verdict: 'data-bound' if the workers waited for data for more than `WAIT_BOUND` of their time.
         wait_share: share of all workers' time spent in waiting for data.
-        advice: what follows, in a sentence or two.
+        advice: a recommendation in a sentence or two.
     """
 
     verdict: Literal["data-bound", "compute-bound"]
@@ -71,16 +71,16 @@ class Bound:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingResult:
-    """How a training went, over all calls for the same run.
+    """Result of a training, over all calls for the same run.
 
     Attributes:
-        version_uri: the version that was trained on.
+        version_uri: version used for training.
         run_uri: directory of the run, with its checkpoints.
         epochs: metrics of each epoch as rank 0 reported them, with its number under 'epoch'; the last report counts.
-        workers: what each worker's stream delivered in each epoch.
-        restarts: how often workers died or failed and all of them were started again.
+        workers: deliveries of each worker's stream in each epoch.
+        restarts: number of times that workers died or failed and all of them were restarted.
         checkpoint_uri: directory of the last checkpoint; None if none was kept.
-        seconds: wall time of this call, the start of the workers with it.
+        seconds: wall time of this call, including the start of the workers.
     """
 
     version_uri: str
@@ -93,9 +93,9 @@ class TrainingResult:
 
 
 def judge_bound(workers: Sequence[WorkerEpoch]) -> Bound | None:
-    """Whether data or computing was the limit; None if no worker has delivered anything.
+    """Return the bottleneck, data or computing; None if no worker has delivered anything.
 
-    The first epoch counts only if there is no other: there the cache is filled and the blocks' checksums are compared.
+    The first epoch counts only if it is the only one: it fills the cache and compares the blocks' checksums.
     """
     steady = _steady(workers)
     seconds = sum(one.seconds for one in steady)
@@ -121,13 +121,13 @@ def judge_bound(workers: Sequence[WorkerEpoch]) -> Bound | None:
 
 
 def _steady(workers: Sequence[WorkerEpoch]) -> list[WorkerEpoch]:
-    """The figures of every epoch but the first, if there are others."""
+    """Return the figures of every epoch but the first, if there are others."""
     first = min((one.epoch for one in workers), default=0)
     return [one for one in workers if one.epoch > first] or list(workers)
 
 
 def throughput(workers: Sequence[WorkerEpoch]) -> dict[int, float]:
-    """Samples a second of all workers together, by epoch: the slowest one's time counts."""
+    """Return samples a second of all workers together, by epoch: the slowest worker's time counts."""
     found = {}
     for epoch in sorted({one.epoch for one in workers}):
         own = [one for one in workers if one.epoch == epoch]
@@ -136,7 +136,7 @@ def throughput(workers: Sequence[WorkerEpoch]) -> dict[int, float]:
 
 
 def worker_table(workers: Sequence[WorkerEpoch]) -> DataTable:
-    """A row for each worker, over all epochs but for the wait share, which leaves out the first; the verdict below."""
+    """Return a row for each worker over all epochs, with the wait share without the first epoch; the verdict below."""
     rows = []
     for worker in sorted({one.worker for one in workers}):
         own = [one for one in workers if one.worker == worker]
@@ -163,7 +163,7 @@ def worker_table(workers: Sequence[WorkerEpoch]) -> DataTable:
 
 
 def epoch_table(epochs: Sequence[Mapping[str, Any]], workers: Sequence[WorkerEpoch]) -> DataTable:
-    """A row for each epoch: its metrics, and how fast it was.
+    """Return a row for each epoch: its metrics and its speed.
 
     Args:
         epochs: Metrics of each epoch, with its number under 'epoch'.
@@ -184,7 +184,7 @@ def epoch_table(epochs: Sequence[Mapping[str, Any]], workers: Sequence[WorkerEpo
 
 
 def training_pictures(epochs: Sequence[Mapping[str, Any]], workers: Sequence[WorkerEpoch]) -> list[Picture]:
-    """How it learned and how it was fed; a picture without anything to show is left out.
+    """Return the charts of learning and of data delivery, without empty ones.
 
     Args:
         epochs: Metrics of each epoch, with its number under 'epoch'.
@@ -206,9 +206,9 @@ def training_pictures(epochs: Sequence[Mapping[str, Any]], workers: Sequence[Wor
 
 
 def learning_chart(epochs: Sequence[Mapping[str, Any]]) -> bytes:
-    """Losses on the left, all other metrics on the right, by epoch, as PNG on a transparent ground.
+    """Plot losses on the left and all other metrics on the right, by epoch, as PNG on a transparent ground.
 
-    The RMSE, which has the label's unit, is left to the table where there is an R².
+    With an R², the RMSE, which has the label's unit, appears only in the table.
     """
     figure, (losses, others) = wide_figure(height=3.0, columns=2)
     names = _metric_names(epochs)
@@ -227,7 +227,7 @@ def learning_chart(epochs: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def delivery_chart(workers: Sequence[WorkerEpoch]) -> bytes:
-    """Throughput by epoch on the left, wait share by worker on the right, as PNG on a transparent ground."""
+    """Plot throughput by epoch on the left, wait share by worker on the right, as PNG on a transparent ground."""
     figure, (speed, waits) = wide_figure(height=3.0, columns=2)
     found = throughput(workers)
     speed.plot(list(found), list(found.values()), color=NOW_COLOUR, marker="o", markersize=4)

@@ -1,4 +1,4 @@
-"""The verdict of a training: whether it learned, whether it was fed, and whether every sample counted. Pure."""
+"""The verdict of a training: it learned, it wasn't short of data, and every sample counted. Pure."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from tasks.quality.rules import gate
 from tasks.store.manifest import CheckResult, GateResult, Verdict
 from tasks.training.monitoring import WAIT_BOUND, TrainingResult, judge_bound, throughput
 
-# What tells nothing: the AUC of a coin, the R² of the mean.
+# Scores without information: the AUC of a coin, the R² of the mean.
 _CHANCE = {"auc": ("AUC", 0.5), "r2": ("R²", 0.0)}
 
 
 def judge_training(result: TrainingResult, definition: Mapping[str, Any], epochs: int, remainder: str) -> GateResult:
-    """Judge a training by what its workers have reported.
+    """Judge a training by the reports of its workers.
 
     Args:
-        result: What they have reported.
+        result: Reports of the workers.
         definition: `manifest.definition` of the version.
-        epochs: Epochs that were asked for.
+        epochs: Number of requested epochs.
         remainder: 'pad' or 'drop'.
 
     """
@@ -31,7 +31,7 @@ def judge_training(result: TrainingResult, definition: Mapping[str, Any], epochs
 
 
 def headline(result: TrainingResult) -> tuple[tuple[str, str], ...]:
-    """The outcome in a few lines, each behind a word."""
+    """Return the outcome in a few lines, each with a label."""
     last = result.epochs[-1] if result.epochs else {}
     figures = [f"{name.replace('_', ' ')} {number(value)}" for name, value in last.items() if name != "epoch"]
     speed = throughput(result.workers)
@@ -57,7 +57,7 @@ def _complete(result: TrainingResult, epochs: int) -> CheckResult:
 
 
 def _learned(result: TrainingResult) -> CheckResult:
-    """Whether the last epoch's model tells more of the validation split than chance does."""
+    """Check that the last epoch's model predicts the validation split better than chance."""
     last = result.epochs[-1] if result.epochs else {}
     for name, (label, chance) in _CHANCE.items():
         if last.get(name) is not None:
@@ -93,7 +93,7 @@ def _restarts(result: TrainingResult) -> CheckResult:
 
 
 def _consumed(result: TrainingResult, samples: int) -> CheckResult:
-    """Whether each epoch was the whole split: padding isn't counted, so the workers' samples add up to it."""
+    """Check that each epoch covered the whole split: without padding, the workers' samples add up to it."""
     totals: dict[int, int] = {}
     for one in result.workers:
         totals[one.epoch] = totals.get(one.epoch, 0) + one.samples + one.skipped_samples

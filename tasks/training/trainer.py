@@ -1,8 +1,7 @@
-"""Training through Ray Train: workers that each take their share of one stream, checkpoints, and restarts.
+"""Training through Ray Train: workers that share one stream, checkpoints, and restarts.
 
-A worker that dies takes the others down with it; all of them start again from the last checkpoint, which holds the
-stream's place beside the model. So each sample counts once an epoch, whatever happened, and with however many workers
-the run goes on.
+If a worker dies, the others stop too; all restart from the last checkpoint, which holds the stream's place beside the
+model. So each sample counts once an epoch, whatever failed, and with any number of workers after the restart.
 """
 
 from __future__ import annotations
@@ -39,29 +38,29 @@ CHECKPOINTS_KEPT = 2
 
 _LOG = logging.getLogger(__name__)
 
-# The controller looks after its workers this often. Within it a report waits for the one before it, and a death isn't
-# noticed; Ray's default is 2 s, which short epochs would spend waiting. A look costs one small call of each worker.
+# Interval at which the controller polls its workers. Within it a report waits for the previous one, and a death isn't
+# noticed; Ray's default is 2 s, too long for short epochs. A poll costs one small call of each worker.
 _ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
-# One machine can't lose a node, and the watcher for that announces itself as an error.
+# One machine can't lose a node, and the watcher for lost nodes logs an error.
 _LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 def train_version(uri: str, config: TrainingConfig, storage_path: str, run_name: str) -> TrainingResult:
-    """Train on a streaming-ready version in `config.workers` workers; go on where the same run stopped before.
+    """Train on a streaming-ready version in `config.workers` workers; resume the same run if it was stopped.
 
-    Called again with the same `storage_path` and `run_name`, after a crash or with another number of workers, it goes
-    on from the last checkpoint; a run that is complete gives its result again.
+    A later call with the same `storage_path` and `run_name`, after a crash or with another number of workers, resumes
+    from the last checkpoint; for a complete run it returns the result again.
 
     Args:
         uri: The version's directory, or the dataset's for its latest version.
-        config: What to train, and in how many workers.
+        config: Training and number of workers.
         storage_path: Directory or s3:// prefix of the runs' checkpoints; every node of the cluster must reach it.
-        run_name: Name of the run below it.
+        run_name: Name of the run under `storage_path`.
 
     Raises:
         ConfigError: the function can't be imported, the cluster is too small, or the version has no label.
         VersionNotFound: there is no such published version.
-        PipelineError: what else a worker raised of this kind, such as `CorruptVersion`.
+        PipelineError: any other error of this kind in a worker, such as `CorruptVersion`.
         ray.train.TrainingFailedError: workers died or failed more than `config.max_failures` times.
     """
     start = time.monotonic()
@@ -91,10 +90,10 @@ def train_version(uri: str, config: TrainingConfig, storage_path: str, run_name:
 
 
 def load_function(path: str) -> Callable[[TrainingRun], Any]:
-    """The training function with an import path, 'package.module:name'.
+    """Return the training function with an import path, 'package.module:name'.
 
     Raises:
-        ConfigError: it can't be imported, or is no function; the message says which part is wrong.
+        ConfigError: it can't be imported, or isn't a function; the message says which part is wrong.
     """
     found = load_object("function", path)
     if not callable(found):
@@ -106,14 +105,14 @@ def load_function(path: str) -> Callable[[TrainingRun], Any]:
 
 
 def check_resources(config: TrainingConfig) -> None:
-    """Refuse more workers than the cluster can ever hold: Ray would wait for them.
+    """Raise an error if the cluster can never hold all workers: Ray would wait for them.
 
-    A cluster that grows by itself is left to Ray, which knows its limits.
+    An autoscaling cluster is left to Ray, which knows its limits.
 
     Raises:
         ConfigError: there are too few CPUs or GPUs; it says how many.
     """
-    from ray._private.state import state  # Ray Train asks here, too; nothing public tells
+    from ray._private.state import state  # Ray Train uses it, too; there is no public API
 
     if state.get_max_resources_from_cluster_config():
         return
@@ -128,7 +127,7 @@ def check_resources(config: TrainingConfig) -> None:
 
 
 def read_state(checkpoint_uri: str) -> dict[str, Any]:
-    """What a checkpoint holds, on the CPU; nothing but tensors and plain values is loaded, and no code is run.
+    """Return the contents of a checkpoint, on the CPU; load only tensors and plain values, and run no code.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
@@ -139,9 +138,9 @@ def read_state(checkpoint_uri: str) -> dict[str, Any]:
 
 
 def read_records(run_uri: str) -> tuple[tuple[dict[str, Any], ...], tuple[WorkerEpoch, ...], int]:
-    """Metrics of the epochs, figures of the workers, and number of restarts, of all that a run has reported so far.
+    """Return metrics of epochs, figures of workers, and the number of restarts, as a run has reported them so far.
 
-    Of an epoch that was reported twice, before and after a restart, the later report counts.
+    If an epoch was reported twice, before and after a restart, the later report counts.
     """
     uris = [info.uri for info in storage.list_files(layout.join(run_uri, RECORDS))]
     contents = storage.read_many(uris)
@@ -177,9 +176,9 @@ def _worker_epoch(epoch: int, rank: int, counted: Mapping[str, float]) -> Worker
 
 
 class _Recorder(ray.train.UserCallback):
-    """Keeps what the workers report as JSON beside the checkpoints; runs in Ray Train's controller.
+    """Recorder of the workers' reports as JSON beside the checkpoints; runs in Ray Train's controller.
 
-    Ray keeps metrics only of checkpoints, of rank 0, and as long as it keeps the checkpoint.
+    Ray keeps metrics only with checkpoints, only of rank 0, and only as long as the checkpoint.
     """
 
     def __init__(self, uri: str) -> None:
@@ -195,12 +194,12 @@ class _Recorder(ray.train.UserCallback):
         _LOG.warning("Worker %s failed: if failures are left, all workers start again from the last checkpoint.", ranks)
 
     def _write(self, record: dict[str, Any]) -> None:
-        # In the order of time, also after another process has gone on with the run.
+        # In the order of time, also after another process has resumed the run.
         storage.write_bytes(layout.join(self._uri, f"{time.time_ns():020d}.json"), json.dumps(record).encode())
 
 
 def _fit(uri: str, definition: Mapping[str, Any], config: TrainingConfig, run_uri: str) -> Any:
-    """Ray Train's result of the run."""
+    """Return Ray Train's result of the run."""
     api: Any = ray.train  # its type hints are those of its first version
     base, _, name = run_uri.rpartition("/")
     filesystem, path = storage.arrow_filesystem(base)
@@ -218,7 +217,7 @@ def _fit(uri: str, definition: Mapping[str, Any], config: TrainingConfig, run_ur
             storage_path=path,
             storage_filesystem=filesystem,
             checkpoint_config=api.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
-            # Ray's own default is to try for ever to start workers for which there is no room.
+            # Ray's default is to retry for ever when the cluster is too small for the workers.
             failure_config=api.FailureConfig(
                 max_failures=config.max_failures, controller_failure_limit=config.max_failures
             ),
@@ -240,11 +239,11 @@ def _fit(uri: str, definition: Mapping[str, Any], config: TrainingConfig, run_ur
 
 
 def _work(settings: dict[str, Any]) -> None:
-    """What each worker does: open its streams, take up the last checkpoint, call the function."""
+    """Run one worker: open its streams, load the last checkpoint, call the function."""
     from ray.train.torch import get_device
     from ray.train.v2._internal.execution import context as reporting
 
-    logging.getLogger(reporting.__file__).setLevel(logging.WARNING)  # past Ray's own setting: two lines a report
+    logging.getLogger(reporting.__file__).setLevel(logging.WARNING)  # overrides Ray's setting: two lines a report
     config: TrainingConfig = settings["config"]
     function = load_function(config.function or DEFAULT_FUNCTION)
     context = ray.train.get_context()
@@ -279,19 +278,19 @@ def _sender(rank: int) -> Send:
 
 
 def _own_error(error: Exception) -> PipelineError | None:
-    """The first error of ours that a worker raised: it says what to do, and whether a retry can help."""
+    """Return the first PipelineError of a worker: its message says what to do, and if a retry can help."""
     failures = getattr(error, "worker_failures", {})
     causes = [getattr(failure, "_base_exc", failure) for _, failure in sorted(failures.items())]
     return next((cause for cause in causes if isinstance(cause, PipelineError)), None)
 
 
 def _has_state_api() -> bool:
-    """Whether the cluster has a dashboard, whose State API knows its actors; a local Ray of ours has none."""
+    """Return True if the cluster has a dashboard, whose State API lists its actors; a local Ray of ours has none."""
     from ray.util.state import list_nodes
     from ray.util.state.exception import RayStateApiException
 
     try:
-        # The address: without it, it takes any Ray of this machine.
+        # Without the address it takes any Ray on this machine.
         list_nodes(address=ray.get_runtime_context().gcs_address, limit=1, timeout=10)
     except (RayStateApiException, ConnectionError):
         return False
@@ -299,7 +298,7 @@ def _has_state_api() -> bool:
 
 
 def _trainer(local: bool) -> Any:
-    """TorchTrainer; on a local Ray without the helper that asks the State API every second, in vain and aloud."""
+    """Return TorchTrainer; on a local Ray, without the helper that polls the absent State API and logs errors."""
     from ray.train.torch import TorchTrainer
 
     if not local:

@@ -1,4 +1,4 @@
-"""The point-in-time join: for each row the newest features that were there at its time. Pure.
+"""The point-in-time join: for each row the newest features available at its time. Pure.
 
     as_of      Jan ───── Feb ───── Mar            a row at the 20th of February gets those as of February
     event                     ×
@@ -25,7 +25,7 @@ from tasks.training_sets.history import FROM, TIME, UNTIL
 Int64Array = npt.NDArray[np.int64]
 
 MOST_RUNS = 64
-"""An entity with more runs than that has them because its rows aren't sorted."""
+"""More runs of an entity than this mean that its rows aren't sorted."""
 
 _NEVER = np.iinfo(np.int64).max
 _ALWAYS = np.iinfo(np.int64).min
@@ -41,19 +41,19 @@ def join_asof(
     strict: bool = False,
     known_at: bool = False,
 ) -> Int64Array:
-    """Find each spine row's features.
+    """Find the features of each spine row.
 
     Args:
         spine: Rows with the entity key and the event time (a timestamp with a time zone).
         history: Rows as `history.read_bucket` gives them; of equal (entity, as_of) the last one counts.
         entity: Key column of both.
         event_time: The spine's time column.
-        ttl: Features with event time − as_of above this are none.
-        strict: Whether as_of must be before the event time, and not only at most it.
-        known_at: Whether only rows count with _created ≤ event time < _superseded.
+        ttl: Ignore features older than this (event time − as_of).
+        strict: Require as_of < event time, instead of ≤.
+        known_at: Count only rows with _created ≤ event time < _superseded.
 
     Returns:
-        For each spine row the number of the history's row, or −1: without a key or a time, or where no row counts.
+        The number of the history's row for each spine row, or −1: without a key or a time, or if no row counts.
 
     """
     runs = _runs(history, entity)
@@ -81,10 +81,10 @@ def join_asof(
 
 
 class _Runs:
-    """Runs of rows of one entity with ascending as_of, grouped by entity, in an entity by their place."""
+    """Runs of one entity's rows with ascending as_of, grouped by entity, within an entity by their place."""
 
     def __init__(self, codes: pl.DataFrame, offsets: Int64Array, starts: Int64Array, ends: Int64Array) -> None:
-        """Keep them: codes is entity → code, and the entity's runs are offsets[code] to offsets[code + 1]."""
+        """Keep the runs: codes is entity → code, and the entity's runs are offsets[code] to offsets[code + 1]."""
         self.codes = codes
         self.offsets = offsets
         self.starts = starts
@@ -92,7 +92,7 @@ class _Runs:
 
     @property
     def most(self) -> int:
-        """Runs of the entity that has most of them."""
+        """Largest number of runs of an entity."""
         return int(np.diff(self.offsets).max(initial=0))
 
 
@@ -110,7 +110,7 @@ def _runs(history: pl.DataFrame, entity: str) -> _Runs:
 
 
 def _ticks(times: pl.Series, null: int) -> Int64Array:
-    """Microseconds since 1970, UTC."""
+    """Return microseconds since 1970, UTC."""
     ticks = times.cast(TIME).to_physical().fill_null(null).to_numpy()
     return cast(Int64Array, ticks)
 
@@ -127,14 +127,14 @@ def _search(
     history: tuple[Int64Array, Int64Array, Int64Array],
     limits: tuple[int, bool],
 ) -> Int64Array:
-    """Number of the history's row for each (code, time), or −1.
+    """Return the number of the history's row for each (code, time), or −1.
 
     Args:
         codes: Entity of each row, −1 without.
         times: Time of each row, `_ALWAYS` without.
         runs: offsets, starts and ends of the runs.
-        history: as_of, and from when until when each row was known (both empty: always).
-        limits: Time-to-live (−1: none), and whether as_of must be before the time.
+        history: as_of, and the interval in which each row was known (both empty: always).
+        limits: Time-to-live (−1: none), and True if as_of must be before the time.
 
     """
     offsets, starts, ends = runs
@@ -147,7 +147,7 @@ def _search(
             continue
         latest = np.iinfo(np.int64).min
         if ttl >= 0 and time >= latest + ttl:
-            latest = time - ttl  # from here on: what is older is none, and what was found is only replaced by newer
+            latest = time - ttl  # the oldest as_of that counts; each match raises it
         for run in range(offsets[code], offsets[code + 1]):
             low, high = starts[run], ends[run]
             while low < high:
@@ -159,7 +159,7 @@ def _search(
             candidate = low - 1
             while candidate >= starts[run] and as_of[candidate] >= latest:
                 if len(known_from) == 0 or known_from[candidate] <= time < known_until[candidate]:
-                    # Of equal times the later row: versions stand oldest first.
+                    # Of equal times the later row: versions are ordered oldest first.
                     found[row], latest = candidate, as_of[candidate]
                     break
                 candidate -= 1

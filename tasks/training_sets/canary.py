@@ -1,8 +1,8 @@
-"""The leak canary: rows that nobody could have known are planted, and must change nothing. Pure.
+"""The leak canary: rows from the future are planted, and must change nothing. Pure.
 
-For some rows of a bucket the history gets rows of the same entity that don't count at the row's time: from after it,
-and where they matter too old ones, and ones that were known too late or no more. The join is done again by the same
-function; a row that now finds something else has looked where it mustn't, and the run fails.
+For some rows of a bucket the history gets rows of the same entity that don't count at the row's time: later ones,
+and, where it matters, expired ones and ones known too late or no longer. The same function repeats the join; if a
+row now finds something else, it has used data that it mustn't, and the run fails.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ def plant(
     Args:
         spine: The bucket's rows, as they were joined.
         history: Its history, as it was joined.
-        rows: What the join found: for each spine row the history's row, or −1.
+        rows: Result of the join: for each spine row the history's row, or −1.
         entity: Key column of both.
         event_time: The spine's time column.
-        ttl: As it was joined.
-        strict: As it was joined.
-        known_at: As it was joined.
+        ttl: As in the join.
+        strict: As in the join.
+        known_at: As in the join.
         join: The function that joined.
 
     Returns:
-        Number of rows that were planted.
+        Number of planted rows.
 
     Raises:
         LeakFound: a spine row finds another row than before; the message names it.
@@ -94,7 +94,7 @@ def plant(
 
 
 def _sample(spine: pl.DataFrame, entity: str, event_time: str) -> pl.DataFrame:
-    """Rows from all over the spine, one an entity, with their number: others' planted rows concern none of them."""
+    """Return rows from the whole spine with their numbers, one an entity, so that planted rows concern no other row."""
     rows = spine.select(entity, event_time).with_row_index(_ROW).drop_nulls()
     return rows.gather_every(max(1, rows.height // SAMPLE)).unique(entity, keep="any", maintain_order=True)
 
@@ -102,7 +102,7 @@ def _sample(spine: pl.DataFrame, entity: str, event_time: str) -> pl.DataFrame:
 def _kinds(
     time: pl.Expr, *, ttl: dt.timedelta | None, strict: bool, known_at: bool
 ) -> Iterator[tuple[str, pl.Expr, pl.Expr, pl.Expr]]:
-    """What is planted for a row at a time: its name in an error, as_of, created and superseded."""
+    """Return the planted rows for a row's time: their name in an error, as_of, created and superseded."""
     within = time - _TICK if strict else time
     yield "features from its future", time if strict else time + _TICK, _FIRST, _LAST
     yield "features from its far future", time + dt.timedelta(days=365), _FIRST, _LAST

@@ -1,8 +1,8 @@
-"""What a model reads, as a value: its rows (the spine), what it learns (the label), and its features.
+"""A model's inputs, as a value: its rows (the spine), its target (the label), and its features.
 
-A *spine* is a table of (entity key, event timestamp, target): each row asks for the features that were known at that
-time. It is the user's own table, or made by a *label*: a target computed from the events *after* a time, for every
-entity that was there *before* it. Features come only from before, labels only from after.
+A *spine* is a table of (entity key, event timestamp, target): each row gets the features that were known at that
+time. It is the user's table, or made by a *label*: a target computed from the events *after* a time, for every
+entity that existed *before* it. Features come only from before, labels only from after.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class FeatureReference:
 
     @classmethod
     def parse(cls, text: str) -> FeatureReference:
-        """A reference from its text.
+        """Return a reference from its text.
 
         Raises:
-            DefinitionError: It is no 'group:feature'.
+            DefinitionError: It isn't of the form 'group:feature'.
 
         """
         match = _REFERENCE.fullmatch(text.strip()) if isinstance(text, str) else None
@@ -63,10 +63,10 @@ class FeatureReference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpineSource:
-    """A table of the user's own: Parquet or CSV, a file, directory, glob or S3 prefix.
+    """A user's table: Parquet or CSV, a file, directory, glob or S3 prefix.
 
     columns: our names (the entity keys, `event_timestamp`, `target`) to the table's; names that aren't given are
-    taken as they are.
+    unchanged.
     """
 
     uri: str
@@ -78,8 +78,8 @@ class Label:
     """A target computed from events, for every entity at each of some times.
 
     at: times as `tasks.io.times.expand` takes them. An entity has a row at a time t if it has an event at or before
-    t (in the `active_days` before t, if given). target: an expression over its events in t < time ≤ t + days; where
-    it has none, its value over no rows (0 for a count). Times whose days aren't over yet have no rows.
+    t (in the `active_days` before t, if given). target: an expression over its events in t < time ≤ t + days;
+    without any, its value over no rows (0 for a count). Times whose days aren't over yet have no rows.
     """
 
     name: str
@@ -100,7 +100,7 @@ class Label:
             raise DefinitionError(f"label '{self.name}' has no times; give 'at', such as 2024-01-31/2024-11-30/1mo")
 
     def describe(self) -> dict[str, Any]:
-        """The declaration as plain values."""
+        """Return the declaration as plain values."""
         return {
             "name": self.name,
             "entity": self.entity,
@@ -114,11 +114,11 @@ class Label:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """What a model reads.
+    """A model's inputs.
 
-    entity: key column of the spine, whose rows training-delivery keeps in one split. features: what is joined, at each
-    row's time; groups of other entities are joined by their own key, if the spine has that column. ttl_days: features
-    older than this are none. strict: as_of < event time, instead of ≤. known_at: only features whose version had been
+    entity: key column of the spine, whose rows training-delivery keeps in one split. features: joined at each
+    row's time; groups of other entities are joined by their key, if the spine has that column. ttl_days: ignore
+    features older than this. strict: as_of < event time, instead of ≤. known_at: only features whose version had been
     created by the event time.
     """
 
@@ -160,11 +160,11 @@ class Model:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """Feature groups that it reads, in order."""
+        """Feature groups of the features, in order."""
         return tuple(dict.fromkeys(ref.group for ref in self.features))
 
     def describe(self) -> dict[str, Any]:
-        """The declaration as plain values, for the manifest; equal declarations give equal values."""
+        """Return the declaration as plain values, for the manifest; equal declarations give equal values."""
         spine = (
             {"label": self.spine.describe()}
             if isinstance(self.spine, Label)
@@ -181,18 +181,18 @@ class Model:
         }
 
     def digest(self) -> str:
-        """SHA-256 of the declaration, hexadecimal."""
+        """Return the SHA-256 of the declaration, hexadecimal."""
         return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
 
 
 def column_names(references: Sequence[FeatureReference]) -> list[str]:
-    """Names of the features' columns in a training set: 'feature_<name>', with the group where names meet.
+    """Return the names of the features' columns in a training set: 'feature_<name>', with the group if names collide.
 
     Args:
         references: Features, each 'group:*' already spelled out.
 
     Raises:
-        DefinitionError: two of them would have one column.
+        DefinitionError: two of them would have the same column.
 
     """
     names = [ref.feature for ref in references]

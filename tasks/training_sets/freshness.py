@@ -1,7 +1,7 @@
-"""How old a value may be: one rule for training sets, the join in memory, look-ups in files and in Redis. Pure.
+"""Age limit of values: one rule for training sets, the join in memory, look-ups in files and in Redis. Pure.
 
-A value is expired where time − as_of is above the time to live; one that is exactly as old counts (`asof.join_asof`).
-The time is a row's event time, or that of a look-up. Of each value that is given there is a status:
+A value is expired if time − as_of is above the time to live; a value of exactly that age counts (`asof.join_asof`).
+The time is a row's event time, or that of a look-up. Each value has a status:
 
     PRESENT     the value
     NULL        the entity has a row in time, and no value in it
@@ -27,16 +27,16 @@ Status = Literal["PRESENT", "NULL", "EXPIRED", "NOT_FOUND"]
 Mask = npt.NDArray[np.bool_]
 
 STATUS = "__status"
-"""What the column of a feature's statuses has behind the name of the feature's."""
+"""Suffix of a feature's status column."""
 
-_MOST_DAYS = 500_000  # some 1,400 years: a time before the year 1 can't be reckoned
+_MOST_DAYS = 500_000  # some 1,400 years: a time before the year 1 can't be represented
 
 
 def time_to_live(days: Any) -> dt.timedelta | None:
-    """A time to live that somebody gives in days; None is for ever.
+    """Return a time to live given in days; None is for ever.
 
     Raises:
-        InputError: it is no number above 0, or above 500,000.
+        InputError: it isn't a number above 0, or it is above 500,000.
 
     """
     if days is None:
@@ -48,10 +48,10 @@ def time_to_live(days: Any) -> dt.timedelta | None:
 
 
 def moment_of(now: Any) -> dt.datetime:
-    """The time that ages are measured by: the clock's, or one that somebody gives.
+    """Return the time for measuring ages: the clock's, or the given one.
 
     Raises:
-        InputError: it is no time with a time zone, or in the future.
+        InputError: it isn't a time with a time zone, or it is in the future.
 
     """
     clock = dt.datetime.now(dt.UTC)
@@ -65,12 +65,12 @@ def moment_of(now: Any) -> dt.datetime:
 
 
 def expired(as_of: pa.Array | pa.ChunkedArray, now: dt.datetime, ttl: dt.timedelta | None) -> Mask:
-    """Which rows are older than the time to live; not those without a time.
+    """Return a mask of rows older than the time to live, False for rows without a time.
 
     Args:
         as_of: Times of the rows, null for an entity without one; with a time zone, or UTC.
         now: Time to measure by.
-        ttl: Time to live; None: none is expired.
+        ttl: Time to live; None: no row is expired.
 
     """
     if ttl is None:
@@ -82,17 +82,17 @@ def expired(as_of: pa.Array | pa.ChunkedArray, now: dt.datetime, ttl: dt.timedel
 
 
 def without(values: pa.ChunkedArray, rows: Mask) -> pa.ChunkedArray:
-    """Values with null in some rows."""
+    """Return values with null in some rows."""
     return pc.if_else(pa.array(rows), pa.scalar(None, values.type), values) if rows.any() else values
 
 
 def statuses(values: pa.ChunkedArray, found: Mask, late: Mask) -> pa.Array:
-    """Status of each value.
+    """Return the status of each value.
 
     Args:
         values: The values, null where there is none.
-        found: Which rows' entities have a row.
-        late: Which of them are expired.
+        found: Mask of rows whose entities have a row.
+        late: Mask of expired rows among them.
 
     """
     there = values.is_valid().to_numpy().astype(np.bool_)

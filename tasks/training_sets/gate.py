@@ -1,4 +1,4 @@
-"""What the quality gate asks of a training set. Pure: figures in, verdict out."""
+"""The quality gate of a training set. Pure: figures in, verdict out."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tasks.training_sets.definition import Model
 
 
 class TrainingSetFigures(Protocol):
-    """What is judged of a training set, as `tasks.training_sets.pipeline.ComputedSet` has it."""
+    """Figures of a training set for the gate, as in `tasks.training_sets.pipeline.ComputedSet`."""
 
     @property
     def rows(self) -> int:
-        """Rows written."""
+        """Number of rows written."""
 
     @property
     def schema(self) -> pa.Schema:
@@ -52,30 +52,30 @@ class TrainingSetFigures(Protocol):
 
     @property
     def matched(self) -> Mapping[str, int]:
-        """Group → rows that found features in time."""
+        """Group → rows with features in time."""
 
     @property
     def planted(self) -> int:
-        """Rows from the future that were added for a trial."""
+        """Number of rows from the future planted as a test."""
 
     @property
     def duplicates(self) -> int:
-        """Rows that repeat another's entity and event time."""
+        """Number of rows that repeat another's entity and event time."""
 
     @property
     def sample(self) -> pa.Table:
-        """Some rows: the features and the target; the entity too where it is known."""
+        """Some rows: the features and the target, and the entity if it is known."""
 
 
 def judge_training_set(
     model: Model, config: FeatureStoreConfig, computed: TrainingSetFigures, previous: Manifest | None
 ) -> GateResult:
-    """Judge what was written for a model.
+    """Judge the training set of a model.
 
     Args:
         model: The declaration.
         config: Thresholds and choices.
-        computed: What was written.
+        computed: The written set.
         previous: Manifest of the last published version, if there is one.
 
     """
@@ -118,7 +118,7 @@ def _expected_types(
     previous: Manifest | None,
     config: FeatureStoreConfig,
 ) -> dict[str, str]:
-    """The declared columns, of the types that they had; a model that names the same features has the same columns."""
+    """Return the declared columns with their previous types; a model with the same features has the same columns."""
     keys = [name for name in found if name not in features]
     names = dict.fromkeys([model.entity, EVENT_TIME, *keys, *features, TARGET])
     types = {name: found.get(name, "any type") for name in names}
@@ -129,14 +129,14 @@ def _expected_types(
 
 
 def _repeats(model: Model, duplicates: int) -> CheckResult:
-    """Whether each row has a time of its own: a row twice counts twice in training, which may be meant."""
+    """Check that each row is unique in entity and time: a repeated row counts twice in training, perhaps on purpose."""
     message = f"{plural(duplicates, 'row')} repeat the {model.entity} and {EVENT_TIME} of another; all are kept."
     message = message if duplicates else f"Every {model.entity} has each {EVENT_TIME} once."
     return rules.at_most("repeated rows", model.entity, duplicates, (0, math.inf), message)
 
 
 def _leaks(model: Model, config: FeatureStoreConfig, computed: TrainingSetFigures) -> list[CheckResult]:
-    """How well each feature alone tells the target, on a sample of the rows."""
+    """Check how well each feature alone predicts the target, on a sample of the rows."""
     sample, bounds = computed.sample, config.label_thresholds
     sound = sample[TARGET].is_valid()
     if pt.is_floating(sample.schema.field(TARGET).type):
@@ -154,7 +154,7 @@ def _leaks(model: Model, config: FeatureStoreConfig, computed: TrainingSetFigure
 
 
 def _drifts(config: FeatureStoreConfig, computed: TrainingSetFigures, previous: Manifest | None) -> list[CheckResult]:
-    """Latest rows against the others, and this version against the last: both warn, and hold nothing up."""
+    """Compare the latest rows with the others, and this version with the last: both only warn."""
     bounds = config.label_thresholds
     names = [name for name in (*computed.features, TARGET) if name in computed.profile.partials]
     earlier = computed.profile_earlier.columns()
@@ -173,7 +173,7 @@ def _drifts(config: FeatureStoreConfig, computed: TrainingSetFigures, previous: 
     checks += [
         rules.check_drift(name, computed.profile, before[name], warn_above=bounds.drift_warn, fail_above=math.inf)
         for name in names
-        # Of another type it is another column, which the schema's check has judged.
+        # With another type it is another column, which the schema's check has judged.
         if name in before and before[name].kind == computed.profile.partial(name).kind
     ]
     return checks

@@ -1,11 +1,11 @@
-"""What is known of a feature group over time: all its live versions together, and the rows of a bucket of them.
+"""A feature group over time: all its live versions together, and their rows by bucket.
 
     v1  ──Jan──Feb──Mar──            as_of times that each version holds
-    v2            Mar'──Apr──        computed later: its March supersedes v1's, wholly
+    v2            Mar'──Apr──        computed later: its March supersedes v1's as a whole
     history: Jan Feb Mar' Apr        with known_at: March from v1 until v2 was created, then from v2
 
-Only versions that mean the same by the asked features count together: one whose definition of them differs from the
-newest version's is left out, with the reason.
+Only versions with the same definition of the requested features count together: a version whose definition differs
+from the newest one's is left out, with the reason.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tasks.store.reading import data_files, live_manifests, opened, read_manifes
 from tasks.training_sets.definition import ALL, Pin
 
 FROM, UNTIL = "_created", "_superseded"
-"""Columns of when a row became known and when a newer version took its place (null: never)."""
+"""Columns with the times at which a row became known and was superseded by a newer version (null: never)."""
 
 TIME = pl.Datetime("us", "UTC")
 _BATCH = 1 << 18  # rows decoded at a time where most are another bucket's
@@ -42,9 +42,9 @@ _BATCH = 1 << 18  # rows decoded at a time where most are another bucket's
 class HistoryVersion:
     """One version in a history.
 
-    created: when its features were computed. as_of: times that it holds, ascending, UTC. files: URIs in the
-    manifest's order, their digests, and their sizes in bytes by URI. superseded: as_of → when a newer version that
-    holds it too was created.
+    created: time at which its features were computed. as_of: times that it holds, ascending, UTC. files: URIs in the
+    manifest's order, their digests, and their sizes in bytes by URI. superseded: as_of → creation time of the newer
+    version that holds it too.
     """
 
     version: int
@@ -58,10 +58,10 @@ class HistoryVersion:
     superseded: Mapping[dt.datetime, dt.datetime] = field(default_factory=dict)
 
     def files_of(self, entity: str, bucket: int, buckets: int) -> tuple[list[str], bool]:
-        """Files that have the rows of a bucket, and whether they have other rows as well.
+        """Return the files with rows of a bucket, and True if they have other rows as well.
 
         Args:
-            entity: Key whose stable hash decides.
+            entity: Key whose stable hash gives the bucket.
             bucket: Number of the bucket.
             buckets: Number of buckets, a power of two.
 
@@ -75,7 +75,7 @@ class HistoryVersion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """Features of a group over time: their types, and the versions that they are read from, oldest first.
+    """Features of a group over time: their types, and their versions, oldest first.
 
     left_out: versions that aren't read, each with the reason.
     """
@@ -90,22 +90,22 @@ class History:
 
     @property
     def buckets(self) -> int:
-        """Number of buckets by which the files of every version can be told apart."""
+        """Number of buckets by which the files of every version can be separated."""
         return max([1, *(version.partition.buckets for version in self.versions if version.partition is not None)])
 
 
 def resolve_history(root: str, group: str, features: Sequence[str], pin: Pin = None) -> History:
-    """The history of some features of a group, from the manifests as they stand now.
+    """Return the history of some features of a group, from the present manifests.
 
     Args:
         root: Root of the store.
         group: Name of the feature group.
-        features: Names of features; '*' stands for all that the newest version has.
+        features: Names of features; '*' means all features of the newest version.
         pin: None: all live versions; a number or 'latest': that version alone.
 
     Raises:
         VersionNotFound: there is no such group, or no such live version.
-        DefinitionError: the newest of the versions hasn't one of the features; the message names the closest.
+        DefinitionError: the newest of the versions lacks one of the features; the message names the closest.
 
     """
     root = storage.normalise(root)
@@ -118,10 +118,10 @@ def resolve_history(root: str, group: str, features: Sequence[str], pin: Pin = N
 
 
 def history_among(root: str, group: str, features: Sequence[str], live: Sequence[Manifest]) -> History:
-    """The history of some features of a group in those of its versions that fit the newest; one or more, ascending.
+    """Return the history of some features in those of a group's versions that fit the newest; one or more, ascending.
 
     Raises:
-        DefinitionError: the newest of the versions hasn't one of the features; the message names the closest.
+        DefinitionError: the newest of the versions lacks one of the features; the message names the closest.
 
     """
     newest = live[-1]
@@ -143,7 +143,7 @@ def history_of(
     manifests: Sequence[Manifest],
     left_out: tuple[tuple[int, str], ...] = (),
 ) -> History:
-    """The history that certain versions are of some of their features.
+    """Return the history that certain versions form for some of their features.
 
     Args:
         root: Root of the store.
@@ -168,7 +168,7 @@ def history_of(
 
 
 def _differs(manifest: Manifest, newest: Manifest, features: Sequence[str]) -> str:
-    """Why a version can't be read together with the newest one; empty if it can."""
+    """Return why a version can't be read together with the newest one; empty if it can."""
     entity, own = newest.definition["entity"], manifest.definition.get("entity")
     if own != entity:
         return f"it is about '{own}', v{newest.version} about '{entity}'"
@@ -191,7 +191,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _versions(root: str, manifests: Sequence[Manifest]) -> tuple[HistoryVersion, ...]:
-    """The versions, oldest first, each with what newer ones take from it."""
+    """Return the versions, oldest first, each with its superseded times."""
     found: list[HistoryVersion] = []
     newer: dict[dt.datetime, dt.datetime] = {}
     for manifest in reversed(manifests):
@@ -216,13 +216,13 @@ def _versions(root: str, manifests: Sequence[Manifest]) -> tuple[HistoryVersion,
 
 
 def created_of(manifest: Manifest) -> dt.datetime:
-    """Return the time at which a version's features were computed, which its rows are stamped with."""
+    """Return the time at which a version's features were computed, the stamp of its rows."""
     profile = manifest.profile.get(CREATED)
     return _moment(profile.maximum) if profile and isinstance(profile.maximum, str) else manifest.created_at
 
 
 def _times(manifest: Manifest) -> tuple[dt.datetime, ...]:
-    """As-of times of a version; one made before histories, as of its start, says it in its profile only."""
+    """Return the as-of times of a version; a version older than histories has its time only in its profile."""
     times = manifest.as_of
     profile = manifest.profile.get(AS_OF)
     if not times and profile and isinstance(profile.maximum, str) and profile.minimum == profile.maximum:
@@ -244,10 +244,10 @@ def _schema(root: str, manifest: Manifest) -> pa.Schema:
 
 @contextmanager
 def _pruned_told(root: str, dataset: str, version: int) -> Iterator[None]:
-    """Around reading a version's files: say so if they are gone because the whole version was pruned meanwhile.
+    """Replace an error about missing files by a clear one if the whole version was pruned during the reading.
 
     Raises:
-        VersionNotFound: it was.
+        VersionNotFound: it was pruned.
         CorruptVersion: a file is missing, of another size, or can't be read.
 
     """
@@ -261,15 +261,15 @@ def _pruned_told(root: str, dataset: str, version: int) -> Iterator[None]:
 def read_bucket(
     root: str, history: History, bucket: int, buckets: int, *, known_at: bool = False, keys: pl.Series | None = None
 ) -> pl.DataFrame:
-    """Rows of one bucket of the entities, from all versions of a history.
+    """Return the rows of one bucket of the entities, from all versions of a history.
 
     Args:
         root: Root of the store.
-        history: What to read.
+        history: The history.
         bucket: Number of the bucket: rows with stable_hash(entity) % buckets == bucket.
         buckets: Number of buckets, a power of two.
-        known_at: Whether to give superseded rows as well.
-        keys: Entities to give; None gives all. Row groups that have none of them aren't read.
+        known_at: True to include superseded rows.
+        keys: Entities to return; None for all. Row groups without any of them aren't read.
 
     Returns:
         <entity>, as_of, _created, _superseded (timestamps in microseconds, UTC) and the features; versions oldest
@@ -277,7 +277,7 @@ def read_bucket(
 
     Raises:
         CorruptVersion: a file is missing, of another size, or can't be read.
-        VersionNotFound: a version was pruned meanwhile.
+        VersionNotFound: a version was pruned during the reading.
 
     """
     assert buckets & (buckets - 1) == 0, "not a power of two"
@@ -307,7 +307,7 @@ def _empty(history: History) -> pl.DataFrame:
 def _tables(
     uris: Sequence[str], history: History, sizes: Mapping[str, int], *, mixed: bool, wanted: pl.DataFrame | None
 ) -> Iterator[pa.Table]:
-    """Needed columns of files: each at once if all of it is wanted, otherwise in pieces."""
+    """Yield the needed columns of files: each file at once if all of it is needed, otherwise in pieces."""
     columns = [history.entity, AS_OF, *history.features]
     for uri in uris:
         with opened(uri, sizes[uri]) as source:
@@ -323,7 +323,7 @@ def _tables(
 
 
 def _groups(file: pq.ParquetFile, entity: str, keys: pl.Series) -> list[int]:
-    """Row groups whose least and greatest key have one of the keys between them, or that don't tell."""
+    """Return row groups with a key between their smallest and largest one, or without statistics."""
     column = file.schema_arrow.names.index(entity)
     ordered = keys.drop_nulls().sort()
     found = []
@@ -349,7 +349,7 @@ def _frame(table: pa.Table) -> pl.DataFrame:
 
 
 def _stamped(frame: pl.DataFrame, version: HistoryVersion, history: History, *, known_at: bool) -> pl.DataFrame:
-    """Rows with when they were known; without those that a newer version takes the place of, unless these count."""
+    """Return rows with the times in which they were known; without superseded ones, unless these count."""
     frame = frame.with_columns(pl.col(AS_OF).cast(TIME), pl.lit(version.created, TIME).alias(FROM))
     until = pl.lit(None, TIME)
     if version.superseded and not known_at:

@@ -1,7 +1,7 @@
-"""A label evaluated on whole entities: what they did after a time, for all that were there before it. Pure.
+"""A label evaluated on whole entities: their events after a time, for all that had events before it. Pure.
 
-… events ≤ t …          who has a row at t (only those of the last `active_days`, if that is given)
-t < events ≤ t + days   what its target is
+… events ≤ t …            decide if an entity has a row at t (only those of the last `active_days`, if given)
+t < events ≤ t + days     give its target
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ _MICROSECOND = dt.timedelta(microseconds=1)
 
 
 def label_groups(path: str) -> list[FeatureGroup]:
-    """The labels of a file of models, as groups of the events that they read."""
+    """Return the labels of a file of models, as groups of their events."""
     spines = [model.spine for model in load_models(path).values()]
     return [as_group(spine) for spine in spines if isinstance(spine, Label)]
 
 
 def as_group(label: Label) -> FeatureGroup:
-    """The label as a group of one feature, so that it is planned and evaluated as features are."""
+    """Return the label as a group of one feature, so that it is planned and evaluated like features."""
     return FeatureGroup(
         name=f"label-{label.name}", entity=label.entity, source=label.source, features={TARGET: label.target}
     )
 
 
 def label_rows(label: Label, events: pl.DataFrame, time: str, times: Sequence[dt.datetime]) -> pl.DataFrame:
-    """The rows of a label.
+    """Return the rows of a label.
 
     Args:
         label: The declaration.
-        events: All rows of some entities in the order of the files: what the label's group reads, and the time.
+        events: All rows of some entities in the order of the files: the columns of the label's group, and the time.
         time: Name of the event time's column (microseconds, UTC).
         times: Times to evaluate it at.
 
     Returns:
-        One row for each time and entity that was there by then: the entity, `event_timestamp` and `target`, which is
+        One row for each time and entity with events by then: the entity, `event_timestamp` and `target`, which is
         null where the expression has no value; in order of the times.
 
     Raises:
@@ -58,7 +58,7 @@ def label_rows(label: Label, events: pl.DataFrame, time: str, times: Sequence[dt
     moments = moments[order]
 
     def between(after: dt.datetime | None, until: dt.datetime) -> pl.DataFrame:
-        """Events in after < time ≤ until, in the order of the files."""
+        """Return events in after < time ≤ until, in the order of the files."""
         first = 0 if after is None else int(np.searchsorted(moments, _ticks(after), side="right"))
         last = int(np.searchsorted(moments, _ticks(until), side="right"))
         return events[np.sort(order[first:last])]
@@ -79,7 +79,7 @@ def label_rows(label: Label, events: pl.DataFrame, time: str, times: Sequence[dt
 
 
 def _over_no_rows(group: FeatureGroup, events: pl.DataFrame) -> object:
-    """The target over no rows: 0 for a count or a sum, None for a mean."""
+    """Return the target over no rows: 0 for a count or a sum, None for a mean."""
     try:
         return events.clear().select(group.features[TARGET].alias(TARGET)).item()
     except (pl.exceptions.PolarsError, ValueError):

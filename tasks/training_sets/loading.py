@@ -1,7 +1,7 @@
-"""A user's models, read from a Python or a YAML file.
+"""Loader of a user's models from a Python or a YAML file.
 
-A Python file declares values of `Model` at module level. A YAML file says the same in words: labels by name, with their
-targets in SQL, and models that name a label or a table of their own; nothing in it is executed.
+A Python file declares values of `Model` at module level. A YAML file declares the same: labels by name, with their
+targets in SQL, and models that name a label or a user's table; nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ class _File(_Strict):
 
 
 def load_models(path: str) -> dict[str, Model]:
-    """Read a models file (local, or YAML anywhere that storage reaches): models by name, in order of declaration.
+    """Read a models file (local, or YAML in any supported storage): models by name, in order of declaration.
 
     Raises:
-        DefinitionError: The file is missing, of another kind, or can't be used; says where and why.
+        DefinitionError: The file is missing, of another kind, or invalid; the message says where and why.
 
     """
     return _from_yaml(path) if is_yaml(_WHAT, path) else _from_python(path)
 
 
 def select(models: Mapping[str, Model], names: Sequence[str]) -> list[Model]:
-    """The models of these names (all if none is named), in order of declaration.
+    """Return the models of these names (all if none is given), in order of declaration.
 
     Raises:
         DefinitionError: A name is unknown.

@@ -1,10 +1,10 @@
-"""The training-set job as Ray Data plans: rows of the spine go to their entities' buckets and find features there.
+"""The training-set job as Ray Data plans: rows of the spine move to their entities' buckets and find features there.
 
     label events ─ shuffle ─ rows ─┐
                                    ├─ shuffle by each entity key ─ as-of join ─ canary ─ write ─ review
     spine files ─ judge ───────────┘                  └─ each version's part of the bucket, read in place
 
-Only the spine travels; the features, usually many times as large, are read where they are needed. Nothing here is
+Only the spine is shuffled; the features, usually many times as large, are read where they are needed. Nothing here is
 visible to readers until the version is committed.
 """
 
@@ -49,21 +49,21 @@ from tasks.training_sets.stages import (
 
 MAX_BUCKETS = 256
 HISTORY_SHARE = 4
-"""Feature rows that take the memory of one row of `rows_per_bucket`: they aren't held with copies on their way."""
+"""Feature rows that take the memory of one row of `rows_per_bucket`: they aren't copied in a shuffle."""
 
 SAMPLE_ROWS = 200_000
 VALUE_BYTES = 8
-"""Bytes that a value takes on its way, about."""
+"""Approximate bytes of a value in the shuffle."""
 
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputedSet:
-    """What was written for a model, and what is known of it; nothing is committed yet.
+    """Result of building a model's training set, before the commit.
 
     profile_earlier, profile_later: of the rows before and in the latest share by event time. matched: group → rows
-    that found features. planted: rows of the canary, none of which was found. duplicates: rows that repeat the entity
+    with features. planted: rows of the canary, none of which was matched. duplicates: rows that repeat the entity
     and time of another. sample: entity, features and target of up to `SAMPLE_ROWS` rows, by a hash of entity and time.
     """
 
@@ -95,7 +95,7 @@ class ComputedSet:
 
 @dataclass(frozen=True, slots=True)
 class _Labelled:
-    """Rows of a label, one table a bucket, with the times that are over and what was counted."""
+    """Rows of a label, one table a bucket, with the finished times and the counts."""
 
     tables: Parts
     finished: tuple[dt.datetime, ...]
@@ -103,14 +103,14 @@ class _Labelled:
 
 
 def bucket_count(plan: TrainingSetPlan) -> int:
-    """Buckets of a training set, a power of two: each holds about `rows_per_bucket` rows, its features counted in."""
+    """Return the number of buckets, a power of two: each holds about `rows_per_bucket` rows with their features."""
     rows = max(plan.source.table.estimated_rows(), plan.history_rows // HISTORY_SHARE)
     wanted = -(-rows // plan.rows_per_bucket)
     return min(MAX_BUCKETS, 1 << (wanted - 1).bit_length()) if wanted > 1 else 1
 
 
 def pieces_to_read(plan: TrainingSetPlan) -> int:
-    """Pieces of the spine's or the label's files that the job will read."""
+    """Return the number of pieces of the spine's or the label's files that the job will read."""
     return len(splits_of(plan))
 
 
@@ -124,8 +124,8 @@ def build_training_set(
     """Join a model's rows with the features known at their times and write them under a reservation.
 
     Args:
-        plan: What to build.
-        reservation: Where to write it.
+        plan: Plan of the training set.
+        reservation: Target of the write.
         on_read: Called with the number of pieces of files read, as they are read.
         on_joined: Called with the number of buckets joined, as they are.
 
@@ -161,7 +161,7 @@ def build_training_set(
     rejected += [entry for lookup in lookups for entry in lookup.write_rejected(reservation)]
     files = [bucket.file for bucket in last if bucket.file is not None]
     schema = _schema(last)
-    if not files:  # without a single row there is still one file: a schema for the gate to judge
+    if not files:  # without any row there is still one file: a schema for the gate to judge
         files = [job.write(schema.empty_table(), 0)]
     times = QuantileSketch.merge_all(bucket.times for bucket in last if bucket.times is not None)
     earlier, later, sample = _review(job, files, times)
@@ -190,7 +190,7 @@ def build_training_set(
 
 
 def _verify_histories(plan: TrainingSetPlan) -> None:
-    """Compare the feature files with their manifests, byte by byte: a row group bears no checksum that readers ask.
+    """Compare the feature files with their manifests, byte by byte: row groups have no checksum that readers check.
 
     Raises:
         CorruptVersion: a file is missing or differs.
@@ -207,7 +207,7 @@ def _verify_histories(plan: TrainingSetPlan) -> None:
 
 
 def _label(job: Job, noted: Callable[[SpineNote], None], on_read: Progress) -> _Labelled:
-    """Make the label's rows, one table a bucket of entities."""
+    """Return the label's rows, one table a bucket of entities."""
     plan = job.plan.label
     assert plan is not None
     buckets = bucket_count(job.plan)
@@ -246,7 +246,7 @@ def _turns(
     on_read: Progress,
     on_joined: Progress,
 ) -> list[Shuffled[SpineNote, JoinedBucket]]:
-    """Shuffle the rows by each entity key in turn, the model's own last."""
+    """Shuffle the rows by each entity key in turn, the model's last."""
     buckets = bucket_count(job.plan)
     turns: list[Shuffled[SpineNote, JoinedBucket]] = []
     for number, entity in enumerate(job.plan.entities):
@@ -278,25 +278,25 @@ def _turns(
 
 
 def _packed_bytes(plan: TrainingSetPlan) -> int:
-    """Bytes of all rows on their way to their buckets, about; features that were found travel on."""
+    """Return the approximate bytes of all rows in the shuffle, including features found so far."""
     return plan.source.table.estimated_rows() * VALUE_BYTES * (len(plan.source.rows.columns) + len(plan.columns))
 
 
 def _ignored(_: object) -> None:
-    """Nothing is to be told."""
+    """Ignore a report."""
 
 
 def _scatter_table(
     job: Job, number: int, buckets: int, index: int, rows: pa.Table
 ) -> tuple[SpineNote, list[pl.DataFrame]]:
-    """Split a bucket of the turn before by the next entity key."""
+    """Split a bucket of the previous turn by the next entity key."""
     return SpineNote(Tally()), job.split(_frame(rows), index, number, buckets)
 
 
 def _scatter_labelled(
     job: Job, finished: tuple[dt.datetime, ...], buckets: int, index: int, table: pa.Table
 ) -> tuple[SpineNote, list[pl.DataFrame]]:
-    """Split a bucket of a label's rows, without those whose days aren't over and those that have no target."""
+    """Split a bucket of a label's rows, without those whose days aren't over and those without a target."""
     rows = _frame(table)
     over = rows.filter(pl.col(EVENT_TIME).is_in(pl.Series(finished, dtype=rows.schema[EVENT_TIME]).implode()))
     kept = over.drop_nulls("target")
@@ -315,7 +315,7 @@ def _frame(table: pa.Table) -> pl.DataFrame:
 def _balances(
     job: Job, sources: Tally, labelled: _Labelled | None, turns: Sequence[Shuffled[SpineNote, JoinedBucket]]
 ) -> tuple[RowBalance, ...]:
-    """Balances of the source and of the rows, each checked: what was sent must have been carried and taken."""
+    """Return the balances of the source and of the rows, each checked: rows sent, carried and taken must agree."""
     plan = job.plan
     check_rows_read(plan.source, units_of(plan), sources)
     balances = [sources.balance(plan.source.name)]
@@ -353,7 +353,7 @@ def _review(job: Job, files: Sequence[FileEntry], times: QuantileSketch) -> tupl
 
     Returns:
         Profiles of the earlier rows and of the latest share by time, as even as equal times allow; and the rows of the
-        lowest hashes, by their hash: which task met them leaves no trace.
+        lowest hashes, by their hash: independent of the tasks that read them.
     """
     bound = later_bound(times, job.plan.later_share)
     rows = sum(file.rows for file in files)
@@ -377,7 +377,7 @@ def _review(job: Job, files: Sequence[FileEntry], times: QuantileSketch) -> tupl
 
 
 def _unfinished(plan: TrainingSetPlan, labelled: _Labelled | None) -> list[str]:
-    """The times that a label leaves out, in a sentence."""
+    """Return a sentence about the times that a label leaves out."""
     if plan.label is None or labelled is None:
         return []
     left = [moment for moment in plan.label.times if moment not in labelled.finished]

@@ -1,4 +1,4 @@
-"""What building a training set will do, decided before it starts: which rows, which versions, which columns. Pure.
+"""Plan of a training set, made before the work starts: its rows, versions and columns. Pure.
 
 A plan is a frozen value that goes to the workers.
 """
@@ -28,7 +28,7 @@ ResolveHistory = Callable[[str, str, Sequence[str], Pin], History]
 
 
 class Balanced(Protocol):
-    """Anything that says how many rows of its sources there were."""
+    """Holder of the row balances of its sources."""
 
     @property
     def balances(self) -> tuple[RowBalance, ...]:
@@ -45,7 +45,7 @@ class LabelPlan:
     complete: dt.datetime | None
 
     def finished(self, newest: dt.datetime | None) -> tuple[dt.datetime, ...]:
-        """The times whose days are over.
+        """Return the times whose days are over.
 
         Args:
             newest: Time of the newest event.
@@ -60,8 +60,8 @@ class LabelPlan:
 class TrainingSetPlan:
     """Everything that the workers need to know.
 
-    references: the features, '*' spelled out, in the order of `columns`. columns: name of each feature's column →
-    its reference. history_rows: rows of all versions that are read. spine: the table of the user's own, label: the
+    references: the features, with '*' expanded, in the order of `columns`. columns: name of each feature's column →
+    its reference. history_rows: rows of all versions that are read. spine: the user's table, label: the
     label; one of them.
     """
 
@@ -78,7 +78,7 @@ class TrainingSetPlan:
 
     @property
     def source(self) -> SourcePlan:
-        """The files that the rows come from: the spine's, or the label's events."""
+        """Source of the rows: the spine's files, or the label's events."""
         if self.spine is not None:
             return self.spine
         assert self.label is not None, "a model has a spine or a label"
@@ -86,18 +86,18 @@ class TrainingSetPlan:
 
     @property
     def entities(self) -> tuple[str, ...]:
-        """Entity keys of the rows; the model's own is the last."""
+        """Entity keys of the rows; the model's is the last."""
         others = dict.fromkeys(history.entity for history in self.histories if history.entity != self.model.entity)
         return (*others, self.model.entity)
 
     @property
     def ttl(self) -> dt.timedelta | None:
-        """Age at which features are none."""
+        """Age above which features are ignored."""
         return None if self.model.ttl_days is None else dt.timedelta(days=self.model.ttl_days)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is left out, in sentences."""
+        """Sentences about what is left out."""
         return tuple(
             f"{history.group} v{version} isn't read: {reason}"
             for history in self.histories
@@ -105,12 +105,12 @@ class TrainingSetPlan:
         )
 
     def columns_of(self, history: History) -> dict[str, str]:
-        """Features of a history → names of their columns."""
+        """Return the features of a history → names of their columns."""
         named = zip(self.references, self.columns, strict=True)
         return {ref.feature: column for ref, column in named if ref.group == history.group}
 
     def source_records(self, computed: Balanced) -> list[InputRecord]:
-        """The source files as they were read, for the manifest; on a local disk their fingerprints read them."""
+        """Return the source files as they were read, for the manifest; on a local disk their fingerprints read them."""
         rows = next((b.rows_in for b in computed.balances if b.name == self.source.name), None)
         records = [self.source.table.record(rows)]
         if self.label is not None:
@@ -132,14 +132,14 @@ def plan_training_set(
     Args:
         model: The declaration.
         definitions: Declared sources with their URIs, for labels.
-        config: What the user asked for; features are those that are published in its root by now.
+        config: The user's configuration; features are those published in its root by now.
         started: Start of the run, UTC: no label reads later events.
-        resolve: Finds a group's history.
-        known: Sources whose files are known, by name; the others are looked for at their URIs.
+        resolve: Function that finds a group's history.
+        known: Sources with known files, by name; the others are searched at their URIs.
 
     Raises:
-        DefinitionError: a feature, a source or an entity isn't there.
-        VersionNotFound: a feature group, or a version that is pinned, isn't there.
+        DefinitionError: a feature, a source or an entity is missing.
+        VersionNotFound: a feature group, or a pinned version, is missing.
         SourceError: the spine or the label's events are missing, unreadable, or lack a column.
 
     """
@@ -175,7 +175,7 @@ def plan_training_set(
 
 
 def _key_types(model: Model, histories: list[History]) -> dict[str, KeyType | None]:
-    """Entity keys of the spine with their types, which are those of the features; None where no feature says."""
+    """Return the entity keys of the spine with their types, taken from the features; None if no feature has it."""
     found: dict[str, History] = {}
     for history in histories:
         first = found.setdefault(history.entity, history)

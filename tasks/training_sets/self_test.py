@@ -1,9 +1,9 @@
-"""The faults of a training set, in a sample of the version's own rows. Pure, but for the reading.
+"""Fault tests of a training set, in a sample of the version's rows. Pure, but for the reading.
 
 spine rows ─ judge ─ tally ─┐
 spine ──┐                   │        the same functions as in the job, on a few thousand rows:
         ├─ as-of join ─ canary ─ profile ─ gate
-history ┘                            the features that a row found become a history of their own, known at its time
+history ┘                            the features of a row become a separate history, known at its time
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _YEAR = dt.timedelta(days=366)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rows(Sample):
-    """Rows with the features that they found. late: delay until these are known. join: function that finds them."""
+    """Rows with their features. late: delay until these are known. join: function that finds them."""
 
     late: dt.timedelta = dt.timedelta()
     join: Callable[..., Int64Array] = join_asof
@@ -94,7 +94,7 @@ class _Trial(Trial[_Rows]):
         )
 
     def _history(self, rows: pl.DataFrame, columns: list[str], late: dt.timedelta) -> pl.DataFrame:
-        """Return the features that rows found, as a history: known at their rows' own time, or later."""
+        """Return the features of rows, as a history: known at their rows' time, or later."""
         entity, before = self.model.entity, dt.timedelta(microseconds=1 if self.model.strict else 0)
         some = pl.any_horizontal(pl.lit(value=False), *(pl.col(name).is_not_null() for name in columns))
         known = rows.filter(some).drop_nulls([entity, EVENT_TIME])
@@ -103,7 +103,7 @@ class _Trial(Trial[_Rows]):
         return known.select(entity, moments, *never, *columns).sort(entity, AS_OF, maintain_order=True)
 
     def _later(self, table: pa.Table) -> pa.ChunkedArray:
-        """Mark the latest rows, as the job parts them."""
+        """Mark the latest rows, by the job's split."""
         times = table[EVENT_TIME].drop_null().cast(pa.int64()).to_numpy().astype(np.float64)
         return is_later(table, later_bound(QuantileSketch.of(times), self.config.label_thresholds.later_share))
 

@@ -1,8 +1,8 @@
-"""The rows that a model learns from, where they are a table of the user's own: looked at before any work starts.
+"""The rows that a model learns from, in a user's table: checked before any work starts.
 
-They are read and judged by the features' own machinery (`tasks.features.rows`): a row without a readable time or
-without a target is rejected with the reason, and so is one whose key can't be read; one without its entity key is
-kept, and finds no features.
+They are read and judged like the features' events (`tasks.features.rows`): a row without a readable time or
+without a target is rejected with the reason, and so is one whose key can't be read; a row without its entity key is
+kept, and gets no features.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _MAPPING = "spine: {{columns: {{{}: …}}}}"
 def plan_spine(
     model: Model, keys: Mapping[str, KeyType | None], config: FeatureStoreConfig, known: SourceTable | None = None
 ) -> SourcePlan:
-    """Find the files of a model's spine and decide how their rows are read.
+    """Find the files of a model's spine and plan the reading of their rows.
 
     Args:
         model: A model whose spine is a table.
-        keys: Entity keys that the spine must have, each with its type in the features (None: the files say).
+        keys: Entity keys that the spine must have, each with its type in the features (None: from the files).
         config: Time zone, epoch unit and earliest time.
-        known: The spine's files, if they are known; else they are looked for at its URI.
+        known: The spine's files, if they are known; else they are searched at its URI.
 
     Raises:
         SourceError: the spine is missing, unreadable, or lacks a column.
@@ -101,10 +101,10 @@ def _check_column(model: Model, table: SourceTable, ours: str, theirs: str) -> N
 
 
 def _target(model: Model, source_name: str, kind: pa.DataType) -> ColumnPlan:
-    """A target keeps its kind: classes stay integers or text; a number must be finite, as nothing else is learnt.
+    """Plan a target, which keeps its kind: classes stay integers or text; numbers must be finite to be learnable.
 
     Raises:
-        SourceError: it is of a type that can't be learnt.
+        SourceError: its type can't be learned.
 
     """
     if pt.is_floating(kind):

@@ -2,9 +2,9 @@
 
     label_scatter, label_gather: events are read and split by entity; an entity's events become rows of the spine.
     scatter, gather: rows of the spine are read and split by an entity key; those of a bucket find their features.
-    review: a file that was written is read back, profiled and sampled.
+    review: a written file is read back, profiled and sampled.
 
-Features never travel: the task of a bucket reads that bucket's part of each version itself.
+Features are never shuffled: the task of a bucket reads that bucket's part of each version itself.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from tasks.training_sets.labels import label_rows
 from tasks.training_sets.plan import TrainingSetPlan
 
 ORDER = "_spine_order"
-"""Number of a row in the spine, where rows travel several times; a split has fewer than 2**40 rows."""
+"""Number of a row in the spine, for several shuffles; a split has fewer than 2**40 rows."""
 
 _SPLIT_BITS = 40
 
 
 @dataclass(frozen=True, slots=True)
 class SpineNote:
-    """What a scatter task reports: its rows, the file of the rejected ones, and the newest time."""
+    """Report of a scatter task: its rows, the file of the rejected ones, and the newest time."""
 
     tally: Tally
     rejected: FileEntry | None = None
@@ -58,7 +58,7 @@ class SpineNote:
 
 @dataclass(frozen=True, slots=True)
 class LabelledBucket:
-    """What a task reports that made rows of a label: events that arrived, rows made, those without a target."""
+    """Report of a task that made rows of a label: events that arrived, rows made, those without a target."""
 
     events: int
     rows: int
@@ -67,7 +67,7 @@ class LabelledBucket:
 
 @dataclass(slots=True)
 class JoinedBucket:
-    """What a gather task reports of its bucket. file and times (microseconds) are known when it was written."""
+    """Report of a gather task on its bucket. file and times (microseconds) are known once it is written."""
 
     rows: int
     matched: Counter[str] = field(default_factory=Counter)
@@ -81,7 +81,7 @@ class JoinedBucket:
 
 @dataclass(frozen=True, slots=True)
 class Review:
-    """What is known of a written file: profiles of its earlier and later rows, and a sample with its hashes."""
+    """Review of a written file: profiles of its earlier and later rows, and a sample with its hashes."""
 
     earlier: TableProfile
     later: TableProfile
@@ -91,7 +91,7 @@ class Review:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """All that the tasks share; stored once in the object store."""
+    """State shared by all tasks; stored once in the object store."""
 
     plan: TrainingSetPlan
     reservation: Reservation
@@ -99,7 +99,7 @@ class Job:
     lookups: tuple[pl.DataFrame, ...] = ()
 
     def label_scatter(self, buckets: int, index: int) -> tuple[SpineNote, list[pl.DataFrame]]:
-        """Read and judge one split of a label's events and split them by entity; those of nobody are filtered."""
+        """Read and judge one split of a label's events and split them by entity; filter events without an entity."""
         assert self.plan.label is not None
         events = self.plan.label.events
         kept, note = self._read(index)
@@ -145,7 +145,7 @@ class Job:
         """Join the features of one entity key to a bucket of rows; in the last turn write them.
 
         Args:
-            number: Number of the turn, which is that of the entity key.
+            number: Number of the turn, and of its entity key.
             buckets: Number of buckets.
             index: Number of the bucket.
             frames: Its rows by unit, in the order of the spine.
@@ -182,7 +182,7 @@ class Job:
         return rows
 
     def write(self, table: pa.Table, part: int) -> FileEntry:
-        """Write a part as feature versions are written: by entity and time, in small row groups."""
+        """Write a part in the format of feature versions: by entity and time, in small row groups."""
         written = storage.write_parquet(table, self.reservation.data_uri(part), row_group_size=ROW_GROUP)
         return self.reservation.entry(written)
 
@@ -190,8 +190,8 @@ class Job:
         """Read a file back: profile its earlier and later rows, and sample it.
 
         Args:
-            file: One that `gather` wrote.
-            later: Time (microseconds since 1970) from which rows are later, and whether those of it are, too.
+            file: A file written by `gather`.
+            later: Time (microseconds since 1970) from which rows are later, and True if rows at that time are, too.
             share: Share of the rows to sample.
 
         """
@@ -210,35 +210,35 @@ class Job:
 
 
 def units_of(plan: TrainingSetPlan) -> list[ReadUnit]:
-    """The pieces of the spine's or the label's files."""
+    """Return the pieces of the spine's or the label's files."""
     return plan.source.units(plan.rows_per_bucket)
 
 
 def splits_of(plan: TrainingSetPlan) -> tuple[tuple[ReadUnit, ...], ...]:
-    """What each task reads of them."""
+    """Return the pieces that each task reads."""
     return tuple(together(units_of(plan), plan.rows_per_bucket))
 
 
 def label_lookups(plan: TrainingSetPlan) -> tuple[LookedUp, ...]:
-    """Dimension columns that a label's expression uses, by key: given to every task, so they fit in memory."""
+    """Return dimension columns that a label's expression uses, by key: given to every task, so they fit in memory."""
     lookups = plan.label.events.lookups if plan.label is not None else ()
     return tuple(read_lookup(lookup, plan.rows_per_bucket) for lookup in lookups)
 
 
 def repeated_rows(rows: pl.DataFrame, entity: str) -> int:
-    """Rows that repeat the entity and time of another."""
+    """Return the number of rows that repeat the entity and time of another."""
     return rows.height - rows.select(entity, EVENT_TIME).n_unique()
 
 
 def later_bound(times: QuantileSketch, share: float) -> tuple[float, bool]:
-    """Where the latest share of the rows begins, as even as equal times allow.
+    """Return the start of the latest share of the rows, as close to the share as equal times allow.
 
     Args:
         times: Microseconds since 1970 of all rows.
         share: Share of the rows.
 
     Returns:
-        Time from which rows are later, and whether those of it are, too.
+        Time from which rows are later, and True if rows at that time are, too.
 
     """
     if not times.count:
@@ -248,7 +248,7 @@ def later_bound(times: QuantileSketch, share: float) -> tuple[float, bool]:
 
 
 def is_later(table: pa.Table, later: tuple[float, bool]) -> pa.ChunkedArray:
-    """Which rows are later, by what `later_bound` gives."""
+    """Return a mask of later rows, by the result of `later_bound`."""
     bound, included = later
     ticks = table[EVENT_TIME].cast(pa.int64())
     return pc.greater_equal(ticks, int(bound)) if included else pc.greater(ticks, int(bound))
@@ -266,7 +266,7 @@ def find_features(
     """Find the features of rows of one bucket of entities in a history.
 
     Args:
-        plan: Rules of the match.
+        plan: Plan with the rules of the match.
         history: Features over time.
         rows: The rows.
         bucket: Number of the bucket.
@@ -274,7 +274,7 @@ def find_features(
         keys: Entities of the rows; None reads the features of all.
 
     Returns:
-        The bucket's features, and for each row its place among them, −1 without one.
+        The bucket's features, and for each row its match among them, or −1.
 
     """
     model = plan.model
@@ -284,7 +284,7 @@ def find_features(
 
 
 def taken(history: pl.DataFrame, found: npt.NDArray[np.int64], columns: dict[str, str]) -> pl.DataFrame:
-    """Features of the rows that were found, null for −1, under the names of their columns."""
+    """Return the features of the matched rows, null for −1, under the names of their columns."""
     if not history.height:
         nothing = history.select(pl.col(feature).alias(column) for feature, column in columns.items())
         return nothing.clear(len(found))
