@@ -36,13 +36,13 @@ from tasks.store.metadata import write_versions_csv
 from tasks.store.own_columns import AS_OF, CREATED, EVENT_TIME, VERSION
 from tasks.store.reservation import Reservation, reserve
 from tasks.training_sets.gate import judge_training_set
-from tasks.training_sets.labels import label_groups
 from tasks.training_sets.loading import load_models, select
 from tasks.training_sets.pipeline import ComputedSet, build_training_set
 from tasks.training_sets.pipeline import bucket_count as set_bucket_count
 from tasks.training_sets.pipeline import pieces_to_read as set_pieces_to_read
 from tasks.training_sets.plan import TrainingSetPlan, plan_training_set
 from tasks.training_sets.self_test import self_test as self_test_of_set
+from tasks.training_sets.spine import label_groups
 
 _CURES = {
     "drift": "if the change is meant, raise --thresholds.drift-fail",

@@ -13,8 +13,8 @@ from prefect.cache_policies import NO_CACHE
 
 from tasks.artifacts import progress, publish_table
 from tasks.images.config import ImageAugmentationConfig
+from tasks.images.examples import charts, contact_picture, reject_picture, reject_table
 from tasks.images.gate import class_summary, judge_images, summary_csv
-from tasks.images.pictures import charts, contact_picture, reject_picture, reject_table
 from tasks.images.pipeline import AugmentedImages, augment_images
 from tasks.images.plan import ImagePlan, plan_images
 from tasks.images.sample import write_sample

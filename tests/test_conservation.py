@@ -23,17 +23,17 @@ from tasks.delivery.stages import Look, Shuffle
 from tasks.engine.jobs import mapped
 from tasks.features import pipeline as features
 from tasks.features.config import FeatureStoreConfig
-from tasks.features.parts import WrittenPart, write_part
 from tasks.features.plan import plan_features, with_uris
 from tasks.features.sample import SAMPLE_AS_OF, write_sample
-from tasks.features.stages import Job
+from tasks.features.shuffle import Job
 from tasks.features.standard import STANDARD
+from tasks.features.writer import WrittenPart, write_part
 from tasks.images import pipeline as images
+from tasks.images.augment import augment_unit
 from tasks.images.config import Augmentation, ImageAugmentationConfig
+from tasks.images.outcomes import UnitNote
 from tasks.images.plan import plan_images
-from tasks.images.records import UnitNote
 from tasks.images.sample import write_sample as write_images
-from tasks.images.stages import augment_unit
 from tasks.io import storage
 from tasks.io.errors import BalanceError
 from tasks.store import layout
@@ -43,7 +43,7 @@ from tasks.store.reservation import reserve
 from tasks.training_sets import pipeline as serving
 from tasks.training_sets.definition import SpineSource
 from tasks.training_sets.plan import plan_training_set
-from tasks.training_sets.stages import Job as JoinJob
+from tasks.training_sets.shuffle import Job as JoinJob
 from tests.delivery.sources import configured, publish_customers
 from tests.training_sets.test_pipeline import STARTED, config, model, publish_history, spine, written
 

@@ -26,7 +26,7 @@ from tasks.delivery.config import DeliveryConfig
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.loading import load_definitions
 from tasks.images.config import Augmentation, ImageAugmentationConfig
-from tasks.images.label_file import read_labels
+from tasks.images.labels import read_labels
 from tasks.images.sources import list_images
 from tasks.io import storage
 from tasks.io.errors import ConfigError, CorruptVersion, DefinitionError, PipelineError, SourceError

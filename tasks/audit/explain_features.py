@@ -26,7 +26,7 @@ from tasks.audit.explained import (
 )
 from tasks.features.config import Thresholds
 from tasks.features.definitions import Column
-from tasks.features.scoring import Fences, fences_again
+from tasks.features.writer import Fences, fences_again
 from tasks.io import storage
 from tasks.io.errors import PipelineError
 from tasks.store.catalogue import declarations, feature_names

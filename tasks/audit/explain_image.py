@@ -33,7 +33,7 @@ from tasks.audit.explained import (
 from tasks.audit.inputs import check_files
 from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.images.draws import Draws, draws_of, image_keys, policy_seeds, window
-from tasks.images.originals import originals_entry, split_again
+from tasks.images.outcomes import originals_entry, split_again
 from tasks.images.rows import IMAGE
 from tasks.images.scoring import FATAL, MINOR
 from tasks.images.split import SPLITS

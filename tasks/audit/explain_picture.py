@@ -14,9 +14,9 @@ import pyarrow as pa
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.decode import Decoded, Decoder
 from tasks.images.draws import draws_of
-from tasks.images.pictures import levels
+from tasks.images.examples import levels
 from tasks.images.rows import decode_images
-from tasks.images.sheet import thumbnail, tile_sheet
+from tasks.images.sheets import thumbnail, tile_sheet
 from tasks.io import storage
 from tasks.io.errors import ConfigError
 

@@ -18,16 +18,12 @@ from tasks.audit.inputs import other_declaration, present, sources_of
 from tasks.audit.replay_rows import StoredFiles, TableAgain, Unreadable, frame_of, matching
 from tasks.engine.partition import bucket_of
 from tasks.features.config import FeatureStoreConfig
-from tasks.features.incremental import kept_links
+from tasks.features.incremental import FILE, in_order, kept_links, read_kept
 from tasks.features.kernel import join_dimension
 from tasks.features.loading import declared
-from tasks.features.lookups import lookup_tables
-from tasks.features.parts import numeric_features, scored_rows, stamped, to_arrow
-from tasks.features.plan import FeaturePlan, GroupPlan, plan_features, with_uris
-from tasks.features.scoring import fences_again
-from tasks.features.stages import looked_up, read_and_judge, snapshots_of, unique_dimension_rows
-from tasks.features.state import FILE, StateLink, in_order, read_kept
-from tasks.features.tallies import Tally
+from tasks.features.plan import FeaturePlan, GroupPlan, StateLink, plan_features, with_uris
+from tasks.features.shuffle import Tally, looked_up, lookup_tables, read_and_judge, snapshots_of, unique_dimension_rows
+from tasks.features.writer import fences_again, numeric_features, scored_rows, stamped, to_arrow
 from tasks.io.errors import DefinitionError
 from tasks.store.manifest import Manifest
 from tasks.store.own_columns import AS_OF, QUALITY

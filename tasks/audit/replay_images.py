@@ -27,14 +27,13 @@ from tasks.audit.replay_rows import (
     missing,
     placed,
 )
+from tasks.images.augment import augment_again
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.draws import image_keys
-from tasks.images.label_file import read_labels
-from tasks.images.labels import join_labels
-from tasks.images.originals import ORIGINALS, original_rows, originals_entry, split_again
+from tasks.images.labels import join_labels, read_labels
+from tasks.images.outcomes import ORIGINALS, original_rows, originals_entry, split_again
 from tasks.images.sources import list_images
 from tasks.images.split import SPLITS
-from tasks.images.stages import augment_again
 from tasks.io.errors import CorruptVersion, SourceError
 from tasks.io.missing import missing_values
 from tasks.store.manifest import FileEntry, Manifest

@@ -12,11 +12,11 @@ from tasks.audit.inputs import input_version, other_declaration, present, source
 from tasks.audit.replay_rows import StoredFiles, TableAgain, frame_of, matching
 from tasks.engine.partition import bucket_of
 from tasks.features.config import FeatureStoreConfig
+from tasks.features.csv_text import polars_type
 from tasks.features.loading import declared
-from tasks.features.parts import to_arrow
 from tasks.features.plan import with_uris
-from tasks.features.stages import looked_up, read_and_judge
-from tasks.features.texts import polars_type
+from tasks.features.shuffle import looked_up, read_and_judge
+from tasks.features.writer import to_arrow
 from tasks.io.errors import DefinitionError, SourceError
 from tasks.store import layout
 from tasks.store.manifest import Manifest
@@ -24,10 +24,10 @@ from tasks.store.own_columns import EVENT_TIME, TARGET
 from tasks.store.settings import config_of
 from tasks.training_sets.definition import Label, Pin
 from tasks.training_sets.history import History, history_among
-from tasks.training_sets.labels import label_rows
 from tasks.training_sets.loading import load_models
 from tasks.training_sets.plan import TrainingSetPlan, plan_training_set
-from tasks.training_sets.stages import find_features, label_lookups, taken, units_of
+from tasks.training_sets.shuffle import find_features, label_lookups, taken, units_of
+from tasks.training_sets.spine import label_rows
 
 _PLACE = "\x00place"
 

@@ -1,4 +1,11 @@
-"""Planning of an incremental run from earlier versions, and the progress of a group."""
+"""Incremental runs: judged events kept beside a version, and the plan of a run that builds on earlier versions.
+
+    {version}/_events/part-<bucket>-a1.parquet    the bucket's new events, with their file and row
+
+A later run needn't read and judge their files again. A version keeps the events of the files that it read itself; those
+of earlier files stay with earlier versions, so that the state of a version is a chain of links. An event is alive as
+long as its file exists unchanged.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +17,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tasks.features.plan import FeaturePlan, GroupPlan, SourcePlan
-from tasks.features.state import MAX_LINKS, StateLink, StatePlan, bucket_files
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.engine.partition import bucket_of
+from tasks.features.plan import FeaturePlan, GroupPlan, SourcePlan, StateLink, StatePlan
 from tasks.io import storage
 from tasks.store import layout
-from tasks.store.manifest import Manifest
-from tasks.store.reading import first_live, list_dataset, overview, read_committed, read_manifest
+from tasks.store.manifest import FileEntry, Manifest
+from tasks.store.reading import explained, first_live, list_dataset, overview, read_committed, read_manifest
+from tasks.store.reservation import Reservation
 
-_JUDGES = tuple(Path(__file__).with_name(name) for name in ("keys.py", "rows.py", "sources.py", "texts.py"))
+_DIRECTORY = "_events"
+FILE, ROW = "_file", "_row"
+MAX_LINKS = 16
+"""Links of a chain; after that many all live events are rewritten in one."""
+
+_JUDGES = tuple(Path(__file__).with_name(name) for name in ("csv_text.py", "keys.py", "rows.py", "sources.py"))
 Prints = Mapping[str, Sequence[str]]
 
 
@@ -135,7 +153,7 @@ def _link(manifest: Manifest, root: str, source: str, today: Mapping[tuple[str, 
     return StateLink(
         version=manifest.version,
         buckets=state["buckets"],
-        files=bucket_files(uri, manifest.side_files),
+        files=_bucket_files(uri, manifest.side_files),
         live=live,
         rows=rows,
         complete=len(live) == len(state["files"]),
@@ -170,3 +188,73 @@ def _spelled(source: SourcePlan, wanted: Set[str] | None = None) -> list[object]
     ]
     missing = (rows.missing.text, rows.missing.typed)
     return [rows.time, columns, str(rows.earliest), rows.timezone, rows.epoch_unit, rows.reject_negative, missing]
+
+
+# --- kept events ---
+
+
+def _bucket_files(version_uri: str, side_files: Sequence[FileEntry]) -> dict[int, str]:
+    """Return the URIs of a version's kept events, by bucket."""
+    kept = [file.path for file in side_files if file.path.startswith(f"{_DIRECTORY}/")]
+    numbered = ((layout.part_number(path), path) for path in kept)
+    return {number: layout.join(version_uri, path) for number, path in numbered if number is not None}
+
+
+def read_kept(
+    links: Sequence[StateLink], bucket: int, buckets: int, entity: str, schema: Mapping[str, pl.DataType]
+) -> pl.DataFrame:
+    """Return events of one of today's buckets kept by earlier versions.
+
+    Args:
+        links: The chain.
+        bucket: Bucket of the entities.
+        buckets: Number of buckets, a power of two, as in every link.
+        entity: Key column.
+        schema: Columns to return and their types, among them `FILE`: the number of the source file, as of today.
+
+    """
+    frames = [_read_link(link, bucket, buckets, entity, schema) for link in links if link.live]
+    return pl.concat([pl.DataFrame(schema=schema), *frames])
+
+
+def _read_link(
+    link: StateLink, bucket: int, buckets: int, entity: str, schema: Mapping[str, pl.DataType]
+) -> pl.DataFrame:
+    numbers = range(bucket, link.buckets, buckets) if link.buckets > buckets else [bucket % link.buckets]
+    texts = [name for name, dtype in schema.items() if dtype == pl.Categorical]
+    live = None if link.complete else [(FILE, "in", list(link.live))]
+    frames = []
+    for uri in (link.files[number] for number in numbers if number in link.files):
+        with explained(uri), storage.open_input(uri) as source:
+            table = pq.read_table(
+                source, columns=list(schema), filters=live, use_threads=False, read_dictionary=texts, pre_buffer=True
+            )
+        if link.buckets < buckets:
+            table = table.filter(pa.array(bucket_of(table[entity], buckets) == bucket))
+        frame = pl.from_arrow(table)
+        assert isinstance(frame, pl.DataFrame)
+        today = pl.col(FILE).replace_strict(dict(link.live), return_dtype=pl.Int32)
+        frames.append(frame.with_columns(today).cast(pl.Schema(schema)))
+    return pl.concat(frames) if frames else pl.DataFrame(schema=schema)
+
+
+def in_order(events: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """Return each entity's events in the order of a full reading: by file, and by row in each.
+
+    Within one file an entity's events come from one frame, in their order, so that the rows' numbers aren't needed.
+    """
+    together = pl.concat(events)
+    files = together[FILE].to_numpy()
+    if np.all(files[:-1] <= files[1:]):
+        return together
+    # A stable sort of 16-bit integers is a radix sort; more files than that are rare.
+    narrow = files.astype(np.uint16) if files.max() < 2**16 else files
+    return together[np.argsort(narrow, kind="stable")]
+
+
+def write_kept(events: pa.Table, reservation: Reservation, bucket: int) -> FileEntry:
+    """Write a bucket's events beside the version."""
+    uri = reservation.data_uri(bucket, _DIRECTORY)
+    plain = [name for name in events.column_names if name != ROW]
+    options = {"use_dictionary": plain, "column_encoding": {ROW: "DELTA_BINARY_PACKED"}}
+    return reservation.entry(storage.write_parquet(events, uri, **options))

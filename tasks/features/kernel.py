@@ -1,13 +1,22 @@
-"""A feature group evaluated on whole entities. Pure: frames in, frames out; one bucket of entities at a time.
+"""A feature group evaluated on whole entities, as of one time or several. Pure: one bucket of entities at a time.
 
 Every row of an entity is in the same frame (the shuffle ensures that), so the expressions see all of them, and
 the rows of an entity come in the order of the files, so that sums of floats don't depend on the cut of the work.
+
+Several times are evaluated in one pass: between two of them most entities have no event, so their aggregations over all
+events can't have changed and are kept; windows, which move with the time, and derived features are evaluated anew. Each
+time's features are those of `evaluate` on the events up to it, to the last bit.
+
+A derived feature must not use other entities' rows, as it would depend on the cut of the work. It is sound if its value
+is the same, to the last bit, in any company: among all entities, among some of them in another order, alone. It is
+compared twice: on rows generated from the types, with ties and nulls, before any row is read; and in the job on a few
+of its rows.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +24,6 @@ import numpy.typing as npt
 import polars as pl
 
 from tasks.features.definitions import FeatureGroup, JoinHow
-from tasks.features.independence import COMPANIES, looks_elsewhere, made_up
 from tasks.features.rows import REASON, TIME
 from tasks.io.errors import DefinitionError
 from tasks.store.own_columns import AS_OF
@@ -244,3 +252,166 @@ def _plain_types(frame: pl.DataFrame) -> pl.DataFrame:
         elif dtype in (pl.Categorical, pl.Enum):
             casts.append(pl.col(name).cast(pl.String))
     return frame.with_columns(casts)
+
+
+# --- several as-of times ---
+
+_CODE = "\x00code"
+
+
+def evaluate_history(
+    group: FeatureGroup, events: pl.DataFrame, time: str, as_of: Sequence[dt.datetime]
+) -> Iterator[pl.DataFrame]:
+    """Compute all features of a group as of each time.
+
+    Args:
+        group: The declaration.
+        events: All rows of some entities, as `kernel.evaluate` takes them, up to the last time.
+        time: Name of the event time's column.
+        as_of: Times, UTC, ascending, at least one.
+
+    Yields:
+        For each time the result of `kernel.evaluate` for the events up to it: an entity without one has no row.
+
+    Raises:
+        DefinitionError: as `kernel.evaluate`.
+
+    """
+    if len(as_of) == 1:
+        yield evaluate(group, events, time, as_of[0])
+        return
+    ticks = events[time].to_physical().to_numpy()
+    # Number of the first time that an event counts for.
+    first = np.searchsorted(_ticks(as_of), ticks, side="left")
+    codes = _codes(events, group.entity)
+    plain: pl.DataFrame | None = None
+    for number, moment in enumerate(as_of):
+        counts = first <= number
+        if plain is None or uses_as_of(group.features):
+            plain = aggregate(group, events.filter(pl.Series(counts)), moment)
+        else:
+            plain = _renewed(plain, group, events, moment, counts & _of_same_entities(codes, first == number))
+
+        def after(start: dt.datetime, counts: npt.NDArray[np.bool_] = counts) -> pl.DataFrame:
+            return events.filter(pl.Series(counts & (ticks > _ticks([start])[0])))
+
+        yield complete(group, plain, events, moment, after)
+
+
+def _renewed(
+    plain: pl.DataFrame, group: FeatureGroup, events: pl.DataFrame, as_of: dt.datetime, rows: npt.NDArray[np.bool_]
+) -> pl.DataFrame:
+    """Return the plain aggregations, recomputed for some entities; rows: all events that count of these entities."""
+    if not rows.any():
+        return plain
+    fresh = aggregate(group, events.filter(pl.Series(rows)), as_of)
+    return pl.concat([plain.join(fresh, on=group.entity, how="anti"), fresh])
+
+
+def _of_same_entities(codes: npt.NDArray[np.uint32], rows: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return a mask of all rows of the entities of some rows."""
+    touched = np.zeros(int(codes.max(initial=0)) + 1, dtype=bool)
+    touched[codes[rows]] = True
+    return touched[codes]
+
+
+def _codes(events: pl.DataFrame, entity: str) -> npt.NDArray[np.uint32]:
+    """Return a small number for each row's entity."""
+    keys = events.select(pl.col(entity).unique()).with_row_index(_CODE)
+    coded = events.select(entity).join(keys, on=entity, how="left", maintain_order="left")
+    return coded[_CODE].to_numpy()
+
+
+def _ticks(times: Sequence[dt.datetime]) -> npt.NDArray[np.int64]:
+    return pl.Series(times, dtype=pl.Datetime("us", "UTC")).to_physical().to_numpy()
+
+
+# --- independence of other entities ---
+
+ROWS = 12
+"""Rows that are compared: an expression is evaluated a few more times on at most this many."""
+
+_VALUES = (3, 1, 4, 1, 8, 5, 9, 2, 6, 5, 7, 3)
+_NULLS = (4, 10)
+_STEPS = (1, 5, 7, 11)  # they share no divisor with ROWS: each column has all values, in a separate order
+_DAY = {"ms": 86_400_000, "us": 86_400_000_000, "ns": 86_400_000_000_000}
+
+_WHOLE = np.arange(ROWS)
+_SHUFFLED = np.array([7, 2, 11, 0, 5, 9, 3, 10, 1, 6, 8, 4])
+COMPANIES = (
+    _SHUFFLED,
+    _WHOLE[::-1],
+    _WHOLE[: ROWS // 2],
+    _WHOLE[ROWS // 2 :],
+    _WHOLE[::2],
+    _WHOLE[1::3],
+    *(_WHOLE[row : row + 1] for row in (0, 1, 4, ROWS - 1)),
+)
+"""Subsets of the generated rows on which an expression is evaluated together."""
+
+
+def looks_elsewhere(
+    expression: pl.Expr, rows: pl.DataFrame, values: pl.Series, companies: Sequence[IntArray] | None = None
+) -> bool:
+    """Return True if the values of some entities depend on the others evaluated with them, or on their order.
+
+    Args:
+        expression: A derived feature.
+        rows: Its input, a row an entity.
+        values: Its values for all of them.
+        companies: Numbers of rows to evaluate it on together; by default a few in another order, and two alone.
+
+    """
+    if companies is None:
+        some = np.unique(np.linspace(0, rows.height - 1, ROWS).astype(np.int64)) if rows.height else _WHOLE[:0]
+        companies = (some[_SHUFFLED[len(some) > _SHUFFLED]], some[:1], some[-1:]) if len(some) > 1 else ()
+    return any(not _same(_evaluated(expression, rows[some]), values.gather(some)) for some in companies)
+
+
+def _evaluated(expression: pl.Expr, rows: pl.DataFrame) -> pl.Series:
+    return rows.with_columns(expression.alias("\x00value"))["\x00value"]
+
+
+def _same(one: pl.Series, other: pl.Series) -> bool:
+    """Return True if two series are equal to the last bit; a null is equal to a null, NaN to NaN."""
+    if one.dtype != other.dtype or not one.equals(other, null_equal=True):
+        return False
+    if not one.dtype.is_float():
+        return True
+    signs = [np.signbit(series.fill_null(1.0).fill_nan(1.0).to_numpy()) for series in (one, other)]
+    return bool(np.array_equal(*signs))
+
+
+def made_up(schema: pl.Schema, entity: str) -> Iterator[pl.DataFrame]:
+    """Yield rows of different entities with a schema's columns: once without nulls, once with some in each column."""
+    for nulls in (False, True):
+        columns = [pl.Series(entity, _typed(list(range(ROWS)), schema[entity]))]
+        for number, (name, kind) in enumerate(schema.items()):
+            if name == entity:
+                continue
+            step = _STEPS[number % len(_STEPS)]
+            places = [(row * step + number) % ROWS for row in range(ROWS)]
+            values = [None if nulls and place in _NULLS else _VALUES[place] for place in places]
+            columns.append(pl.Series(name, _typed(values, kind)))
+        yield pl.DataFrame(columns)
+
+
+def _typed(values: Sequence[int | None], kind: pl.DataType) -> pl.Series:
+    """Return small whole numbers as values of a type, equal ones as equal; nulls if the type can't represent them."""
+    numbers = pl.Series(values, dtype=pl.Int64)
+    if kind.is_float():
+        numbers = numbers.cast(pl.Float64) * 1.375 - 4.2
+    elif isinstance(kind, pl.Datetime | pl.Duration):
+        numbers = numbers * _DAY[kind.time_unit]
+    elif kind == pl.Boolean:
+        numbers = numbers % 2
+    elif isinstance(kind, pl.Enum):
+        return pl.Series(
+            [None if value is None else kind.categories[value % len(kind.categories)] for value in values]
+        ).cast(kind)
+    elif kind in (pl.Categorical, pl.Binary):
+        return numbers.cast(pl.String).cast(kind)
+    try:
+        return numbers.cast(kind, strict=False)
+    except pl.exceptions.PolarsError:
+        return pl.Series([None] * len(values), dtype=kind)

@@ -5,6 +5,9 @@
     dimension files ─ judge ─ split by key ─────────┘
 
 Nothing here is visible to readers until the versions are committed.
+
+Rows are balanced from three independent counts: those that the tasks sent, that the shuffle carried, and that the tasks
+took must be equal in number; the rows that were read must equal the counts in the files' footers.
 """
 
 from __future__ import annotations
@@ -23,15 +26,24 @@ import pyarrow as pa
 
 from tasks.engine.jobs import Parts, Shuffled, mapped, shuffle
 from tasks.engine.losses import losses_explained
-from tasks.features.balances import group_balances
 from tasks.features.config import FeatureStoreConfig, Thresholds
-from tasks.features.lookups import LookedUp, categorised, read_lookup
-from tasks.features.parts import WrittenPart, feature_columns, write_part
 from tasks.features.plan import FeaturePlan, GroupPlan
-from tasks.features.scoring import Fences, fences, fences_of
+from tasks.features.rows import AFTER_AS_OF
+from tasks.features.shuffle import (
+    BucketSummary,
+    EventTally,
+    Job,
+    LookedUp,
+    Split,
+    Tally,
+    UnitNote,
+    categorised,
+    check_rows_read,
+    check_way,
+    read_lookup,
+)
 from tasks.features.sources import ReadUnit, together
-from tasks.features.stages import Job, Split
-from tasks.features.tallies import BucketSummary, UnitNote
+from tasks.features.writer import Fences, WrittenPart, feature_columns, fences, fences_of, write_part
 from tasks.quality.profile import TableProfile, added, merge_profiles
 from tasks.quality.sketch import QuantileSketch
 from tasks.store.conservation import check_equal
@@ -45,6 +57,7 @@ SNAPSHOTS_PER_BUCKET = 8
 PACKED_BYTES = {"key": 5, "time": 8, "number": 8, "category": 3, "any": 16}
 """Approximate bytes of a value of each kind in the shuffle."""
 
+Int64Array = npt.NDArray[np.int64]
 Progress = Callable[[int], None]
 Sketches = dict[str, QuantileSketch]
 
@@ -241,7 +254,7 @@ def _results(
         number=number,
         notes=done.notes,
         summaries=summaries,
-        balances=group_balances(job, number, done.notes, summaries, done.carried[:, number]),
+        balances=_group_balances(job, number, done.notes, summaries, done.carried[:, number]),
         numbers=numbers,
         fences=_fences(job.plan.as_of, numbers, quantiles),
         rows=done.rows[own],
@@ -332,3 +345,91 @@ def _whole_profile(written: Sequence[WrittenPart], numbers: TableProfile) -> Tab
     rest = merge_profiles([part.profile for part in written])
     partials = {**rest.partials, **numbers.partials}
     return TableProfile(rest.rows, {name: partials[name] for name in written[0].schema.names})
+
+
+# --- row balances ---
+
+
+def _group_balances(
+    job: Job, number: int, notes: Sequence[UnitNote], summaries: Sequence[BucketSummary], sent: Int64Array
+) -> tuple[RowBalance, ...]:
+    """Return the balances of the events, the dimension and the entities of a group, each checked.
+
+    Events kept by earlier versions have a separate balance.
+
+    Args:
+        job: The job.
+        number: Number of the group.
+        notes: One a split.
+        summaries: One a bucket of the group.
+        sent: Rows that each split sent to the group's buckets.
+
+    Raises:
+        BalanceError: rows were lost or doubled; it has the figures.
+
+    """
+    planned = job.plan.groups[number]
+    balances = _event_balances(job, number, notes, summaries, sent)
+    if planned.dimension is not None:
+        balances.append(_dimension_balance(job, number, notes, summaries, sent))
+    entities = Tally()
+    for summary in summaries:
+        entities.add(summary.entities)
+    balances.append(entities.balance(planned.group.name))
+    for balance in balances:
+        balance.check()
+    return tuple(balances)
+
+
+def _event_balances(
+    job: Job, number: int, notes: Sequence[UnitNote], summaries: Sequence[BucketSummary], sent: Int64Array
+) -> list[RowBalance]:
+    """Return the balance of the events read and, in an incremental run, of those kept by earlier versions."""
+    planned, source = job.plan.groups[number], job.plan.events
+    own = [index for index, split in enumerate(job.splits) if job.reads(number, split)]
+    events = Tally()
+    for index in own:
+        events.add(notes[index].tally)
+    check_rows_read(source, [unit for index in own for unit in job.splits[index].units], events)
+    _filter(events, f"null_{planned.group.entity}", sum(notes[index].without_entity[number] for index in own))
+    arrived = [summary.events for summary in summaries]
+    check_way(source.name, events.rows_out, int(sent[own].sum()), sum(tally.new for tally in arrived))
+    _filter(events, AFTER_AS_OF, sum(tally.new_late for tally in arrived))
+    balances = [events.balance(source.name)]
+    if job.plan.states and job.plan.states[number].links:
+        balances.append(_kept_balance(job, number, arrived))
+    return balances
+
+
+def _kept_balance(job: Job, number: int, arrived: Sequence[EventTally]) -> RowBalance:
+    """Return the balance of the events kept by earlier versions."""
+    state, count = job.plan.states[number], sum(tally.kept for tally in arrived)
+    name = f"{job.plan.events.name} kept by v{state.parent}"
+    check_equal(name, state.rows, count, "are kept, {} were read")
+    kept = Tally(rows_in=count, rows_out=count)
+    _filter(kept, AFTER_AS_OF, sum(tally.kept_late for tally in arrived))
+    return kept.balance(name)
+
+
+def _dimension_balance(
+    job: Job, number: int, notes: Sequence[UnitNote], summaries: Sequence[BucketSummary], sent: Int64Array
+) -> RowBalance:
+    dimension = job.plan.groups[number].dimension
+    assert dimension is not None, "only a group with a dimension has its balance"
+    own = [index for index, split in enumerate(job.splits) if split.group == number]
+    read, kept = Tally(), Tally()
+    for index in own:
+        read.add(notes[index].tally)
+    for summary in summaries:
+        kept.add(summary.dimension)
+    check_rows_read(dimension, [unit for index in own for unit in job.splits[index].units], read)
+    check_way(dimension.name, read.rows_out, int(sent[own].sum()), kept.rows_in)
+    read.pass_on(kept)
+    return read.balance(dimension.name)
+
+
+def _filter(tally: Tally, reason: str, rows: int) -> None:
+    """Count kept rows as filtered."""
+    if rows:
+        tally.rows_out -= rows
+        tally.filtered[reason] += rows

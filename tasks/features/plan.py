@@ -13,15 +13,13 @@ import polars as pl
 import pyarrow as pa
 
 from tasks.features.config import FeatureStoreConfig
+from tasks.features.csv_text import polars_type
 from tasks.features.definitions import Column, Definitions, DimensionSource, EventSource, FeatureGroup
 from tasks.features.kernel import check_derived
 from tasks.features.keys import KeyType, key_type
-from tasks.features.kinds import check_kind, check_times
 from tasks.features.rows import ColumnPlan, RowPlan, judge
-from tasks.features.settling import settled
+from tasks.features.schema import check_kind, check_times, settled
 from tasks.features.sources import INT64, ReadUnit, SourceTable, check_columns, inspect, read_units
-from tasks.features.state import StatePlan
-from tasks.features.texts import polars_type
 from tasks.io.errors import DefinitionError, SourceError
 from tasks.io.missing import MissingValues, missing_values
 from tasks.io.names import closest
@@ -77,6 +75,63 @@ class GroupPlan:
     group: FeatureGroup
     columns: tuple[str, ...]
     dimension: SourcePlan | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateLink:
+    """The events kept by one version.
+
+    buckets: number of them. files: URI by bucket; one without events has none. live: those of the source files that the
+    version read that exist unchanged, number in that version's inputs → number among today's files.
+    rows: their events. complete: True if all of its files exist.
+    """
+
+    version: int
+    buckets: int
+    files: Mapping[int, str]
+    live: Mapping[int, int]
+    rows: int
+    complete: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatePlan:
+    """Sources of a group's events.
+
+    digest: rules for reading and judging events; states of equal digests fit together. parent: version whose
+    state is extended. depth: links of the chain, with the new one. new: numbers of the source files to read.
+    whole: write all live events, not only the new ones, and begin a new chain.
+    """
+
+    digest: str
+    parent: int | None
+    depth: int
+    links: tuple[StateLink, ...]
+    new: frozenset[int]
+    whole: bool
+
+    @property
+    def rows(self) -> int:
+        """Number of live events kept by earlier versions."""
+        return sum(link.rows for link in self.links)
+
+    def record(self, rows: Mapping[int, int], files: int, buckets: int) -> dict[str, object]:
+        """Return the manifest's definition of the version's own state.
+
+        Args:
+            rows: Number of written events, by the number of their source file.
+            files: Number of source files.
+            buckets: Number of buckets.
+
+        """
+        written = range(files) if self.whole else sorted(self.new)
+        return {
+            "digest": self.digest,
+            "parent": None if self.whole else self.parent,
+            "depth": 1 if self.whole else self.depth,
+            "buckets": buckets,
+            "files": [[number, rows.get(number, 0)] for number in written],
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

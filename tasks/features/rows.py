@@ -27,9 +27,9 @@ from typing import Literal
 
 import polars as pl
 
+from tasks.features.csv_text import as_type, localised, parsed_time
 from tasks.features.definitions import ColumnKind
 from tasks.features.keys import KeyType, as_key, is_inexact
-from tasks.features.texts import as_type, localised, parsed_time
 from tasks.io.missing import DEFAULT, MissingValues
 
 TIME = pl.Datetime("us", "UTC")

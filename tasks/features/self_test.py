@@ -21,12 +21,10 @@ from tasks.features.definitions import FeatureGroup
 from tasks.features.gate import judge_group
 from tasks.features.kernel import join_dimension
 from tasks.features.keys import KeyType
-from tasks.features.parts import repeated_keys, to_arrow
 from tasks.features.rows import REASON, TIME, ColumnPlan, RowPlan
 from tasks.features.rows import judge as judge_rows
-from tasks.features.scoring import fences, score_rows
-from tasks.features.stages import unique_dimension_rows
-from tasks.features.tallies import Tally
+from tasks.features.shuffle import Tally, unique_dimension_rows
+from tasks.features.writer import fences, repeated_keys, score_rows, to_arrow
 from tasks.quality import injection
 from tasks.quality.faults import MOST_FEATURES, Faults, Sample, Trial
 from tasks.quality.injection import NULLS

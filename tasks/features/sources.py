@@ -21,9 +21,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from tasks.features.pieces import Piece, PieceText, cut
-from tasks.features.quotes import QuotedText
-from tasks.features.texts import EXACT, TYPES, Kind, join
+from tasks.features.csv_text import EXACT, TYPES, Kind, Piece, PieceText, QuotedText, cut, join
 from tasks.io import storage
 from tasks.io.errors import SourceError
 from tasks.io.missing import DEFAULT, MissingValues, without

@@ -26,10 +26,14 @@ import ray
 from tasks.engine.cluster import cluster_cpus
 from tasks.engine.jobs import Parts, mapped
 from tasks.engine.losses import losses_explained
+from tasks.images.augment import ImageJob, augment_again, augment_unit, resplit_unit, unlike_variants
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.duplicates import similar_pairs
-from tasks.images.originals import (
+from tasks.images.examples import Example, choose_examples
+from tasks.images.outcomes import (
     Gathered,
+    UnitNote,
+    finished_units,
     gather,
     leaking_groups,
     moved_units,
@@ -38,12 +42,9 @@ from tasks.images.originals import (
     wanted_splits,
     write_originals,
 )
-from tasks.images.pictures import Example, choose_examples
 from tasks.images.plan import ImagePlan, read_unit, read_units
-from tasks.images.records import UnitNote, finished_units
 from tasks.images.rows import rows_schema
 from tasks.images.split import SPLITS
-from tasks.images.stages import ImageJob, augment_again, augment_unit, resplit_unit, unlike_variants
 from tasks.io import storage
 from tasks.io.errors import BalanceError, ConfigError
 from tasks.quality.profile import TableProfile

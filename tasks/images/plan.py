@@ -17,8 +17,7 @@ import pyarrow.parquet as pq
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.draws import image_keys
 from tasks.images.duplicates import group_images
-from tasks.images.label_file import labels_record, read_labels
-from tasks.images.labels import Joined, assign_class_ids, join_labels
+from tasks.images.labels import Joined, assign_class_ids, join_labels, labels_record, read_labels
 from tasks.images.sources import content_groups, list_images
 from tasks.images.split import SPLITS, split_images
 from tasks.io import storage

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.decode import Decoder, Rejection
 from tasks.images.gate import CLASS, SCORE, judge_images
-from tasks.images.originals import grouped, leaking_groups, profile_variants, repeated_keys
+from tasks.images.outcomes import grouped, leaking_groups, profile_variants, repeated_keys
 from tasks.images.rows import rows_schema
 from tasks.images.scoring import Measured, score
 from tasks.images.split import SPLITS

@@ -13,8 +13,7 @@ from typing import Literal
 
 import polars as pl
 
-from tasks.features.definitions import Definitions, EventSource, FeatureGroup
-from tasks.features.digests import feature_digests
+from tasks.features.definitions import Definitions, EventSource, FeatureGroup, feature_digests
 from tasks.features.kernel import evaluate
 from tasks.features.rows import TIME
 from tasks.io.errors import DefinitionError, VersionNotFound

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tasks.features.digests import feature_digests
+from tasks.features.definitions import feature_digests
 from tasks.quality.drift import population_stability_index
 from tasks.store.catalogue import declarations
 from tasks.store.manifest import ColumnProfile, Manifest

@@ -450,7 +450,7 @@ def _table(entity_df: pa.Table | pd.DataFrame | pl.DataFrame | str) -> pa.Table:
 def _read(uri: str) -> pa.Table:
     import pyarrow.parquet as pq
 
-    from tasks.features.settling import read_csv
+    from tasks.features.schema import read_csv
     from tasks.features.sources import SUFFIXES
 
     files = storage.list_files(uri, SUFFIXES)

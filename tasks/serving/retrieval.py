@@ -18,8 +18,7 @@ from tasks.io import storage
 from tasks.io.errors import DefinitionError, InputError, SourceError
 from tasks.io.names import closest
 from tasks.store.own_columns import EVENT_TIME
-from tasks.training_sets.asof import join_asof
-from tasks.training_sets.canary import plant
+from tasks.training_sets.asof import join_asof, plant
 from tasks.training_sets.definition import ALL, FeatureReference, Pin
 from tasks.training_sets.freshness import STATUS, statuses, time_to_live
 from tasks.training_sets.history import TIME, History, read_bucket, resolve_history

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.engine.partition import bucket_of
-from tasks.features.digests import feature_digests
+from tasks.features.definitions import feature_digests
 from tasks.io import storage
 from tasks.io.errors import CorruptVersion, DefinitionError
 from tasks.io.names import closest

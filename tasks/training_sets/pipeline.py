@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from tasks.engine.jobs import Parts, Shuffled, mapped, shuffle
 from tasks.engine.losses import losses_explained
-from tasks.features.tallies import Tally, check_rows_read, check_way
+from tasks.features.shuffle import Tally, check_rows_read, check_way
 from tasks.io.errors import SourceError
 from tasks.quality.profile import TableProfile, added, merge_profiles
 from tasks.quality.sketch import QuantileSketch
@@ -35,7 +35,7 @@ from tasks.store.reading import verify_digest
 from tasks.store.reservation import Reservation
 from tasks.training_sets.history import History
 from tasks.training_sets.plan import TrainingSetPlan
-from tasks.training_sets.stages import (
+from tasks.training_sets.shuffle import (
     Job,
     JoinedBucket,
     LabelledBucket,

@@ -21,8 +21,7 @@ from tasks.store.manifest import InputRecord, RowBalance
 from tasks.store.own_columns import TRAINING_SET
 from tasks.training_sets.definition import FeatureReference, Label, Model, Pin, column_names
 from tasks.training_sets.history import History, resolve_history
-from tasks.training_sets.labels import as_group
-from tasks.training_sets.spine import SPINE, plan_spine
+from tasks.training_sets.spine import SPINE, as_group, plan_spine
 
 ResolveHistory = Callable[[str, str, Sequence[str], Pin], History]
 

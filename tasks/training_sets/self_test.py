@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks.features.config import FeatureStoreConfig
-from tasks.features.parts import to_arrow
 from tasks.features.rows import TIME
 from tasks.features.self_test import judge_events
+from tasks.features.writer import to_arrow
 from tasks.io.errors import LeakFound
 from tasks.quality import injection
 from tasks.quality.faults import MOST_FEATURES, Faults, Sample, Trial
@@ -34,12 +34,11 @@ from tasks.quality.sketch import QuantileSketch
 from tasks.store import layout
 from tasks.store.manifest import FaultResult, GateResult, Manifest, RowBalance
 from tasks.store.own_columns import AS_OF, EVENT_TIME, TARGET
-from tasks.training_sets.asof import Int64Array, join_asof
-from tasks.training_sets.canary import plant
+from tasks.training_sets.asof import Int64Array, join_asof, plant
 from tasks.training_sets.definition import FeatureReference, Model, SpineSource
 from tasks.training_sets.gate import judge_training_set
 from tasks.training_sets.history import FROM, UNTIL
-from tasks.training_sets.stages import is_later, later_bound, repeated_rows, taken
+from tasks.training_sets.shuffle import is_later, later_bound, repeated_rows, taken
 
 _YEAR = dt.timedelta(days=366)
 

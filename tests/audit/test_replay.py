@@ -170,14 +170,14 @@ def test_other_code_and_libraries_that_make_the_same_are_ok(store: Store, replay
 
 def _broken_features(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        "tasks.features.history.aggregate",
+        "tasks.features.kernel.aggregate",
         lambda group, events, as_of: aggregate(group, events, as_of).with_columns(pl.col("total_spent") * (1 + 2**-52)),
     )
 
 
 def _broken_join(patch: pytest.MonkeyPatch) -> None:
     strict = {"strict": True}
-    patch.setattr("tasks.training_sets.stages.join_asof", lambda *rows, **how: join_asof(*rows, **how | strict))
+    patch.setattr("tasks.training_sets.shuffle.join_asof", lambda *rows, **how: join_asof(*rows, **how | strict))
 
 
 def _broken_draws(patch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from tasks.audit.replay_rows import choose, differences, same
 from tasks.audit.replaying import ALARM
 from tasks.cli import commands
 from tasks.delivery.config import DeliveryConfig, TrainingConfig
-from tasks.images.fingerprint import perceptual_hash
+from tasks.images.duplicates import perceptual_hash
 from tasks.io import storage
 from tasks.store.withdrawal import withdraw
 from tests.audit.replay_store import (
@@ -100,7 +100,7 @@ def test_a_changed_label_explains_the_class_and_not_the_pixels(
     [reason] = found.reasons
     assert reason.startswith(f"an input of 'labels' changed: {uri} has changed")
 
-    monkeypatch.setattr("tasks.images.stages.perceptual_hash", _another_hash)
+    monkeypatch.setattr("tasks.images.augment.perceptual_hash", _another_hash)
     assert ALARM.text in replay(store, IMAGES).reasons
 
 

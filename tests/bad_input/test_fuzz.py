@@ -28,8 +28,8 @@ from tasks.delivery.config import DeliveryConfig
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.loading import load_definitions
 from tasks.images.config import ImageAugmentationConfig
-from tasks.images.jpeg_header import JpegHeader, read_jpeg_header
-from tasks.images.label_file import LABELS, read_labels
+from tasks.images.formats import JpegHeader, read_jpeg_header
+from tasks.images.labels import LABELS, read_labels
 from tasks.io.errors import ConfigError, CorruptVersion, DefinitionError, PipelineError, SourceError
 from tasks.store.reservation import Attempt, parse_manifest
 from tasks.store.withdrawal import Withdrawal, parse_withdrawals

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from tasks.images.augment import expected_size
 from tasks.images.decode import Decoded, Decoder, Rejection
-from tasks.images.jpeg_header import read_jpeg_header
+from tasks.images.formats import read_jpeg_header
 from tasks.images.sources import list_images
-from tasks.images.stages import expected_size
 from tasks.io import storage
 from tests.images.test_decode import encoded, png, reference, scene
 from tests.tables import Proven
@@ -197,8 +197,8 @@ SIZES = {
 def test_the_narrowest_pictures_are_decoded_and_augmented(width: int, height: int, form: str, proven: Proven) -> None:
     from tasks.images.config import Augmentation, ImageAugmentationConfig
     from tasks.images.draws import image_keys
+    from tasks.images.duplicates import perceptual_hash
     from tasks.images.engines import make_engine
-    from tasks.images.fingerprint import perceptual_hash
 
     ramp = np.linspace(0, 255, width * height).astype(np.uint8).reshape(height, width)
     data = encoded(Image.fromarray(np.stack([ramp] * 3, -1)), form)

@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from tasks.images.augment import ImageJob, augment_unit
 from tasks.images.config import Augmentation, ImageAugmentationConfig
+from tasks.images.outcomes import UnitNote
 from tasks.images.plan import plan_images
-from tasks.images.records import UnitNote
-from tasks.images.stages import ImageJob, augment_unit
 from tasks.io.errors import SourceError
 from tasks.store import layout
 from tasks.store.reservation import reserve

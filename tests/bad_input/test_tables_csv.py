@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tasks.features.quotes import QuotedText
+from tasks.features.csv_text import QuotedText
 from tasks.features.sources import inspect, read, read_units
 from tasks.io.errors import SourceError
 from tasks.io.missing import DEFAULT

@@ -63,10 +63,10 @@ class Augmenters(Workers):
 
 def kernel(paths: Sequence[str]) -> Work:
     """Our decoder and engine, called as the flow calls them, and nothing else; written as the flow writes, if asked."""
+    from tasks.images.augment import IMAGES_AT_ONCE, expected_size
     from tasks.images.decode import Decoded, Decoder
     from tasks.images.draws import image_keys
     from tasks.images.engines import make_engine
-    from tasks.images.stages import IMAGES_AT_ONCE, expected_size
     from tasks.io.disk import NewFile
 
     config = ImageAugmentationConfig(augmentation=SETTINGS)

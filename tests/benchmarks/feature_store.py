@@ -182,7 +182,7 @@ def by_repartition(source: Path, target: Path) -> None:
     import ray
 
     from tasks.features.kernel import evaluate
-    from tasks.features.parts import to_arrow
+    from tasks.features.writer import to_arrow
 
     with cluster.data_context() as context:
         context.shuffle_compression = "none"

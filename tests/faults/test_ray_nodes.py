@@ -29,8 +29,8 @@ pytestmark = pytest.mark.nightly
 
 # The first call waits while the node is killed. By then each node's store holds what the scattering tasks have made.
 HELD = {
-    FEATURES: "tasks.features.stages:Job.gather",
-    IMAGES: "tasks.images.stages:augment_unit",
+    FEATURES: "tasks.features.shuffle:Job.gather",
+    IMAGES: "tasks.images.augment:augment_unit",
     DELIVERY: "tasks.delivery.stages:Shuffle.gather",
 }
 # Ray looks after its nodes every 3 s, and gives one up after 5 looks. Small results travel in messages: here all but

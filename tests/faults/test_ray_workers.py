@@ -35,11 +35,11 @@ pytestmark = pytest.mark.slow
 # After the call: what the task writes is written, and nobody knows of it.
 KILLED = {
     FEATURES: (
-        "tasks.features.stages:Job.scatter",
-        "tasks.features.stages:Job.gather",
-        "tasks.features.parts:write_part",
+        "tasks.features.shuffle:Job.scatter",
+        "tasks.features.shuffle:Job.gather",
+        "tasks.features.writer:write_part",
     ),
-    IMAGES: ("tasks.images.stages:augment_unit",),
+    IMAGES: ("tasks.images.augment:augment_unit",),
     DELIVERY: (
         "tasks.delivery.stages:Look.scatter",
         "tasks.delivery.stages:Shuffle.scatter",
@@ -74,8 +74,8 @@ def test_an_actor_killed_in_mid_batch(undisturbed: Store, run: Runner, tmp_path:
 
 
 CURES = {
-    FEATURES: ("tasks.features.stages:Job.gather", "lower --rows-per-bucket (it is 1,000)"),
-    IMAGES: ("tasks.images.stages:augment_unit", "lower --images-per-file (it is 16)"),
+    FEATURES: ("tasks.features.shuffle:Job.gather", "lower --rows-per-bucket (it is 1,000)"),
+    IMAGES: ("tasks.images.augment:augment_unit", "lower --images-per-file (it is 16)"),
     DELIVERY: ("tasks.delivery.stages:Shuffle.scatter", "lower --file-megabytes (it is 0.01)"),
 }
 

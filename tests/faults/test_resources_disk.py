@@ -129,10 +129,10 @@ def test_a_publisher_on_a_full_disk(step: str, disk: Path, proven: Proven) -> No
 
 
 FILLED = [
-    (IMAGES, "data", "tasks.images.stages:augment_unit"),
+    (IMAGES, "data", "tasks.images.augment:augment_unit"),
     (DELIVERY, "report", "tasks.publication:write_report"),
     (FEATURES, "manifest", "tasks.store.versions:commit"),
-    pytest.param((FEATURES, "data", "tasks.features.parts:write_part"), marks=pytest.mark.nightly),
+    pytest.param((FEATURES, "data", "tasks.features.writer:write_part"), marks=pytest.mark.nightly),
     pytest.param((DELIVERY, "data", "tasks.delivery.stages:Shuffle.gather"), marks=pytest.mark.nightly),
 ]
 

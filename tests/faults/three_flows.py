@@ -40,10 +40,10 @@ from tests.runs import Run
 PLANTED = Path(__file__).parent / "planted"
 # What a fault can be planted in. Most of it is done by Ray's workers, and some by the tasks that drive them.
 PLANTABLE = (
-    "tasks.features.parts:write_part",
-    "tasks.features.stages:Job.gather",
-    "tasks.features.stages:Job.scatter",
-    "tasks.images.stages:augment_unit",
+    "tasks.features.writer:write_part",
+    "tasks.features.shuffle:Job.gather",
+    "tasks.features.shuffle:Job.scatter",
+    "tasks.images.augment:augment_unit",
     "tasks.delivery.stages:Look.scatter",
     "tasks.delivery.stages:Shuffle.gather",
     "tasks.delivery.stages:Shuffle.scatter",

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.features.settling import settled
+from tasks.features.schema import settled
 from tasks.features.sources import SourceTable, check_columns, inspect, read, read_units
 from tasks.io.errors import SourceError
 from tasks.io.missing import DEFAULT

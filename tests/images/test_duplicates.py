@@ -15,9 +15,15 @@ from hypothesis.extra import numpy as npst
 from numba.core.dispatcher import Dispatcher
 from PIL import Image
 
-from tasks.images import duplicates, fingerprint
-from tasks.images.duplicates import COLOUR_BOUND, group_images, similar_pairs
-from tasks.images.fingerprint import SIGNATURE_BYTES, STRUCTURE_BOUND, perceptual_hash
+from tasks.images import duplicates
+from tasks.images.duplicates import (
+    COLOUR_BOUND,
+    SIGNATURE_BYTES,
+    STRUCTURE_BOUND,
+    group_images,
+    perceptual_hash,
+    similar_pairs,
+)
 
 UInt8Array = npt.NDArray[np.uint8]
 UInt64Array = npt.NDArray[np.uint64]
@@ -453,7 +459,7 @@ def test_a_long_chain_is_one_group() -> None:
     assert not group_images(count, [np.stack([order[:-1], order[1:]], axis=1)]).any()
 
 
-@pytest.mark.parametrize("module", [duplicates, fingerprint])
+@pytest.mark.parametrize("module", [duplicates])
 def test_compiled_code_is_kept_for_the_next_process(module: Any) -> None:
     compiled = [value for value in vars(module).values() if isinstance(value, Dispatcher)]
     assert compiled

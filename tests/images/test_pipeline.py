@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tasks.images.augment import ImageJob, augment_again
 from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.images.pipeline import AugmentedImages, augment_images, check_policy
 from tasks.images.plan import ImagePlan, plan_images, read_units
 from tasks.images.rows import decode_images
 from tasks.images.sample import picture, picture_class, write_sample
-from tasks.images.stages import ImageJob, augment_again
 from tasks.io import storage
 from tasks.io.errors import BalanceError, ConfigError
 from tasks.store import layout

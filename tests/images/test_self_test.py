@@ -15,7 +15,7 @@ from tasks.images import gate
 from tasks.images import self_test as module
 from tasks.images.config import Augmentation, ImageAugmentationConfig, ImageThresholds
 from tasks.images.gate import judge_images
-from tasks.images.originals import ORIGINALS
+from tasks.images.outcomes import ORIGINALS
 from tasks.images.rows import rows_schema
 from tasks.images.self_test import self_test
 from tasks.io.errors import InputError

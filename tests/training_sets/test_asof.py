@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Callable
 
 import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.training_sets.asof import MOST_RUNS, join_asof
+from tasks.io.errors import LeakFound
+from tasks.training_sets.asof import MOST_RUNS, join_asof, plant
 from tests.serving import oracle
 
 START = dt.datetime(2024, 1, 1, tzinfo=dt.UTC)
@@ -80,3 +82,89 @@ def test_keys_of_every_type_and_times_of_every_zone_meet(kind) -> None:
     spine = pl.DataFrame({"key": [7, 8], "time": [START, START]}, schema={"key": pl.Int64, "time": UTC})
     spine = spine.with_columns(pl.col("time").dt.convert_time_zone("Asia/Kolkata"))
     assert join_asof(spine, history, entity="key", event_time="time").tolist() == [0, -1]
+
+
+# The leak canary
+
+START = dt.datetime(2024, 1, 1, tzinfo=dt.UTC)
+UTC = pl.Datetime("us", "UTC")
+DAY = dt.timedelta(days=1)
+OPTIONS = {"entity": "key", "event_time": "time"}
+SPINE = pl.DataFrame(
+    [(key, START + day * DAY) for key in range(20) for day in range(10)] + [(None, START), (5, None)],
+    schema={"key": pl.Int64, "time": UTC},
+    orient="row",
+)
+DAILY = pl.DataFrame(
+    # One entity in four has no history: a planted row would be the first that it finds.
+    [(key, START + day * DAY, START + day * DAY, None) for key in range(20) if key % 4 for day in range(0, 10, 3)],
+    schema={"key": pl.Int64, "as_of": UTC, "_created": UTC, "_superseded": UTC},
+    orient="row",
+)
+FLAGS = [
+    {},
+    {"strict": True},
+    {"ttl": 2 * DAY},
+    {"known_at": True},
+    {"ttl": 2 * DAY, "strict": True, "known_at": True},
+]
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_an_honest_join_passes(flags: dict) -> None:
+    rows = join_asof(SPINE, DAILY, **OPTIONS, **flags)
+    kinds = 2 + ("ttl" in flags) + 2 * ("known_at" in flags)
+    assert plant(SPINE, DAILY, rows, **OPTIONS, **flags) == 20 * kinds
+
+
+def test_nothing_to_plant_for_is_no_leak() -> None:
+    spine = SPINE.clear()
+    assert plant(spine, DAILY, join_asof(spine, DAILY, **OPTIONS), **OPTIONS) == 0
+    without = DAILY.clear()
+    assert plant(SPINE, without, join_asof(SPINE, without, **OPTIONS), **OPTIONS) == 40
+
+
+def later(spine: pl.DataFrame, history: pl.DataFrame, **options):
+    """Looks a second too far."""
+    moved = spine.with_columns(pl.col("time") + dt.timedelta(seconds=1))
+    return join_asof(moved, history, **options)
+
+
+def ignoring(name: str) -> Callable:
+    """Takes no notice of an option."""
+
+    def join(spine: pl.DataFrame, history: pl.DataFrame, **options):
+        neutral = None if name == "ttl" else False
+        return join_asof(spine, history, **{**options, name: neutral})
+
+    return join
+
+
+def newest(spine: pl.DataFrame, history: pl.DataFrame, **options):
+    """Gives everybody the newest features."""
+    return join_asof(spine.with_columns(pl.lit(START + 3650 * DAY, UTC).alias("time")), history, **options)
+
+
+@pytest.mark.parametrize(
+    ("join", "flags", "message"),
+    [
+        (later, {}, "got features from its future"),
+        (newest, {}, "far future"),
+        (ignoring("strict"), {"strict": True}, "got features from its future"),
+        (ignoring("ttl"), {"ttl": DAY}, "older than the time-to-live"),
+        (ignoring("known_at"), {"known_at": True}, "computed after it|superseded by then"),
+    ],
+)
+def test_a_broken_join_is_found(join: Callable, flags: dict, message: str) -> None:
+    # At 12:00, so that no honest row lies between the row's time and what the broken join sees.
+    spine = SPINE.with_columns(pl.col("time") + DAY / 2)
+    rows = join(spine, DAILY, **OPTIONS, ttl=flags.get("ttl"), **{k: v for k, v in flags.items() if k != "ttl"})
+    with pytest.raises(LeakFound, match=message):
+        plant(spine, DAILY, rows, **OPTIONS, **flags, join=join)
+
+
+def test_a_result_that_the_join_didn_t_give_is_found() -> None:
+    rows = join_asof(SPINE, DAILY, **OPTIONS)
+    rows[:] = 0
+    with pytest.raises(LeakFound, match=r"rows changed.* got another row"):
+        plant(SPINE, DAILY.filter(key=1), rows, **OPTIONS)

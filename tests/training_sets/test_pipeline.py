@@ -23,7 +23,7 @@ from tasks.io.errors import CorruptVersion, LeakFound, SourceError
 from tasks.store import layout
 from tasks.store.own_columns import EVENT_TIME, TARGET
 from tasks.store.reservation import Reservation, reserve
-from tasks.training_sets import stages
+from tasks.training_sets import shuffle
 from tasks.training_sets.asof import join_asof
 from tasks.training_sets.definition import FeatureReference, Label, Model, SpineSource
 from tasks.training_sets.pipeline import ComputedSet, bucket_count, build_training_set, pieces_to_read
@@ -292,13 +292,13 @@ def test_a_join_that_looks_ahead_is_found_out(tmp_path: Path, monkeypatch: pytes
     publish_history(root)
     declared = model(SpineSource(uri=written(spine(500), tmp_path)), "customer-features:orders")
     planned = plan_training_set(declared, STANDARD, config(root), STARTED)
-    job = stages.Job(planned, reserve(root, "x", "run"), ())
+    job = shuffle.Job(planned, reserve(root, "x", "run"), ())
 
     def leaky(rows: pl.DataFrame, history: pl.DataFrame, **options: Any) -> np.ndarray:
         later = rows.with_columns(pl.col(EVENT_TIME) + dt.timedelta(days=45))
         return join_asof(later, history, **options)
 
-    monkeypatch.setattr(stages, "join_asof", leaky)
+    monkeypatch.setattr(shuffle, "join_asof", leaky)
     with pytest.raises(LeakFound):
         job.gather(0, 1, 0, {0: spine(500)})
 

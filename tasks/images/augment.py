@@ -1,4 +1,4 @@
-"""Processing of one unit of images, in a Ray task or actor; nothing here depends on Ray.
+"""Augmentation of one unit of images, in a Ray task or actor; nothing here depends on Ray.
 
 bytes ─ decode ─ fingerprint ─ K variants ─ judge ─ rows ─ one file a split ─ note
 """
@@ -23,11 +23,11 @@ import xxhash
 
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.decode import Decoded, Decoder, Rejection
+from tasks.images.duplicates import perceptual_hash
 from tasks.images.engines import Engine, UInt8Array, make_engine
-from tasks.images.fingerprint import perceptual_hash
-from tasks.images.jpeg_header import read_jpeg_header
+from tasks.images.formats import read_jpeg_header
+from tasks.images.outcomes import OUTCOMES, UnitNote, note_uri, read_outcomes, write_note
 from tasks.images.plan import read_unit
-from tasks.images.records import OUTCOMES, UnitNote, note_uri, read_outcomes, write_note
 from tasks.images.rows import Originals, build_rows, decode_images, rows_schema
 from tasks.images.scoring import Scored, score
 from tasks.images.sources import REJECTED_IMAGES

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tasks.images.jpeg_header import read_scans
+from tasks.images.formats import read_scans
 from tests.images.test_decode import (
     HEIGHT,
     WIDTH,
@@ -27,7 +27,7 @@ from tests.images.test_decode import (
     rejection_of,
     scene,
 )
-from tests.images.test_samples import Tags, tiff
+from tests.images.test_decode_depth import Tags, tiff
 
 # --- PNG ---
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.features.scoring import Fences, fences, score_rows
+from tasks.features.writer import Fences, fences, score_rows
 from tasks.quality.profile import profile_table
 from tasks.store.own_columns import QUALITY
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.features import pieces, stages
+from tasks.features import csv_text, shuffle
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.plan import plan_features, with_uris
 from tasks.features.sample import SAMPLE_AS_OF, write_sample
@@ -48,11 +48,11 @@ def test_pieces_give_the_rows_of_the_whole(
     written = ending.join(["a,b", *lines]) + (ending if ended else "")
     path.write_bytes((b"\xef\xbb\xbf" if mark else b"") + written.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "_BLOCK", block)
+        patch.setattr(csv_text, "_BLOCK", block)
         whole = inspect("t", str(path)).files[0] if lines and any(lines) else None
         if whole is None or whole.rows == 0:
             return
-        patch.setattr(pieces, "PIECE_BYTES", piece)
+        patch.setattr(csv_text, "PIECE_BYTES", piece)
         cut = inspect("t", str(path))
     units = read_units(cut, ["a", "b"], 10)
     assert len(units) == max(1, len(cut.files[0].pieces))
@@ -71,7 +71,7 @@ def test_pieces_give_the_rows_of_the_whole(
 def test_a_large_file_is_cut_and_a_small_or_compressed_one_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(csv_text, "PIECE_BYTES", 1000)
     frame = pl.DataFrame({"a": range(10_000), "b": ["text"] * 10_000})
     frame.write_csv(tmp_path / "large.csv")
     size = (tmp_path / "large.csv").stat().st_size
@@ -91,7 +91,7 @@ def test_a_large_file_is_cut_and_a_small_or_compressed_one_is_not(
 def test_a_quote_that_is_not_closed_is_told_with_its_line_in_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 100)
+    monkeypatch.setattr(csv_text, "PIECE_BYTES", 100)
     lines = [
         "a,b",
         '1,"two\nlines"',
@@ -111,7 +111,7 @@ def test_a_quote_that_is_not_closed_is_told_with_its_line_in_the_file(
 def test_small_files_that_are_judged_together_are_judged_as_each_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int, numbered: bool
 ) -> None:
-    monkeypatch.setattr(stages, "JUDGED_ROWS", at_once)
+    monkeypatch.setattr(shuffle, "JUDGED_ROWS", at_once)
     sample = write_sample(str(tmp_path / "sample"), 400, 0)
     table = pl.read_parquet(sample["transactions"])
     amounts = pl.when(pl.int_range(pl.len()) % 9 == 4).then(pl.lit(float("nan"))).otherwise("amount")
@@ -130,9 +130,9 @@ def test_small_files_that_are_judged_together_are_judged_as_each_alone(
     source = replace(plan.events, rows=replace(plan.events.rows, as_of=None)) if numbered else plan.events
     units = source.units(10)
     files = list(range(len(units))) if numbered else None
-    kept, tally, rejected = stages.read_and_judge(source, *units, files=files)
+    kept, tally, rejected = shuffle.read_and_judge(source, *units, files=files)
     alone = [
-        stages.read_and_judge(source, unit, files=[number] if numbered else None) for number, unit in enumerate(units)
+        shuffle.read_and_judge(source, unit, files=[number] if numbered else None) for number, unit in enumerate(units)
     ]
     assert kept.equals(pl.concat([rows for rows, _, _ in alone]))
     assert rejected is not None

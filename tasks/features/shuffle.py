@@ -1,16 +1,19 @@
-"""The two halves of the feature job, as each task runs them. Pure, but for the files they read and write.
+"""Both sides of the feature job's shuffle, as each task runs them. Pure, but for the files they read and write.
 
-The work is cut into slots: a slot is one bucket of one group. scatter: a unit of a source is read, judged,
-completed by look-ups and split by entity. gather: the rows of a bucket of entities become features, joined to
-their dimension rows. Then each part is scored and written. Rejected rows are written on the way, by the task that
-read them.
+A task writes one bucket of one group. scatter: a unit of a source is read, judged, completed by look-ups and split by
+entity. gather: the rows of a bucket of entities become features, joined to their dimension rows. Then each bucket is
+scored and written. Rejected rows are written on the way, by the task that read them.
+
+Look-up dimensions are read once, in the driver, and given to every task, so they fit in memory. Each task reports its
+counts (`UnitNote`, `BucketSummary`): small values that add up.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import polars as pl
@@ -18,9 +21,12 @@ import pyarrow as pa
 
 from tasks.engine.partition import split_by_key
 from tasks.features.definitions import JoinHow
-from tasks.features.history import evaluate_history
-from tasks.features.kernel import join_dimension
-from tasks.features.parts import (
+from tasks.features.incremental import FILE, ROW, in_order, read_kept, write_kept
+from tasks.features.kernel import evaluate_history, join_dimension
+from tasks.features.plan import FeaturePlan, GroupPlan, LookupPlan, SourcePlan
+from tasks.features.rows import REASON, TIME, JudgedRows, judge
+from tasks.features.sources import RawRows, ReadUnit, read
+from tasks.features.writer import (
     by_time,
     numeric_features,
     repeated_keys,
@@ -29,17 +35,125 @@ from tasks.features.parts import (
     to_arrow,
     write_rejected,
 )
-from tasks.features.plan import FeaturePlan, GroupPlan, LookupPlan, SourcePlan
-from tasks.features.rows import REASON, TIME, JudgedRows, judge
-from tasks.features.sources import RawRows, ReadUnit, read
-from tasks.features.state import FILE, ROW, in_order, read_kept, write_kept
-from tasks.features.tallies import BucketSummary, EventTally, Tally, UnitNote
 from tasks.io.missing import suspects
-from tasks.quality.profile import merge_profiles, profile_table
+from tasks.quality.profile import TableProfile, merge_profiles, profile_table
+from tasks.quality.sketch import QuantileSketch
 from tasks.store.conservation import check_equal
-from tasks.store.manifest import FileEntry
+from tasks.store.manifest import FileEntry, RowBalance
 from tasks.store.own_columns import AS_OF
 from tasks.store.reservation import Reservation
+
+
+@dataclass(slots=True)
+class Tally:
+    """Row counts of one source in one unit; adds up over units."""
+
+    rows_in: int = 0
+    rows_out: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    filtered: Counter[str] = field(default_factory=Counter)
+    deduplicated: int = 0
+
+    def add(self, other: Tally) -> None:
+        """Add the counts of another."""
+        self.rows_in += other.rows_in
+        self.rows_out += other.rows_out
+        self.rejected += other.rejected
+        self.filtered += other.filtered
+        self.deduplicated += other.deduplicated
+
+    def pass_on(self, later: Tally) -> None:
+        """Add the later treatment of the kept rows."""
+        self.rows_out = later.rows_out
+        self.rejected += later.rejected
+        self.filtered += later.filtered
+        self.deduplicated += later.deduplicated
+
+    def balance(self, name: str) -> RowBalance:
+        """Return the counts in the manifest's form."""
+        return RowBalance(
+            name=name,
+            rows_in=self.rows_in,
+            rows_out=self.rows_out,
+            rejected=dict(sorted(self.rejected.items())),
+            filtered=dict(sorted(self.filtered.items())),
+            deduplicated=self.deduplicated,
+        )
+
+
+@dataclass(slots=True)
+class UnitNote:
+    """Report of a scatter task: its source's tally, and by group the rows without entity and the rejected file."""
+
+    tally: Tally
+    without_entity: dict[int, int] = field(default_factory=dict)
+    rejected_files: dict[int, FileEntry] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class EventTally:
+    """Events of a bucket: those read and, in an incremental run, those kept by earlier versions.
+
+    new_late, kept_late: of these, after the last as-of time, so that they don't count (a run that isn't incremental
+    has filtered them before). newest: time of the newest that counts. file: file of the new kept ones; by_file:
+    their number by the number of their source file.
+    """
+
+    new: int = 0
+    new_late: int = 0
+    kept: int = 0
+    kept_late: int = 0
+    newest: dt.datetime | None = None
+    file: FileEntry | None = None
+    by_file: Counter[int] = field(default_factory=Counter)
+
+
+@dataclass(slots=True)
+class BucketSummary:
+    """Report of a gather task on its bucket; entities are counted once for each as-of time.
+
+    suspects: keys that look like missing values. profile: of the numeric features, until it is added to the others;
+    quantiles: theirs at each as-of time, where there are several.
+    """
+
+    group: int
+    events: EventTally
+    dimension: Tally
+    entities: Tally
+    duplicate_keys: int
+    suspects: list[str]
+    unmatched: int
+    rejected_files: list[FileEntry]
+    profile: TableProfile | None
+    quantiles: list[dict[str, QuantileSketch]]
+
+
+def check_rows_read(source: SourcePlan, units: Sequence[ReadUnit], tally: Tally) -> None:
+    """Compare the number of read rows with the files' footers; for a CSV file with the count from its cutting.
+
+    The rows of uncut CSV files aren't counted before.
+
+    Raises:
+        BalanceError: they differ.
+
+    """
+    if all(unit.format == "parquet" or unit.piece is not None for unit in units):
+        said = sum(unit.rows for unit in units)
+        check_equal(source.name, said, tally.rows_in, "stand in the files, {} were read")
+
+
+def check_way(name: str, sent: int, carried: int, taken: int) -> None:
+    """Compare the rows sent to the buckets, those carried there by the shuffle, and those taken from it.
+
+    Raises:
+        BalanceError: they differ.
+
+    """
+    check_equal(name, sent, carried, "were sent to their buckets, {} were carried there")
+    check_equal(name, carried, taken, "were carried to their buckets, {} were taken there")
+
+
+# --- the two sides ---
 
 LINE = "_line"
 MALFORMED = "malformed_row"
@@ -338,3 +452,67 @@ def unique_dimension_rows(rows: pl.DataFrame, key: str, tally: Tally) -> tuple[p
     tally.deduplicated = rows.height - distinct.height
     tally.rejected.update(conflicting[REASON].to_list())
     return kept, conflicting
+
+
+# --- look-up dimensions ---
+
+
+@dataclass(frozen=True, slots=True)
+class LookedUp:
+    """A dimension by key: the rows to join to events, and the counts of the others.
+
+    rejected: frames of rejected rows with their reason, each with the name of its file.
+    """
+
+    plan: LookupPlan
+    rows: pl.DataFrame
+    balance: RowBalance
+    rejected: tuple[tuple[str, int, pl.DataFrame], ...]
+
+    def write_rejected(self, reservation: Reservation) -> list[FileEntry]:
+        """Write the rejected rows beside a version that was made with this dimension."""
+        return [write_rejected(reservation, name, index, frame) for name, index, frame in self.rejected]
+
+
+def read_lookup(plan: LookupPlan, rows_per_unit: int) -> LookedUp:
+    """Read a dimension and return one row a key.
+
+    Args:
+        plan: The look-up.
+        rows_per_unit: Rows that are read at once.
+
+    Raises:
+        SourceError: a file can't be read.
+        BalanceError: rows were lost.
+
+    """
+    source = plan.dimension
+    tally, kept = Tally(), Tally()
+    frames, rejected = [], []
+    units = source.units(rows_per_unit)
+    for index, unit in enumerate(units):
+        rows, own, bad = read_and_judge(source, unit)
+        frames.append(rows)
+        tally.add(own)
+        if bad is not None:
+            rejected.append((source.name, index, bad))
+    check_rows_read(source, units, tally)
+    unique, conflicting = unique_dimension_rows(pl.concat(frames), plan.key, kept)
+    if conflicting.height:
+        rejected.append((f"{source.name}-conflicts", 0, conflicting))
+    tally.pass_on(kept)
+    balance = tally.balance(source.name)
+    balance.check()
+    return LookedUp(plan, unique, balance, tuple(rejected))
+
+
+def categorised(plan: FeaturePlan, lookup: LookedUp) -> pl.DataFrame:
+    """Return the rows to join to the events of a plan; columns that are categories in the events become categories."""
+    categories = {column.name for column in plan.events.rows.columns if column.kind == "category"}
+    names = [name for name in lookup.plan.columns if name in categories]
+    return lookup.rows.with_columns(pl.col(name).cast(pl.Categorical) for name in names)
+
+
+def lookup_tables(plan: FeaturePlan) -> tuple[pl.DataFrame, ...]:
+    """Return the rows of all look-up dimensions of a plan, in the form for its tasks."""
+    return tuple(categorised(plan, read_lookup(lookup, plan.rows_per_bucket)) for lookup in plan.lookups)

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.features import sources
+from tasks.features.csv_text import EXACT, TYPES, as_type, join, kind_of, polars_type
 from tasks.features.plan import key_type_of, units_of
 from tasks.features.rows import ColumnPlan, RowPlan, judge
-from tasks.features.settling import read_csv, settled
+from tasks.features.schema import read_csv, settled
 from tasks.features.sources import SourceTable, inspect, read, read_units
-from tasks.features.texts import EXACT, TYPES, as_type, join, kind_of, polars_type
 from tasks.io.errors import SourceError
 from tasks.io.listing import list_files
 from tasks.io.missing import DEFAULT, missing_values

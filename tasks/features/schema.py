@@ -1,15 +1,19 @@
-"""Types of a source's columns, decided by all of their values before any row is judged.
+"""Schema of a source: types of its columns, decided by all of their values and checked before any row is judged.
 
 A CSV file doesn't declare its columns' types, and its beginning doesn't predict the rest: zip codes that begin
 in another state get leading zeros. So each CSV file is read once for the columns whose type matters, until they
 prove to be text. A Parquet file declares its types, but not which values fit a type that must also hold those of other
 files; its statistics do.
+
+Files' types that can't be read as the declared kind of column are refused, not cast: ticks of a time would be amounts,
+the text of a struct a key.
 """
 
 from __future__ import annotations
 
+import datetime as dt
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -19,17 +23,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
+from tasks.features.csv_text import EXACT, Kind, as_type, kind_of, polars_type
+from tasks.features.definitions import ColumnKind
 from tasks.features.sources import (
     ColumnValues,
     ReadUnit,
     SourceFile,
     SourceTable,
     check_columns,
+    how_to_map,
     inspect_files,
     read,
     read_units,
 )
-from tasks.features.texts import EXACT, Kind, as_type, kind_of, polars_type
 from tasks.io import storage
 from tasks.io.errors import SourceError
 from tasks.io.missing import DEFAULT, MissingValues
@@ -188,3 +194,110 @@ def whole_numbers(file: SourceFile, column: str) -> tuple[int, int] | None:
         text = next(read(ReadUnit(file.info.uri, "csv", (column,)))).frame[column]
     values = text.str.strip_chars().cast(pl.Int64, strict=False).drop_nulls()
     return (values.min(), values.max()) if len(values) else None  # type: ignore[return-value]
+
+
+# --- kinds of columns ---
+
+Test = Callable[[pa.DataType], bool]
+
+_TEXT: tuple[Test, ...] = (pt.is_string, pt.is_large_string, pt.is_string_view)
+_NUMBERS: tuple[Test, ...] = (pt.is_integer, pt.is_floating, pt.is_decimal)
+_DIGITS = {8: "%Y%m%d", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
+_BYTES: tuple[Test, ...] = (pt.is_binary, pt.is_large_binary)
+_READABLE: Mapping[ColumnKind, tuple[Test, ...]] = {
+    "number": (*_NUMBERS, *_TEXT, pt.is_boolean, pt.is_null),
+    "key": (*_NUMBERS, *_TEXT, *_BYTES, pt.is_date, pt.is_null),
+    "category": (*_NUMBERS, *_TEXT, *_BYTES, pt.is_boolean, pt.is_date, pt.is_null),
+    "time": (pt.is_timestamp, pt.is_date, pt.is_integer, pt.is_string, pt.is_large_string, pt.is_null),
+}
+_WANTED: Mapping[ColumnKind, str] = {
+    "number": "integers, floats, decimals, or text of numbers",
+    "key": "whole numbers or text",
+    "category": "text, numbers or booleans",
+}
+
+
+def check_kind(table: SourceTable, kind: ColumnKind, ours: str, theirs: str, mapping: str | None = None) -> None:
+    """Check that a column of every file can be read as its declared kind.
+
+    Args:
+        table: The source, whose files all have the column; settled, if it has CSV files.
+        kind: Kind to read it as; 'time' is judged by `check_times`.
+        ours: Our name for it.
+        theirs: The files' name for it.
+        mapping: Instruction for mapping another column, if not that of `how_to_map`.
+
+    Raises:
+        SourceError: a column can't; the message names the file, the column, its type and the expected one.
+
+    """
+    types: dict[pa.DataType, str] = {}
+    for file in table.files:
+        types.setdefault(file.type_of(theirs), file.info.uri)
+    for found, uri in types.items():
+        where = f"{table.name}: column '{theirs}' of {uri} is of type {found}"
+        if polars_type(found) is None:
+            raise SourceError(f"{where}, which can't be read; convert it to a plain type such as double or string")
+        if kind in _WANTED and not _is_readable(found, kind):
+            raise SourceError(
+                f"{where}, but '{ours}' is a {kind}: it must be {_WANTED[kind]}; convert it, or map another column: "
+                f"{mapping or how_to_map(table.name, ours)}"
+            )
+
+
+def check_times(table: SourceTable, column: str, epoch_unit: str | None, where: str | None = None) -> None:
+    """Check that a column of every file can be read as times.
+
+    Args:
+        table: The source, settled by the column's first block.
+        column: The files' name of the column.
+        epoch_unit: Unit of integers, if given.
+        where: Name of the source in messages, if it isn't the table's.
+
+    Raises:
+        SourceError: it can't, or holds integers that are dates, or integers without a given unit.
+
+    """
+    where = where or table.name
+    for file in table.files:
+        kind = file.type_of(column)
+        if pt.is_integer(kind):
+            ends = whole_numbers(file, column)
+            if ends is not None and all(map(is_date, ends)):
+                raise SourceError(
+                    f"{where}: the time column '{column}' of {file.info.uri} holds integers such as {ends[0]}: they "
+                    f"are dates, not counts since 1970; write them as ISO 8601, {iso_date(ends[0])}"
+                )
+            if epoch_unit is None:
+                raise SourceError(
+                    f"{where}: the time column '{column}' holds integers ({kind}); say what they count since 1970: "
+                    f"--epoch-unit s, ms, us or ns"
+                )
+        if not _is_readable(kind, "time"):
+            raise SourceError(
+                f"{where}: the time column '{column}' is of type {kind}; it must be a timestamp, date, "
+                f"ISO 8601 text, or an integer with --epoch-unit"
+            )
+
+
+def is_date(number: int) -> bool:
+    """Return True if a whole number reads as a date of 1900 to 2099: YYYYMMDD, optionally with HHMM or HHMMSS."""
+    return iso_date(number) is not None
+
+
+def iso_date(number: int) -> str | None:
+    """Return such a number in ISO 8601; None for any other."""
+    text = str(number)
+    if len(text) not in _DIGITS or not 1900 <= int(text[:4]) < 2100:
+        return None
+    try:
+        moment = dt.datetime.strptime(text, _DIGITS[len(text)]).replace(tzinfo=dt.UTC)
+    except ValueError:
+        return None
+    return f"{moment:%Y-%m-%d}" if len(text) == 8 else f"{moment:%Y-%m-%dT%H:%M:%S}"
+
+
+def _is_readable(kind: pa.DataType, wanted: ColumnKind) -> bool:
+    if pt.is_dictionary(kind) and wanted != "time":
+        kind = kind.value_type
+    return any(test(kind) for test in _READABLE[wanted])

@@ -1,8 +1,11 @@
-"""Checks of a file's declared parts that the decoder doesn't make. Pure.
+"""Contents of an image file besides its pixels: a JPEG's header, and checks of the parts that a file declares. Pure.
 
 A decoder fills in missing parts: rows that a PNG's stream lacks are black, scans that a progressive
 JPEG lacks are blur, a strip without an offset is read from the file's beginning. The parts' lengths, numbers
 and checksums reveal it.
+
+Segments of a JPEG are as in ITU-T T.81, annex B. Only ordinary headers are read here; a decoder handles the others.
+Bytes that no decoder accepts get a description for the rejection's message.
 """
 
 from __future__ import annotations
@@ -12,9 +15,129 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from tasks.images.jpeg_header import Scans
+ORIENTATION_TAG = 274  # TIFF 6.0
+
+
+@dataclass(frozen=True, slots=True)
+class JpegHeader:
+    """Height and width in pixels, as stored; and other facts that choose the decoder."""
+
+    height: int
+    width: int
+    inks: int  # 1: gray, 3: colour, 4: CMYK or YCCK
+    may_be_turned: bool  # EXIF or XMP seem to have an orientation
+    scans: Scans
+
+
+@dataclass(frozen=True, slots=True)
+class Scans:
+    """Passes over the picture, of which progressive JPEGs have about ten; and True if they send every bit of it."""
+
+    count: int
+    are_complete: bool
+
+
+_SEGMENT = struct.Struct(">BBH")
+_FRAME = struct.Struct(">BHHB")
+_TAGS = tuple(struct.pack(order, ORIENTATION_TAG) for order in (">H", "<H"))
+_START_OF_SCAN = 0xDA
+_APPLICATION_1 = 0xE1
+_TABLES = (0xC4, 0xC8, 0xCC)  # their markers are among those of the frames
+_PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
+_FRAMES = tuple(marker for marker in range(0xC0, 0xD0) if marker not in _TABLES)
+_IN_ONE = Scans(1, are_complete=True)
+
+# Within a scan's data 0xFF is followed by 0, or by a restart's number.
+_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
+_NOTHING_SENT = 16  # more bits than any coefficient's low end lacks
+
+
+def read_jpeg_header(data: bytes | memoryview) -> JpegHeader | None:
+    """Read the segments before the picture.
+
+    Args:
+        data: A file that begins as a JPEG; a view must be of unsigned bytes.
+
+    Returns:
+        The header; None if anything in it is unusual or missing.
+
+    """
+    at = 2
+    frame = frame_marker = None
+    may_be_turned = False
+    try:
+        while True:
+            prefix, marker, length = _SEGMENT.unpack_from(data, at)
+            if prefix != 0xFF or not 0xC0 <= marker <= 0xFE or 0xD0 <= marker <= 0xD9:
+                return None
+            if marker == _START_OF_SCAN:
+                break
+            if marker == _APPLICATION_1:  # EXIF and XMP
+                block = bytes(data[at + 4 : at + 2 + length])
+                may_be_turned |= b"Orientation" in block or any(tag in block for tag in _TAGS)
+            elif marker in _FRAMES:
+                frame, frame_marker = _FRAME.unpack_from(data, at + 4), marker
+            at += 2 + length
+        inks_of_scan = data[at + 4]
+    except (struct.error, IndexError):
+        return None
+    if frame is None:
+        return None
+    bits, height, width, inks = frame
+    if bits != 8 or inks not in (1, 3, 4) or not height * width:
+        return None
+    in_one = frame_marker not in _PROGRESSIVE and inks_of_scan == inks
+    return JpegHeader(height, width, inks, may_be_turned, _IN_ONE if in_one else read_scans(data))
+
+
+def read_scans(data: bytes | memoryview) -> Scans:
+    """Read the headers of all scans of a JPEG's first picture.
+
+    A decoder doesn't notice missing scans: a progressive JPEG without its last scans becomes a blurred picture,
+    one whose colours come one after the other a gray one.
+
+    Args:
+        data: A file that begins as a JPEG; a view must be of unsigned bytes.
+
+    """
+    lacking: dict[int, list[int]] = {}  # lowest bits that each coefficient of each ink still lacks
+    count = 0
+    found = _MARKER.search(data, 2)
+    while found is not None:
+        at, marker = found.start(), data[found.start() + 1]
+        if marker in (0xD8, 0xD9):
+            break
+        body = bytes(data[at + 4 : at + 4 + 20])
+        if marker in _FRAMES and len(body) > 5:
+            inks = data[at + 10 : at + 10 + 3 * body[5] : 3]
+            lacking = {ink: [_NOTHING_SENT] * (64 if marker in _PROGRESSIVE else 1) for ink in inks}
+        elif marker == _START_OF_SCAN and body:
+            count += 1
+            _send(body, lacking)
+        length = int.from_bytes(data[at + 2 : at + 4], "big")
+        found = _MARKER.search(data, at + 2 + length)
+    return Scans(count, are_complete=not any(any(bits) for bits in lacking.values()))
+
+
+def _send(scan: bytes, lacking: dict[int, list[int]]) -> None:
+    """Record a scan's data: some inks' coefficients of a range, down to a bit (ITU-T T.81, B.2.3 and G.1)."""
+    end = 1 + 2 * scan[0]
+    if len(scan) < end + 3:
+        return
+    first, last, known, low_bit = scan[end], scan[end + 1], scan[end + 2] >> 4, scan[end + 2] & 15
+    for ink in scan[1:end:2]:
+        bits = lacking.get(ink, [])
+        if len(bits) == 1:  # all at once
+            bits[0] = 0
+        these = slice(first, max(first, last + 1))
+        if known == 0 or set(bits[these]) == {known}:  # else it refines data that was never sent
+            bits[these] = [low_bit] * len(bits[these])
+
+
+# --- declared parts ---
 
 _END = b"\xff\xd9"  # the end mark of a JPEG, and of a JPEG 2000's codestream
 
@@ -403,3 +526,49 @@ def _has_all_tiles(stream: bytes) -> bool:
         return True
     every_part = all(count >= announced[tile] for tile, count in parts.items())
     return every_part and len(parts) >= number and stream[at : at + 2] == _END
+
+
+# --- bytes of no image format ---
+
+
+@dataclass(frozen=True, slots=True)
+class Appearance:
+    """Appearance of bytes, in words for a person; and True for a picture that needs another decoder."""
+
+    what: str
+    is_image: bool
+
+
+_BEGINNINGS = (
+    (rb"....ftyp.{0,60}he[iv][cmsx]", Appearance("a HEIC picture; convert it to JPEG or PNG", True)),
+    (rb"\xff\x0a|....JXL ", Appearance("a JPEG XL picture; convert it to JPEG or PNG", True)),
+    (rb"v/1\x01", Appearance("an OpenEXR picture; convert it to PNG or TIFF", True)),
+    (rb"%!PS", Appearance("PostScript, a program, which isn't run; convert it to PNG", True)),
+    (rb"%PDF", Appearance("a PDF document", False)),
+    (rb"PK\x03\x04", Appearance("a ZIP archive", False)),
+    (rb"\x1f\x8b", Appearance("a gzip archive", False)),
+    (rb"....ftyp(?!avi|mif|msf)|\x1aE\xdf\xa3", Appearance("a video", False)),
+    (rb"\0+\Z", Appearance("nothing but zero bytes", False)),
+)
+_TEXTS = (
+    (r".*<svg[\s>]", "an SVG drawing; convert it to PNG"),
+    (r"\s*(<!--.*-->\s*)?<(!doctype )?html", "an HTML page, such as a server's error"),
+    (r"\s*<[?!a-z]", "an XML document"),
+    (r"\s*[{\[]", "JSON"),
+    (r"version https://git-lfs", "a Git LFS pointer; fetch the picture itself with 'git lfs pull'"),
+    (r"", "text"),
+)
+_TEXT = r"\ufeff?[^\0-\x08\x0e-\x1f\ufffd]+\ufffd?\Z"  # the last character may be cut
+
+
+def appearance(data: bytes | memoryview) -> Appearance | None:
+    """Return the appearance of bytes by their first kilobyte; None if unknown."""
+    head = bytes(data[:1024])
+    for beginning, seen in _BEGINNINGS:
+        if re.match(beginning, head, re.S):
+            return seen
+    text = head.decode("utf-8", "replace")
+    if not re.match(_TEXT, text):
+        return None
+    what = next(what for beginning, what in _TEXTS if re.match(beginning, text.removeprefix("\ufeff"), re.I | re.S))
+    return Appearance(what, is_image=False)

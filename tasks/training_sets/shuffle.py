@@ -1,4 +1,4 @@
-"""The halves of a training set's job, as each task runs them. Pure, but for the files they read and write.
+"""Both sides of a training set's shuffles, as each task runs them. Pure, but for the files they read and write.
 
     label_scatter, label_gather: events are read and split by entity; an entity's events become rows of the spine.
     scatter, gather: rows of the spine are read and split by an entity key; those of a bucket find their features.
@@ -22,11 +22,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tasks.engine.partition import split_by_key
-from tasks.features.lookups import LookedUp, read_lookup
-from tasks.features.parts import ROW_GROUP, to_arrow, write_rejected
+from tasks.features.shuffle import LookedUp, Tally, looked_up, read_and_judge, read_lookup
 from tasks.features.sources import ReadUnit, together
-from tasks.features.stages import looked_up, read_and_judge
-from tasks.features.tallies import Tally
+from tasks.features.writer import ROW_GROUP, to_arrow, write_rejected
 from tasks.io import storage
 from tasks.io.hashing import stable_hash
 from tasks.quality.profile import TableProfile, profile_table
@@ -35,11 +33,10 @@ from tasks.store import layout
 from tasks.store.manifest import FileEntry
 from tasks.store.own_columns import EVENT_TIME, TARGET
 from tasks.store.reservation import Reservation
-from tasks.training_sets.asof import join_asof
-from tasks.training_sets.canary import plant
+from tasks.training_sets.asof import join_asof, plant
 from tasks.training_sets.history import History, read_bucket
-from tasks.training_sets.labels import label_rows
 from tasks.training_sets.plan import TrainingSetPlan
+from tasks.training_sets.spine import label_rows
 
 ORDER = "_spine_order"
 """Number of a row in the spine, for several shuffles; a split has fewer than 2**40 rows."""

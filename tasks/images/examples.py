@@ -1,4 +1,4 @@
-"""Pictures for a person: originals beside their variants, rejected images, and distributions of classes and sizes."""
+"""Examples for a person: originals beside their variants, rejected images, and distributions of classes and sizes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.images.charts import class_balance_chart, size_chart
 from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.images.decode import Decoded, Decoder
 from tasks.images.rows import decode_images
-from tasks.images.sheet import SheetRow, contact_sheet, reject_sheet, thumbnail
+from tasks.images.sheets import SheetRow, class_balance_chart, contact_sheet, reject_sheet, size_chart, thumbnail
 from tasks.io import storage
 from tasks.report.report import DataTable, Picture
 from tasks.store import layout

@@ -12,8 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tasks.images.charts import class_balance_chart, size_chart
-from tasks.images.sheet import SHEET_BYTES, SheetRow, contact_sheet, reject_sheet, thumbnail
+from tasks.images.sheets import (
+    SHEET_BYTES,
+    SheetRow,
+    class_balance_chart,
+    contact_sheet,
+    reject_sheet,
+    size_chart,
+    thumbnail,
+)
 
 RED = (255, 0, 0)
 HOSTILE = [
@@ -158,7 +165,7 @@ def test_any_shape_of_sheet(rows: list[SheetRow], side: int) -> None:
 
 def test_a_sheet_keeps_to_the_bound_of_webp(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 16,383 pixels a side; a smaller one takes less time to reach."""
-    monkeypatch.setattr("tasks.images.sheet._WEBP_SIDE", 1100)
+    monkeypatch.setattr("tasks.images.sheets._WEBP_SIDE", 1100)
     assert max(opened(contact_sheet([row(variants=[])] * 200, 64)).size) == 1000
     assert opened(contact_sheet([row(variants=[])] * 8, 16)).size[0] == 1000
 
