@@ -58,7 +58,7 @@ class SourceFile:
 
     schema: columns of the file, those of CSV as text, and then of its path. in_path: values of the columns that its
     path names ('year=2024/month=01/…'), None for null. added: those of them that the file itself lacks.
-    values: results of `settling` about columns. pieces: those of a large CSV file; none for others.
+    values: results of `schema.settled` about columns. pieces: those of a large CSV file; none for others.
     """
 
     info: storage.FileInfo

@@ -459,9 +459,8 @@ def test_a_long_chain_is_one_group() -> None:
     assert not group_images(count, [np.stack([order[:-1], order[1:]], axis=1)]).any()
 
 
-@pytest.mark.parametrize("module", [duplicates])
-def test_compiled_code_is_kept_for_the_next_process(module: Any) -> None:
-    compiled = [value for value in vars(module).values() if isinstance(value, Dispatcher)]
+def test_compiled_code_is_kept_for_the_next_process() -> None:
+    compiled = [value for value in vars(duplicates).values() if isinstance(value, Dispatcher)]
     assert compiled
     assert all(function.stats.cache_path for function in compiled)
     assert all(function.targetoptions["nogil"] for function in compiled)
