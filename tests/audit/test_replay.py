@@ -171,7 +171,9 @@ def test_other_code_and_libraries_that_make_the_same_are_ok(store: Store, replay
 def _broken_features(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         "tasks.features.kernel.aggregate",
-        lambda group, events, as_of: aggregate(group, events, as_of).with_columns(pl.col("total_spent") * (1 + 2**-52)),
+        lambda group, events, as_of: aggregate(group, events, as_of).with_columns(
+            pl.col("^total_spent$") * (1 + 2**-52)
+        ),
     )
 
 
