@@ -36,7 +36,7 @@ from tasks.images.sources import list_images
 from tasks.images.split import SPLITS
 from tasks.images.stages import augment_again
 from tasks.io.errors import CorruptVersion, SourceError
-from tasks.io.missing import missing_values
+from tasks.io.notation import missing_values
 from tasks.store.manifest import FileEntry, Manifest
 from tasks.store.settings import config_of
 

@@ -18,7 +18,7 @@ from tasks.features.definitions import FeatureGroup, JoinHow
 from tasks.features.independence import COMPANIES, looks_elsewhere, made_up
 from tasks.features.rows import REASON, TIME
 from tasks.io.errors import DefinitionError
-from tasks.store.own_columns import AS_OF
+from tasks.store.layout import AS_OF
 
 IntArray = npt.NDArray[np.int64]
 _FAULTS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, ArithmeticError, LookupError, TypeError, ValueError)

@@ -18,8 +18,8 @@ from tasks.features.scoring import Fences, score_rows
 from tasks.io import storage
 from tasks.quality.profile import TableProfile, profile_table
 from tasks.quality.sketch import QuantileSketch
+from tasks.store.layout import AS_OF, CREATED, READY, VERSION
 from tasks.store.manifest import FileEntry
-from tasks.store.own_columns import AS_OF, CREATED, READY, VERSION
 from tasks.store.reservation import Reservation
 
 ROW_GROUP = 8192

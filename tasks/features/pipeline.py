@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from tasks.engine.cluster import losses_explained
 from tasks.engine.jobs import Parts, Shuffled, mapped, shuffle
-from tasks.engine.losses import losses_explained
 from tasks.features.balances import group_balances
 from tasks.features.config import FeatureStoreConfig, Thresholds
 from tasks.features.lookups import LookedUp, categorised, read_lookup

@@ -23,8 +23,8 @@ from tasks.features.sources import INT64, ReadUnit, SourceTable, check_columns, 
 from tasks.features.state import StatePlan
 from tasks.features.texts import polars_type
 from tasks.io.errors import DefinitionError, SourceError
-from tasks.io.missing import MissingValues, missing_values
-from tasks.io.names import closest
+from tasks.io.notation import MissingValues, missing_values
+from tasks.io.text import closest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 
 from tasks.quality.profile import profile_table
 from tasks.quality.sketch import QuantileSketch
+from tasks.store.layout import AS_OF, MISSING, OUTLYING, READY, SCORE
 from tasks.store.manifest import Manifest
-from tasks.store.own_columns import AS_OF, MISSING, OUTLYING, READY, SCORE
 
 
 @dataclass(frozen=True, slots=True)

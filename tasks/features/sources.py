@@ -26,8 +26,8 @@ from tasks.features.quotes import QuotedText
 from tasks.features.texts import EXACT, TYPES, Kind, join
 from tasks.io import storage
 from tasks.io.errors import SourceError
-from tasks.io.missing import DEFAULT, MissingValues, without
-from tasks.io.transient import is_transient
+from tasks.io.faults import is_transient
+from tasks.io.notation import DEFAULT, MissingValues, without
 from tasks.store.manifest import InputFile, InputRecord
 
 SUFFIXES = (".parquet", ".csv", ".csv.gz")

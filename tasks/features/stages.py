@@ -34,11 +34,11 @@ from tasks.features.rows import REASON, TIME, JudgedRows, judge
 from tasks.features.sources import RawRows, ReadUnit, read
 from tasks.features.state import FILE, ROW, in_order, read_kept, write_kept
 from tasks.features.tallies import BucketSummary, EventTally, Tally, UnitNote
-from tasks.io.missing import suspects
+from tasks.io.notation import suspects
 from tasks.quality.profile import merge_profiles, profile_table
 from tasks.store.conservation import check_equal
+from tasks.store.layout import AS_OF
 from tasks.store.manifest import FileEntry
-from tasks.store.own_columns import AS_OF
 from tasks.store.reservation import Reservation
 
 LINE = "_line"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tasks.io.numerals import number, plural, shortened
+from tasks.io.text import number, plural, shortened
 from tasks.report.plots import BEFORE_COLOUR, INK_COLOUR, NOW_COLOUR, compact_png, plain, wide_figure
 
 SPLIT_COLOURS = {"train": NOW_COLOUR, "validation": BEFORE_COLOUR, "test": "#2f9e78"}

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from tasks.images.sources import as_frame, as_table, shown
 from tasks.io import storage
 from tasks.io.errors import SourceError
-from tasks.io.missing import DEFAULT, MissingValues, without
-from tasks.io.numerals import shortened
-from tasks.io.transient import is_transient
+from tasks.io.faults import is_transient
+from tasks.io.notation import DEFAULT, MissingValues, without
+from tasks.io.text import shortened
 from tasks.store.manifest import InputFile, InputRecord
 
 _TEXT = pa.string()

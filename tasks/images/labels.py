@@ -44,7 +44,7 @@ from tasks.images.sources import (
     shown,
 )
 from tasks.io.errors import CorruptVersion, SourceError
-from tasks.io.numerals import plural
+from tasks.io.text import plural
 from tasks.store.manifest import RowBalance
 
 __all__ = [

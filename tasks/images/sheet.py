@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tasks.images.charts import one_line, split_colours
-from tasks.io.numerals import plural, shortened
+from tasks.io.text import plural, shortened
 from tasks.report.plots import INK_COLOUR
 
 if TYPE_CHECKING:

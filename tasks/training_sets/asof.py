@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from tasks.store.own_columns import AS_OF
+from tasks.store.layout import AS_OF
 from tasks.training_sets.history import FROM, TIME, UNTIL
 
 Int64Array = npt.NDArray[np.int64]

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from tasks.io.errors import LeakFound
-from tasks.store.own_columns import AS_OF
+from tasks.store.layout import AS_OF
 from tasks.training_sets.asof import Int64Array, join_asof
 from tasks.training_sets.history import FROM, TIME, UNTIL
 

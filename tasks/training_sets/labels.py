@@ -15,7 +15,7 @@ import polars as pl
 from tasks.features.definitions import FeatureGroup
 from tasks.features.kernel import evaluate
 from tasks.features.rows import TIME
-from tasks.store.own_columns import EVENT_TIME, TARGET
+from tasks.store.layout import EVENT_TIME, TARGET
 from tasks.training_sets.definition import Label
 from tasks.training_sets.loading import load_models
 

@@ -23,9 +23,9 @@ from tasks.features.settling import settled
 from tasks.features.sources import SourceTable, inspect
 from tasks.features.texts import polars_type
 from tasks.io.errors import SourceError
-from tasks.io.missing import missing_values
-from tasks.io.names import closest
-from tasks.store.own_columns import EVENT_TIME, TARGET
+from tasks.io.notation import missing_values
+from tasks.io.text import closest
+from tasks.store.layout import EVENT_TIME, TARGET
 from tasks.training_sets.definition import Model, SpineSource
 
 SPINE = "spine"

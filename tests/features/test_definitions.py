@@ -10,7 +10,7 @@ import pytest
 from tasks.features.definitions import Column, Definitions, DimensionSource, EventSource, FeatureGroup, Window
 from tasks.features.standard import CUSTOMER_FEATURES, STANDARD
 from tasks.io.errors import DefinitionError
-from tasks.store.own_columns import FEATURES
+from tasks.store.layout import FEATURES
 
 AMOUNT = pl.col("amount")
 TIME = {"at": Column(kind="time")}

@@ -22,7 +22,7 @@ from tasks.features.sources import SourceTable, inspect, read, read_units
 from tasks.features.texts import EXACT, TYPES, as_type, join, kind_of, polars_type
 from tasks.io.errors import SourceError
 from tasks.io.listing import list_files
-from tasks.io.missing import DEFAULT, missing_values
+from tasks.io.notation import DEFAULT, missing_values
 
 # The law of texts: a column's kind is the join of its values' kinds, and every value can be read as it
 

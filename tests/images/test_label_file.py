@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tasks.images.label_file import LABELS, labels_record, read_labels
 from tasks.io import storage
 from tasks.io.errors import SourceError
-from tasks.io.missing import DEFAULT
+from tasks.io.notation import DEFAULT
 
 CSV = b"image_id,class_name\n1,cat\n2,dog\n"
 
