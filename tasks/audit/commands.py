@@ -1,7 +1,8 @@
 """The commands `explain`, `replay` and `self-test` on published versions.
 
-The origin of a row, its treatment and its present holders: neither Ray nor Prefect is started, and no version is read as a whole: a row is found by the partition of its version
-and the smallest and largest keys in the footers of its files.
+The origin of a row, its treatment and its present holders: neither Ray nor Prefect is started, and no version is read
+as a whole: a row is found by the partition of its version and the smallest and largest keys in the footers of its
+files.
 
 Some rows of a version made again and compared with the stored ones:
 

@@ -1,7 +1,7 @@
 """One row of a training set or of a feature version, explained.
 
-A feature's history in a training set consists of the versions that the training set's manifest names, regardless of later
-publications or withdrawals; the match is the flow's (`tasks.training_sets.asof`).
+A feature's history in a training set consists of the versions that the training set's manifest names, regardless of
+later publications or withdrawals; the match is the flow's (`tasks.training_sets.asof`).
 """
 
 from __future__ import annotations

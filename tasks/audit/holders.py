@@ -1,7 +1,8 @@
 """Holders of a row: versions made from its version, samples of streaming-ready copies, and trainings.
 
-The place of each sample is found too. A sample's id, split and place in the order are functions of its row in the source version, so they are computed from
-there; then the one file that must have it is checked, by its column of ids alone.
+The place of each sample is found too. A sample's id, split and place in the order are functions of its row in the
+source version, so they are computed from there; then the one file that must have it is checked, by its column of ids
+alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Connection to Ray, local or remote: its settings, its spilled objects, and messages for lost workers.
 
-Spilled objects: Ray deletes them when it ends in order. After a kill -9 of the process that started it they remain, sometimes gigabytes,
-in a directory that no later Ray reads.
+Spilled objects: Ray deletes them when it ends in order. After a kill -9 of the process that started it they remain,
+sometimes gigabytes, in a directory that no later Ray reads.
 
 The address comes from RAY_ADDRESS on purpose: with no address at all, `ray.init` joins whatever cluster happens to
 run on the host. Without RAY_ADDRESS the pipelines start their own Ray and stop it afterwards.

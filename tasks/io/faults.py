@@ -1,8 +1,9 @@
 """Faults of a store: transient ones, and credentials that it refuses.
 
-Transient faults are those of the network and of a busy store, never those of the input. Refused credentials are reported
-with cause and cure, whichever library met the refusal: S3 gives its reason only in a response body, and a response to HEAD has none: pyarrow then says 'HTTP status 400', s3fs
-'Bad Request'. So the same request is sent once more by GET.
+Transient faults are those of the network and of a busy store, never those of the input. Refused credentials are
+reported with cause and cure, whichever library met the refusal: S3 gives its reason only in a response body, and a
+response to HEAD has none: pyarrow then says 'HTTP status 400', s3fs 'Bad Request'. So the same request is sent once
+more by GET.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Digests of file contents, and stable 64-bit hashes of Arrow columns.
 
-Digests: BLAKE3 is a cryptographic hash like SHA-256 and takes a quarter of its time (450 KB of image variants: 0.05 ms against
-0.21 ms of CPU), which matters as every byte written or read is hashed. Versions that were published with SHA-256 keep
-it: their manifests say 'sha256:…'.
+Digests: BLAKE3 is a cryptographic hash like SHA-256 and takes a quarter of its time (450 KB of image variants: 0.05 ms
+against 0.21 ms of CPU), which matters as every byte written or read is hashed. Versions that were published with
+SHA-256 keep it: their manifests say 'sha256:…'.
 
-Hashes: equal values hash alike in every process, platform and library version. Numbers go through the splitmix64 finaliser (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number
-generators"), a bijection of 64 bits, so that distinct integers never collide. Strings and bytes are read as
-little-endian 64-bit words, each xor-ed into the state and mixed by the same function; their length is mixed in
-first, so that padding can't make two strings alike. An adversary who picks the keys can make collisions.
+Hashes: equal values hash alike in every process, platform and library version. Numbers go through the splitmix64
+finaliser (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators"), a bijection of 64 bits, so that
+distinct integers never collide. Strings and bytes are read as little-endian 64-bit words, each xor-ed into the state
+and mixed by the same function; their length is mixed in first, so that padding can't make two strings alike. An
+adversary who picks the keys can make collisions.
 
 Everything is numpy on the column's own buffers: about 5 ns per integer and 45 ns per short string, where a
 dictionary encoding followed by `pandas.util.hash_array` takes some 500 ns per distinct string.

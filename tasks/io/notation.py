@@ -1,8 +1,9 @@
 """Notation of a user: times and ranges, texts for a missing value, and YAML.
 
-Missing values have one rule for every reader of CSV, for quoted and unquoted fields alike. By default a field of a key, a number or a time is missing if it is blank or one of `TYPED`, as pandas, R and databases
-write it. In a column of text NA may be Namibia and None a name: there only `TEXT` is missing. A user's list replaces
-both, for all columns. Parquet has real nulls: its text is never missing.
+Missing values have one rule for every reader of CSV, for quoted and unquoted fields alike. By default a field of a key,
+a number or a time is missing if it is blank or one of `TYPED`, as pandas, R and databases write it. In a column of text
+NA may be Namibia and None a name: there only `TEXT` is missing. A user's list replaces both, for all columns. Parquet
+has real nulls: its text is never missing.
 """
 
 from __future__ import annotations

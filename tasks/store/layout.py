@@ -15,8 +15,8 @@
 
 Names that begin with '_' are skipped by the directory readers of pyarrow, pandas, Spark and Ray.
 
-A user's column with the name of one that the pipelines add would be replaced: it is refused where it is declared, as is any name that begins with
-'_', which rows have only within a job (`tasks.io.text`).
+A user's column with the name of one that the pipelines add would be replaced: it is refused where it is declared, as is
+any name that begins with '_', which rows have only within a job (`tasks.io.text`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Lineage of a version back to its source files, and its provenance: the code and the libraries.
 
-The manifests contain all of the lineage: each names its inputs with their fingerprints, its declaration, the digest of the code
-and the run. Following them is enough; there is no separate registry.
+The manifests contain all of the lineage: each names its inputs with their fingerprints, its declaration, the digest of
+the code and the run. Following them is enough; there is no separate registry.
 """
 
 from __future__ import annotations
