@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tasks.engine.stopping import stops_unwind
+from tasks.engine.signals import stops_unwind
 from tasks.io.errors import FAILED, WRONG_ARGUMENTS, ConfigError, InputError, PipelineError, causes
 
 _TOLD_ONCE = ("Encountered exception during execution",)

@@ -15,7 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 
 from tasks.artifacts import progress
-from tasks.engine.stopping import held
+from tasks.engine.signals import held
 from tasks.features import loading
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Definitions, FeatureGroup
@@ -26,14 +26,14 @@ from tasks.features.plan import FeaturePlan, check_mappings, needs_sample, plan_
 from tasks.features.sample import SAMPLE_AS_OF, write_sample
 from tasks.features.self_test import self_test
 from tasks.io.errors import GateFailed
-from tasks.io.times import expand
+from tasks.io.notation import expand
 from tasks.publication import JudgedVersion, PublishedVersion, committed_version, judged_version, manifest_of, publish
 from tasks.retries import RETRY
 from tasks.store import layout, versions
+from tasks.store.catalogue import write_versions_csv
+from tasks.store.layout import AS_OF, CREATED, EVENT_TIME, VERSION
 from tasks.store.lineage import trace_manifest
 from tasks.store.manifest import GateResult, InputRecord, Manifest, Partition, RunRecord
-from tasks.store.metadata import write_versions_csv
-from tasks.store.own_columns import AS_OF, CREATED, EVENT_TIME, VERSION
 from tasks.store.reservation import Reservation, reserve
 from tasks.training_sets.gate import judge_training_set
 from tasks.training_sets.loading import load_models, select

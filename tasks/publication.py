@@ -14,15 +14,16 @@ from prefect.runtime import deployment, flow_run
 from pydantic import BaseModel
 
 from tasks.artifacts import publish_report
-from tasks.engine.stopping import held
+from tasks.engine.signals import held
 from tasks.io import storage
 from tasks.io.errors import GateFailed
+from tasks.quality.faults import ITSELF, blind, failed, summary
 from tasks.quality.profile import TableProfile
-from tasks.quality.self_test import ITSELF, blind, failed, summary
 from tasks.report import page
 from tasks.report.report import Report
 from tasks.store import layout, versions
 from tasks.store.conservation import check_written
+from tasks.store.lineage import job_digest, package_versions
 from tasks.store.manifest import (
     CheckResult,
     ColumnSpec,
@@ -34,7 +35,6 @@ from tasks.store.manifest import (
     RowBalance,
     RunRecord,
 )
-from tasks.store.provenance import job_digest, package_versions
 from tasks.store.reservation import Reservation, find_manifest
 
 PUBLISHED = "training-data.version.published"

@@ -26,10 +26,9 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from tasks.engine.losses import explained_loss
+from tasks.engine.cluster import explained_loss
 from tasks.io.errors import PipelineError, causes
-from tasks.io.refusal import refusal, refused_credentials
-from tasks.io.transient import is_transient
+from tasks.io.faults import is_transient, refusal, refused_credentials
 from tasks.store.settings import seconds_from_environment
 
 RAY_LOSSES = (

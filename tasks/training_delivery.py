@@ -20,9 +20,9 @@ from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.gate import judge_copy
 from tasks.delivery.pipeline import write_streaming_ready
 from tasks.delivery.self_test import self_test
+from tasks.delivery.shuffle import StreamingReady
 from tasks.delivery.source import Source
 from tasks.delivery.source import find_source as find
-from tasks.delivery.stages import StreamingReady
 from tasks.io import storage
 from tasks.publication import JudgedVersion, PublishedVersion, committed_version, judged_version, manifest_of, publish
 from tasks.report import page
@@ -31,8 +31,14 @@ from tasks.retries import RETRY
 from tasks.store import layout, versions
 from tasks.store.manifest import GateResult, Manifest, RunRecord
 from tasks.store.reservation import Reservation, reserve
-from tasks.training.monitoring import TrainingResult, epoch_table, training_pictures, worker_table
-from tasks.training.outcome import headline, judge_training
+from tasks.training.monitoring import (
+    TrainingResult,
+    epoch_table,
+    headline,
+    judge_training,
+    training_pictures,
+    worker_table,
+)
 from tasks.training.trainer import read_records, train_version
 
 LOOK_SECONDS = 2.0

@@ -29,7 +29,6 @@ NAMES = (*(f"tasks/{name}" for name in GROUND), "a domain", "a domain's pipeline
 RAY_BESIDE_PIPELINES = (
     "tasks/engine/cluster.py",
     "tasks/engine/jobs.py",
-    "tasks/engine/losses.py",
     "tasks/loader/dataset.py",
     "tasks/training/trainer.py",
     "tasks/serving/feature_store.py",

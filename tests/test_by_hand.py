@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from tasks.by_hand import one_sentence, run_by_hand, summary
-from tasks.engine.stopping import stops_unwind
+from tasks.engine.signals import stops_unwind
 from tasks.io.errors import FAILED, GateFailed, SourceError
 from tasks.publication import PublishedVersion
 from tasks.store import versions

@@ -16,10 +16,10 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from tasks.delivery import fitting
+from tasks.delivery import definition
 from tasks.delivery import pipeline as delivery
+from tasks.delivery.shuffle import Look, Shuffle
 from tasks.delivery.source import find_source
-from tasks.delivery.stages import Look, Shuffle
 from tasks.engine.jobs import mapped
 from tasks.features import pipeline as features
 from tasks.features.config import FeatureStoreConfig
@@ -287,7 +287,7 @@ class LosesSamples(Shuffle):
     [
         (delivery, "Look", LooksPast, r"\d+ became samples, \d+ had their keys checked: \+1 unaccounted for"),
         (delivery, "Look", ForgetsRows, r"has 900 rows, 899 were read"),
-        (fitting, "Shuffle", LosesSamples, r"unaccounted for"),
+        (definition, "Shuffle", LosesSamples, r"unaccounted for"),
     ],
 )
 def test_the_delivery_job(  # noqa: PLR0917 - parameters of pytest

@@ -27,7 +27,7 @@ from tasks.features.sample import SAMPLE_AS_OF, sample_customers, sample_product
 from tasks.io import storage
 from tasks.io.errors import GateFailed, SourceError
 from tasks.store import layout, versions
-from tasks.store.metadata import versions_table
+from tasks.store.catalogue import versions_table
 from tests.conftest import new_bucket
 from tests.features import oracle
 from tests.runs import Run, assert_nothing_published, assert_whole

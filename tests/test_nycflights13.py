@@ -21,7 +21,7 @@ from tasks.feature_store import declared
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.pipeline import ComputedGroup, compute_groups
 from tasks.features.plan import plan_features, with_uris
-from tasks.io.times import expand
+from tasks.io.notation import expand
 from tasks.store import layout
 from tasks.store.reservation import reserve
 from tests.bad_input.shop import here_and_now, written

@@ -19,8 +19,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from tasks.engine.cluster import data_context
-from tasks.engine.losses import causes
+from tasks.engine.cluster import causes, data_context
 from tasks.io.errors import BalanceError, ConfigError, GateFailed, SourceError
 from tasks.retries import RETRY, final_unless_transient, retry_condition, worth_retrying
 

@@ -11,10 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tasks.audit.explain_holders import holders_section
-from tasks.audit.explain_rows import closest_keys, read_row, typed_key
-from tasks.audit.explain_samples import Sample, Samples, feature_columns, find_samples, source_of, split_row
-from tasks.audit.explained import (
+from tasks.audit.explanation import (
     Explanation,
     Section,
     absent,
@@ -25,16 +22,18 @@ from tasks.audit.explained import (
     rejected_sections,
     version_section,
 )
+from tasks.audit.find_rows import closest_keys, read_row, typed_key
+from tasks.audit.holders import Sample, Samples, feature_columns, find_samples, holders_section, source_of, split_row
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.definition import block_format, encoder_of
 from tasks.delivery.encoding import Encoder
 from tasks.io import storage
 from tasks.io.errors import ConfigError, PipelineError
-from tasks.io.numerals import plural
 from tasks.io.tensors import to_numpy
+from tasks.io.text import plural
 from tasks.loader.blocks import CHECKSUM, IMAGE, LABEL, block_checksums
-from tasks.loader.opening import Version
 from tasks.loader.order import EpochOrder, Share, Sizes, batch_count, step_count
+from tasks.loader.version_files import Version
 from tasks.store import layout
 from tasks.store.lineage import trace
 from tasks.store.manifest import Manifest

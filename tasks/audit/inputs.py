@@ -1,21 +1,39 @@
-"""Inputs of a version in their present state: its source files, the versions that it read, its declaration."""
+"""Inputs of a version in their present state: files, versions, declaration, and the rows of one key in its files.
+
+Sources are read as the flow reads them (`tasks.features.rows`), but first by the key alone; other columns only from
+row groups that have it. Python files of definitions aren't run: a version may name any file.
+"""
 
 from __future__ import annotations
 
+import datetime as dt
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from tasks.features.definitions import Definitions
-from tasks.features.sources import SourceTable, inspect, inspect_files
+import polars as pl
+
+from tasks.audit.explanation import Section
+from tasks.audit.find_rows import is_whole
+from tasks.features.config import FeatureStoreConfig
+from tasks.features.definitions import Definitions, EventSource, FeatureGroup
+from tasks.features.keys import KeyType
+from tasks.features.loading import is_yaml, load_definitions
+from tasks.features.plan import names_in_files, plan_dimension, plan_features, units_of, with_uris
+from tasks.features.rows import REASON, RowPlan, judge
+from tasks.features.sources import ReadUnit, SourceTable, inspect, inspect_files, read
+from tasks.features.standard import STANDARD
 from tasks.io import storage
 from tasks.io.errors import DefinitionError, PipelineError, SourceError
-from tasks.io.numerals import plural
-from tasks.io.transient import is_transient
+from tasks.io.faults import is_transient
+from tasks.io.notation import missing_values
+from tasks.io.text import plural
 from tasks.store.manifest import InputFile, InputRecord, Manifest
 from tasks.store.reading import read_manifest
+from tasks.store.settings import config_of
 
 _READERS = 16
 _NAMED = 3
@@ -209,3 +227,207 @@ def why_not(fault: Exception) -> Cause:
         raise fault
     kind = "definition" if isinstance(fault, DefinitionError) else "input"
     return Cause(kind, f"can't be made again: {fault}")
+
+
+ROW = "row"
+
+_ROWS_AT_ONCE = 1  # row groups are searched one by one
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """Sources declared by a version's configuration, and the reasons for missing ones."""
+
+    definitions: Definitions
+    config: FeatureStoreConfig
+    note: str = ""
+
+
+def declared_sources(manifest: Manifest) -> Declared:
+    """Return the sources of a feature version or a training set; Python files aren't run.
+
+    Raises:
+        ConfigError: this code can't use the configuration.
+
+    """
+    config = config_of(FeatureStoreConfig, manifest)
+    definitions, note = STANDARD, ""
+    if config.definitions is not None:
+        try:
+            if is_yaml("definitions", config.definitions):
+                definitions = load_definitions(config.definitions).over(STANDARD)
+            else:
+                note = f"the definitions are in {config.definitions}, a Python file, which isn't run for an answer"
+        except PipelineError as fault:
+            note = str(fault)
+    return Declared(with_uris(definitions, config), config, note)
+
+
+def files_section(title: str, record: InputRecord, note: str = "") -> Section:
+    """Return the files of an input in their present state."""
+    rows = [file.as_row() for file in check_files(record)]
+    return Section(title=title, rows=rows, notes=[note] if note else [])
+
+
+def events_section(
+    declared: Declared,
+    manifest: Manifest,
+    record: InputRecord,
+    key: tuple[str, int | str],
+    spans: Mapping[str, tuple[dt.datetime | None, dt.datetime | None]],
+) -> Section:
+    """Return files of events, with the key's number of events in each of some spans of time.
+
+    Args:
+        declared: Sources of the version.
+        manifest: The version's.
+        record: The events.
+        key: Key column and key.
+        spans: Name of a column of the answer → start, exclusive (None: any), end, inclusive (None: any).
+
+    """
+    entity, value = key
+    title = f"events in {record.name}"
+    source = declared.definitions.events.get(record.name)
+    if source is None or entity not in source.columns:
+        cause = declared.note or f"'{record.name}' isn't declared any more"
+        return files_section(title, record, f"Events aren't counted: {cause}.")
+    files = check_files(record)
+    try:
+        plan = _event_plan(declared, source, entity, manifest, table_of(record, files))
+        with ThreadPoolExecutor(_READERS) as pool:
+            found = list(pool.map(lambda file: rows_of_key(file, plan, entity, value), files))
+    except PipelineError as fault:
+        return files_section(title, record, f"Events can't be counted: {fault}")
+    rows = [
+        file.as_row()
+        | {name: None if own is None else _within(own.kept[source.time], *span) for name, span in spans.items()}
+        | {"rejected": None if own is None else own.rejected.total()}
+        for file, own in zip(files, found, strict=True)
+    ]
+    totals = {name: sum(row[name] or 0 for row in rows) for name in (*spans, "rejected")}
+    groups, of_groups = (sum(getattr(own, name) for own in found if own) for name in ("groups", "of_groups"))
+    read_of = f"the key column of every file, all of {groups} of {of_groups} row groups"
+    notes = _doubts(files)
+    if declared.note:
+        notes.append(f"As the source is usually declared; {declared.note}.")
+    return Section(title=title, facts={"source": record.uri, **totals, "read": read_of}, rows=rows, notes=notes)
+
+
+def dimension_section(declared: Declared, manifest: Manifest, record: InputRecord, value: int | str) -> Section:
+    """Return rows of the dimension that have the key: the first is joined, others are copies or contradict it."""
+    title = f"rows of {record.name}"
+    source = declared.definitions.dimensions.get(record.name)
+    if source is None:
+        return files_section(title, record, declared.note)
+    keys, missing = {source.key: key_type_in(manifest, source.key)}, missing_values(declared.config.null_values)
+    files = check_files(record)
+    try:
+        plan = plan_dimension(source, table_of(record, files), keys, (), missing=missing).rows
+        found = [rows_of_key(file, plan, source.key, value) for file in files]
+    except PipelineError as fault:
+        return files_section(title, record, str(fault))
+    numbers = [None if own is None else own.kept[ROW].to_list() for own in found]
+    rows = [file.as_row() | {"rows": own} for file, own in zip(files, numbers, strict=True)]
+    many = sum(len(own or ()) for own in numbers) > 1
+    note = ["Of several rows the first counts: copies of it are dropped, others are rejected."] if many else []
+    return Section(title=title, rows=rows, notes=[*note, *_doubts(files)])
+
+
+def _doubts(files: Sequence[CheckedFile]) -> list[str]:
+    """Return reasons why the counts may differ from those of the version."""
+    states: Counter[str] = Counter(file.state for file in files)
+    texts = {"gone": "are gone", "changed since": "have changed since, and are counted as they are now"}
+    doubts = [f"{states[state]} of {len(files)} files {text}" for state, text in texts.items() if states[state]]
+    return ["; ".join(doubts) + "."] if doubts else []
+
+
+def _within(times: pl.Series, after: dt.datetime | None, until: dt.datetime | None) -> int:
+    if after is not None:
+        times = times.filter(times > after)
+    if until is not None:
+        times = times.filter(times <= until)
+    return len(times)
+
+
+def key_type_in(manifest: Manifest, column: str) -> KeyType:
+    """Return the type of the keys of a version's column."""
+    return "int64" if is_whole(manifest, column) else "string"
+
+
+def _event_plan(
+    declared: Declared, source: EventSource, entity: str, manifest: Manifest, table: SourceTable
+) -> RowPlan:
+    """Plan the reading of a source's events, as far as it decides which rows of an entity count."""
+    config = declared.config
+    features = {"found": pl.len()}
+    if config.negative_amounts == "reject" and table.has(names_in_files(source, table).get("amount", "amount")):
+        features["amounts"] = pl.col("amount").sum()
+    group = FeatureGroup(name="explained", entity=entity, source=source.name, features=features)
+    only = Definitions(events=declared.definitions.events, dimensions={}, groups={group.name: group})
+    [plan] = plan_features(only, config.model_copy(update={"groups": ()}), (manifest.created_at,), {source.name: table})
+    rows, kind = plan.events.rows, key_type_in(manifest, entity)
+    columns = tuple(replace(one, key_type=kind) if one.name == entity else one for one in rows.columns)
+    return replace(rows, columns=columns, as_of=None)
+
+
+@dataclass(slots=True)
+class KeyedRows:
+    """The rows of a key in one file.
+
+    Attributes:
+        kept: Typed rows under our names, with `row`, their number in the file.
+        rejected: Number of rows by reason.
+        groups: Pieces of the file whose other columns were read.
+        of_groups: Pieces of the file.
+
+    """
+
+    kept: pl.DataFrame
+    rejected: Counter[str] = field(default_factory=Counter)
+    groups: int = 0
+    of_groups: int = 0
+
+
+def rows_of_key(checked: CheckedFile, plan: RowPlan, key: str, value: int | str) -> KeyedRows | None:
+    """Read the rows of a key in a file, each kept or rejected by the flow's rules; None for a deleted file.
+
+    Args:
+        checked: The file.
+        plan: Rules for reading the source.
+        key: Our name of the key column.
+        value: The key.
+
+    Raises:
+        SourceError: the file can't be read.
+
+    """
+    if checked.info is None:
+        return None
+    (file,) = inspect_files(plan.source, checked.source, [checked.info]).files
+    key_column = next(column for column in plan.columns if column.name == key)
+    by_key = replace(plan, columns=(replace(key_column, required=False),), time=None, as_of=None, reject_negative=())
+    nothing = pl.DataFrame(schema={column.source_name: pl.String for column in plan.columns})
+    parts = [judge(nothing, plan).kept.with_columns(pl.Series(ROW, [], pl.Int64))]
+    found = KeyedRows(parts[0])
+    for unit in units_of(SourceTable(plan.source, checked.source, (file,)), plan, _ROWS_AT_ONCE):
+        found.of_groups += 1
+        if not _has(unit, by_key, key_column.source_name, key, value):
+            continue
+        found.groups += 1
+        for raw in read(unit):
+            mine = (judge(raw.frame, by_key).kept[key] == value).fill_null(False)
+            numbers = pl.Series(ROW, range(raw.first_row, raw.first_row + raw.frame.height), pl.Int64).filter(mine)
+            judged = judge(raw.frame.filter(mine), plan)
+            found.rejected.update(judged.rejected[REASON].to_list())
+            good = ~pl.Series(range(len(numbers)), dtype=pl.Int64).is_in(judged.rejected_rows.implode())
+            parts.append(judged.kept.with_columns(numbers.filter(good)))
+    found.kept = pl.concat(parts, how="vertical_relaxed")
+    return found
+
+
+def _has(unit: ReadUnit, by_key: RowPlan, source_name: str, key: str, value: int | str) -> bool:
+    if unit.format == "csv":  # text is read as a whole anyway
+        return True
+    rows = read(replace(unit, columns=(source_name,)))
+    return any((judge(raw.frame, by_key).kept[key] == value).any() for raw in rows)

@@ -28,8 +28,8 @@ from tasks.audit.replay_rows import (
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.definition import block_format, encoder_of, label_of
 from tasks.delivery.keys import SPLITS, Repeats, bucket_of, find_repeats, random_keys, sample_ids
+from tasks.delivery.shuffle import encode, keys_of, load, plan_buckets
 from tasks.delivery.source import read_units, source_of
-from tasks.delivery.stages import encode, keys_of, load, plan_buckets
 from tasks.io.errors import PipelineError, SourceError
 from tasks.io.tensors import is_tensor, tensor_array, to_numpy
 from tasks.loader.blocks import CHECKSUM, IMAGE, Samples, block_checksums, block_table, pick

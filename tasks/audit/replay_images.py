@@ -35,7 +35,7 @@ from tasks.images.outcomes import ORIGINALS, original_rows, originals_entry, spl
 from tasks.images.sources import list_images
 from tasks.images.split import SPLITS
 from tasks.io.errors import CorruptVersion, SourceError
-from tasks.io.missing import missing_values
+from tasks.io.notation import missing_values
 from tasks.store.manifest import FileEntry, Manifest
 from tasks.store.settings import config_of
 

@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 from tasks.audit.inputs import Cause, why_not
 from tasks.io import storage
 from tasks.io.errors import CorruptVersion, PipelineError
-from tasks.io.numerals import shortened
-from tasks.io.transient import is_transient
+from tasks.io.faults import is_transient
+from tasks.io.text import shortened
 from tasks.store import layout
+from tasks.store.layout import AS_OF
 from tasks.store.manifest import FileEntry, Manifest
-from tasks.store.own_columns import AS_OF
 from tasks.store.reading import rows_of
 
 IntArray = npt.NDArray[np.int64]

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from tasks.io import storage
 from tasks.io.errors import WRONG_ARGUMENTS, ConfigError, PipelineError
-from tasks.io.yaml_text import load_yaml
+from tasks.io.notation import load_yaml
 
 Config = TypeVar("Config", bound=BaseModel)
 Path = tuple[str, ...]

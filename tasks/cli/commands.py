@@ -95,7 +95,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _looking(command: Added) -> None:
-    from tasks.cli import inspecting as look
+    from tasks.cli import store_commands as look
 
     command("list", look.list_datasets, "Every dataset, with its latest version.")
     describe = command("describe", look.describe, "What a dataset holds: versions, times, columns, origin.")
@@ -139,7 +139,7 @@ def _auditing(command: Added) -> None:
 
 
 def _keeping(command: Added) -> None:
-    from tasks.cli import keeping as keep
+    from tasks.cli import store_commands as keep
 
     plan = command("plan", keep.plan, "What changed definitions would compute again, and which models they break.")
     plan.add_argument("--definitions", metavar="FILE", help="The changed definitions (.py, .yaml).")
@@ -162,19 +162,19 @@ def _keeping(command: Added) -> None:
 
 
 def _replay(arguments: Arguments) -> int:
-    from tasks.audit.replaying import replay
+    from tasks.audit.commands import replay
 
     return replay(arguments)
 
 
 def _explain(arguments: Arguments) -> int:
-    from tasks.audit.explaining import explain
+    from tasks.audit.commands import explain
 
     return explain(arguments)
 
 
 def _self_test(arguments: Arguments) -> int:
-    from tasks.audit.self_testing import self_test
+    from tasks.audit.commands import self_test
 
     return self_test(arguments)
 

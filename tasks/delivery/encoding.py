@@ -1,4 +1,4 @@
-"""From columns to a float32 matrix: fitting on the train split, and encoding. Pure.
+"""From columns to a float32 matrix and labels: statistics, fitting on the train split, and encoding. Pure.
 
 The fit uses a `TableProfile`, which is exact and independent of the cut into units.
 
@@ -12,29 +12,122 @@ The fit uses a `TableProfile`, which is exact and independent of the cut into un
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.types as pt
 
-from tasks.delivery.columns import (
-    LONGEST_VALUE,
-    MOST_VALUES,
-    FloatArray,
-    bounds_of,
-    flag_bounds,
-    flag_moments,
-    moments_of,
-    numbers,
-    text_of,
-)
 from tasks.delivery.config import DeliveryConfig
-from tasks.io.errors import ConfigError
-from tasks.quality.moments import Moments
-from tasks.quality.profile import ColumnPartial, TableProfile
+from tasks.delivery.source import is_text
+from tasks.io.errors import ConfigError, InputError
+from tasks.quality.profile import ColumnPartial, TableProfile, profile_table
+from tasks.quality.sketch import Moments, TopValues
+
+FloatArray = npt.NDArray[np.float32]
+
+MOST_VALUES = 1 << 16
+"""Maximum number of distinct values of a text column that are counted."""
+LONGEST_VALUE = 1024
+"""Bytes of the longest text that is counted."""
+
+
+def numbers(column: pa.ChunkedArray) -> FloatArray:
+    """Return numbers or booleans as float32, shape (n,); NaN where they are missing, infinite or too large."""
+    if pt.is_boolean(column.type):
+        column = column.cast(pa.uint8())
+    elif pt.is_decimal(column.type):
+        column = column.cast(pa.float64())
+    values: FloatArray = pc.fill_null(column.cast(pa.float32(), safe=False), math.nan).to_numpy()
+    if not (finite := np.isfinite(values)).all():
+        values = np.where(finite, values, np.float32(math.nan))
+    return values
+
+
+def is_missing(column: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+    """Return a mask of missing or unusable values of a feature or a target, shape (n,)."""
+    if pt.is_floating(column.type) or pt.is_decimal(column.type):
+        return np.isnan(numbers(column))
+    missing: npt.NDArray[np.bool_] = column.is_null().to_numpy()
+    return missing
+
+
+def text_of(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return text, booleans ('true', 'false') or whole numbers as text."""
+    if pt.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return column.cast(pa.large_string())
+
+
+def top_values(texts: pa.ChunkedArray, capacity: int) -> TopValues:
+    """Return counts of distinct texts, up to a number of them."""
+    values, counts = texts.drop_null().value_counts().flatten()
+    return TopValues.of(values, counts, capacity, LONGEST_VALUE)
+
+
+def profile_features(
+    rows: pa.Table, columns: Sequence[str], chosen: npt.NDArray[np.bool_] | None = None
+) -> TableProfile:
+    """Return the profile of feature columns, or of a target, as encoded: missing values count as null.
+
+    Args:
+        rows: Rows to profile.
+        columns: Names of the columns.
+        chosen: Mask of the rows that count, shape (n,); all of them if not given.
+    """
+    partials = {}
+    for name in columns:  # one at a time: together they would take as much memory as the rows
+        column = rows[name] if chosen is None else rows[name].filter(pa.array(chosen))
+        cleaned = _cleaned(column)
+        partial = profile_table(pa.table({name: cleaned})).partial(name)
+        partials[name] = replace(partial, top=top_values(cleaned, MOST_VALUES)) if partial.kind == "string" else partial
+    return TableProfile(rows.num_rows if chosen is None else int(chosen.sum()), partials)
+
+
+def _cleaned(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return text, booleans, or float64 with null for missing values."""
+    if is_text(column.type):
+        return text_of(column)
+    if pt.is_boolean(column.type):
+        return column
+    values = numbers(column).astype(np.float64)
+    return pa.chunked_array([pa.array(values, mask=np.isnan(values))])
+
+
+def moments_of(partial: ColumnPartial) -> Moments:
+    """Return the moments of numbers or booleans."""
+    return flag_moments(*_ones(partial)) if partial.kind == "boolean" else partial.moments or Moments()
+
+
+def bounds_of(partial: ColumnPartial) -> tuple[float, float]:
+    """Return the smallest and largest number or boolean; zeros if there is none."""
+    if partial.kind == "boolean":
+        return flag_bounds(*_ones(partial))
+    sketch = partial.quantiles
+    return (float(sketch.lows[0]), float(sketch.highs[-1])) if sketch and sketch.count else (0.0, 0.0)
+
+
+def _ones(partial: ColumnPartial) -> tuple[int, int]:
+    """Return the number of true booleans, and of all."""
+    counts: Mapping[str, int] = (partial.top.counts if partial.top else None) or {}
+    return counts.get("true", 0), sum(counts.values())
+
+
+def flag_moments(ones: int, rows: int) -> Moments:
+    """Return the moments of a column that is 1 in some rows, and 0 in the others."""
+    one = Moments.of(np.ones(1))
+    return Moments(rows, one.total * ones, one.squares * ones)
+
+
+def flag_bounds(ones: int, rows: int) -> tuple[float, float]:
+    """Return the smallest and largest value of a column that is 1 in some rows, and 0 in the others."""
+    return float(0 < rows == ones), float(ones > 0)
+
 
 Encoding = Literal["number", "boolean", "category", "missing"]
 
@@ -201,3 +294,108 @@ def _encode_category(column: pa.ChunkedArray, members: Sequence[tuple[int, Featu
     for position, feature in members:
         if feature.encoding == "missing":
             matrix[:, position] = missing
+
+
+TargetKind = Literal["auto", "class", "number"]
+
+FEW_INTEGERS = 50
+"""Whole numbers of at most this many distinct values count as classes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Label:
+    """The label of samples.
+
+    Attributes:
+        column: column of the source.
+        kind: 'class' or 'number'.
+        values: text of each class in the column, by class id.
+        classes: name of each class, by class id.
+        mean: mean of a number in the train split.
+        std: its deviation, never 0.
+    """
+
+    column: str
+    kind: Literal["class", "number"]
+    values: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    mean: float = 0.0
+    std: float = 1.0
+
+    @property
+    def dtype(self) -> Literal["int64", "float32"]:
+        """Element type of the labels."""
+        return "int64" if self.kind == "class" else "float32"
+
+    def describe(self) -> dict[str, Any]:
+        """Return the manifest's form."""
+        described: dict[str, Any] = {"column": self.column, "kind": self.kind}
+        if self.kind == "class":
+            return described | {"classes": list(self.classes)}
+        return described | {"mean": self.mean, "std": self.std}
+
+    def encode(self, column: pa.ChunkedArray) -> npt.NDArray[Any]:
+        """Return class ids or numbers of a column without missing values, shape (n,), of `dtype`.
+
+        Raises:
+            InputError: a class is unknown.
+        """
+        if self.kind == "number":
+            return numbers(column)
+        texts = text_of(column)
+        ids = pc.index_in(texts, pa.array(self.values, pa.large_string()))
+        if ids.null_count:
+            odd = texts.filter(ids.is_null())[0].as_py()
+            raise InputError(f"column {self.column!r} holds {odd!r}, which is none of the version's classes")
+        encoded: npt.NDArray[Any] = ids.to_numpy().astype(np.int64)
+        return encoded
+
+
+def label_counts(column: pa.ChunkedArray, target_kind: TargetKind) -> TopValues | None:
+    """Return values of a target that may be classes, with their counts; None for one that can't be."""
+    kind = column.type
+    if pt.is_floating(kind) or pt.is_decimal(kind) or target_kind == "number":
+        return None
+    few = pt.is_integer(kind) and target_kind == "auto"
+    return top_values(text_of(column), FEW_INTEGERS if few else MOST_VALUES)
+
+
+def fit_label(
+    column: str,
+    counts: TopValues | None,
+    partial: ColumnPartial,
+    names: Sequence[str] | None,
+    target_kind: TargetKind,
+) -> Label:
+    """Decide if a target is a class or a number, and number the classes.
+
+    Args:
+        column: The target.
+        counts: Its values in all splits (`label_counts`).
+        partial: Its profile in the train split.
+        names: Names of the classes by id, where the source numbers them itself.
+        target_kind: The requested kind.
+
+    Raises:
+        ConfigError: there are too many classes.
+    """
+    if counts is not None and counts.counts is not None:
+        if names is not None:
+            return Label(column=column, kind="class", values=tuple(map(str, range(len(names)))), classes=tuple(names))
+        values = tuple(sorted(counts.counts, key=_class_order))
+        return Label(column=column, kind="class", values=values, classes=values)
+    if partial.kind == "string" or target_kind == "class":
+        raise ConfigError(
+            f"target = '{column}' has more than {MOST_VALUES:,} different values, or long ones: that is no class; take "
+            "another target"
+        )
+    moments = moments_of(partial)
+    return Label(column=column, kind="number", mean=moments.mean or 0.0, std=moments.std or 1.0)
+
+
+def _class_order(value: str) -> tuple[int, int, str]:
+    """Return a sort key: whole numbers by their value, before text."""
+    try:
+        return 0, int(value), value
+    except ValueError:
+        return 1, 0, value

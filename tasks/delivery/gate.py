@@ -7,8 +7,8 @@ from typing import Any
 
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.keys import SPLITS
-from tasks.delivery.stages import NOT_READY, StreamingReady
-from tasks.io.numerals import number, plural
+from tasks.delivery.shuffle import NOT_READY, StreamingReady
+from tasks.io.text import number, plural
 from tasks.quality import rules
 from tasks.store.manifest import CheckResult, GateResult, Manifest, Verdict
 

@@ -21,13 +21,12 @@ from functools import partial
 import numpy as np
 
 from tasks.delivery.config import DeliveryConfig
-from tasks.delivery.definition import describe, named_profile
-from tasks.delivery.fitting import class_counts, fit, samples_of
+from tasks.delivery.definition import class_counts, describe, fit, named_profile, samples_of
 from tasks.delivery.keys import SPLITS, Repeats, merge_repeats
+from tasks.delivery.shuffle import Checked, Look, Shuffle, StreamingReady, UnitNote, WrittenBucket
 from tasks.delivery.source import Source, read_units
-from tasks.delivery.stages import Checked, Look, Shuffle, StreamingReady, UnitNote, WrittenBucket
+from tasks.engine.cluster import losses_explained
 from tasks.engine.jobs import Parts, Shuffled, shuffle
-from tasks.engine.losses import losses_explained
 from tasks.io.errors import BalanceError
 from tasks.quality.profile import TableProfile, added
 from tasks.store.conservation import check_equal

@@ -15,20 +15,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks.delivery.columns import text_of
 from tasks.delivery.config import DeliveryConfig
-from tasks.delivery.definition import describe, named_profile
-from tasks.delivery.fitting import class_counts, fit
+from tasks.delivery.definition import class_counts, describe, fit, named_profile
+from tasks.delivery.encoding import text_of
 from tasks.delivery.gate import judge_copy
 from tasks.delivery.keys import SPLITS, Repeats, find_repeats, random_keys, repeated, sample_ids, split_entities
+from tasks.delivery.shuffle import Loaded, Look, Shuffle, WrittenBucket, admit, judge, keys_of, note_of
 from tasks.delivery.source import Source
-from tasks.delivery.stages import Loaded, Look, Shuffle, WrittenBucket, admit, judge, keys_of, note_of
-from tasks.io.digests import METHOD
 from tasks.io.errors import ConfigError
-from tasks.quality import injection
-from tasks.quality.faults import ALIKE, MOST_FEATURES, Faults, Sample, Trial, rarest
-from tasks.quality.injection import DOUBLED, BoolArray
-from tasks.quality.sampling import sample_rows
+from tasks.io.hashing import METHOD
+from tasks.quality import faults
+from tasks.quality.faults import ALIKE, DOUBLED, MOST_FEATURES, BoolArray, Faults, Sample, Trial, rarest, sample_rows
 from tasks.store.manifest import FaultResult, FileEntry, GateResult, Manifest, RowBalance
 from tasks.store.reservation import Reservation
 
@@ -55,7 +52,7 @@ class _Trial(Trial[_Rows]):
 
     def figures(self, rows: _Rows) -> Any:
         source, config = rows.source, self.config
-        table = injection.with_values(rows.table, source.keys[:1], None, rows.bad)
+        table = faults.with_values(rows.table, source.keys[:1], None, rows.bad)
         loaded = self._loaded(table, source)
         note = note_of(0, loaded, source, config)
         assert note.profile is not None
@@ -97,7 +94,7 @@ class _Trial(Trial[_Rows]):
         label, labels, classes = shuffle.label, None, 0
         if label is not None and label.kind == "class":
             labels, classes = label.encode(loaded.rows[label.column]), len(label.classes)
-        kept, again = ~injection.some(len(ids), rows.lost), injection.some(len(ids), rows.twice)
+        kept, again = ~faults.some(len(ids), rows.lost), faults.some(len(ids), rows.twice)
         places = np.concatenate([np.flatnonzero(kept), np.flatnonzero(again)])
         written = []
         for split in np.unique(loaded.splits[places]).tolist():
@@ -130,7 +127,7 @@ class _Trial(Trial[_Rows]):
         yield self.rare_class(target, rare, own, splits == 0, "There are no two classes to learn.")
         words = f"Class {rare} was taken out of the {other} split."
         why_not = "" if rare and other else "There are no two classes in two splits."
-        table = injection.lost(self.table, own & (splits == SPLITS.index(other)) if other else own)
+        table = faults.lost(self.table, own & (splits == SPLITS.index(other)) if other else own)
         yield self.fault("missing class", words, f"classes of {other}", why_not, table=table)
         # If rows without a value are rejected, none is left to count.
         more = [f"rejected of {name}"] if self.config.nulls == "reject" else []

@@ -1,7 +1,7 @@
 """The version to be delivered, checked before any work starts: its kind, columns, files and splits.
 
 All faults of a source as a whole are found here, with an error that names the column and the cure;
-faults of a row are found in `stages`.
+faults of a row are found in `shuffle`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.keys import SPLITS
 from tasks.io import storage
 from tasks.io.errors import ConfigError
-from tasks.io.names import closest
 from tasks.io.tensors import TensorSpec, is_tensor, tensor_spec
+from tasks.io.text import closest
 from tasks.loader.blocks import IMAGE
 from tasks.store import layout, versions
+from tasks.store.layout import AS_OF, EVENT_TIME, READY, RECORDS, TARGET
 from tasks.store.manifest import FileEntry, InputRecord, Manifest
-from tasks.store.own_columns import AS_OF, EVENT_TIME, READY, RECORDS, TARGET
 from tasks.store.reading import compare, explained, opened, verify_digest
 
 CLASS_ID = "class_id"

@@ -1,4 +1,7 @@
-"""Connection to Ray, local or remote, and its settings.
+"""Connection to Ray, local or remote: its settings, its spilled objects, and messages for lost workers.
+
+Spilled objects: Ray deletes them when it ends in order. After a kill -9 of the process that started it they remain,
+sometimes gigabytes, in a directory that no later Ray reads.
 
 The address comes from RAY_ADDRESS on purpose: with no address at all, `ray.init` joins whatever cluster happens to
 run on the host. Without RAY_ADDRESS the pipelines start their own Ray and stop it afterwards.
@@ -10,23 +13,74 @@ remote cluster gets them by runtime_env, without any credential: a runtime_env i
 logs. There, give the nodes a role or their own environment.
 """
 
+from __future__ import annotations
+
 import contextlib
 import logging
 import os
+import re
+import shutil
 import signal
+import socket
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants
 
-from tasks.engine.spilled import delete_left_over
-from tasks.io.errors import ConfigError
+from tasks.io.errors import ConfigError, DiskFull, PipelineError, WorkersKilled, causes
+
+OLDER_THAN = 120.0
+"""Seconds. A Ray that is starting has no socket yet."""
+
+
+def delete_left_over(sessions: Path) -> int:
+    """Delete the spilled objects of Rays that are dead.
+
+    Args:
+        sessions: The directory of all Ray sessions of this machine.
+
+    Returns:
+        Number of deleted directories.
+
+    """
+    deleted = 0
+    for place in sessions.glob("session_*/ray_spilled_objects_*"):
+        session = place.parent
+        if session.is_symlink() or _is_young(session) or _answers(session):
+            continue
+        shutil.rmtree(place, ignore_errors=True)  # another process may be deleting it, or it belongs to another user
+        deleted += not place.exists()
+    return deleted
+
+
+def _is_young(session: Path) -> bool:
+    try:
+        return time.time() - session.stat().st_mtime < OLDER_THAN
+    except FileNotFoundError:
+        return True
+
+
+def _answers(session: Path) -> bool:
+    """Return True if a node of the session answers, or if that is unknown."""
+    for path in (session / "sockets").glob("raylet*"):
+        with socket.socket(socket.AF_UNIX) as client:
+            try:
+                client.connect(str(path))
+            except (ConnectionRefusedError, FileNotFoundError):
+                continue
+            except OSError:
+                return True
+            return True
+    return False
+
 
 NAMESPACE = "training-data"
 
@@ -306,3 +360,67 @@ def handler_kept(number: int) -> Generator[None]:
     finally:
         if handler is not None:
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def losses_explained(cure: str) -> Iterator[None]:
+    """Turn the end of a Ray job for want of memory or disk into a one-sentence error that isn't retried.
+
+    Ray has tried `LOST_WORKER_RETRIES` times by itself: the cause that killed each worker will kill the next one, too.
+
+    Args:
+        cure: User action that reduces a task's memory.
+
+    Raises:
+        WorkersKilled: each try of a task lost its worker.
+        DiskFull: Ray's object store is full, and so is the disk that it spills to.
+
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, PipelineError):
+            raise
+        ours = explained_loss(error, cure, f" at each of its {LOST_WORKER_RETRIES + 1} tries")
+        if ours is None:
+            raise
+        raise ours from error
+
+
+def explained_loss(error: BaseException, cure: str, often: str = "") -> PipelineError | None:
+    """Return the error for a Ray job, or a whole task, that ended for want of memory or disk; None for other errors.
+
+    Args:
+        error: Error that Ray raised.
+        cure: User action that reduces a task's memory.
+        often: Number of tries, such as ' at each of its 4 tries'.
+
+    """
+    return next(filter(None, (_explained(link, cure, often) for link in causes(error))), None)
+
+
+def _explained(error: BaseException, cure: str, often: str) -> PipelineError | None:
+    more = f"{cure}, or give each node more memory, or fewer CPUs so that it runs fewer tasks at once"
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        found = re.search(r"was ([\d.]+ ?GB / [\d.]+ ?GB)", str(error))
+        used = f" ({found[1]} in use)" if found else ""
+        return WorkersKilled(
+            f"out of memory: Ray killed the worker of a task{often}, as its node had too little memory left{used}. "
+            f"To go on: {more}"
+        )
+    if isinstance(error, (ray.exceptions.WorkerCrashedError, *_ACTOR_LOSSES)):
+        return WorkersKilled(
+            f"the worker of a task died{often} without a word, as it does when the system kills it for want of memory "
+            f"(its kernel's log tells). To go on: {more}. If there was memory enough, Ray's logs say more: the files "
+            "python-core-worker-* in /tmp/ray/session_latest/logs of the node"
+        )
+    if isinstance(error, ray.exceptions.OutOfDiskError):
+        return DiskFull(
+            "Ray's object store is full, and so is the disk that it spills to (by default that of /tmp). Make room "
+            "there, name another directory in RAY_object_spilling_directory, or make the object store larger "
+            "(PIPELINE_OBJECT_STORE_BYTES), and start again"
+        )
+    return None
+
+
+_ACTOR_LOSSES = (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError)

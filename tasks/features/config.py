@@ -13,7 +13,7 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from tasks.features.definitions import JoinHow
 from tasks.features.rows import EpochUnit
-from tasks.io.times import Times
+from tasks.io.notation import Times
 from tasks.store.settings import Location, Names, Seed, Settings, Share, warn_before_fail
 
 

@@ -21,9 +21,9 @@ from typing import Any, Literal
 import polars as pl
 
 from tasks.io.errors import DefinitionError
-from tasks.io.names import check_column_name, check_dataset_name, closest
+from tasks.io.text import check_column_name, check_dataset_name, closest
 from tasks.store import layout
-from tasks.store.own_columns import AS_OF, FEATURES
+from tasks.store.layout import AS_OF, FEATURES
 
 ColumnKind = Literal["key", "time", "number", "category", "any"]
 JoinHow = Literal["inner", "left"]

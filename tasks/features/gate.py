@@ -12,8 +12,8 @@ from tasks.features.definitions import FeatureGroup
 from tasks.features.rows import AFTER_AS_OF
 from tasks.quality import rules
 from tasks.quality.profile import TableProfile
+from tasks.store.layout import FEATURES, OUTLYING
 from tasks.store.manifest import CheckResult, ColumnProfile, GateResult, Manifest, RowBalance
-from tasks.store.own_columns import FEATURES, OUTLYING
 
 NEVER_STALE = float("inf")
 TAKEN_FOR_FINER = dt.datetime(1970, 3, 1, tzinfo=dt.UTC)

@@ -26,7 +26,7 @@ import polars as pl
 from tasks.features.definitions import FeatureGroup, JoinHow
 from tasks.features.rows import REASON, TIME
 from tasks.io.errors import DefinitionError
-from tasks.store.own_columns import AS_OF
+from tasks.store.layout import AS_OF
 
 IntArray = npt.NDArray[np.int64]
 _FAULTS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, ArithmeticError, LookupError, TypeError, ValueError)

@@ -29,9 +29,8 @@ from tasks.features.definitions import (
 from tasks.features.standard import STANDARD
 from tasks.io import storage
 from tasks.io.errors import DefinitionError
-from tasks.io.names import closest
-from tasks.io.numerals import shortened
-from tasks.io.yaml_text import load_yaml
+from tasks.io.notation import load_yaml
+from tasks.io.text import closest, shortened
 
 _WHAT = "definitions"
 _SHOWN = 60

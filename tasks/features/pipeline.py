@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from tasks.engine.cluster import losses_explained
 from tasks.engine.jobs import Parts, Shuffled, mapped, shuffle
-from tasks.engine.losses import losses_explained
 from tasks.features.config import FeatureStoreConfig, Thresholds
 from tasks.features.plan import FeaturePlan, GroupPlan
 from tasks.features.rows import AFTER_AS_OF

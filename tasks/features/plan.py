@@ -21,8 +21,8 @@ from tasks.features.rows import ColumnPlan, RowPlan, judge
 from tasks.features.schema import check_kind, check_times, settled
 from tasks.features.sources import INT64, ReadUnit, SourceTable, check_columns, inspect, read_units
 from tasks.io.errors import DefinitionError, SourceError
-from tasks.io.missing import MissingValues, missing_values
-from tasks.io.names import closest
+from tasks.io.notation import MissingValues, missing_values
+from tasks.io.text import closest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

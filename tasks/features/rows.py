@@ -30,7 +30,7 @@ import polars as pl
 from tasks.features.csv_text import as_type, localised, parsed_time
 from tasks.features.definitions import ColumnKind
 from tasks.features.keys import KeyType, as_key, is_inexact
-from tasks.io.missing import DEFAULT, MissingValues
+from tasks.io.notation import DEFAULT, MissingValues
 
 TIME = pl.Datetime("us", "UTC")
 REASON = "_reason"

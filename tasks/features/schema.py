@@ -38,8 +38,8 @@ from tasks.features.sources import (
 )
 from tasks.io import storage
 from tasks.io.errors import SourceError
-from tasks.io.missing import DEFAULT, MissingValues
-from tasks.io.numerals import shortened
+from tasks.io.notation import DEFAULT, MissingValues
+from tasks.io.text import shortened
 
 _SAMPLE = 10_000
 _SHOWN = 200

@@ -25,14 +25,12 @@ from tasks.features.rows import REASON, TIME, ColumnPlan, RowPlan
 from tasks.features.rows import judge as judge_rows
 from tasks.features.shuffle import Tally, unique_dimension_rows
 from tasks.features.writer import fences, repeated_keys, score_rows, to_arrow
-from tasks.quality import injection
-from tasks.quality.faults import MOST_FEATURES, Faults, Sample, Trial
-from tasks.quality.injection import NULLS
+from tasks.quality import faults
+from tasks.quality.faults import MOST_FEATURES, NULLS, Faults, Sample, Trial, sample_rows
 from tasks.quality.profile import profile_table
-from tasks.quality.sampling import sample_rows
 from tasks.store import layout
+from tasks.store.layout import AS_OF, CREATED, FEATURES, READY, VERSION
 from tasks.store.manifest import FaultResult, GateResult, Manifest, RowBalance
-from tasks.store.own_columns import AS_OF, CREATED, FEATURES, READY, VERSION
 
 ORPHANS, OUTLIERS = 0.95, 0.2
 EVENT = "_event_time"
@@ -68,14 +66,14 @@ class _Trial(Trial[_Rows]):
         if self.dimension is not None:
             found = pl.any_horizontal(pl.lit(not self.dimension), pl.col(self.dimension).is_not_null())
             known = frame.filter(found).select(group.entity, *self.dimension).unique(maintain_order=True)
-            known = known.filter(pl.Series(~injection.some(known.height, rows.orphaned)))
+            known = known.filter(pl.Series(~faults.some(known.height, rows.orphaned)))
             tally = Tally()
             kept, _ = unique_dimension_rows(known, group.entity, tally)
             joined = join_dimension(group, frame.drop(self.dimension), kept, self.config.join)
             frame, unmatched = joined.kept, joined.unmatched
             entities.rejected.update(joined.rejected[REASON].to_list())
             balances.append(tally.balance(str(group.dimension)))
-        frame = frame.filter(pl.Series(~injection.some(frame.height, rows.lost)))
+        frame = frame.filter(pl.Series(~faults.some(frame.height, rows.lost)))
         entities.rows_out = frame.height
         features = [name for name in frame.columns if name in {*self.features, *(self.dimension or ())}]
         scored = self._scored(frame, features)
@@ -120,13 +118,13 @@ class _Trial(Trial[_Rows]):
         yield self.out_of_range("range", f"range of {bounded}", bounded, beyond, why_not)
         yield self.shift("drift")
         # The share of outliers is over all numbers, including the dimension's.
-        others = [name for name in self.dimension or () if injection.is_number(self.table.schema.field(name).type)]
+        others = [name for name in self.dimension or () if faults.is_number(self.table.schema.field(name).type)]
         numbers = [*self.numbers, *others]
         words = f"{OUTLIERS:.0%} of the entities had all their numbers moved by 100 standard deviations."
         why_not = "" if numbers else "No feature is a number."
         yield self.fault("outliers", words, "outliers", why_not, table=self._far(numbers))
         words = f"All of the group's features were made null in {NULLS:.0%} of the rows."
-        table = injection.with_values(self.table, self.features, None, NULLS)
+        table = faults.with_values(self.table, self.features, None, NULLS)
         yield self.fault("unready rows", words, "ready", table=table)
         days = 10 * max(bounds.fresh_warn_days or 0, bounds.fresh_fail_days or 0)
         words = f"Every event was moved back by {days:g} days, ten times the bound." if days else "Events were aged."
@@ -136,10 +134,10 @@ class _Trial(Trial[_Rows]):
     def _far(self, numbers: list[str]) -> pa.Table:
         """Move the numbers of some entities far away."""
         keys = self.table[self.group.entity]
-        chosen = keys.unique().filter(pa.array(injection.some(len(keys.unique()), OUTLIERS)))
+        chosen = keys.unique().filter(pa.array(faults.some(len(keys.unique()), OUTLIERS)))
         table, hit = self.table, pc.is_in(keys, chosen).to_numpy()
         for name in numbers:
-            table = injection.shifted(table, name, 100 * (injection.spread(table, name) or 1.0), hit)
+            table = faults.shifted(table, name, 100 * (faults.spread(table, name) or 1.0), hit)
         return table
 
     def _beyond(self) -> tuple[str, float]:
@@ -198,7 +196,7 @@ def judge_events(
     `required` rejects events without a key, too; those after `as_of` are left out.
     """
     key, time = events.columns
-    raw = events.with_columns(pl.when(~pl.Series(injection.some(events.height, bad))).then(pl.col(time)).alias(time))
+    raw = events.with_columns(pl.when(~pl.Series(faults.some(events.height, bad))).then(pl.col(time)).alias(time))
     of_key: KeyType = "int64" if events.schema[key].is_integer() else "string"
     columns = (
         ColumnPlan(name=key, source_name=key, kind="key", required=required, key_type=of_key),

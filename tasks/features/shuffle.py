@@ -35,12 +35,12 @@ from tasks.features.writer import (
     to_arrow,
     write_rejected,
 )
-from tasks.io.missing import suspects
+from tasks.io.notation import suspects
 from tasks.quality.profile import TableProfile, merge_profiles, profile_table
 from tasks.quality.sketch import QuantileSketch
 from tasks.store.conservation import check_equal
+from tasks.store.layout import AS_OF
 from tasks.store.manifest import FileEntry, RowBalance
-from tasks.store.own_columns import AS_OF
 from tasks.store.reservation import Reservation
 
 

@@ -24,8 +24,8 @@ import pyarrow.types as pt
 from tasks.features.csv_text import EXACT, TYPES, Kind, Piece, PieceText, QuotedText, cut, join
 from tasks.io import storage
 from tasks.io.errors import SourceError
-from tasks.io.missing import DEFAULT, MissingValues, without
-from tasks.io.transient import is_transient
+from tasks.io.faults import is_transient
+from tasks.io.notation import DEFAULT, MissingValues, without
 from tasks.store.manifest import InputFile, InputRecord
 
 SUFFIXES = (".parquet", ".csv", ".csv.gz")

@@ -24,8 +24,8 @@ from tasks.features.rows import TIME
 from tasks.io import storage
 from tasks.quality.profile import TableProfile, profile_table
 from tasks.quality.sketch import QuantileSketch
+from tasks.store.layout import AS_OF, CREATED, MISSING, OUTLYING, READY, SCORE, VERSION
 from tasks.store.manifest import FileEntry, Manifest
-from tasks.store.own_columns import AS_OF, CREATED, MISSING, OUTLYING, READY, SCORE, VERSION
 from tasks.store.reservation import Reservation
 
 

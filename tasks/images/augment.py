@@ -34,9 +34,9 @@ from tasks.images.sources import REJECTED_IMAGES
 from tasks.images.split import SPLITS
 from tasks.io import storage
 from tasks.io.errors import SourceError
-from tasks.io.stream import ParquetStream
+from tasks.io.faults import is_transient
+from tasks.io.storage import ParquetStream
 from tasks.io.tensors import parquet_settings
-from tasks.io.transient import is_transient
 from tasks.store import layout
 from tasks.store.manifest import FileEntry
 from tasks.store.reservation import Reservation

@@ -16,8 +16,8 @@ from tasks.images.config import ImageAugmentationConfig
 from tasks.images.rows import ENCODED, IMAGE, LABEL, rows_schema
 from tasks.images.split import SPLITS
 from tasks.io.errors import InputError
-from tasks.io.numerals import plural
 from tasks.io.tensors import TENSOR
+from tasks.io.text import plural
 from tasks.quality import rules
 from tasks.quality.profile import ColumnPartial, TableProfile
 from tasks.quality.sketch import TopValues

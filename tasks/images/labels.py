@@ -53,9 +53,9 @@ from tasks.images.sources import (
 )
 from tasks.io import storage
 from tasks.io.errors import CorruptVersion, SourceError
-from tasks.io.missing import DEFAULT, MissingValues, without
-from tasks.io.numerals import plural, shortened
-from tasks.io.transient import is_transient
+from tasks.io.faults import is_transient
+from tasks.io.notation import DEFAULT, MissingValues, without
+from tasks.io.text import plural, shortened
 from tasks.store.manifest import InputFile, InputRecord, RowBalance
 
 _TEXT = pa.string()

@@ -26,7 +26,7 @@ from tasks.images.split import SPLITS, split_images
 from tasks.io import storage
 from tasks.io.errors import CorruptVersion
 from tasks.io.hashing import stable_hash
-from tasks.io.stream import ParquetStream
+from tasks.io.storage import ParquetStream
 from tasks.quality.profile import TableProfile, merge_profiles, profile_table
 from tasks.store import layout
 from tasks.store.manifest import FileEntry, Manifest

@@ -23,9 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from tasks.engine.cluster import cluster_cpus
+from tasks.engine.cluster import cluster_cpus, losses_explained
 from tasks.engine.jobs import Parts, mapped
-from tasks.engine.losses import losses_explained
 from tasks.images.augment import ImageJob, augment_again, augment_unit, resplit_unit, unlike_variants
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.duplicates import similar_pairs

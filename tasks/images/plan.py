@@ -23,11 +23,11 @@ from tasks.images.split import SPLITS, split_images
 from tasks.io import storage
 from tasks.io.errors import CorruptVersion
 from tasks.io.hashing import stable_hash
-from tasks.io.missing import missing_values
-from tasks.io.stream import ParquetStream
+from tasks.io.notation import missing_values
+from tasks.io.storage import ParquetStream
 from tasks.store import layout
+from tasks.store.lineage import job_digest, package_versions
 from tasks.store.manifest import FileEntry, InputRecord, Manifest, RowBalance
-from tasks.store.provenance import job_digest, package_versions
 from tasks.store.reservation import Reservation
 
 Int64Array = npt.NDArray[np.int64]

@@ -32,11 +32,8 @@ from tasks.images.split import SPLITS
 from tasks.io import storage
 from tasks.io.errors import InputError
 from tasks.io.hashing import stable_hash
-from tasks.quality import injection
-from tasks.quality.faults import Faults, Sample, Trial, rarest
-from tasks.quality.injection import BAD, DOUBLED
-from tasks.quality.sampling import sample_rows
-from tasks.quality.self_test import Fault
+from tasks.quality import faults
+from tasks.quality.faults import BAD, DOUBLED, Fault, Faults, Sample, Trial, rarest, sample_rows
 from tasks.store import layout
 from tasks.store.manifest import FaultResult, GateResult, Manifest, RowBalance
 
@@ -71,7 +68,7 @@ class _Trial(Trial[_Rows]):
         table, rejected = rows.table, {}
         decoder = Decoder(self.config.max_pixels, self.config.background)
         if rows.bad and isinstance(empty := decoder.decode(b""), Rejection):
-            table = injection.lost(table, rows.bad)
+            table = faults.lost(table, rows.bad)
             rejected[empty.reason] = rows.table.num_rows - table.num_rows
         counts: dict[str, dict[str, int]] = {name: {} for name in rows.classes}
         pairs = Counter(zip(table[CLASS].to_pylist(), table["split"].to_pylist(), strict=True))
@@ -80,7 +77,7 @@ class _Trial(Trial[_Rows]):
         splits = np.array([SPLITS.index(split) for split in table["split"].to_pylist()], np.int8)
         linked = stable_hash(pc.coalesce(table["alike"], table["image_id"])).view(np.int64)
         groups = grouped([], linked, stable_hash(table["content_xxh3"]), np.ones(table.num_rows, np.bool_))
-        written = injection.lost(table, rows.lost)
+        written = faults.lost(table, rows.lost)
         variants = _variants_of(written, self.config)
         scores = np.repeat(written["mean_score"].to_numpy().astype(np.float32), variants)
         ends = np.cumsum([0, *variants]).astype(np.int32)
@@ -116,20 +113,20 @@ class _Trial(Trial[_Rows]):
         yield self._looking("dark pictures", "dark and of low contrast", "ready", bounds.dark / 2, dim)
         words = f"A copy of {DOUBLED:.0%} of the images was put into another split, under another name."
         names = pc.binary_join_element_wise(self.copies["image_id"], "copy", "_")
-        copies = injection.with_values(self.copies, ["alike"], None, 1.0)
-        yield self.split_overlap(words, "leak", injection.with_column(copies, "image_id", names))
+        copies = faults.with_values(self.copies, ["alike"], None, 1.0)
+        yield self.split_overlap(words, "leak", faults.with_column(copies, "image_id", names))
         yield self.no_train_rows()
         words = f"Every image of class {largest} was put into the validation split."
-        table = injection.with_values(self.table, ["split"], SPLITS[1], most)
+        table = faults.with_values(self.table, ["split"], SPLITS[1], most)
         yield self.fault("uneven split", words, f"stratification of {CLASS}", table=table)
         yield self.rare_class(CLASS, rare, own, own, alone)
-        words, table = f"All images of class {rare} were taken away.", injection.lost(self.table, own)
+        words, table = f"All images of class {rare} were taken away.", faults.lost(self.table, own)
         # With more classes than a profile lists, only the balance has all of them.
         aims = (f"classes of {CLASS}", *([f"class balance of {CLASS}"] if len(counts) > 20 else []))
         yield self.fault("missing class", words, aims, alone, table=table)
         yield self.one_class(CLASS if rare else "", rare, alone)
         halved = pc.divide(self.table["mean_score"], pa.scalar(2, pa.float32()))
-        table = injection.with_column(self.table, "mean_score", halved)
+        table = faults.with_column(self.table, "mean_score", halved)
         yield self.fault("worse pictures", "Every image's quality score was halved.", f"drift of {SCORE}", table=table)
         yield self.out_of_range("range", "range of class_id", "class_id", len(classes))
         yield self.out_of_range("score range", f"range of {SCORE}", "mean_score", 1.5)
@@ -149,7 +146,7 @@ class _Trial(Trial[_Rows]):
         found = score(figures, one, np.zeros(1, np.int32), classes, self.config.thresholds)
         table = self.table
         for column, values in zip(_JUDGED, (found.score, found.passed, found.ready), strict=True):
-            table = injection.with_values(table, [column], float(values[0]), BAD)
+            table = faults.with_values(table, [column], float(values[0]), BAD)
         return self.fault(name, f"The variants of {BAD:.0%} of the images were made {look}.", aims, table=table)
 
 
@@ -175,7 +172,7 @@ def self_test(
         with storage.open_input(layout.join(uri, manifest.files[0].path)) as source:
             schema = pq.ParquetFile(source).schema_arrow
     for name in ("passed", "ready"):
-        table = injection.with_column(table, name, pa.array(table[name].to_numpy() / _variants_of(table, config)))
+        table = faults.with_column(table, name, pa.array(table[name].to_numpy() / _variants_of(table, config)))
     before = previous or manifest
     definition = {**before.definition, "images": dict(Counter(table[CLASS].to_pylist()))}
     trial = _Trial(

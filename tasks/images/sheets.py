@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tasks.io.numerals import number, plural, shortened
+from tasks.io.text import number, plural, shortened
 from tasks.report.plots import BEFORE_COLOUR, INK_COLOUR, NOW_COLOUR, compact_png, plain, wide_figure
 
 if TYPE_CHECKING:

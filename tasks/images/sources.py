@@ -30,9 +30,9 @@ import pyarrow as pa
 
 from tasks.io import storage
 from tasks.io.errors import SourceError
+from tasks.io.faults import is_transient
 from tasks.io.location import odd_key
-from tasks.io.numerals import plural
-from tasks.io.transient import is_transient
+from tasks.io.text import plural
 from tasks.store.manifest import InputFile, InputRecord
 
 Int64Array = npt.NDArray[np.int64]

@@ -17,8 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from tasks.io.storage import WrittenFile
-from tasks.io.stream import ParquetStream
+from tasks.io.storage import ParquetStream, WrittenFile
 from tasks.io.tensors import is_tensor, parquet_settings, tensor_array, tensor_field, tensor_spec, to_numpy
 
 AnyArray = npt.NDArray[Any]

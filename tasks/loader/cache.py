@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tasks.io import storage
-from tasks.io.digests import PATTERN, Digest
 from tasks.io.disk import told_if_full
 from tasks.io.errors import ConfigError, CorruptVersion
+from tasks.io.hashing import PATTERN, Digest
 from tasks.loader.arguments import place, whole_number
-from tasks.loader.mapped import CURE
+from tasks.loader.version_files import CURE
 from tasks.store.manifest import FileEntry
 
 DEFAULT_BYTES = 50 * 10**9

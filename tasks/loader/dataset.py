@@ -20,8 +20,7 @@ from tasks.io.errors import CorruptVersion
 from tasks.io.tensors import as_fixed_shape_tensors, tensor_array, tensor_field, to_numpy
 from tasks.loader.arguments import picked_columns, truth_values
 from tasks.loader.blocks import block_checksums
-from tasks.loader.mapped import CHECKSUM, CURE
-from tasks.loader.opening import misfits, open_version
+from tasks.loader.version_files import CHECKSUM, CURE, misfits, open_version
 from tasks.store import layout
 
 _REAL = "batch_size"

@@ -26,8 +26,7 @@ from tasks.io import storage
 from tasks.io.errors import CorruptVersion
 from tasks.loader.cache import FileCache
 from tasks.loader.kernel import BAD, GOOD, UNKNOWN, Places, blocks_of, fetch, files_of, gather, unknown_blocks
-from tasks.loader.mapped import CURE, MappedFile
-from tasks.loader.opening import Version, misfits, open_version, sample_columns
+from tasks.loader.version_files import CURE, MappedFile, Version, misfits, open_version, sample_columns
 from tasks.store import layout
 from tasks.store.manifest import FileEntry
 

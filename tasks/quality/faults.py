@@ -1,25 +1,294 @@
-"""Catalogue of faults that datasets of several kinds can have. Pure.
+"""Self-test of a gate: sample a version, inject faults of a stated size, and judge each copy again.
+
+A gate that passes proves nothing unless it would fail on bad data. So each kind of dataset has faults, and
+this module finds the checks that notice them. Each fault is aimed at a check: if the
+verdict of that check doesn't get worse, the gate is blind to the fault on this data, whatever other check noticed it.
+
+    sample ─┬─ as it is ──── the pipeline's own functions ─ gate ─ baseline ─┐
+            └─ with a fault ─ the pipeline's own functions ─ gate ────────────┴─ refused, warned or blind
 
 A kind of dataset is a subclass of `Trial`: it computes the figures of changed rows as its job does, and its gate judges
-them. Its `faults` takes faults from the catalogue, names the checks that must notice them, and adds its own.
+them. Its `faults` takes faults from the catalogue (`Faults`), names the checks that must notice them, and adds its own.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pyarrow.types as pt
 
-from tasks.quality import injection
-from tasks.quality.injection import BAD, DOUBLED, LOST, NULLS, ODD, ONE_CLASS, SHIFT, BoolArray
-from tasks.quality.self_test import Fault, inject
-from tasks.store.manifest import ColumnSpec, FaultResult, GateResult, Manifest
+from tasks.io import storage
+from tasks.io.errors import PipelineError
+from tasks.io.hashing import stable_hash
+from tasks.io.text import plural
+from tasks.store.manifest import CheckResult, ColumnSpec, FaultResult, GateResult, Manifest, Outcome, Verdict
+from tasks.store.reading import explained
+
+SAMPLE_ROWS = 5000
+MOST_FILES = 16
+MOST_READ = 50_000
+"""Rows that are read for a sample, not counting the last row group; all rows of a smaller version."""
+
+
+class RowGroup(NamedTuple):
+    """Row group of a file, and its rows."""
+
+    uri: str
+    number: int
+    rows: int
+
+
+def sample_rows(
+    uris: Sequence[str],
+    columns: Sequence[str],
+    key: str,
+    convert: Callable[[str, pa.Table], pa.Table] = lambda _, table: table,
+) -> pa.Table:
+    """Sample rows of a version, in the order of their files: those whose keys have the lowest hashes.
+
+    Either all read rows of a key are taken, or none, except for a key with more rows than `SAMPLE_ROWS`. Of a version
+    of more than `MOST_READ` rows, or `MOST_FILES` files, only some files and row groups are read, by their hashes.
+
+    Args:
+        uris: Parquet files of one schema, at least one.
+        columns: Columns to read.
+        key: Column among them whose hashes decide.
+        convert: Function that changes the rows of a file by its name, such as to add a column derived from its
+            directory.
+
+    """
+    tables = []
+    for uri, number, _ in chosen_groups(uris) or [RowGroup(uris[0], 0, 0)]:
+        with explained(uri), storage.open_input(uri) as source:
+            file = pq.ParquetFile(source)
+            groups = range(file.num_row_groups)[number : number + 1]  # no group in a file without rows
+            table = file.read_row_groups(list(groups), columns=list(columns), use_threads=False)
+        tables.append(convert(uri, table.select(list(columns))))
+    table = pa.concat_tables(tables, promote_options="default")
+    if table.num_rows <= SAMPLE_ROWS:
+        return table.combine_chunks()
+    hashes = stable_hash(table[key])
+    chosen = np.flatnonzero(hashes < np.partition(hashes, SAMPLE_ROWS)[SAMPLE_ROWS])
+    if len(chosen) < SAMPLE_ROWS // 2:  # a key with more rows than fit
+        chosen = np.argsort(hashes, kind="stable")[:SAMPLE_ROWS]
+    return table.take(pa.array(np.sort(chosen))).combine_chunks()
+
+
+def chosen_groups(uris: Sequence[str]) -> list[RowGroup]:
+    """Choose the row groups that a sample is taken from, in the order of the files."""
+    groups = []
+    for uri in (uris[place] for place in sorted(_by_hash(uris)[:MOST_FILES])):
+        with explained(uri), storage.open_input(uri) as source:
+            metadata = pq.read_metadata(source)
+        groups += [
+            RowGroup(uri, number, metadata.row_group(number).num_rows) for number in range(metadata.num_row_groups)
+        ]
+    places = _by_hash([f"{group.uri}:{group.number}" for group in groups])
+    read = np.cumsum([groups[place].rows for place in places])
+    return [groups[place] for place in sorted(places[: np.searchsorted(read, MOST_READ) + 1])]
+
+
+def _by_hash(names: Sequence[str]) -> list[int]:
+    """Return the indices of names in the order of their last parts' hashes, independent of the store's path."""
+    hashes = stable_hash(pa.array(["/".join(name.split("/")[-2:]) for name in names], pa.string()))
+    places: list[int] = np.argsort(hashes, kind="stable").tolist()
+    return places
+
+
+BoolArray = npt.NDArray[np.bool_]
+
+NULLS, DOUBLED, ODD, LOST, BAD, ONE_CLASS = 0.6, 0.2, 0.01, 0.1, 0.4, 0.9
+"""Shares: of values made null, and of rows put in twice, given odd values, lost, made unusable, put into one class.
+
+Chosen so that any sound gate refuses them, or at least warns.
+"""
+SHIFT = 3.0
+"""Standard deviations of a shift, chosen for the same reason."""
+
+
+def some(rows: int, share: float) -> BoolArray:
+    """Choose a share of some rows, rounded up and spread by a hash; shape (rows,)."""
+    hit = np.zeros(rows, dtype=np.bool_)
+    count = int(np.ceil(round(share * rows, 6)))
+    hit[np.argsort(stable_hash(pa.array(np.arange(rows))), kind="stable")[:count]] = True
+    return hit
+
+
+def with_values(table: pa.Table, columns: Sequence[str], value: Any, where: float | BoolArray) -> pa.Table:
+    """Put a value (None: null) into columns, of their type: in a share of the rows, or in those of a mask."""
+    hit = pa.array(_mask(table, where))
+    for name in columns:
+        kind = table.schema.field(name).type
+        table = with_column(table, name, pc.if_else(hit, pa.scalar(value, kind), table[name]))
+    return table
+
+
+def shifted(table: pa.Table, column: str, distance: float, hit: BoolArray | None = None) -> pa.Table:
+    """Move a number by a distance in some rows, or in all; integers are rounded and stay within their type."""
+    kind = table.schema.field(column).type
+    values = table[column].combine_chunks()
+    known = values.is_valid().to_numpy(zero_copy_only=False)
+    numbers = values.cast(pa.float64(), safe=False).fill_null(0.0).to_numpy(zero_copy_only=False).copy()
+    numbers[slice(None) if hit is None else hit] += distance
+    if pt.is_integer(kind):
+        limits = np.iinfo(kind.to_pandas_dtype())
+        edge = min(float(limits.max), 2.0**62)
+        numbers = np.clip(np.round(numbers), max(float(limits.min), -(2.0**62)), edge)
+    return with_column(table, column, pa.array(numbers, mask=~known).cast(kind, safe=False))
+
+
+def lost(table: pa.Table, where: float | BoolArray) -> pa.Table:
+    """Remove rows: a share of them, or those of a mask."""
+    return table.filter(pa.array(~_mask(table, where)))
+
+
+def _mask(table: pa.Table, where: float | BoolArray) -> BoolArray:
+    return some(table.num_rows, where) if isinstance(where, float) else where
+
+
+def with_column(table: pa.Table, column: str, values: pa.Array | pa.ChunkedArray) -> pa.Table:
+    """Replace the values and type of a column; its position stays."""
+    return table.set_column(table.schema.get_field_index(column), pa.field(column, values.type), values)
+
+
+def is_number(kind: pa.DataType) -> bool:
+    """Check that a column of this type can be shifted."""
+    return bool(pt.is_integer(kind) or pt.is_floating(kind))
+
+
+def spread(table: pa.Table, column: str) -> float:
+    """Return the standard deviation of a number's finite values, 0 without any."""
+    values = table[column].drop_null().cast(pa.float64(), safe=False).to_numpy()
+    values = values[np.isfinite(values)]
+    return float(values.std()) if len(values) else 0.0
+
+
+SEVERITY: dict[Verdict, int] = {"pass": 0, "warn": 1, "fail": 2}
+ORDER: dict[Outcome, int] = {"blind": 0, "warned": 1, "refused": 2, "not applicable": 3}
+ITSELF = "self-test"
+"""Name of the only fault of a self-test that could not be made."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """Fault that data can have.
+
+    Attributes:
+        name: Short name, the same in all kinds: 'nulls', 'shift', 'label copy', 'split overlap', 'range', ….
+        injected: Change of the sample, one sentence for a person.
+        aims: Checks that must notice it, by name or by 'name of column'; one of them is enough.
+        judge: Function that injects it into a copy of the sample and judges that; None if the fault isn't applicable to
+            the data.
+        why_not: Reason why there is none, one sentence.
+        raises: Pipeline errors that may refuse the fault before the gate sees it.
+
+    """
+
+    name: str
+    injected: str
+    aims: tuple[str, ...]
+    judge: Callable[[], GateResult] | None
+    why_not: str = ""
+    raises: tuple[type[PipelineError], ...] = ()
+
+
+def inject(baseline: GateResult, faults: Iterable[Fault]) -> tuple[FaultResult, ...]:
+    """Judge each fault and compare with the verdicts on the unchanged sample.
+
+    Args:
+        baseline: The gate's verdict on the sample without any fault.
+        faults: The faults, each made when the one before is judged.
+
+    """
+    before = {_title(check): SEVERITY[check.verdict] for check in baseline.checks}
+    results = []
+    for fault in faults:
+        outcome, message, caught = _outcome(before, fault)
+        result = FaultResult(
+            fault=fault.name, injected=fault.injected, outcome=outcome, caught_by=caught, message=message
+        )
+        results.append(result)
+    return tuple(results)
+
+
+def failed(error: BaseException) -> FaultResult:
+    """Return the result of a self-test that could not be made: it proves nothing, and has a note of that."""
+    reason = " ".join(str(error).split()) or "no reason is given"
+    return FaultResult(
+        fault=ITSELF,
+        injected="Nothing: no fault was injected.",
+        outcome="blind",
+        message=f"The self-test failed: {type(error).__name__}: {reason}",
+    )
+
+
+def blind(results: Sequence[FaultResult]) -> tuple[str, ...]:
+    """Name the faults that the gate is blind to."""
+    return tuple(result.fault for result in results if result.outcome == "blind")
+
+
+def unproven(gate: GateResult, results: Sequence[FaultResult]) -> tuple[str, ...]:
+    """Name the checks that no fault made worse: nothing shows that they can fail."""
+    caught = {title.partition(" of ")[0] for result in results for title in result.caught_by}
+    return tuple(dict.fromkeys(check.name for check in gate.checks if check.name not in caught))
+
+
+def summary(results: Sequence[FaultResult]) -> str:
+    """Return one line: '9 of 10 faults refused, 1 warned', and the faults that the gate is blind to."""
+    if [result.fault for result in results] == [ITSELF]:
+        return results[0].message
+    counts = {outcome: sum(result.outcome == outcome for result in results) for outcome in ORDER}
+    tried = len(results) - counts["not applicable"]
+    parts = [f"{counts['refused']} of {plural(tried, 'fault')} refused"]
+    parts += [f"{counts['warned']} warned"] if counts["warned"] else []
+    parts += [f"blind to {counts['blind']} ({', '.join(blind(results))})"] if counts["blind"] else []
+    return ", ".join(parts)
+
+
+def _outcome(before: Mapping[str, int], fault: Fault) -> tuple[Outcome, str, tuple[str, ...]]:
+    """Return the outcome of a fault, the reason, and the checks that noticed it."""
+    if fault.judge is None:
+        return "not applicable", fault.why_not, ()
+    try:
+        checks = fault.judge().checks
+    except fault.raises as refusal:
+        return "refused", str(refusal), fault.aims
+    worse = [check for check in checks if SEVERITY[check.verdict] > before.get(_title(check), 0)]
+    # First the checks that the fault is aimed at, then the worst.
+    worse.sort(key=lambda check: (not _is_aimed(check, fault), -SEVERITY[check.verdict]))
+    caught = tuple(dict.fromkeys(map(_title, worse)))
+    if worse and _is_aimed(worse[0], fault):
+        return "refused" if worse[0].verdict == "fail" else "warned", worse[0].message, caught
+    aimed = [check for check in checks if _is_aimed(check, fault)]
+    bad = next((check for check in aimed if check.verdict != "pass"), None)
+    if bad is not None:
+        word = "fails" if bad.verdict == "fail" else "warns"
+        message = f"'{_title(bad)}' {word} on the sample as it is, so that the fault can't make it worse."
+        return "not applicable", message, caught
+    message = f"'{_title(aimed[0])}' still passes: {aimed[0].message}" if aimed else "No check looks at it."
+    if worse:
+        message += f" It was noticed elsewhere, by {', '.join(caught[:3])}."
+    return "blind", message, caught
+
+
+def _is_aimed(check: CheckResult, fault: Fault) -> bool:
+    return check.name in fault.aims or _title(check) in fault.aims
+
+
+def _title(check: CheckResult) -> str:
+    """Return a check's name for a person: 'nulls of age'."""
+    return check.name if check.column is None else f"{check.name} of {check.column}"
+
 
 MOST_FEATURES = 64
 """Most features of a sample, the first ones: with a thousand, more would only take longer."""
@@ -100,17 +369,17 @@ class Trial(ABC, Generic[S]):
     @property
     def copies(self) -> pa.Table:
         """Share of the rows to duplicate."""
-        return self.table.filter(pa.array(injection.some(self.table.num_rows, DOUBLED)))
+        return self.table.filter(pa.array(some(self.table.num_rows, DOUBLED)))
 
     @cached_property
     def numbers(self) -> list[str]:
         """Names of the features that are numbers."""
-        return [name for name in self.features if injection.is_number(self.table.schema.field(name).type)]
+        return [name for name in self.features if is_number(self.table.schema.field(name).type)]
 
     @cached_property
     def number(self) -> str:
         """First number that differs between rows, '' without any."""
-        return next((name for name in self.numbers if injection.spread(self.table, name) > 0), "")
+        return next((name for name in self.numbers if spread(self.table, name) > 0), "")
 
     @property
     def first(self) -> str:
@@ -134,7 +403,7 @@ class Trial(ABC, Generic[S]):
         """Return a fault that puts a value (None: null) into a share of a column; not applicable without a column."""
         part, what = "All" if share == 1.0 else f"{share:.0%}", "null" if value is None else value
         words = words or f"{part} of {column or 'a column'} were made {what}."
-        table = injection.with_values(self.table, [column] if column else [], value, share)
+        table = with_values(self.table, [column] if column else [], value, share)
         return self.fault(name, words, aims, "" if column else why_not, table=table)
 
     def no_rows(self) -> Fault:
@@ -184,8 +453,8 @@ class Trial(ABC, Generic[S]):
         aims = (f"{check} of {self.number}", *more)
         if not self.number:
             return self.fault(name, words, aims, ALIKE)
-        distance = SHIFT * injection.spread(self.table, self.number)
-        return self.fault(name, words, aims, table=injection.shifted(self.table, self.number, distance, hit))
+        distance = SHIFT * spread(self.table, self.number)
+        return self.fault(name, words, aims, table=shifted(self.table, self.number, distance, hit))
 
     def one_class(self, column: str, value: Any, why_not: str) -> Fault:
         """Give most rows one class."""
@@ -196,14 +465,14 @@ class Trial(ABC, Generic[S]):
         """Remove the rows of a class except its first good one; without a class name it is not applicable."""
         others = own.copy()
         others[np.flatnonzero(own & good)[:1]] = False
-        words, table = f"All {self.noun}s but one of class {name} were taken away.", injection.lost(self.table, others)
+        words, table = f"All {self.noun}s but one of class {name} were taken away.", lost(self.table, others)
         return self.fault("rare class", words, f"class balance of {column}", "" if name else why_not, table=table)
 
     def split_overlap(self, injected: str, aims: str, copies: pa.Table) -> Fault:
         """Put copies of rows into validation, and all others into train."""
         column, train, validation = self.splits
         parts = [(self.table, train), (copies, validation)]
-        table = pa.concat_tables(injection.with_values(part, [column], split, 1.0) for part, split in parts)
+        table = pa.concat_tables(with_values(part, [column], split, 1.0) for part, split in parts)
         return self.fault("split overlap", injected, aims, table=table)
 
     def no_train_rows(self) -> Fault:

@@ -8,15 +8,36 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from typing import Any
 
-from tasks.io.numerals import plural, share, shortened
-from tasks.report.lineage_picture import place
+from tasks.io.text import duration, number, plural, share, shortened
+from tasks.report.lineage_graph import place
 from tasks.report.plots import Distribution, distributions, short_name
-from tasks.report.report import Report
-from tasks.report.self_test_section import section
-from tasks.report.templates import template
+from tasks.report.report import Report, self_test_section
 from tasks.store.manifest import CheckResult, ColumnProfile, InputRecord, RowBalance
+
+
+def template(name: str) -> Any:
+    """Return a Jinja template of this package by its file name."""
+    return _environment().get_template(name)
+
+
+@cache
+def _environment() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: files("tasks.report").joinpath(name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(number=number, share=share, duration=duration, plural=plural, shortened=shortened)
+    return environment
+
 
 WIDTH, HEIGHT = 236.0, 84.0  # drawing area of one small multiple, in CSS pixels
 _ROW = 19.0
@@ -60,7 +81,7 @@ def html(report: Report) -> bytes:
     text: str = template("report.html.j2").render(
         report=report,
         counted=counted,
-        self_test=section(report.gate, report.self_test),
+        self_test=self_test_section(report.gate, report.self_test),
         rejected=sum(sum(balance.rejected.values()) for balance in report.balances),
         balances=[(balance, _segments(balance)) for balance in report.balances],
         panels=[_panel(one, drift.get(one.column)) for one in drawn],

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from tasks.io.numerals import number, shortened
+from tasks.io.text import number, shortened
 from tasks.quality.profile import HISTOGRAM_BINS
 from tasks.store.manifest import CheckResult, ColumnProfile, Histogram
 

@@ -7,13 +7,15 @@ import datetime as dt
 import json
 import math
 import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from tasks.io.numerals import duration, number, plural, shortened
+from tasks.io.text import duration, number, plural, shortened
+from tasks.quality.faults import ITSELF, ORDER, summary, unproven
 from tasks.report import lineage_graph
-from tasks.report.self_test_section import markdown as self_test_markdown
 from tasks.store.lineage import Lineage
 from tasks.store.manifest import (
     CheckResult,
@@ -23,12 +25,64 @@ from tasks.store.manifest import (
     GateResult,
     InputRecord,
     Manifest,
+    Outcome,
     Record,
     RowBalance,
     RunRecord,
     Status,
     Verdict,
 )
+
+HEADING = "Self-test"
+_OUTCOME_SIGNS: dict[Outcome, str] = {
+    "blind": "▲ BLIND",
+    "warned": "✔ warned",
+    "refused": "✔ refused",
+    "not applicable": "–",
+}
+_BADGES: dict[Outcome, str] = {"blind": "warn", "warned": "pass", "refused": "pass", "not applicable": ""}
+
+
+@dataclass(frozen=True, slots=True)
+class SelfTestSection:
+    """Content of the section in plain text, which the template escapes.
+
+    rows: each fault with the badge of its outcome, the blind ones first.
+    """
+
+    heading: str
+    summary: str
+    unproven: str
+    rows: tuple[tuple[FaultResult, str], ...]
+
+
+def self_test_section(gate: GateResult, results: Sequence[FaultResult]) -> SelfTestSection | None:
+    """Return the section; None for a version without a self-test."""
+    if not results:
+        return None
+    ordered = sorted(results, key=lambda result: ORDER[result.outcome])
+    names = [] if results[0].fault == ITSELF else unproven(gate, results)
+    words = f"No fault made these checks worse, so nothing shows that they can fail: {', '.join(names)}."
+    return SelfTestSection(
+        heading=HEADING,
+        summary=f"Faults were put into a sample of the rows, and the gate judged each again: {summary(results)}.",
+        unproven=words if names else "",
+        rows=tuple((result, _BADGES[result.outcome]) for result in ordered),
+    )
+
+
+def self_test_markdown(gate: GateResult, results: Sequence[FaultResult], text: Callable[[str], str]) -> list[str]:
+    """Return the section as paragraphs of Markdown; `text` escapes data."""
+    found = self_test_section(gate, results)
+    if found is None:
+        return []
+    lines = ["| outcome | fault | what was injected | noticed by | |", "|---|---|---|---|---|"]
+    for result, _ in found.rows:
+        cells = (result.fault, result.injected, ", ".join(result.caught_by[:3]), result.message)
+        lines.append(f"| {_OUTCOME_SIGNS[result.outcome]} | {' | '.join(map(text, cells))} |")
+    parts = [f"## {HEADING}", text(found.summary), "\n".join(lines)]
+    return [*parts, *([text(found.unproven)] if found.unproven else [])]
+
 
 MARKDOWN_BYTES = 400_000
 MARKDOWN_ROWS = 20

@@ -17,8 +17,7 @@ from tasks.features.definitions import Definitions, EventSource, FeatureGroup, f
 from tasks.features.kernel import evaluate
 from tasks.features.rows import TIME
 from tasks.io.errors import DefinitionError, VersionNotFound
-from tasks.io.names import closest
-from tasks.io.numerals import plural
+from tasks.io.text import closest, plural
 from tasks.store import layout
 from tasks.store.catalogue import feature_names
 from tasks.store.manifest import Manifest

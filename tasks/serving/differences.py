@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tasks.features.definitions import feature_digests
-from tasks.quality.drift import population_stability_index
+from tasks.quality.profile import population_stability_index
 from tasks.store.catalogue import declarations
+from tasks.store.layout import AS_OF, CREATED, VERSION
 from tasks.store.manifest import ColumnProfile, Manifest
-from tasks.store.own_columns import AS_OF, CREATED, VERSION
 
 Counts = npt.NDArray[np.int64]
 

@@ -25,12 +25,12 @@ import pyarrow as pa
 from tasks.features.keys import as_given
 from tasks.io import storage
 from tasks.io.errors import ConfigError, DefinitionError, InputError, SourceError
-from tasks.io.names import closest
+from tasks.io.text import closest
 from tasks.serving.online import CACHE_BYTES, Lookup
 from tasks.store import catalogue, layout
 from tasks.store.catalogue import DatasetSummary, Description, VersionSummary
+from tasks.store.layout import AS_OF, EVENT_TIME
 from tasks.store.manifest import Manifest
-from tasks.store.own_columns import AS_OF, EVENT_TIME
 from tasks.store.reading import latest, overview, resolve
 from tasks.store.version_index import IndexedVersion
 from tasks.training_sets.definition import ALL, FeatureReference, Pin
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import polars as pl
     import ray.data
 
-    from tasks.serving.redis import RedisLookup
+    from tasks.serving.online import RedisLookup
 
 
 REFRESH_SECONDS = 10.0
@@ -291,7 +291,7 @@ class FeatureStore:
         return held
 
     def _exported(self, group: str, url: str) -> _Values:
-        from tasks.serving.redis import RedisLookup
+        from tasks.serving.online import RedisLookup
 
         with self._lock:
             lookup, since = self._redis.get((group, url), (None, 0.0))

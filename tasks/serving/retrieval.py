@@ -16,8 +16,8 @@ from tasks.engine.partition import bucket_of
 from tasks.features.keys import read_keys
 from tasks.io import storage
 from tasks.io.errors import DefinitionError, InputError, SourceError
-from tasks.io.names import closest
-from tasks.store.own_columns import EVENT_TIME
+from tasks.io.text import closest
+from tasks.store.layout import EVENT_TIME
 from tasks.training_sets.asof import join_asof, plant
 from tasks.training_sets.definition import ALL, FeatureReference, Pin
 from tasks.training_sets.freshness import STATUS, statuses, time_to_live

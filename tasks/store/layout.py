@@ -1,4 +1,4 @@
-"""Layout of the store: the only module that spells paths under a root.
+"""Layout of the store: the only module that spells paths under a root, and names the pipelines' own columns.
 
     {root}/{dataset}/v{N}/part-00000-a1.parquet     data (a1: first attempt)
     {root}/{dataset}/v{N}/_reservation.json         who holds N
@@ -14,6 +14,9 @@
     {root}/training-runs/{name}/{run}/…             checkpoints, records and the report of a training
 
 Names that begin with '_' are skipped by the directory readers of pyarrow, pandas, Spark and Ray.
+
+A user's column with the name of one that the pipelines add would be replaced: it is refused where it is declared, as is
+any name that begins with '_', which rows have only within a job (`tasks.io.text`).
 """
 
 from __future__ import annotations
@@ -219,3 +222,22 @@ def work_name(kind: str, index: int, attempt: int) -> str:
 def side_name(name: str, attempt: int) -> str:
     """Return the name of a file with more details of a version, relative to its directory."""
     return f"_{name}/{part_name(0, attempt)}"
+
+
+AS_OF = "as_of"
+CREATED, VERSION = "feature_creation_date", "feature_version"
+QUALITY = ("missing_value_ratio", "outlier_ratio", "feature_quality_score", "is_training_ready")
+MISSING, OUTLYING, SCORE, READY = QUALITY
+
+FEATURES = (*QUALITY, AS_OF, CREATED, VERSION)
+"""Columns of feature rows, beside the entity, its features and its dimension's columns."""
+
+EVENT_TIME, TARGET = "event_timestamp", "target"
+TRAINING_SET = (EVENT_TIME, TARGET)
+"""Columns of training sets, beside the entities and the 'feature_…' columns."""
+
+IMAGE_SCORE, IMAGE_PASSED = "data_quality_score", "validation_passed"
+"""Columns of images: their quality verdict."""
+
+RECORDS = frozenset({*QUALITY, CREATED, VERSION, IMAGE_SCORE, IMAGE_PASSED})
+"""Columns about how a row was made; a model must not learn from them."""

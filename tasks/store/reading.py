@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 
 from tasks.io import storage
 from tasks.io.errors import ConfigError, CorruptVersion, DamagedManifest, PipelineError, VersionNotFound
+from tasks.io.faults import is_transient
 from tasks.io.listing import FileInfo
-from tasks.io.transient import is_transient
 from tasks.store import layout
 from tasks.store.manifest import FileEntry, Manifest
 from tasks.store.reservation import attempts, find_manifest, parse_manifest, pass_over, version_numbers

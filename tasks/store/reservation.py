@@ -29,8 +29,7 @@ from pydantic import Field, ValidationError
 from tasks.io import storage
 from tasks.io.errors import CorruptVersion, DamagedManifest, VersionConflict
 from tasks.store import layout
-from tasks.store.file_lists import with_lists
-from tasks.store.manifest import MANIFEST_FORMAT, FileEntry, Manifest, Record
+from tasks.store.manifest import MANIFEST_FORMAT, FileEntry, Manifest, Record, with_lists
 from tasks.store.version_index import IndexedVersion, read_index, write_index
 
 Ordinal = Annotated[int, Field(ge=1)]

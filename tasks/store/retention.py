@@ -166,7 +166,7 @@ def leftovers(root: str, datasets: Iterable[str], now: dt.datetime | None = None
 
     - In committed versions, files that the commit didn't get to delete.
     - Everywhere below the root, on a local disk, temporary files that are older than `CUT_OFF_AFTER`. (On S3 they are
-      uploads that were never completed, see `uploads`.)
+      uploads that were never completed, see `listing`.)
 
     Args:
         root: Root of the store.

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from tasks.io import storage
-from tasks.io.digests import digest
+from tasks.io.hashing import digest
 from tasks.store import layout
 from tasks.store.manifest import Count, Manifest, Record
 

@@ -24,8 +24,7 @@ from collections.abc import Sequence
 from tasks.io import storage
 from tasks.io.errors import CorruptVersion, GateFailed, Superseded, VersionConflict
 from tasks.store import layout
-from tasks.store.file_lists import lists_apart
-from tasks.store.manifest import SUPERSEDED, CheckResult, FileEntry, GateResult, Manifest, RunRecord
+from tasks.store.manifest import SUPERSEDED, CheckResult, FileEntry, GateResult, Manifest, RunRecord, lists_apart
 from tasks.store.reading import (
     PRUNED,
     committed_manifests,

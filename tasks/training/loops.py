@@ -22,8 +22,7 @@ import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tasks.training.metrics import class_metrics, number_metrics
-from tasks.training.models import Target, build_model, input_name
+from tasks.training.models import Target, build_model, class_metrics, input_name, number_metrics
 
 if TYPE_CHECKING:
     from tasks.delivery.config import TrainingConfig

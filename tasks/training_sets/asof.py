@@ -24,7 +24,7 @@ import numpy.typing as npt
 import polars as pl
 
 from tasks.io.errors import LeakFound
-from tasks.store.own_columns import AS_OF
+from tasks.store.layout import AS_OF
 from tasks.training_sets.history import FROM, TIME, UNTIL
 
 Int64Array = npt.NDArray[np.int64]

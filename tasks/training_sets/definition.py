@@ -18,8 +18,8 @@ import polars as pl
 
 from tasks.features.definitions import check_days, check_expression
 from tasks.io.errors import DefinitionError
-from tasks.io.names import COLUMN, check_dataset_name
-from tasks.store.own_columns import TRAINING_SET
+from tasks.io.text import COLUMN, check_dataset_name
+from tasks.store.layout import TRAINING_SET
 
 ALL = "*"
 Pin = int | Literal["latest"] | None
@@ -77,7 +77,7 @@ class SpineSource:
 class Label:
     """A target computed from events, for every entity at each of some times.
 
-    at: times as `tasks.io.times.expand` takes them. An entity has a row at a time t if it has an event at or before
+    at: times as `tasks.io.notation.expand` takes them. An entity has a row at a time t if it has an event at or before
     t (in the `active_days` before t, if given). target: an expression over its events in t < time ≤ t + days;
     without any, its value over no rows (0 for a count). Times whose days aren't over yet have no rows.
     """

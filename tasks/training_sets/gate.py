@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from tasks.features.config import FeatureStoreConfig
-from tasks.io.numerals import plural
-from tasks.quality import label_quality, rules
+from tasks.io.text import plural
+from tasks.quality import rules
 from tasks.quality.profile import TableProfile
+from tasks.store.layout import EVENT_TIME, TARGET
 from tasks.store.manifest import CheckResult, GateResult, Manifest, RowBalance
-from tasks.store.own_columns import EVENT_TIME, TARGET
 from tasks.training_sets.definition import Model
 
 
@@ -89,10 +89,10 @@ def judge_training_set(
         rules.check_rejected_share(balance, bounds.rejected_warn, bounds.rejected_fail) for balance in computed.balances
     ]
     checks += [
-        label_quality.check_unmatched(group, matched, computed.rows, bounds.unmatched_warn, bounds.unmatched_fail)
+        rules.check_unmatched(group, matched, computed.rows, bounds.unmatched_warn, bounds.unmatched_fail)
         for group, matched in computed.matched.items()
     ]
-    checks.append(label_quality.check_canary(computed.planted))
+    checks.append(rules.check_canary(computed.planted))
     if model.entity in columns:  # a row without its key is kept, and finds no features
         checks.append(rules.check_nulls(model.entity, columns[model.entity], 0.0, 1.0))
     checks += [rules.check_nulls(name, columns[name], 0.0, 0.0) for name in (EVENT_TIME, TARGET) if name in columns]
@@ -105,7 +105,7 @@ def judge_training_set(
         if name in columns and pt.is_floating(computed.schema.field(name).type)
     ]
     if TARGET in columns:
-        checks.append(label_quality.check_target(TARGET, computed.profile.partial(TARGET), bounds.class_warn))
+        checks.append(rules.check_target(TARGET, computed.profile.partial(TARGET), bounds.class_warn))
         checks += _leaks(model, config, computed)
     checks += _drifts(config, computed, previous)
     return rules.gate(checks)
@@ -143,11 +143,11 @@ def _leaks(model: Model, config: FeatureStoreConfig, computed: TrainingSetFigure
         sound = pc.and_(sound, pc.is_finite(pc.fill_null(sample[TARGET], 0.0)))
     sample = sample.filter(sound)
     entities = sample[model.entity] if model.entity in sample.column_names else None
-    target = label_quality.prepare_target(sample[TARGET], computed.profile.partial(TARGET), entities)
+    target = rules.prepare_target(sample[TARGET], computed.profile.partial(TARGET), entities)
     if target is None:
         return []
     return [
-        label_quality.check_leakage(name, sample[name], target, bounds.leak_warn, bounds.leak_fail)
+        rules.check_leakage(name, sample[name], target, bounds.leak_warn, bounds.leak_fail)
         for name in computed.features
         if name in sample.column_names
     ]

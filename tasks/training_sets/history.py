@@ -23,11 +23,11 @@ from tasks.engine.partition import bucket_of
 from tasks.features.definitions import feature_digests
 from tasks.io import storage
 from tasks.io.errors import CorruptVersion, DefinitionError
-from tasks.io.names import closest
+from tasks.io.text import closest
 from tasks.store import layout
 from tasks.store.catalogue import feature_names, find_dataset
+from tasks.store.layout import AS_OF, CREATED
 from tasks.store.manifest import Manifest, Partition
-from tasks.store.own_columns import AS_OF, CREATED
 from tasks.store.reading import data_files, live_manifests, opened, read_manifest, resolve
 from tasks.training_sets.definition import ALL, Pin
 

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tasks.features.loading import by_name, first_mistake, is_yaml, python_values, sql_expression, yaml_content
 from tasks.io.errors import DefinitionError
-from tasks.io.names import closest
-from tasks.io.times import Times
+from tasks.io.notation import Times
+from tasks.io.text import closest
 from tasks.training_sets.definition import FeatureReference, Label, Model, SpineSource
 
 _WHAT = "models"

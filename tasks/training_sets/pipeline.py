@@ -22,15 +22,15 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
+from tasks.engine.cluster import losses_explained
 from tasks.engine.jobs import Parts, Shuffled, mapped, shuffle
-from tasks.engine.losses import losses_explained
 from tasks.features.shuffle import Tally, check_rows_read, check_way
 from tasks.io.errors import SourceError
 from tasks.quality.profile import TableProfile, added, merge_profiles
 from tasks.quality.sketch import QuantileSketch
 from tasks.store.conservation import check_equal
+from tasks.store.layout import EVENT_TIME
 from tasks.store.manifest import ColumnSpec, FileEntry, RowBalance
-from tasks.store.own_columns import EVENT_TIME
 from tasks.store.reading import verify_digest
 from tasks.store.reservation import Reservation
 from tasks.training_sets.history import History

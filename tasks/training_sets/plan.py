@@ -16,9 +16,9 @@ from tasks.features.keys import KeyType, key_type
 from tasks.features.plan import FeaturePlan, SourcePlan, plan_features
 from tasks.features.sources import SourceTable
 from tasks.io.errors import DefinitionError
-from tasks.io.times import expand
+from tasks.io.notation import expand
+from tasks.store.layout import TRAINING_SET
 from tasks.store.manifest import InputRecord, RowBalance
-from tasks.store.own_columns import TRAINING_SET
 from tasks.training_sets.definition import FeatureReference, Label, Model, Pin, column_names
 from tasks.training_sets.history import History, resolve_history
 from tasks.training_sets.spine import SPINE, as_group, plan_spine

@@ -24,16 +24,14 @@ from tasks.features.rows import TIME
 from tasks.features.self_test import judge_events
 from tasks.features.writer import to_arrow
 from tasks.io.errors import LeakFound
-from tasks.quality import injection
-from tasks.quality.faults import MOST_FEATURES, Faults, Sample, Trial
-from tasks.quality.injection import NULLS
+from tasks.quality import faults
+from tasks.quality.faults import MOST_FEATURES, NULLS, Faults, Sample, Trial, sample_rows
 from tasks.quality.leakage import as_text
 from tasks.quality.profile import merge_profiles, profile_table
-from tasks.quality.sampling import sample_rows
 from tasks.quality.sketch import QuantileSketch
 from tasks.store import layout
+from tasks.store.layout import AS_OF, EVENT_TIME, TARGET
 from tasks.store.manifest import FaultResult, GateResult, Manifest, RowBalance
-from tasks.store.own_columns import AS_OF, EVENT_TIME, TARGET
 from tasks.training_sets.asof import Int64Array, join_asof, plant
 from tasks.training_sets.definition import FeatureReference, Model, SpineSource
 from tasks.training_sets.gate import judge_training_set
@@ -75,7 +73,7 @@ class _Trial(Trial[_Rows]):
             matched[group] = int(np.count_nonzero(found >= 0))
             joined = joined.hstack(taken(history, found, {name: name for name in own}))
         table = to_arrow(joined.select(frame.columns))
-        kept = injection.lost(table, rows.lost)
+        kept = faults.lost(table, rows.lost)
         later = self._later(kept)
         earlier, latest = profile_table(kept.filter(pc.invert(later))), profile_table(kept.filter(later))
         return SimpleNamespace(
@@ -125,7 +123,7 @@ class _Trial(Trial[_Rows]):
         first = table[TARGET][0].as_py() if table.num_rows else None
         yield self.values("one label", f"target of {TARGET}", TARGET, first, words=words)
         copy = self.real or self.features[0]
-        table = injection.with_column(table, copy, _as_number(table[TARGET]))
+        table = faults.with_column(table, copy, _as_number(table[TARGET]))
         yield self.fault("label copy", f"The label was copied into {copy}.", f"leakage of {copy}", table=table)
         yield self.schema(self.first)
         yield self.nulls()
@@ -169,7 +167,7 @@ def self_test(
 
 def _as_number(label: pa.ChunkedArray) -> pa.Array:
     """Return a label as a number: itself, or the place of its class."""
-    if injection.is_number(label.type):
+    if faults.is_number(label.type):
         return label.cast(pa.float64(), safe=False).combine_chunks()
     return as_text(label).combine_chunks().dictionary_encode().indices.cast(pa.float64())
 

@@ -30,8 +30,8 @@ from tasks.io.hashing import stable_hash
 from tasks.quality.profile import TableProfile, profile_table
 from tasks.quality.sketch import QuantileSketch
 from tasks.store import layout
+from tasks.store.layout import EVENT_TIME, TARGET
 from tasks.store.manifest import FileEntry
-from tasks.store.own_columns import EVENT_TIME, TARGET
 from tasks.store.reservation import Reservation
 from tasks.training_sets.asof import join_asof, plant
 from tasks.training_sets.history import History, read_bucket

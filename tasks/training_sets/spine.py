@@ -30,9 +30,9 @@ from tasks.features.rows import TIME, ColumnPlan, RowPlan
 from tasks.features.schema import check_kind, check_times, settled
 from tasks.features.sources import SourceTable, inspect
 from tasks.io.errors import SourceError
-from tasks.io.missing import missing_values
-from tasks.io.names import closest
-from tasks.store.own_columns import EVENT_TIME, TARGET
+from tasks.io.notation import missing_values
+from tasks.io.text import closest
+from tasks.store.layout import EVENT_TIME, TARGET
 from tasks.training_sets.definition import Label, Model, SpineSource
 from tasks.training_sets.loading import load_models
 

@@ -26,8 +26,8 @@ from tasks.images.pipeline import augment_images
 from tasks.images.plan import plan_images
 from tasks.images.sample import write_sample as write_images
 from tasks.io import storage
+from tasks.io.notation import expand
 from tasks.io.tensors import parquet_settings
-from tasks.io.times import expand
 from tasks.store import layout, versions
 from tasks.store.manifest import FileEntry, GateResult, Manifest, RunRecord
 from tasks.store.reservation import reserve

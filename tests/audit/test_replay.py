@@ -10,13 +10,13 @@ from typing import Any
 import polars as pl
 import pytest
 
-from tasks.audit.replaying import ALARM
+from tasks.audit.commands import ALARM
 from tasks.delivery.keys import random_keys
 from tasks.features.kernel import aggregate
 from tasks.images.draws import Draws, draw
 from tasks.io import storage
 from tasks.store import layout
-from tasks.store.own_columns import QUALITY
+from tasks.store.layout import QUALITY
 from tasks.training_sets.asof import join_asof
 from tests.audit.replay_store import (
     CHURN,

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from tasks.audit.commands import ALARM
 from tasks.audit.replay_rows import choose, differences, same
-from tasks.audit.replaying import ALARM
 from tasks.cli import commands
 from tasks.delivery.config import DeliveryConfig, TrainingConfig
 from tasks.images.duplicates import perceptual_hash

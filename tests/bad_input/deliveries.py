@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from tasks.delivery.gate import judge_copy
 from tasks.delivery.pipeline import write_streaming_ready
+from tasks.delivery.shuffle import StreamingReady
 from tasks.delivery.source import find_source
-from tasks.delivery.stages import StreamingReady
 from tasks.store import layout
 from tasks.store.manifest import GateResult
 from tasks.store.reservation import reserve

@@ -23,9 +23,9 @@ from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.source import check_digests, find_source, read_units
 from tasks.io import storage
 from tasks.io.errors import ConfigError, CorruptVersion, PipelineError
-from tasks.loader.mapped import MappedFile
 from tasks.loader.shards import open_version
 from tasks.loader.stream import TrainingStream
+from tasks.loader.version_files import MappedFile
 from tasks.store import layout, versions
 from tests.delivery.making import damage, image_version, table_version
 from tests.delivery.sources import FEATURES, IMAGES, configured, publish_customers, publish_pictures

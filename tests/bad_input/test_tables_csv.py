@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tasks.features.csv_text import QuotedText
 from tasks.features.sources import inspect, read, read_units
 from tasks.io.errors import SourceError
-from tasks.io.missing import DEFAULT
+from tasks.io.notation import DEFAULT
 from tests.bad_input.shop import ROWS, Files, csv, here_and_now, make, put, transactions
 from tests.tables import Proven
 

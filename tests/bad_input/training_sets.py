@@ -19,8 +19,8 @@ from tasks.features.definitions import Definitions
 from tasks.features.standard import STANDARD
 from tasks.io import storage
 from tasks.store import layout
+from tasks.store.layout import EVENT_TIME, TARGET
 from tasks.store.manifest import GateResult
-from tasks.store.own_columns import EVENT_TIME, TARGET
 from tasks.store.reservation import reserve
 from tasks.training_sets.definition import FeatureReference, Label, Model, SpineSource
 from tasks.training_sets.gate import judge_training_set

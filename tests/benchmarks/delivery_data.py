@@ -29,7 +29,7 @@ from PIL import Image
 
 from tasks.io import storage
 from tasks.io.hashing import stable_hash
-from tasks.io.stream import ParquetStream
+from tasks.io.storage import ParquetStream
 from tasks.io.tensors import parquet_settings, tensor_array, tensor_field, to_numpy
 from tasks.store import layout, versions
 from tasks.store.manifest import ColumnSpec, FileEntry, GateResult, Manifest, RowBalance, RunRecord

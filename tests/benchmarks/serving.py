@@ -24,7 +24,7 @@ import ray
 from tasks.engine.cluster import connect
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.standard import STANDARD
-from tasks.store.own_columns import EVENT_TIME, TARGET
+from tasks.store.layout import EVENT_TIME, TARGET
 from tasks.store.reservation import reserve
 from tasks.training_sets.definition import FeatureReference, Model, SpineSource
 from tasks.training_sets.pipeline import bucket_count, build_training_set

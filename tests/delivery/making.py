@@ -15,7 +15,7 @@ import xxhash
 
 from tasks.io import storage
 from tasks.io.hashing import stable_hash
-from tasks.io.stream import ParquetStream
+from tasks.io.storage import ParquetStream
 from tasks.io.tensors import parquet_settings, tensor_array, tensor_field
 from tasks.store import versions
 from tasks.store.layout import join, split_directory

@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from tasks.delivery.columns import profile_features
 from tasks.delivery.config import DeliveryConfig
+from tasks.delivery.encoding import profile_features
 from tasks.delivery.gate import judge_copy
-from tasks.delivery.stages import StreamingReady
+from tasks.delivery.shuffle import StreamingReady
 from tasks.store.manifest import CheckResult, GateResult, Manifest, RowBalance, RunRecord
 from tasks.store.reservation import Reservation
 

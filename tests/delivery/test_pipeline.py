@@ -14,8 +14,8 @@ from tasks.delivery import pipeline
 from tasks.delivery.gate import judge_copy
 from tasks.delivery.keys import entity_splits, random_keys
 from tasks.delivery.pipeline import write_streaming_ready
+from tasks.delivery.shuffle import StreamingReady
 from tasks.delivery.source import find_source
-from tasks.delivery.stages import StreamingReady
 from tasks.engine import jobs
 from tasks.io.errors import BalanceError, ConfigError, CorruptVersion
 from tasks.io.hashing import stable_hash

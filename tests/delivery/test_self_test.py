@@ -14,7 +14,7 @@ from tasks.delivery.gate import judge_copy
 from tasks.delivery.self_test import self_test
 from tasks.delivery.source import find_source
 from tasks.quality import rules
-from tasks.quality.self_test import unproven
+from tasks.quality.faults import unproven
 from tasks.store.manifest import FaultResult, GateResult
 from tests.delivery.sources import FEATURES, IMAGES, configured, publish_customers, publish_pictures
 from tests.gates import calm

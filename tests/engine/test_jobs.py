@@ -22,7 +22,7 @@ from tasks.engine import jobs
 from tasks.engine.cluster import data_context
 from tasks.engine.jobs import Parts, mapped, partition_keys, shuffle
 from tasks.io.errors import BalanceError, PipelineError, SourceError
-from tasks.io.transient import is_transient
+from tasks.io.faults import is_transient
 from tests.benchmarks.growth import References
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

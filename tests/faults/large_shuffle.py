@@ -10,9 +10,8 @@ import polars as pl
 import pyarrow as pa
 import ray
 
-from tasks.engine.cluster import connect
+from tasks.engine.cluster import connect, losses_explained
 from tasks.engine.jobs import Parts, shuffle
-from tasks.engine.losses import losses_explained
 from tasks.io.errors import PipelineError
 
 UNITS, BUCKETS, ROWS = 16, 2, 625_000

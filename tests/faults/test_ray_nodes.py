@@ -31,7 +31,7 @@ pytestmark = pytest.mark.nightly
 HELD = {
     FEATURES: "tasks.features.shuffle:Job.gather",
     IMAGES: "tasks.images.augment:augment_unit",
-    DELIVERY: "tasks.delivery.stages:Shuffle.gather",
+    DELIVERY: "tasks.delivery.shuffle:Shuffle.gather",
 }
 # Ray looks after its nodes every 3 s, and gives one up after 5 looks. Small results travel in messages: here all but
 # the smallest go to the object store of the node that makes them, as large ones do.

@@ -41,9 +41,9 @@ KILLED = {
     ),
     IMAGES: ("tasks.images.augment:augment_unit",),
     DELIVERY: (
-        "tasks.delivery.stages:Look.scatter",
-        "tasks.delivery.stages:Shuffle.scatter",
-        "tasks.delivery.stages:Shuffle.gather",
+        "tasks.delivery.shuffle:Look.scatter",
+        "tasks.delivery.shuffle:Shuffle.scatter",
+        "tasks.delivery.shuffle:Shuffle.gather",
     ),
 }
 
@@ -76,7 +76,7 @@ def test_an_actor_killed_in_mid_batch(undisturbed: Store, run: Runner, tmp_path:
 CURES = {
     FEATURES: ("tasks.features.shuffle:Job.gather", "lower --rows-per-bucket (it is 1,000)"),
     IMAGES: ("tasks.images.augment:augment_unit", "lower --images-per-file (it is 16)"),
-    DELIVERY: ("tasks.delivery.stages:Shuffle.scatter", "lower --file-megabytes (it is 0.01)"),
+    DELIVERY: ("tasks.delivery.shuffle:Shuffle.scatter", "lower --file-megabytes (it is 0.01)"),
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 from tasks.io import storage
 from tasks.io.disk import MIB, PIECE, NewFile
 from tasks.io.errors import DiskFull
-from tasks.io.stream import ParquetStream
+from tasks.io.storage import ParquetStream
 from tasks.store import versions
 from tests.faults.small_disk import fill, make_room
 from tests.faults.three_flows import (
@@ -133,7 +133,7 @@ FILLED = [
     (DELIVERY, "report", "tasks.publication:write_report"),
     (FEATURES, "manifest", "tasks.store.versions:commit"),
     pytest.param((FEATURES, "data", "tasks.features.writer:write_part"), marks=pytest.mark.nightly),
-    pytest.param((DELIVERY, "data", "tasks.delivery.stages:Shuffle.gather"), marks=pytest.mark.nightly),
+    pytest.param((DELIVERY, "data", "tasks.delivery.shuffle:Shuffle.gather"), marks=pytest.mark.nightly),
 ]
 
 

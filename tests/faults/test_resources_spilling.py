@@ -15,7 +15,7 @@ from subprocess import PIPE
 
 import pytest
 
-from tasks.engine.spilled import OLDER_THAN
+from tasks.engine.cluster import OLDER_THAN
 from tests.faults import large_shuffle
 from tests.faults.three_flows import DELIVERY, FEATURES, Reader, Starter, Store, assert_same_rows, copied
 from tests.processes import PATIENCE, PROJECT, Command

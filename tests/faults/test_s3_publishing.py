@@ -10,7 +10,7 @@ import pytest
 
 from tasks.io import storage
 from tasks.io.errors import ConfigError, CredentialsRefused
-from tasks.io.transient import is_transient
+from tasks.io.faults import is_transient
 from tasks.store import layout, versions
 from tasks.store.manifest import Manifest
 from tests.faults.proxy import (

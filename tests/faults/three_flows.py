@@ -30,10 +30,10 @@ from tasks.features.config import FeatureStoreConfig
 from tasks.features.sample import SAMPLE_AS_OF
 from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.io import storage
-from tasks.io.digests import digest
+from tasks.io.hashing import digest
 from tasks.store import layout, versions
+from tasks.store.layout import CREATED, VERSION
 from tasks.store.manifest import Manifest
-from tasks.store.own_columns import CREATED, VERSION
 from tests.processes import Command, own_home
 from tests.runs import Run
 
@@ -44,9 +44,9 @@ PLANTABLE = (
     "tasks.features.shuffle:Job.gather",
     "tasks.features.shuffle:Job.scatter",
     "tasks.images.augment:augment_unit",
-    "tasks.delivery.stages:Look.scatter",
-    "tasks.delivery.stages:Shuffle.gather",
-    "tasks.delivery.stages:Shuffle.scatter",
+    "tasks.delivery.shuffle:Look.scatter",
+    "tasks.delivery.shuffle:Shuffle.gather",
+    "tasks.delivery.shuffle:Shuffle.scatter",
     "tasks.publication:write_report",
 )
 

@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from tasks.features.config import FeatureStoreConfig, Thresholds
-from tasks.io.times import expand
+from tasks.io.notation import expand
 
 UTC = dt.UTC
 

@@ -19,7 +19,7 @@ from tasks.features.definitions import (
 )
 from tasks.features.standard import CUSTOMER_FEATURES, PRODUCT_FEATURES, STANDARD
 from tasks.io.errors import DefinitionError
-from tasks.store.own_columns import FEATURES
+from tasks.store.layout import FEATURES
 
 AMOUNT = pl.col("amount")
 TIME = {"at": Column(kind="time")}

@@ -16,8 +16,8 @@ from tasks.features.config import FeatureStoreConfig, Thresholds
 from tasks.features.definitions import FeatureGroup
 from tasks.features.gate import judge_group
 from tasks.quality.profile import profile_table
+from tasks.store.layout import CREATED, VERSION
 from tasks.store.manifest import CheckResult, ColumnSpec, GateResult, Manifest, RowBalance, RunRecord
-from tasks.store.own_columns import CREATED, VERSION
 
 AS_OF = dt.datetime(2025, 1, 1, tzinfo=dt.UTC)
 ROWS = 1_000

@@ -22,7 +22,7 @@ from tasks.features.schema import read_csv, settled
 from tasks.features.sources import SourceTable, inspect, read, read_units
 from tasks.io.errors import SourceError
 from tasks.io.listing import list_files
-from tasks.io.missing import DEFAULT, missing_values
+from tasks.io.notation import DEFAULT, missing_values
 
 # The law of texts: a column's kind is the join of its values' kinds, and every value can be read as it
 

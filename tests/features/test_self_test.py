@@ -17,18 +17,10 @@ from tasks.features.config import FeatureStoreConfig, Thresholds
 from tasks.features.definitions import FeatureGroup
 from tasks.features.self_test import self_test
 from tasks.quality import rules
+from tasks.quality.faults import unproven
 from tasks.quality.profile import profile_table
-from tasks.quality.self_test import unproven
-from tasks.store.manifest import (
-    ColumnSpec,
-    FaultResult,
-    FileEntry,
-    GateResult,
-    Manifest,
-    RowBalance,
-    RunRecord,
-)
-from tasks.store.own_columns import CREATED, VERSION
+from tasks.store.layout import CREATED, VERSION
+from tasks.store.manifest import ColumnSpec, FaultResult, FileEntry, GateResult, Manifest, RowBalance, RunRecord
 from tests.gates import calm
 
 AS_OF = dt.datetime(2025, 1, 1, tzinfo=dt.UTC)

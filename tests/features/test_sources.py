@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tasks.features.schema import settled
 from tasks.features.sources import SourceTable, check_columns, inspect, read, read_units
 from tasks.io.errors import SourceError
-from tasks.io.missing import DEFAULT
+from tasks.io.notation import DEFAULT
 
 CSV = b"id,name\n1,a\n2,b\n"
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tasks.features.writer import Fences, fences, score_rows
 from tasks.quality.profile import profile_table
-from tasks.store.own_columns import QUALITY
+from tasks.store.layout import QUALITY
 
 NAN = math.nan
 THRESHOLDS = {"missing_below": 0.1, "outliers_below": 0.05, "score_above": 0.8}

@@ -30,7 +30,7 @@ from tasks.images.labels import (
 from tasks.images.sources import LISTING, REJECTED_IMAGES, ImageListing, list_images
 from tasks.io import storage
 from tasks.io.errors import CorruptVersion, SourceError
-from tasks.io.missing import DEFAULT
+from tasks.io.notation import DEFAULT
 
 CSV = b"image_id,class_name\n1,cat\n2,dog\n"
 

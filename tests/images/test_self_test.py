@@ -20,16 +20,8 @@ from tasks.images.rows import rows_schema
 from tasks.images.self_test import self_test
 from tasks.io.errors import InputError
 from tasks.quality import rules
-from tasks.quality.self_test import unproven
-from tasks.store.manifest import (
-    ColumnSpec,
-    FaultResult,
-    FileEntry,
-    GateResult,
-    Manifest,
-    RowBalance,
-    RunRecord,
-)
+from tasks.quality.faults import unproven
+from tasks.store.manifest import ColumnSpec, FaultResult, FileEntry, GateResult, Manifest, RowBalance, RunRecord
 from tests.gates import calm
 
 CLASSES = {"bee": 100, "cat": 150, "dog": 250}

@@ -14,7 +14,7 @@ import xxhash
 from tasks.io import storage
 from tasks.io.tensors import is_tensor, to_numpy
 from tasks.loader.blocks import BlockFormat, Samples, block_checksums, block_table, pick, write_samples
-from tasks.loader.mapped import MappedFile
+from tasks.loader.version_files import MappedFile
 
 TABLE = BlockFormat(kind="table", shape=(3,), label="float32", block_size=4)
 IMAGES = BlockFormat(kind="images", shape=(3, 2, 2), label="int64", block_size=1)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from tasks.io import storage
-from tasks.io.digests import digest
 from tasks.io.errors import ConfigError, CorruptVersion
+from tasks.io.hashing import digest
 from tasks.loader.cache import OWN_DIRECTORY, TAG, FileCache, default_directory
 from tasks.store.manifest import FileEntry
 

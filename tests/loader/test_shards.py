@@ -9,8 +9,8 @@ import pytest
 
 from tasks.io import storage
 from tasks.io.errors import ConfigError, CorruptVersion, VersionNotFound
-from tasks.loader.mapped import MappedFile
 from tasks.loader.shards import Shards, open_version
+from tasks.loader.version_files import MappedFile
 from tests.delivery.making import (
     DATASET,
     cut,

@@ -23,9 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.io.errors import ConfigError, CorruptVersion, InputError, PipelineError
-from tasks.loader.mapped import MappedFile
 from tasks.loader.order import Sizes
 from tasks.loader.stream import TrainingStream
+from tasks.loader.version_files import MappedFile
 from tests.conftest import new_bucket
 from tests.delivery.making import damage, image_samples, image_version, publish, table_samples, table_version
 from tests.processes import PROJECT

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.quality.label_quality import check_leakage, check_target, classes_of, prepare_target
 from tasks.quality.leakage import Leakage, leakage
 from tasks.quality.profile import profile_table
+from tasks.quality.rules import check_leakage, check_target, classes_of, prepare_target
 from tasks.store.manifest import CheckResult
 
 ROWS = 2_000

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.io.errors import InputError
-from tasks.quality.drift import chance_index, population_stability_index
-from tasks.quality.profile import TableProfile, profile_table
+from tasks.quality.profile import TableProfile, chance_index, population_stability_index, profile_table
 from tasks.quality.rules import (
     check_balance,
     check_class_balance,

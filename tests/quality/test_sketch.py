@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from tasks.io.hashing import stable_hash
-from tasks.quality.moments import Moments
-from tasks.quality.sketch import DistinctSketch, QuantileSketch, TopValues
+from tasks.quality.sketch import DistinctSketch, Moments, QuantileSketch, TopValues
 
 FloatArray = npt.NDArray[np.float64]
 

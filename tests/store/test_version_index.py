@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.io import storage
-from tasks.io.digests import digest
+from tasks.io.hashing import digest
 from tasks.store import layout, reading, reservation, retention, version_index, versions, withdrawal
-from tasks.store.metadata import versions_table, write_versions_csv
+from tasks.store.catalogue import versions_table, write_versions_csv
 from tests.store.publishing import DATASET, manifest_of, publish, race, table, write
 
 DEAD = versions.current_owner().model_copy(update={"process_start": "0"})

@@ -31,7 +31,7 @@ from tasks.io.errors import (
     VersionConflict,
     VersionNotFound,
 )
-from tasks.io.stream import ParquetStream
+from tasks.io.storage import ParquetStream
 from tasks.store import layout, versions
 from tasks.store.manifest import Manifest, ReportDigest
 from tasks.store.withdrawal import withdraw

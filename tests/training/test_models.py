@@ -24,8 +24,7 @@ from tasks.delivery.config import TrainingConfig
 from tasks.io.errors import ConfigError
 from tasks.loader.shards import open_version
 from tasks.training.loops import Meter, Progress, TrainingRun, open_run, train, train_epoch, validate
-from tasks.training.metrics import auc, class_metrics, number_metrics
-from tasks.training.models import Target, build_model
+from tasks.training.models import Target, auc, build_model, class_metrics, number_metrics
 from tests.delivery import making
 from tests.delivery.toys import ToyStream
 

@@ -11,7 +11,7 @@ import pytest
 
 from tasks.io import storage
 from tasks.io.errors import DefinitionError
-from tasks.io.times import expand
+from tasks.io.notation import expand
 from tasks.training_sets.definition import FeatureReference, Label, Model, SpineSource, column_names
 from tasks.training_sets.loading import load_models, select
 

@@ -21,7 +21,7 @@ from tasks.features.standard import STANDARD
 from tasks.io import storage
 from tasks.io.errors import CorruptVersion, LeakFound, SourceError
 from tasks.store import layout
-from tasks.store.own_columns import EVENT_TIME, TARGET
+from tasks.store.layout import EVENT_TIME, TARGET
 from tasks.store.reservation import Reservation, reserve
 from tasks.training_sets import shuffle
 from tasks.training_sets.asof import join_asof

@@ -13,7 +13,7 @@ from tasks.features.config import FeatureStoreConfig
 from tasks.features.plan import with_uris
 from tasks.features.standard import STANDARD
 from tasks.io.errors import DefinitionError, SourceError, VersionNotFound
-from tasks.store.own_columns import EVENT_TIME, TARGET
+from tasks.store.layout import EVENT_TIME, TARGET
 from tasks.training_sets.definition import FeatureReference, Label, Model, SpineSource
 from tasks.training_sets.plan import TrainingSetPlan, plan_training_set
 from tests.serving.feature_versions import DAY, customers, days, publish_features

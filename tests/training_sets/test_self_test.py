@@ -12,18 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tasks.features.config import FeatureStoreConfig, LabelThresholds
-from tasks.quality import label_quality, rules
+from tasks.quality import rules
+from tasks.quality.faults import unproven
 from tasks.quality.profile import profile_table
-from tasks.quality.self_test import unproven
-from tasks.store.manifest import (
-    ColumnSpec,
-    FaultResult,
-    FileEntry,
-    GateResult,
-    Manifest,
-    RowBalance,
-    RunRecord,
-)
+from tasks.store.manifest import ColumnSpec, FaultResult, FileEntry, GateResult, Manifest, RowBalance, RunRecord
 from tasks.training_sets import self_test as module
 from tasks.training_sets.gate import judge_training_set
 from tasks.training_sets.self_test import self_test
@@ -63,8 +55,8 @@ CHECKS: dict[str, tuple[Any, str]] = {
     "duplicates": (rules, "at_most"),
     "lost rows": (rules, "check_balance"),
     "null labels": (rules, "check_nulls"),
-    "one label": (label_quality, "check_target"),
-    "no keys": (label_quality, "check_canary"),
+    "one label": (rules, "check_target"),
+    "no keys": (rules, "check_canary"),
     "null keys": (rules, "check_nulls"),
     "schema": (rules, "check_schema"),
     "not finite": (rules, "check_finite"),

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from tasks.io.errors import DefinitionError
-from tasks.store.own_columns import EVENT_TIME, TARGET
+from tasks.store.layout import EVENT_TIME, TARGET
 from tasks.training_sets.definition import Label
 from tasks.training_sets.spine import label_rows
 from tests.serving.feature_versions import DAY, days

@@ -1,0 +1,392 @@
+"""Answers of `explain` as values: sections of facts, tables and sentences; and the sections common to all kinds."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from tasks.audit.find_rows import closest_keys, find_rows, typed_key
+from tasks.io import storage
+from tasks.io.errors import ConfigError, InputError
+from tasks.io.notation import expand
+from tasks.report.tables import as_json, brief, facts, moment, printable, show
+from tasks.store import layout
+from tasks.store.layout import AS_OF
+from tasks.store.manifest import Manifest
+from tasks.store.reading import explained
+from tasks.store.withdrawal import withdrawal_of
+
+_WIDEST = 120
+_STYLES = (("_reason", "_file", "_row", "_detail"), ("reason", "uri", "row", "detail"))
+"""Columns of rejected rows with reason, file, row and detail: of features' sources and copies; of images and labels."""
+
+Answer = Literal["held", "rejected", "left out"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """One section of the answer.
+
+    Attributes:
+        title: Its name; programs find it under this name in lower case.
+        facts: Names and values.
+        rows: A table, one mapping a row; all have the same names.
+        shown: Names of the columns that people see; empty for all.
+        notes: Sentences.
+
+    """
+
+    title: str
+    facts: Mapping[str, object] = field(default_factory=dict)
+    rows: Sequence[Mapping[str, object]] = ()
+    shown: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Answer about one row.
+
+    Attributes:
+        manifest: The version's.
+        key: Requested key.
+        answer: 'held' by the version; 'rejected' on the way to it; 'left out' of it on purpose.
+        headline: The answer in a sentence.
+        sections: The sections.
+
+    """
+
+    manifest: Manifest
+    key: str
+    answer: Answer
+    headline: str
+    sections: Sequence[Section]
+
+    def to_json(self) -> str:
+        """Return the answer for programs: sections by their names, every value in its original unit."""
+        sections = {
+            one.title.replace(" ", "_"): {"facts": dict(one.facts), "rows": list(one.rows), "notes": list(one.notes)}
+            for one in self.sections
+        }
+        return as_json(
+            {
+                "dataset": self.manifest.dataset,
+                "version": self.manifest.version,
+                "kind": layout.kind(self.manifest.dataset),
+                "key": self.key,
+                "answer": self.answer,
+                "headline": self.headline,
+                "sections": sections,
+            }
+        )
+
+    def show(self) -> None:
+        """Print the answer for people."""
+        print(printable(self.headline))
+        for section in self.sections:
+            print(f"\n{printable(section.title.upper())}")
+            facts({name: _plain(value) for name, value in section.facts.items()})
+            if section.rows:
+                if section.facts:
+                    print()
+                names = section.shown or tuple(section.rows[0])
+                rows = [[_cell(row.get(name)) for name in names] for row in section.rows]
+                numbers = [
+                    name for name in names if all(isinstance(row.get(name), int | float | None) for row in section.rows)
+                ]
+                show([printable(name) for name in names], rows, right=numbers)
+            for note in section.notes:
+                print(printable(note))
+
+
+def _plain(value: object) -> object:
+    """Return lists and mappings in one line, and numbers of the data with all their digits."""
+    match value:
+        case dt.datetime():
+            return moment(value)
+        case list() | tuple() | set():
+            return ", ".join(str(_plain(one)) for one in value)
+        case dict():
+            return ", ".join(f"{name} {'–' if one is None else _plain(one)}" for name, one in value.items())
+        case float():
+            return str(value)
+    return value
+
+
+def _cell(value: object) -> object:
+    """Shorten a value of a table; programs get all of it."""
+    plain = _plain(value)
+    return brief(plain, _WIDEST) if isinstance(plain, str) else plain
+
+
+def version_section(root: str, manifest: Manifest) -> Section:
+    """Return the state of the version, and the run and the code that made it."""
+    withdrawal = withdrawal_of(root, manifest.dataset, manifest.version)
+    facts = {
+        "version": f"{manifest.dataset} v{manifest.version}",
+        "status": "withdrawn" if withdrawal else manifest.status,
+        "withdrawn": None if withdrawal is None else str(withdrawal),
+        "data": layout.version_uri(root, manifest.dataset, manifest.version),
+        "created": manifest.created_at,
+        "run": manifest.run.flow_run_name or manifest.run.flow_run_id,
+        "code": manifest.code_digest,
+    }
+    return Section(title="version", facts={name: value for name, value in facts.items() if value is not None})
+
+
+def gate_section(manifest: Manifest, concerned: Mapping[str, str]) -> Section:
+    """Return the verdict of the gate, and the checks that didn't pass.
+
+    Args:
+        manifest: The version.
+        concerned: Columns (and names of sources) related to the row, and how.
+
+    """
+    open_checks = [check for check in manifest.gate.checks if check.verdict != "pass"]
+    rows = [
+        {
+            "check": check.name,
+            "column": check.column,
+            "verdict": check.verdict,
+            "concerns": "the version as a whole"
+            if check.column is None
+            else concerned.get(check.column, "not this row"),
+            "message": check.message,
+        }
+        for check in sorted(open_checks, key=lambda check: check.column not in concerned)
+    ]
+    facts = {"verdict": manifest.gate.verdict, "checks": len(manifest.gate.checks), "not passed": len(open_checks)}
+    return Section(title="gate", facts=facts, rows=rows)
+
+
+def rejected_rows(
+    root: str, manifest: Manifest, columns: Collection[str], keys: Collection[str]
+) -> list[dict[str, Any]]:
+    """Return rejected rows that have one of some keys in one of some columns, with the reason and their place.
+
+    Args:
+        root: Root of the store.
+        manifest: The version.
+        columns: Columns that may have the key, by the names of the sources.
+        keys: The key, as sources may spell it.
+
+    Raises:
+        CorruptVersion: a file of rejected rows is missing.
+
+    """
+    base = layout.version_uri(root, manifest.dataset, manifest.version)
+    found = []
+    for entry in manifest.rejected_files:
+        uri = layout.join(base, entry.path)
+        with explained(uri), storage.open_input(uri) as source:
+            file = pq.ParquetFile(source)
+            named = [name for name in file.schema_arrow.names if name in columns]
+            if named and pc.any(matching(file.read(columns=named), keys)).as_py():
+                table = file.read()
+                rows = table.filter(matching(table.select(named), keys)).to_pylist()
+                found += [_rejected(row, entry.path) for row in rows]
+    return found
+
+
+def matching(table: pa.Table, keys: Collection[str]) -> pa.Array:
+    """Mark the rows that have one of some keys in any column, of any type; '7.0' is 7."""
+    hits = pa.array([False] * table.num_rows)
+    for column in table.columns:
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        text = pc.utf8_trim_whitespace(column.cast(kind).cast(pa.string()))
+        plain = pc.replace_substring_regex(text, r"\.0$", "")
+        wanted = pa.array(list(keys), pa.string())
+        own = pc.or_(pc.is_in(text, wanted), pc.is_in(plain, wanted))
+        hits = pc.or_(hits, own.combine_chunks() if isinstance(own, pa.ChunkedArray) else own)
+    return hits
+
+
+def _rejected(row: Mapping[str, Any], path: str) -> dict[str, Any]:
+    style = _STYLES[0] if "_reason" in row else _STYLES[1]
+    reason, file, number, detail = (row.get(name) for name in style)
+    return {
+        "reason": reason,
+        "source file": file,
+        "source row": number,
+        "detail": detail or _meaning(str(reason)),
+        "values": {name: value for name, value in row.items() if name not in style},
+        "kept in": path,
+    }
+
+
+def _meaning(reason: str) -> str | None:
+    """Return a reason in words."""
+    if reason in _MEANINGS:
+        return _MEANINGS[reason]
+    if reason.startswith("no_") and reason.endswith("_row"):
+        return f"{reason[3:-4]} has no row of this key, and join = inner"
+    kind = next((one for one in _PREFIXES if reason.startswith(f"{one}_")), None)
+    return None if kind is None else _PREFIXES[kind].format(reason.removeprefix(f"{kind}_"))
+
+
+_MEANINGS = {"malformed_row": "the line has another number of fields than the header"}
+_PREFIXES = {
+    "null": "{} is missing",
+    "unparsable": "{} can't be read as what it should be",
+    "not_finite": "{} is NaN or infinite",
+    "negative": "{} is negative, and negative_amounts = reject",
+    "too_early": "{} is before the setting `earliest`",
+    "conflicting": "a row before it has the same {} and says something else",
+}
+
+
+def rejected_sections(rows: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> list[Section]:
+    """Return rejected rows as a section, none if there are none; people see their values as text."""
+    names = ("reason", "source file", "source row", "detail", "values", "kept in")
+    shown = tuple(name for name in names if any(row[name] is not None for row in rows))
+    return [Section(title="rejected", rows=rows, shown=shown, notes=notes)] if rows else []
+
+
+def rejected_sources(rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Return the names of the sources of rejected rows, as in the names of the files that keep these."""
+    return {row["kept in"].partition("/")[2].rsplit("-", 2)[0].removesuffix("-conflicts") for row in rows}
+
+
+def refuse(manifest: Manifest, what: str, key: str, close: Sequence[str]) -> NoReturn:
+    """Raise an error for a missing key of a version.
+
+    Raises:
+        InputError: always; its message names the closest keys.
+
+    """
+    cure = f"closest: {', '.join(close)}" if close else "none is like it; see `describe` for what the version holds"
+    raise InputError(
+        f"{manifest.dataset} v{manifest.version} has no {what} '{key}', among its rows or its rejected ones; {cure}"
+    )
+
+
+def pick_time(manifest: Manifest, key: str, times: Sequence[dt.datetime], at: str | None) -> dt.datetime:
+    """Return one of the times of a key's rows: the newest, unless one is given.
+
+    Raises:
+        ConfigError: the text isn't a time.
+        InputError: there is no row of that time; the message names the available ones.
+
+    """
+    if at is None:
+        return max(times)
+    try:
+        (wanted,) = expand((at,))
+    except ValueError as fault:
+        raise ConfigError(f"--at: {str(fault).removesuffix('.')}") from fault
+    if wanted not in times:
+        near = sorted(times, key=lambda time: abs(time - wanted))[:3]
+        known = ", ".join(time.isoformat() for time in sorted(near))
+        raise InputError(
+            f"{manifest.dataset} v{manifest.version} has no row of '{key}' at {wanted.isoformat()}; closest: {known}"
+        )
+    return wanted
+
+
+def absent(
+    root: str,
+    manifest: Manifest,
+    what: tuple[str, str],
+    why: str,
+    sections: Sequence[Section],
+    *,
+    answer: Answer = "rejected",
+    concerned: Mapping[str, str] | None = None,
+) -> Explanation:
+    """Return the answer about something that a version doesn't hold.
+
+    Args:
+        root: Root of the store.
+        manifest: The version's.
+        what: Kind of thing, and its key.
+        why: Reason for its absence.
+        sections: Further sections.
+        answer: Kind of the answer.
+        concerned: As in `gate_section`.
+
+    """
+    headline = f"{what[0]} {what[1]} isn't in {manifest.dataset} v{manifest.version}: {why}"
+    gate = gate_section(manifest, concerned or {})
+    return Explanation(manifest, what[1], answer, headline, [*sections, gate, version_section(root, manifest)])
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A row of an entity in a version.
+
+    Attributes:
+        key: The entity.
+        moment: Time of the row.
+        row: Its values.
+        rejected: Rows of the entity that were rejected.
+        section: Its place.
+
+    """
+
+    key: int | str
+    moment: dt.datetime
+    row: dict[str, Any]
+    rejected: list[dict[str, Any]]
+    section: Section
+
+
+def look_for(
+    root: str, manifest: Manifest, key: str, at: str | None, *, time: str, spellings: Collection[str]
+) -> Held | Explanation:
+    """Return an entity's row, or the whole answer if there are only rejected ones.
+
+    Args:
+        root: Root of the store.
+        manifest: The version's, which names its entity.
+        key: The entity's key, as it was typed.
+        at: The requested time; None: the newest.
+        time: Column of the rows' times.
+        spellings: Names of the key's column in the files of rejected rows.
+
+    Raises:
+        InputError: the version has no such row, and has rejected none.
+        ConfigError: the key or the time is invalid.
+
+    """
+    entity: str = manifest.definition["entity"]
+    rejected = rejected_rows(root, manifest, spellings, {key})
+
+    def nothing() -> Explanation:
+        concerned = dict.fromkeys(rejected_sources(rejected), "has rejected rows of it")
+        sections = rejected_sections(rejected)
+        return absent(root, manifest, (entity, key), "all that it had was rejected", sections, concerned=concerned)
+
+    try:
+        value = typed_key(manifest, entity, key)
+    except ConfigError:
+        if not rejected:
+            raise
+        return nothing()
+    if manifest.status == "rejected" and rejected:
+        return nothing()
+    found = find_rows(root, manifest, entity, value)
+    if not found.places:
+        if not rejected:
+            refuse(manifest, entity, key, closest_keys(root, manifest, entity, value))
+        return nothing()
+    times = [one.astimezone(dt.UTC) for one in found.table[time].to_pylist()]
+    picked = pick_time(manifest, key, times, at)
+    number = times.index(picked)
+    path, place = found.places[number]
+    facts = {
+        entity: value,
+        "as of" if time == AS_OF else "event time": picked,
+        "times held": sorted(times),
+        "rows of this time": times.count(picked) if times.count(picked) > 1 else None,
+        "file": path,
+        "row": place,
+        "read": found.read_of(manifest),
+    }
+    section = Section(title="row", facts={name: one for name, one in facts.items() if one is not None})
+    return Held(value, picked, found.rows[number] | {time: picked}, rejected, section)

@@ -1,0 +1,405 @@
+"""The stages of the delivery job, as each task runs them. Pure, but for the files they read and write.
+
+- look: a unit's files are compared with their manifest; it is read and judged; its train rows are profiled, its keys
+  are hashed, its rejected rows are written.
+- check: the hashes of a part of their range, of all units: finds repeated keys and entities in several splits.
+- scatter: a unit is read again, encoded, and cut into buckets by random keys.
+- gather: a bucket, of all units, is sorted by random key and written as a file.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tasks.delivery.config import DeliveryConfig
+from tasks.delivery.encoding import Encoder, Label, is_missing, label_counts, profile_features
+from tasks.delivery.keys import (
+    SPLITS,
+    Repeats,
+    SplitArray,
+    UInt64Array,
+    bucket_of,
+    entity_splits,
+    find_repeats,
+    random_keys,
+    repeated,
+    sample_ids,
+    sample_keys,
+    split_entities,
+)
+from tasks.delivery.source import Source, Unit, check_digests, read_pieces
+from tasks.engine.partition import split_by_key
+from tasks.io import storage
+from tasks.io.hashing import stable_hash
+from tasks.io.tensors import to_numpy
+from tasks.loader.blocks import IMAGE, BlockFormat, Samples, write_samples
+from tasks.quality.profile import TableProfile
+from tasks.quality.sketch import TopValues
+from tasks.store import layout
+from tasks.store.manifest import ColumnSpec, FileEntry, RowBalance
+from tasks.store.reservation import Reservation
+
+NOT_READY = "not_training_ready"
+REASON, FILE, ROW = "_reason", "_file", "_row"
+
+
+@dataclass(slots=True, kw_only=True)
+class UnitNote:
+    """Result of the first look at a unit.
+
+    Attributes:
+        unit: Its number.
+        rows: Rows read.
+        filtered: Rows left out on purpose, by reason.
+        rejected: Rows rejected, by reason.
+        rejected_file: File of the rejected rows.
+        samples: Rows that became samples, by split.
+        labels: Values of a target that may be classes, by split; none without such a target.
+        profile: Profile of the features, and of the target's numbers, in the train split, until it is merged.
+    """
+
+    unit: int
+    rows: int
+    filtered: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+    rejected_file: FileEntry | None = None
+    samples: npt.NDArray[np.int64]
+    labels: list[TopValues] | None
+    profile: TableProfile | None
+
+    @property
+    def left_out(self) -> int:
+        """Number of rows that become no sample."""
+        return self.filtered.total() + self.rejected.total()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """Result of checking a part of the hashes: repeated keys by unit, entities by split, and those in several."""
+
+    repeats: dict[int, Repeats] = field(default_factory=dict)
+    entities: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(SPLITS), np.int64))
+    leaking: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenBucket:
+    """A written file and its contents.
+
+    Attributes:
+        entry: The file.
+        split: Number of its split.
+        samples: Number of samples.
+        class_counts: Samples of each class, by class id; None without classes.
+        duplicate_ids: Samples with the id of another sample.
+    """
+
+    entry: FileEntry
+    split: int
+    samples: int
+    class_counts: npt.NDArray[np.int64] | None
+    duplicate_ids: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamingReady:
+    """Result of writing a copy, before the commit.
+
+    Attributes:
+        files: data files, in the order of their splits' samples.
+        profile: profile of the source's features and of the label, in the train split.
+        definition: `manifest.definition`.
+        samples: number of samples by split.
+        class_counts: samples by split, then class; empty without classes.
+        entities: distinct entities by split.
+        leaking_entities: entities that are in several splits.
+        repeated_keys: rows with the entity (and time) of an earlier row.
+        duplicate_ids: samples with the id of another sample.
+        timings: seconds of each stage.
+    """
+
+    reservation: Reservation
+    files: tuple[FileEntry, ...]
+    rejected_files: tuple[FileEntry, ...]
+    schema: pa.Schema
+    profile: TableProfile
+    balances: tuple[RowBalance, ...]
+    definition: dict[str, Any]
+    samples: dict[str, int]
+    class_counts: dict[str, dict[str, int]]
+    entities: dict[str, int]
+    leaking_entities: int
+    repeated_keys: int
+    duplicate_ids: int
+    timings: dict[str, float]
+
+    @property
+    def columns(self) -> tuple[ColumnSpec, ...]:
+        """Schema of the data files, for the manifest."""
+        return tuple(ColumnSpec(name=f.name, type=str(f.type), nullable=f.nullable) for f in self.schema)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Rows of a unit that become samples, with their splits and entities; and the other rows."""
+
+    rows: pa.Table
+    splits: SplitArray
+    entities: UInt64Array
+    read: int
+    reasons: Counter[str]
+    rejected: pa.Table
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """The first look at all units; `parts` parts of the hashes are checked one by one."""
+
+    config: DeliveryConfig
+    source: Source
+    reservation: Reservation
+    units: tuple[Unit, ...]
+    parts: int
+
+    def scatter(self, index: int) -> tuple[UnitNote, list[pl.DataFrame]]:
+        """Verify, read and judge a unit; return its note, and its keys and its entities in parts."""
+        check_digests(self.units[index])
+        loaded = load(self.units[index], self.source, self.config, self.source.columns)
+        note = note_of(index, loaded, self.source, self.config)
+        if loaded.rejected.num_rows:
+            uri = self.reservation.rejected_uri("rows", index)
+            note.rejected_file = self.reservation.entry(storage.write_parquet(loaded.rejected, uri))
+        keys = pl.DataFrame({"key": keys_of(loaded.rows, self.source), "row": np.arange(loaded.rows.num_rows)})
+        entities = pl.DataFrame({"key": loaded.entities, "split": loaded.splits.astype(np.int64)}).unique()
+        return note, [*split_by_key(keys, "key", self.parts), *split_by_key(entities, "key", self.parts)]
+
+    def gather(self, part: int, frames: Mapping[int, pl.DataFrame]) -> tuple[Checked, pa.Table]:
+        """Check a part of the keys, or, after those, of the entities; frames by unit."""
+        rows = pl.concat(frames.values())
+        hashes = rows["key"].to_numpy()
+        if part < self.parts:
+            units = np.repeat(list(frames), [len(frame) for frame in frames.values()])
+            found = Checked(repeats=find_repeats(hashes, units, rows["row"].to_numpy()))
+        else:
+            entities, leaking = split_entities(hashes, rows["split"].to_numpy().astype(np.int8))
+            found = Checked(entities=entities, leaking=leaking)
+        return found, pa.table({})
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A planned file: a part of the range of random keys of a split."""
+
+    split: int
+    part: int
+    parts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shuffle:
+    """The second pass: encode all units, and gather the samples of each bucket."""
+
+    config: DeliveryConfig
+    source: Source
+    reservation: Reservation
+    units: tuple[Unit, ...]
+    form: BlockFormat
+    encoder: Encoder | None
+    label: Label | None
+    buckets: tuple[Bucket, ...]
+    """Buckets by split, then part."""
+
+    def scatter(self, repeats: Mapping[int, Repeats], index: int) -> tuple[int, list[pa.Table]]:
+        """Return the number of a unit's samples, and the samples for each bucket.
+
+        Args:
+            repeats: Rows with keys of other rows, by unit.
+            index: Number of the unit.
+        """
+        columns = self.source.columns + ([IMAGE] if self.source.image else [])
+        loaded = load(self.units[index], self.source, self.config, columns)
+        ids = sample_ids(keys_of(loaded.rows, self.source), repeats.get(index, Repeats()))
+        samples = encode(loaded.rows, ids, self.encoder, self.label)
+        number = self._bucket_numbers(loaded.splits, random_keys(ids, self.config.seed))
+        order = np.argsort(number, kind="stable")
+        bounds = np.searchsorted(number[order], np.arange(len(self.buckets) + 1))
+        return len(ids), [samples.take(order[start:end]).to_arrow() for start, end in pairwise(bounds.tolist())]
+
+    def _bucket_numbers(self, splits: SplitArray, keys: UInt64Array) -> npt.NDArray[np.int64]:
+        numbers = np.empty(len(keys), np.int64)
+        firsts = {bucket.split: number for number, bucket in enumerate(self.buckets) if bucket.part == 0}
+        for split, first in firsts.items():
+            own = splits == split
+            numbers[own] = first + bucket_of(keys[own], self.buckets[first].parts)
+        return numbers
+
+    def gather(self, number: int, frames: Mapping[int, pa.Table]) -> tuple[WrittenBucket | None, pa.Table]:
+        """Write a bucket's samples by their random keys; nothing if there are none."""
+        parts = [Samples.from_arrow(frame) for frame in frames.values()]
+        ids = np.concatenate([part.ids for part in parts])
+        if not len(ids):
+            return None, pa.table({})
+        bucket = self.buckets[number]
+        keys = random_keys(ids, self.config.seed)
+        order = np.argsort(keys, kind="stable")
+        uri = self.reservation.data_uri(bucket.part, layout.split_directory(SPLITS[bucket.split]))
+        written = write_samples(uri, parts, order, self.form)
+        counts = None
+        if self.label is not None and self.label.kind == "class":
+            labels = np.concatenate([part.labels for part in parts if part.labels is not None])
+            counts = np.bincount(labels, minlength=len(self.label.classes))
+        made = WrittenBucket(
+            entry=self.reservation.entry(written),
+            split=bucket.split,
+            samples=len(ids),
+            class_counts=counts,
+            duplicate_ids=repeated(keys[order]),  # the keys are a bijection of the ids
+        )
+        return made, pa.table({})
+
+
+def encode(rows: pa.Table, ids: npt.NDArray[np.int64], encoder: Encoder | None, label: Label | None) -> Samples:
+    """Make samples of rows; without an encoder, of their images."""
+    values = to_numpy(rows, IMAGE) if encoder is None else encoder.encode(rows)
+    return Samples(values, None if label is None else label.encode(rows[label.column]), ids)
+
+
+def note_of(unit: int, loaded: Loaded, source: Source, config: DeliveryConfig) -> UnitNote:
+    """Return the note on a unit's rows after the first look."""
+    target = source.target
+    labels, profiled = None, list(source.features)
+    if target is not None:
+        column = loaded.rows[target]
+        counts = [
+            label_counts(column.filter(pa.array(loaded.splits == split)), config.target_kind)
+            for split in range(len(SPLITS))
+        ]
+        labels = [found for found in counts if found is not None] or None
+        profiled = list(dict.fromkeys([*profiled, target]))
+    return UnitNote(
+        unit=unit,
+        rows=loaded.read,
+        filtered=Counter({NOT_READY: loaded.reasons[NOT_READY]} if loaded.reasons[NOT_READY] else {}),
+        rejected=Counter({reason: rows for reason, rows in loaded.reasons.items() if reason != NOT_READY}),
+        samples=np.bincount(loaded.splits, minlength=len(SPLITS)),
+        labels=labels,
+        profile=profile_features(loaded.rows, profiled, loaded.splits == 0),
+    )
+
+
+def keys_of(rows: pa.Table, source: Source) -> UInt64Array:
+    """Return the key of each row."""
+    return sample_keys([rows[name] for name in source.keys])
+
+
+def plan_buckets(samples: npt.NDArray[np.int64], form: BlockFormat, file_bytes: float) -> tuple[Bucket, ...]:
+    """Return as many buckets a split as its samples need: the same on any cluster."""
+    a_file = max(1, int(file_bytes // form.sample_bytes))
+    parts = [-(-int(count) // a_file) for count in samples]
+    return tuple(Bucket(split, part, count) for split, count in enumerate(parts) for part in range(count))
+
+
+def load(unit: Unit, source: Source, config: DeliveryConfig, columns: Sequence[str]) -> Loaded:
+    """Read a unit, judge its rows, and assign a split to each valid one.
+
+    Args:
+        unit: The unit.
+        source: The unit's source.
+        config: Selection of rows; shares and seed of the splits.
+        columns: Columns to read, at least `source.columns`.
+    """
+    tables, splits, places = [], [], []
+    for file, table in read_pieces(unit, columns):
+        tables.append(table.select(columns))
+        splits.append(np.full(table.num_rows, -1 if file.split is None else file.split, np.int8))
+        places.append((file, table.num_rows))
+    rows = pa.concat_tables(tables)
+    codes, reasons = judge(rows, source, config)
+    rejected = _rejected_rows(rows, codes, reasons, unit, source)
+    return admit(rows, np.concatenate(splits), (codes, reasons), source, config, rejected=rejected)
+
+
+def admit(
+    rows: pa.Table,
+    given: SplitArray,
+    judged: tuple[npt.NDArray[np.int16], list[str]],
+    source: Source,
+    config: DeliveryConfig,
+    *,
+    rejected: pa.Table,
+) -> Loaded:
+    """Return the valid rows, each with its split.
+
+    Args:
+        rows: The rows.
+        given: Splits of the rows, -1 where the entity draws one.
+        judged: Result of `judge`.
+        source: Source of the rows.
+        config: Shares and seed of the splits.
+        rejected: The rejected rows, as they are kept.
+    """
+    codes, reasons = judged
+    counts = Counter({reasons[code]: int(count) for code, count in enumerate(np.bincount(codes)) if code and count})
+    good = codes == 0
+    kept = rows if good.all() else rows.filter(pa.array(good))
+    entities = stable_hash(kept[source.entity])
+    found = given[good]
+    drawn = entity_splits(entities, config.seed, config.validation_share, config.test_share)
+    return Loaded(kept, np.where(found < 0, drawn, found), entities, rows.num_rows, counts, rejected)
+
+
+def judge(rows: pa.Table, source: Source, config: DeliveryConfig) -> tuple[npt.NDArray[np.int16], list[str]]:
+    """Return why each row is left out, as an index into the reasons; 0 means not. The first reason counts."""
+    codes, reasons = np.zeros(rows.num_rows, np.int16), [""]
+
+    def mark(bad: npt.NDArray[np.bool_], reason: str) -> None:
+        codes[bad & (codes == 0)] = len(reasons)
+        reasons.append(reason)
+
+    if source.ready is not None:
+        mark(~pc.fill_null(rows[source.ready], False).to_numpy(), NOT_READY)
+    for name in dict.fromkeys([source.entity, source.keys[0]]):
+        mark(rows[name].is_null(nan_is_null=True).to_numpy(), f"null_{name}")
+    if source.target is not None:
+        mark(is_missing(rows[source.target]), f"null_{source.target}")
+    if config.nulls == "reject":
+        for name in source.features:
+            mark(is_missing(rows[name]), f"null_{name}")
+    return codes, reasons
+
+
+def _rejected_rows(
+    rows: pa.Table, codes: npt.NDArray[np.int16], reasons: Sequence[str], unit: Unit, source: Source
+) -> pa.Table:
+    """Return the rejected rows unchanged, with the reason and their place; without images."""
+    filtered = reasons.index(NOT_READY) if NOT_READY in reasons else 0
+    rejected = np.flatnonzero((codes > 0) & (codes != filtered))
+    table = rows.select(source.columns).take(pa.array(rejected))
+    files, numbers = _places(unit, rejected)
+    added = {
+        REASON: pa.array([reasons[code] for code in codes[rejected]], pa.string()),
+        FILE: pa.array(files, pa.string()),
+        ROW: pa.array(numbers),
+    }
+    for name, values in added.items():
+        table = table.append_column(name, values)
+    return table
+
+
+def _places(unit: Unit, rows: npt.NDArray[np.int64]) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """Return the file of some rows of a unit, and their numbers in it."""
+    counts = [sum(file.row_groups[group] for group in groups) for file, groups in unit.pieces]
+    before = [sum(file.row_groups[: groups[0]]) for file, groups in unit.pieces]
+    starts = np.cumsum([0, *counts])
+    piece = np.searchsorted(starts, rows, side="right") - 1
+    return [unit.pieces[p][0].uri for p in piece.tolist()], rows - starts[piece] + np.array(before, np.int64)[piece]

@@ -1,0 +1,302 @@
+"""Files of a streaming-ready version: mapped into memory, and checked against the manifest before a sample is read.
+
+`tasks.io.tensors.parquet_settings` writes tensor columns raw, each column chunk as one page without levels: its
+values are contiguous and end where the column chunk ends. This is checked here, in the footer and
+in the page's header, before any value is read by its address.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from tasks.io import storage
+from tasks.io.errors import ConfigError, CorruptVersion
+from tasks.io.tensors import TensorSpec, is_tensor, tensor_spec
+from tasks.loader.arguments import place
+from tasks.store import layout, versions
+from tasks.store.manifest import FileEntry, Manifest
+
+CURE = "publish a new version from the same sources, or restore the file from a copy"
+CHECKSUM = "batch_id"
+
+_CHECKSUM_BYTES = 16
+_HEADER_BYTES = 64  # more than the part of a page's header that is read
+_DATA_PAGES = (0, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class RawColumn:
+    """Place of a tensor column's values.
+
+    Attributes:
+        spec: Shape and element type of a block's values.
+        offsets: int64 (row groups,), start of each row group's values in the file.
+    """
+
+    spec: TensorSpec
+    offsets: npt.NDArray[np.int64]
+
+
+class MappedFile:
+    """A memory-mapped file of blocks.
+
+    Args:
+        file: The open file; it may be closed afterwards.
+        name: Name of the file in errors.
+
+    Attributes:
+        columns: Tensor columns by name, in the schema's order.
+        starts: int64 (row groups + 1,), first block of each row group, and the end.
+        address: Address of the file's first byte; valid as long as this object exists.
+
+    Raises:
+        CorruptVersion: it isn't a Parquet file, or its tensors aren't contiguous.
+
+    """
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self.name = name
+        status = os.fstat(file.fileno())
+        self._inode, self._written = (status.st_dev, status.st_ino), (status.st_mtime_ns, status.st_ctime_ns)
+        try:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._bytes = np.frombuffer(self._map, np.uint8)
+            self._parquet = pq.ParquetFile(pa.BufferReader(pa.py_buffer(self._map)))
+        except (pa.ArrowInvalid, ValueError) as error:
+            raise CorruptVersion(f"{name} can't be read as Parquet ({error}): {CURE}") from error
+        self.address: int = self._bytes.ctypes.data
+        footer = self._parquet.metadata
+        rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+        self.starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
+        schema = self._parquet.schema_arrow
+        self.columns = {
+            field.name: self._raw_column(tensor_spec(field), position)
+            for position, field in enumerate(schema)
+            if is_tensor(field)
+        }
+        self._checksums: dict[int, bytes] = {}
+        self._view = memoryview(self._map)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return int(self.starts[-1])
+
+    def check_length(self) -> None:
+        """Check that the file hasn't been truncated: reading past its end would end the process by SIGBUS.
+
+        Raises:
+            CorruptVersion: it has been truncated.
+        """
+        size = self._map.size()
+        if size < len(self._map):
+            raise CorruptVersion(f"{self.name} was cut from {len(self._map)} to {size} bytes while it was read: {CURE}")
+
+    def was_written(self) -> bool:
+        """Return True if the times of the file under this path have changed since the last call, or the mapping.
+
+        Another file under the same name is no change: the mapped one stays.
+        """
+        try:
+            status = os.stat(self.name)
+        except OSError:
+            return False
+        if (status.st_dev, status.st_ino) != self._inode:
+            return False
+        before, self._written = self._written, (status.st_mtime_ns, status.st_ctime_ns)
+        return before != self._written
+
+    def is_intact(self, block: int) -> bool:
+        """Return True if a block's tensors match the stored checksum.
+
+        Raises:
+            CorruptVersion: the checksums can't be read.
+        """
+        group = int(np.searchsorted(self.starts, block, side="right")) - 1
+        row = block - int(self.starts[group])
+        hasher = xxhash.xxh3_128()
+        for column in self.columns.values():
+            start = int(column.offsets[group]) + row * column.spec.width
+            hasher.update(self._view[start : start + column.spec.width])
+        expected = self._checksums_of(group)
+        return hasher.digest() == expected[row * _CHECKSUM_BYTES : (row + 1) * _CHECKSUM_BYTES]
+
+    def _checksums_of(self, group: int) -> bytes:
+        """Return the checksums of a row group's blocks, 16 bytes each."""
+        if group not in self._checksums:
+            try:
+                texts = self._parquet.read_row_group(group, columns=[CHECKSUM])[CHECKSUM].to_pylist()
+                found = bytes.fromhex("".join(texts))
+            except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+                raise CorruptVersion(f"{self.name}: its checksums can't be read ({error}): {CURE}") from error
+            if len(found) != _CHECKSUM_BYTES * len(texts):
+                raise CorruptVersion(f"{self.name}: {CHECKSUM!r} of row group {group} are no XXH3-128: {CURE}")
+            self._checksums[group] = found
+        return self._checksums[group]
+
+    def _raw_column(self, spec: TensorSpec, position: int) -> RawColumn:
+        footer, column = self._parquet.metadata, self._parquet.schema.column(position)
+        if column.path != column.name or column.max_definition_level:
+            raise CorruptVersion(f"{self.name}: column {column.path!r} may hold nulls, which tensors mustn't: {CURE}")
+        offsets = np.empty(footer.num_row_groups, np.int64)
+        for group in range(footer.num_row_groups):
+            chunk = footer.row_group(group).column(position)
+            size = footer.row_group(group).num_rows * spec.width
+            end = chunk.data_page_offset + chunk.total_compressed_size
+            offsets[group] = end - size
+            header = bytes(self._bytes[chunk.data_page_offset : chunk.data_page_offset + _HEADER_BYTES])
+            if chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page or _page_bytes(header) != size:
+                raise CorruptVersion(
+                    f"{self.name}: the values of column {column.name!r} don't lie one after the other in row group "
+                    f"{group}; write the file with tasks.io.tensors.parquet_settings, and publish it anew"
+                )
+        return RawColumn(spec, offsets)
+
+
+def _page_bytes(header: bytes) -> int | None:
+    """Return the size of a data page's contents from its header; None if it isn't a data page.
+
+    Thrift's compact protocol: a field's number and type in a byte, then its value. The first fields of a page's header
+    are its kind and its size, 32-bit integers in zigzag and 7-bit groups.
+    """
+    if len(header) < 3 or header[0] != 0x15 or header[1] >> 1 not in _DATA_PAGES or header[2] != 0x15:
+        return None
+    value = 0
+    for position, byte in enumerate(header[3:8]):
+        value |= (byte & 0x7F) << (7 * position)
+        if byte < 0x80:
+            return value >> 1
+    return None
+
+
+_PLACES = f"…/{layout.STREAMING_READY}/<name>/vN, or without vN for the latest one"
+_ODD_NUMBER = re.compile(r"v?-?[0-9.]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A published streaming-ready version.
+
+    Attributes:
+        root: Root of the store.
+        manifest: Everything known about the version.
+    """
+
+    root: str
+    manifest: Manifest
+
+    @property
+    def uri(self) -> str:
+        """Directory of the version."""
+        return layout.version_uri(self.root, self.manifest.dataset, self.manifest.version)
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """Definition of its samples: kind, sizes, features, label, constants to normalise by."""
+        return self.manifest.definition
+
+    def files(self, split: str) -> list[tuple[FileEntry, int]]:
+        """Return the files of a split and the number of samples in each, in the manifest's order.
+
+        Raises:
+            ConfigError: there is no such split, or it has no samples.
+        """
+        inside = layout.split_directory(split) + "/"
+        counts = self.definition["file_samples"]
+        found = [(entry, int(counts[entry.path])) for entry in self.manifest.files if entry.path.startswith(inside)]
+        if not sum(count for _, count in found):
+            names = [name for name, count in self.definition["samples"].items() if count]
+            raise ConfigError(f"{self.uri} has no samples in split {split!r}: use " + " or ".join(map(repr, names)))
+        return found
+
+
+def open_version(uri: str | os.PathLike[str]) -> Version:
+    """Find a streaming-ready version by its directory, or the latest one by that of its dataset.
+
+    Raises:
+        ConfigError: it isn't a place, or not one of streaming-ready datasets.
+        VersionNotFound: there is no such published version.
+        CorruptVersion: its manifest can't be read.
+    """
+    uri = storage.normalise(place("uri", uri, f"name the directory of a version, {_PLACES}"))
+    above, _, last = uri.rpartition("/")
+    number = layout.parse_version(last)
+    directory = uri if number is None else above
+    root, found, name = directory.rpartition(f"/{layout.TRAINING_DATASETS}/")
+    if not found or not name:
+        raise ConfigError(f"{uri!r} is no streaming-ready version: name {_PLACES}")
+    if number is None and _ODD_NUMBER.fullmatch(last):
+        raise ConfigError(f"{uri!r} has no version {last!r}: versions are v1, v2, …; name {_PLACES}")
+    dataset = layout.join(layout.TRAINING_DATASETS, name)
+    manifest = versions.resolve(root, dataset, "latest" if number is None else number)
+    version = Version(root, manifest)
+    if not {"kind", "block_size", "samples", "file_samples", "normalise"} <= manifest.definition.keys():
+        raise ConfigError(
+            f"{version.uri} isn't streaming-ready; make a streaming-ready copy of it with the training-delivery flow"
+        )
+    if fault := _contradiction(manifest):
+        raise CorruptVersion(f"{version.uri}: its manifest contradicts itself: {fault}: {CURE}")
+    return version
+
+
+def _contradiction(manifest: Manifest) -> str | None:
+    """Return a contradiction in a streaming-ready version's definition; None if there is none."""
+    said = manifest.definition
+    try:
+        counts = {path: int(count) for path, count in said["file_samples"].items()}
+        size, samples = int(said["block_size"]), {split: int(count) for split, count in said["samples"].items()}
+        sample_columns(said)
+        constants = [[float(value) for value in said["normalise"][name]] for name in ("mean", "std")]
+    except (AttributeError, KeyError, TypeError, ValueError) as fault:
+        return f"definition ({type(fault).__name__}: {fault})"
+    if size < 1 or said["kind"] not in ("table", "images"):
+        return f"kind {said['kind']!r} in blocks of {size}"
+    if len(constants[0]) != len(constants[1]):
+        return f"{len(constants[0])} means and {len(constants[1])} deviations to normalise by"
+    if counts.keys() != {entry.path for entry in manifest.files} or min(counts.values()) < 0:
+        return "file_samples isn't about the files that it lists"
+    for split, count in samples.items():
+        inside = layout.split_directory(split) + "/"
+        if (found := sum(own for path, own in counts.items() if path.startswith(inside))) != count:
+            return f"{count} samples in split {split!r}, and {found} in its files"
+    return None
+
+
+def misfits(version: Version, files: Sequence[tuple[FileEntry, int]]) -> Iterator[tuple[int, CorruptVersion]]:
+    """Yield the number and the error of each file that is missing or of the wrong size, found by one listing."""
+    base = version.uri
+    directories = {layout.join(base, entry.path.rpartition("/")[0]) for entry, _ in files}
+    sizes = {info.uri: info.bytes for inside in directories for info in storage.list_files(inside)}
+    for file, (entry, _) in enumerate(files):
+        uri = layout.join(base, entry.path)
+        if sizes.get(uri) == entry.bytes:
+            continue
+        if uri in sizes:
+            problem = f"{uri}: bytes differ from its manifest: expected {entry.bytes}, found {sizes[uri]}"
+        else:
+            problem = f"{uri} is missing, but its manifest lists it"
+        yield file, CorruptVersion(f"{problem}: {CURE}")
+
+
+def sample_columns(definition: dict[str, Any]) -> dict[str, TensorSpec]:
+    """Return the columns of a sample."""
+    columns = {}
+    if definition["kind"] == "table":
+        columns["features"] = TensorSpec((int(definition["feature_count"]),), "float32")
+    else:
+        image = definition["image"]
+        columns["image"] = TensorSpec(tuple(map(int, image["shape"])), str(image["dtype"]))
+    if definition["label"] is not None:
+        columns["label"] = TensorSpec((), "int64" if definition["label"]["kind"] == "class" else "float32")
+    return {**columns, "sample_id": TensorSpec((), "int64")}
