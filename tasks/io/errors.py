@@ -50,7 +50,7 @@ class DefinitionError(InputError):
 
 
 class GateFailed(PipelineError):
-    """Refusal of the data by the quality gate; nothing was published."""
+    """The quality gate refused the data; nothing was published."""
 
 
 class BalanceError(PipelineError):
@@ -58,39 +58,39 @@ class BalanceError(PipelineError):
 
 
 class LeakFound(PipelineError):
-    """Leak from the future: the output changed when a future row was added."""
+    """The output changed when a row from the future was added."""
 
 
 class ResourceError(PipelineError):
-    """Lack of resources on a machine."""
+    """A machine has too little room for the work."""
 
 
 class DiskFull(ResourceError, OSError):
-    """Lack of disk space, or quota, for a file."""
+    """There is no room, or no quota, for a file."""
 
 
 class WorkersKilled(ResourceError):
-    """Death of a task's worker at each of several tries."""
+    """A task's worker died at each of several tries."""
 
 
 class VersionNotFound(PipelineError, LookupError):
-    """Lack of such a published version."""
+    """No such version is published."""
 
 
 class CredentialsRefused(PipelineError):
-    """Refusal of the credentials by the store: they have expired, or are unknown or missing."""
+    """The store doesn't accept the credentials: they have expired, or are unknown or missing."""
 
 
 class VersionConflict(PipelineError):
-    """Version that another publisher holds or has committed."""
+    """Another publisher holds or has committed this version."""
 
 
 class Superseded(VersionConflict):
-    """Version based on one from which another publisher has published first."""
+    """Another publisher went on first from the version that this one began from."""
 
 
 class CorruptVersion(PipelineError):
-    """Published file that is missing or differs from its manifest."""
+    """A published file is missing or differs from its manifest."""
 
 
 class DamagedManifest(CorruptVersion):

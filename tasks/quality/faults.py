@@ -31,7 +31,8 @@ from tasks.io import storage
 from tasks.io.errors import PipelineError
 from tasks.io.hashing import stable_hash
 from tasks.io.text import plural
-from tasks.store.manifest import CheckResult, ColumnSpec, FaultResult, GateResult, Manifest, Outcome, Verdict
+from tasks.quality.rules import SEVERITY
+from tasks.store.manifest import CheckResult, ColumnSpec, FaultResult, GateResult, Manifest, Outcome
 from tasks.store.reading import explained
 
 SAMPLE_ROWS = 5000
@@ -173,7 +174,6 @@ def spread(table: pa.Table, column: str) -> float:
     return float(values.std()) if len(values) else 0.0
 
 
-SEVERITY: dict[Verdict, int] = {"pass": 0, "warn": 1, "fail": 2}
 ORDER: dict[Outcome, int] = {"blind": 0, "warned": 1, "refused": 2, "not applicable": 3}
 ITSELF = "self-test"
 """Name of the only fault of a self-test that could not be made."""

@@ -19,13 +19,13 @@ from tasks.quality import leakage
 from tasks.quality.profile import ColumnPartial, TableProfile, binned, chance_index, population_stability_index
 from tasks.store.manifest import CheckResult, ColumnProfile, GateResult, RowBalance, Verdict
 
-_SEVERITY: dict[Verdict, int] = {"pass": 0, "warn": 1, "fail": 2}
+SEVERITY: dict[Verdict, int] = {"pass": 0, "warn": 1, "fail": 2}
 
 
 def gate(checks: Sequence[CheckResult]) -> GateResult:
     """Return the worst verdict of one or more checks, with all of them in their order."""
     assert checks, "a gate without checks would pass anything"
-    worst: Verdict = max((check.verdict for check in checks), key=_SEVERITY.__getitem__)
+    worst: Verdict = max((check.verdict for check in checks), key=SEVERITY.__getitem__)
     return GateResult(verdict=worst, checks=tuple(checks))
 
 
