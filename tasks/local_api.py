@@ -7,6 +7,7 @@ it starts none. The history stays in Prefect's home directory, so `prefect serve
 Run as a module (`python -m tasks.local_api FD`) it is that server's process.
 """
 
+import gc
 import os
 import signal
 import socket
@@ -24,6 +25,7 @@ from tasks.io.errors import PipelineError
 START_SECONDS = 120.0  # a first start also migrates a new database: 10 s on an idle machine
 STOP_SECONDS = 10.0
 HURRIED_SECONDS = 3.0
+GARBAGE_SECONDS = 5.0
 
 
 @contextmanager
@@ -201,8 +203,27 @@ def _serve(listener: socket.socket) -> None:
     from prefect.server.api.server import create_app
 
     app = create_app(ephemeral=True, final=True)
+    _collect_garbage_in_a_thread(GARBAGE_SECONDS)
     config = uvicorn.Config(app, log_level="error", lifespan="on", access_log=False)
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def _collect_garbage_in_a_thread(seconds: float) -> None:
+    """Collect this process's cyclic garbage in a thread of its own from now on, once in some seconds.
+
+    A failed SQL statement leaves a cursor in its error's traceback. Freed by a collection in the event loop's thread,
+    the cursor waits for its connection, which waits up to 60 s for the database's lock, whose holder waits for the
+    event loop: all requests hang (aiosqlite 0.22, Prefect 3.8). In another thread only that thread waits.
+    """
+
+    def collect() -> None:
+        while True:
+            time.sleep(seconds)
+            gc.collect()
+
+    gc.disable()
+    gc.freeze()  # what has been imported is never garbage
+    threading.Thread(target=collect, name="garbage", daemon=True).start()
 
 
 if __name__ == "__main__":

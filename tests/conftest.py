@@ -62,9 +62,9 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     Its database's migration (10 s) is done once per machine and Prefect release, for it and for `own_home`.
     """
     import prefect.settings as names
-    from prefect.server.api.server import SubprocessASGIServer
     from prefect.settings import temporary_settings
 
+    from tasks.local_api import _server
     from tasks.runner import drain_api_queues
     from tests.processes import migrated_template, own_home
 
@@ -73,19 +73,15 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     settings = {
         names.PREFECT_HOME: prefect_home,
         names.PREFECT_SERVER_DATABASE_CONNECTION_URL: f"sqlite+aiosqlite:///{database}",
-        names.PREFECT_SERVER_ANALYTICS_ENABLED: False,
     }
-    with temporary_settings(settings):
-        server = SubprocessASGIServer()
-        server.start(timeout=90)
-        try:
-            _keep_template(database, migrated_template())
-            api = {names.PREFECT_API_URL: server.api_url}
-            with temporary_settings(api, set_defaults={names.PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-                yield server.api_url
-                drain_api_queues()  # before the server goes: at exit Prefect would try a dead API for a minute
-        finally:
-            server.stop()
+    with temporary_settings(settings), _server() as (url, ready):
+        ready()
+        _keep_template(database, migrated_template())
+        with temporary_settings(
+            {names.PREFECT_API_URL: url}, set_defaults={names.PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+        ):
+            yield url
+            drain_api_queues()  # before the server goes: at exit Prefect would try a dead API for a minute
 
 
 @pytest.fixture(scope="session")

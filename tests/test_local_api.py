@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -133,6 +134,32 @@ def test_the_settings_come_back_after_an_error(prefect_api: str) -> None:
         failing()
     assert PREFECT_API_URL.value() == prefect_api
     assert "PREFECT_API_URL" not in os.environ
+
+
+def test_cyclic_garbage_is_freed_in_a_thread_of_its_own() -> None:
+    """A cursor freed in the event loop's thread would wait for a lock that only the event loop can release."""
+    lines = """
+        import gc, threading, time
+        from tasks.local_api import _collect_garbage_in_a_thread
+
+        class Cursor:
+            def __del__(self):
+                freed.append(threading.current_thread())
+
+        freed = []
+        _collect_garbage_in_a_thread(0.05)
+        for _ in range(20):
+            cursor = Cursor()
+            cursor.itself = cursor
+            del cursor
+            [[] for _ in range(10_000)]  # would begin a collection here
+        give_up = time.monotonic() + 30
+        while len(freed) < 20 and time.monotonic() < give_up:
+            time.sleep(0.01)
+        assert len(freed) == 20, len(freed)
+        assert threading.main_thread() not in freed
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(lines)], check=True, timeout=60)
 
 
 def test_a_server_that_ends_at_once_is_explained() -> None:
