@@ -5,7 +5,6 @@ A training's worker is killed in `tests/training/test_trainer.py`, and within a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,11 @@ from tasks.engine.cluster import LOST_WORKER_RETRIES
 from tasks.io import storage
 from tasks.store import layout, versions
 from tasks.training.trainer import read_records
-from tests.conftest import another_ray
 from tests.faults.three_flows import (
     DATASETS,
     DELIVERY,
     FEATURES,
     IMAGES,
-    Planted,
     Reader,
     Runner,
     Store,
@@ -83,14 +80,6 @@ CURES = {
 }
 
 
-@pytest.fixture
-def ray_of_its_own(undisturbed: Store, planted: Planted) -> Iterator[None]:
-    """A Ray for one test: a pool of processes whose job failed may keep its CPUs as long as the Ray lives."""
-    with another_ray(**planted.environment()):
-        yield
-
-
-@pytest.mark.usefixtures("ray_of_its_own")
 @pytest.mark.parametrize(
     ("flow", "changes"),
     [
