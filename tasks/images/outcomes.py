@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.draws import image_keys
 from tasks.images.duplicates import SIGNATURE_BYTES, group_images
-from tasks.images.plan import ImagePlan, read_units
+from tasks.images.plan import ImagePlan, read_units, units_together
 from tasks.images.split import SPLITS, split_images
 from tasks.io import storage
 from tasks.io.errors import CorruptVersion
@@ -347,11 +348,15 @@ def write_originals(
     profiles, scores, passed, ready = [], [], [], []
     start = 0
     with ParquetStream(uri, ORIGINALS) as stream:
-        outcomes = read_outcomes(notes, [*_JUDGED, "content", "format", "height", "width", "hash"])
-        planned = read_units(plan.uri, range(plan.units), plan.images_per_unit)
-        for noted, images in zip(outcomes, planned, strict=True):
-            unit = slice(start, start + images.num_rows)
-            start = unit.stop
+        outcomes = iter(read_outcomes(notes, [*_JUDGED, "content", "format", "height", "width", "hash"]))
+        planned = iter(read_units(plan.uri, range(plan.units), plan.images_per_unit))
+        # With a row group a unit, the footer would be larger than the data.
+        together = units_together(plan.images_per_unit)
+        for first in range(0, plan.units, together):
+            units = min(together, plan.units - first)
+            noted, images = (pa.concat_tables(islice(tables, units)) for tables in (outcomes, planned))
+            chosen = slice(start, start + images.num_rows)
+            start = chosen.stop
             good = noted["reason"].is_null()
             judged = noted.filter(good)
             mask = good.to_numpy()
@@ -360,11 +365,12 @@ def write_originals(
                 continue
             passed.append(judged["passed"].to_numpy())
             ready.append(judged["ready"].to_numpy())
-            split = [SPLITS[one] for one in splits[unit][mask].tolist()]
-            table = original_rows(rows, judged, split, [names.get(group) for group in groups[unit][mask].tolist()])
+            split = [SPLITS[one] for one in splits[chosen][mask].tolist()]
+            table = original_rows(rows, judged, split, [names.get(group) for group in groups[chosen][mask].tolist()])
             scores.append(table["mean_score"].to_numpy())
             stream.write(table)
             profiles.append(profile_variants(rows, judged, table["split"]))
+    assert start == plan.images, "the notes don't belong to the plan"
     empty = pa.table({name: pa.array([], kind) for name, kind in _PROFILED.items()})
     return OriginalsFile(
         entry=plan.reservation.entry(stream.written),

@@ -109,7 +109,7 @@ def plan_images(config: ImageAugmentationConfig, reservation: Reservation, previ
     uri = layout.join(reservation.uri, layout.work_name("plan", 0, reservation.attempt))
     job = _job_digest(config, classes)
     digests = []
-    together = _units_together(config.images_per_file) * config.images_per_file
+    together = units_together(config.images_per_file) * config.images_per_file
     with ParquetStream(uri, PLAN, row_group_size=together) as stream:
         for first in range(0, rows.num_rows, together):
             group = rows.slice(first, together)
@@ -155,7 +155,7 @@ def read_unit(uri: str, unit: int, images_per_unit: int) -> pa.Table:
 
 def read_units(uri: str, units: Iterable[int], images_per_unit: int) -> Iterator[pa.Table]:
     """Yield the rows of some units of the plan one by one; each row group is read once if they are in order."""
-    together, held, rows = _units_together(images_per_unit), -1, pa.table({})
+    together, held, rows = units_together(images_per_unit), -1, pa.table({})
     with storage.open_input(uri) as source:
         file = pq.ParquetFile(source)
         for unit in units:
@@ -165,7 +165,7 @@ def read_units(uri: str, units: Iterable[int], images_per_unit: int) -> Iterator
             yield rows.slice(place * images_per_unit, images_per_unit)
 
 
-def _units_together(images_per_unit: int) -> int:
+def units_together(images_per_unit: int) -> int:
     """Return units a row group: each task parses the plan's footer, which has an entry a row group and column."""
     return -(-PLAN_ROW_GROUP // images_per_unit)
 

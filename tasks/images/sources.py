@@ -74,7 +74,7 @@ NAMED = 3  # names that a message lists before 'and n more'
 # The character before the dot keeps a name that is all suffix ('.png') from becoming empty.
 SUFFIX = r"([^/])\.[^./]*$"
 
-_PIECE = 8 * 2**20
+_PIECE = 2**20
 _UNSHOWABLE = re.compile(r"[\ud800-\udfff\x00-\x1f\x7f-\x9f]")
 
 
