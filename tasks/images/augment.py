@@ -35,7 +35,7 @@ from tasks.images.split import SPLITS
 from tasks.io import storage
 from tasks.io.errors import SourceError
 from tasks.io.faults import is_transient
-from tasks.io.storage import ParquetStream
+from tasks.io.storage import FileInfo, ParquetStream
 from tasks.io.tensors import parquet_settings
 from tasks.store import layout
 from tasks.store.manifest import FileEntry
@@ -48,9 +48,6 @@ BYTES_AT_ONCE = 64 << 20
 PAGE_BYTES = 1 << 20
 READ_AHEAD = 16
 UNREADABLE = "unreadable"
-
-_Listed = tuple[int | None, str | None]
-"""Size and stamp of a file in the listing; None if a file may have changed since."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,11 +177,10 @@ def _rows(
     worker = worker_for(config)
     keys = planned["key"].to_numpy()
     uris = planned["uri"].to_pylist()
-    listed: list[_Listed] = [(None, None)] * len(uris)
-    if "bytes" in planned.column_names:
-        listed = list(zip(planned["bytes"].to_pylist(), planned["stamp"].to_pylist(), strict=True))
-    contents_of = _contents(uris, listed)
-    for first, contents in _chunks(contents_of, config):
+    listed: Sequence[FileInfo | None] = [None] * len(uris)
+    if "stamp" in planned.column_names:  # copies were searched among the contents that were listed
+        listed = list(map(FileInfo, uris, planned["bytes"].to_pylist(), planned["stamp"].to_pylist()))
+    for first, contents in _chunks(_contents(uris, listed), config):
         own = outcomes[first : first + len(contents)]
         images = _decoded(worker, contents, own, clock)
         sizes = [expected_size(data) for data in contents]
@@ -305,7 +301,7 @@ def _decoded(
         clock.lap("augment")
 
 
-def _contents(uris: Sequence[str], listed: Sequence[_Listed]) -> Iterator[bytes | OSError]:
+def _contents(uris: Sequence[str], listed: Sequence[FileInfo | None]) -> Iterator[bytes | OSError]:
     """Yield the contents of each file, in order, or its fault; from S3 some are read ahead."""
     if not uris or not storage.is_s3(uris[0]):
         yield from map(_content, uris, listed)
@@ -320,23 +316,14 @@ def _contents(uris: Sequence[str], listed: Sequence[_Listed]) -> Iterator[bytes 
             yield ahead.popleft().result()
 
 
-def _content(uri: str, listed: _Listed) -> bytes | OSError:
-    """Return a file if it is as listed: copies were searched among the listed contents.
-
-    On a local disk its size and time of modification must be the same, on S3 its size: its ETag would cost a request.
-    """
-    size, stamp = listed
+def _content(uri: str, listed: FileInfo | None) -> bytes | OSError:
+    """Return a file, or its fault."""
     try:
-        data = storage.read_bytes(uri)
+        return storage.read_bytes(uri, listed)
     except OSError as error:
         if is_transient(error):
             raise
         return error
-    if size is not None and len(data) != size:
-        return OSError(f"it had {size:,} bytes when it was listed and has {len(data):,} now; run again")
-    if stamp is not None and not storage.is_s3(uri) and storage.local_stamp(uri) != stamp:
-        return OSError("it was written to after it was listed; run again")
-    return data
 
 
 def _note_picture(outcome: _Outcome, data: bytes, decoded: Decoded) -> None:

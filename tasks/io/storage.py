@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.asyn import sync
 
 from tasks.io.disk import MIB, NewFile, is_temporary, put_in_place, sync_directory, temporary_name, told_if_full
 from tasks.io.errors import ConfigError, PipelineError
@@ -62,6 +63,7 @@ SAMPLE_ABOVE = 64 * MIB
 _PARQUET = {"compression": "zstd", "row_group_size": MIB}
 _ZSTD_LEVEL = 1
 
+_WRITTEN_TO = "it was written to after it was listed; run again"
 _TRIES = 6
 _BROKEN_OFF = frozenset({"ClientPayloadError", "IncompleteRead", "IncompleteReadError", "ResponseStreamingError"})
 
@@ -144,18 +146,40 @@ def _check_bucket(uri: str) -> None:
 
 
 @explains_refusals
-def read_bytes(uri: str) -> bytes:
+def read_bytes(uri: str, listed: FileInfo | None = None) -> bytes:
     """Read a whole file.
+
+    Args:
+        uri: Its name.
+        listed: What it was when it was listed; None: unknown.
 
     Raises:
         FileNotFoundError: no such file.
+        OSError: it was written to after it was listed.
     """
     uri = normalise(uri)
     if not is_s3(uri):
-        return Path(uri).read_bytes()
+        data = Path(uri).read_bytes()
+        if listed is not None and (len(data), local_stamp(uri)) != (listed.bytes, listed.stamp):
+            raise OSError(_WRITTEN_TO)
+        return data
     filesystem, path = s3_filesystem(uri)
-    data: bytes = _read_whole(lambda: filesystem.cat_file(path, max_concurrency=1))
-    return data
+
+    def read() -> bytes:
+        if listed is None:
+            whole: bytes = filesystem.cat_file(path, max_concurrency=1)
+            return whole
+        bucket, _, key = path.partition("/")
+        answer = filesystem.call_s3("get_object", Bucket=bucket, Key=key, IfMatch=f'"{listed.stamp}"')
+        body: bytes = sync(filesystem.loop, answer["Body"].read)
+        return body
+
+    try:
+        return _read_whole(read)
+    except OSError as error:
+        if s3_error_code(error) in ("PreconditionFailed", "412"):
+            raise OSError(_WRITTEN_TO) from error
+        raise
 
 
 def read_many(uris: Iterable[str]) -> dict[str, bytes]:

@@ -14,6 +14,7 @@ from tasks.images.augment import ImageJob, augment_unit
 from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.images.outcomes import UnitNote
 from tasks.images.plan import plan_images
+from tasks.io import storage
 from tasks.io.errors import SourceError
 from tasks.store import layout
 from tasks.store.reservation import reserve
@@ -24,13 +25,16 @@ FLOW = "image-augmentation"
 PICTURE = encoded(scene(), "PNG")
 
 
-def run(root: Path, between: Callable[[Path], object] = lambda _: None, **settings: Any) -> tuple[UnitNote, list[Any]]:
+def run(
+    root: Path | str, between: Callable[[Any], object] = lambda _: None, **settings: Any
+) -> tuple[UnitNote, list[Any]]:
     """Plan, let something happen to the images, and augment; the note, and what was rejected while decoding."""
     small = {"augmentation": Augmentation(size=16, variants=1), "near_duplicates": None, **settings}
-    config = ImageAugmentationConfig(root=str(root / "store"), images=str(root / "images"), **small)
+    images = f"{root}/images" if isinstance(root, str) else root / "images"
+    config = ImageAugmentationConfig(root=f"{root}/store", images=str(images), **small)
     reservation = reserve(config.root, layout.image_dataset(config.name), "run")
     plan = plan_images(config, reservation, None)
-    between(root / "images")
+    between(images)
     job = ImageJob(
         config=config, reservation=reservation, plan_uri=plan.uri, digests=plan.digests, classes=len(plan.classes)
     )
@@ -64,8 +68,14 @@ def linked_to_itself(images: Path) -> None:
 
 BETWEEN = {
     "vanishes": (lambda images: (images / "cats/1.png").unlink(), "No such file"),
-    "grows": (lambda images: (images / "cats/1.png").write_bytes(PICTURE + b"x"), "bytes when it was listed and has"),
-    "is cut": (lambda images: (images / "cats/1.png").write_bytes(PICTURE[:99]), "and has 99 now; run again"),
+    "grows": (
+        lambda images: (images / "cats/1.png").write_bytes(PICTURE + b"x"),
+        "written to after it was listed; run again",
+    ),
+    "is cut": (
+        lambda images: (images / "cats/1.png").write_bytes(PICTURE[:99]),
+        "written to after it was listed; run again",
+    ),
     "is replaced by another of its size": (replaced_by_one_of_its_size, "written to after it was listed; run again"),
     "becomes a directory": (swapped_for_a_directory, "Is a directory"),
     "becomes a link to itself": (linked_to_itself, "symbolic links"),
@@ -81,6 +91,17 @@ def test_a_file_that_changes_after_it_was_listed(
     assert [(path, reason) for path, reason, _ in rejected] == [("cats/1.png", "unreadable")]
     assert said in rejected[0][2]
     assert (note.images, note.augmented, note.rejected) == (2, 1, {"unreadable": 1})
+    proven("image that vanishes or changes between listing and reading", FLOW, "rejected: unreadable, and counted")
+
+
+def test_an_object_that_is_replaced_by_another_of_its_size(s3_root: str, proven: Proven) -> None:
+    other = PICTURE[:-4] + b"else"
+    for name, data in (("cats/1.png", PICTURE), ("dogs/2.png", PICTURE)):
+        storage.write_bytes(f"{s3_root}/images/{name}", data)
+    note, rejected = run(s3_root, lambda images: storage.write_bytes(f"{images}/cats/1.png", other))
+    assert [(path, reason) for path, reason, _ in rejected] == [("cats/1.png", "unreadable")]
+    assert "written to after it was listed; run again" in rejected[0][2]
+    assert (note.images, note.augmented) == (2, 1)
     proven("image that vanishes or changes between listing and reading", FLOW, "rejected: unreadable, and counted")
 
 
