@@ -63,6 +63,7 @@ class Shards:
         files: number of files, including skipped ones.
         remote: True if its files come through the cache.
         skipped_files: number of skipped files.
+        picked: names of the columns to gather.
 
     Raises:
         ConfigError: as `Version.files`.
@@ -95,7 +96,7 @@ class Shards:
         self._next_look = self._next_times = 0.0
         self._read = np.empty(0, np.bool_)  # chunks that were fetched, once and for all
         self._stays = sum(entry.bytes for entry, _ in self._files) < memory_bytes() // 2
-        self._picked: tuple[str, ...] = ()
+        self.picked: tuple[str, ...] = ()
         self._widths = np.empty(0, np.int64)
         self._mapped: dict[int, MappedFile] = {}
         self._bad: set[int] = set()
@@ -152,8 +153,8 @@ class Shards:
 
     def pick(self, names: tuple[str, ...]) -> None:
         """Choose the columns to gather."""
-        if names != self._picked:
-            self._picked = names
+        if names != self.picked:
+            self.picked = names
             self._widths = np.array([self.columns[name].width for name in names], np.int64)
             self._pick()
 
@@ -331,8 +332,8 @@ class Shards:
 
     def _pick(self) -> None:
         """Build the table of the picked columns' addresses, (columns, row groups)."""
-        self._addresses = np.empty((len(self._picked), len(self._places.starts)), np.int64)
-        for row, name in zip(self._addresses, self._picked, strict=True):
+        self._addresses = np.empty((len(self.picked), len(self._places.starts)), np.int64)
+        for row, name in zip(self._addresses, self.picked, strict=True):
             for file, mapped in self._mapped.items():
                 first, end = self._places.groups[file : file + 2]
                 row[first:end] = mapped.address + mapped.columns[name].offsets
