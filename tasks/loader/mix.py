@@ -66,13 +66,13 @@ class SourceOrder:
         self._lap = self._position = 0
         self._counts = np.zeros(len(quotas), np.int64)
 
-    def before(self, places: Sequence[int]) -> IntArray:
+    def before(self, places: Sequence[int] | IntArray) -> IntArray:
         """Return the samples of each source before some places, (places, sources).
 
         Args:
             places: In ascending order, none before the last ones asked for. After an epoch another one begins.
         """
-        ends = np.array(places, np.int64) // self._unit
+        ends = np.asarray(places, np.int64) // self._unit
         if self._key is None and (lap := int(ends[0]) // self._period) > self._lap:
             self._lap, self._position = lap, lap * self._period
             self._counts[:] = lap * self._quotas

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple, Unpack
 
+import numpy as np
+
 from tasks.io.errors import ConfigError, InputError
 from tasks.loader.arguments import LIMIT, one_of, place, whole_number
 from tasks.loader.kernel import draw_key
@@ -32,6 +34,7 @@ from tasks.loader.stream import Batch, BatchStream, Options
 By = Literal["proportion", "repeat", "choose"]
 Stop = Literal["first", "all"]
 
+_STEPS = 16  # that are planned at a time
 _NEARLY = Fraction(1, 10**6)  # of a sample: weights such as 1/3 are rounded
 
 
@@ -241,7 +244,7 @@ class MixedStream(BatchStream):
         count = len(self._names)
         if type(since) is not int or not 0 <= since <= state["batches"]:
             raise InputError(f"the state's since = {since!r} is none of {state['batches']} batches before it: {cure}")
-        for name, values, kind, most in (("weights", weights, float, float("inf")), ("taken", taken, int, LIMIT)):
+        for name, values, kind, most in (("weights", weights, float, float("inf")), ("taken", taken, int, LIMIT // 2)):
             if (
                 not isinstance(values, list)
                 or len(values) != count
@@ -299,29 +302,34 @@ def _steps(
         starts: Samples of the stretch before each step.
         share: The worker's part of a step.
     """
-    for start in starts:
-        low, high = (start + bound for bound in share.bounds)
-        end = start + share.step
-        last = min(max(real, start), end)
-        places = sorted({start, low, high, last, end})
-        counts = dict(zip(places, order.before(places).tolist(), strict=True))
-        takes: list[Take] = []
-        for kind in (True, False):
-            for source in range(len(samples)):
-                begin, stop = (counts[at][source] for at in ((start, last) if kind else (last, end)))
-                low_in, high_in = (min(max(counts[at][source], begin), stop) - begin for at in (low, high))
-                whole = Take(source, 0, taken[source] + begin, stop - begin, low_in, high_in, kind)
-                takes += _in_laps(whole, samples[source])
-        yield takes
+    low, high = share.bounds
+    for group in range(0, len(starts), _STEPS):
+        begins = np.array(starts[group : group + _STEPS], np.int64)
+        ends = begins + share.step
+        places = np.stack([begins, np.clip(real, begins, ends), ends, begins + low, begins + high], axis=1)
+        asked, back = np.unique(places, return_inverse=True)
+        counts = order.before(asked)[back].reshape(*places.shape, len(samples)) + taken
+        begin, last, end, part_low, part_high = counts.transpose(1, 0, 2)
+        parts = []  # real samples of each source, then those that fill batches
+        for first, stop in ((begin, last), (last, end)):
+            bounds = (np.clip(part, first, stop) - first for part in (part_low, part_high))
+            parts.append(np.stack([first, stop - first, *bounds], axis=2))
+        for kinds in np.stack(parts, axis=1).tolist():
+            takes: list[Take] = []
+            for kind, part in zip((True, False), kinds, strict=True):
+                for source, (first, size, low_in, high_in) in enumerate(part):
+                    if low_in < high_in:
+                        _add(takes, Take(source, 0, first, size, low_in, high_in, kind), samples[source])
+            yield takes
 
 
-def _in_laps(take: Take, samples: int) -> Iterator[Take]:
-    """Yield a take that starts anywhere after a source's beginning as takes of its laps, of so many samples each."""
-    _, _, start, size, low, high, _ = take
+def _add(takes: list[Take], take: Take, samples: int) -> None:
+    """Add a take that starts anywhere after a source's beginning as takes of its laps, of so many samples each."""
+    source, _, start, size, low, high, real = take
     while low < high:
         lap, at = divmod(start, samples)
         here = min(size, samples - at)
         if low < here:
-            yield take._replace(lap=lap, start=at, size=here, low=low, high=min(high, here))
+            takes.append(Take(source, lap, at, here, low, min(high, here), real))
         start, size = start + here, size - here
         low, high = max(low - here, 0), high - here
