@@ -26,7 +26,7 @@ from tasks.io import storage
 from tasks.io.errors import CorruptVersion
 from tasks.loader.cache import FileCache
 from tasks.loader.kernel import BAD, GOOD, UNKNOWN, Places, blocks_of, fetch, files_of, gather, unknown_blocks
-from tasks.loader.version_files import CURE, MappedFile, Version, misfits, open_version, sample_columns
+from tasks.loader.version_files import CURE, MappedFile, Version, misfits, missing_file, open_version, sample_columns
 from tasks.store import layout
 from tasks.store.manifest import FileEntry
 
@@ -280,7 +280,10 @@ class Shards:
 
     def _open_bytes(self, uri: str, entry: FileEntry) -> BinaryIO:
         if not self.remote:
-            return Path(uri).open("rb")
+            try:
+                return Path(uri).open("rb")
+            except FileNotFoundError as error:
+                raise missing_file(uri) from error
         assert self._cache is not None, "a remote version needs a cache"
         return self._cache.open(uri, entry, self._stop)
 

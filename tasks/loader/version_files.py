@@ -285,9 +285,14 @@ def misfits(version: Version, files: Sequence[tuple[FileEntry, int]]) -> Iterato
             continue
         if uri in sizes:
             problem = f"{uri}: bytes differ from its manifest: expected {entry.bytes}, found {sizes[uri]}"
+            yield file, CorruptVersion(f"{problem}: {CURE}")
         else:
-            problem = f"{uri} is missing, but its manifest lists it"
-        yield file, CorruptVersion(f"{problem}: {CURE}")
+            yield file, missing_file(uri)
+
+
+def missing_file(uri: str) -> CorruptVersion:
+    """Return the error for a file that isn't there."""
+    return CorruptVersion(f"{uri} is missing, but its manifest lists it: {CURE}")
 
 
 def stored_column(version: Version, split: str, name: str) -> npt.NDArray[np.int64]:

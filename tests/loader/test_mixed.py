@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tasks.io.errors import ConfigError, CorruptVersion, InputError
 from tasks.loader.mix import SourceOrder, apportion
 from tasks.loader.mixed import MixedStream
+from tasks.loader.order import Sizes
 from tasks.loader.stream import BatchStream, TrainingStream
 from tests.delivery.making import damage, image_version, publish, table_samples, table_version
 
@@ -464,6 +465,26 @@ def test_a_damaged_source_is_named_or_its_samples_are_skipped_and_counted(three,
         assert sorted(sample for source, sample in found if source == 1) == good
         assert counts(found, 2) == [60, 50]
         assert sum(stream.stats.skipped_samples for stream in streams) == 10
+
+
+def test_a_source_that_vanishes_in_mid_epoch_is_named_and_nothing_comes_twice(
+    three, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("tasks.loader.shards._MAPPED_AT_ONCE", 0)
+    gone = table_version(str(tmp_path), *[20] * 20, seed=9)
+    (stream,) = workers({three[0]: 1, gone: 1}, 1)
+    stream._sizes[1] = Sizes(4, 2, 8, 2, 8)  # few samples are announced ahead
+    iteration = iter(stream)
+    found = [next(iteration)["sample_id"] for _ in range(3)]
+    for path in Path(gone).rglob("*.parquet"):
+        path.rename(path.with_suffix(".away"))
+    with pytest.raises(CorruptVersion, match=r"part-000\d\d-a1.parquet is missing, but its manifest lists it"):
+        found.extend(batch["sample_id"] for batch in iteration)
+    assert stream.state_dict()["batches"] == len(found)
+    for path in Path(gone).rglob("*.away"):
+        path.rename(path.with_suffix(".parquet"))
+    found.extend(batch["sample_id"][batch["mask"]] for batch in stream)
+    assert len(set(np.concatenate(found).tolist())) == len(np.concatenate(found)) == 180
 
 
 def test_single_samples_come_from_a_source(three) -> None:
