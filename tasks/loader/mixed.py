@@ -66,8 +66,8 @@ class MixedStream(BatchStream):
         batch_size: Samples of a batch of each worker.
         mix: 'stratified': in each batch each source has its share of the samples; where this is no whole number,
             rounded so that in any number of first batches it has its share, rounded down or up. 'proportional': the
-            source of each sample is drawn from the seed. 'alternating': each batch is of one source. In an epoch, the
-            numbers are exact in each.
+            source of each sample is drawn from the seed. 'alternating': each batch is of one source, so that workers
+            take turns with it, and read more files. In an epoch, the numbers are exact in each.
         by: Meaning of the weights. 'proportion': shares of the samples. 'repeat': how often a source comes in an epoch;
             0.5 is half of it. 'choose': samples of an epoch.
         epoch_size: Samples of an epoch over all workers, by 'proportion'; None: given by `stop`. Alternating ones are
@@ -305,31 +305,37 @@ def _steps(
     low, high = share.bounds
     for group in range(0, len(starts), _STEPS):
         begins = np.array(starts[group : group + _STEPS], np.int64)
-        ends = begins + share.step
-        places = np.stack([begins, np.clip(real, begins, ends), ends, begins + low, begins + high], axis=1)
+        ends = np.clip(real, begins, begins + share.step)
+        places = np.stack([begins, ends, begins + low, begins + high], axis=1)
         asked, back = np.unique(places, return_inverse=True)
         counts = order.before(asked)[back].reshape(*places.shape, len(samples)) + taken
-        begin, last, end, part_low, part_high = counts.transpose(1, 0, 2)
-        parts = []  # real samples of each source, then those that fill batches
-        for first, stop in ((begin, last), (last, end)):
-            bounds = (np.clip(part, first, stop) - first for part in (part_low, part_high))
-            parts.append(np.stack([first, stop - first, *bounds], axis=2))
-        for kinds in np.stack(parts, axis=1).tolist():
+        begin, last, part_low, part_high = counts.transpose(1, 0, 2)
+        # The real ones of a step, and of them the worker's; and how many more it takes to fill its batch.
+        bounds = (np.clip(part, begin, last) - begin for part in (part_low, part_high))
+        fillers = np.maximum(part_high, last) - np.maximum(part_low, last)
+        plan = np.stack([begin, last - begin, *bounds, fillers], axis=2).tolist()
+        for parts in plan:
             takes: list[Take] = []
-            for kind, part in zip((True, False), kinds, strict=True):
-                for source, (first, size, low_in, high_in) in enumerate(part):
-                    if low_in < high_in:
-                        _add(takes, Take(source, 0, first, size, low_in, high_in, kind), samples[source])
+            for source, (first, size, low_in, high_in, _) in enumerate(parts):
+                if low_in < high_in:
+                    step = (size, low_in, high_in)
+                    _add(takes, Take(source, 0, first, *step, step), samples[source])
+            for source, (first, size, _, _, count) in enumerate(parts):
+                if count:
+                    # Those with which the lap began: the files that the worker reads have them.
+                    step = (count * share.world_size, count * share.rank, count * (share.rank + 1))
+                    lap = max(first + size - 1, 0) // samples[source]
+                    takes.append(Take(source, lap, 0, *step, step, real=False))
             yield takes
 
 
 def _add(takes: list[Take], take: Take, samples: int) -> None:
     """Add a take that starts anywhere after a source's beginning as takes of its laps, of so many samples each."""
-    source, _, start, size, low, high, real = take
+    start, size, low, high = take[2:6]
     while low < high:
         lap, at = divmod(start, samples)
         here = min(size, samples - at)
         if low < here:
-            takes.append(Take(source, lap, at, here, low, min(high, here), real))
+            takes.append(Take(take.source, lap, at, here, low, min(high, here), take.step))
         start, size = start + here, size - here
         low, high = max(low - here, 0), high - here

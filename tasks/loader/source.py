@@ -22,6 +22,8 @@ class Take(NamedTuple):
         size: samples of the step.
         low: start of the worker's part of them, when they are sorted by stream.
         high: end of the part.
+        step: size, low and high of the whole step, of which this may be the part in one lap; they tell which streams
+            the worker reads.
         real: False for samples that only fill a batch.
     """
 
@@ -31,6 +33,7 @@ class Take(NamedTuple):
     size: int
     low: int
     high: int
+    step: tuple[int, int, int]
     real: bool = True
 
 
@@ -52,11 +55,12 @@ class Source:
 
         Chunks that are needed soon are announced to the shards.
         """
-        _, lap, start, size, low, high, real = take
+        _, lap, start, size, low, high, step, real = take
         if lap != self._lap:
             self._lap, self._named, self._order = lap, 0, self._order_of(lap)
-            self._streams = self._order.streams_cut(start, size, low, high)
-        self._announce(start, size)
+            self._streams = self._order.streams_cut(start, *step)
+        if real:
+            self._announce(start, size)
         index, found = self._order.cut(start, size, low, high)
         return index, found if real else 0
 

@@ -646,5 +646,5 @@ class TrainingStream(BatchStream):
         return [Source(self._shards, order_of)]
 
     def _takes(self, epoch: int, first: int, starts: range, share: Share) -> Iterator[list[Take]]:
-        begin = first * share.batch_size
-        return ([Take(0, epoch, begin + start, share.step, *share.bounds)] for start in starts)
+        begin, step = first * share.batch_size, (share.step, *share.bounds)
+        return ([Take(0, epoch, begin + start, *step, step)] for start in starts)

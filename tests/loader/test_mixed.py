@@ -17,6 +17,7 @@ from tasks.loader.mix import SourceOrder, apportion
 from tasks.loader.mixed import MixedStream
 from tasks.loader.order import Sizes
 from tasks.loader.stream import BatchStream, TrainingStream
+from tests.conftest import new_bucket
 from tests.delivery.making import damage, image_version, publish, table_samples, table_version
 
 MIXES = ["stratified", "proportional", "alternating"]
@@ -46,7 +47,7 @@ def workers(
     return streams
 
 
-def run(streams: Sequence[BatchStream], steps: int | None = None) -> list[Delivered]:
+def run(streams: Sequence[BatchStream], steps: int | None = None, damaged: bool = False) -> list[Delivered]:
     """Real samples of each global batch in turn."""
     batches: list[Delivered] = []
     for number, step in enumerate(zip(*streams, strict=True), start=1):
@@ -54,6 +55,7 @@ def run(streams: Sequence[BatchStream], steps: int | None = None) -> list[Delive
             real = batch.get("mask", slice(None))
             source = batch.get("source", np.zeros(len(batch["sample_id"]), np.int64))
             assert source.dtype == np.int64
+            assert len(source) == streams[0]._batch_size or damaged
             batches.append(list(zip(source[real].tolist(), batch["sample_id"][real].tolist(), strict=True)))
         if number == steps:
             break
@@ -461,7 +463,7 @@ def test_a_damaged_source_is_named_or_its_samples_are_skipped_and_counted(three,
     good = sorted(table_samples(60, 9)["sample_id"][10:].tolist())
     for count in (1, 3):
         streams = workers(sources, count, on_corrupt="skip")
-        found = flat(run(streams))
+        found = flat(run(streams, damaged=True))
         assert sorted(sample for source, sample in found if source == 1) == good
         assert counts(found, 2) == [60, 50]
         assert sum(stream.stats.skipped_samples for stream in streams) == 10
@@ -485,6 +487,19 @@ def test_a_source_that_vanishes_in_mid_epoch_is_named_and_nothing_comes_twice(
         path.rename(path.with_suffix(".parquet"))
     found.extend(batch["sample_id"][batch["mask"]] for batch in stream)
     assert len(set(np.concatenate(found).tolist())) == len(np.concatenate(found)) == 180
+
+
+def test_each_worker_downloads_its_share_of_each_source(s3_url: str, tmp_path: Path) -> None:
+    files = [20 + number * 7 % 11 for number in range(32)]  # four streams
+    sources = {table_version(new_bucket(s3_url), *files, seed=seed): 1 for seed in range(2)}
+    found: list[int] = []
+    for rank in range(4):  # each with a cache of its own, as on a node of its own
+        with MixedStream(
+            sources, batch_size=16, rank=rank, world_size=4, as_numpy=True, cache_dir=tmp_path / str(rank)
+        ) as stream:
+            found += [sample for batch in stream for sample in batch["sample_id"][batch["mask"]].tolist()]
+            assert stream.stats.cache_misses <= 2 * (32 // 4 + 8)  # a stream more of each
+    assert len(set(found)) == len(found) == 2 * sum(files)
 
 
 def test_single_samples_come_from_a_source(three) -> None:
