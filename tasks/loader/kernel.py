@@ -25,6 +25,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _HALF = np.uint64(32)
+_NEVER = np.int64(2**63 - 1)
 
 tools: Any = cgutils
 UNKNOWN, GOOD, BAD = np.uint8(0), np.uint8(1), np.uint8(2)
@@ -167,6 +168,66 @@ def deal(  # noqa: PLR0917 - compiled functions take numbers one by one
                     found += 1
                     real += 0 if again else taken
     return runs[:found], real
+
+
+@jit
+def spread_sources(quotas: IntArray, position: int, counts: IntArray, ends: IntArray, out: IntArray) -> None:
+    """Go on through a sequence that spreads each source evenly, and write the counts before some positions.
+
+    In any n first places of the periodic sequence, a source has its share of n, rounded down or up. Its k-th item may
+    come from place floor(k / share) on, and must come before place ceil((k + 1) / share); of those that may come, the
+    one that must come first is taken, which meets all terms since the shares add up to one.
+
+    Args:
+        quotas: (S,) items of each source in a period, of fewer than 2**31 items.
+        position: Place to go on from.
+        counts: (S,) items of each source before it; updated.
+        ends: (E,) places in ascending order, none before `position`.
+        out: (E, S) items of each source before these places.
+
+    """
+    period, sources = quotas.sum(), len(quotas)
+    first, last = np.empty(sources, np.int64), np.empty(sources, np.int64)
+    for source in range(sources):
+        quota = quotas[source]
+        first[source] = counts[source] * period // quota if quota else _NEVER
+        last[source] = ((counts[source] + 1) * period - 1) // quota if quota else _NEVER
+    for end in range(len(ends)):
+        for place in range(position, ends[end]):
+            best, term = 0, _NEVER
+            for source in range(sources):
+                if first[source] <= place and last[source] < term:
+                    best, term = source, last[source]
+            counts[best] += 1
+            first[best] = counts[best] * period // quotas[best]
+            last[best] = ((counts[best] + 1) * period - 1) // quotas[best]
+        position = ends[end]
+        out[end] = counts
+
+
+@jit
+def draw_sources(  # noqa: PLR0917 - compiled functions take arrays one by one
+    quotas: IntArray, position: int, counts: IntArray, ends: IntArray, out: IntArray, key: Any
+) -> None:
+    """Go on through a random permutation of the quotas' items, and write the counts before some positions.
+
+    Arguments are those of `spread_sources`, and the key of the draws. Each item is drawn from those that are left.
+    """
+    period, sources = quotas.sum(), len(quotas)
+    for end in range(len(ends)):
+        for place in range(position, ends[end]):
+            lap = place // period
+            bits = mix(key + np.uint64(place) * _GOLDEN)
+            drawn = np.int64(((bits >> _HALF) * np.uint64((lap + 1) * period - place)) >> _HALF)
+            source = 0
+            while source < sources - 1:
+                drawn -= (lap + 1) * quotas[source] - counts[source]
+                if drawn < 0:
+                    break
+                source += 1
+            counts[source] += 1
+        position = ends[end]
+        out[end] = counts
 
 
 @jit

@@ -24,6 +24,7 @@ workers is arithmetic.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -47,7 +48,7 @@ _REGION_BYTES = 1 << 30  # of all streams together
 # all of them before its first batch.
 _MOST_STREAMS, _STREAM_FILES = 64, 8
 
-_REGIONS, _CHUNKS, _SAMPLES = range(3)  # levels of draws: append to them, never renumber
+_REGIONS, _CHUNKS, _SAMPLES, DRAWS, SOURCES, SEEDS = range(6)  # levels of draws: append to them, never renumber
 _STREAM_DRAWS = 32  # bits for the draws of a level in a stream
 
 
@@ -107,6 +108,11 @@ class Share(NamedTuple):
         """Samples of a step."""
         return self.world_size * self.batch_size
 
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Start and end of the worker's part in a step."""
+        return self.rank * self.batch_size, (self.rank + 1) * self.batch_size
+
 
 class EpochOrder:
     """The samples of one epoch by their positions in it.
@@ -117,10 +123,20 @@ class EpochOrder:
         seed: In [0, 2**63).
         epoch: Number of the epoch, from 0.
         shuffled: False: the samples come as they are stored, as one stream.
+        drawn: (samples,) ascending, the stored sample of each sample of the epoch, some repeatedly; None: each once.
+            It is used up.
 
     """
 
-    def __init__(self, samples: int, sizes: Sizes, seed: int, epoch: int, shuffled: bool = True) -> None:
+    def __init__(  # noqa: PLR0917 - the first five are what an order is a function of
+        self,
+        samples: int,
+        sizes: Sizes,
+        seed: int,
+        epoch: int,
+        shuffled: bool = True,
+        drawn: IntArray | None = None,
+    ) -> None:
         assert samples > 0, "an epoch without samples has no order"
         self.samples, self.sizes = samples, sizes
         self._seed, self._epoch, self._shuffled = seed, epoch, shuffled
@@ -134,6 +150,10 @@ class EpochOrder:
         window = min(sizes.chunk * sizes.window, int(lengths.max()))
         self._windows = np.empty((len(self._turns), window), np.int64)
         self._starts, self._ends = np.zeros((2, len(self._turns)), np.int64)
+        self._drawn = drawn
+        if drawn is not None:
+            for first, end in itertools.pairwise(self._bounds):
+                _part_copies(drawn[first:end])
 
     def take(self, start: int, count: int) -> IntArray:
         """Return the samples at `count` positions from `start` on, (count,); after the last one it starts again."""
@@ -146,22 +166,38 @@ class EpochOrder:
                 stream, _, size = runs[run]
                 piece[(self._turns[stream] - position) % streams :: streams] = self._collect(runs[run : run + 1], size)
             done, position = done + len(piece), 0
-        return found
+        return self._stored(found)
 
     def part(self, start: int, share: Share) -> tuple[IntArray, int]:
         """Return a worker's batch of the step from a position on: (batch_size,) samples, and the number of real ones.
 
         A step that goes beyond the epoch's end is filled with the epoch's first samples. They come last in a batch.
         """
-        runs, real = self._deal(start, share)
-        return self._collect(runs, share.batch_size), real
+        return self.cut(start, share.step, *share.bounds)
+
+    def cut(self, start: int, count: int, low: int, high: int) -> tuple[IntArray, int]:
+        """Return a part of some consecutive samples, which are sorted by stream, and the number of real ones in it.
+
+        Args:
+            start: Position of the first one.
+            count: Number of samples; those beyond the epoch's end are its first ones, not real, and last in the part.
+            low: Start of the part among them.
+            high: End of the part.
+        """
+        runs, real = deal(self._turns, self.samples, start, count, low, high)
+        return self._stored(self._collect(runs, high - low)), real
 
     def streams_of(self, start: int, share: Share) -> IntArray:
         """Return the streams that a worker reads from a position on; the epoch's last step may need others, too."""
-        whole = max((self.samples - start) // share.step, 1)
+        return self.streams_cut(start, share.step, *share.bounds)
+
+    def streams_cut(self, start: int, count: int, low: int, high: int) -> IntArray:
+        """Return the streams of the parts that `cut` takes of this step and of later ones as large."""
+        whole = max((self.samples - start) // count, 1)
         # A worker's part depends on the first stream of a step, which recurs.
-        steps = range(min(whole, len(self._turns)))
-        return np.unique(np.concatenate([self._deal(start + step * share.step, share)[0][:, 0] for step in steps]))
+        starts = range(start, start + min(whole, len(self._turns)) * count, count)
+        dealt = [deal(self._turns, self.samples, first, count, low, high)[0][:, 0] for first in starts]
+        return np.unique(np.concatenate(dealt))
 
     def round_at(self, position: int) -> int:
         """Return the round of a position: in round n, streams are about in their n-th window, and not before it."""
@@ -170,7 +206,7 @@ class EpochOrder:
     def chunks_of(self, streams: IntArray, number: int, count: int) -> tuple[IntArray, IntArray]:
         """Return first samples and ends of `count` chunks of each of some streams from a round on, in order of use.
 
-        There are fewer at the end of the epoch.
+        There are fewer at the end of the epoch. Of drawn samples each is a range of its own.
         """
         pieces = [self._stream(stream).chunks(number, count) for stream in streams.tolist()]
         firsts = np.full((max(map(len, pieces)), len(pieces)), -1, np.int64)
@@ -178,11 +214,15 @@ class EpochOrder:
             firsts[: len(piece), column] = piece
         ends = np.minimum(firsts + self.sizes.chunk, self._bounds[streams + 1])
         there = firsts >= 0
-        return firsts[there], ends[there]
+        firsts, ends = firsts[there], ends[there]
+        if self._drawn is None:
+            return firsts, ends
+        places = firsts[:, None] + np.arange(self.sizes.chunk)
+        samples = self._drawn[places[places < ends[:, None]]]
+        return samples, samples + 1
 
-    def _deal(self, start: int, share: Share) -> tuple[IntArray, int]:
-        first = share.rank * share.batch_size
-        return deal(self._turns, self.samples, start, share.step, first, first + share.batch_size)
+    def _stored(self, found: IntArray) -> IntArray:
+        return found if self._drawn is None else self._drawn[found]
 
     def _collect(self, runs: IntArray, count: int) -> IntArray:
         """Return the samples of runs, (count,); uses up `runs`."""
@@ -301,6 +341,17 @@ def class_runs(labels: npt.NDArray[Any]) -> float:
     # Neighbours differ with this probability, n - 1 pairs, and each such pair begins a run.
     differ = 1 - float((sizes * (sizes - 1.0)).sum()) / (count * (count - 1.0))
     return (1 + (count - 1) * differ) / runs
+
+
+def _part_copies(drawn: IntArray) -> None:
+    """Sort ascending samples in place: first one of each, then the second copy of each, and so on.
+
+    Copies that lie together would be shuffled in one window, and come shortly after one another.
+    """
+    first = np.flatnonzero(np.diff(drawn, prepend=-1))
+    if len(first) < len(drawn):
+        copies = np.arange(len(drawn)) - np.repeat(first, np.diff(first, append=len(drawn)))
+        drawn[:] = drawn[np.argsort(copies, kind="stable")]
 
 
 def _power(number: int) -> int:

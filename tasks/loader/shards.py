@@ -26,7 +26,7 @@ from tasks.io import storage
 from tasks.io.errors import CorruptVersion
 from tasks.loader.cache import FileCache
 from tasks.loader.kernel import BAD, GOOD, UNKNOWN, Places, blocks_of, fetch, files_of, gather, unknown_blocks
-from tasks.loader.version_files import CURE, MappedFile, Version, misfits, open_version, sample_columns
+from tasks.loader.version_files import CURE, MappedFile, Version, misfits, missing_file, open_version, sample_columns
 from tasks.store import layout
 from tasks.store.manifest import FileEntry
 
@@ -63,6 +63,7 @@ class Shards:
         files: number of files, including skipped ones.
         remote: True if its files come through the cache.
         skipped_files: number of skipped files.
+        picked: names of the columns to gather.
 
     Raises:
         ConfigError: as `Version.files`.
@@ -95,7 +96,7 @@ class Shards:
         self._next_look = self._next_times = 0.0
         self._read = np.empty(0, np.bool_)  # chunks that were fetched, once and for all
         self._stays = sum(entry.bytes for entry, _ in self._files) < memory_bytes() // 2
-        self._picked: tuple[str, ...] = ()
+        self.picked: tuple[str, ...] = ()
         self._widths = np.empty(0, np.int64)
         self._mapped: dict[int, MappedFile] = {}
         self._bad: set[int] = set()
@@ -152,8 +153,8 @@ class Shards:
 
     def pick(self, names: tuple[str, ...]) -> None:
         """Choose the columns to gather."""
-        if names != self._picked:
-            self._picked = names
+        if names != self.picked:
+            self.picked = names
             self._widths = np.array([self.columns[name].width for name in names], np.int64)
             self._pick()
 
@@ -279,7 +280,10 @@ class Shards:
 
     def _open_bytes(self, uri: str, entry: FileEntry) -> BinaryIO:
         if not self.remote:
-            return Path(uri).open("rb")
+            try:
+                return Path(uri).open("rb")
+            except FileNotFoundError as error:
+                raise missing_file(uri) from error
         assert self._cache is not None, "a remote version needs a cache"
         return self._cache.open(uri, entry, self._stop)
 
@@ -331,8 +335,8 @@ class Shards:
 
     def _pick(self) -> None:
         """Build the table of the picked columns' addresses, (columns, row groups)."""
-        self._addresses = np.empty((len(self._picked), len(self._places.starts)), np.int64)
-        for row, name in zip(self._addresses, self._picked, strict=True):
+        self._addresses = np.empty((len(self.picked), len(self._places.starts)), np.int64)
+        for row, name in zip(self._addresses, self.picked, strict=True):
             for file, mapped in self._mapped.items():
                 first, end = self._places.groups[file : file + 2]
                 row[first:end] = mapped.address + mapped.columns[name].offsets

@@ -24,16 +24,15 @@ It runs in Ray Train's workers, under torchrun, and alone; it needs neither Ray 
 
 from __future__ import annotations
 
+import abc
+import functools
+import operator
 import os
-import queue
-import threading
 import time
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -42,100 +41,24 @@ from tasks.io.errors import ConfigError, CorruptVersion, InputError, PipelineErr
 from tasks.io.tensors import TensorSpec
 from tasks.loader.arguments import LIMIT, one_of, picked_columns, place_in_world, truth_values, whole_number
 from tasks.loader.cache import FileCache, limit_of, local_directory
+from tasks.loader.lookup import Lookup
 from tasks.loader.order import ORDER, EpochOrder, Remainder, Share, Sizes, batch_count, step_count
 from tasks.loader.placement import Constants, Placement, placement
-from tasks.loader.shards import OnCorrupt, Shards, memory_bytes, open_version
+from tasks.loader.prefetch import Prefetch
+from tasks.loader.sampling import Draws, class_labels, weights_of
+from tasks.loader.shards import OnCorrupt, Shards, memory_bytes
+from tasks.loader.source import Source, Take
+from tasks.loader.version_files import open_version, refuse_misfits
 
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    error: BaseException
-
-
-class _End:
-    """Marker after the last item."""
-
-
-class Prefetch(Generic[Item]):
-    """Iterator over items made by a thread; the thread's error is raised here, with its traceback.
-
-    The thread ends with the items, with an error, with `close`, and when this object is no longer in use.
-
-    Args:
-        items: Source of the items; it must not refer to this object, or to its holder.
-        depth: Maximum number of ready items, at least 1.
-
-    """
-
-    def __init__(self, items: Iterator[Item], depth: int) -> None:
-        assert depth > 0, "nothing can be made ahead"
-        self._ready: queue.SimpleQueue[Item | _Failure | _End] = queue.SimpleQueue()
-        # A semaphore made of a queue, as threading's is Python code and takes several times as long.
-        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
-        for _ in range(depth):
-            self._room.put(None)
-        stop = threading.Event()
-        arguments = (items, self._ready, self._room, stop)
-        thread = threading.Thread(target=_produce, args=arguments, name="prefetch", daemon=True)
-        # Also at the exit of the interpreter, which must not find the thread in compiled code.
-        self._end = weakref.finalize(self, _finish, stop, self._room, thread)
-        thread.start()
-
-    def __iter__(self) -> Iterator[Item]:
-        return self
-
-    def __next__(self) -> Item:
-        if not self._end.alive:
-            raise StopIteration
-        item = self._ready.get()
-        self._room.put(None)
-        if isinstance(item, _Failure):
-            self.close()
-            raise item.error
-        if isinstance(item, _End):
-            self.close()
-            raise StopIteration
-        return item
-
-    def close(self) -> None:
-        """End the thread after its current item; drop the ready items."""
-        self._end()
-
-
-def _produce(
-    items: Iterator[Item],
-    ready: queue.SimpleQueue[Item | _Failure | _End],
-    room: queue.SimpleQueue[None],
-    stop: threading.Event,
-) -> None:
-    try:
-        while True:
-            room.get()
-            if stop.is_set():
-                return
-            ready.put(next(items))
-    except StopIteration:
-        ready.put(_End())
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the consumer must hear of it
-        ready.put(_Failure(error))
-
-
-def _finish(stop: threading.Event, room: queue.SimpleQueue[None], thread: threading.Thread) -> None:
-    stop.set()
-    room.put(None)
-    # A garbage collection may run in the thread itself.
-    if thread is not threading.current_thread():
-        thread.join()
+IntArray = npt.NDArray[np.int64]
 
 
 Batch = dict[str, Any]
 
 MASK = "mask"
-_MASK_SPEC = TensorSpec((), "bool")
+SOURCE = "source"
+_MASK_SPEC, _SOURCE_SPEC = TensorSpec((), "bool"), TensorSpec((), "int64")
 _MOST_AHEAD = 10_000
-_OF_A_STATE = "give what state_dict() of a TrainingStream gave"
 
 
 @dataclass(slots=True)
@@ -153,6 +76,7 @@ class StreamStats:
         cache_bytes_read: their bytes.
         skipped_samples: damaged samples of this worker that were skipped.
         skipped_files: files skipped as a whole.
+        source_samples: real samples of each source, in the order of the sources.
     """
 
     batches: int = 0
@@ -165,25 +89,48 @@ class StreamStats:
     cache_bytes_read: int = 0
     skipped_samples: int = 0
     skipped_files: int = 0
+    source_samples: tuple[int, ...] = ()
 
 
 class _Made(NamedTuple):
     """A batch on its way from the producing thread to the consumer."""
 
     placed: Any
-    samples: int
+    samples: tuple[int, ...]
     bytes: int
     skipped: int
 
 
-class TrainingStream:
-    """Batches of one split of a streaming-ready version for one worker.
+class Options(TypedDict, total=False):
+    """Options of every stream: arguments of `BatchStream`."""
+
+    split: str
+    seed: int
+    rank: int | None
+    world_size: int | None
+    shuffle: bool
+    remainder: Remainder
+    columns: Sequence[str] | None
+    normalise: bool
+    dtype: Any
+    channels_last: bool
+    device: Any
+    on_corrupt: OnCorrupt
+    verify: bool
+    prefetch: int
+    cache_dir: str | os.PathLike[str] | None
+    cache_bytes: int | None
+    as_numpy: bool
+
+
+class BatchStream(abc.ABC):
+    """Batches of one split of one or more versions for one worker: what `TrainingStream` and `MixedStream` share.
 
     An iteration yields the rest of the current epoch. With its last batch the stream is at the start of the next one,
     even if no further batch is requested. Of two iterations at the same time only the later one continues.
 
     Args:
-        uri: Directory of a version (…/v3), or of a dataset for its latest version.
+        uris: Directory of each version (…/v3), or of a dataset for its latest version.
         batch_size: Samples of a batch of each worker.
         split: 'train', 'validation' or 'test'.
         seed: Determines the order, together with the epoch; in [0, 2**63).
@@ -217,7 +164,7 @@ class TrainingStream:
 
     def __init__(
         self,
-        uri: str | os.PathLike[str],
+        uris: Sequence[str | os.PathLike[str]],
         *,
         batch_size: int,
         split: str = "train",
@@ -255,45 +202,66 @@ class TrainingStream:
         local_directory(cache_dir)
         self._process = os.getpid()
         self.rank, self.world_size = place_in_world(rank, world_size)
-        version = open_version(uri)
-        self.definition = version.definition
-        self._batch_size, self._seed, self._shuffle, self._remainder = batch_size, seed, shuffle, remainder
+        versions = self._versions = [open_version(uri) for uri in uris]
+        refuse_misfits(versions)
+        self.definition = versions[0].definition
+        self._split, self._batch_size, self._seed = split, batch_size, seed
+        self._shuffle, self._remainder = shuffle, remainder
         self._prefetch = prefetch
-        constants = Constants(version.definition, normalise, dtype, channels_last)
+        constants = Constants(self.definition, normalise, dtype, channels_last)
         # One batch is made, some wait, one is used, and one more may be held beside it.
         self._placement = placement(constants, device, as_numpy, prefetch + 4)
-        self._cache = FileCache(cache_dir, cache_bytes) if version.uri.startswith("s3://") else None
-        self._shards = Shards(version, split, self._cache, on_corrupt, verify)
-        self._columns = picked_columns(columns, list(self._shards.columns))
-        self._shards.pick(tuple(self._columns))
-        files = self._shards.files if shuffle else 1  # as stored: one stream
-        self._sizes = Sizes.of(self._shards.sample_bytes, self._shards.samples, files)
-        if batch_size * self._shards.sample_bytes > memory_bytes():
+        remote = any(version.uri.startswith("s3://") for version in versions)
+        self._cache = FileCache(cache_dir, cache_bytes) if remote else None
+        self._opened = [Shards(version, split, self._cache, on_corrupt, verify) for version in versions]
+        first = self._opened[0]
+        self._columns = picked_columns(columns, list(first.columns))
+        for shards in self._opened:
+            shards.pick(tuple(self._columns))
+        if batch_size * first.sample_bytes > memory_bytes():
             raise ConfigError(
-                f"batch_size = {batch_size}: a batch of samples of {self._shards.sample_bytes:,} bytes is more than "
+                f"batch_size = {batch_size}: a batch of samples of {first.sample_bytes:,} bytes is more than "
                 "this machine's memory; use smaller ones"
             )
-        self._batches = batch_count(self._shards.samples, batch_size, remainder)
-        self._identity = {
-            "dataset": version.manifest.dataset,
-            "version": version.manifest.version,
-            "split": split,
-            "samples": self._shards.samples,
-            "seed": seed,
-            "batch_size": batch_size,
-            "shuffle": shuffle,
-            "remainder": remainder,
-            "order": ORDER,
-        }
-        self._epoch = self._consumed = self._moves = 0
-        self._counts = StreamStats()
+        # Look-ups have shards and memory of their own: one thread at a time may use them.
+        self._lookups: dict[int, Lookup] = {}
+        self._new_placement = functools.partial(placement, constants, device, as_numpy, buffers=0)
+        self._new_shards = functools.partial(Shards, split=split, cache=self._cache, on_corrupt=on_corrupt)
+        self._epoch = self._consumed = self._moves = self._changes = 0
+        self._counts = StreamStats(source_samples=(0,) * len(versions))
         self._making: Any = None
         self._closed = False
+
+    def _set_order(self, samples: int, told: Mapping[str, Any], **further: Any) -> None:
+        """Set the length of an epoch, and what a state says of the order, for the first time.
+
+        Args:
+            samples: Samples of an epoch.
+            told: What identifies the data.
+            further: What else determines the order.
+        """
+        self._samples = samples
+        self._batches = batch_count(samples, self._batch_size, self._remainder)
+        self._identity = {
+            **told,
+            "seed": self._seed,
+            "batch_size": self._batch_size,
+            "shuffle": self._shuffle,
+            "remainder": self._remainder,
+            "order": ORDER,
+            **further,
+        }
         if not len(self):
             raise ConfigError(
-                f"split {split!r} has {self._shards.samples} samples, less than a batch of {batch_size} for each of "
+                f"split {self._split!r} has {samples} samples, less than a batch of {self._batch_size} for each of "
                 f"{self.world_size} workers, and remainder = 'drop' leaves them out: use 'pad', or smaller batches"
             )
+
+    def _sizes_of(self, shards: Shards, samples: int) -> Sizes:
+        # As stored: one stream.
+        return Sizes.of(shards.sample_bytes, samples, shards.files if self._shuffle else 1)
+
+    _numbered = False  # whether batches have a column 'source'
 
     @property
     def epoch(self) -> int:
@@ -314,9 +282,10 @@ class TrainingStream:
         cached = self._cache.counts if self._cache is not None else None
         return replace(
             self._counts,
-            skipped_files=self._shards.skipped_files,
-            **({"cache_hits": cached.hits, "cache_misses": cached.misses} if cached else {}),
-            **({"cache_bytes_read": cached.bytes_read} if cached else {}),
+            skipped_files=sum(shards.skipped_files for shards in self._opened),
+            cache_hits=cached.hits if cached else 0,
+            cache_misses=cached.misses if cached else 0,
+            cache_bytes_read=cached.bytes_read if cached else 0,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -324,7 +293,10 @@ class TrainingStream:
 
         After the last batch of an epoch it is the start of the next one.
         """
-        return {**self._identity, "epoch": self._epoch, "batches": self._consumed}
+        return {**self._identity, **self._place()}
+
+    def _place(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "batches": self._consumed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a place saved by any worker of any number of them.
@@ -333,16 +305,20 @@ class TrainingStream:
             InputError: it is a place in another version, or in another order, with each difference named; or
                 there is no such place.
         """
+        cure = f"give what state_dict() of a {type(self).__name__} gave"
         if not isinstance(state, Mapping):
-            raise InputError(f"the state is a {type(state).__name__}: {_OF_A_STATE}")
-        missing = [name for name in (*self._identity, "epoch", "batches") if name not in state]
+            raise InputError(f"the state is a {type(state).__name__}: {cure}")
+        places = self._place().keys()
+        missing = [name for name in (*self._identity, *places) if name not in state]
         if missing:
-            raise InputError(f"the state lacks {', '.join(missing)}: {_OF_A_STATE}")
+            raise InputError(f"the state lacks {', '.join(missing)}: {cure}")
         differences = [
             f"{name} {state[name]!r} (here {value!r})"
             for name, value in self._identity.items()
             if type(state[name]) is not type(value) or state[name] != value
         ]
+        further = state.keys() - self._identity.keys() - places
+        differences += [f"{name} {state[name]!r} (here none)" for name in sorted(map(str, further))]
         if differences:
             raise InputError(
                 f"the state belongs to another stream: {', '.join(differences)}; open the stream as it was when the "
@@ -352,11 +328,20 @@ class TrainingStream:
         for name, value, most in (("epoch", epoch, LIMIT - 2), ("batches", consumed, self._batches)):
             if type(value) is not int or not 0 <= value <= most:
                 raise InputError(
-                    f"the state's {name} = {value!r} is no place in an epoch of {self._batches} batches: {_OF_A_STATE}"
+                    f"the state's {name} = {value!r} is no place in an epoch of {self._batches} batches: {cure}"
                 )
+        self._restore(state, cure)
+        self._move(epoch, consumed)
         # The rest may be too small for a step of this number of workers, if a remainder is dropped.
-        left = step_count(self._batches, self.world_size, self._remainder, consumed)
-        self._move(*((epoch, consumed) if left else (epoch + 1, 0)))
+        if not step_count(self._batches, self.world_size, self._remainder, consumed):
+            self._next_epoch()
+
+    def _restore(self, state: Mapping[str, Any], cure: str) -> None:  # noqa: B027 - most have nothing more
+        """Take what `_place` adds to a place, checked; `cure` ends the text of errors."""
+
+    def _next_epoch(self) -> None:
+        """Go to the beginning of the next epoch, as an iteration does with its last batch."""
+        self._epoch, self._consumed = self._epoch + 1, 0
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the current epoch."""
@@ -365,20 +350,23 @@ class TrainingStream:
         self._refuse_other_process()
         self._stop_making()
         self._moves += 1
-        move, epoch, first = self._moves, self._epoch, self._consumed
+        move, change, epoch, first = self._moves, self._changes, self._epoch, self._consumed
         steps = step_count(self._batches, self.world_size, self._remainder, first)
         counts, place, clock = self._counts, self._placement, time.perf_counter
         given, lost, before = counts.samples, counts.skipped_samples, counts.seconds
         asked = started = clock()
-        with closing(self._made(epoch, first, steps)) as made:
-            self._making = made
+        made = self._made(epoch, first, steps)
+        try:
             for step in range(1, steps + 1):
+                if change != self._changes:  # batches that were made ahead follow the order before the change
+                    made.close()
+                    change, made = self._changes, self._made(epoch, self._consumed, steps + 1 - step)
                 one = next(made)
                 batch = place.receive(one.placed)
                 if step < steps:
                     self._consumed = first + step * self.world_size
                 else:  # loops over len(stream) batches never ask for more
-                    self._epoch, self._consumed = epoch + 1, 0
+                    self._next_epoch()
                 _count(counts, one, clock() - asked)
                 counts.seconds = before + clock() - started
                 if step == steps and not first and counts.samples == given and counts.skipped_samples > lost:
@@ -397,19 +385,35 @@ class TrainingStream:
                     )
                 asked = clock()
                 counts.seconds = before + asked - started
+        finally:
+            made.close()
+
+    def _sample(self, source: int, sample_id: int | None, index: int | None) -> Batch:
+        if self._closed:
+            raise PipelineError("the stream is closed: open another one")
+        self._refuse_other_process()
+        if source not in self._lookups:
+            version = self._versions[source]
+            shards = self._new_shards(version)
+            shards.pick(tuple(self._columns))
+            self._lookups[source] = Lookup(version, self._split, shards, self._new_placement())
+        return self._lookups[source].sample(sample_id, index)
 
     def close(self) -> None:
         """End iterations and downloads; delivered batches stay valid."""
         self._closed = True
         self._moves += 1
-        self._shards.close()
+        for shards in self._opened:
+            shards.close()
+        for lookup in self._lookups.values():
+            lookup.close()
         self._stop_making()
 
     def __reduce__(self) -> Any:
         """Refuse to be copied, or sent to another process."""
         raise PipelineError(
-            "a TrainingStream can't be copied or sent to another process: open one there with the same arguments, and "
-            "go on from state_dict() of this one by load_state_dict()"
+            f"a {type(self).__name__} can't be copied or sent to another process: open one there with the same "
+            "arguments, and go on from state_dict() of this one by load_state_dict()"
         )
 
     def _refuse_other_process(self) -> None:
@@ -419,7 +423,7 @@ class TrainingStream:
                 "one in each process that reads (a torch DataLoader around it needs num_workers=0)"
             )
 
-    def __enter__(self) -> TrainingStream:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -434,20 +438,34 @@ class TrainingStream:
     def _made(self, epoch: int, first: int, steps: int) -> Any:
         """Return a closable iterator over the batches of this worker from a place on."""
         share = Share(self.rank, self.world_size, self._batch_size)
-        start = first * self._batch_size
-        masked = self._remainder == "pad"
-        order = EpochOrder(self._shards.samples, self._sizes, self._seed, epoch, self._shuffle)
         # Not a method: the thread mustn't keep the stream from being collected.
         items = _make(
-            self._shards,
+            self._sources(),
             self._placement,
-            order,
+            self._takes(epoch, first, range(0, steps * share.step, share.step), share),
             columns=self._columns,
-            share=share,
-            starts=range(start, start + steps * share.step, share.step),
-            masked=masked,
+            masked=self._remainder == "pad",
+            numbered=self._numbered,
         )
-        return Prefetch(items, self._prefetch) if self._prefetch else items
+        self._making = Prefetch(items, self._prefetch) if self._prefetch else items
+        return self._making
+
+    @abc.abstractmethod
+    def _sources(self) -> list[Source]:
+        """Return the sources at their beginning; they mustn't refer to this stream."""
+
+    @abc.abstractmethod
+    def _takes(self, epoch: int, first: int, starts: range, share: Share) -> Iterator[list[Take]]:
+        """Return what a worker takes from each source in each step; real samples come first.
+
+        The iterator mustn't refer to this stream.
+
+        Args:
+            epoch: The epoch.
+            first: Its batches that were consumed.
+            starts: Samples of the epoch between that place and each step.
+            share: The worker's part of a step.
+        """
 
     def _stop_making(self) -> None:
         """End the thread of an unfinished iteration: only one at a time may use the shards."""
@@ -458,57 +476,175 @@ class TrainingStream:
 
 def _count(counts: StreamStats, made: _Made, waited: float) -> None:
     counts.batches += 1
-    counts.samples += made.samples
+    counts.samples += sum(made.samples)
+    counts.source_samples = tuple(map(operator.add, counts.source_samples, made.samples))
     counts.bytes_read += made.bytes
     counts.wait_seconds += waited
     counts.skipped_samples += made.skipped
 
 
 def _make(
-    shards: Shards,
+    sources: Sequence[Source],
     place: Placement,
-    order: EpochOrder,
+    steps: Iterator[list[Take]],
     *,
     columns: Sequence[str],
-    share: Share,
-    starts: range,
     masked: bool,
+    numbered: bool,
 ) -> Iterator[_Made]:
-    """Yield a worker's batches of the steps from some positions on."""
-    streams = order.streams_of(starts.start, share)
-    sizes, named = order.sizes, 0
-    for start in starts:
-        first, last = order.round_at(start), order.round_at(start + share.step - 1)
-        if last + 2 > named:  # a stream may be a round ahead
-            if shards.remote:
-                chunks = order.chunks_of(streams, first, max(sizes.ahead, (last + 1 - first) * sizes.window))
-            else:
-                chunks = order.chunks_of(streams, max(first, named), (last + 2 - max(first, named)) * sizes.window)
-            shards.soon(*chunks, sizes.chunk)
-            named = last + 2
-        index, real = order.part(start, share)
-        kept, good = real, shards.usable(index)
-        if good is not None:
-            index, kept = index[good], int(np.count_nonzero(good[:real]))
-        yield _gathered(shards, place, columns=columns, index=index, real=kept, skipped=real - kept, masked=masked)
+    """Yield a worker's batches of some steps."""
+    for takes in steps:
+        picked, real, skipped = [], [0] * len(sources), 0
+        for take in takes:
+            source = sources[take.source]
+            index, kept = source.samples(take)
+            good = source.shards.usable(index)
+            if good is not None:
+                before, kept = kept, int(np.count_nonzero(good[:kept]))
+                index, skipped = index[good], skipped + before - kept
+            real[take.source] += kept
+            picked.append((take.source, index))
+        gathered, size = _gathered(sources, place, columns, picked)
+        count = sum(len(index) for _, index in picked)
+        if masked:
+            mask = gathered[MASK] = place.buffer(_MASK_SPEC, count)
+            mask[: sum(real)], mask[sum(real) :] = True, False
+        if numbered:
+            numbers = gathered[SOURCE] = place.buffer(_SOURCE_SPEC, count)
+            numbers[:] = np.repeat([number for number, _ in picked], [len(index) for _, index in picked])
+        yield _Made(place.place(gathered), tuple(real), size, skipped)
 
 
 def _gathered(
-    shards: Shards,
+    sources: Sequence[Source],
     place: Placement,
-    *,
     columns: Sequence[str],
-    index: npt.NDArray[np.int64],
-    real: int,
-    skipped: int,
-    masked: bool,
-) -> _Made:
-    """Return one batch of samples, the first of which are real."""
-    gathered = {name: place.buffer(shards.columns[name], len(index)) for name in columns}
-    shards.gather(index, gathered)
-    size = sum(values.nbytes for values in gathered.values())
-    if masked:
-        mask = place.buffer(_MASK_SPEC, len(index))
-        mask[:real], mask[real:] = True, False
-        gathered[MASK] = mask
-    return _Made(place.place(gathered), real, size, skipped)
+    picked: Sequence[tuple[int, IntArray]],
+) -> tuple[dict[str, npt.NDArray[Any]], int]:
+    """Return the columns of a batch, the picked samples of some sources one after the other, and their bytes."""
+    specs = sources[0].shards.columns
+    count = sum(len(index) for _, index in picked)
+    gathered = {name: place.buffer(specs[name], count) for name in columns}
+    done = 0
+    for number, index in picked:
+        end = done + len(index)
+        sources[number].shards.gather(index, {name: values[done:end] for name, values in gathered.items()})
+        done = end
+    return gathered, sum(values.nbytes for values in gathered.values())
+
+
+class TrainingStream(BatchStream):
+    """Batches of one split of a streaming-ready version for one worker.
+
+    Args:
+        uri: Directory of a version (…/v3), or of a dataset for its latest version.
+        batch_size: Samples of a batch of each worker.
+        balance: 'class' to draw each class equally often.
+        weights: Weights by which samples are drawn: a mapping of classes, by name or number, to the weight of each of
+            their samples, or a pair of arrays (ids, weights), int64 and float64. Others have weight 1.
+        replacement: False: no sample comes twice in an epoch. Then an epoch of weighted samples is as long as the
+            proportions allow; balanced, each class comes as often as the smallest one.
+        epoch_size: Samples of an epoch over all workers; None: as many as the split has. Epochs smaller than the split
+            go on where the last one has ended.
+        repeat: Samples of an epoch as a multiple of the split's.
+        options: Those of `BatchStream`.
+
+    Drawn samples come as often as their weight says, rounded down or up in each epoch; so does each class, of which
+    `distribution` tells more.
+
+    Raises:
+        ConfigError: an argument is invalid, or it isn't a streaming-ready version.
+        VersionNotFound: there is no such published version.
+        CorruptVersion: as for `BatchStream`; or the labels or ids that weights need can't be read.
+
+    """
+
+    def __init__(
+        self,
+        uri: str | os.PathLike[str],
+        *,
+        batch_size: int,
+        balance: Literal["class"] | None = None,
+        weights: Mapping[Any, float] | tuple[Any, Any] | None = None,
+        replacement: bool = True,
+        epoch_size: int | None = None,
+        repeat: int = 1,
+        **options: Unpack[Options],
+    ) -> None:
+        truth_values(replacement=replacement)
+        if balance is not None:
+            one_of("balance", balance, ("class",))
+        repeat = whole_number("repeat", repeat, "give how often the split makes up an epoch", least=1)
+        if epoch_size is not None:
+            epoch_size = whole_number("epoch_size", epoch_size, "an epoch has at least one sample", least=1)
+            if repeat != 1:
+                raise ConfigError(f"epoch_size = {epoch_size} and repeat = {repeat}: give one of them")
+        super().__init__([uri], batch_size=batch_size, **options)
+        self._version, self._shards = self._versions[0], self._opened[0]
+        self._draws: Draws | None = None
+        size, further = self._shards.samples, {}
+        if weights is not None or balance is not None or epoch_size is not None or repeat != 1:
+            drawn = self._shards.samples * repeat if epoch_size is None and repeat != 1 else epoch_size
+            if (drawn or size) * 8 > memory_bytes():
+                raise ConfigError(f"an epoch of {drawn or size:,} drawn samples takes 8 bytes each, more than memory")
+            if weights is None and balance is None:
+                groups, values = np.zeros(size, np.int64), np.ones(1)
+            else:
+                groups, values = weights_of(self._version, self._split, weights, balance)
+            self._draws = Draws(groups, values, drawn, replacement)
+            size = self._draws.size
+            further = {"epoch_size": size, "replacement": replacement, "weights": self._draws.digest}
+        self._sizes = self._sizes_of(self._shards, size)
+        manifest = self._version.manifest
+        told = {
+            "dataset": manifest.dataset,
+            "version": manifest.version,
+            "split": self._split,
+            "samples": self._shards.samples,
+        }
+        self._set_order(size, told, **further)
+
+    def sample(self, sample_id: int | None = None, *, index: int | None = None) -> Batch:
+        """Return one sample, with the columns of a batch, except the mask, and without the batch's axis.
+
+        It is compared with its checksum. The first look-up by id reads all ids, and keeps 16 bytes for each.
+
+        Args:
+            sample_id: Its id.
+            index: Its number in the split, from 0, in the order of the files.
+
+        Raises:
+            InputError: there is no such sample, or not exactly one of the arguments is given.
+            CorruptVersion: it is damaged or missing.
+        """
+        return self._sample(0, sample_id, index)
+
+    def distribution(self) -> dict[str, dict[str, int]]:
+        """Return the samples of each class: 'natural' in the split, and 'epoch' in the current epoch over all workers.
+
+        The labels are read anew.
+
+        Raises:
+            ConfigError: the version has no classes.
+            CorruptVersion: the labels can't be read.
+        """
+        labels, names = class_labels(self._version, self._split)
+        drawn = labels if self._draws is None else labels[self._draws.of_epoch(self._seed, self._epoch)]
+        counts = {"natural": labels, "epoch": drawn}
+        return {
+            kind: dict(zip(names, np.bincount(found, minlength=len(names)).tolist(), strict=True))
+            for kind, found in counts.items()
+        }
+
+    def _sources(self) -> list[Source]:
+        samples, sizes, seed, shuffle, draws = self._samples, self._sizes, self._seed, self._shuffle, self._draws
+
+        def order_of(epoch: int) -> EpochOrder:
+            drawn = None if draws is None else draws.of_epoch(seed, epoch)
+            return EpochOrder(samples, sizes, seed, epoch, shuffle, drawn)
+
+        return [Source(self._shards, order_of)]
+
+    def _takes(self, epoch: int, first: int, starts: range, share: Share) -> Iterator[list[Take]]:
+        begin, step = first * share.batch_size, (share.step, *share.bounds)
+        return ([Take(0, epoch, begin + start, *step, step)] for start in starts)

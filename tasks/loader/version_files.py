@@ -7,10 +7,11 @@ in the page's header, before any value is read by its address.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -22,7 +23,7 @@ import xxhash
 
 from tasks.io import storage
 from tasks.io.errors import ConfigError, CorruptVersion
-from tasks.io.tensors import TensorSpec, is_tensor, tensor_spec
+from tasks.io.tensors import TensorSpec, is_tensor, tensor_spec, to_numpy
 from tasks.loader.arguments import place
 from tasks.store import layout, versions
 from tasks.store.manifest import FileEntry, Manifest
@@ -284,9 +285,74 @@ def misfits(version: Version, files: Sequence[tuple[FileEntry, int]]) -> Iterato
             continue
         if uri in sizes:
             problem = f"{uri}: bytes differ from its manifest: expected {entry.bytes}, found {sizes[uri]}"
+            yield file, CorruptVersion(f"{problem}: {CURE}")
         else:
-            problem = f"{uri} is missing, but its manifest lists it"
-        yield file, CorruptVersion(f"{problem}: {CURE}")
+            yield file, missing_file(uri)
+
+
+def missing_file(uri: str) -> CorruptVersion:
+    """Return the error for a file that isn't there."""
+    return CorruptVersion(f"{uri} is missing, but its manifest lists it: {CURE}")
+
+
+def stored_column(version: Version, split: str, name: str) -> npt.NDArray[np.int64]:
+    """Return the labels or ids of all samples of a split, (n,) int64, in the order of the files.
+
+    Only this column is read, also from S3. Its blocks aren't compared with their checksums.
+
+    Raises:
+        ConfigError: there is no such split, or it has no samples.
+        CorruptVersion: a file is missing, or can't be read.
+    """
+    found = []
+    for entry, count in version.files(split):
+        uri = layout.join(version.uri, entry.path)
+        try:
+            with storage.open_input(uri) as file:
+                values = to_numpy(pq.read_table(file, columns=[name]), name).reshape(-1)[:count]
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            raise CorruptVersion(f"{uri}: its column {name!r} can't be read ({error}): {CURE}") from error
+        if len(values) != count or values.dtype != np.int64:
+            raise CorruptVersion(f"{uri}: {len(values)} {values.dtype} in {name!r} instead of {count} int64: {CURE}")
+        found.append(values)
+    return np.concatenate(found)
+
+
+def refuse_misfits(versions: Sequence[Version]) -> None:
+    """Check that the samples of versions can be in one batch, and mean the same.
+
+    Raises:
+        ConfigError: they differ in kind, shape, element type, names of the features, labels or classes.
+    """
+    first, *others = versions
+    for other in others:
+        for name, of in _MEANINGS.items():
+            values = of(first.definition), of(other.definition)
+            if values[0] == values[1]:
+                continue
+            here = name
+            if all(isinstance(value, list) for value in values):  # hundreds of names, of which one differs
+                pairs = enumerate(itertools.zip_longest(*values))
+                number, values = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
+                here = f"{name} {number}"
+            raise ConfigError(
+                f"{other.uri} doesn't fit {first.uri}: {here} is {values[1]!r} and {values[0]!r}; publish it anew with "
+                "the same options of the training-delivery flow, or leave it out"
+            )
+
+
+def _inputs(definition: dict[str, Any]) -> TensorSpec:
+    return next(iter(sample_columns(definition).values()))
+
+
+_MEANINGS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "kind": lambda definition: definition["kind"],
+    "shape": lambda definition: tuple(_inputs(definition).shape),
+    "element type": lambda definition: _inputs(definition).dtype,
+    "feature": lambda definition: [feature["name"] for feature in definition.get("features", ())],
+    "kind of label": lambda definition: (definition["label"] or {}).get("kind"),
+    "class": lambda definition: list((definition["label"] or {}).get("classes") or ()),
+}
 
 
 def sample_columns(definition: dict[str, Any]) -> dict[str, TensorSpec]:

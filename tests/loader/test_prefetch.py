@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 
-from tasks.loader.stream import Prefetch
+from tasks.loader.prefetch import Prefetch
 
 
 def threads() -> int:
