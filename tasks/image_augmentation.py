@@ -18,25 +18,14 @@ from tasks.images.gate import class_summary, judge_images, summary_csv
 from tasks.images.pipeline import AugmentedImages, augment_images
 from tasks.images.plan import ImagePlan, plan_images
 from tasks.images.sample import write_sample
-from tasks.images.self_test import self_test
 from tasks.images.split import SPLITS
 from tasks.io import storage
-from tasks.io.errors import Superseded
-from tasks.publication import JudgedVersion, PublishedVersion, judged_version, manifest_of, publish
+from tasks.publication import JudgedVersion, judged_version, manifest_of
 from tasks.report.report import DataTable, Picture
 from tasks.retries import RETRY
 from tasks.store import layout, versions
 from tasks.store.manifest import GateResult, Manifest, RunRecord
-from tasks.store.reservation import Reservation, reserve
-
-_CURES = {
-    "rejected": "see _rejected/ for each image and its reason, or raise --thresholds.rejected-fail",
-    "invalid": "look at the contact sheet, or raise --thresholds.invalid-fail",
-    "ready": "look at the contact sheet, or lower --thresholds.ready-fail",
-    "drift": "if the change is meant, raise --thresholds.drift-fail",
-    "schema": "publish under another --name",
-    "rows": "see _rejected/: no image came through",
-}
+from tasks.store.reservation import Reservation
 
 
 @task(name="prepare-images", cache_policy=NO_CACHE, **RETRY)
@@ -47,15 +36,6 @@ def prepare_images(config: ImageAugmentationConfig) -> ImageAugmentationConfig:
     uris = write_sample(config.root, config.sample_images, config.seed)
     get_run_logger().info("No images are given: using the sample in %s", uris["images"])
     return config.model_copy(update=uris)
-
-
-@task(name="reserve-version", cache_policy=NO_CACHE, **RETRY)
-def reserve_version(config: ImageAugmentationConfig, run_id: str) -> Reservation:
-    """Reserve the next version; keep the finished files of an earlier attempt, which are taken over.
-
-    Called in the flow's process, whose death frees the reservation.
-    """
-    return reserve(config.root, layout.image_dataset(config.name), run_id)
 
 
 @task(name="plan-images", cache_policy=NO_CACHE, **RETRY)
@@ -124,30 +104,12 @@ def validate_images(
         manifest,
         reservation,
         previous,
-        (lambda: self_test(reservation.root, manifest, config, previous)) if config.self_test else None,
+        self_test=config.self_test,
         base=plan.base,
         timings=augmented.timings,
         pictures=tuple(_pictures(augmented, config, counts)),
         tables=tuple(_tables(plan, augmented)),
     )
-
-
-@task(name="publish-version", cache_policy=NO_CACHE, **RETRY)
-def publish_version(judged: JudgedVersion, root: str) -> list[PublishedVersion]:
-    """Commit the version; return [] if another run published first from the same base: this one must plan again.
-
-    Called in the flow's process: a commit is a conditional write, safe to repeat, but not to run in two places.
-
-    Raises:
-        GateFailed: the gate failed the version; it is recorded as rejected.
-        VersionConflict: another publisher holds the version.
-
-    """
-    try:
-        return publish([judged], root, _CURES)
-    except Superseded as fault:
-        get_run_logger().warning("%s Planning anew", fault)
-        return []
 
 
 def split_counts(plan: ImagePlan, augmented: AugmentedImages) -> dict[str, dict[str, int]]:

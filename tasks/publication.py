@@ -1,29 +1,34 @@
-"""Last steps of every flow: the report of a judged version, and its commit."""
+"""First and last steps of every flow: the reservation of versions; their self-test, report, commit and announcement."""
 
 from __future__ import annotations
 
 import datetime as dt
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
-from prefect import get_run_logger
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 from prefect.runtime import deployment, flow_run
 from pydantic import BaseModel
 
 from tasks.artifacts import publish_report
+from tasks.audit.kinds import kind_of
 from tasks.engine.signals import held
 from tasks.io import storage
-from tasks.io.errors import GateFailed
+from tasks.io.errors import GateFailed, Superseded
 from tasks.quality.faults import ITSELF, blind, failed, summary
 from tasks.quality.profile import TableProfile
 from tasks.report import page
 from tasks.report.report import Report
+from tasks.retries import RETRY
 from tasks.store import layout, versions
+from tasks.store.catalogue import write_versions_csv
 from tasks.store.conservation import check_written
-from tasks.store.lineage import job_digest, package_versions
+from tasks.store.lineage import package_versions
 from tasks.store.manifest import (
     CheckResult,
     ColumnSpec,
@@ -35,7 +40,7 @@ from tasks.store.manifest import (
     RowBalance,
     RunRecord,
 )
-from tasks.store.reservation import Reservation, find_manifest
+from tasks.store.reservation import Reservation, find_manifest, reserve
 
 PUBLISHED = "training-data.version.published"
 """Event of a version's publication; automations and deployment triggers start from it."""
@@ -103,6 +108,27 @@ def run_record() -> RunRecord:
     return RunRecord(flow_run_id=str(flow_run.id), flow_run_name=flow_run.name, deployment=deployment.name)
 
 
+@task(name="reserve-versions", cache_policy=NO_CACHE, **RETRY)
+def reserve_versions(root: str, datasets: Sequence[str], run_id: str, *, keep: bool = False) -> list[Reservation]:
+    """Reserve the next version of each dataset; remove the files of an earlier attempt.
+
+    Called in the flow's process, whose death frees the reservations.
+
+    Args:
+        root: Root of the store.
+        datasets: Names of the datasets.
+        run_id: The flow run.
+        keep: Leave the files of an earlier attempt to the job, which takes the finished ones over.
+
+    """
+    reserved = []
+    for dataset in datasets:
+        reserved.append(reserve(root, dataset, run_id))
+        if not keep:
+            versions.discard_attempt_files(reserved[-1])
+    return reserved
+
+
 def write_report(report: Report, manifest: Manifest, reservation: Reservation, name: str | None = None) -> Manifest:
     """Write the report's two files beside the data and its artifacts to Prefect; return the manifest with digests.
 
@@ -132,7 +158,8 @@ def manifest_of(
     gate: GateResult,
     config: BaseModel,
     run: RunRecord,
-    declaration: str = "",
+    *,
+    definition: dict[str, Any],
     **more: Any,
 ) -> Manifest:
     """Return the manifest of a version that is written and judged.
@@ -142,7 +169,7 @@ def manifest_of(
         gate: The gate's verdict.
         config: The run's configuration; it never contains credentials.
         run: The run.
-        declaration: Digest of the declaration that made it.
+        definition: Content of the version, as its kind describes it.
         more: Further fields of the manifest: inputs always, and those of the kind of dataset.
 
     Raises:
@@ -163,7 +190,8 @@ def manifest_of(
         profile=written.profile.columns(),
         gate=gate,
         config=config.model_dump(mode="json"),
-        code_digest=job_digest(layout.kind(reservation.dataset), declaration),
+        definition=definition,
+        code_digest=kind_of(reservation.dataset).digest(definition),
         packages=package_versions(),
         run=run.model_copy(update={"attempt": reservation.attempt}),
         **more,
@@ -174,8 +202,8 @@ def judged_version(
     manifest: Manifest,
     reservation: Reservation,
     previous: Manifest | None,
-    self_test: Callable[[], tuple[FaultResult, ...]] | None,
     *,
+    self_test: bool,
     base: int | None = None,
     name: str | None = None,
     **report: Any,
@@ -186,7 +214,7 @@ def judged_version(
         manifest: Manifest of the version.
         reservation: Reservation of the version.
         previous: Manifest of the version it is compared with.
-        self_test: Injects faults into a sample of the version and judges each; None leaves it out.
+        self_test: Inject faults into a sample of the version, and judge each.
         base: As in `JudgedVersion`.
         name: As in `write_report`.
         report: Further fields of the report.
@@ -195,8 +223,10 @@ def judged_version(
         VersionConflict: a newer attempt exists, whose report has the same path.
 
     """
-    if self_test is not None:
-        manifest = proven(manifest, self_test)
+    kind = kind_of(manifest.dataset)
+    if self_test:
+        manifest = proven(manifest, partial(kind.self_test, reservation.root, manifest, previous))
+    report = {"rows": kind.rows(manifest), **report}
     manifest = write_report(Report.of(manifest, previous, **report), manifest, reservation, name)
     log = get_run_logger()
     verdict = manifest.gate.verdict
@@ -224,13 +254,45 @@ def proven(manifest: Manifest, self_test: Callable[[], tuple[FaultResult, ...]])
     return manifest.model_copy(update={"self_test": results})
 
 
-def publish(judged: Sequence[JudgedVersion], root: str, cures: Mapping[str, str]) -> list[PublishedVersion]:
-    """Commit all versions of a run, or none.
+@task(name="publish-versions", cache_policy=NO_CACHE, **RETRY)
+def publish_versions(
+    judged: Sequence[JudgedVersion], root: str, committed: Sequence[Reservation] = (), *, together: bool = False
+) -> list[PublishedVersion]:
+    """Commit the versions of a run that passed their gates; those superseded since their base are left out.
+
+    Called in the flow's process: a commit is a conditional write, safe to repeat, but not to run in two places.
 
     Args:
-        judged: Versions of the run.
+        judged: Versions that this attempt has written.
         root: Root of the store.
-        cures: Advice about a failed check, by the check's name.
+        committed: Versions that an earlier attempt of this run has published.
+        together: Commit all of them, or none.
+
+    Raises:
+        GateFailed: the gate failed a version; it is recorded as rejected.
+        VersionConflict: another publisher holds a version.
+
+    """
+    published = [committed_version(reservation) for reservation in committed]
+    failed: list[GateFailed] = []
+    with held():
+        for own in [judged] if together else [[version] for version in judged]:
+            try:
+                published += publish(own, root)
+            except GateFailed as fault:
+                failed.append(fault)
+            except Superseded as fault:
+                get_run_logger().warning("%s Planning anew", fault)
+        if any(version.manifest.dataset.startswith(f"{layout.FEATURE_STORE}/") for version in judged):
+            write_versions_csv(root)
+    if failed:
+        beside = ", ".join(f"{version.dataset} v{version.version}" for version in published)
+        raise GateFailed(" ".join(map(str, failed)) + (f" (published beside it: {beside})" if beside else ""))
+    return published
+
+
+def publish(judged: Sequence[JudgedVersion], root: str) -> list[PublishedVersion]:
+    """Commit all versions, or none.
 
     Raises:
         GateFailed: the gate failed a version; it is recorded as rejected, and nothing is published.
@@ -242,7 +304,7 @@ def publish(judged: Sequence[JudgedVersion], root: str, cures: Mapping[str, str]
     if failed:
         for version in judged:
             versions.commit(version.reservation, _rejected(version, failed))
-        raise GateFailed(_why(failed, cures))
+        raise GateFailed(_why(failed))
     COMMITTING.extend(judged)
     with held():  # Ctrl-C between two commits would publish some of them
         manifests = [versions.commit(version.reservation, version.manifest, version.base) for version in judged]
@@ -288,7 +350,7 @@ def _rejected(version: JudgedVersion, failed: Sequence[JudgedVersion]) -> Manife
     return manifest.model_copy(update={"status": "rejected", "gate": gate})
 
 
-def _why(failed: Sequence[JudgedVersion], cures: Mapping[str, str]) -> str:
+def _why(failed: Sequence[JudgedVersion]) -> str:
     """Describe the failed checks, their cures, and the location of the report."""
     checks = [
         (version.manifest.dataset, check)
@@ -297,7 +359,8 @@ def _why(failed: Sequence[JudgedVersion], cures: Mapping[str, str]) -> str:
         if check.verdict == "fail"
     ]
     causes = [f"{dataset}: {check.message.rstrip('.')} (asked for {check.bound})" for dataset, check in checks]
-    known = "; ".join(dict.fromkeys(cures[check.name] for _, check in checks if check.name in cures))
+    cures = [kind_of(dataset).cures.get(check.name) for dataset, check in checks]
+    known = "; ".join(dict.fromkeys(filter(None, cures)))
     shown = "; ".join(causes[:3]) + (f"; and {len(causes) - 3} more" if len(causes) > 3 else "")
     reports = ", ".join(layout.join(version.reservation.uri, layout.REPORT_HTML) for version in failed)
     cure = f" To go on: {known}." if known else ""
@@ -313,7 +376,7 @@ def published(root: str, manifest: Manifest) -> PublishedVersion:
         uri=uri,
         report=layout.join(uri, layout.REPORT_HTML),
         verdict=manifest.gate.verdict,
-        rows=manifest.rows,
+        rows=kind_of(manifest.dataset).rows(manifest),
         balances=manifest.balances,
         notes=_blindness(manifest),
     )

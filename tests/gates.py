@@ -1,11 +1,22 @@
-"""Gates that are made blind, for the tests of what tells of blindness."""
+"""What a gate notices, and gates that are made blind, for the tests of what tells of blindness."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from tasks.store.manifest import CheckResult
+from tasks.quality.faults import Trial
+from tasks.store.manifest import CheckResult, FaultResult
+
+
+def by_fault(trial: Trial[Any]) -> dict[str, FaultResult]:
+    """The results of a self-test, by the faults' names."""
+    return {result.fault: result for result in trial.results()}
+
+
+def noticed(results: Mapping[str, FaultResult]) -> dict[str, tuple[str, str]]:
+    """The outcome of each fault, and the first check that noticed it."""
+    return {name: (result.outcome, (*result.caught_by, "")[0]) for name, result in results.items()}
 
 
 def calm(check: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,9 +23,9 @@ MAX_LINES = 700  # a module is as long as its subject; beyond this it has two
 VAGUE = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
 
 # Layers from the ground up; a module imports from its own layer and from those below.
-IO, STORE, QUALITY, REPORT, ENGINE, DOMAIN, JOBS, TASKS, FLOWS = range(9)
+IO, STORE, QUALITY, REPORT, ENGINE, DOMAIN, KIND, JOBS, TASKS, FLOWS = range(10)
 GROUND = {"io": IO, "store": STORE, "quality": QUALITY, "report": REPORT, "engine": ENGINE}
-NAMES = (*(f"tasks/{name}" for name in GROUND), "a domain", "a domain's pipeline", "tasks/*.py", "flows")
+NAMES = (*(f"tasks/{name}" for name in GROUND), "a domain", "a kind of dataset", "a pipeline", "tasks/*.py", "flows")
 RAY_BESIDE_PIPELINES = (
     "tasks/engine/cluster.py",
     "tasks/engine/jobs.py",
@@ -64,6 +64,8 @@ def layer(path: str) -> int:
             return TASKS
         case ("tasks", folder, *_) if folder in GROUND:
             return GROUND[folder]
+        case ("tasks", _, "kind.py"):  # joins a domain with the audit of its datasets; only looked up by name
+            return KIND
         case ("tasks", _, *_, "pipeline.py"):
             return JOBS
         case ("tasks", *_):
@@ -242,6 +244,8 @@ def test_every_setting_is_described_and_no_configuration_can_be_changed() -> Non
         (upward_imports, "tasks/store/x.py", "from tasks import runner", "which is above it"),
         (upward_imports, "tasks/features/x.py", "from .pipeline import compute_groups", "pipeline.*which is above it"),
         (upward_imports, "tasks/features/x.py", "from .. import runner", "imports tasks.runner"),
+        (upward_imports, "tasks/audit/x.py", "from tasks.images.kind import KIND", r"\(a kind of dataset\), which is"),
+        (upward_imports, "tasks/images/kind.py", "from tasks.images import pipeline", r"\(a pipeline\), which is"),
         (upward_imports, "tasks/features/pipeline.py", "def f():\n    from tasks import artifacts", ":2 "),
         (upward_imports, "tasks/x.py", "from flows.feature_store import feature_store", "which is above it"),
         (upward_imports, "tasks/x.py", "import importlib\nimportlib.import_module('flows.feature_store')", ":2 "),

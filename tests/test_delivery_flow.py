@@ -18,11 +18,11 @@ from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.io import storage
 from tasks.io.errors import ConfigError, GateFailed, VersionNotFound
 from tasks.loader.stream import TrainingStream
+from tasks.publication import committed_version
 from tasks.report.report import Report
 from tasks.store import layout, versions
 from tasks.store.manifest import Manifest
 from tasks.training.trainer import read_state
-from tasks.training_delivery import committed_copy
 from tests.conftest import new_bucket
 from tests.runs import Run, assert_whole
 from tests.test_runner import messages
@@ -166,8 +166,7 @@ def test_a_run_that_is_tried_again_takes_its_version_as_it_is(tables: DeliveryRu
     again = versions.reserve(tables.root, FEATURES, str(tables.id))
     assert again.committed
     [version] = tables.published
-    assert committed_copy(again).uri == version.uri
-    assert committed_copy(again).rows == version.rows
+    assert (committed_version(again).uri, committed_version(again).rows) == (version.uri, version.rows)
 
 
 @local

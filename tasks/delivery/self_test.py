@@ -26,7 +26,7 @@ from tasks.io.errors import ConfigError
 from tasks.io.hashing import METHOD
 from tasks.quality import faults
 from tasks.quality.faults import ALIKE, DOUBLED, MOST_FEATURES, BoolArray, Faults, Sample, Trial, rarest, sample_rows
-from tasks.store.manifest import FaultResult, FileEntry, GateResult, Manifest, RowBalance
+from tasks.store.manifest import FileEntry, GateResult, Manifest, RowBalance
 from tasks.store.reservation import Reservation
 
 SPLIT = "_split"
@@ -156,13 +156,8 @@ class _Trial(Trial[_Rows]):
         return pc.equal(text_of(table[str(source.target)]), value).fill_null(False).to_numpy(), splits
 
 
-def self_test(
-    source: Source, manifest: Manifest, config: DeliveryConfig, previous: Manifest | None
-) -> tuple[FaultResult, ...]:
-    """Inject faults into a sample of a copy's source, and judge each; the copy need not be committed.
-
-    Drift, features and label are compared with the sample as it is.
-    """
+def trial(source: Source, manifest: Manifest, config: DeliveryConfig, previous: Manifest | None) -> Trial[_Rows]:
+    """Sample a copy's source; drift, features and label are compared with the sample as it is."""
     source = replace(source, features=source.features[:MOST_FEATURES])
     splits = {file.uri: -1 if file.split is None else file.split for file in source.files}
 
@@ -170,7 +165,7 @@ def self_test(
         return table.append_column(SPLIT, pa.array(np.full(table.num_rows, splits[uri], np.int8)))
 
     table = sample_rows([file.uri for file in source.files], source.columns, source.entity, convert=with_split)
-    trial = _Trial(
+    made = _Trial(
         sample=_Rows(table=table, source=source),
         features=source.features,
         before=previous or manifest,
@@ -179,8 +174,8 @@ def self_test(
             root=source.root, dataset=manifest.dataset, version=manifest.version, run_id="self-test", attempt=1
         ),
     )
-    bounds, known = config.thresholds, trial.known
+    bounds, known = config.thresholds, made.known
     fewest = max(1, min(bounds.minimum_samples, known.samples["train"]))  # a sample has fewer than the whole
     bounds = bounds.model_copy(update={"minimum_samples": fewest})
-    before = trial.before.model_copy(update={"definition": known.definition})
-    return replace(trial, before=before, config=config.model_copy(update={"thresholds": bounds})).results()
+    before = made.before.model_copy(update={"definition": known.definition})
+    return replace(made, before=before, config=config.model_copy(update={"thresholds": bounds}))

@@ -30,7 +30,7 @@ from tasks.quality.faults import MOST_FEATURES, NULLS, Faults, Sample, Trial, sa
 from tasks.quality.profile import profile_table
 from tasks.store import layout
 from tasks.store.layout import AS_OF, CREATED, FEATURES, READY, VERSION
-from tasks.store.manifest import FaultResult, GateResult, Manifest, RowBalance
+from tasks.store.manifest import GateResult, Manifest, RowBalance
 
 ORPHANS, OUTLIERS = 0.95, 0.2
 EVENT = "_event_time"
@@ -150,10 +150,8 @@ class _Trial(Trial[_Rows]):
         return "", 0.0
 
 
-def self_test(
-    root: str, manifest: Manifest, config: FeatureStoreConfig, previous: Manifest | None
-) -> tuple[FaultResult, ...]:
-    """Inject faults into a sample of a version, which need not be committed, and judge each.
+def trial(root: str, manifest: Manifest, config: FeatureStoreConfig, previous: Manifest | None) -> Trial[_Rows]:
+    """Sample a version's rows.
 
     Drift and types are compared with the sample as it is; their comparability, with the last version.
     """
@@ -161,7 +159,7 @@ def self_test(
     uri = layout.version_uri(root, manifest.dataset, manifest.version)
     names = [group.entity, *columns, AS_OF, CREATED, VERSION]
     joined = any(balance.name == group.dimension for balance in manifest.balances)
-    trial = _Trial(
+    return _Trial(
         sample=_Rows(table=sample_rows([layout.join(uri, file.path) for file in manifest.files], names, group.entity)),
         features=tuple(name for name in columns if name in group.feature_names),
         before=previous or manifest,
@@ -170,7 +168,6 @@ def self_test(
         manifest=manifest,
         dimension=tuple(name for name in columns if name not in group.feature_names) if joined else None,
     )
-    return trial.results()
 
 
 def _sampled_group(manifest: Manifest) -> tuple[FeatureGroup, tuple[str, ...]]:

@@ -35,7 +35,7 @@ from tasks.io.hashing import stable_hash
 from tasks.quality import faults
 from tasks.quality.faults import BAD, DOUBLED, Fault, Faults, Sample, Trial, rarest, sample_rows
 from tasks.store import layout
-from tasks.store.manifest import FaultResult, GateResult, Manifest, RowBalance
+from tasks.store.manifest import GateResult, Manifest, RowBalance
 
 _COLUMNS = ("image_id", "content_xxh3", "height", "width", CLASS, "class_id", "split", "alike")
 _JUDGED = ("mean_score", "passed", "ready")
@@ -150,12 +150,8 @@ class _Trial(Trial[_Rows]):
         return self.fault(name, f"The variants of {BAD:.0%} of the images were made {look}.", aims, table=table)
 
 
-def self_test(
-    root: str, manifest: Manifest, config: ImageAugmentationConfig, previous: Manifest | None
-) -> tuple[FaultResult, ...]:
-    """Inject faults into a sample of a version's images, and judge each; the version need not be committed.
-
-    Drift, classes and columns are compared with the sample as it is.
+def trial(root: str, manifest: Manifest, config: ImageAugmentationConfig, previous: Manifest | None) -> Trial[_Rows]:
+    """Sample a version's images; drift, classes and columns are compared with the sample as it is.
 
     Raises:
         InputError: the version has no table of originals.
@@ -175,14 +171,13 @@ def self_test(
         table = faults.with_column(table, name, pa.array(table[name].to_numpy() / _variants_of(table, config)))
     before = previous or manifest
     definition = {**before.definition, "images": dict(Counter(table[CLASS].to_pylist()))}
-    trial = _Trial(
+    return _Trial(
         sample=_Rows(table=table, schema=schema, classes=classes),
         features=(),
         before=before.model_copy(update={"config": manifest.config, "definition": definition}),
         config=config,
         balance=manifest.balances[0].name,
     )
-    return trial.results()
 
 
 def _variants_of(table: pa.Table, config: ImageAugmentationConfig) -> npt.NDArray[np.int64]:

@@ -31,7 +31,7 @@ from tasks.quality.profile import merge_profiles, profile_table
 from tasks.quality.sketch import QuantileSketch
 from tasks.store import layout
 from tasks.store.layout import AS_OF, EVENT_TIME, TARGET
-from tasks.store.manifest import FaultResult, GateResult, Manifest, RowBalance
+from tasks.store.manifest import GateResult, Manifest, RowBalance
 from tasks.training_sets.asof import Int64Array, join_asof, plant
 from tasks.training_sets.definition import FeatureReference, Model, SpineSource
 from tasks.training_sets.gate import judge_training_set
@@ -133,13 +133,8 @@ class _Trial(Trial[_Rows]):
         yield self.shift(name="late shift", check="drift over time", where=" of the latest rows", hit=latest)
 
 
-def self_test(
-    root: str, manifest: Manifest, config: FeatureStoreConfig, previous: Manifest | None
-) -> tuple[FaultResult, ...]:
-    """Inject faults into a sample of a training set, which need not be committed, and judge each.
-
-    Drift and types are compared with the sample as it is.
-    """
+def trial(root: str, manifest: Manifest, config: FeatureStoreConfig, previous: Manifest | None) -> Trial[_Rows]:
+    """Sample a training set; drift and types are compared with the sample as it is."""
     definition = manifest.definition
     same = {name: definition[name] for name in ("name", "entity", "strict", "known_at")}
     features = tuple(FeatureReference.parse(text) for text in definition["features"])
@@ -153,7 +148,7 @@ def self_test(
     uri = layout.version_uri(root, manifest.dataset, manifest.version)
     names = [column.name for column in manifest.columns if column.name not in columns or column.name in chosen]
     table = sample_rows([layout.join(uri, file.path) for file in manifest.files], names, model.entity)
-    trial = _Trial(
+    return _Trial(
         sample=_Rows(table=table),
         features=chosen,
         before=previous or manifest,
@@ -162,7 +157,6 @@ def self_test(
         groups=groups,
         source=manifest.balances[0].name,
     )
-    return trial.results()
 
 
 def _as_number(label: pa.ChunkedArray) -> pa.Array:
