@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +12,7 @@ import pytest
 from tasks.audit.kinds import kind_of
 from tasks.io.errors import InputError
 from tasks.quality.faults import unproven
+from tasks.store import layout
 from tests.delivery import test_self_test as copies
 from tests.features import test_self_test as features
 from tests.gates import by_fault, calm, noticed
@@ -55,6 +58,16 @@ def test_a_check_that_never_complains_makes_the_gate_blind(
     owner, name = gate.CHECKS[fault]
     monkeypatch.setattr(owner, name, calm(getattr(owner, name)))
     assert by_fault(gate.tried(tmp_path))[fault].outcome == "blind"
+
+
+@pytest.mark.parametrize("place", layout.KINDS)
+def test_the_others_are_not_loaded_with_a_kind_that_is_looked_up(place: str) -> None:
+    code = (
+        f"import sys; from tasks.audit.kinds import kind_of; kind_of('{place}/x')\n"
+        "print(*(name for name in sys.modules if name.startswith('tasks.') and name.endswith('.kind')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [layout.KINDS[place][1]]
 
 
 def test_a_dataset_of_no_kind_is_refused_with_the_places_that_are_known() -> None:
