@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pytest
+
 from tasks.quality.faults import Trial
-from tasks.store.manifest import CheckResult, FaultResult
+from tasks.quality.rules import SEVERITY
+from tasks.store.manifest import CheckResult, FaultResult, GateResult
+
+
+def of(result: GateResult, name: str, column: str | None = None) -> CheckResult:
+    """The check of a name, on a column if there are several."""
+    (check,) = (c for c in result.checks if c.name == name and (column is None or c.column == column))
+    return check
+
+
+def one_check(cases: Sequence[tuple[str, Callable[[], GateResult], str, str | None, str]]) -> Callable[..., None]:
+    """A test of a gate on each case: why, the judgement, the check, its column, and its verdict."""
+
+    @pytest.mark.parametrize(("why", "judged", "name", "column", "verdict"), cases, ids=[case[0] for case in cases])
+    def test(why: str, judged: Callable[[], GateResult], name: str, column: str | None, verdict: str) -> None:
+        result = judged()
+        assert of(result, name, column).verdict == verdict, why
+        assert result.verdict == max((check.verdict for check in result.checks), key=SEVERITY.__getitem__)
+        assert all(check.message.endswith((".", "?")) for check in result.checks)
+
+    return test
 
 
 def by_fault(trial: Trial[Any]) -> dict[str, FaultResult]:

@@ -17,7 +17,9 @@ from tasks.features.definitions import FeatureGroup
 from tasks.features.gate import judge_group
 from tasks.quality.profile import profile_table
 from tasks.store.layout import CREATED, VERSION
-from tasks.store.manifest import CheckResult, ColumnSpec, GateResult, Manifest, RowBalance, RunRecord
+from tasks.store.manifest import GateResult, Manifest, RowBalance
+from tests.gates import of, one_check
+from tests.manifests import manifest
 
 AS_OF = dt.datetime(2025, 1, 1, tzinfo=dt.UTC)
 ROWS = 1_000
@@ -78,27 +80,7 @@ def thresholds(**values: Any) -> FeatureStoreConfig:
 
 def published(table: pa.Table) -> Manifest:
     """The manifest of an earlier version with these rows."""
-    return Manifest(
-        dataset="feature-store/spending",
-        version=1,
-        status="published",
-        created_at=AS_OF,
-        files=(),
-        columns=tuple(ColumnSpec(name=field.name, type=str(field.type)) for field in table.schema),
-        balances=(),
-        profile=profile_table(table).columns(),
-        gate=GateResult(verdict="pass", checks=()),
-        inputs=(),
-        config={},
-        code_digest="0",
-        packages={},
-        run=RunRecord(flow_run_id="earlier"),
-    )
-
-
-def of(result: GateResult, name: str, column: str | None = None) -> CheckResult:
-    (check,) = (c for c in result.checks if c.name == name and (column is None or c.column == column))
-    return check
+    return manifest("feature-store/spending", table.schema, profile=profile_table(table).columns())
 
 
 def test_good_data_pass_every_check() -> None:
@@ -243,12 +225,7 @@ BEFORE = {
 }
 
 
-@pytest.mark.parametrize(("why", "judged", "name", "column", "verdict"), CASES, ids=[case[0] for case in CASES])
-def test_check(why: str, judged: Callable[[], GateResult], name: str, column: str | None, verdict: str) -> None:
-    result = judged()
-    assert of(result, name, column).verdict == verdict
-    severity = ("pass", "warn", "fail")
-    assert result.verdict == max((check.verdict for check in result.checks), key=severity.index)
+test_check = one_check(CASES)
 
 
 def test_a_schema_may_change_when_that_is_allowed() -> None:

@@ -18,8 +18,9 @@ from tasks.quality import rules
 from tasks.quality.faults import Trial
 from tasks.quality.profile import profile_table
 from tasks.store.layout import CREATED, VERSION
-from tasks.store.manifest import ColumnSpec, FaultResult, FileEntry, GateResult, Manifest, RowBalance, RunRecord
+from tasks.store.manifest import FaultResult, FileEntry, Manifest, RowBalance
 from tests.gates import by_fault
+from tests.manifests import manifest
 
 AS_OF = dt.datetime(2025, 1, 1, tzinfo=dt.UTC)
 GROUP = FeatureGroup(
@@ -97,26 +98,16 @@ def written(root: Path, table: pa.Table, group: FeatureGroup = GROUP, **changes:
     balances = [RowBalance(name="transactions", rows_in=9, rows_out=9)]
     balances += [RowBalance(name=group.dimension, rows_in=9, rows_out=9)] if group.dimension else []
     fields: dict[str, Any] = {
-        "dataset": f"feature-store/{group.name}",
-        "version": 1,
-        "status": "published",
         "created_at": AS_OF,
         "files": tuple(
             FileEntry(path=name, rows=len(part), bytes=1, digest=f"sha256:{'0' * 64}") for name, part in parts.items()
         ),
-        "columns": tuple(ColumnSpec(name=field.name, type=str(field.type)) for field in table.schema),
         "as_of": (AS_OF,),
         "balances": (*balances, RowBalance(name=group.name, rows_in=len(table), rows_out=len(table))),
         "profile": profile_table(table).columns(),
-        "gate": GateResult(verdict="pass", checks=()),
-        "inputs": (),
-        "config": {},
         "definition": {**group.describe(), "newest_event": AS_OF.isoformat()},
-        "code_digest": "0",
-        "packages": {},
-        "run": RunRecord(flow_run_id="run"),
     }
-    return Manifest(**fields | changes)
+    return manifest(f"feature-store/{group.name}", table.schema, **fields | changes)
 
 
 def tried(root: Path, **thresholds: Any) -> Trial[Any]:

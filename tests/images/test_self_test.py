@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from tasks.images.self_test import trial
 from tasks.io.errors import InputError
 from tasks.quality import rules
 from tasks.quality.faults import Trial
-from tasks.store.manifest import ColumnSpec, FaultResult, FileEntry, GateResult, Manifest, RowBalance, RunRecord
+from tasks.store.manifest import FaultResult, FileEntry, Manifest, RowBalance
 from tests.gates import by_fault
+from tests.manifests import manifest
 
 CLASSES = {"bee": 100, "cat": 150, "dog": 250}
 EXPECTED = {
@@ -121,25 +121,14 @@ def outcomes(root: Path, table: pa.Table | None = None) -> dict[str, FaultResult
 
 def version(config: ImageAugmentationConfig, table: pa.Table, path: str = "_originals") -> Manifest:
     names = table["class_name"].unique().to_pylist()
-    schema = rows_schema(config, len(names))
     entry = FileEntry(path=f"{path}/part-00000-a1.parquet", rows=len(table), bytes=1, digest=f"sha256:{'0' * 64}")
-    return Manifest(
-        dataset="training-datasets/images",
-        version=1,
-        status="published",
-        created_at=dt.datetime(2025, 1, 1, tzinfo=dt.UTC),
-        files=(),
+    return manifest(
+        "training-datasets/images",
+        rows_schema(config, len(names)),
         side_files=(entry,),
-        columns=tuple(ColumnSpec(name=field.name, type=str(field.type)) for field in schema),
         balances=(RowBalance(name="images", rows_in=len(table), rows_out=len(table)),),
-        profile={},
-        gate=GateResult(verdict="pass", checks=()),
-        inputs=(),
         config=config.model_dump(mode="json"),
         definition={"classes": {name: number for number, name in enumerate(names)}},
-        code_digest="0",
-        packages={},
-        run=RunRecord(flow_run_id="run"),
     )
 
 

@@ -15,10 +15,11 @@ from tasks.features.config import FeatureStoreConfig, LabelThresholds
 from tasks.quality import rules
 from tasks.quality.faults import Trial
 from tasks.quality.profile import profile_table
-from tasks.store.manifest import ColumnSpec, FaultResult, FileEntry, GateResult, Manifest, RowBalance, RunRecord
+from tasks.store.manifest import FaultResult, FileEntry, Manifest, RowBalance
 from tasks.training_sets import self_test as module
 from tasks.training_sets.self_test import trial
 from tests.gates import by_fault
+from tests.manifests import manifest
 
 START = dt.datetime(2024, 4, 30, tzinfo=dt.UTC)
 ROWS = 2_000
@@ -88,18 +89,13 @@ def written(root: Path, table: pa.Table) -> Manifest:
     directory.mkdir(parents=True)
     pq.write_table(table, directory / "part-00000-a1.parquet")
     references = {name: f"customer-features:{name.removeprefix('feature_')}" for name in FEATURES}
-    return Manifest(
-        dataset="feature-store/training-ready/churn",
-        version=1,
-        status="published",
+    return manifest(
+        "feature-store/training-ready/churn",
+        table.schema,
         created_at=START,
         files=(FileEntry(path="part-00000-a1.parquet", rows=len(table), bytes=1, digest=f"sha256:{'0' * 64}"),),
-        columns=tuple(ColumnSpec(name=field.name, type=str(field.type)) for field in table.schema),
         balances=tuple(RowBalance(name=name, rows_in=len(table), rows_out=len(table)) for name in ("spine", "churn")),
         profile=profile_table(table).columns(),
-        gate=GateResult(verdict="pass", checks=()),
-        inputs=(),
-        config={},
         definition={
             "name": "churn",
             "entity": "customer_id",
@@ -110,9 +106,6 @@ def written(root: Path, table: pa.Table) -> Manifest:
             "known_at": False,
             "columns": references,
         },
-        code_digest="0",
-        packages={},
-        run=RunRecord(flow_run_id="run"),
     )
 
 
