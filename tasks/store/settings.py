@@ -160,7 +160,18 @@ def warn_before_fail(bounds: BaseModel, rising: Sequence[str], falling: Sequence
                 raise ValueError(f"{first} is above {second}; a warning must come first")
 
 
+def warns(default: float, when: str) -> Any:
+    """Return the field of a bound: the gate warns `when`, such as 'above this share of nulls'."""
+    return Field(default=default, description=f"The gate warns {when}.")
+
+
+def fails(default: float, when: str) -> Any:
+    """Return the field of a bound, as `warns`: the gate fails."""
+    return Field(default=default, description=f"The gate fails {when}.")
+
+
 Share = Annotated[float, Field(ge=0, le=1)]
+Drift = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 Location = Annotated[str, Field(min_length=1), AfterValidator(_location)]
