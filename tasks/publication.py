@@ -120,9 +120,13 @@ def reserve_versions(root: str, datasets: Sequence[str], run_id: str, *, keep: b
         run_id: The flow run.
         keep: Leave the files of an earlier attempt to the job, which takes the finished ones over.
 
+    Raises:
+        InputError: a dataset is of no known kind.
+
     """
     reserved = []
     for dataset in datasets:
+        kind_of(dataset)  # an error comes before the work
         reserved.append(reserve(root, dataset, run_id))
         if not keep:
             versions.discard_attempt_files(reserved[-1])
