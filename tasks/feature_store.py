@@ -8,7 +8,6 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -17,21 +16,18 @@ from prefect.runtime import task_run
 from tasks.artifacts import progress
 from tasks.features import loading
 from tasks.features.config import FeatureStoreConfig
-from tasks.features.definitions import Definitions, FeatureGroup
-from tasks.features.gate import judge_group
+from tasks.features.definitions import Definitions
 from tasks.features.incremental import with_state
 from tasks.features.pipeline import ComputedGroup, bucket_count, compute_groups, pieces_to_read
 from tasks.features.plan import FeaturePlan, check_mappings, needs_sample, plan_features, with_uris
 from tasks.features.sample import SAMPLE_AS_OF, write_sample
 from tasks.io.notation import expand
-from tasks.publication import JudgedVersion, judged_version, manifest_of
+from tasks.publication import JudgedVersion, judged_version
 from tasks.retries import RETRY
 from tasks.store import layout, versions
 from tasks.store.layout import AS_OF, CREATED, EVENT_TIME, VERSION
-from tasks.store.lineage import trace_manifest
-from tasks.store.manifest import GateResult, InputRecord, Manifest, Partition, RunRecord
+from tasks.store.manifest import InputRecord, Partition, RunRecord
 from tasks.store.reservation import Reservation
-from tasks.training_sets.gate import judge_training_set
 from tasks.training_sets.loading import load_models, select
 from tasks.training_sets.pipeline import ComputedSet, build_training_set
 from tasks.training_sets.pipeline import bucket_count as set_bucket_count
@@ -136,33 +132,38 @@ def validate_features(
     plan: FeaturePlan, number: int, computed: ComputedGroup, config: FeatureStoreConfig, run: RunRecord
 ) -> JudgedVersion:
     """Judge one group against its thresholds and the last version; write its report and show it in Prefect."""
-    group = plan.groups[number].group
-    reservation = computed.reservation
-    previous = versions.latest(reservation.root, reservation.dataset)
-    gate = judge_group(
-        group,
-        config,
-        schema=computed.schema,
-        features=computed.features,
-        profile=computed.profile,
-        balances=computed.balances,
-        duplicate_keys=computed.duplicate_keys,
-        unmatched=computed.unmatched,
-        ready=computed.ready,
-        newest_event=computed.newest_event,
-        as_of=plan.as_of[-1],
-        previous=previous,
-        times=plan.as_of,
-        suspects=computed.suspects,
-    )
-    manifest = _manifest(plan, number, computed, config=config, run=run, gate=gate)
+    group, reservation = computed.group, computed.reservation
+    newest = computed.newest_event.isoformat() if computed.newest_event is not None else None
+    state = {"state": dict(computed.state)} if computed.state is not None else {}
+    recorded = {
+        "side_files": computed.side_files,
+        "partition": Partition(key=group.entity, buckets=bucket_count(plan)),
+        "as_of": plan.as_of,
+        "inputs": _sources(plan, number, computed),
+        "definition": {**group.describe(), "newest_event": newest, **state},
+    }
+    times = config.as_of or tuple(moment.isoformat() for moment in plan.as_of)
     return judged_version(
-        manifest,
-        reservation,
-        previous,
-        self_test=config.self_test,
-        timings=computed.timings,
+        computed,
+        config.model_copy(update={"as_of": times}),
+        run,
+        versions.latest(reservation.root, reservation.dataset),
+        recorded=recorded,
         identifiers=(group.entity, AS_OF, CREATED, VERSION),
+    )
+
+
+def _sources(plan: FeaturePlan, number: int, computed: ComputedGroup) -> tuple[InputRecord, ...]:
+    """Return the tables that a group was computed from."""
+    planned = plan.groups[number]
+    balances = {balance.name: balance for balance in computed.balances}
+    sources = [plan.events, *(lookup.dimension for lookup in plan.lookups)]
+    sources += [planned.dimension] if planned.dimension is not None else []
+    tables = {source.name: source.table for source in sources}
+    prints = {plan.events.name: plan.fingerprints}
+    return tuple(
+        table.record(balances[name].rows_in if name in balances else None, prints.get(name, ()))
+        for name, table in tables.items()
     )
 
 
@@ -211,29 +212,22 @@ def validate_set(
     plan: TrainingSetPlan, computed: ComputedSet, config: FeatureStoreConfig, run: RunRecord
 ) -> JudgedVersion:
     """Judge a training set, especially its label; write its report and show it in Prefect."""
-    reservation = computed.reservation
-    previous = versions.latest(reservation.root, reservation.dataset)
-    gate = judge_training_set(plan.model, config, computed, previous)
-    model = plan.model
-    manifest = manifest_of(
+    model, reservation = computed.model, computed.reservation
+    recorded = {
+        "partition": Partition(key=model.entity, buckets=set_bucket_count(plan)),
+        "inputs": (*_feature_inputs(plan, reservation.root), *plan.source_records(computed)),
+        "definition": {**model.describe(), "columns": plan.columns},
+    }
+    return judged_version(
         computed,
-        gate,
         config,
         run,
-        definition={**model.describe(), "columns": plan.columns},
-        partition=Partition(key=model.entity, buckets=set_bucket_count(plan)),
-        inputs=(*_feature_inputs(plan, reservation.root), *plan.source_records(computed)),
-    )
-    return judged_version(
-        manifest,
-        reservation,
-        previous,
-        self_test=config.self_test,
+        versions.latest(reservation.root, reservation.dataset),
+        recorded=recorded,
         name=f"{model.name}-training-set",
-        title=f"Training set of {model.name} v{manifest.version}",
-        timings=computed.timings,
+        traced=True,
+        title=f"Training set of {model.name} v{reservation.version}",
         identifiers=(model.entity, EVENT_TIME),
-        lineage=trace_manifest(reservation.root, manifest),
         notes=computed.notes,
     )
 
@@ -241,50 +235,6 @@ def validate_set(
 def declared(config: FeatureStoreConfig) -> Definitions:
     """Return the standard definitions, overridden by those of the configuration's file; sources as declared."""
     return loading.declared(config.definitions)
-
-
-def _manifest(
-    plan: FeaturePlan,
-    number: int,
-    computed: ComputedGroup,
-    *,
-    config: FeatureStoreConfig,
-    run: RunRecord,
-    gate: GateResult,
-) -> Manifest:
-    planned = plan.groups[number]
-    balances = {balance.name: balance for balance in computed.balances}
-    sources = [plan.events, *(lookup.dimension for lookup in plan.lookups)]
-    sources += [planned.dimension] if planned.dimension is not None else []
-    tables = {source.name: source.table for source in sources}
-    prints = {plan.events.name: plan.fingerprints}
-    inputs = tuple(
-        table.record(balances[name].rows_in if name in balances else None, prints.get(name, ()))
-        for name, table in tables.items()
-    )
-    return manifest_of(
-        computed,
-        gate,
-        config.model_copy(update={"as_of": _as_of(config, plan)}),
-        run,
-        side_files=computed.side_files,
-        partition=Partition(key=planned.group.entity, buckets=bucket_count(plan)),
-        as_of=plan.as_of,
-        inputs=inputs,
-        definition=_definition(planned.group, computed),
-    )
-
-
-def _as_of(config: FeatureStoreConfig, plan: FeaturePlan) -> tuple[str, ...]:
-    """Return the requested times, or the start of the run."""
-    return config.as_of or tuple(moment.isoformat() for moment in plan.as_of)
-
-
-def _definition(group: FeatureGroup, computed: ComputedGroup) -> dict[str, Any]:
-    """Return the declaration, with the facts of this version: its newest event, and the events that it keeps."""
-    newest = computed.newest_event.isoformat() if computed.newest_event is not None else None
-    state = {"state": dict(computed.state)} if computed.state is not None else {}
-    return {**group.describe(), "newest_event": newest, **state}
 
 
 def _feature_inputs(plan: TrainingSetPlan, root: str) -> list[InputRecord]:

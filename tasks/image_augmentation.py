@@ -14,17 +14,17 @@ from prefect.cache_policies import NO_CACHE
 from tasks.artifacts import progress, publish_table
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.examples import charts, contact_picture, reject_picture, reject_table
-from tasks.images.gate import class_summary, judge_images, summary_csv
+from tasks.images.gate import ImageFigures, class_summary, summary_csv
 from tasks.images.pipeline import AugmentedImages, augment_images
 from tasks.images.plan import ImagePlan, plan_images
 from tasks.images.sample import write_sample
 from tasks.images.split import SPLITS
 from tasks.io import storage
-from tasks.publication import JudgedVersion, judged_version, manifest_of
+from tasks.publication import JudgedVersion, judged_version
 from tasks.report.report import DataTable, Picture
 from tasks.retries import RETRY
 from tasks.store import layout, versions
-from tasks.store.manifest import GateResult, Manifest, RunRecord
+from tasks.store.manifest import RunRecord
 from tasks.store.reservation import Reservation
 
 
@@ -80,33 +80,34 @@ def validate_images(
     # Judged against the version that the classes are carried over from: the commit requires it to be the latest still.
     previous = versions.read_manifest(reservation.root, reservation.dataset, plan.base) if plan.base else None
     counts = split_counts(plan, augmented)
-    variants = sum(entry.rows for entry in augmented.files)
-    gate = judge_images(
-        config,
+    figures = ImageFigures(
         schema=augmented.schema,
         profile=augmented.profile,
         balances=augmented.balances,
-        variants=variants,
+        variants=sum(entry.rows for entry in augmented.files),
         passed=augmented.passed,
         ready=augmented.ready,
-        class_counts={name: sum(by_split.values()) for name, by_split in counts.items()},
+        class_counts=_class_counts(plan, augmented),
         split_counts=counts,
         class_ids=plan.classes,
         leaking_groups=augmented.leaking_groups,
         duplicate_ids=augmented.duplicate_ids,
-        previous=previous,
     )
-    manifest = _manifest(plan, augmented, config=config, run=run, gate=gate)
     summary = _summary(plan, augmented, config)
     storage.write_bytes(layout.join(reservation.uri, layout.CLASS_SUMMARY), summary_csv(summary))
     publish_table(f"{config.name}-classes", summary.to_pylist(), f"Classes and splits of {reservation.dataset}")
     return judged_version(
-        manifest,
-        reservation,
+        augmented,
+        config,
+        run,
         previous,
-        self_test=config.self_test,
+        recorded={
+            "side_files": augmented.side_files,
+            "inputs": plan.inputs,
+            "definition": _definition(plan, augmented, config),
+        },
+        figures=figures,
         base=plan.base,
-        timings=augmented.timings,
         pictures=tuple(_pictures(augmented, config, counts)),
         tables=tuple(_tables(plan, augmented)),
     )
@@ -119,6 +120,10 @@ def split_counts(plan: ImagePlan, augmented: AugmentedImages) -> dict[str, dict[
     for number, split in zip(augmented.class_ids.tolist(), augmented.splits.tolist(), strict=True):
         counts[names[number]][SPLITS[split]] += 1
     return {name: {split: by_split[split] for split in SPLITS if by_split[split]} for name, by_split in counts.items()}
+
+
+def _class_counts(plan: ImagePlan, augmented: AugmentedImages) -> dict[str, int]:
+    return {name: int((augmented.class_ids == number).sum()) for name, number in plan.classes.items()}
 
 
 def _summary(plan: ImagePlan, augmented: AugmentedImages, config: ImageAugmentationConfig) -> Any:
@@ -134,16 +139,9 @@ def _summary(plan: ImagePlan, augmented: AugmentedImages, config: ImageAugmentat
     )
 
 
-def _manifest(
-    plan: ImagePlan,
-    augmented: AugmentedImages,
-    *,
-    config: ImageAugmentationConfig,
-    run: RunRecord,
-    gate: GateResult,
-) -> Manifest:
+def _definition(plan: ImagePlan, augmented: AugmentedImages, config: ImageAugmentationConfig) -> dict[str, Any]:
     augmentation = config.augmentation
-    definition = {
+    return {
         "classes": plan.classes,
         "image": {
             "format": config.format,
@@ -155,17 +153,8 @@ def _manifest(
         "splits": {name: int((augmented.splits == number).sum()) for number, name in enumerate(SPLITS)},
         "variants": augmentation.variants,
         "evaluation": config.evaluation,
-        "images": {name: int((augmented.class_ids == number).sum()) for name, number in plan.classes.items()},
+        "images": _class_counts(plan, augmented),
     }
-    return manifest_of(
-        augmented,
-        gate,
-        config,
-        run,
-        side_files=augmented.side_files,
-        inputs=plan.inputs,
-        definition=definition,
-    )
 
 
 def _pictures(

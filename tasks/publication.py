@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 from prefect.runtime import deployment, flow_run
-from pydantic import BaseModel
 
 from tasks.artifacts import publish_report
 from tasks.audit.kinds import kind_of
@@ -21,19 +20,17 @@ from tasks.engine.signals import held
 from tasks.io import storage
 from tasks.io.errors import GateFailed, Superseded
 from tasks.quality.faults import ITSELF, blind, failed, summary
-from tasks.quality.profile import TableProfile
+from tasks.quality.figures import Figures, Written
 from tasks.report import page
 from tasks.report.report import Report
 from tasks.retries import RETRY
 from tasks.store import layout, versions
 from tasks.store.catalogue import write_versions_csv
 from tasks.store.conservation import check_written
-from tasks.store.lineage import package_versions
+from tasks.store.lineage import package_versions, trace_manifest
 from tasks.store.manifest import (
     CheckResult,
-    ColumnSpec,
     FaultResult,
-    FileEntry,
     GateResult,
     Manifest,
     ReportDigest,
@@ -58,34 +55,6 @@ class JudgedVersion:
 
 COMMITTING: list[JudgedVersion] = []
 """Versions that this process has begun to commit, to report the published ones after a stop."""
-
-
-class Written(Protocol):
-    """Result of a job that wrote a version."""
-
-    @property
-    def reservation(self) -> Reservation:
-        """Reservation of the version."""
-
-    @property
-    def files(self) -> tuple[FileEntry, ...]:
-        """Data files."""
-
-    @property
-    def rejected_files(self) -> tuple[FileEntry, ...]:
-        """Files of rejected rows."""
-
-    @property
-    def columns(self) -> tuple[ColumnSpec, ...]:
-        """Schema of the data files."""
-
-    @property
-    def balances(self) -> tuple[RowBalance, ...]:
-        """Balances of the rows."""
-
-    @property
-    def profile(self) -> TableProfile:
-        """Profile of the data files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,32 +126,43 @@ def write_report(report: Report, manifest: Manifest, reservation: Reservation, n
     return manifest.model_copy(update={"report": ReportDigest(html_sha256=html, json_sha256=json)})
 
 
-def manifest_of(
+def judged_version(
     written: Written,
-    gate: GateResult,
-    config: BaseModel,
+    config: Any,
     run: RunRecord,
+    previous: Manifest | None,
     *,
-    definition: dict[str, Any],
-    **more: Any,
-) -> Manifest:
-    """Return the manifest of a version that is written and judged.
+    recorded: Mapping[str, Any],
+    figures: Figures | None = None,
+    base: int | None = None,
+    name: str | None = None,
+    traced: bool = False,
+    **report: Any,
+) -> JudgedVersion:
+    """Judge a written version, test its gate, write its report and show both in Prefect.
 
     Args:
         written: Result of the job.
-        gate: The gate's verdict.
         config: The run's configuration; it never contains credentials.
         run: The run.
-        definition: Content of the version, as its kind describes it.
-        more: Further fields of the manifest: inputs always, and those of the kind of dataset.
+        previous: Manifest of the version it is compared with.
+        recorded: Fields of the manifest that its kind adds: `inputs` and `definition` always.
+        figures: What the gate judges, if that isn't the result of the job.
+        base: As in `JudgedVersion`.
+        name: As in `write_report`.
+        traced: Show the whole lineage in the report.
+        report: Further fields of the report.
 
     Raises:
         BalanceError: rows don't balance, or the files differ from the reports.
+        VersionConflict: a newer attempt exists, whose report has the same path.
 
     """
     reservation = written.reservation
+    kind, root = kind_of(reservation.dataset), reservation.root
+    gate = kind.judge(config, figures or written, previous)
     check_written(reservation.dataset, reservation.uri, written.files, written.rejected_files, written.balances)
-    return Manifest(
+    manifest = Manifest(
         dataset=reservation.dataset,
         version=reservation.version,
         status="rejected" if gate.verdict == "fail" else "published",
@@ -194,44 +174,17 @@ def manifest_of(
         profile=written.profile.columns(),
         gate=gate,
         config=config.model_dump(mode="json"),
-        definition=definition,
-        code_digest=kind_of(reservation.dataset).digest(definition),
+        code_digest=kind.digest(recorded["definition"]),
         packages=package_versions(),
         run=run.model_copy(update={"attempt": reservation.attempt}),
-        **more,
+        **recorded,
     )
-
-
-def judged_version(
-    manifest: Manifest,
-    reservation: Reservation,
-    previous: Manifest | None,
-    *,
-    self_test: bool,
-    base: int | None = None,
-    name: str | None = None,
-    **report: Any,
-) -> JudgedVersion:
-    """Run the self-test of a version's gate, write the version's report and show both in Prefect.
-
-    Args:
-        manifest: Manifest of the version.
-        reservation: Reservation of the version.
-        previous: Manifest of the version it is compared with.
-        self_test: Inject faults into a sample of the version, and judge each.
-        base: As in `JudgedVersion`.
-        name: As in `write_report`.
-        report: Further fields of the report.
-
-    Raises:
-        VersionConflict: a newer attempt exists, whose report has the same path.
-
-    """
-    kind = kind_of(manifest.dataset)
-    if self_test:
-        manifest = proven(manifest, partial(kind.self_test, reservation.root, manifest, previous))
-    report = {"rows": kind.rows(manifest), **report}
-    manifest = write_report(Report.of(manifest, previous, **report), manifest, reservation, name)
+    if config.self_test:
+        manifest = proven(manifest, partial(kind.self_test, root, manifest, previous))
+    fields = {"rows": kind.rows(manifest), "timings": written.timings, **report}
+    if traced:
+        fields["lineage"] = trace_manifest(root, manifest)
+    manifest = write_report(Report.of(manifest, previous, **fields), manifest, reservation, name)
     log = get_run_logger()
     verdict = manifest.gate.verdict
     (log.info if verdict == "pass" else log.warning)("%s: verdict %s", reservation.dataset, verdict)

@@ -17,13 +17,12 @@ from prefect.cache_policies import NO_CACHE
 
 from tasks.artifacts import Progress, progress, publish_report, publish_table
 from tasks.delivery.config import DeliveryConfig
-from tasks.delivery.gate import judge_copy
 from tasks.delivery.pipeline import write_streaming_ready
 from tasks.delivery.shuffle import StreamingReady
 from tasks.delivery.source import Source
 from tasks.delivery.source import find_source as find
 from tasks.io import storage
-from tasks.publication import JudgedVersion, PublishedVersion, judged_version, manifest_of
+from tasks.publication import JudgedVersion, PublishedVersion, judged_version
 from tasks.report import page
 from tasks.report.report import Report
 from tasks.retries import RETRY
@@ -77,16 +76,14 @@ def validate_copy(source: Source, copy: StreamingReady, config: DeliveryConfig, 
     """Judge the copy against its thresholds and the last version; write its report and show it in Prefect."""
     reservation = copy.reservation
     previous = versions.latest(reservation.root, reservation.dataset)
-    gate = judge_copy(config, copy, previous)
-    manifest = manifest_of(copy, gate, config, run, definition=copy.definition, inputs=(source.record(),))
     return judged_version(
-        manifest,
-        reservation,
+        copy,
+        config,
+        run,
         previous,
-        self_test=config.self_test,
+        recorded={"definition": copy.definition, "inputs": (source.record(),)},
         name=f"{config.dataset_name}-streaming",  # the source's report has the plain name
-        title=f"{config.dataset_name} v{manifest.version}, streaming-ready",
-        timings=copy.timings,
+        title=f"{config.dataset_name} v{reservation.version}, streaming-ready",
     )
 
 

@@ -19,7 +19,7 @@ from tasks.io.errors import InputError
 from tasks.quality.faults import Trial
 from tasks.store import layout
 from tasks.store.lineage import job_digest
-from tasks.store.manifest import FaultResult, Manifest
+from tasks.store.manifest import FaultResult, GateResult, Manifest
 from tasks.store.settings import Settings, config_of
 
 Config = TypeVar("Config", bound=Settings)
@@ -37,6 +37,8 @@ class Kind(Generic[Config]):
         config: Model of the configuration that a version is made with.
         code: Packages whose code makes a version, besides the shared ones.
         undeclared: Entries of a version's definition that aren't declared by the user; None if none of it is declared.
+        judge: The gate: function that judges figures by the configuration, against the last published version if there
+            is one.
         trial: Function that samples a version for the self-test of its gate: its faults, and how each is judged. It
             takes the root of the store, the manifest, the configuration, and the version to compare with; it raises
             InputError if the version can't be tested. The version need not be committed.
@@ -53,6 +55,7 @@ class Kind(Generic[Config]):
     config: type[Config]
     code: tuple[str, ...]
     undeclared: tuple[str, ...] | None = None
+    judge: Callable[[Config, Any, Manifest | None], GateResult]
     trial: Callable[[str, Manifest, Config, Manifest | None], Trial[Any]]
     again: Callable[[str, Manifest], Again]
     explain: Callable[[str, Manifest, str, str | None], Explanation]

@@ -10,6 +10,7 @@ from tasks.audit.kinds import Kind
 from tasks.audit.replay_copies import CopyAgain
 from tasks.delivery import self_test, source
 from tasks.delivery.config import DeliveryConfig
+from tasks.delivery.gate import judge_copy
 from tasks.quality.faults import Trial
 from tasks.store.manifest import Manifest
 
@@ -27,6 +28,7 @@ def _samples(manifest: Manifest) -> int:
 KIND = Kind(
     config=DeliveryConfig,
     code=("tasks.delivery", "tasks.loader"),
+    judge=judge_copy,
     trial=_trial,
     again=CopyAgain,
     explain=explain_sample,

@@ -6,12 +6,14 @@ from tasks.audit.explain_tables import explain_features
 from tasks.audit.kinds import Kind
 from tasks.audit.replay_tables import FeaturesAgain
 from tasks.features.config import FeatureStoreConfig
+from tasks.features.gate import judge_group
 from tasks.features.self_test import trial
 
 KIND = Kind(
     config=FeatureStoreConfig,
     code=("tasks.features",),
     undeclared=("newest_event", "state"),
+    judge=judge_group,
     trial=trial,
     again=FeaturesAgain,
     explain=explain_features,

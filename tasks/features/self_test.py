@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime as dt
 import math
 from dataclasses import dataclass
-from types import SimpleNamespace
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import FeatureGroup
-from tasks.features.gate import judge_group
+from tasks.features.gate import GroupFigures, judge_group
 from tasks.features.kernel import join_dimension
 from tasks.features.keys import KeyType
 from tasks.features.rows import REASON, TIME, ColumnPlan, RowPlan
@@ -30,7 +30,7 @@ from tasks.quality.faults import MOST_FEATURES, NULLS, Faults, Sample, Trial, sa
 from tasks.quality.profile import profile_table
 from tasks.store import layout
 from tasks.store.layout import AS_OF, CREATED, FEATURES, READY, VERSION
-from tasks.store.manifest import GateResult, Manifest, RowBalance
+from tasks.store.manifest import Manifest, RowBalance
 
 ORPHANS, OUTLIERS = 0.95, 0.2
 EVENT = "_event_time"
@@ -47,15 +47,11 @@ class _Rows(Sample):
 @dataclass(frozen=True, kw_only=True)
 class _Trial(Trial[_Rows]):
     group: FeatureGroup
-    config: FeatureStoreConfig
     manifest: Manifest
     dimension: tuple[str, ...] | None
     """Columns of the group's dimension in the sample; None without a dimension."""
 
-    def judge(self, rows: _Rows) -> GateResult:
-        return judge_group(self.group, self.config, **vars(self.figures(rows)), previous=self.previous)
-
-    def figures(self, rows: _Rows) -> SimpleNamespace:
+    def figures(self, rows: _Rows) -> GroupFigures:
         group, frame, unmatched = self.group, pl.DataFrame(rows.table), 0
         as_of = self.manifest.as_of[-1] if self.manifest.as_of else self.manifest.created_at
         newest = self.manifest.definition.get("newest_event")
@@ -78,15 +74,17 @@ class _Trial(Trial[_Rows]):
         features = [name for name in frame.columns if name in {*self.features, *(self.dimension or ())}]
         scored = self._scored(frame, features)
         table = to_arrow(scored)
-        return SimpleNamespace(
+        latest: Any = read[EVENT].max()
+        return GroupFigures(
+            group=group,
             schema=table.schema,
-            features=features,
+            features=tuple(features),
             profile=profile_table(table),
-            balances=[*balances, entities.balance(group.name)],
+            balances=(*balances, entities.balance(group.name)),
             duplicate_keys=repeated_keys(scored, group.entity),
             unmatched=unmatched,
             ready=int(scored[READY].sum()),
-            newest_event=read[EVENT].max() if newest else None,
+            newest_event=latest if newest else None,
             as_of=as_of,
             times=self.manifest.as_of,
         )
@@ -165,6 +163,7 @@ def trial(root: str, manifest: Manifest, config: FeatureStoreConfig, previous: M
         before=previous or manifest,
         group=group,
         config=config,
+        gate=judge_group,
         manifest=manifest,
         dimension=tuple(name for name in columns if name not in group.feature_names) if joined else None,
     )

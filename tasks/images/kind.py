@@ -6,11 +6,13 @@ from tasks.audit.explain_image import explain_image
 from tasks.audit.kinds import Kind
 from tasks.audit.replay_images import ImagesAgain
 from tasks.images.config import ImageAugmentationConfig
+from tasks.images.gate import judge_images
 from tasks.images.self_test import trial
 
 KIND = Kind(
     config=ImageAugmentationConfig,
     code=("tasks.images",),
+    judge=judge_images,
     trial=trial,
     again=ImagesAgain,
     explain=explain_image,

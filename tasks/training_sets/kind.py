@@ -6,12 +6,14 @@ from tasks.audit.explain_tables import explain_training_row
 from tasks.audit.kinds import Kind
 from tasks.audit.replay_tables import TrainingSetAgain
 from tasks.features.config import FeatureStoreConfig
+from tasks.training_sets.gate import judge_training_set
 from tasks.training_sets.self_test import trial
 
 KIND = Kind(
     config=FeatureStoreConfig,
     code=("tasks.features", "tasks.training_sets"),
     undeclared=("columns",),
+    judge=judge_training_set,
     trial=trial,
     again=TrainingSetAgain,
     explain=explain_training_row,

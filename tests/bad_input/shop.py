@@ -148,22 +148,7 @@ def make(
     reservations = [reserve(str(root), dataset, "run") for dataset in datasets]
     made = []
     for planned, group in zip(plan.groups, compute_groups(plan, config, reservations, AS_OF), strict=True):
-        gate = judge_group(
-            planned.group,
-            config,
-            schema=group.schema,
-            features=group.features,
-            profile=group.profile,
-            balances=group.balances,
-            duplicate_keys=group.duplicate_keys,
-            unmatched=group.unmatched,
-            ready=group.ready,
-            newest_event=group.newest_event,
-            as_of=AS_OF,
-            previous=None,
-            times=plan.as_of,
-            suspects=group.suspects,
-        )
+        gate = judge_group(config, group, None)
         features = pa.concat_tables(pq.read_table(written(group, file)) for file in group.files)
         rejected = [pl.read_parquet(written(group, file)) for file in group.rejected_files]
         frame = features.to_pandas().sort_values(planned.group.entity, ignore_index=True)

@@ -107,7 +107,7 @@ def join(
     tables = [read(reservation.uri, file.path) for file in computed.files]
     rejected = [pl.DataFrame(read(reservation.uri, file.path)) for file in computed.rejected_files]
     aside = pl.concat(rejected, how="diagonal_relaxed") if rejected else pl.DataFrame()
-    gate = judge_training_set(model, config, computed, None)
+    gate = judge_training_set(config, computed, None)
     found = Joined(computed, gate, pa.concat_tables(tables).to_pandas(), aside)
     assert found.reasons == dict(computed.balances[0].rejected)
     assert len(found.rows) == computed.rows

@@ -14,7 +14,7 @@ import pytest
 
 from tasks.features.config import FeatureStoreConfig, Thresholds
 from tasks.features.definitions import FeatureGroup
-from tasks.features.gate import judge_group
+from tasks.features.gate import GroupFigures, judge_group
 from tasks.quality.profile import profile_table
 from tasks.store.layout import CREATED, VERSION
 from tasks.store.manifest import GateResult, Manifest, RowBalance
@@ -59,7 +59,9 @@ ENTITIES = RowBalance(name="spending", rows_in=ROWS, rows_out=ROWS)
 
 def judge(table: pa.Table | None = None, config: FeatureStoreConfig | None = None, **changes: Any) -> GateResult:
     table = data() if table is None else table
+    previous = changes.pop("previous", None)
     figures: dict[str, Any] = {
+        "group": SPENDING,
         "schema": table.schema,
         "features": FEATURES,
         "profile": profile_table(table),
@@ -69,9 +71,8 @@ def judge(table: pa.Table | None = None, config: FeatureStoreConfig | None = Non
         "ready": ROWS,
         "newest_event": AS_OF,
         "as_of": AS_OF,
-        "previous": None,
     }
-    return judge_group(SPENDING, config or FeatureStoreConfig(), **figures | changes)
+    return judge_group(config or FeatureStoreConfig(), GroupFigures(**figures | changes), previous)
 
 
 def thresholds(**values: Any) -> FeatureStoreConfig:
@@ -269,20 +270,5 @@ def test_the_share_of_rejected_rows_is_not_asked_of_entities() -> None:
 
 
 def test_a_group_without_dimension_has_no_references() -> None:
-    group = dataclasses.replace(SPENDING, dimension=None)
-    table = data()
-    result = judge_group(
-        group,
-        FeatureStoreConfig(),
-        schema=table.schema,
-        features=FEATURES,
-        profile=profile_table(table),
-        balances=(EVENTS, ENTITIES),
-        duplicate_keys=0,
-        unmatched=0,
-        ready=ROWS,
-        newest_event=AS_OF,
-        as_of=AS_OF,
-        previous=None,
-    )
+    result = judge(group=dataclasses.replace(SPENDING, dimension=None), balances=(EVENTS, ENTITIES))
     assert "reference" not in {check.name for check in result.checks}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +15,7 @@ from tasks.audit.kinds import Kind
 from tasks.audit.replay_rows import TableAgain
 from tasks.quality import faults, rules
 from tasks.quality.faults import Faults, Sample, Trial, sample_rows
+from tasks.quality.figures import Figures
 from tasks.quality.profile import profile_table
 from tasks.store import layout
 from tasks.store.layout import AS_OF
@@ -28,6 +28,7 @@ TIME = dt.datetime(2025, 1, 1, tzinfo=dt.UTC)
 class ToyConfig(Settings):
     root: str = Field(default="data", description="Root of the store.")
     count: int = Field(default=300, description="Numbers to square.")
+    self_test: bool = Field(default=True, description="Test the gate.")
 
 
 def squares(numbers: np.ndarray) -> pa.Table:
@@ -36,17 +37,17 @@ def squares(numbers: np.ndarray) -> pa.Table:
     return pa.table({"number": numbers, "square": numbers**2, AS_OF: times})
 
 
-def figures_of(table: pa.Table, name: str, lost: float = 0.0) -> SimpleNamespace:
+def figures_of(table: pa.Table, lost: float = 0.0) -> Figures:
     """The gate's input: of the written rows, of which some may be lost on the way."""
     written = faults.lost(table, lost)
-    return SimpleNamespace(
+    return Figures(
         schema=written.schema,
         profile=profile_table(written),
-        balances=(RowBalance(name=name, rows_in=table.num_rows, rows_out=written.num_rows),),
+        balances=(RowBalance(name="numbers", rows_in=table.num_rows, rows_out=written.num_rows),),
     )
 
 
-def judge_squares(figures: SimpleNamespace) -> GateResult:
+def judge_squares(_config: ToyConfig, figures: Figures, _previous: Manifest | None) -> GateResult:
     columns = figures.profile.columns()
     found = [rules.check_rows(figures.profile.rows, 1), *map(rules.check_balance, figures.balances)]
     return rules.gate([*found, rules.check_nulls("square", columns["square"], 0.0, 0.0)])
@@ -54,11 +55,8 @@ def judge_squares(figures: SimpleNamespace) -> GateResult:
 
 @dataclass(frozen=True, kw_only=True)
 class _Trial(Trial[Sample]):
-    def figures(self, rows: Sample) -> SimpleNamespace:
-        return figures_of(rows.table, "numbers", rows.lost)
-
-    def judge(self, rows: Sample) -> GateResult:
-        return judge_squares(self.figures(rows))
+    def figures(self, rows: Sample) -> Figures:
+        return figures_of(rows.table, rows.lost)
 
     def faults(self) -> Faults:
         yield self.no_rows()
@@ -66,10 +64,11 @@ class _Trial(Trial[Sample]):
         yield self.nulls()
 
 
-def trial(root: str, manifest: Manifest, _config: ToyConfig, previous: Manifest | None) -> _Trial:
+def trial(root: str, manifest: Manifest, config: ToyConfig, previous: Manifest | None) -> _Trial:
     base = layout.version_uri(root, manifest.dataset, manifest.version)
     table = sample_rows([layout.join(base, file.path) for file in manifest.files], ["number", "square"], "number")
-    return _Trial(sample=Sample(table=table), features=("square",), before=previous or manifest)
+    sample, before = Sample(table=table), previous or manifest
+    return _Trial(sample=sample, features=("square",), before=before, config=config, gate=judge_squares)
 
 
 class SquaresAgain(TableAgain):
@@ -92,6 +91,7 @@ KIND = Kind(
     config=ToyConfig,
     code=("tests.fifth_kind",),
     undeclared=(),
+    judge=judge_squares,
     trial=trial,
     again=SquaresAgain,
     explain=explain_square,

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.images.config import Augmentation, ImageAugmentationConfig, ImageThresholds
-from tasks.images.gate import class_summary, judge_images, split_shares, summary_csv
+from tasks.images.gate import ImageFigures, class_summary, judge_images, split_shares, summary_csv
 from tasks.images.rows import rows_schema
 from tasks.images.split import SPLITS
 from tasks.io.errors import InputError
@@ -70,6 +70,7 @@ def judge(
     counts: Mapping[str, int] = CLASSES,
     config: ImageAugmentationConfig | None = None,
     table: pa.Table | None = None,
+    previous: Manifest | None = None,
     **changes: Any,
 ) -> GateResult:
     config = config or configured()
@@ -88,9 +89,8 @@ def judge(
         "class_ids": {name: number for number, name in enumerate(counts)},
         "leaking_groups": 0,
         "duplicate_ids": 0,
-        "previous": None,
     }
-    return judge_images(config, **figures | changes)
+    return judge_images(config, ImageFigures(**figures | changes), previous)
 
 
 def published(

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from tasks.features.config import FeatureStoreConfig, LabelThresholds
-from tasks.quality.profile import TableProfile, profile_table
+from tasks.quality.profile import profile_table
 from tasks.store.manifest import GateResult, Manifest, RowBalance
 from tasks.training_sets.definition import FeatureReference, Model, SpineSource
-from tasks.training_sets.gate import judge_training_set
+from tasks.training_sets.gate import TrainingSetFigures, judge_training_set
 from tests.gates import of, one_check
 from tests.manifests import manifest
 
@@ -31,23 +30,6 @@ MODEL = Model(
     features=(FeatureReference(GROUP, "spent"), FeatureReference(GROUP, "trend"), FeatureReference(GROUP, "age")),
 )
 CHURNED = np.random.default_rng(9).random(ROWS) < 0.2
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What the pipeline says of a training set."""
-
-    rows: int
-    schema: pa.Schema
-    features: tuple[str, ...]
-    profile: TableProfile
-    profile_earlier: TableProfile
-    profile_later: TableProfile
-    balances: tuple[RowBalance, ...]
-    matched: Mapping[str, int]
-    planted: int
-    duplicates: int
-    sample: pa.Table
 
 
 def data(**changes: Any) -> pa.Table:
@@ -67,8 +49,9 @@ def data(**changes: Any) -> pa.Table:
 SPINE = RowBalance(name="churn", rows_in=ROWS, rows_out=ROWS)
 
 
-def figures(table: pa.Table, **changes: Any) -> Figures:
+def figures(table: pa.Table, **changes: Any) -> TrainingSetFigures:
     found: dict[str, Any] = {
+        "model": MODEL,
         "rows": table.num_rows,
         "schema": table.schema,
         "features": tuple(name for name in table.column_names if name.startswith("feature_")),
@@ -81,19 +64,18 @@ def figures(table: pa.Table, **changes: Any) -> Figures:
         "duplicates": 0,
         "sample": table,
     }
-    return Figures(**found | changes)
+    return TrainingSetFigures(**found | changes)
 
 
 def judge(
     table: pa.Table | None = None,
     *,
-    model: Model = MODEL,
     config: FeatureStoreConfig | None = None,
     previous: Manifest | None = None,
     **changes: Any,
 ) -> GateResult:
     computed = figures(data() if table is None else table, **changes)
-    return judge_training_set(model, config or FeatureStoreConfig(), computed, previous)
+    return judge_training_set(config or FeatureStoreConfig(), computed, previous)
 
 
 def published(table: pa.Table, model: Model = MODEL) -> Manifest:
