@@ -21,7 +21,6 @@ from tasks.loader.stream import TrainingStream
 from tasks.publication import committed_version
 from tasks.report.report import Report
 from tasks.store import layout, versions
-from tasks.store.manifest import Manifest
 from tasks.training.trainer import read_state
 from tests.conftest import new_bucket
 from tests.runs import Run, assert_whole
@@ -37,15 +36,6 @@ ALONE = TrainingConfig(enabled=False)
 @dataclass(frozen=True)
 class DeliveryRun(Run):
     """A run of this flow that has ended."""
-
-    @property
-    def uri(self) -> str:
-        [version] = self.published
-        return version.uri
-
-    def record(self) -> Manifest:
-        [version] = self.published
-        return self.manifest(version.dataset)
 
     def notes(self) -> dict[str, str]:
         [version] = self.published

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from tasks.store.settings import (
+    Bounds,
     DatasetName,
     Drift,
     Location,
@@ -20,7 +21,6 @@ from tasks.store.settings import (
     Share,
     Version,
     fails,
-    warn_before_fail,
     warns,
 )
 
@@ -79,7 +79,7 @@ class TrainingConfig(Settings):
     cache_gigabytes: float = Field(default=20.0, gt=0, le=1e6, description="Limit of the cache of a node, 10⁹ bytes.")
 
 
-class DeliveryThresholds(Settings):
+class DeliveryThresholds(Bounds):
     """Bounds of the quality gate."""
 
     minimum_samples: int = Field(default=1, ge=1, description="The gate fails below so many samples to train on.")
@@ -90,11 +90,6 @@ class DeliveryThresholds(Settings):
     balance_warn: Share = warns(0.2, "if the rarest class has less than this share of an equal part")
     drift_warn: Drift = warns(0.1, "above this drift (PSI) against the last published version")
     drift_fail: Drift = fails(1.0, "above this drift (PSI) against the last published version")
-
-    @model_validator(mode="after")
-    def _warn_before_fail(self) -> DeliveryThresholds:
-        warn_before_fail(self, ("missing", "rejected", "drift"))
-        return self
 
 
 class DeliveryConfig(Settings):

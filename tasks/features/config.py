@@ -14,7 +14,7 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from tasks.features.definitions import JoinHow
 from tasks.features.rows import EpochUnit
 from tasks.io.notation import Times
-from tasks.store.settings import Drift, Location, Names, Seed, Settings, Share, fails, warn_before_fail, warns
+from tasks.store.settings import Bounds, Drift, Location, Names, Seed, Settings, Share, fails, warns
 
 
 def _utc(value: dt.datetime) -> dt.datetime:
@@ -30,8 +30,10 @@ def _known_timezone(value: str) -> str:
 Time = Annotated[dt.datetime, AfterValidator(_utc)]
 
 
-class Thresholds(Settings):
+class Thresholds(Bounds):
     """Bounds of the row and dataset checks."""
+
+    falling = ("ready_warn",)
 
     missing: Share = Field(
         default=0.1, description="A row is training-ready below this share of missing feature values."
@@ -62,14 +64,8 @@ class Thresholds(Settings):
         default=None, gt=0, description="The gate fails if the newest event is older than this many days before as_of."
     )
 
-    @model_validator(mode="after")
-    def _warn_before_fail(self) -> Thresholds:
-        rising = ("null", "rejected", "orphan", "drift", "outlier", "fresh_{}_days")
-        warn_before_fail(self, rising, falling=("ready",))
-        return self
 
-
-class LabelThresholds(Settings):
+class LabelThresholds(Bounds):
     """Bounds of the checks of a model's training set."""
 
     leak_warn: Share = warns(
@@ -90,11 +86,6 @@ class LabelThresholds(Settings):
     )
     later_drift_warn: Drift = warns(0.25, "above this drift (PSI) of the latest rows against the others")
     drift_warn: Drift = warns(0.25, "above this drift (PSI) against the last published version")
-
-    @model_validator(mode="after")
-    def _warn_before_fail(self) -> LabelThresholds:
-        warn_before_fail(self, ("leak", "unmatched", "null", "rejected"))
-        return self
 
 
 class FeatureStoreConfig(Settings):

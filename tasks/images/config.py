@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from tasks.images.split import SPLITS
 from tasks.store.settings import (
+    Bounds,
     DatasetName,
     Drift,
     Location,
@@ -21,7 +22,6 @@ from tasks.store.settings import (
     Settings,
     Share,
     fails,
-    warn_before_fail,
     warns,
 )
 
@@ -79,8 +79,10 @@ class Centred(Augmentation):
     """One variant without randomness, for images that aren't trained on: resized whole, then cropped to the middle."""
 
 
-class ImageThresholds(Settings):
+class ImageThresholds(Bounds):
     """Bounds of the row and dataset checks."""
+
+    falling = ("ready_warn",)
 
     constant: float = Field(
         default=2.0, ge=0, description="A variant is invalid if its pixels' standard deviation is below this, of 255."
@@ -105,11 +107,6 @@ class ImageThresholds(Settings):
     balance_warn: Share = warns(0.2, "if the rarest class has less than this share of an equal part")
     drift_warn: Drift = warns(0.1, "above this drift (PSI) against the last published version")
     drift_fail: Drift = fails(1.0, "above this drift (PSI) against the last published version")
-
-    @model_validator(mode="after")
-    def _warn_before_fail(self) -> ImageThresholds:
-        warn_before_fail(self, ("rejected", "invalid", "drift"), falling=("ready",))
-        return self
 
 
 class ImageAugmentationConfig(Settings):

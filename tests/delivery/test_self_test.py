@@ -29,16 +29,12 @@ EXPECTED = {
     "schema": ("refused", "schema of Source columns"),
     "shift": ("refused", "drift of visits"),
 }
-OF_IMAGES = {
-    "no rows": ("refused", "rows"),
+OF_IMAGES = EXPECTED | {
     "duplicates": ("warned", "repeated keys of image_id"),
-    "written twice": ("refused", "unique of sample_id"),
     "lost rows": ("refused", f"balance of {IMAGES}"),
     "bad rows": ("refused", f"rejected of {IMAGES}"),
     "split overlap": ("refused", "leak of original_image_id"),
-    "no train rows": ("refused", "split of train"),
     "rare class": ("warned", "class balance of class_id"),
-    "missing class": ("warned", "classes of validation"),
     "nulls": ("not applicable", ""),
     "constant": ("not applicable", ""),
     "schema": ("refused", "schema of Label columns"),
