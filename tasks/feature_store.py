@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -133,38 +134,38 @@ def validate_features(
 ) -> JudgedVersion:
     """Judge one group against its thresholds and the last version; write its report and show it in Prefect."""
     group, reservation = computed.group, computed.reservation
-    newest = computed.newest_event.isoformat() if computed.newest_event is not None else None
-    state = {"state": dict(computed.state)} if computed.state is not None else {}
-    recorded = {
-        "side_files": computed.side_files,
-        "partition": Partition(key=group.entity, buckets=bucket_count(plan)),
-        "as_of": plan.as_of,
-        "inputs": _sources(plan, number, computed),
-        "definition": {**group.describe(), "newest_event": newest, **state},
-    }
     times = config.as_of or tuple(moment.isoformat() for moment in plan.as_of)
     return judged_version(
         computed,
         config.model_copy(update={"as_of": times}),
         run,
         versions.latest(reservation.root, reservation.dataset),
-        recorded=recorded,
+        recorded=group_record(plan, number, computed),
         identifiers=(group.entity, AS_OF, CREATED, VERSION),
     )
 
 
-def _sources(plan: FeaturePlan, number: int, computed: ComputedGroup) -> tuple[InputRecord, ...]:
-    """Return the tables that a group was computed from."""
+def group_record(plan: FeaturePlan, number: int, computed: ComputedGroup) -> dict[str, Any]:
+    """Return what the manifest of a group has besides that of every version."""
     planned = plan.groups[number]
     balances = {balance.name: balance for balance in computed.balances}
     sources = [plan.events, *(lookup.dimension for lookup in plan.lookups)]
     sources += [planned.dimension] if planned.dimension is not None else []
     tables = {source.name: source.table for source in sources}
     prints = {plan.events.name: plan.fingerprints}
-    return tuple(
+    inputs = tuple(
         table.record(balances[name].rows_in if name in balances else None, prints.get(name, ()))
         for name, table in tables.items()
     )
+    newest = computed.newest_event.isoformat() if computed.newest_event is not None else None
+    state = {"state": dict(computed.state)} if computed.state is not None else {}
+    return {
+        "side_files": computed.side_files,
+        "partition": Partition(key=planned.group.entity, buckets=bucket_count(plan)),
+        "as_of": plan.as_of,
+        "inputs": inputs,
+        "definition": {**planned.group.describe(), "newest_event": newest, **state},
+    }
 
 
 @task(name="plan-training-sets", cache_policy=NO_CACHE, **RETRY)
@@ -213,17 +214,12 @@ def validate_set(
 ) -> JudgedVersion:
     """Judge a training set, especially its label; write its report and show it in Prefect."""
     model, reservation = computed.model, computed.reservation
-    recorded = {
-        "partition": Partition(key=model.entity, buckets=set_bucket_count(plan)),
-        "inputs": (*_feature_inputs(plan, reservation.root), *plan.source_records(computed)),
-        "definition": {**model.describe(), "columns": plan.columns},
-    }
     return judged_version(
         computed,
         config,
         run,
         versions.latest(reservation.root, reservation.dataset),
-        recorded=recorded,
+        recorded=set_record(plan, computed),
         name=f"{model.name}-training-set",
         traced=True,
         title=f"Training set of {model.name} v{reservation.version}",
@@ -235,6 +231,16 @@ def validate_set(
 def declared(config: FeatureStoreConfig) -> Definitions:
     """Return the standard definitions, overridden by those of the configuration's file; sources as declared."""
     return loading.declared(config.definitions)
+
+
+def set_record(plan: TrainingSetPlan, computed: ComputedSet) -> dict[str, Any]:
+    """Return what the manifest of a training set has besides that of every version."""
+    model = plan.model
+    return {
+        "partition": Partition(key=model.entity, buckets=set_bucket_count(plan)),
+        "inputs": (*_feature_inputs(plan, computed.reservation.root), *plan.source_records(computed)),
+        "definition": {**model.describe(), "columns": plan.columns},
+    }
 
 
 def _feature_inputs(plan: TrainingSetPlan, root: str) -> list[InputRecord]:

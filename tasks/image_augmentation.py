@@ -101,11 +101,7 @@ def validate_images(
         config,
         run,
         previous,
-        recorded={
-            "side_files": augmented.side_files,
-            "inputs": plan.inputs,
-            "definition": _definition(plan, augmented, config),
-        },
+        recorded=image_record(plan, augmented, config),
         figures=figures,
         base=plan.base,
         pictures=tuple(_pictures(augmented, config, counts)),
@@ -139,9 +135,10 @@ def _summary(plan: ImagePlan, augmented: AugmentedImages, config: ImageAugmentat
     )
 
 
-def _definition(plan: ImagePlan, augmented: AugmentedImages, config: ImageAugmentationConfig) -> dict[str, Any]:
+def image_record(plan: ImagePlan, augmented: AugmentedImages, config: ImageAugmentationConfig) -> dict[str, Any]:
+    """Return what the manifest of images has besides that of every version."""
     augmentation = config.augmentation
-    return {
+    definition = {
         "classes": plan.classes,
         "image": {
             "format": config.format,
@@ -155,6 +152,7 @@ def _definition(plan: ImagePlan, augmented: AugmentedImages, config: ImageAugmen
         "evaluation": config.evaluation,
         "images": _class_counts(plan, augmented),
     }
+    return {"side_files": augmented.side_files, "inputs": plan.inputs, "definition": definition}
 
 
 def _pictures(

@@ -15,10 +15,10 @@ from prefect.events import emit_event
 from prefect.runtime import deployment, flow_run
 
 from tasks.artifacts import publish_report
-from tasks.audit.kinds import kind_of
 from tasks.engine.signals import held
 from tasks.io import storage
 from tasks.io.errors import GateFailed, Superseded
+from tasks.kinds import kind_of
 from tasks.quality.faults import ITSELF, blind, failed, summary
 from tasks.quality.figures import Figures, Written
 from tasks.report import page
@@ -161,8 +161,31 @@ def judged_version(
     reservation = written.reservation
     kind, root = kind_of(reservation.dataset), reservation.root
     gate = kind.judge(config, figures or written, previous)
+    manifest = manifest_of(written, gate, config, run, recorded)
+    if config.self_test:
+        manifest = proven(manifest, partial(kind.self_test, root, manifest, previous))
+    fields = {"rows": kind.rows(manifest), "timings": written.timings, **report}
+    if traced:
+        fields["lineage"] = trace_manifest(root, manifest)
+    manifest = write_report(Report.of(manifest, previous, **fields), manifest, reservation, name)
+    log = get_run_logger()
+    verdict = manifest.gate.verdict
+    (log.info if verdict == "pass" else log.warning)("%s: verdict %s", reservation.dataset, verdict)
+    return JudgedVersion(reservation, manifest, base)
+
+
+def manifest_of(
+    written: Written, gate: GateResult, config: Any, run: RunRecord, recorded: Mapping[str, Any]
+) -> Manifest:
+    """Return the manifest of a version that is written and judged, with arguments as those of `judged_version`.
+
+    Raises:
+        BalanceError: rows don't balance, or the files differ from the reports.
+
+    """
+    reservation = written.reservation
     check_written(reservation.dataset, reservation.uri, written.files, written.rejected_files, written.balances)
-    manifest = Manifest(
+    return Manifest(
         dataset=reservation.dataset,
         version=reservation.version,
         status="rejected" if gate.verdict == "fail" else "published",
@@ -174,21 +197,11 @@ def judged_version(
         profile=written.profile.columns(),
         gate=gate,
         config=config.model_dump(mode="json"),
-        code_digest=kind.digest(recorded["definition"]),
+        code_digest=kind_of(reservation.dataset).digest(recorded["definition"]),
         packages=package_versions(),
         run=run.model_copy(update={"attempt": reservation.attempt}),
         **recorded,
     )
-    if config.self_test:
-        manifest = proven(manifest, partial(kind.self_test, root, manifest, previous))
-    fields = {"rows": kind.rows(manifest), "timings": written.timings, **report}
-    if traced:
-        fields["lineage"] = trace_manifest(root, manifest)
-    manifest = write_report(Report.of(manifest, previous, **fields), manifest, reservation, name)
-    log = get_run_logger()
-    verdict = manifest.gate.verdict
-    (log.info if verdict == "pass" else log.warning)("%s: verdict %s", reservation.dataset, verdict)
-    return JudgedVersion(reservation, manifest, base)
 
 
 def proven(manifest: Manifest, self_test: Callable[[], tuple[FaultResult, ...]]) -> Manifest:

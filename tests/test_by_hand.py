@@ -18,10 +18,10 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from tasks.audit.kinds import kind_of
 from tasks.by_hand import one_sentence, run_by_hand, summary
 from tasks.engine.signals import stops_unwind
 from tasks.io.errors import FAILED, GateFailed, SourceError
+from tasks.kinds import kind_of
 from tasks.publication import PublishedVersion
 from tasks.store import layout, versions
 from tasks.store.manifest import RowBalance

@@ -6,7 +6,7 @@ from typing import Any
 
 from tasks.audit.explain_sample import explain_sample
 from tasks.audit.holders import source_of
-from tasks.audit.kinds import Kind
+from tasks.audit.kind import Kind
 from tasks.audit.replay_copies import CopyAgain
 from tasks.delivery import self_test, source
 from tasks.delivery.config import DeliveryConfig

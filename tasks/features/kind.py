@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tasks.audit.explain_tables import explain_features
-from tasks.audit.kinds import Kind
+from tasks.audit.kind import Kind
 from tasks.audit.replay_tables import FeaturesAgain
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.gate import judge_group

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tasks.audit.explain_image import explain_image
-from tasks.audit.kinds import Kind
+from tasks.audit.kind import Kind
 from tasks.audit.replay_images import ImagesAgain
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.gate import judge_images

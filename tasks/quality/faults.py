@@ -7,8 +7,8 @@ verdict of that check doesn't get worse, the gate is blind to the fault on this 
     sample ─┬─ as it is ──── the pipeline's own functions ─ gate ─ baseline ─┐
             └─ with a fault ─ the pipeline's own functions ─ gate ────────────┴─ refused, warned or blind
 
-A kind of dataset is a subclass of `Trial`: it computes the figures of changed rows as its job does, and its gate judges
-them. Its `faults` takes faults from the catalogue (`Faults`), names the checks that must notice them, and adds its own.
+A kind of dataset has a subclass of `Trial`: it computes the figures of changed rows as its job does, for its gate. Its
+`faults` takes faults from the catalogue (`Faults`), names the checks that must notice them, and adds its own.
 """
 
 from __future__ import annotations

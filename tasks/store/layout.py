@@ -35,7 +35,7 @@ KINDS = {
     STREAMING_READY: ("streaming-copy", "tasks.delivery.kind"),
     TRAINING_DATASETS: ("images", "tasks.images.kind"),
 }
-"""Kinds of datasets by their places: name and module (`tasks.audit.kinds`). A place precedes those that it is in."""
+"""Kinds of datasets by their places: name and module (`tasks.kinds`). A place precedes those that it is in."""
 METADATA = f"{FEATURE_STORE}/metadata/feature_versions.csv"
 
 MANIFEST = "_manifest.json"

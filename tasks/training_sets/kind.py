@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tasks.audit.explain_tables import explain_training_row
-from tasks.audit.kinds import Kind
+from tasks.audit.kind import Kind
 from tasks.audit.replay_tables import TrainingSetAgain
 from tasks.features.config import FeatureStoreConfig
 from tasks.training_sets.gate import judge_training_set

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from tasks.audit.explanation import Explanation, gate_section, look_for, version_section
 from tasks.audit.holders import holders_section
-from tasks.audit.kinds import Kind
+from tasks.audit.kind import Kind
 from tasks.audit.replay_rows import TableAgain
 from tasks.quality import faults, rules
 from tasks.quality.faults import Faults, Sample, Trial, sample_rows

@@ -21,11 +21,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tasks.audit.inputs import Cause
-from tasks.audit.kinds import kind_of
 from tasks.audit.replay_rows import Again, Replayed, choose
 from tasks.io import storage
 from tasks.io.errors import ConfigError
 from tasks.io.text import plural
+from tasks.kinds import kind_of
 from tasks.quality.faults import ORDER, blind, summary, unproven
 from tasks.report.tables import as_json, facts, show
 from tasks.store import layout

@@ -1,4 +1,4 @@
-"""Kinds of datasets: what each says of itself, in one object, and the look-up of a dataset's kind.
+"""What a kind of dataset says of itself, in one object.
 
 A kind costs a folder with a `kind.py` and a line in `layout.KINDS`; publication, self-test, report, replay and explain
 are the same programs for all.
@@ -7,7 +7,6 @@ are the same programs for all.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,9 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from tasks.audit.explanation import Explanation
 from tasks.audit.replay_rows import Again
-from tasks.io.errors import InputError
 from tasks.quality.faults import Trial
-from tasks.store import layout
 from tasks.store.lineage import job_digest
 from tasks.store.manifest import FaultResult, GateResult, Manifest
 from tasks.store.settings import Settings, config_of
@@ -80,17 +77,3 @@ class Kind(Generic[Config]):
 
         """
         return self.trial(root, manifest, config_of(self.config, manifest), previous).results()
-
-
-def kind_of(dataset: str) -> Kind[Any]:
-    """Return the kind of a dataset; the modules of other kinds aren't loaded.
-
-    Raises:
-        InputError: its kind is unknown.
-
-    """
-    for place, (_, module) in layout.KINDS.items():
-        if dataset.startswith(f"{place}/"):
-            kind: Kind[Any] = importlib.import_module(module).KIND
-            return kind
-    raise InputError(f"{dataset} is of no kind that is known here; name a dataset under {', '.join(layout.KINDS)}")
