@@ -1,7 +1,7 @@
-"""What a kind of dataset says of itself, in one object.
+"""Kind of dataset: one object with all that the shared programs need from it.
 
-A kind costs a folder with a `kind.py` and a line in `layout.KINDS`; publication, self-test, report, replay and explain
-are the same programs for all.
+A new kind is a folder with a `kind.py`, which assigns `KIND`, and a line in `layout.KINDS`. Publication, self-test,
+report, replay and explain are the same programs for all kinds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _rows(manifest: Manifest) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind(Generic[Config]):
-    """What a kind of dataset says of itself.
+    """Kind of dataset.
 
     Attributes:
         config: Model of the configuration that a version is made with.
@@ -44,7 +44,7 @@ class Kind(Generic[Config]):
             the manifest, the key as it was typed, and the value of `option`; raises InputError if the version has no
             such row and has rejected none, and ConfigError if the key or the value is invalid.
         option: Argument that may be given beside a key: `at`, the time of a row, or `picture`, a file to draw to.
-        rows: Function that returns the number of a version's rows to a person.
+        rows: Function that returns the number of a version's rows to show: of a copy, its samples.
         cures: Advice about a failed check, by the check's name.
 
     """
