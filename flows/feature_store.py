@@ -23,10 +23,6 @@ from tasks.feature_store import (
     plan_sources,
     plan_training_sets,
     prepare_sources,
-    publish_training_sets,
-    publish_versions,
-    reserve_training_sets,
-    reserve_versions,
     unfinished,
     validate_features,
     validate_set,
@@ -34,9 +30,10 @@ from tasks.feature_store import (
 from tasks.features.config import FeatureStoreConfig
 from tasks.io import storage
 from tasks.open_lineage import LINEAGE_HOOKS
-from tasks.publication import PublishedVersion, run_record
+from tasks.publication import PublishedVersion, publish_versions, reserve_versions, run_record
 from tasks.retries import final_unless_transient
 from tasks.runner import ray_runner
+from tasks.store import layout
 
 DEFAULTS = FeatureStoreConfig()
 
@@ -74,7 +71,8 @@ def feature_store(config: FeatureStoreConfig = DEFAULTS) -> list[PublishedVersio
 
 def _features(config: FeatureStoreConfig, started: dt.datetime) -> list[PublishedVersion]:
     plans = plan_sources.submit(config, started).result()
-    reserved = reserve_versions(plans, config.root, str(flow_run.id))
+    groups = [[layout.feature_dataset(planned.group.name) for planned in plan.groups] for plan in plans]
+    reserved = [reserve_versions(config.root, own, str(flow_run.id)) for own in groups]
     committed = [one for own in reserved for one in own if one.committed]  # by an earlier attempt of this run
     left = unfinished(plans, reserved)
     computed = [compute_features.submit(plan, config, reservations, started) for plan, reservations in left]
@@ -83,12 +81,13 @@ def _features(config: FeatureStoreConfig, started: dt.datetime) -> list[Publishe
         for (plan, _), groups in zip(left, computed, strict=True)
         for number, group in enumerate(groups.result())
     ]
-    return publish_versions([version.result() for version in judged], config.root, committed)
+    return publish_versions([version.result() for version in judged], config.root, committed, together=True)
 
 
 def _training_sets(config: FeatureStoreConfig, started: dt.datetime) -> list[PublishedVersion]:
     plans = plan_training_sets.submit(config, started).result()
-    reserved = reserve_training_sets(plans, config.root, str(flow_run.id))
+    models = [layout.training_ready_dataset(plan.model.name) for plan in plans]
+    reserved = reserve_versions(config.root, models, str(flow_run.id))
     committed = [reservation for reservation in reserved if reservation.committed]
     left = [(plan, one) for plan, one in zip(plans, reserved, strict=True) if not one.committed]
     built = [build_set.submit(plan, reservation) for plan, reservation in left]
@@ -96,4 +95,4 @@ def _training_sets(config: FeatureStoreConfig, started: dt.datetime) -> list[Pub
         validate_set.submit(plan, computed.result(), config, run_record())
         for (plan, _), computed in zip(left, built, strict=True)
     ]
-    return publish_training_sets([version.result() for version in judged], config.root, committed)
+    return publish_versions([version.result() for version in judged], config.root, committed)

@@ -21,17 +21,16 @@ from tasks.image_augmentation import (
     augment,
     plan_run,
     prepare_images,
-    publish_version,
-    reserve_version,
     validate_images,
 )
 from tasks.images.config import ImageAugmentationConfig
 from tasks.io import storage
 from tasks.io.errors import VersionConflict
 from tasks.open_lineage import LINEAGE_HOOKS
-from tasks.publication import PublishedVersion, committed_version, run_record
+from tasks.publication import PublishedVersion, committed_version, publish_versions, reserve_versions, run_record
 from tasks.retries import final_unless_transient
 from tasks.runner import ray_runner
+from tasks.store import layout
 
 DEFAULTS = ImageAugmentationConfig()
 TRIES = 3
@@ -66,13 +65,15 @@ def image_augmentation(config: ImageAugmentationConfig = DEFAULTS) -> list[Publi
         config = config.model_copy(update={"root": storage.normalise(config.root)})
         sourced = prepare_images.submit(config).result()
         for _ in range(TRIES):
-            reservation = reserve_version(sourced, str(flow_run.id))
+            # The finished files of an earlier attempt are taken over.
+            own = [layout.image_dataset(config.name)]
+            [reservation] = reserve_versions(config.root, own, str(flow_run.id), keep=True)
             if reservation.committed:  # an earlier attempt of this run has published
                 return [committed_version(reservation)]
             plan = plan_run.submit(sourced, reservation).result()
             augmented = augment.submit(plan, sourced).result()
             judged = validate_images.submit(plan, augmented, sourced, run_record()).result()
-            if published := publish_version(judged, config.root):
+            if published := publish_versions([judged], config.root):
                 return published
         raise VersionConflict(
             f"{reservation.dataset}: other runs published first each of {TRIES} times, nothing was published; "

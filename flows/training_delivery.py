@@ -21,14 +21,12 @@ from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.source import needs_sample
 from tasks.io import storage
 from tasks.open_lineage import LINEAGE_HOOKS
-from tasks.publication import PublishedVersion, run_record
+from tasks.publication import PublishedVersion, committed_version, publish_versions, reserve_versions, run_record
 from tasks.retries import final_unless_transient
 from tasks.runner import ray_runner
+from tasks.store import layout
 from tasks.training_delivery import (
-    committed_copy,
     find_source,
-    publish_version,
-    reserve_version,
     train_model,
     validate_copy,
     write_copy,
@@ -63,13 +61,14 @@ def training_delivery(config: DeliveryConfig = DEFAULTS) -> list[PublishedVersio
         config = config.model_copy(update={"root": storage.normalise(config.root)})
         features = _sample_features(config) if needs_sample(config) else []
         source = find_source.submit(config).result()
-        reservation = reserve_version(config, str(flow_run.id))
+        own = [layout.streaming_dataset(config.dataset_name)]
+        [reservation] = reserve_versions(config.root, own, str(flow_run.id))
         if reservation.committed:  # a retry: only the training remains
-            version = committed_copy(reservation)
+            version = committed_version(reservation)
         else:
             copy = write_copy.submit(source, config, reservation).result()
             judged = validate_copy.submit(source, copy, config, run_record()).result()
-            version = publish_version(judged, config.root)
+            [version] = publish_versions([judged], config.root)
         if config.training.enabled:
             version = train_model.submit(version, config, run_record()).result()
         return [*features, version]

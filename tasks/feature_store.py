@@ -15,55 +15,26 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 
 from tasks.artifacts import progress
-from tasks.engine.signals import held
 from tasks.features import loading
 from tasks.features.config import FeatureStoreConfig
-from tasks.features.definitions import Definitions, FeatureGroup
-from tasks.features.gate import judge_group
+from tasks.features.definitions import Definitions
 from tasks.features.incremental import with_state
 from tasks.features.pipeline import ComputedGroup, bucket_count, compute_groups, pieces_to_read
 from tasks.features.plan import FeaturePlan, check_mappings, needs_sample, plan_features, with_uris
 from tasks.features.sample import SAMPLE_AS_OF, write_sample
-from tasks.features.self_test import self_test
-from tasks.io.errors import GateFailed
 from tasks.io.notation import expand
-from tasks.publication import JudgedVersion, PublishedVersion, committed_version, judged_version, manifest_of, publish
+from tasks.publication import JudgedVersion, judged_version
 from tasks.retries import RETRY
 from tasks.store import layout, versions
-from tasks.store.catalogue import write_versions_csv
 from tasks.store.layout import AS_OF, CREATED, EVENT_TIME, VERSION
-from tasks.store.lineage import trace_manifest
-from tasks.store.manifest import GateResult, InputRecord, Manifest, Partition, RunRecord
-from tasks.store.reservation import Reservation, reserve
-from tasks.training_sets.gate import judge_training_set
+from tasks.store.manifest import InputRecord, Partition, RunRecord
+from tasks.store.reservation import Reservation
 from tasks.training_sets.loading import load_models, select
 from tasks.training_sets.pipeline import ComputedSet, build_training_set
 from tasks.training_sets.pipeline import bucket_count as set_bucket_count
 from tasks.training_sets.pipeline import pieces_to_read as set_pieces_to_read
 from tasks.training_sets.plan import TrainingSetPlan, plan_training_set
-from tasks.training_sets.self_test import self_test as self_test_of_set
 from tasks.training_sets.spine import label_groups
-
-_CURES = {
-    "drift": "if the change is meant, raise --thresholds.drift-fail",
-    "schema": "if the change is meant, give --allow-schema-change",
-    "nulls": "complete the source, or raise --thresholds.null-fail",
-    "rejected": "mend the rows in _rejected/, or raise --thresholds.rejected-fail",
-    "reference": "complete the dimension table, or raise --thresholds.orphan-fail",
-    "outliers": "look for wrong units in the source, or raise --thresholds.outlier-fail",
-    "ready": "see which features are missing or outlying, or lower --thresholds.ready-fail",
-    "freshness": "look why no newer events arrived, or raise --thresholds.fresh-fail-days",
-}
-
-
-_SET_CURES = {
-    "leakage": "take the feature out of the model, or raise --label-thresholds.leak-fail if it is known before",
-    "unmatched": "compute features as of earlier times, lengthen ttl_days, or raise --label-thresholds.unmatched-fail",
-    "nulls": "compute features as of earlier times, or raise --label-thresholds.null-fail",
-    "rejected": "mend the rows in _rejected/, or raise --label-thresholds.rejected-fail",
-    "schema": "if the change is meant, give --allow-schema-change",
-    "target": "look at the label's definition and its times",
-}
 
 
 @task(name="prepare-sources", cache_policy=NO_CACHE, **RETRY)
@@ -109,21 +80,6 @@ def _log_plan(plan: FeaturePlan) -> None:
     for planned, state in zip(plan.groups, plan.states, strict=False):
         if state.parent is not None:
             get_run_logger().info("%s: %d events are kept by v%d", planned.group.name, state.rows, state.parent)
-
-
-@task(name="reserve-versions", cache_policy=NO_CACHE, **RETRY)
-def reserve_versions(plans: Sequence[FeaturePlan], root: str, run_id: str) -> list[list[Reservation]]:
-    """Reserve the next version of every group, one list a plan; remove the files of an earlier attempt.
-
-    Called in the flow's process, whose death frees the reservation.
-    """
-    reservations = []
-    for plan in plans:
-        own = [reserve(root, layout.feature_dataset(planned.group.name), run_id) for planned in plan.groups]
-        for reservation in own:
-            versions.discard_attempt_files(reservation)
-        reservations.append(own)
-    return reservations
 
 
 def unfinished(
@@ -177,58 +133,39 @@ def validate_features(
     plan: FeaturePlan, number: int, computed: ComputedGroup, config: FeatureStoreConfig, run: RunRecord
 ) -> JudgedVersion:
     """Judge one group against its thresholds and the last version; write its report and show it in Prefect."""
-    group = plan.groups[number].group
-    reservation = computed.reservation
-    previous = versions.latest(reservation.root, reservation.dataset)
-    gate = judge_group(
-        group,
-        config,
-        schema=computed.schema,
-        features=computed.features,
-        profile=computed.profile,
-        balances=computed.balances,
-        duplicate_keys=computed.duplicate_keys,
-        unmatched=computed.unmatched,
-        ready=computed.ready,
-        newest_event=computed.newest_event,
-        as_of=plan.as_of[-1],
-        previous=previous,
-        times=plan.as_of,
-        suspects=computed.suspects,
-    )
-    manifest = _manifest(plan, number, computed, config=config, run=run, gate=gate)
+    group, reservation = computed.group, computed.reservation
+    times = config.as_of or tuple(moment.isoformat() for moment in plan.as_of)
     return judged_version(
-        manifest,
-        reservation,
-        previous,
-        (lambda: self_test(reservation.root, manifest, config, previous)) if config.self_test else None,
-        timings=computed.timings,
+        computed,
+        config.model_copy(update={"as_of": times}),
+        run,
+        versions.latest(reservation.root, reservation.dataset),
+        recorded=group_record(plan, number, computed),
         identifiers=(group.entity, AS_OF, CREATED, VERSION),
     )
 
 
-@task(name="publish-versions", cache_policy=NO_CACHE, **RETRY)
-def publish_versions(
-    judged: Sequence[JudgedVersion], root: str, committed: Sequence[Reservation] = ()
-) -> list[PublishedVersion]:
-    """Commit all versions of the run, or none.
-
-    Called in the flow's process: a commit is a conditional write, safe to repeat, but not to run in two places.
-
-    Args:
-        judged: Versions that this attempt has written.
-        root: Root of the store.
-        committed: Versions that an earlier attempt of this run has published.
-
-    Raises:
-        GateFailed: the gate failed a group; its version is recorded as rejected, and nothing is published.
-        VersionConflict: another publisher holds a version.
-
-    """
-    with held():
-        published = [*map(committed_version, committed), *publish(judged, root, _CURES)]
-        write_versions_csv(root)
-    return published
+def group_record(plan: FeaturePlan, number: int, computed: ComputedGroup) -> dict[str, Any]:
+    """Return what the manifest of a group has besides that of every version."""
+    planned = plan.groups[number]
+    balances = {balance.name: balance for balance in computed.balances}
+    sources = [plan.events, *(lookup.dimension for lookup in plan.lookups)]
+    sources += [planned.dimension] if planned.dimension is not None else []
+    tables = {source.name: source.table for source in sources}
+    prints = {plan.events.name: plan.fingerprints}
+    inputs = tuple(
+        table.record(balances[name].rows_in if name in balances else None, prints.get(name, ()))
+        for name, table in tables.items()
+    )
+    newest = computed.newest_event.isoformat() if computed.newest_event is not None else None
+    state = {"state": dict(computed.state)} if computed.state is not None else {}
+    return {
+        "side_files": computed.side_files,
+        "partition": Partition(key=planned.group.entity, buckets=bucket_count(plan)),
+        "as_of": plan.as_of,
+        "inputs": inputs,
+        "definition": {**planned.group.describe(), "newest_event": newest, **state},
+    }
 
 
 @task(name="plan-training-sets", cache_policy=NO_CACHE, **RETRY)
@@ -247,18 +184,6 @@ def plan_training_sets(config: FeatureStoreConfig, started: dt.datetime) -> list
         for note in plan.label.events.notes if plan.label is not None else ():
             get_run_logger().info("%s: %s", plan.model.name, note)
     return plans
-
-
-@task(name="reserve-training-sets", cache_policy=NO_CACHE, **RETRY)
-def reserve_training_sets(plans: Sequence[TrainingSetPlan], root: str, run_id: str) -> list[Reservation]:
-    """Reserve the next version of every training set; remove the files of an earlier attempt.
-
-    Called in the flow's process, whose death frees the reservation.
-    """
-    reserved = [reserve(root, layout.training_ready_dataset(plan.model.name), run_id) for plan in plans]
-    for reservation in reserved:
-        versions.discard_attempt_files(reservation)
-    return reserved
 
 
 def _build_run_name() -> str:
@@ -288,55 +213,19 @@ def validate_set(
     plan: TrainingSetPlan, computed: ComputedSet, config: FeatureStoreConfig, run: RunRecord
 ) -> JudgedVersion:
     """Judge a training set, especially its label; write its report and show it in Prefect."""
-    reservation = computed.reservation
-    previous = versions.latest(reservation.root, reservation.dataset)
-    gate = judge_training_set(plan.model, config, computed, previous)
-    manifest = _set_manifest(plan, computed, config=config, run=run, gate=gate)
+    model, reservation = computed.model, computed.reservation
     return judged_version(
-        manifest,
-        reservation,
-        previous,
-        (lambda: self_test_of_set(reservation.root, manifest, config, previous)) if config.self_test else None,
-        name=f"{plan.model.name}-training-set",
-        title=f"Training set of {plan.model.name} v{manifest.version}",
-        timings=computed.timings,
-        identifiers=(plan.model.entity, EVENT_TIME),
-        lineage=trace_manifest(reservation.root, manifest),
+        computed,
+        config,
+        run,
+        versions.latest(reservation.root, reservation.dataset),
+        recorded=set_record(plan, computed),
+        name=f"{model.name}-training-set",
+        traced=True,
+        title=f"Training set of {model.name} v{reservation.version}",
+        identifiers=(model.entity, EVENT_TIME),
         notes=computed.notes,
     )
-
-
-@task(name="publish-training-sets", cache_policy=NO_CACHE, **RETRY)
-def publish_training_sets(
-    judged: Sequence[JudgedVersion], root: str, committed: Sequence[Reservation] = ()
-) -> list[PublishedVersion]:
-    """Commit every training set that passed its gate; a failed one doesn't block the others.
-
-    Called in the flow's process: a commit is a conditional write, safe to repeat, but not to run in two places.
-
-    Args:
-        judged: Training sets that this attempt has written.
-        root: Root of the store.
-        committed: Training sets that an earlier attempt of this run has published.
-
-    Raises:
-        GateFailed: the gate failed a training set; it is recorded as rejected, the others are published.
-        VersionConflict: another publisher holds a version.
-
-    """
-    published = [committed_version(reservation) for reservation in committed]
-    failed: list[GateFailed] = []
-    with held():
-        for version in judged:
-            try:
-                published += publish([version], root, _SET_CURES)
-            except GateFailed as fault:
-                failed.append(fault)
-        write_versions_csv(root)
-    if failed:
-        beside = ", ".join(f"{version.dataset} v{version.version}" for version in published)
-        raise GateFailed(" ".join(map(str, failed)) + (f" (published beside it: {beside})" if beside else ""))
-    return published
 
 
 def declared(config: FeatureStoreConfig) -> Definitions:
@@ -344,65 +233,14 @@ def declared(config: FeatureStoreConfig) -> Definitions:
     return loading.declared(config.definitions)
 
 
-def _manifest(
-    plan: FeaturePlan,
-    number: int,
-    computed: ComputedGroup,
-    *,
-    config: FeatureStoreConfig,
-    run: RunRecord,
-    gate: GateResult,
-) -> Manifest:
-    planned = plan.groups[number]
-    balances = {balance.name: balance for balance in computed.balances}
-    sources = [plan.events, *(lookup.dimension for lookup in plan.lookups)]
-    sources += [planned.dimension] if planned.dimension is not None else []
-    tables = {source.name: source.table for source in sources}
-    prints = {plan.events.name: plan.fingerprints}
-    inputs = tuple(
-        table.record(balances[name].rows_in if name in balances else None, prints.get(name, ()))
-        for name, table in tables.items()
-    )
-    return manifest_of(
-        computed,
-        gate,
-        config.model_copy(update={"as_of": _as_of(config, plan)}),
-        run,
-        declaration=planned.group.digest(),
-        side_files=computed.side_files,
-        partition=Partition(key=planned.group.entity, buckets=bucket_count(plan)),
-        as_of=plan.as_of,
-        inputs=inputs,
-        definition=_definition(planned.group, computed),
-    )
-
-
-def _as_of(config: FeatureStoreConfig, plan: FeaturePlan) -> tuple[str, ...]:
-    """Return the requested times, or the start of the run."""
-    return config.as_of or tuple(moment.isoformat() for moment in plan.as_of)
-
-
-def _definition(group: FeatureGroup, computed: ComputedGroup) -> dict[str, Any]:
-    """Return the declaration, with the facts of this version: its newest event, and the events that it keeps."""
-    newest = computed.newest_event.isoformat() if computed.newest_event is not None else None
-    state = {"state": dict(computed.state)} if computed.state is not None else {}
-    return {**group.describe(), "newest_event": newest, **state}
-
-
-def _set_manifest(
-    plan: TrainingSetPlan, computed: ComputedSet, *, config: FeatureStoreConfig, run: RunRecord, gate: GateResult
-) -> Manifest:
+def set_record(plan: TrainingSetPlan, computed: ComputedSet) -> dict[str, Any]:
+    """Return what the manifest of a training set has besides that of every version."""
     model = plan.model
-    return manifest_of(
-        computed,
-        gate,
-        config,
-        run,
-        declaration=model.digest(),
-        partition=Partition(key=model.entity, buckets=set_bucket_count(plan)),
-        inputs=(*_feature_inputs(plan, computed.reservation.root), *plan.source_records(computed)),
-        definition={**model.describe(), "columns": plan.columns},
-    )
+    return {
+        "partition": Partition(key=model.entity, buckets=set_bucket_count(plan)),
+        "inputs": (*_feature_inputs(plan, computed.reservation.root), *plan.source_records(computed)),
+        "definition": {**model.describe(), "columns": plan.columns},
+    }
 
 
 def _feature_inputs(plan: TrainingSetPlan, root: str) -> list[InputRecord]:

@@ -14,29 +14,18 @@ from prefect.cache_policies import NO_CACHE
 from tasks.artifacts import progress, publish_table
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.examples import charts, contact_picture, reject_picture, reject_table
-from tasks.images.gate import class_summary, judge_images, summary_csv
+from tasks.images.gate import ImageFigures, class_summary, summary_csv
 from tasks.images.pipeline import AugmentedImages, augment_images
 from tasks.images.plan import ImagePlan, plan_images
 from tasks.images.sample import write_sample
-from tasks.images.self_test import self_test
 from tasks.images.split import SPLITS
 from tasks.io import storage
-from tasks.io.errors import Superseded
-from tasks.publication import JudgedVersion, PublishedVersion, judged_version, manifest_of, publish
+from tasks.publication import JudgedVersion, judged_version
 from tasks.report.report import DataTable, Picture
 from tasks.retries import RETRY
 from tasks.store import layout, versions
-from tasks.store.manifest import GateResult, Manifest, RunRecord
-from tasks.store.reservation import Reservation, reserve
-
-_CURES = {
-    "rejected": "see _rejected/ for each image and its reason, or raise --thresholds.rejected-fail",
-    "invalid": "look at the contact sheet, or raise --thresholds.invalid-fail",
-    "ready": "look at the contact sheet, or lower --thresholds.ready-fail",
-    "drift": "if the change is meant, raise --thresholds.drift-fail",
-    "schema": "publish under another --name",
-    "rows": "see _rejected/: no image came through",
-}
+from tasks.store.manifest import RunRecord
+from tasks.store.reservation import Reservation
 
 
 @task(name="prepare-images", cache_policy=NO_CACHE, **RETRY)
@@ -47,15 +36,6 @@ def prepare_images(config: ImageAugmentationConfig) -> ImageAugmentationConfig:
     uris = write_sample(config.root, config.sample_images, config.seed)
     get_run_logger().info("No images are given: using the sample in %s", uris["images"])
     return config.model_copy(update=uris)
-
-
-@task(name="reserve-version", cache_policy=NO_CACHE, **RETRY)
-def reserve_version(config: ImageAugmentationConfig, run_id: str) -> Reservation:
-    """Reserve the next version; keep the finished files of an earlier attempt, which are taken over.
-
-    Called in the flow's process, whose death frees the reservation.
-    """
-    return reserve(config.root, layout.image_dataset(config.name), run_id)
 
 
 @task(name="plan-images", cache_policy=NO_CACHE, **RETRY)
@@ -100,54 +80,33 @@ def validate_images(
     # Judged against the version that the classes are carried over from: the commit requires it to be the latest still.
     previous = versions.read_manifest(reservation.root, reservation.dataset, plan.base) if plan.base else None
     counts = split_counts(plan, augmented)
-    variants = sum(entry.rows for entry in augmented.files)
-    gate = judge_images(
-        config,
+    figures = ImageFigures(
         schema=augmented.schema,
         profile=augmented.profile,
         balances=augmented.balances,
-        variants=variants,
+        variants=sum(entry.rows for entry in augmented.files),
         passed=augmented.passed,
         ready=augmented.ready,
-        class_counts={name: sum(by_split.values()) for name, by_split in counts.items()},
+        class_counts=_class_counts(plan, augmented),
         split_counts=counts,
         class_ids=plan.classes,
         leaking_groups=augmented.leaking_groups,
         duplicate_ids=augmented.duplicate_ids,
-        previous=previous,
     )
-    manifest = _manifest(plan, augmented, config=config, run=run, gate=gate)
     summary = _summary(plan, augmented, config)
     storage.write_bytes(layout.join(reservation.uri, layout.CLASS_SUMMARY), summary_csv(summary))
     publish_table(f"{config.name}-classes", summary.to_pylist(), f"Classes and splits of {reservation.dataset}")
     return judged_version(
-        manifest,
-        reservation,
+        augmented,
+        config,
+        run,
         previous,
-        (lambda: self_test(reservation.root, manifest, config, previous)) if config.self_test else None,
+        recorded=image_record(plan, augmented, config),
+        figures=figures,
         base=plan.base,
-        timings=augmented.timings,
         pictures=tuple(_pictures(augmented, config, counts)),
         tables=tuple(_tables(plan, augmented)),
     )
-
-
-@task(name="publish-version", cache_policy=NO_CACHE, **RETRY)
-def publish_version(judged: JudgedVersion, root: str) -> list[PublishedVersion]:
-    """Commit the version; return [] if another run published first from the same base: this one must plan again.
-
-    Called in the flow's process: a commit is a conditional write, safe to repeat, but not to run in two places.
-
-    Raises:
-        GateFailed: the gate failed the version; it is recorded as rejected.
-        VersionConflict: another publisher holds the version.
-
-    """
-    try:
-        return publish([judged], root, _CURES)
-    except Superseded as fault:
-        get_run_logger().warning("%s Planning anew", fault)
-        return []
 
 
 def split_counts(plan: ImagePlan, augmented: AugmentedImages) -> dict[str, dict[str, int]]:
@@ -157,6 +116,10 @@ def split_counts(plan: ImagePlan, augmented: AugmentedImages) -> dict[str, dict[
     for number, split in zip(augmented.class_ids.tolist(), augmented.splits.tolist(), strict=True):
         counts[names[number]][SPLITS[split]] += 1
     return {name: {split: by_split[split] for split in SPLITS if by_split[split]} for name, by_split in counts.items()}
+
+
+def _class_counts(plan: ImagePlan, augmented: AugmentedImages) -> dict[str, int]:
+    return {name: int((augmented.class_ids == number).sum()) for name, number in plan.classes.items()}
 
 
 def _summary(plan: ImagePlan, augmented: AugmentedImages, config: ImageAugmentationConfig) -> Any:
@@ -172,14 +135,8 @@ def _summary(plan: ImagePlan, augmented: AugmentedImages, config: ImageAugmentat
     )
 
 
-def _manifest(
-    plan: ImagePlan,
-    augmented: AugmentedImages,
-    *,
-    config: ImageAugmentationConfig,
-    run: RunRecord,
-    gate: GateResult,
-) -> Manifest:
+def image_record(plan: ImagePlan, augmented: AugmentedImages, config: ImageAugmentationConfig) -> dict[str, Any]:
+    """Return what the manifest of images has besides that of every version."""
     augmentation = config.augmentation
     definition = {
         "classes": plan.classes,
@@ -193,17 +150,9 @@ def _manifest(
         "splits": {name: int((augmented.splits == number).sum()) for number, name in enumerate(SPLITS)},
         "variants": augmentation.variants,
         "evaluation": config.evaluation,
-        "images": {name: int((augmented.class_ids == number).sum()) for name, number in plan.classes.items()},
+        "images": _class_counts(plan, augmented),
     }
-    return manifest_of(
-        augmented,
-        gate,
-        config,
-        run,
-        side_files=augmented.side_files,
-        inputs=plan.inputs,
-        definition=definition,
-    )
+    return {"side_files": augmented.side_files, "inputs": plan.inputs, "definition": definition}
 
 
 def _pictures(

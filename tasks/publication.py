@@ -1,4 +1,4 @@
-"""Last steps of every flow: the report of a judged version, and its commit."""
+"""First and last steps of every flow: the reservation of versions; their self-test, report, commit and announcement."""
 
 from __future__ import annotations
 
@@ -6,36 +6,38 @@ import datetime as dt
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
-from prefect import get_run_logger
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 from prefect.runtime import deployment, flow_run
-from pydantic import BaseModel
 
 from tasks.artifacts import publish_report
 from tasks.engine.signals import held
 from tasks.io import storage
-from tasks.io.errors import GateFailed
+from tasks.io.errors import GateFailed, Superseded
+from tasks.kinds import kind_of
 from tasks.quality.faults import ITSELF, blind, failed, summary
-from tasks.quality.profile import TableProfile
+from tasks.quality.figures import Figures, Written
 from tasks.report import page
 from tasks.report.report import Report
+from tasks.retries import RETRY
 from tasks.store import layout, versions
+from tasks.store.catalogue import write_versions_csv
 from tasks.store.conservation import check_written
-from tasks.store.lineage import job_digest, package_versions
+from tasks.store.lineage import package_versions, trace_manifest
 from tasks.store.manifest import (
     CheckResult,
-    ColumnSpec,
     FaultResult,
-    FileEntry,
     GateResult,
     Manifest,
     ReportDigest,
     RowBalance,
     RunRecord,
 )
-from tasks.store.reservation import Reservation, find_manifest
+from tasks.store.reservation import Reservation, find_manifest, reserve
 
 PUBLISHED = "training-data.version.published"
 """Event of a version's publication; automations and deployment triggers start from it."""
@@ -53,34 +55,6 @@ class JudgedVersion:
 
 COMMITTING: list[JudgedVersion] = []
 """Versions that this process has begun to commit, to report the published ones after a stop."""
-
-
-class Written(Protocol):
-    """Result of a job that wrote a version."""
-
-    @property
-    def reservation(self) -> Reservation:
-        """Reservation of the version."""
-
-    @property
-    def files(self) -> tuple[FileEntry, ...]:
-        """Data files."""
-
-    @property
-    def rejected_files(self) -> tuple[FileEntry, ...]:
-        """Files of rejected rows."""
-
-    @property
-    def columns(self) -> tuple[ColumnSpec, ...]:
-        """Schema of the data files."""
-
-    @property
-    def balances(self) -> tuple[RowBalance, ...]:
-        """Balances of the rows."""
-
-    @property
-    def profile(self) -> TableProfile:
-        """Profile of the data files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +75,31 @@ class PublishedVersion:
 def run_record() -> RunRecord:
     """Return the current flow run, for the manifest."""
     return RunRecord(flow_run_id=str(flow_run.id), flow_run_name=flow_run.name, deployment=deployment.name)
+
+
+@task(name="reserve-versions", cache_policy=NO_CACHE, **RETRY)
+def reserve_versions(root: str, datasets: Sequence[str], run_id: str, *, keep: bool = False) -> list[Reservation]:
+    """Reserve the next version of each dataset; remove the files of an earlier attempt.
+
+    Called in the flow's process, whose death frees the reservations.
+
+    Args:
+        root: Root of the store.
+        datasets: Names of the datasets.
+        run_id: The flow run.
+        keep: Leave the files of an earlier attempt to the job, which takes the finished ones over.
+
+    Raises:
+        InputError: a dataset is of no known kind.
+
+    """
+    reserved = []
+    for dataset in datasets:
+        kind_of(dataset)  # an error comes before the work
+        reserved.append(reserve(root, dataset, run_id))
+        if not keep:
+            versions.discard_attempt_files(reserved[-1])
+    return reserved
 
 
 def write_report(report: Report, manifest: Manifest, reservation: Reservation, name: str | None = None) -> Manifest:
@@ -127,23 +126,58 @@ def write_report(report: Report, manifest: Manifest, reservation: Reservation, n
     return manifest.model_copy(update={"report": ReportDigest(html_sha256=html, json_sha256=json)})
 
 
-def manifest_of(
+def judged_version(
     written: Written,
-    gate: GateResult,
-    config: BaseModel,
+    config: Any,
     run: RunRecord,
-    declaration: str = "",
-    **more: Any,
-) -> Manifest:
-    """Return the manifest of a version that is written and judged.
+    previous: Manifest | None,
+    *,
+    recorded: Mapping[str, Any],
+    figures: Figures | None = None,
+    base: int | None = None,
+    name: str | None = None,
+    traced: bool = False,
+    **report: Any,
+) -> JudgedVersion:
+    """Judge a written version, test its gate, write its report and show both in Prefect.
 
     Args:
         written: Result of the job.
-        gate: The gate's verdict.
         config: The run's configuration; it never contains credentials.
         run: The run.
-        declaration: Digest of the declaration that made it.
-        more: Further fields of the manifest: inputs always, and those of the kind of dataset.
+        previous: Manifest of the version it is compared with.
+        recorded: Fields of the manifest that its kind adds: `inputs` and `definition` always.
+        figures: What the gate judges, if that isn't the result of the job.
+        base: As in `JudgedVersion`.
+        name: As in `write_report`.
+        traced: Show the whole lineage in the report.
+        report: Further fields of the report.
+
+    Raises:
+        BalanceError: rows don't balance, or the files differ from the reports.
+        VersionConflict: a newer attempt exists, whose report has the same path.
+
+    """
+    reservation = written.reservation
+    kind, root = kind_of(reservation.dataset), reservation.root
+    gate = kind.judge(config, figures or written, previous)
+    manifest = manifest_of(written, gate, config, run, recorded)
+    if config.self_test:
+        manifest = proven(manifest, partial(kind.self_test, root, manifest, previous))
+    fields = {"rows": kind.rows(manifest), "timings": written.timings, **report}
+    if traced:
+        fields["lineage"] = trace_manifest(root, manifest)
+    manifest = write_report(Report.of(manifest, previous, **fields), manifest, reservation, name)
+    log = get_run_logger()
+    verdict = manifest.gate.verdict
+    (log.info if verdict == "pass" else log.warning)("%s: verdict %s", reservation.dataset, verdict)
+    return JudgedVersion(reservation, manifest, base)
+
+
+def manifest_of(
+    written: Written, gate: GateResult, config: Any, run: RunRecord, recorded: Mapping[str, Any]
+) -> Manifest:
+    """Return the manifest of a version that is written and judged, with arguments as those of `judged_version`.
 
     Raises:
         BalanceError: rows don't balance, or the files differ from the reports.
@@ -163,45 +197,11 @@ def manifest_of(
         profile=written.profile.columns(),
         gate=gate,
         config=config.model_dump(mode="json"),
-        code_digest=job_digest(layout.kind(reservation.dataset), declaration),
+        code_digest=kind_of(reservation.dataset).digest(recorded["definition"]),
         packages=package_versions(),
         run=run.model_copy(update={"attempt": reservation.attempt}),
-        **more,
+        **recorded,
     )
-
-
-def judged_version(
-    manifest: Manifest,
-    reservation: Reservation,
-    previous: Manifest | None,
-    self_test: Callable[[], tuple[FaultResult, ...]] | None,
-    *,
-    base: int | None = None,
-    name: str | None = None,
-    **report: Any,
-) -> JudgedVersion:
-    """Run the self-test of a version's gate, write the version's report and show both in Prefect.
-
-    Args:
-        manifest: Manifest of the version.
-        reservation: Reservation of the version.
-        previous: Manifest of the version it is compared with.
-        self_test: Injects faults into a sample of the version and judges each; None leaves it out.
-        base: As in `JudgedVersion`.
-        name: As in `write_report`.
-        report: Further fields of the report.
-
-    Raises:
-        VersionConflict: a newer attempt exists, whose report has the same path.
-
-    """
-    if self_test is not None:
-        manifest = proven(manifest, self_test)
-    manifest = write_report(Report.of(manifest, previous, **report), manifest, reservation, name)
-    log = get_run_logger()
-    verdict = manifest.gate.verdict
-    (log.info if verdict == "pass" else log.warning)("%s: verdict %s", reservation.dataset, verdict)
-    return JudgedVersion(reservation, manifest, base)
 
 
 def proven(manifest: Manifest, self_test: Callable[[], tuple[FaultResult, ...]]) -> Manifest:
@@ -224,13 +224,45 @@ def proven(manifest: Manifest, self_test: Callable[[], tuple[FaultResult, ...]])
     return manifest.model_copy(update={"self_test": results})
 
 
-def publish(judged: Sequence[JudgedVersion], root: str, cures: Mapping[str, str]) -> list[PublishedVersion]:
-    """Commit all versions of a run, or none.
+@task(name="publish-versions", cache_policy=NO_CACHE, **RETRY)
+def publish_versions(
+    judged: Sequence[JudgedVersion], root: str, committed: Sequence[Reservation] = (), *, together: bool = False
+) -> list[PublishedVersion]:
+    """Commit the versions of a run that passed their gates; those superseded since their base are left out.
+
+    Called in the flow's process: a commit is a conditional write, safe to repeat, but not to run in two places.
 
     Args:
-        judged: Versions of the run.
+        judged: Versions that this attempt has written.
         root: Root of the store.
-        cures: Advice about a failed check, by the check's name.
+        committed: Versions that an earlier attempt of this run has published.
+        together: Commit all of them, or none.
+
+    Raises:
+        GateFailed: the gate failed a version; it is recorded as rejected.
+        VersionConflict: another publisher holds a version.
+
+    """
+    published = [committed_version(reservation) for reservation in committed]
+    failed: list[GateFailed] = []
+    with held():
+        for own in [judged] if together else [[version] for version in judged]:
+            try:
+                published += publish(own, root)
+            except GateFailed as fault:
+                failed.append(fault)
+            except Superseded as fault:
+                get_run_logger().warning("%s Planning anew", fault)
+        if any(version.manifest.dataset.startswith(f"{layout.FEATURE_STORE}/") for version in judged):
+            write_versions_csv(root)
+    if failed:
+        beside = ", ".join(f"{version.dataset} v{version.version}" for version in published)
+        raise GateFailed(" ".join(map(str, failed)) + (f" (published beside it: {beside})" if beside else ""))
+    return published
+
+
+def publish(judged: Sequence[JudgedVersion], root: str) -> list[PublishedVersion]:
+    """Commit all versions, or none.
 
     Raises:
         GateFailed: the gate failed a version; it is recorded as rejected, and nothing is published.
@@ -242,7 +274,7 @@ def publish(judged: Sequence[JudgedVersion], root: str, cures: Mapping[str, str]
     if failed:
         for version in judged:
             versions.commit(version.reservation, _rejected(version, failed))
-        raise GateFailed(_why(failed, cures))
+        raise GateFailed(_why(failed))
     COMMITTING.extend(judged)
     with held():  # Ctrl-C between two commits would publish some of them
         manifests = [versions.commit(version.reservation, version.manifest, version.base) for version in judged]
@@ -288,7 +320,7 @@ def _rejected(version: JudgedVersion, failed: Sequence[JudgedVersion]) -> Manife
     return manifest.model_copy(update={"status": "rejected", "gate": gate})
 
 
-def _why(failed: Sequence[JudgedVersion], cures: Mapping[str, str]) -> str:
+def _why(failed: Sequence[JudgedVersion]) -> str:
     """Describe the failed checks, their cures, and the location of the report."""
     checks = [
         (version.manifest.dataset, check)
@@ -297,7 +329,8 @@ def _why(failed: Sequence[JudgedVersion], cures: Mapping[str, str]) -> str:
         if check.verdict == "fail"
     ]
     causes = [f"{dataset}: {check.message.rstrip('.')} (asked for {check.bound})" for dataset, check in checks]
-    known = "; ".join(dict.fromkeys(cures[check.name] for _, check in checks if check.name in cures))
+    cures = [kind_of(dataset).cures.get(check.name) for dataset, check in checks]
+    known = "; ".join(dict.fromkeys(filter(None, cures)))
     shown = "; ".join(causes[:3]) + (f"; and {len(causes) - 3} more" if len(causes) > 3 else "")
     reports = ", ".join(layout.join(version.reservation.uri, layout.REPORT_HTML) for version in failed)
     cure = f" To go on: {known}." if known else ""
@@ -313,7 +346,7 @@ def published(root: str, manifest: Manifest) -> PublishedVersion:
         uri=uri,
         report=layout.join(uri, layout.REPORT_HTML),
         verdict=manifest.gate.verdict,
-        rows=manifest.rows,
+        rows=kind_of(manifest.dataset).rows(manifest),
         balances=manifest.balances,
         notes=_blindness(manifest),
     )

@@ -16,15 +16,7 @@ from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.exceptions import CrashedRun
 from prefect.runtime import flow_run
 from prefect.tasks import Task, exponential_backoff
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    LocalRayletDiedError,
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
-    WorkerCrashedError,
-)
+from ray import exceptions as lost
 
 from tasks.engine.cluster import explained_loss
 from tasks.io.errors import PipelineError, causes
@@ -32,13 +24,8 @@ from tasks.io.faults import is_transient, refusal, refused_credentials
 from tasks.store.settings import seconds_from_environment
 
 RAY_LOSSES = (
-    ActorDiedError,
-    ActorUnavailableError,
-    LocalRayletDiedError,
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
-    WorkerCrashedError,
+    *(lost.ActorDiedError, lost.ActorUnavailableError, lost.WorkerCrashedError, lost.OutOfMemoryError),
+    *(lost.LocalRayletDiedError, lost.NodeDiedError, lost.ObjectLostError),
 )
 API_LOSSES = (
     ConcurrencySlotAcquisitionError,  # a task that starts while the API is away

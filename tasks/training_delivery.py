@@ -17,20 +17,18 @@ from prefect.cache_policies import NO_CACHE
 
 from tasks.artifacts import Progress, progress, publish_report, publish_table
 from tasks.delivery.config import DeliveryConfig
-from tasks.delivery.gate import judge_copy
 from tasks.delivery.pipeline import write_streaming_ready
-from tasks.delivery.self_test import self_test
 from tasks.delivery.shuffle import StreamingReady
 from tasks.delivery.source import Source
 from tasks.delivery.source import find_source as find
 from tasks.io import storage
-from tasks.publication import JudgedVersion, PublishedVersion, committed_version, judged_version, manifest_of, publish
+from tasks.publication import JudgedVersion, PublishedVersion, judged_version
 from tasks.report import page
 from tasks.report.report import Report
 from tasks.retries import RETRY
 from tasks.store import layout, versions
-from tasks.store.manifest import GateResult, Manifest, RunRecord
-from tasks.store.reservation import Reservation, reserve
+from tasks.store.manifest import GateResult, RunRecord
+from tasks.store.reservation import Reservation
 from tasks.training.monitoring import (
     TrainingResult,
     epoch_table,
@@ -42,13 +40,6 @@ from tasks.training.monitoring import (
 from tasks.training.trainer import read_records, train_version
 
 LOOK_SECONDS = 2.0
-_CURES = {
-    "drift": "if the change is meant, raise --thresholds.drift-fail",
-    "schema": "if the change is meant, give --allow-schema-change",
-    "nulls": "complete the source, or raise --thresholds.missing-fail",
-    "rejected": "see _rejected/ for each row and its reason, or raise --thresholds.rejected-fail",
-    "rows": "see _rejected/ and the balance: too few rows came through",
-}
 
 
 @task(name="find-source", cache_policy=NO_CACHE, **RETRY)
@@ -64,18 +55,6 @@ def find_source(config: DeliveryConfig) -> Source:
         source.target or "none",
     )
     return source
-
-
-@task(name="reserve-version", cache_policy=NO_CACHE, **RETRY)
-def reserve_version(config: DeliveryConfig, run_id: str) -> Reservation:
-    """Reserve the next version of the copy; remove the files of an earlier attempt.
-
-    Called in the flow's process, whose death frees the reservation.
-    """
-    reservation = reserve(config.root, layout.streaming_dataset(config.dataset_name), run_id)
-    if not reservation.committed:
-        versions.discard_attempt_files(reservation)
-    return reservation
 
 
 @task(name="write-copy", tags=["ray-data"], cache_policy=NO_CACHE, **RETRY)
@@ -97,44 +76,15 @@ def validate_copy(source: Source, copy: StreamingReady, config: DeliveryConfig, 
     """Judge the copy against its thresholds and the last version; write its report and show it in Prefect."""
     reservation = copy.reservation
     previous = versions.latest(reservation.root, reservation.dataset)
-    gate = judge_copy(config, copy, previous)
-    manifest = _manifest(source, copy, config=config, run=run, gate=gate)
     return judged_version(
-        manifest,
-        reservation,
+        copy,
+        config,
+        run,
         previous,
-        (lambda: self_test(source, manifest, config, previous)) if config.self_test else None,
+        recorded={"definition": copy.definition, "inputs": (source.record(),)},
         name=f"{config.dataset_name}-streaming",  # the source's report has the plain name
-        title=f"{config.dataset_name} v{manifest.version}, streaming-ready",
-        rows=_samples(manifest),
-        timings=copy.timings,
+        title=f"{config.dataset_name} v{reservation.version}, streaming-ready",
     )
-
-
-@task(name="publish-version", cache_policy=NO_CACHE, **RETRY)
-def publish_version(judged: JudgedVersion, root: str) -> PublishedVersion:
-    """Commit the copy.
-
-    Called in the flow's process: a commit is a conditional write, safe to repeat, but not to run in two places.
-
-    Raises:
-        GateFailed: the gate failed the version; it is recorded as rejected.
-        VersionConflict: another publisher holds the version.
-
-    """
-    [version] = publish([judged], root, _CURES)
-    return dataclasses.replace(version, rows=_samples(judged.manifest))
-
-
-def committed_copy(reservation: Reservation) -> PublishedVersion:
-    """Return the copy that this run has published in an earlier attempt."""
-    manifest = versions.resolve(reservation.root, reservation.dataset, reservation.version)
-    return dataclasses.replace(committed_version(reservation), rows=_samples(manifest))
-
-
-def _samples(manifest: Manifest) -> int:
-    """Return the samples of a copy; a row of a table's copy is a block of them."""
-    return sum(manifest.definition["samples"].values())
 
 
 @task(name="train-model", tags=["ray-train"], cache_policy=NO_CACHE, **RETRY)
@@ -193,7 +143,7 @@ def _report_training(
         title=f"Training on {config.dataset_name} v{version.version}",
         verdict=gate.verdict,
         created_at=dt.datetime.now(dt.UTC),
-        rows=_samples(manifest),
+        rows=version.rows,
         balances=(),
         gate=gate,
         self_test=(),
@@ -214,16 +164,3 @@ def _report_training(
     rows = [dict(zip(workers.columns, row, strict=True)) for row in workers.rows]
     publish_table(f"{name}-workers", rows, workers.note or "What each worker's stream delivered.")
     return gate
-
-
-def _manifest(
-    source: Source, copy: StreamingReady, *, config: DeliveryConfig, run: RunRecord, gate: GateResult
-) -> Manifest:
-    return manifest_of(
-        copy,
-        gate,
-        config,
-        run,
-        inputs=(source.record(),),
-        definition=copy.definition,
-    )

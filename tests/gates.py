@@ -1,11 +1,44 @@
-"""Gates that are made blind, for the tests of what tells of blindness."""
+"""What a gate notices, and gates that are made blind, for the tests of what tells of blindness."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tasks.store.manifest import CheckResult
+import pytest
+
+from tasks.quality.faults import Trial
+from tasks.quality.rules import SEVERITY
+from tasks.store.manifest import CheckResult, FaultResult, GateResult
+
+
+def of(result: GateResult, name: str, column: str | None = None) -> CheckResult:
+    """The check of a name, on a column if there are several."""
+    (check,) = (c for c in result.checks if c.name == name and (column is None or c.column == column))
+    return check
+
+
+def one_check(cases: Sequence[tuple[str, Callable[[], GateResult], str, str | None, str]]) -> Callable[..., None]:
+    """A test of a gate on each case: why, the judgement, the check, its column, and its verdict."""
+
+    @pytest.mark.parametrize(("why", "judged", "name", "column", "verdict"), cases, ids=[case[0] for case in cases])
+    def test(why: str, judged: Callable[[], GateResult], name: str, column: str | None, verdict: str) -> None:
+        result = judged()
+        assert of(result, name, column).verdict == verdict, why
+        assert result.verdict == max((check.verdict for check in result.checks), key=SEVERITY.__getitem__)
+        assert all(check.message.endswith((".", "?")) for check in result.checks)
+
+    return test
+
+
+def by_fault(trial: Trial[Any]) -> dict[str, FaultResult]:
+    """The results of a self-test, by the faults' names."""
+    return {result.fault: result for result in trial.results()}
+
+
+def noticed(results: Mapping[str, FaultResult]) -> dict[str, tuple[str, str]]:
+    """The outcome of each fault, and the first check that noticed it."""
+    return {name: (result.outcome, (*result.caught_by, "")[0]) for name, result in results.items()}
 
 
 def calm(check: Callable[..., Any]) -> Callable[..., Any]:

@@ -32,6 +32,16 @@ class Run:
     def id(self) -> UUID:
         return run_id(self.state)
 
+    @property
+    def uri(self) -> str:
+        [version] = self.published
+        return version.uri
+
+    def record(self) -> Manifest:
+        """The manifest of the only version."""
+        [version] = self.published
+        return self.manifest(version.dataset)
+
     def manifest(self, dataset: str) -> Manifest:
         number = next(version.version for version in self.published if version.dataset == dataset)
         return versions.resolve(self.root, dataset, number)

@@ -17,15 +17,16 @@ import pytest
 from pydantic import BaseModel
 
 import tasks
+from tasks.store import layout
 
 ROOT = Path(__file__).parent.parent
 MAX_LINES = 700  # a module is as long as its subject; beyond this it has two
 VAGUE = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
 
 # Layers from the ground up; a module imports from its own layer and from those below.
-IO, STORE, QUALITY, REPORT, ENGINE, DOMAIN, JOBS, TASKS, FLOWS = range(9)
+IO, STORE, QUALITY, REPORT, ENGINE, DOMAIN, KIND, JOBS, TASKS, FLOWS = range(10)
 GROUND = {"io": IO, "store": STORE, "quality": QUALITY, "report": REPORT, "engine": ENGINE}
-NAMES = (*(f"tasks/{name}" for name in GROUND), "a domain", "a domain's pipeline", "tasks/*.py", "flows")
+NAMES = (*(f"tasks/{name}" for name in GROUND), "a domain", "a kind of dataset", "a pipeline", "tasks/*.py", "flows")
 RAY_BESIDE_PIPELINES = (
     "tasks/engine/cluster.py",
     "tasks/engine/jobs.py",
@@ -64,6 +65,8 @@ def layer(path: str) -> int:
             return TASKS
         case ("tasks", folder, *_) if folder in GROUND:
             return GROUND[folder]
+        case ("tasks", _, "kind.py"):  # joins a domain with the audit of its datasets; loaded by `tasks.kinds`
+            return KIND
         case ("tasks", _, *_, "pipeline.py"):
             return JOBS
         case ("tasks", *_):
@@ -142,6 +145,7 @@ def circles(found: Sources) -> list[str]:
         path: {target for _, name in imports(path, source) if (target := module_path(name, known)) in known} - {path}
         for path, source in known.items()
     }
+    graph["tasks/kinds.py"] |= {f"{module.replace('.', '/')}.py" for _, module in layout.KINDS.values()}
     complaints = []
     for path in found:
         came: dict[str, str] = {}
@@ -242,6 +246,8 @@ def test_every_setting_is_described_and_no_configuration_can_be_changed() -> Non
         (upward_imports, "tasks/store/x.py", "from tasks import runner", "which is above it"),
         (upward_imports, "tasks/features/x.py", "from .pipeline import compute_groups", "pipeline.*which is above it"),
         (upward_imports, "tasks/features/x.py", "from .. import runner", "imports tasks.runner"),
+        (upward_imports, "tasks/audit/x.py", "from tasks.images.kind import KIND", r"\(a kind of dataset\), which is"),
+        (upward_imports, "tasks/images/kind.py", "from tasks.images import pipeline", r"\(a pipeline\), which is"),
         (upward_imports, "tasks/features/pipeline.py", "def f():\n    from tasks import artifacts", ":2 "),
         (upward_imports, "tasks/x.py", "from flows.feature_store import feature_store", "which is above it"),
         (upward_imports, "tasks/x.py", "import importlib\nimportlib.import_module('flows.feature_store')", ":2 "),
@@ -257,6 +263,7 @@ def test_every_setting_is_described_and_no_configuration_can_be_changed() -> Non
         (stray_imports, "tasks/features/trainer.py", "import ray.train", "know Ray"),
         (stray_imports, "tasks/training/trainer.py", "from prefect import task", "know Prefect"),
         (circles, "tasks/io/errors.py", "def f():\n    from tasks.io import storage", "errors.py imports .*errors.py"),
+        (circles, "tasks/audit/kind.py", "from tasks.kinds import kind_of", "kind.py imports tasks/kinds.py imports"),
         (full_packages, "tasks/features/__init__.py", "from tasks.features.rows import judge", "isn't empty"),
         (long_modules, "tasks/x.py", "x = 1\n" * (MAX_LINES + 1), "701 lines"),
         (vague_names, "tasks/io/utils.py", "", "'utils'"),

@@ -21,8 +21,9 @@ import pytest
 from tasks.by_hand import one_sentence, run_by_hand, summary
 from tasks.engine.signals import stops_unwind
 from tasks.io.errors import FAILED, GateFailed, SourceError
+from tasks.kinds import kind_of
 from tasks.publication import PublishedVersion
-from tasks.store import versions
+from tasks.store import layout, versions
 from tasks.store.manifest import RowBalance
 from tests.processes import own_home, shell_environment
 
@@ -242,11 +243,13 @@ def test_a_stop_of_a_run(
     assert published == ([1] if "v1" in told else [])
 
 
-def test_every_cure_of_a_failed_gate_names_an_option_that_exists() -> None:
-    from tasks.feature_store import _CURES
-    from tasks.features.config import Thresholds
-
-    options = {f"--thresholds.{name.replace('_', '-')}" for name in Thresholds.model_fields} | {"--allow-schema-change"}
-    named = {option for cure in _CURES.values() for option in re.findall(r"--[a-z.-]+[a-z]", cure)}
+@pytest.mark.parametrize("place", layout.KINDS)
+def test_every_cure_of_a_failed_gate_names_an_option_that_exists(place: str) -> None:
+    kind = kind_of(f"{place}/x")
+    options = {f"--{name}" for name in kind.config.model_fields}
+    for part in ("thresholds", "label_thresholds"):
+        if part in kind.config.model_fields:
+            options |= {f"--{part}.{name}" for name in type(getattr(kind.config(), part)).model_fields}
+    named = {option for cure in kind.cures.values() for option in re.findall(r"--[a-z.-]+[a-z]", cure)}
     assert named
-    assert named <= options
+    assert named <= {option.replace("_", "-") for option in options}

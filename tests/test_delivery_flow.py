@@ -18,11 +18,10 @@ from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.io import storage
 from tasks.io.errors import ConfigError, GateFailed, VersionNotFound
 from tasks.loader.stream import TrainingStream
+from tasks.publication import committed_version
 from tasks.report.report import Report
 from tasks.store import layout, versions
-from tasks.store.manifest import Manifest
 from tasks.training.trainer import read_state
-from tasks.training_delivery import committed_copy
 from tests.conftest import new_bucket
 from tests.runs import Run, assert_whole
 from tests.test_runner import messages
@@ -37,15 +36,6 @@ ALONE = TrainingConfig(enabled=False)
 @dataclass(frozen=True)
 class DeliveryRun(Run):
     """A run of this flow that has ended."""
-
-    @property
-    def uri(self) -> str:
-        [version] = self.published
-        return version.uri
-
-    def record(self) -> Manifest:
-        [version] = self.published
-        return self.manifest(version.dataset)
 
     def notes(self) -> dict[str, str]:
         [version] = self.published
@@ -166,8 +156,7 @@ def test_a_run_that_is_tried_again_takes_its_version_as_it_is(tables: DeliveryRu
     again = versions.reserve(tables.root, FEATURES, str(tables.id))
     assert again.committed
     [version] = tables.published
-    assert committed_copy(again).uri == version.uri
-    assert committed_copy(again).rows == version.rows
+    assert (committed_version(again).uri, committed_version(again).rows) == (version.uri, version.rows)
 
 
 @local

@@ -30,8 +30,8 @@ from tasks.io import storage
 from tasks.io.errors import GateFailed
 from tasks.io.tensors import to_torch
 from tasks.store import layout, versions
-from tasks.store.manifest import Manifest
 from tests.conftest import new_bucket
+from tests.images.test_rows import COLUMNS
 from tests.runs import Run, assert_whole
 from tests.test_runner import messages
 
@@ -40,20 +40,6 @@ pytestmark = pytest.mark.usefixtures("stack")
 DATASET = "training-datasets/images"
 ENTRY = "flows.image_augmentation:image_augmentation"
 SIZE = 32
-COLUMNS = [
-    "image_id",
-    "original_image_id",
-    "augmentation_id",
-    "file_path",
-    "image",
-    "class_id",
-    "class_name",
-    "one_hot_label",
-    "data_quality_score",
-    "validation_passed",
-    "quality_issues",
-    "is_training_ready",
-]
 FLAWS = {  # of the sample: what stands in _rejected/ of its files
     "flaw-empty": "empty_file",
     "flaw-html": "not_an_image",
@@ -79,15 +65,6 @@ too_small = v2.CenterCrop(SIZE - 1)
 @dataclass(frozen=True)
 class ImageRun(Run):
     """A run of this flow that has ended."""
-
-    @property
-    def uri(self) -> str:
-        [version] = self.published
-        return version.uri
-
-    def record(self) -> Manifest:
-        [version] = self.published
-        return self.manifest(version.dataset)
 
     def rows(self) -> pa.Table:
         """All rows with the split of their directory, by image_id."""

@@ -162,19 +162,19 @@ def _keeping(command: Added) -> None:
 
 
 def _replay(arguments: Arguments) -> int:
-    from tasks.audit.commands import replay
+    from tasks.cli.audit_commands import replay
 
     return replay(arguments)
 
 
 def _explain(arguments: Arguments) -> int:
-    from tasks.audit.commands import explain
+    from tasks.cli.audit_commands import explain
 
     return explain(arguments)
 
 
 def _self_test(arguments: Arguments) -> int:
-    from tasks.audit.commands import self_test
+    from tasks.cli.audit_commands import self_test
 
     return self_test(arguments)
 

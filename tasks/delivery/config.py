@@ -10,7 +10,19 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from tasks.store.settings import DatasetName, Location, Names, Seed, Settings, Share, Version, warn_before_fail
+from tasks.store.settings import (
+    Bounds,
+    DatasetName,
+    Drift,
+    Location,
+    Names,
+    Seed,
+    Settings,
+    Share,
+    Version,
+    fails,
+    warns,
+)
 
 
 def _import_path(value: str) -> str:
@@ -67,28 +79,17 @@ class TrainingConfig(Settings):
     cache_gigabytes: float = Field(default=20.0, gt=0, le=1e6, description="Limit of the cache of a node, 10⁹ bytes.")
 
 
-class DeliveryThresholds(Settings):
+class DeliveryThresholds(Bounds):
     """Bounds of the quality gate."""
 
     minimum_samples: int = Field(default=1, ge=1, description="The gate fails below so many samples to train on.")
-    missing_warn: Share = Field(default=0.1, description="The gate warns above this share of nulls in a feature.")
-    missing_fail: Share = Field(default=0.5, description="The gate fails above this share of nulls in a feature.")
-    rejected_warn: Share = Field(default=0.01, description="The gate warns above this share of rejected rows.")
-    rejected_fail: Share = Field(default=0.2, description="The gate fails above this share of rejected rows.")
-    balance_warn: Share = Field(
-        default=0.2, description="The gate warns if the rarest class has less than this share of an equal part."
-    )
-    drift_warn: float = Field(
-        default=0.1, ge=0, description="The gate warns above this drift (PSI) against the last published version."
-    )
-    drift_fail: float = Field(
-        default=1.0, ge=0, description="The gate fails above this drift (PSI) against the last published version."
-    )
-
-    @model_validator(mode="after")
-    def _warn_before_fail(self) -> DeliveryThresholds:
-        warn_before_fail(self, ("missing", "rejected", "drift"))
-        return self
+    missing_warn: Share = warns(0.1, "above this share of nulls in a feature")
+    missing_fail: Share = fails(0.5, "above this share of nulls in a feature")
+    rejected_warn: Share = warns(0.01, "above this share of rejected rows")
+    rejected_fail: Share = fails(0.2, "above this share of rejected rows")
+    balance_warn: Share = warns(0.2, "if the rarest class has less than this share of an equal part")
+    drift_warn: Drift = warns(0.1, "above this drift (PSI) against the last published version")
+    drift_fail: Drift = fails(1.0, "above this drift (PSI) against the last published version")
 
 
 class DeliveryConfig(Settings):

@@ -7,7 +7,7 @@ from typing import Any
 
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.keys import SPLITS
-from tasks.delivery.shuffle import NOT_READY, StreamingReady
+from tasks.delivery.shuffle import NOT_READY, CopyFigures
 from tasks.io.text import number, plural
 from tasks.quality import rules
 from tasks.store.manifest import CheckResult, GateResult, Manifest, Verdict
@@ -15,17 +15,12 @@ from tasks.store.manifest import CheckResult, GateResult, Manifest, Verdict
 NAMED = 5
 
 
-def judge_copy(config: DeliveryConfig, copy: StreamingReady, previous: Manifest | None) -> GateResult:
+def judge_copy(config: DeliveryConfig, copy: CopyFigures, previous: Manifest | None) -> GateResult:
     """Judge a written copy.
 
     Against the last published version, a change of the source columns of features, of the label or of the shape
     of images fails unless it is allowed: a model can't be trained on both. Other columns of the matrix, as new
     categories bring them, and other classes or block sizes warn.
-
-    Args:
-        config: Thresholds and choices.
-        copy: The written copy.
-        previous: Manifest of the last published version of the same name, if there is one.
     """
     bounds = config.thresholds
     columns = copy.profile.columns()
@@ -59,7 +54,7 @@ def judge_copy(config: DeliveryConfig, copy: StreamingReady, previous: Manifest 
     return rules.gate(checks)
 
 
-def _rows(copy: StreamingReady, minimum: int) -> CheckResult:
+def _rows(copy: CopyFigures, minimum: int) -> CheckResult:
     """Check that there are enough rows to train on; if none is left, report why."""
     check = rules.check_rows(copy.samples["train"], minimum)
     gone = {reason: rows for balance in copy.balances for reason, rows in balance.filtered.items() if rows}
@@ -70,7 +65,7 @@ def _rows(copy: StreamingReady, minimum: int) -> CheckResult:
     return check.model_copy(update={"message": f"No row is left: {told}{cure}."})
 
 
-def _splits(config: DeliveryConfig, copy: StreamingReady) -> list[CheckResult]:
+def _splits(config: DeliveryConfig, copy: CopyFigures) -> list[CheckResult]:
     """Check that each required split has samples; images have the splits of their source, whatever its shares."""
     if copy.definition["kind"] == "table":
         shares = (1 - config.validation_share - config.test_share, config.validation_share, config.test_share)
@@ -84,7 +79,7 @@ def _splits(config: DeliveryConfig, copy: StreamingReady) -> list[CheckResult]:
     return checks
 
 
-def _repeats(copy: StreamingReady) -> CheckResult:
+def _repeats(copy: CopyFigures) -> CheckResult:
     """Check that each row has a unique key: rows with the same values count more than once."""
     found, keys = copy.repeated_keys, ", ".join(copy.definition["keys"])
     message = f"Every row has another {keys}."
@@ -93,7 +88,7 @@ def _repeats(copy: StreamingReady) -> CheckResult:
     return _check("repeated keys", keys, _none(found), message)
 
 
-def _leak(copy: StreamingReady) -> CheckResult:
+def _leak(copy: CopyFigures) -> CheckResult:
     found, entity = copy.leaking_entities, copy.definition["entity"]
     message = f"No {entity} is in several splits ({sum(copy.entities.values()):,} were looked at)."
     if found:
@@ -109,7 +104,7 @@ def _constants(features: Iterable[Mapping[str, Any]]) -> CheckResult:
     return _check("constant", None, _none(len(constant)), message)
 
 
-def _classes(config: DeliveryConfig, copy: StreamingReady) -> list[CheckResult]:
+def _classes(config: DeliveryConfig, copy: CopyFigures) -> list[CheckResult]:
     """Check that each class is frequent enough to be learned, and is in every split."""
     column, train = copy.definition["label"]["column"], copy.class_counts.get("train", {})
     share = config.thresholds.balance_warn / max(len(train), 1)

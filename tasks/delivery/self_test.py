@@ -7,8 +7,7 @@ source rows ─ judge ─ split ─ profile ─ encoder, label ─┐   the same
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +19,13 @@ from tasks.delivery.definition import class_counts, describe, fit, named_profile
 from tasks.delivery.encoding import text_of
 from tasks.delivery.gate import judge_copy
 from tasks.delivery.keys import SPLITS, Repeats, find_repeats, random_keys, repeated, sample_ids, split_entities
-from tasks.delivery.shuffle import Loaded, Look, Shuffle, WrittenBucket, admit, judge, keys_of, note_of
+from tasks.delivery.shuffle import CopyFigures, Loaded, Look, Shuffle, WrittenBucket, admit, judge, keys_of, note_of
 from tasks.delivery.source import Source
 from tasks.io.errors import ConfigError
 from tasks.io.hashing import METHOD
 from tasks.quality import faults
 from tasks.quality.faults import ALIKE, DOUBLED, MOST_FEATURES, BoolArray, Faults, Sample, Trial, rarest, sample_rows
-from tasks.store.manifest import FaultResult, FileEntry, GateResult, Manifest, RowBalance
+from tasks.store.manifest import FileEntry, Manifest, RowBalance
 from tasks.store.reservation import Reservation
 
 SPLIT = "_split"
@@ -43,14 +42,10 @@ class _Rows(Sample):
 
 @dataclass(frozen=True, kw_only=True)
 class _Trial(Trial[_Rows]):
-    config: DeliveryConfig
     reservation: Reservation
     splits: ClassVar = (SPLIT, 0, 1)
 
-    def judge(self, rows: _Rows) -> GateResult:
-        return judge_copy(self.config, self.figures(rows), self.previous)
-
-    def figures(self, rows: _Rows) -> Any:
+    def figures(self, rows: _Rows) -> CopyFigures:
         source, config = rows.source, self.config
         table = faults.with_values(rows.table, source.keys[:1], None, rows.bad)
         loaded = self._loaded(table, source)
@@ -69,7 +64,7 @@ class _Trial(Trial[_Rows]):
             rejected=dict(note.rejected),
             filtered=dict(note.filtered),
         )
-        return SimpleNamespace(
+        return CopyFigures(
             schema=shuffle.form.schema,
             profile=named_profile(note.profile, shuffle.label, [note]),
             balances=(balance,),
@@ -156,13 +151,8 @@ class _Trial(Trial[_Rows]):
         return pc.equal(text_of(table[str(source.target)]), value).fill_null(False).to_numpy(), splits
 
 
-def self_test(
-    source: Source, manifest: Manifest, config: DeliveryConfig, previous: Manifest | None
-) -> tuple[FaultResult, ...]:
-    """Inject faults into a sample of a copy's source, and judge each; the copy need not be committed.
-
-    Drift, features and label are compared with the sample as it is.
-    """
+def trial(source: Source, manifest: Manifest, config: DeliveryConfig, previous: Manifest | None) -> Trial[_Rows]:
+    """Sample a copy's source; drift, features and label are compared with the sample as it is."""
     source = replace(source, features=source.features[:MOST_FEATURES])
     splits = {file.uri: -1 if file.split is None else file.split for file in source.files}
 
@@ -170,17 +160,18 @@ def self_test(
         return table.append_column(SPLIT, pa.array(np.full(table.num_rows, splits[uri], np.int8)))
 
     table = sample_rows([file.uri for file in source.files], source.columns, source.entity, convert=with_split)
-    trial = _Trial(
+    made = _Trial(
         sample=_Rows(table=table, source=source),
         features=source.features,
         before=previous or manifest,
         config=config,
+        gate=judge_copy,
         reservation=Reservation(
             root=source.root, dataset=manifest.dataset, version=manifest.version, run_id="self-test", attempt=1
         ),
     )
-    bounds, known = config.thresholds, trial.known
+    bounds, known = config.thresholds, made.known
     fewest = max(1, min(bounds.minimum_samples, known.samples["train"]))  # a sample has fewer than the whole
     bounds = bounds.model_copy(update={"minimum_samples": fewest})
-    before = trial.before.model_copy(update={"definition": known.definition})
-    return replace(trial, before=before, config=config.model_copy(update={"thresholds": bounds})).results()
+    before = made.before.model_copy(update={"definition": known.definition})
+    return replace(made, before=before, config=config.model_copy(update={"thresholds": bounds}))

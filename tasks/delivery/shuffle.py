@@ -43,10 +43,11 @@ from tasks.io import storage
 from tasks.io.hashing import stable_hash
 from tasks.io.tensors import to_numpy
 from tasks.loader.blocks import IMAGE, BlockFormat, Samples, write_samples
+from tasks.quality.figures import Figures, Written
 from tasks.quality.profile import TableProfile
 from tasks.quality.sketch import TopValues
 from tasks.store import layout
-from tasks.store.manifest import ColumnSpec, FileEntry, RowBalance
+from tasks.store.manifest import FileEntry
 from tasks.store.reservation import Reservation
 
 NOT_READY = "not_training_ready"
@@ -111,13 +112,11 @@ class WrittenBucket:
     duplicate_ids: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StreamingReady:
-    """Result of writing a copy, before the commit.
+@dataclass(frozen=True, kw_only=True)
+class CopyFigures(Figures):
+    """Figures of a copy; the profile is of the source's features and of the label, in the train split.
 
     Attributes:
-        files: data files, in the order of their splits' samples.
-        profile: profile of the source's features and of the label, in the train split.
         definition: `manifest.definition`.
         samples: number of samples by split.
         class_counts: samples by split, then class; empty without classes.
@@ -125,15 +124,8 @@ class StreamingReady:
         leaking_entities: entities that are in several splits.
         repeated_keys: rows with the entity (and time) of an earlier row.
         duplicate_ids: samples with the id of another sample.
-        timings: seconds of each stage.
     """
 
-    reservation: Reservation
-    files: tuple[FileEntry, ...]
-    rejected_files: tuple[FileEntry, ...]
-    schema: pa.Schema
-    profile: TableProfile
-    balances: tuple[RowBalance, ...]
     definition: dict[str, Any]
     samples: dict[str, int]
     class_counts: dict[str, dict[str, int]]
@@ -141,12 +133,11 @@ class StreamingReady:
     leaking_entities: int
     repeated_keys: int
     duplicate_ids: int
-    timings: dict[str, float]
 
-    @property
-    def columns(self) -> tuple[ColumnSpec, ...]:
-        """Schema of the data files, for the manifest."""
-        return tuple(ColumnSpec(name=f.name, type=str(f.type), nullable=f.nullable) for f in self.schema)
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingReady(CopyFigures, Written):
+    """Result of writing a copy, before the commit; the files are in the order of their splits' samples."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from tasks.features.definitions import JoinHow
 from tasks.features.rows import EpochUnit
 from tasks.io.notation import Times
-from tasks.store.settings import Location, Names, Seed, Settings, Share, warn_before_fail
+from tasks.store.settings import Bounds, Drift, Location, Names, Seed, Settings, Share, fails, warns
 
 
 def _utc(value: dt.datetime) -> dt.datetime:
@@ -30,8 +30,10 @@ def _known_timezone(value: str) -> str:
 Time = Annotated[dt.datetime, AfterValidator(_utc)]
 
 
-class Thresholds(Settings):
+class Thresholds(Bounds):
     """Bounds of the row and dataset checks."""
+
+    falling = ("ready_warn",)
 
     missing: Share = Field(
         default=0.1, description="A row is training-ready below this share of missing feature values."
@@ -43,30 +45,18 @@ class Thresholds(Settings):
     score: Share = Field(
         default=0.8, description="A row is training-ready above this quality score, 1 − (missing + outliers)/2."
     )
-    ready_warn: Share = Field(default=0.5, description="The gate warns below this share of training-ready rows.")
-    ready_fail: Share = Field(default=0.0, description="The gate fails below this share of training-ready rows.")
-    null_warn: Share = Field(default=0.1, description="The gate warns above this share of nulls in a feature.")
-    null_fail: Share = Field(default=0.5, description="The gate fails above this share of nulls in a feature.")
-    rejected_warn: Share = Field(default=0.01, description="The gate warns above this share of rejected source rows.")
-    rejected_fail: Share = Field(default=0.2, description="The gate fails above this share of rejected source rows.")
-    orphan_warn: Share = Field(
-        default=0.05, description="The gate warns above this share of entities without a dimension row."
-    )
-    orphan_fail: Share = Field(
-        default=0.9, description="The gate fails above this share of entities without a dimension row."
-    )
-    drift_warn: float = Field(
-        default=0.1, ge=0, description="The gate warns above this drift (PSI) against the last published version."
-    )
-    drift_fail: float = Field(
-        default=0.25, ge=0, description="The gate fails above this drift (PSI) against the last published version."
-    )
-    outlier_warn: Share = Field(
-        default=0.15, description="The gate warns above this share of outliers among all numeric feature values."
-    )
-    outlier_fail: Share = Field(
-        default=0.5, description="The gate fails above this share of outliers among all numeric feature values."
-    )
+    ready_warn: Share = warns(0.5, "below this share of training-ready rows")
+    ready_fail: Share = fails(0.0, "below this share of training-ready rows")
+    null_warn: Share = warns(0.1, "above this share of nulls in a feature")
+    null_fail: Share = fails(0.5, "above this share of nulls in a feature")
+    rejected_warn: Share = warns(0.01, "above this share of rejected source rows")
+    rejected_fail: Share = fails(0.2, "above this share of rejected source rows")
+    orphan_warn: Share = warns(0.05, "above this share of entities without a dimension row")
+    orphan_fail: Share = fails(0.9, "above this share of entities without a dimension row")
+    drift_warn: Drift = warns(0.1, "above this drift (PSI) against the last published version")
+    drift_fail: Drift = fails(0.25, "above this drift (PSI) against the last published version")
+    outlier_warn: Share = warns(0.15, "above this share of outliers among all numeric feature values")
+    outlier_fail: Share = fails(0.5, "above this share of outliers among all numeric feature values")
     fresh_warn_days: float | None = Field(
         default=None, gt=0, description="The gate warns if the newest event is older than this many days before as_of."
     )
@@ -74,47 +64,28 @@ class Thresholds(Settings):
         default=None, gt=0, description="The gate fails if the newest event is older than this many days before as_of."
     )
 
-    @model_validator(mode="after")
-    def _warn_before_fail(self) -> Thresholds:
-        rising = ("null", "rejected", "orphan", "drift", "outlier", "fresh_{}_days")
-        warn_before_fail(self, rising, falling=("ready",))
-        return self
 
-
-class LabelThresholds(Settings):
+class LabelThresholds(Bounds):
     """Bounds of the checks of a model's training set."""
 
-    leak_warn: Share = Field(
-        default=0.95,
-        description="The gate warns if a feature alone predicts the target better than this: area under the ROC curve "
-        "for two classes, share of the variance that its bins explain for a number.",
+    leak_warn: Share = warns(
+        0.95,
+        "if a feature alone predicts the target better than this: area under the ROC curve "
+        "for two classes, share of the variance that its bins explain for a number",
     )
-    leak_fail: Share = Field(default=0.99, description="The gate fails if a feature alone predicts better than this.")
-    class_warn: Share = Field(default=0.02, description="The gate warns if a class has less than this share of rows.")
-    unmatched_warn: Share = Field(
-        default=0.2, description="The gate warns above this share of rows for which a group has no features in time."
-    )
-    unmatched_fail: Share = Field(
-        default=0.95, description="The gate fails above this share of rows for which a group has no features in time."
-    )
-    null_warn: Share = Field(default=0.3, description="The gate warns above this share of nulls in a feature.")
-    null_fail: Share = Field(default=1.0, description="The gate fails above this share of nulls in a feature.")
-    rejected_warn: Share = Field(default=0.01, description="The gate warns above this share of rejected spine rows.")
-    rejected_fail: Share = Field(default=0.2, description="The gate fails above this share of rejected spine rows.")
+    leak_fail: Share = fails(0.99, "if a feature alone predicts better than this")
+    class_warn: Share = warns(0.02, "if a class has less than this share of rows")
+    unmatched_warn: Share = warns(0.2, "above this share of rows for which a group has no features in time")
+    unmatched_fail: Share = fails(0.95, "above this share of rows for which a group has no features in time")
+    null_warn: Share = warns(0.3, "above this share of nulls in a feature")
+    null_fail: Share = fails(1.0, "above this share of nulls in a feature")
+    rejected_warn: Share = warns(0.01, "above this share of rejected spine rows")
+    rejected_fail: Share = fails(0.2, "above this share of rejected spine rows")
     later_share: Share = Field(
         default=0.2, description="Share of the rows, the latest by event time, that drift is judged on."
     )
-    later_drift_warn: float = Field(
-        default=0.25, ge=0, description="The gate warns above this drift (PSI) of the latest rows against the others."
-    )
-    drift_warn: float = Field(
-        default=0.25, ge=0, description="The gate warns above this drift (PSI) against the last published version."
-    )
-
-    @model_validator(mode="after")
-    def _warn_before_fail(self) -> LabelThresholds:
-        warn_before_fail(self, ("leak", "unmatched", "null", "rejected"))
-        return self
+    later_drift_warn: Drift = warns(0.25, "above this drift (PSI) of the latest rows against the others")
+    drift_warn: Drift = warns(0.25, "above this drift (PSI) against the last published version")
 
 
 class FeatureStoreConfig(Settings):

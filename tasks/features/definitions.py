@@ -211,10 +211,6 @@ class FeatureGroup:
             "bounds": {name: list(bounds) for name, bounds in self.bounds.items()},
         }
 
-    def digest(self) -> str:
-        """Return the SHA-256 of the declaration, hexadecimal."""
-        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Definitions:

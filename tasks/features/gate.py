@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 
@@ -11,7 +12,7 @@ from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import FeatureGroup
 from tasks.features.rows import AFTER_AS_OF
 from tasks.quality import rules
-from tasks.quality.profile import TableProfile
+from tasks.quality.figures import Figures
 from tasks.store.layout import FEATURES, OUTLYING
 from tasks.store.manifest import CheckResult, ColumnProfile, GateResult, Manifest, RowBalance
 
@@ -20,59 +21,53 @@ TAKEN_FOR_FINER = dt.datetime(1970, 3, 1, tzinfo=dt.UTC)
 """Today's counts in a unit a thousand times coarser than assumed are all before this time."""
 
 
-def judge_group(
-    group: FeatureGroup,
-    config: FeatureStoreConfig,
-    *,
-    schema: pa.Schema,
-    features: Sequence[str],
-    profile: TableProfile,
-    balances: Sequence[RowBalance],
-    duplicate_keys: int,
-    unmatched: int,
-    ready: int,
-    newest_event: dt.datetime | None,
-    as_of: dt.datetime,
-    previous: Manifest | None,
-    times: Sequence[dt.datetime] = (),
-    suspects: Sequence[str] = (),
-) -> GateResult:
-    """Judge the written files of a group.
+@dataclass(frozen=True, kw_only=True)
+class GroupFigures(Figures):
+    """Figures of a feature group; the balance of the entities is the last.
 
-    Args:
+    Attributes:
         group: The declaration.
-        config: Thresholds and choices.
-        schema: Schema of the data files.
         features: Columns that count as features: the group's and its dimension's.
-        profile: Profile of the data files.
-        balances: Row balances, the entities' last.
         duplicate_keys: Rows with the entity key of another row.
-        unmatched: Entities without a dimension row.
+        unmatched: Entities without a dimension row, once for each as-of time with features.
         ready: Training-ready rows.
         newest_event: Time of the newest event that counted.
         as_of: Time up to which events count, the last of them.
-        previous: Manifest of the last published version, if there is one.
         times: All times that the version holds.
         suspects: Keys that look like missing values.
 
     """
-    bounds = config.thresholds
+
+    group: FeatureGroup
+    features: tuple[str, ...]
+    duplicate_keys: int
+    unmatched: int
+    ready: int
+    newest_event: dt.datetime | None
+    as_of: dt.datetime
+    times: tuple[dt.datetime, ...] = ()
+    suspects: tuple[str, ...] = ()
+
+
+def judge_group(config: FeatureStoreConfig, figures: GroupFigures, previous: Manifest | None) -> GateResult:
+    """Judge the written files of a group by its thresholds and the last published version, if there is one."""
+    bounds, group, schema, features = config.thresholds, figures.group, figures.schema, figures.features
+    profile, balances, as_of = figures.profile, figures.balances, figures.as_of
     columns = profile.columns()
     entities = balances[-1]
     checks: list[CheckResult] = [rules.check_rows(profile.rows, 1)]
     types = {field.name: str(field.type) for field in schema}
     checks += rules.check_schema(types, _expected_types(group, types, features, previous, config))
-    checks.append(rules.check_unique(group.entity, duplicate_keys))
-    if suspects:
-        checks.append(_missing_keys(group.entity, suspects))
+    checks.append(rules.check_unique(group.entity, figures.duplicate_keys))
+    if figures.suspects:
+        checks.append(_missing_keys(group.entity, figures.suspects))
     checks += [rules.check_balance(balance) for balance in balances]
     checks += [
         rules.check_rejected_share(balance, bounds.rejected_warn, bounds.rejected_fail) for balance in balances[:-1]
     ]
     if any(balance.name == group.dimension for balance in balances[:-1]):
-        checks.append(
-            rules.check_reference(group.entity, unmatched, entities.rows_in, bounds.orphan_warn, bounds.orphan_fail)
-        )
+        found, asked = figures.unmatched, entities.rows_in
+        checks.append(rules.check_reference(group.entity, found, asked, bounds.orphan_warn, bounds.orphan_fail))
     for name in features:
         checks.append(rules.check_nulls(name, columns[name], bounds.null_warn, bounds.null_fail))
         if pa.types.is_floating(schema.field(name).type):
@@ -82,13 +77,14 @@ def judge_group(
         for name, (minimum, maximum) in group.bounds.items()
         if name in columns  # a missing one fails the schema
     ]
-    checks += _event_times(balances[0], newest_event, as_of, config)
+    checks += _event_times(balances[0], figures.newest_event, as_of, config)
     checks.append(_outliers(columns, features, profile.rows, config))
-    checks.append(rules.check_ready_share(ready, profile.rows, bounds.ready_warn, bounds.ready_fail))
+    checks.append(rules.check_ready_share(figures.ready, profile.rows, bounds.ready_warn, bounds.ready_fail))
     if bounds.fresh_warn_days is not None or bounds.fresh_fail_days is not None:
         fail_after = bounds.fresh_fail_days or NEVER_STALE
-        checks.append(rules.check_freshness(newest_event, as_of, bounds.fresh_warn_days or fail_after, fail_after))
-    if previous is not None and (other := _incomparable(times, previous)):
+        warn_after = bounds.fresh_warn_days or fail_after
+        checks.append(rules.check_freshness(figures.newest_event, as_of, warn_after, fail_after))
+    if previous is not None and (other := _incomparable(figures.times, previous)):
         checks.append(other)
     elif previous is not None:
         checks += [

@@ -27,6 +27,7 @@ import pyarrow as pa
 from tasks.engine.cluster import losses_explained
 from tasks.engine.jobs import Parts, Shuffled, mapped, shuffle
 from tasks.features.config import FeatureStoreConfig, Thresholds
+from tasks.features.gate import GroupFigures
 from tasks.features.plan import FeaturePlan, GroupPlan
 from tasks.features.rows import AFTER_AS_OF
 from tasks.features.shuffle import (
@@ -44,10 +45,11 @@ from tasks.features.shuffle import (
 )
 from tasks.features.sources import ReadUnit, together
 from tasks.features.writer import Fences, WrittenPart, feature_columns, fences, fences_of, write_part
+from tasks.quality.figures import Written
 from tasks.quality.profile import TableProfile, added, merge_profiles
 from tasks.quality.sketch import QuantileSketch
 from tasks.store.conservation import check_equal
-from tasks.store.manifest import ColumnSpec, FileEntry, RowBalance
+from tasks.store.manifest import FileEntry, RowBalance
 from tasks.store.reservation import Reservation
 
 MAX_BUCKETS = 4096
@@ -70,36 +72,15 @@ class GroupPart:
     part: WrittenPart
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ComputedGroup:
+@dataclass(frozen=True, kw_only=True)
+class ComputedGroup(GroupFigures, Written):
     """Result of computing one group, before the commit.
 
-    suspects: keys that look like missing values.
-    entities, unmatched, ready: rows, so an entity counts once for each as-of time with features.
     side_files, state: the events kept by an incremental run, and their entry in the manifest's definition.
     """
 
-    reservation: Reservation
-    files: tuple[FileEntry, ...]
-    rejected_files: tuple[FileEntry, ...]
     side_files: tuple[FileEntry, ...]
     state: Mapping[str, Any] | None
-    schema: pa.Schema
-    profile: TableProfile
-    balances: tuple[RowBalance, ...]
-    features: tuple[str, ...]
-    duplicate_keys: int
-    suspects: tuple[str, ...]
-    entities: int
-    unmatched: int
-    ready: int
-    newest_event: dt.datetime | None
-    timings: dict[str, float]
-
-    @property
-    def columns(self) -> tuple[ColumnSpec, ...]:
-        """Schema of the data files, for the manifest."""
-        return tuple(ColumnSpec(name=f.name, type=str(f.type), nullable=f.nullable) for f in self.schema)
 
 
 def bucket_count(plan: FeaturePlan) -> int:
@@ -323,7 +304,9 @@ def _finish(
         features=tuple(feature_columns(written[0].schema.names, planned)),
         duplicate_keys=sum(summary.duplicate_keys for summary in summaries),
         suspects=tuple(sorted({key for summary in summaries for key in summary.suspects})),
-        entities=entities.rows_in,
+        group=planned.group,
+        as_of=job.plan.as_of[-1],
+        times=tuple(job.plan.as_of),
         unmatched=sum(summary.unmatched for summary in summaries),
         ready=sum(part.ready for part in written),
         newest_event=max(newest) if newest else None,

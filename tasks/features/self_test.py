@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime as dt
 import math
 from dataclasses import dataclass
-from types import SimpleNamespace
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import FeatureGroup
-from tasks.features.gate import judge_group
+from tasks.features.gate import GroupFigures, judge_group
 from tasks.features.kernel import join_dimension
 from tasks.features.keys import KeyType
 from tasks.features.rows import REASON, TIME, ColumnPlan, RowPlan
@@ -30,7 +30,7 @@ from tasks.quality.faults import MOST_FEATURES, NULLS, Faults, Sample, Trial, sa
 from tasks.quality.profile import profile_table
 from tasks.store import layout
 from tasks.store.layout import AS_OF, CREATED, FEATURES, READY, VERSION
-from tasks.store.manifest import FaultResult, GateResult, Manifest, RowBalance
+from tasks.store.manifest import Manifest, RowBalance
 
 ORPHANS, OUTLIERS = 0.95, 0.2
 EVENT = "_event_time"
@@ -47,15 +47,11 @@ class _Rows(Sample):
 @dataclass(frozen=True, kw_only=True)
 class _Trial(Trial[_Rows]):
     group: FeatureGroup
-    config: FeatureStoreConfig
     manifest: Manifest
     dimension: tuple[str, ...] | None
     """Columns of the group's dimension in the sample; None without a dimension."""
 
-    def judge(self, rows: _Rows) -> GateResult:
-        return judge_group(self.group, self.config, **vars(self.figures(rows)), previous=self.previous)
-
-    def figures(self, rows: _Rows) -> SimpleNamespace:
+    def figures(self, rows: _Rows) -> GroupFigures:
         group, frame, unmatched = self.group, pl.DataFrame(rows.table), 0
         as_of = self.manifest.as_of[-1] if self.manifest.as_of else self.manifest.created_at
         newest = self.manifest.definition.get("newest_event")
@@ -78,15 +74,17 @@ class _Trial(Trial[_Rows]):
         features = [name for name in frame.columns if name in {*self.features, *(self.dimension or ())}]
         scored = self._scored(frame, features)
         table = to_arrow(scored)
-        return SimpleNamespace(
+        latest: Any = read[EVENT].max()
+        return GroupFigures(
+            group=group,
             schema=table.schema,
-            features=features,
+            features=tuple(features),
             profile=profile_table(table),
-            balances=[*balances, entities.balance(group.name)],
+            balances=(*balances, entities.balance(group.name)),
             duplicate_keys=repeated_keys(scored, group.entity),
             unmatched=unmatched,
             ready=int(scored[READY].sum()),
-            newest_event=read[EVENT].max() if newest else None,
+            newest_event=latest if newest else None,
             as_of=as_of,
             times=self.manifest.as_of,
         )
@@ -150,10 +148,8 @@ class _Trial(Trial[_Rows]):
         return "", 0.0
 
 
-def self_test(
-    root: str, manifest: Manifest, config: FeatureStoreConfig, previous: Manifest | None
-) -> tuple[FaultResult, ...]:
-    """Inject faults into a sample of a version, which need not be committed, and judge each.
+def trial(root: str, manifest: Manifest, config: FeatureStoreConfig, previous: Manifest | None) -> Trial[_Rows]:
+    """Sample a version's rows.
 
     Drift and types are compared with the sample as it is; their comparability, with the last version.
     """
@@ -161,16 +157,16 @@ def self_test(
     uri = layout.version_uri(root, manifest.dataset, manifest.version)
     names = [group.entity, *columns, AS_OF, CREATED, VERSION]
     joined = any(balance.name == group.dimension for balance in manifest.balances)
-    trial = _Trial(
+    return _Trial(
         sample=_Rows(table=sample_rows([layout.join(uri, file.path) for file in manifest.files], names, group.entity)),
         features=tuple(name for name in columns if name in group.feature_names),
         before=previous or manifest,
         group=group,
         config=config,
+        gate=judge_group,
         manifest=manifest,
         dimension=tuple(name for name in columns if name not in group.feature_names) if joined else None,
     )
-    return trial.results()
 
 
 def _sampled_group(manifest: Manifest) -> tuple[FeatureGroup, tuple[str, ...]]:

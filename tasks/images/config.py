@@ -12,7 +12,18 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from tasks.images.split import SPLITS
-from tasks.store.settings import DatasetName, Location, Names, Seed, Settings, Share, warn_before_fail
+from tasks.store.settings import (
+    Bounds,
+    DatasetName,
+    Drift,
+    Location,
+    Names,
+    Seed,
+    Settings,
+    Share,
+    fails,
+    warns,
+)
 
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 Channel = Annotated[int, Field(ge=0, le=255)]
@@ -68,8 +79,10 @@ class Centred(Augmentation):
     """One variant without randomness, for images that aren't trained on: resized whole, then cropped to the middle."""
 
 
-class ImageThresholds(Settings):
+class ImageThresholds(Bounds):
     """Bounds of the row and dataset checks."""
+
+    falling = ("ready_warn",)
 
     constant: float = Field(
         default=2.0, ge=0, description="A variant is invalid if its pixels' standard deviation is below this, of 255."
@@ -85,26 +98,15 @@ class ImageThresholds(Settings):
         default=4.0, ge=1, description="A variant is magnified if its crop was enlarged by more than this, in area."
     )
     score: Share = Field(default=0.5, description="A variant is training-ready from this quality score on.")
-    rejected_warn: Share = Field(default=0.01, description="The gate warns above this share of rejected images.")
-    rejected_fail: Share = Field(default=0.2, description="The gate fails above this share of rejected images.")
-    invalid_warn: Share = Field(default=0.01, description="The gate warns above this share of invalid variants.")
-    invalid_fail: Share = Field(default=0.1, description="The gate fails above this share of invalid variants.")
-    ready_warn: Share = Field(default=0.8, description="The gate warns below this share of training-ready variants.")
-    ready_fail: Share = Field(default=0.0, description="The gate fails below this share of training-ready variants.")
-    balance_warn: Share = Field(
-        default=0.2, description="The gate warns if the rarest class has less than this share of an equal part."
-    )
-    drift_warn: float = Field(
-        default=0.1, ge=0, description="The gate warns above this drift (PSI) against the last published version."
-    )
-    drift_fail: float = Field(
-        default=1.0, ge=0, description="The gate fails above this drift (PSI) against the last published version."
-    )
-
-    @model_validator(mode="after")
-    def _warn_before_fail(self) -> ImageThresholds:
-        warn_before_fail(self, ("rejected", "invalid", "drift"), falling=("ready",))
-        return self
+    rejected_warn: Share = warns(0.01, "above this share of rejected images")
+    rejected_fail: Share = fails(0.2, "above this share of rejected images")
+    invalid_warn: Share = warns(0.01, "above this share of invalid variants")
+    invalid_fail: Share = fails(0.1, "above this share of invalid variants")
+    ready_warn: Share = warns(0.8, "below this share of training-ready variants")
+    ready_fail: Share = fails(0.0, "below this share of training-ready variants")
+    balance_warn: Share = warns(0.2, "if the rarest class has less than this share of an equal part")
+    drift_warn: Drift = warns(0.1, "above this drift (PSI) against the last published version")
+    drift_fail: Drift = fails(1.0, "above this drift (PSI) against the last published version")
 
 
 class ImageAugmentationConfig(Settings):

@@ -6,6 +6,7 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from tasks.io.errors import InputError
 from tasks.io.tensors import TENSOR
 from tasks.io.text import plural
 from tasks.quality import rules
+from tasks.quality.figures import Figures
 from tasks.quality.profile import ColumnPartial, TableProfile
 from tasks.quality.sketch import TopValues
 from tasks.store.manifest import CheckResult, ColumnProfile, GateResult, Manifest, RowBalance
@@ -27,43 +29,42 @@ CLASS = "class_name"
 SCORE = "data_quality_score"
 
 
-def judge_images(
-    config: ImageAugmentationConfig,
-    *,
-    schema: pa.Schema,
-    profile: TableProfile,
-    balances: Sequence[RowBalance],
-    variants: int,
-    passed: int,
-    ready: int,
-    class_counts: Mapping[str, int],
-    split_counts: Mapping[str, Mapping[str, int]],
-    class_ids: Mapping[str, int],
-    leaking_groups: int,
-    duplicate_ids: int,
-    previous: Manifest | None,
-) -> GateResult:
-    """Judge the written images.
+@dataclass(frozen=True, kw_only=True)
+class ImageFigures(Figures):
+    """Figures of augmented images; the schema has the metadata of its fields, the profile may lack image and label.
 
-    Against the last published version, a changed column warns where the configuration or the classes explain it: the
-    image column for another format, size or normalisation, the one-hot label for another number of classes. Any other
-    difference fails.
-
-    Args:
-        config: Thresholds and choices.
-        schema: Schema of the data files, with the metadata of its fields.
-        profile: Profile of the data files; the image and its label may be missing.
-        balances: Row balances of the images and of their processing steps.
+    Attributes:
         variants: Rows of the data files.
         passed: Rows without a fatal issue.
         ready: Training-ready rows.
         class_counts: Augmented images by class; a known class without any counts as 0.
-        split_counts: The same images by class, then split.
+        split_counts: The same images by class, then split, counted apart.
         class_ids: Id of each known class.
         leaking_groups: Groups of related images that are in several splits.
         duplicate_ids: Rows with the image_id of another row.
-        previous: Manifest of the last published version, if there is one.
+
     """
+
+    variants: int
+    passed: int
+    ready: int
+    class_counts: Mapping[str, int]
+    split_counts: Mapping[str, Mapping[str, int]]
+    class_ids: Mapping[str, int]
+    leaking_groups: int
+    duplicate_ids: int
+
+
+def judge_images(config: ImageAugmentationConfig, figures: ImageFigures, previous: Manifest | None) -> GateResult:
+    """Judge the written images by the thresholds and the last published version, if there is one.
+
+    Against the last published version, a changed column warns where the configuration or the classes explain it: the
+    image column for another format, size or normalisation, the one-hot label for another number of classes. Any other
+    difference fails.
+    """
+    schema, profile, balances = figures.schema, figures.profile, figures.balances
+    variants, passed, ready = figures.variants, figures.passed, figures.ready
+    class_counts, split_counts = figures.class_counts, figures.split_counts
     assert 0 <= ready <= passed <= variants, f"{ready} ready of {passed} passed of {variants}"
     bounds = config.thresholds
     columns = profile.columns()
@@ -76,8 +77,8 @@ def judge_images(
     checks: list[CheckResult] = [rules.check_rows(profile.rows, 1)]
     expected = {field.name: _described(field) for field in rows_schema(config, max(classes, 1))}
     checks += rules.check_schema({field.name: _described(field) for field in schema}, expected)
-    checks.append(rules.check_unique("image_id", duplicate_ids))
-    checks.append(_distinct_ids(class_ids))
+    checks.append(rules.check_unique("image_id", figures.duplicate_ids))
+    checks.append(_distinct_ids(figures.class_ids))
     accounts = [
         RowBalance(
             name="variants",
@@ -96,7 +97,7 @@ def judge_images(
     if SCORE in columns:
         checks.append(rules.check_range(SCORE, columns[SCORE], 0, 1))
     checks.append(_class_balance(config, class_counts))
-    checks.append(rules.check_leak(leaking_groups))
+    checks.append(rules.check_leak(figures.leaking_groups))
     checks += rules.check_split_sizes(sizes, shares, essential=SPLITS[0])
     checks.append(rules.check_stratification(CLASS, split_counts, shares))
     if previous is not None:

@@ -46,11 +46,10 @@ from tasks.images.rows import rows_schema
 from tasks.images.split import SPLITS
 from tasks.io import storage
 from tasks.io.errors import BalanceError, ConfigError
-from tasks.quality.profile import TableProfile
+from tasks.quality.figures import Written
 from tasks.store import layout
 from tasks.store.conservation import check_equal
-from tasks.store.manifest import ColumnSpec, FileEntry, RowBalance
-from tasks.store.reservation import Reservation
+from tasks.store.manifest import FileEntry, RowBalance
 
 PARTS_FROM = 200_000
 """Number of images from which the search for near-duplicates is worth dividing."""
@@ -71,17 +70,11 @@ class LikeGroup:
     split: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AugmentedImages:
+@dataclass(frozen=True, kw_only=True)
+class AugmentedImages(Written):
     """Result of augmenting the images, before the commit."""
 
-    reservation: Reservation
-    files: tuple[FileEntry, ...]
-    rejected_files: tuple[FileEntry, ...]
     side_files: tuple[FileEntry, ...]
-    schema: pa.Schema
-    profile: TableProfile
-    balances: tuple[RowBalance, ...]
     images: int
     variants: int
     passed: int
@@ -102,14 +95,8 @@ class AugmentedImages:
     examples: tuple[Example, ...]
     resumed_units: int
     moved_units: int
-    timings: dict[str, float]
     stage_seconds: dict[str, float]
     """Wall time of each stage, summed over all workers."""
-
-    @property
-    def columns(self) -> tuple[ColumnSpec, ...]:
-        """Schema of the data files, for the manifest."""
-        return tuple(ColumnSpec(name=f.name, type=str(f.type), nullable=f.nullable) for f in self.schema)
 
 
 def augment_images(

@@ -193,7 +193,7 @@ def _job_digest(config: ImageAugmentationConfig, classes: Mapping[str, int]) -> 
     settings = config.model_dump_json(exclude=_ELSEWHERE)
     libraries = sorted(package_versions().items())
     extra = f"{settings}\n{len(classes)}\n{libraries}\n{len(SPLITS)}"
-    return job_digest("images", extra)
+    return job_digest("tasks.images", extra=extra)
 
 
 def _unit_digest(unit: pa.Table, job: str) -> str:

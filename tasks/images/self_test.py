@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -24,7 +23,7 @@ import pyarrow.parquet as pq
 
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.decode import Decoder, Rejection
-from tasks.images.gate import CLASS, SCORE, judge_images
+from tasks.images.gate import CLASS, SCORE, ImageFigures, judge_images
 from tasks.images.outcomes import grouped, leaking_groups, profile_variants, repeated_keys
 from tasks.images.rows import rows_schema
 from tasks.images.scoring import Measured, score
@@ -35,7 +34,7 @@ from tasks.io.hashing import stable_hash
 from tasks.quality import faults
 from tasks.quality.faults import BAD, DOUBLED, Fault, Faults, Sample, Trial, rarest, sample_rows
 from tasks.store import layout
-from tasks.store.manifest import FaultResult, GateResult, Manifest, RowBalance
+from tasks.store.manifest import Manifest, RowBalance
 
 _COLUMNS = ("image_id", "content_xxh3", "height", "width", CLASS, "class_id", "split", "alike")
 _JUDGED = ("mean_score", "passed", "ready")
@@ -55,16 +54,12 @@ class _Rows(Sample):
 
 @dataclass(frozen=True, kw_only=True)
 class _Trial(Trial[_Rows]):
-    config: ImageAugmentationConfig
     balance: str
     """Name of the images' balance."""
     noun: ClassVar[str] = "image"
     splits: ClassVar = ("split", *SPLITS[:2])
 
-    def judge(self, rows: _Rows) -> GateResult:
-        return judge_images(self.config, **vars(self.figures(rows)), previous=self.previous)
-
-    def figures(self, rows: _Rows) -> SimpleNamespace:
+    def figures(self, rows: _Rows) -> ImageFigures:
         table, rejected = rows.table, {}
         decoder = Decoder(self.config.max_pixels, self.config.background)
         if rows.bad and isinstance(empty := decoder.decode(b""), Rejection):
@@ -83,14 +78,14 @@ class _Trial(Trial[_Rows]):
         ends = np.cumsum([0, *variants]).astype(np.int32)
         judged = written.append_column("scores", pa.ListArray.from_arrays(pa.array(ends), pa.array(scores)))
         images = RowBalance(name=self.balance, rows_in=rows.table.num_rows, rows_out=table.num_rows, rejected=rejected)
-        return SimpleNamespace(
+        return ImageFigures(
             schema=rows.schema,
             profile=profile_variants(written, judged, written["split"]),
             balances=(images,),
             variants=int(variants.sum()),
             passed=round(written["passed"].to_numpy() @ variants),
             ready=round(written["ready"].to_numpy() @ variants),
-            class_counts={name: sum(by_split.values()) for name, by_split in counts.items()},
+            class_counts=dict.fromkeys(rows.classes, 0) | Counter(table[CLASS].to_pylist()),
             split_counts=counts,
             class_ids=rows.classes,
             leaking_groups=leaking_groups(groups, splits),
@@ -150,12 +145,8 @@ class _Trial(Trial[_Rows]):
         return self.fault(name, f"The variants of {BAD:.0%} of the images were made {look}.", aims, table=table)
 
 
-def self_test(
-    root: str, manifest: Manifest, config: ImageAugmentationConfig, previous: Manifest | None
-) -> tuple[FaultResult, ...]:
-    """Inject faults into a sample of a version's images, and judge each; the version need not be committed.
-
-    Drift, classes and columns are compared with the sample as it is.
+def trial(root: str, manifest: Manifest, config: ImageAugmentationConfig, previous: Manifest | None) -> Trial[_Rows]:
+    """Sample a version's images; drift, classes and columns are compared with the sample as it is.
 
     Raises:
         InputError: the version has no table of originals.
@@ -175,14 +166,14 @@ def self_test(
         table = faults.with_column(table, name, pa.array(table[name].to_numpy() / _variants_of(table, config)))
     before = previous or manifest
     definition = {**before.definition, "images": dict(Counter(table[CLASS].to_pylist()))}
-    trial = _Trial(
+    return _Trial(
         sample=_Rows(table=table, schema=schema, classes=classes),
         features=(),
         before=before.model_copy(update={"config": manifest.config, "definition": definition}),
         config=config,
+        gate=judge_images,
         balance=manifest.balances[0].name,
     )
-    return trial.results()
 
 
 def _variants_of(table: pa.Table, config: ImageAugmentationConfig) -> npt.NDArray[np.int64]:

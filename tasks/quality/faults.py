@@ -7,8 +7,8 @@ verdict of that check doesn't get worse, the gate is blind to the fault on this 
     sample ─┬─ as it is ──── the pipeline's own functions ─ gate ─ baseline ─┐
             └─ with a fault ─ the pipeline's own functions ─ gate ────────────┴─ refused, warned or blind
 
-A kind of dataset is a subclass of `Trial`: it computes the figures of changed rows as its job does, and its gate judges
-them. Its `faults` takes faults from the catalogue (`Faults`), names the checks that must notice them, and adds its own.
+A kind of dataset has a subclass of `Trial`: it computes the figures of changed rows as its job does, for its gate. Its
+`faults` takes faults from the catalogue (`Faults`), names the checks that must notice them, and adds its own.
 """
 
 from __future__ import annotations
@@ -324,6 +324,8 @@ class Trial(ABC, Generic[S]):
         sample: Unchanged rows of the version.
         features: Columns of its table whose values can go wrong.
         before: The last published version; the version itself, if it is the first.
+        config: The version's configuration.
+        gate: Function that judges figures by the configuration against another version.
         noun: Name of a row to a person.
         splits: Column of a row's split, and its values for train and validation; of kinds with splits.
     """
@@ -331,20 +333,22 @@ class Trial(ABC, Generic[S]):
     sample: S
     features: Sequence[str]
     before: Manifest
+    config: Any
+    gate: Callable[[Any, Any, Manifest | None], GateResult]
     noun: ClassVar[str] = "row"
     splits: ClassVar[tuple[str, Any, Any]]
 
     @abstractmethod
     def figures(self, rows: S) -> Any:
-        """Compute the gate's input as the job does, with the `schema` and `profile` of its output."""
-
-    @abstractmethod
-    def judge(self, rows: S) -> GateResult:
-        """Judge the figures of some rows against `previous`."""
+        """Compute the gate's input as the job does."""
 
     @abstractmethod
     def faults(self) -> Faults:
         """Yield the faults, in the order of the report."""
+
+    def judge(self, rows: S) -> GateResult:
+        """Judge the figures of some rows against `previous`."""
+        return self.gate(self.config, self.figures(rows), self.previous)
 
     def results(self) -> tuple[FaultResult, ...]:
         """Inject each fault and compare with the verdict on the unchanged sample."""

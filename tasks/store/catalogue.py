@@ -34,8 +34,6 @@ from tasks.store.reading import (
 )
 from tasks.store.version_index import IndexedVersion, files_digest
 
-Kind = Literal["features", "training set", "streaming copy", "images", "other"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSummary:
@@ -46,7 +44,7 @@ class DatasetSummary:
 
     name: str
     dataset: str
-    kind: Kind
+    kind: str
     version: int | None
     versions: int
     status: str
@@ -93,7 +91,7 @@ class Description:
 
     name: str
     dataset: str
-    kind: Kind
+    kind: str
     version: int
     uri: str
     faults: tuple[str, ...]
@@ -110,7 +108,7 @@ class Description:
     columns: tuple[ColumnSummary, ...]
 
 
-def find_dataset(root: str, name: str, kind: Kind | None = None) -> str:
+def find_dataset(root: str, name: str, kind: str | None = None) -> str:
     """Return a dataset's full name from that or its last part: 'customer-features' → 'feature-store/customer-features'.
 
     A streaming copy has the same last part as its source; the name means the source.
@@ -119,11 +117,11 @@ def find_dataset(root: str, name: str, kind: Kind | None = None) -> str:
         VersionNotFound: no dataset, or several, have the name; the message names the closest.
 
     """
-    known = [found for found in list_datasets(root) if kind is None or kind_of(found) == kind]
+    known = [found for found in list_datasets(root) if kind is None or kind_in_words(found) == kind]
     if name in known:
         return name
     matching = [found for found in known if short_name(found) == name]
-    matching = [found for found in matching if kind_of(found) != "streaming copy"] or matching
+    matching = [found for found in matching if kind_in_words(found) != "streaming copy"] or matching
     if len(matching) == 1:
         return matching[0]
     if matching:
@@ -141,9 +139,9 @@ def short_name(dataset: str) -> str:
     return dataset.rpartition("/")[2]
 
 
-def kind_of(dataset: str) -> Kind:
-    """Return the kind of a dataset, in words for people."""
-    return layout.kind(dataset).replace("-", " ")  # type: ignore[return-value]
+def kind_in_words(dataset: str) -> str:
+    """Return the kind of a dataset, in words for people: 'training set'."""
+    return layout.kind(dataset).replace("-", " ")
 
 
 def summaries(root: str) -> list[DatasetSummary]:
@@ -161,7 +159,7 @@ def _summary(root: str, dataset: str) -> DatasetSummary:
     return DatasetSummary(
         name=short_name(dataset),
         dataset=dataset,
-        kind=kind_of(dataset),
+        kind=kind_in_words(dataset),
         version=latest.version if latest else None,
         versions=len(live),
         status=", ".join(f"v{number} {faulty[number]}" for number in sorted(faulty)) or "ok",
@@ -258,7 +256,7 @@ def describe(root: str, dataset: str, version: int | None = None) -> Description
     return Description(
         name=short_name(dataset),
         dataset=dataset,
-        kind=kind_of(dataset),
+        kind=kind_in_words(dataset),
         version=manifest.version,
         uri=uri,
         faults=tuple(faults_of_files(root, manifest, there)),

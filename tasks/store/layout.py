@@ -29,6 +29,13 @@ FEATURE_STORE = "feature-store"
 TRAINING_READY = f"{FEATURE_STORE}/training-ready"
 TRAINING_DATASETS = "training-datasets"
 STREAMING_READY = f"{TRAINING_DATASETS}/streaming-ready"
+KINDS = {
+    TRAINING_READY: ("training-set", "tasks.training_sets.kind"),
+    FEATURE_STORE: ("features", "tasks.features.kind"),
+    STREAMING_READY: ("streaming-copy", "tasks.delivery.kind"),
+    TRAINING_DATASETS: ("images", "tasks.images.kind"),
+}
+"""Kinds of datasets by their places: name and module (`tasks.kinds`). A place precedes those that it is in."""
 METADATA = f"{FEATURE_STORE}/metadata/feature_versions.csv"
 
 MANIFEST = "_manifest.json"
@@ -97,14 +104,8 @@ def training_ready_dataset(model: str) -> str:
 
 
 def kind(dataset: str) -> str:
-    """Return a dataset's kind by its name: 'features', 'training-set', 'images' or 'streaming-copy'; else 'other'."""
-    kinds = {
-        TRAINING_READY: "training-set",
-        FEATURE_STORE: "features",
-        STREAMING_READY: "streaming-copy",
-        TRAINING_DATASETS: "images",
-    }
-    return next((name for prefix, name in kinds.items() if dataset.startswith(f"{prefix}/")), "other")
+    """Return the name of a dataset's kind by its place: one of `KINDS`, else 'other'; nothing is imported."""
+    return next((name for place, (name, _) in KINDS.items() if dataset.startswith(f"{place}/")), "other")
 
 
 def sample(root: str, flow: str, name: str) -> str:

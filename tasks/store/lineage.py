@@ -13,6 +13,7 @@ import logging
 import platform
 from collections.abc import Iterable
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,20 +31,16 @@ PACKAGES = (
     *("numba", "pillow", "simplejpeg", "torch", "torchvision"),
 )
 
-_TASKS = Path(__file__).parents[1]
-_SHARED = ("io", "store", "quality", "engine")
-_OWN = {
-    "images": ("images",),
-    "features": ("features",),
-    "training-set": ("features", "training_sets"),
-    "streaming-copy": ("delivery", "loader"),
-}
-"""Packages whose code makes a dataset, by its kind in `layout.kind`, besides the shared ones."""
+_SHARED = ("tasks.io", "tasks.store", "tasks.quality", "tasks.engine")
+"""Packages whose code makes datasets of all kinds."""
 
 
-def job_digest(kind: str, extra: str = "") -> str:
-    """Return the digest of the code that makes a kind of dataset, as `code_digest`."""
-    return code_digest(*(_TASKS / name for name in (*_SHARED, *_OWN[kind])), extra=extra)
+def job_digest(*packages: str, extra: str = "") -> str:
+    """Return the digest of a job's code, as `code_digest`: of the shared packages and of some more, by import path."""
+    specs = [find_spec(name) for name in (*_SHARED, *packages)]
+    places = [place for spec in specs if spec for place in spec.submodule_search_locations or ()]
+    assert len(places) == len(specs), f"{packages} are packages"
+    return code_digest(*map(Path, places), extra=extra)
 
 
 def code_digest(*packages: Path, extra: str = "") -> str:

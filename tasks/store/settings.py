@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tasks.io.errors import ConfigError
 from tasks.io.location import normalise
@@ -63,6 +63,27 @@ class Settings(BaseModel):
     def recorded(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the values of a manifest, with those that older versions of this code left out."""
         return dict(values)
+
+
+class Bounds(Settings):
+    """Bounds of a gate's checks, such as drift_warn and drift_fail; None is open.
+
+    Attributes:
+        falling: Fields of lower bounds, at which a check warns.
+
+    """
+
+    falling: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="after")
+    def _warn_before_fail(self) -> Self:
+        values = dict(self)
+        for warn, fail in ((name, name.replace("_warn", "_fail")) for name in values if "_warn" in name):
+            low, high = (fail, warn) if warn in self.falling else (warn, fail)
+            if None not in (values.get(low), values.get(high)) and values[low] > values[high]:
+                pair = f"{low} = {values[low]} is above {high} = {values[high]}"
+                raise ValueError(f"{pair}; a warning must come first")
+        return self
 
 
 Config = TypeVar("Config", bound=Settings)
@@ -141,26 +162,18 @@ def seconds_from_environment(name: str, default: float, most: float) -> float:
     return seconds
 
 
-def warn_before_fail(bounds: BaseModel, rising: Sequence[str], falling: Sequence[str] = ()) -> None:
-    """Raise `ValueError` if a gate would fail before it warns; a bound of None is open.
+def warns(default: float, when: str) -> Any:
+    """Return the field of a bound: the gate warns `when`, such as 'above this share of nulls'."""
+    return Field(default=default, description=f"The gate warns {when}.")
 
-    Args:
-        bounds: Thresholds with fields such as drift_warn and drift_fail.
-        rising: Fields of upper bounds, such as 'drift', or 'fresh_{}_days' if the name goes on.
-        falling: Fields of lower bounds.
 
-    """
-    for names, sign in ((rising, 1), (falling, -1)):
-        for name in names:
-            spelled = name if "{}" in name else f"{name}_{{}}"
-            warn, fail = (getattr(bounds, spelled.format(word)) for word in ("warn", "fail"))
-            if warn is not None and fail is not None and sign * warn > sign * fail:
-                pair = [f"{spelled.format(word)} = {value}" for word, value in (("warn", warn), ("fail", fail))]
-                first, second = pair if sign > 0 else pair[::-1]
-                raise ValueError(f"{first} is above {second}; a warning must come first")
+def fails(default: float, when: str) -> Any:
+    """Return the field of a bound, as `warns`: the gate fails."""
+    return Field(default=default, description=f"The gate fails {when}.")
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Drift = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 Location = Annotated[str, Field(min_length=1), AfterValidator(_location)]

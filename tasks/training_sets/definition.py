@@ -7,8 +7,6 @@ entity that existed *before* it. Features come only from before, labels only fro
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -179,10 +177,6 @@ class Model:
             "strict": self.strict,
             "known_at": self.known_at,
         }
-
-    def digest(self) -> str:
-        """Return the SHA-256 of the declaration, hexadecimal."""
-        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
 
 
 def column_names(references: Sequence[FeatureReference]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,73 +13,46 @@ import pyarrow.types as pt
 from tasks.features.config import FeatureStoreConfig
 from tasks.io.text import plural
 from tasks.quality import rules
+from tasks.quality.figures import Figures
 from tasks.quality.profile import TableProfile
 from tasks.store.layout import EVENT_TIME, TARGET
-from tasks.store.manifest import CheckResult, GateResult, Manifest, RowBalance
+from tasks.store.manifest import CheckResult, GateResult, Manifest
 from tasks.training_sets.definition import Model
 
 
-class TrainingSetFigures(Protocol):
-    """Figures of a training set for the gate, as in `tasks.training_sets.pipeline.ComputedSet`."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingSetFigures(Figures):
+    """Figures of a training set.
 
-    @property
-    def rows(self) -> int:
-        """Number of rows written."""
+    Attributes:
+        model: The declaration.
+        rows: Number of rows written.
+        features: Names of the `feature_*` columns.
+        profile_earlier: Profile of the rows before the latest.
+        profile_later: Profile of the latest share of the rows by event time.
+        matched: Group → rows with features in time.
+        planted: Rows from the future planted as a test, none of which was matched.
+        duplicates: Rows that repeat another's entity and event time.
+        sample: Some rows: the features and the target, and the entity if it is known.
 
-    @property
-    def schema(self) -> pa.Schema:
-        """Schema of the data files."""
+    """
 
-    @property
-    def features(self) -> Sequence[str]:
-        """Names of the `feature_*` columns."""
-
-    @property
-    def profile(self) -> TableProfile:
-        """Profile of the data files."""
-
-    @property
-    def profile_earlier(self) -> TableProfile:
-        """Profile of the rows before the latest."""
-
-    @property
-    def profile_later(self) -> TableProfile:
-        """Profile of the latest rows by event time."""
-
-    @property
-    def balances(self) -> Sequence[RowBalance]:
-        """Row balances."""
-
-    @property
-    def matched(self) -> Mapping[str, int]:
-        """Group → rows with features in time."""
-
-    @property
-    def planted(self) -> int:
-        """Number of rows from the future planted as a test."""
-
-    @property
-    def duplicates(self) -> int:
-        """Number of rows that repeat another's entity and event time."""
-
-    @property
-    def sample(self) -> pa.Table:
-        """Some rows: the features and the target, and the entity if it is known."""
+    model: Model
+    rows: int
+    features: tuple[str, ...]
+    profile_earlier: TableProfile
+    profile_later: TableProfile
+    matched: Mapping[str, int]
+    planted: int
+    duplicates: int
+    sample: pa.Table
 
 
 def judge_training_set(
-    model: Model, config: FeatureStoreConfig, computed: TrainingSetFigures, previous: Manifest | None
+    config: FeatureStoreConfig, computed: TrainingSetFigures, previous: Manifest | None
 ) -> GateResult:
-    """Judge the training set of a model.
-
-    Args:
-        model: The declaration.
-        config: Thresholds and choices.
-        computed: The written set.
-        previous: Manifest of the last published version, if there is one.
-
-    """
-    bounds = config.label_thresholds
+    """Judge the training set of a model by its thresholds and the last published version, if there is one."""
+    bounds, model = config.label_thresholds, computed.model
     columns = computed.profile.columns()
     checks: list[CheckResult] = [rules.check_rows(computed.rows, 1)]
     types = {field.name: str(field.type) for field in computed.schema}
@@ -106,7 +79,7 @@ def judge_training_set(
     ]
     if TARGET in columns:
         checks.append(rules.check_target(TARGET, computed.profile.partial(TARGET), bounds.class_warn))
-        checks += _leaks(model, config, computed)
+        checks += _leaks(config, computed)
     checks += _drifts(config, computed, previous)
     return rules.gate(checks)
 
@@ -135,14 +108,14 @@ def _repeats(model: Model, duplicates: int) -> CheckResult:
     return rules.at_most("repeated rows", model.entity, duplicates, (0, math.inf), message)
 
 
-def _leaks(model: Model, config: FeatureStoreConfig, computed: TrainingSetFigures) -> list[CheckResult]:
+def _leaks(config: FeatureStoreConfig, computed: TrainingSetFigures) -> list[CheckResult]:
     """Check how well each feature alone predicts the target, on a sample of the rows."""
-    sample, bounds = computed.sample, config.label_thresholds
+    sample, bounds, entity = computed.sample, config.label_thresholds, computed.model.entity
     sound = sample[TARGET].is_valid()
     if pt.is_floating(sample.schema.field(TARGET).type):
         sound = pc.and_(sound, pc.is_finite(pc.fill_null(sample[TARGET], 0.0)))
     sample = sample.filter(sound)
-    entities = sample[model.entity] if model.entity in sample.column_names else None
+    entities = sample[entity] if entity in sample.column_names else None
     target = rules.prepare_target(sample[TARGET], computed.profile.partial(TARGET), entities)
     if target is None:
         return []

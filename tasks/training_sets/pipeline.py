@@ -13,7 +13,7 @@ from __future__ import annotations
 import datetime as dt
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,13 +26,15 @@ from tasks.engine.cluster import losses_explained
 from tasks.engine.jobs import Parts, Shuffled, mapped, shuffle
 from tasks.features.shuffle import Tally, check_rows_read, check_way
 from tasks.io.errors import SourceError
+from tasks.quality.figures import Written
 from tasks.quality.profile import TableProfile, added, merge_profiles
 from tasks.quality.sketch import QuantileSketch
 from tasks.store.conservation import check_equal
 from tasks.store.layout import EVENT_TIME
-from tasks.store.manifest import ColumnSpec, FileEntry, RowBalance
+from tasks.store.manifest import FileEntry, RowBalance
 from tasks.store.reading import verify_digest
 from tasks.store.reservation import Reservation
+from tasks.training_sets.gate import TrainingSetFigures
 from tasks.training_sets.history import History
 from tasks.training_sets.plan import TrainingSetPlan
 from tasks.training_sets.shuffle import (
@@ -58,39 +60,17 @@ VALUE_BYTES = 8
 Progress = Callable[[int], None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ComputedSet:
+@dataclass(frozen=True, kw_only=True)
+class ComputedSet(TrainingSetFigures, Written):
     """Result of building a model's training set, before the commit.
 
-    profile_earlier, profile_later: of the rows before and in the latest share by event time. matched: group → rows
-    with features. planted: rows of the canary, none of which was matched. duplicates: rows that repeat the entity
-    and time of another. sample: entity, features and target of up to `SAMPLE_ROWS` rows, by a hash of entity and time.
+    sample: entity, features and target of up to `SAMPLE_ROWS` rows, by a hash of entity and time.
     """
 
-    reservation: Reservation
-    files: tuple[FileEntry, ...]
-    rejected_files: tuple[FileEntry, ...]
-    schema: pa.Schema
-    profile: TableProfile
-    profile_earlier: TableProfile
-    profile_later: TableProfile
-    balances: tuple[RowBalance, ...]
-    features: tuple[str, ...]
     histories: tuple[History, ...]
-    matched: Mapping[str, int]
     null_keys: int
-    rows: int
-    planted: int
-    sample: pa.Table
     newest_event: dt.datetime | None
-    duplicates: int
-    timings: dict[str, float]
     notes: tuple[str, ...]
-
-    @property
-    def columns(self) -> tuple[ColumnSpec, ...]:
-        """Schema of the data files, for the manifest."""
-        return tuple(ColumnSpec(name=f.name, type=str(f.type), nullable=f.nullable) for f in self.schema)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +155,7 @@ def build_training_set(
         profile_earlier=earlier,
         profile_later=later,
         balances=(*balances[:-1], *(lookup.balance for lookup in lookups), balances[-1]),
+        model=plan.model,
         features=tuple(plan.columns),
         histories=plan.histories,
         matched=_matched(plan, turns),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,10 +30,10 @@ from tasks.quality.profile import merge_profiles, profile_table
 from tasks.quality.sketch import QuantileSketch
 from tasks.store import layout
 from tasks.store.layout import AS_OF, EVENT_TIME, TARGET
-from tasks.store.manifest import FaultResult, GateResult, Manifest, RowBalance
+from tasks.store.manifest import Manifest, RowBalance
 from tasks.training_sets.asof import Int64Array, join_asof, plant
 from tasks.training_sets.definition import FeatureReference, Model, SpineSource
-from tasks.training_sets.gate import judge_training_set
+from tasks.training_sets.gate import TrainingSetFigures, judge_training_set
 from tasks.training_sets.history import FROM, UNTIL
 from tasks.training_sets.shuffle import is_later, later_bound, repeated_rows, taken
 
@@ -52,15 +51,11 @@ class _Rows(Sample):
 @dataclass(frozen=True, kw_only=True)
 class _Trial(Trial[_Rows]):
     model: Model
-    config: FeatureStoreConfig
     groups: Mapping[str, tuple[str, ...]]
     """Columns of the sample by group."""
     source: str
 
-    def judge(self, rows: _Rows) -> GateResult:
-        return judge_training_set(self.model, self.config, self.figures(rows), self.previous)
-
-    def figures(self, rows: _Rows) -> Any:
+    def figures(self, rows: _Rows) -> TrainingSetFigures:
         model, frame, planted, matched = self.model, pl.DataFrame(rows.table), 0, {}
         joined = spine = frame.drop(self.features, strict=False)
         _, read = judge_events(spine.select(model.entity, EVENT_TIME), self.source, rows.bad, required=False)
@@ -76,10 +71,11 @@ class _Trial(Trial[_Rows]):
         kept = faults.lost(table, rows.lost)
         later = self._later(kept)
         earlier, latest = profile_table(kept.filter(pc.invert(later))), profile_table(kept.filter(later))
-        return SimpleNamespace(
+        return TrainingSetFigures(
+            model=model,
             rows=table.num_rows,
             schema=kept.schema,
-            features=self.features,
+            features=tuple(self.features),
             profile=merge_profiles([earlier, latest]),
             profile_earlier=earlier,
             profile_later=latest,
@@ -133,13 +129,8 @@ class _Trial(Trial[_Rows]):
         yield self.shift(name="late shift", check="drift over time", where=" of the latest rows", hit=latest)
 
 
-def self_test(
-    root: str, manifest: Manifest, config: FeatureStoreConfig, previous: Manifest | None
-) -> tuple[FaultResult, ...]:
-    """Inject faults into a sample of a training set, which need not be committed, and judge each.
-
-    Drift and types are compared with the sample as it is.
-    """
+def trial(root: str, manifest: Manifest, config: FeatureStoreConfig, previous: Manifest | None) -> Trial[_Rows]:
+    """Sample a training set; drift and types are compared with the sample as it is."""
     definition = manifest.definition
     same = {name: definition[name] for name in ("name", "entity", "strict", "known_at")}
     features = tuple(FeatureReference.parse(text) for text in definition["features"])
@@ -153,16 +144,16 @@ def self_test(
     uri = layout.version_uri(root, manifest.dataset, manifest.version)
     names = [column.name for column in manifest.columns if column.name not in columns or column.name in chosen]
     table = sample_rows([layout.join(uri, file.path) for file in manifest.files], names, model.entity)
-    trial = _Trial(
+    return _Trial(
         sample=_Rows(table=table),
         features=chosen,
         before=previous or manifest,
         model=model,
         config=config,
+        gate=judge_training_set,
         groups=groups,
         source=manifest.balances[0].name,
     )
-    return trial.results()
 
 
 def _as_number(label: pa.ChunkedArray) -> pa.Array:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from tasks import feature_store, image_augmentation, training_delivery
+from tasks import feature_store, image_augmentation
 from tasks.delivery.config import DeliveryConfig, TrainingConfig
 from tasks.delivery.pipeline import write_streaming_ready
 from tasks.delivery.source import find_source
@@ -28,6 +28,7 @@ from tasks.images.sample import write_sample as write_images
 from tasks.io import storage
 from tasks.io.notation import expand
 from tasks.io.tensors import parquet_settings
+from tasks.publication import manifest_of
 from tasks.store import layout, versions
 from tasks.store.manifest import FileEntry, GateResult, Manifest, RunRecord
 from tasks.store.reservation import reserve
@@ -111,7 +112,7 @@ def make_features(root: str, config: FeatureStoreConfig) -> list[Manifest]:
     reservations = [reserve(root, layout.feature_dataset(one.group.name), run.flow_run_id) for one in plan.groups]
     manifests = []
     for number, group in enumerate(compute_groups(plan, config, reservations, SAMPLE_AS_OF)):
-        manifest = feature_store._manifest(plan, number, group, config=config, run=run, gate=PASSED)
+        manifest = manifest_of(group, PASSED, config, run, feature_store.group_record(plan, number, group))
         manifests.append(versions.commit(group.reservation, manifest))
     return manifests
 
@@ -124,7 +125,8 @@ def make_training_sets(root: str, config: FeatureStoreConfig) -> None:
         plan = plan_training_set(model, with_uris(feature_store.declared(config), config), config, SAMPLE_AS_OF)
         reservation = reserve(root, layout.training_ready_dataset(model.name), run.flow_run_id)
         computed = build_training_set(plan, reservation)
-        versions.commit(reservation, feature_store._set_manifest(plan, computed, config=config, run=run, gate=PASSED))
+        recorded = feature_store.set_record(plan, computed)
+        versions.commit(reservation, manifest_of(computed, PASSED, config, run, recorded))
 
 
 def make_images(root: str, config: ImageAugmentationConfig) -> Manifest:
@@ -134,8 +136,8 @@ def make_images(root: str, config: ImageAugmentationConfig) -> Manifest:
     previous = versions.latest(root, reservation.dataset)
     plan = plan_images(config, reservation, previous)
     augmented = augment_images(plan, config)
-    manifest = image_augmentation._manifest(plan, augmented, config=config, run=run, gate=PASSED)
-    return versions.commit(reservation, manifest)
+    recorded = image_augmentation.image_record(plan, augmented, config)
+    return versions.commit(reservation, manifest_of(augmented, PASSED, config, run, recorded))
 
 
 def make_copy(root: str, config: DeliveryConfig) -> Manifest:
@@ -144,7 +146,8 @@ def make_copy(root: str, config: DeliveryConfig) -> Manifest:
     reservation = reserve(root, layout.streaming_dataset(config.dataset_name), run.flow_run_id)
     source = find_source(config)
     copy = write_streaming_ready(config, source, reservation)
-    return versions.commit(reservation, training_delivery._manifest(source, copy, config=config, run=run, gate=PASSED))
+    recorded = {"definition": copy.definition, "inputs": (source.record(),)}
+    return versions.commit(reservation, manifest_of(copy, PASSED, config, run, recorded))
 
 
 def models(store: Store) -> str:

@@ -12,7 +12,6 @@ from tasks.cli import commands
 from tasks.features.config import FeatureStoreConfig, Thresholds
 from tasks.images.rows import rows_schema
 from tasks.io import storage
-from tasks.io.errors import InputError
 from tasks.store.manifest import FileEntry, Manifest
 from tests.features import test_self_test as features
 from tests.images import test_self_test as images
@@ -61,7 +60,7 @@ def test_training_sets_and_images_are_tested_too(tmp_path: Path, capsys: pytest.
     published(tmp_path, serving.written(tmp_path, serving.data()), FeatureStoreConfig().model_dump(mode="json"))
     code, out, _ = run("self-test churn", tmp_path, capsys)
     assert (code, "label copy" in out) == (0, True)
-    images.outcomes(tmp_path)  # writes the table of originals
+    images.tried(tmp_path)  # writes the table of originals
     config = images.configured()
     manifest = images.version(config, images.originals())
     schema = rows_schema(config, len(manifest.definition["classes"]))
@@ -77,13 +76,7 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, capsys: pytest.Captur
     published(tmp_path, features.written(tmp_path, features.data()), {"unheard_of": 1})
     assert run("self-test spending v7", tmp_path, capsys)[0] == 1
     code, _, err = run("self-test spending", tmp_path, capsys)
-    assert code == 1
-    assert err.startswith("error: the configuration of feature-store/spending v1 can't be used here: Extra inputs")
-
-
-def test_a_dataset_of_no_flow_has_no_gate(tmp_path: Path) -> None:
-    from tasks.audit.commands import results_of
-
-    manifest = features.written(tmp_path, features.data()).model_copy(update={"dataset": "elsewhere/spending"})
-    with pytest.raises(InputError, match="elsewhere/spending is no dataset of these flows"):
-        results_of(str(tmp_path), manifest)
+    assert code == 2
+    assert err.startswith(
+        "error: feature-store/spending v1: this code can't use its configuration (unheard_of: Extra inputs"
+    )

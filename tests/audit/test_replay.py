@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from tasks.audit.commands import ALARM
+from tasks.cli.audit_commands import ALARM
 from tasks.delivery.keys import random_keys
 from tasks.features.kernel import aggregate
 from tasks.images.draws import Draws, draw

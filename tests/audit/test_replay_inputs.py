@@ -13,9 +13,9 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from tasks.audit.commands import ALARM
 from tasks.audit.replay_rows import choose, differences, same
 from tasks.cli import commands
+from tasks.cli.audit_commands import ALARM
 from tasks.delivery.config import DeliveryConfig, TrainingConfig
 from tasks.images.duplicates import perceptual_hash
 from tasks.io import storage

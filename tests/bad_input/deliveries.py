@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,8 @@ from tasks.delivery.pipeline import write_streaming_ready
 from tasks.delivery.shuffle import StreamingReady
 from tasks.delivery.source import find_source
 from tasks.store import layout
-from tasks.store.manifest import GateResult
 from tasks.store.reservation import reserve
-from tests.bad_input.shop import Table
+from tests.bad_input.shop import Judged, Table
 from tests.bad_input.training_sets import read
 from tests.delivery.sources import FEATURES, configured, publish, read_samples
 
@@ -40,23 +38,11 @@ def table(**changed: Any) -> Table:
 
 
 @dataclass
-class Delivered:
+class Delivered(Judged):
     """What the job has made of a table."""
 
     copy: StreamingReady
-    gate: GateResult
-    rejected: pl.DataFrame
     samples: dict[str, npt.NDArray[Any]]
-
-    @property
-    def reasons(self) -> dict[str, int]:
-        """Rejected rows by reason."""
-        return dict(Counter(self.rejected["_reason"])) if self.rejected.height else {}
-
-    @property
-    def faults(self) -> str:
-        """What the gate says of the checks that fail."""
-        return " ".join(check.message for check in self.gate.checks if check.verdict == "fail")
 
     @property
     def names(self) -> list[str]:
@@ -77,7 +63,7 @@ def deliver(root: Path, columns: Table, entity: str | None = "customer_id", **se
     aside = pl.concat(kept) if kept else pl.DataFrame()
     splits = [read_samples(reservation.uri, copy.files, split) for split, count in copy.samples.items() if count]
     samples = {name: np.concatenate([part[name] for part in splits]) for name in (splits[0] if splits else ())}
-    found = Delivered(copy, judge_copy(config, copy, None), aside, samples)
+    found = Delivered(judge_copy(config, copy, None), aside, copy, samples)
     assert found.reasons == dict(balance.rejected)
     assert balance.rows_out == sum(copy.samples.values()) == len(samples.get("sample_id", ()))
     return found

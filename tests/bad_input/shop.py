@@ -94,13 +94,29 @@ def put(place: Path, files: Files) -> str:
 
 
 @dataclass
-class Made:
+class Judged:
+    """What the gate says of a job's result, and the rows that the job kept aside."""
+
+    gate: GateResult
+    rejected: pl.DataFrame
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Rejected rows by reason."""
+        return dict(Counter(self.rejected["_reason"])) if self.rejected.height else {}
+
+    @property
+    def faults(self) -> str:
+        """What the gate says of the checks that fail."""
+        return " ".join(check.message for check in self.gate.checks if check.verdict == "fail")
+
+
+@dataclass
+class Made(Judged):
     """What the job has made of a group: features by entity, and the rows that it kept aside."""
 
     group: ComputedGroup
-    gate: GateResult
     features: pd.DataFrame
-    rejected: pl.DataFrame
     balances: dict[str, RowBalance] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -112,11 +128,6 @@ class Made:
             counted.update(balance.rejected)
         assert self.reasons == counted, f"kept aside {self.reasons}, counted {counted}"
         assert len(self.features) == self.group.balances[-1].rows_out
-
-    @property
-    def reasons(self) -> dict[str, int]:
-        """Rejected rows of all sources by reason."""
-        return dict(Counter(self.rejected["_reason"])) if self.rejected.height else {}
 
 
 def make(
@@ -148,27 +159,12 @@ def make(
     reservations = [reserve(str(root), dataset, "run") for dataset in datasets]
     made = []
     for planned, group in zip(plan.groups, compute_groups(plan, config, reservations, AS_OF), strict=True):
-        gate = judge_group(
-            planned.group,
-            config,
-            schema=group.schema,
-            features=group.features,
-            profile=group.profile,
-            balances=group.balances,
-            duplicate_keys=group.duplicate_keys,
-            unmatched=group.unmatched,
-            ready=group.ready,
-            newest_event=group.newest_event,
-            as_of=AS_OF,
-            previous=None,
-            times=plan.as_of,
-            suspects=group.suspects,
-        )
+        gate = judge_group(config, group, None)
         features = pa.concat_tables(pq.read_table(written(group, file)) for file in group.files)
         rejected = [pl.read_parquet(written(group, file)) for file in group.rejected_files]
         frame = features.to_pandas().sort_values(planned.group.entity, ignore_index=True)
         aside = pl.concat(rejected, how="diagonal_relaxed") if rejected else pl.DataFrame()
-        made.append(Made(group, gate, frame, aside))
+        made.append(Made(gate, aside, group, frame))
     return made
 
 

@@ -43,10 +43,6 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     here_and_now(monkeypatch)
 
 
-def faults(made: Made) -> str:
-    return " ".join(check.message for check in made.gate.checks if check.verdict == "fail")
-
-
 def assert_as_by_hand(made: Made, kept: dict[str, list[Any]]) -> None:
     """The customers' features are those of a brute force over the rows that must have been kept."""
     expected = oracle.customer_features(pd.DataFrame(kept), AS_OF)
@@ -112,7 +108,7 @@ def test_not_finite_amounts_are_rejected_and_the_rest_is_right(tmp_path: Path, p
 
 def test_sums_that_overflow_are_refused_by_the_gate(tmp_path: Path, proven: Proven) -> None:
     made, _ = make(tmp_path, {"t.parquet": transactions(amount=[1e308] * ROWS)})
-    assert "total_spent holds 0 NaN and 8 infinities" in faults(made)
+    assert "total_spent holds 0 NaN and 8 infinities" in made.faults
     proven("amounts whose sum overflows", "feature-store", "refused by the gate, naming the feature")
 
 
@@ -130,13 +126,13 @@ def test_a_column_without_any_value_leaves_nothing_to_publish(
 ) -> None:
     made, _ = make(tmp_path, {"t.parquet": transactions(**{column: pa.nulls(ROWS)})})
     assert made.reasons == {f"null_{column}": ROWS}
-    assert f"{ROWS} of {ROWS} rows (100.00%) were rejected" in faults(made)
+    assert f"{ROWS} of {ROWS} rows (100.00%) were rejected" in made.faults
     proven("a column is all null", "feature-store", "every row rejected, refused by the gate")
 
 
 def test_a_dimension_column_without_any_value_is_refused_by_the_gate(tmp_path: Path, proven: Proven) -> None:
     made, _ = make(tmp_path, {"t.parquet": GOOD}, {"c.parquet": customers(age=pa.nulls(CUSTOMERS))})
-    assert "8 of 8 rows (100.00%) have no age" in faults(made)
+    assert "8 of 8 rows (100.00%) have no age" in made.faults
     proven("a column is all null", "feature-store", "refused by the gate")
 
 
@@ -232,7 +228,7 @@ def test_counts_of_another_unit_are_refused_by_the_gate(
 ) -> None:
     ticks = [int(moment.timestamp()) * count for moment in GOOD["timestamp"]]
     made, _ = make(tmp_path, {"t.parquet": transactions(timestamp=ticks)}, epoch_unit=unit)
-    assert re.search(message, faults(made)), faults(made)
+    assert re.search(message, made.faults), made.faults
     proven("times in another unit than said", "feature-store", "refused by the gate")
 
 
@@ -240,7 +236,7 @@ def test_events_of_the_future_alone_are_refused_by_the_gate(tmp_path: Path, prov
     later = [moment + dt.timedelta(days=365) for moment in GOOD["timestamp"]]
     made, _ = make(tmp_path, {"t.parquet": transactions(timestamp=later)})
     assert made.balances["transactions"].filtered == {"after_as_of": ROWS}
-    assert "All 40 events lie after 2024-07-01 00:00 UTC: give a later --as-of, or look at --epoch-unit" in faults(made)
+    assert "All 40 events lie after 2024-07-01 00:00 UTC: give a later --as-of, or look at --epoch-unit" in made.faults
     proven("events of the future", "feature-store", "filtered, counted; nothing else: refused by the gate")
 
 
@@ -337,7 +333,7 @@ def test_orphans(tmp_path: Path, proven: Proven, missing: int) -> None:
     assert made.reasons == {"no_customers_row": missing}
     assert made.balances["customer-features"].rejected == {"no_customers_row": missing}
     if missing == CUSTOMERS:
-        assert "8 of 8 rows (100.00%) refer to a customer_id that doesn't exist" in faults(made)
+        assert "8 of 8 rows (100.00%) refer to a customer_id that doesn't exist" in made.faults
         proven("orphan foreign keys", "feature-store", "all: refused by the gate")
     else:
         assert made.gate.verdict == "warn"
@@ -347,7 +343,7 @@ def test_orphans(tmp_path: Path, proven: Proven, missing: int) -> None:
 def test_keys_of_another_form_find_nobody_and_the_gate_says_so(tmp_path: Path, in_this_process: None) -> None:
     padded = [f"00{row}" for row in range(CUSTOMERS)]
     made, _ = make(tmp_path, {"t.parquet": GOOD}, {"c.parquet": customers(customer_id=padded)})
-    assert "8 of 8 rows (100.00%) refer to a customer_id that doesn't exist" in faults(made)
+    assert "8 of 8 rows (100.00%) refer to a customer_id that doesn't exist" in made.faults
 
 
 def test_one_key_with_half_of_the_rows(tmp_path: Path, proven: Proven) -> None:

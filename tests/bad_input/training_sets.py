@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import io
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,12 @@ from tasks.features.standard import STANDARD
 from tasks.io import storage
 from tasks.store import layout
 from tasks.store.layout import EVENT_TIME, TARGET
-from tasks.store.manifest import GateResult
 from tasks.store.reservation import reserve
 from tasks.training_sets.definition import FeatureReference, Label, Model, SpineSource
 from tasks.training_sets.gate import judge_training_set
 from tasks.training_sets.pipeline import ComputedSet, build_training_set
 from tasks.training_sets.plan import plan_training_set
-from tests.bad_input.shop import Files, Table, put
+from tests.bad_input.shop import Files, Judged, Table, put
 from tests.serving.feature_versions import DAY, customers, days, publish_features
 
 STARTED = dt.datetime(2025, 1, 1, tzinfo=dt.UTC)
@@ -50,23 +48,11 @@ def spine(**changed: Any) -> Table:
 
 
 @dataclass
-class Joined:
+class Joined(Judged):
     """What the job has made of a spine."""
 
     computed: ComputedSet
-    gate: GateResult
     rows: pd.DataFrame
-    rejected: pl.DataFrame
-
-    @property
-    def reasons(self) -> dict[str, int]:
-        """Rejected rows by reason."""
-        return dict(Counter(self.rejected["_reason"])) if self.rejected.height else {}
-
-    @property
-    def faults(self) -> str:
-        """What the gate says of the checks that fail."""
-        return " ".join(check.message for check in self.gate.checks if check.verdict == "fail")
 
 
 def join(
@@ -107,8 +93,8 @@ def join(
     tables = [read(reservation.uri, file.path) for file in computed.files]
     rejected = [pl.DataFrame(read(reservation.uri, file.path)) for file in computed.rejected_files]
     aside = pl.concat(rejected, how="diagonal_relaxed") if rejected else pl.DataFrame()
-    gate = judge_training_set(model, config, computed, None)
-    found = Joined(computed, gate, pa.concat_tables(tables).to_pandas(), aside)
+    gate = judge_training_set(config, computed, None)
+    found = Joined(gate, aside, computed, pa.concat_tables(tables).to_pandas())
     assert found.reasons == dict(computed.balances[0].rejected)
     assert len(found.rows) == computed.rows
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import uuid
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -18,8 +17,9 @@ from tasks.io import storage
 from tasks.io.tensors import parquet_settings, tensor_array, tensor_field, to_numpy
 from tasks.loader.blocks import LABEL, SAMPLE_ID, SIZE
 from tasks.store import layout, versions
-from tasks.store.manifest import ColumnSpec, FileEntry, GateResult, Manifest, RowBalance, RunRecord
+from tasks.store.manifest import FileEntry, Manifest, RowBalance
 from tasks.store.reservation import reserve
+from tests.manifests import manifest
 
 FEATURES = "feature-store/customer-features"
 IMAGES = "training-datasets/images"
@@ -41,24 +41,9 @@ def publish(
         entries.append(reservation.entry(written))
     schema = files[0][1].schema
     rows = sum(entry.rows for entry in entries)
-    manifest = Manifest(
-        dataset=dataset,
-        version=reservation.version,
-        status="published",
-        created_at=dt.datetime.now(dt.UTC),
-        files=tuple(entries),
-        columns=tuple(ColumnSpec(name=field.name, type=str(field.type)) for field in schema),
-        balances=(RowBalance(name="rows", rows_in=rows, rows_out=rows),),
-        profile={},
-        gate=GateResult(verdict="pass", checks=()),
-        inputs=(),
-        config={},
-        definition=dict(definition),
-        code_digest="0",
-        packages={},
-        run=RunRecord(flow_run_id=reservation.run_id, attempt=reservation.attempt),
-    )
-    return versions.commit(reservation, manifest)
+    balances = (RowBalance(name="rows", rows_in=rows, rows_out=rows),)
+    made = manifest(reservation, schema, files=tuple(entries), balances=balances, definition=dict(definition))
+    return versions.commit(reservation, made)
 
 
 def customers(rows: int, seed: int = 0) -> pa.Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime as dt
 from typing import Any
 
 import pyarrow as pa
@@ -13,8 +12,9 @@ from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.encoding import profile_features
 from tasks.delivery.gate import judge_copy
 from tasks.delivery.shuffle import StreamingReady
-from tasks.store.manifest import CheckResult, GateResult, Manifest, RowBalance, RunRecord
+from tasks.store.manifest import CheckResult, GateResult, Manifest, RowBalance
 from tasks.store.reservation import Reservation
+from tests.manifests import manifest
 
 
 def definition(**changes: Any) -> dict[str, Any]:
@@ -50,23 +50,7 @@ def copy(**changes: Any) -> StreamingReady:
 
 
 def published(made: StreamingReady) -> Manifest:
-    return Manifest(
-        dataset="d",
-        version=1,
-        status="published",
-        created_at=dt.datetime.now(dt.UTC),
-        files=(),
-        columns=(),
-        balances=(),
-        profile=made.profile.columns(),
-        gate=GateResult(verdict="pass", checks=()),
-        inputs=(),
-        config={},
-        definition=made.definition,
-        code_digest="0",
-        packages={},
-        run=RunRecord(flow_run_id="run"),
-    )
+    return manifest("d", profile=made.profile.columns(), definition=made.definition)
 
 
 def odd(result: GateResult) -> dict[tuple[str, str | None], str]:

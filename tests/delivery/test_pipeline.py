@@ -20,7 +20,6 @@ from tasks.engine import jobs
 from tasks.io.errors import BalanceError, ConfigError, CorruptVersion
 from tasks.io.hashing import stable_hash
 from tasks.store import layout, versions
-from tasks.store.manifest import GateResult, Manifest, RunRecord
 from tasks.store.reservation import reserve
 from tests.delivery.sources import (
     FEATURES,
@@ -32,6 +31,7 @@ from tests.delivery.sources import (
     read_blocks,
     read_samples,
 )
+from tests.manifests import manifest
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -304,25 +304,17 @@ def test_a_reader_of_the_format_finds_every_sample_once(tmp_path: Any) -> None:
     publish_customers(root)
     made = deliver(root, file_megabytes=0.01, batch_size=32)
     reservation = made.reservation
-    manifest = Manifest(
-        dataset=reservation.dataset,
-        version=reservation.version,
-        status="published",
-        created_at="2025-01-01T00:00:00Z",
+    version = manifest(
+        reservation,
         files=made.files,
         rejected_files=made.rejected_files,
         columns=made.columns,
         balances=made.balances,
         profile=made.profile.columns(),
-        gate=GateResult(verdict="pass", checks=()),
         inputs=(find_source(configured(root)).record(),),
-        config={},
         definition=made.definition,
-        code_digest="0",
-        packages={},
-        run=RunRecord(flow_run_id=reservation.run_id, attempt=reservation.attempt),
     )
-    versions.commit(reservation, manifest)
+    versions.commit(reservation, version)
     expected = read_samples(reservation.uri, made.files, "train")
     with TrainingStream(reservation.uri, batch_size=50, normalise=False, remainder="pad") as stream:
         batches = list(stream)

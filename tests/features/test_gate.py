@@ -14,10 +14,12 @@ import pytest
 
 from tasks.features.config import FeatureStoreConfig, Thresholds
 from tasks.features.definitions import FeatureGroup
-from tasks.features.gate import judge_group
+from tasks.features.gate import GroupFigures, judge_group
 from tasks.quality.profile import profile_table
 from tasks.store.layout import CREATED, VERSION
-from tasks.store.manifest import CheckResult, ColumnSpec, GateResult, Manifest, RowBalance, RunRecord
+from tasks.store.manifest import GateResult, Manifest, RowBalance
+from tests.gates import of, one_check
+from tests.manifests import manifest
 
 AS_OF = dt.datetime(2025, 1, 1, tzinfo=dt.UTC)
 ROWS = 1_000
@@ -57,7 +59,9 @@ ENTITIES = RowBalance(name="spending", rows_in=ROWS, rows_out=ROWS)
 
 def judge(table: pa.Table | None = None, config: FeatureStoreConfig | None = None, **changes: Any) -> GateResult:
     table = data() if table is None else table
+    previous = changes.pop("previous", None)
     figures: dict[str, Any] = {
+        "group": SPENDING,
         "schema": table.schema,
         "features": FEATURES,
         "profile": profile_table(table),
@@ -67,9 +71,8 @@ def judge(table: pa.Table | None = None, config: FeatureStoreConfig | None = Non
         "ready": ROWS,
         "newest_event": AS_OF,
         "as_of": AS_OF,
-        "previous": None,
     }
-    return judge_group(SPENDING, config or FeatureStoreConfig(), **figures | changes)
+    return judge_group(config or FeatureStoreConfig(), GroupFigures(**figures | changes), previous)
 
 
 def thresholds(**values: Any) -> FeatureStoreConfig:
@@ -78,27 +81,7 @@ def thresholds(**values: Any) -> FeatureStoreConfig:
 
 def published(table: pa.Table) -> Manifest:
     """The manifest of an earlier version with these rows."""
-    return Manifest(
-        dataset="feature-store/spending",
-        version=1,
-        status="published",
-        created_at=AS_OF,
-        files=(),
-        columns=tuple(ColumnSpec(name=field.name, type=str(field.type)) for field in table.schema),
-        balances=(),
-        profile=profile_table(table).columns(),
-        gate=GateResult(verdict="pass", checks=()),
-        inputs=(),
-        config={},
-        code_digest="0",
-        packages={},
-        run=RunRecord(flow_run_id="earlier"),
-    )
-
-
-def of(result: GateResult, name: str, column: str | None = None) -> CheckResult:
-    (check,) = (c for c in result.checks if c.name == name and (column is None or c.column == column))
-    return check
+    return manifest("feature-store/spending", table.schema, profile=profile_table(table).columns())
 
 
 def test_good_data_pass_every_check() -> None:
@@ -243,12 +226,7 @@ BEFORE = {
 }
 
 
-@pytest.mark.parametrize(("why", "judged", "name", "column", "verdict"), CASES, ids=[case[0] for case in CASES])
-def test_check(why: str, judged: Callable[[], GateResult], name: str, column: str | None, verdict: str) -> None:
-    result = judged()
-    assert of(result, name, column).verdict == verdict
-    severity = ("pass", "warn", "fail")
-    assert result.verdict == max((check.verdict for check in result.checks), key=severity.index)
+test_check = one_check(CASES)
 
 
 def test_a_schema_may_change_when_that_is_allowed() -> None:
@@ -292,20 +270,5 @@ def test_the_share_of_rejected_rows_is_not_asked_of_entities() -> None:
 
 
 def test_a_group_without_dimension_has_no_references() -> None:
-    group = dataclasses.replace(SPENDING, dimension=None)
-    table = data()
-    result = judge_group(
-        group,
-        FeatureStoreConfig(),
-        schema=table.schema,
-        features=FEATURES,
-        profile=profile_table(table),
-        balances=(EVENTS, ENTITIES),
-        duplicate_keys=0,
-        unmatched=0,
-        ready=ROWS,
-        newest_event=AS_OF,
-        as_of=AS_OF,
-        previous=None,
-    )
+    result = judge(group=dataclasses.replace(SPENDING, dimension=None), balances=(EVENTS, ENTITIES))
     assert "reference" not in {check.name for check in result.checks}

@@ -1,9 +1,8 @@
-"""The gate of a feature group notices every fault, and is called blind to one whose check can't notice it."""
+"""Faults of a feature group that its gate notices; the laws of all gates are in `tests.test_kinds`."""
 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,17 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 from tasks.features.config import FeatureStoreConfig, Thresholds
 from tasks.features.definitions import FeatureGroup
-from tasks.features.self_test import self_test
+from tasks.features.self_test import trial
 from tasks.quality import rules
-from tasks.quality.faults import unproven
+from tasks.quality.faults import Trial
 from tasks.quality.profile import profile_table
 from tasks.store.layout import CREATED, VERSION
-from tasks.store.manifest import ColumnSpec, FaultResult, FileEntry, GateResult, Manifest, RowBalance, RunRecord
-from tests.gates import calm
+from tasks.store.manifest import FaultResult, FileEntry, Manifest, RowBalance
+from tests.gates import by_fault
+from tests.manifests import manifest
 
 AS_OF = dt.datetime(2025, 1, 1, tzinfo=dt.UTC)
 GROUP = FeatureGroup(
@@ -47,6 +46,9 @@ EXPECTED = {
     "unready rows": ("warned", "ready"),
     "stale": ("refused", "freshness"),
 }
+SAID = {
+    "nulls": ("60% of purchases were made null.", "600 of 1,000 rows (60.00%) have no purchases."),
+}
 LAXEST: dict[str, dict[str, Any]] = {
     "bad events": {"rejected_warn": 1, "rejected_fail": 1},
     "orphans": {"orphan_warn": 1, "orphan_fail": 1},
@@ -55,14 +57,14 @@ LAXEST: dict[str, dict[str, Any]] = {
     "outliers": {"outlier_warn": 1, "outlier_fail": 1},
     "unready rows": {"ready_warn": 0, "ready_fail": 0},
 }
-CHECKS: dict[str, Callable[..., Any]] = {
-    "no rows": rules.check_rows,
-    "duplicates": rules.check_unique,
-    "lost rows": rules.check_balance,
-    "schema": rules.check_schema,
-    "not finite": rules.check_finite,
-    "range": rules.check_range,
-    "stale": rules.check_freshness,
+CHECKS: dict[str, tuple[Any, str]] = {
+    "no rows": (rules, "check_rows"),
+    "duplicates": (rules, "check_unique"),
+    "lost rows": (rules, "check_balance"),
+    "schema": (rules, "check_schema"),
+    "not finite": (rules, "check_finite"),
+    "range": (rules, "check_range"),
+    "stale": (rules, "check_freshness"),
 }
 
 
@@ -96,80 +98,29 @@ def written(root: Path, table: pa.Table, group: FeatureGroup = GROUP, **changes:
     balances = [RowBalance(name="transactions", rows_in=9, rows_out=9)]
     balances += [RowBalance(name=group.dimension, rows_in=9, rows_out=9)] if group.dimension else []
     fields: dict[str, Any] = {
-        "dataset": f"feature-store/{group.name}",
-        "version": 1,
-        "status": "published",
         "created_at": AS_OF,
         "files": tuple(
             FileEntry(path=name, rows=len(part), bytes=1, digest=f"sha256:{'0' * 64}") for name, part in parts.items()
         ),
-        "columns": tuple(ColumnSpec(name=field.name, type=str(field.type)) for field in table.schema),
         "as_of": (AS_OF,),
         "balances": (*balances, RowBalance(name=group.name, rows_in=len(table), rows_out=len(table))),
         "profile": profile_table(table).columns(),
-        "gate": GateResult(verdict="pass", checks=()),
-        "inputs": (),
-        "config": {},
         "definition": {**group.describe(), "newest_event": AS_OF.isoformat()},
-        "code_digest": "0",
-        "packages": {},
-        "run": RunRecord(flow_run_id="run"),
     }
-    return Manifest(**fields | changes)
+    return manifest(f"feature-store/{group.name}", table.schema, **fields | changes)
 
 
-def outcomes(
-    root: Path, config: FeatureStoreConfig = FRESH, table: pa.Table | None = None, **changes: Any
-) -> dict[str, FaultResult]:
-    manifest = written(root, data() if table is None else table, **changes)
-    return {result.fault: result for result in self_test(str(root), manifest, config, None)}
+def tried(root: Path, **thresholds: Any) -> Trial[Any]:
+    bounds = Thresholds(**{"fresh_warn_days": 1, "fresh_fail_days": 2} | thresholds)
+    return trial(str(root), written(root, data()), FeatureStoreConfig(thresholds=bounds), None)
 
 
-def test_every_fault_is_noticed_by_the_check_that_it_is_aimed_at(tmp_path: Path) -> None:
-    results = outcomes(tmp_path)
-    assert {name: (result.outcome, result.caught_by[0]) for name, result in results.items()} == EXPECTED
-    assert results["nulls"].injected == "60% of purchases were made null."
-    assert results["nulls"].message == "600 of 1,000 rows (60.00%) have no purchases."
-
-
-def test_every_check_of_the_gate_is_proven(tmp_path: Path) -> None:
-    from tasks.features import gate
-    from tasks.features import self_test as module
-
-    seen: list[GateResult] = []
-    judge = gate.judge_group
-
-    def remembered(*args: Any, **more: Any) -> GateResult:
-        seen.append(judge(*args, **more))
-        return seen[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "judge_group", remembered)
-        results = outcomes(tmp_path)
-    baseline = seen[0]
-    assert {check.verdict for check in baseline.checks} == {"pass"}
-    assert unproven(baseline, tuple(results.values())) == ()
-
-
-@pytest.mark.parametrize("fault", LAXEST)
-def test_a_threshold_too_lax_makes_the_gate_blind(tmp_path: Path, fault: str) -> None:
-    thresholds = Thresholds(**{"fresh_warn_days": 1, "fresh_fail_days": 2} | LAXEST[fault])
-    result = outcomes(tmp_path, FeatureStoreConfig(thresholds=thresholds))[fault]
-    assert result.outcome == "blind"
-    assert result.message.startswith(f"'{EXPECTED[fault][1]}' still passes: ")
-
-
-@pytest.mark.parametrize("fault", CHECKS)
-def test_a_check_that_never_complains_makes_the_gate_blind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
-) -> None:
-    check = CHECKS[fault]
-    monkeypatch.setattr(rules, check.__name__, calm(check))
-    assert outcomes(tmp_path)[fault].outcome == "blind"
+def outcomes(root: Path, table: pa.Table, config: FeatureStoreConfig = FRESH, **changes: Any) -> dict[str, FaultResult]:
+    return by_fault(trial(str(root), written(root, table, **changes), config, None))
 
 
 def test_too_few_rows_for_drift_are_called_blind_with_the_reason(tmp_path: Path) -> None:
-    result = outcomes(tmp_path, table=data(100))["shift"]
+    result = outcomes(tmp_path, data(100))["shift"]
     assert result.outcome == "blind"
     assert "Drift of purchases isn't judged: 100 rows now and 100 before, where 200 are needed." in result.message
 
@@ -177,7 +128,7 @@ def test_too_few_rows_for_drift_are_called_blind_with_the_reason(tmp_path: Path)
 def test_what_the_data_has_no_place_for_is_not_applicable(tmp_path: Path) -> None:
     group = FeatureGroup(name="spending", entity="customer_id", features={"purchases": pl.len()})
     table = data().drop_columns(["spent", "segment"])
-    results = outcomes(tmp_path, FeatureStoreConfig(), table, group=group)
+    results = outcomes(tmp_path, table, FeatureStoreConfig(), group=group)
     without = {name: result.message for name, result in results.items() if result.outcome == "not applicable"}
     assert without == {
         "orphans": "The group has no dimension table.",
@@ -192,12 +143,12 @@ def test_a_dimension_full_of_numbers_leaves_the_outliers_noticed(tmp_path: Path)
     table = data()
     for name in ("age", "height", "weight", "income"):
         table = table.add_column(3, name, pa.array(draw.normal(100, 10, len(table))))
-    assert outcomes(tmp_path, table=table)["outliers"].outcome == "warned"
+    assert outcomes(tmp_path, table)["outliers"].outcome == "warned"
 
 
 def test_drift_that_is_never_judged_is_not_claimed_to_be_proven(tmp_path: Path) -> None:
     manifest = written(tmp_path, data())
     before = manifest.model_copy(update={"as_of": (AS_OF, AS_OF + dt.timedelta(days=1))})
-    results = {result.fault: result for result in self_test(str(tmp_path), manifest, FRESH, before)}
+    results = by_fault(trial(str(tmp_path), manifest, FRESH, before))
     assert results["shift"].outcome == "blind"
     assert "this version holds 1 as-of times up to 2025-01-01, v1 2" in results["shift"].message

@@ -84,7 +84,7 @@ class Step:
     def __init__(self, done: list[str], name: str, *results: Any) -> None:
         self._done, self._name, self._results = done, name, list(results)
 
-    def __call__(self, *_: Any) -> Any:
+    def __call__(self, *_: Any, **_more: Any) -> Any:
         self._done.append(self._name)
         return self._results.pop(0) if len(self._results) > 1 else self._results[0]
 
@@ -100,11 +100,11 @@ def test_a_run_that_was_overtaken_plans_anew_a_few_times(
     done: list[str] = []
     steps = {
         "prepare_images": [config],
-        "reserve_version": [SimpleNamespace(committed=False, dataset=DATASET)],
+        "reserve_versions": [[SimpleNamespace(committed=False, dataset=DATASET)]],
         "plan_run": [None],
         "augment": [None],
         "validate_images": [None],
-        "publish_version": [*[[]] * lost, ["published"]],
+        "publish_versions": [*[[]] * lost, ["published"]],
     }
     for name, results in steps.items():
         monkeypatch.setattr(module, name, Step(done, name, *results))

@@ -15,15 +15,13 @@ from tasks.io import storage
 from tasks.quality.profile import merge_profiles, profile_table
 from tasks.store import layout, versions
 from tasks.store.manifest import (
-    ColumnSpec,
     FileEntry,
-    GateResult,
     InputRecord,
     Manifest,
     Partition,
     RowBalance,
-    RunRecord,
 )
+from tests.manifests import manifest
 
 GROUP = "customer-features"
 ENTITY = "customer_id"
@@ -82,18 +80,15 @@ def publish_features(
             profiles.append(profile_table(table))
     times = tuple(frame["as_of"].unique().sort().to_list())
     features = [name for name in frame.columns if name not in (entity, "as_of", "is_training_ready")]
-    manifest = Manifest(
-        dataset=reservation.dataset,
-        version=reservation.version,
-        status="published",
+    version = manifest(
+        reservation,
+        schema,
         created_at=created,
         files=tuple(files),
-        columns=tuple(ColumnSpec(name=field.name, type=str(field.type)) for field in schema),
         partition=Partition(key=entity, buckets=buckets) if buckets else None,
         as_of=times,
         balances=(RowBalance(name="transactions", rows_in=frame.height, rows_out=frame.height),),
         profile=merge_profiles(profiles).columns(),
-        gate=GateResult(verdict="pass", checks=()),
         inputs=inputs,
         config={"as_of": [t.isoformat() for t in times], "seed": 0},
         definition=definition
@@ -103,11 +98,8 @@ def publish_features(
             "source": "transactions",
             "features": {name: f'col("{name}")' for name in features},
         },
-        code_digest="0",
-        packages={},
-        run=RunRecord(flow_run_id=reservation.run_id, attempt=reservation.attempt),
     )
-    return versions.commit(reservation, manifest)
+    return versions.commit(reservation, version)
 
 
 def _plain(frame: pl.DataFrame) -> pa.Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import os
 import time
 from multiprocessing.connection import Connection
@@ -13,7 +12,8 @@ import pyarrow as pa
 from tasks.io import storage
 from tasks.io.errors import PipelineError, VersionConflict
 from tasks.store import versions
-from tasks.store.manifest import ColumnSpec, FileEntry, GateResult, Manifest, RowBalance, RunRecord, Status, Verdict
+from tasks.store.manifest import ColumnSpec, FileEntry, GateResult, Manifest, RowBalance, Status, Verdict
+from tests.manifests import manifest
 
 DATASET = "feature-store/customer-features"
 ROWS, PARTS = 50, 2
@@ -45,23 +45,16 @@ def manifest_of(
 ) -> Manifest:
     """Manifest of files; `lost` rows are unaccounted for."""
     rows = sum(file.rows for file in files)
-    return Manifest(
-        dataset=reservation.dataset,
-        version=reservation.version,
+    return manifest(
+        reservation,
         status=status,
-        created_at=dt.datetime.now(dt.UTC),
         files=tuple(files),
         rejected_files=rejected_files,
         side_files=side_files,
         columns=(ColumnSpec(name="id", type="int64"), ColumnSpec(name="run", type="string")),
         balances=(RowBalance(name="transactions", rows_in=rows + lost, rows_out=rows),),
-        profile={},
         gate=GateResult(verdict=verdict, checks=()),
-        inputs=(),
         config=config or {},
-        code_digest="0",
-        packages={},
-        run=RunRecord(flow_run_id=reservation.run_id, attempt=reservation.attempt),
     )
 
 

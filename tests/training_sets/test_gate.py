@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pytest
 
 from tasks.features.config import FeatureStoreConfig, LabelThresholds
-from tasks.quality.profile import TableProfile, profile_table
-from tasks.store.manifest import CheckResult, ColumnSpec, GateResult, Manifest, RowBalance, RunRecord
+from tasks.quality.profile import profile_table
+from tasks.store.manifest import GateResult, Manifest, RowBalance
 from tasks.training_sets.definition import FeatureReference, Model, SpineSource
-from tasks.training_sets.gate import judge_training_set
+from tasks.training_sets.gate import TrainingSetFigures, judge_training_set
+from tests.gates import of, one_check
+from tests.manifests import manifest
 
 START = dt.datetime(2024, 4, 30, tzinfo=dt.UTC)
 ROWS = 2_000
@@ -30,23 +30,6 @@ MODEL = Model(
     features=(FeatureReference(GROUP, "spent"), FeatureReference(GROUP, "trend"), FeatureReference(GROUP, "age")),
 )
 CHURNED = np.random.default_rng(9).random(ROWS) < 0.2
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What the pipeline says of a training set."""
-
-    rows: int
-    schema: pa.Schema
-    features: tuple[str, ...]
-    profile: TableProfile
-    profile_earlier: TableProfile
-    profile_later: TableProfile
-    balances: tuple[RowBalance, ...]
-    matched: Mapping[str, int]
-    planted: int
-    duplicates: int
-    sample: pa.Table
 
 
 def data(**changes: Any) -> pa.Table:
@@ -66,8 +49,9 @@ def data(**changes: Any) -> pa.Table:
 SPINE = RowBalance(name="churn", rows_in=ROWS, rows_out=ROWS)
 
 
-def figures(table: pa.Table, **changes: Any) -> Figures:
+def figures(table: pa.Table, **changes: Any) -> TrainingSetFigures:
     found: dict[str, Any] = {
+        "model": MODEL,
         "rows": table.num_rows,
         "schema": table.schema,
         "features": tuple(name for name in table.column_names if name.startswith("feature_")),
@@ -80,45 +64,24 @@ def figures(table: pa.Table, **changes: Any) -> Figures:
         "duplicates": 0,
         "sample": table,
     }
-    return Figures(**found | changes)
+    return TrainingSetFigures(**found | changes)
 
 
 def judge(
     table: pa.Table | None = None,
     *,
-    model: Model = MODEL,
     config: FeatureStoreConfig | None = None,
     previous: Manifest | None = None,
     **changes: Any,
 ) -> GateResult:
     computed = figures(data() if table is None else table, **changes)
-    return judge_training_set(model, config or FeatureStoreConfig(), computed, previous)
+    return judge_training_set(config or FeatureStoreConfig(), computed, previous)
 
 
 def published(table: pa.Table, model: Model = MODEL) -> Manifest:
     """The manifest of an earlier version with these rows."""
-    return Manifest(
-        dataset="feature-store/training-ready/churn",
-        version=1,
-        status="published",
-        created_at=START,
-        files=(),
-        columns=tuple(ColumnSpec(name=field.name, type=str(field.type)) for field in table.schema),
-        balances=(),
-        profile=profile_table(table).columns(),
-        gate=GateResult(verdict="pass", checks=()),
-        inputs=(),
-        config={},
-        definition=model.describe(),
-        code_digest="0",
-        packages={},
-        run=RunRecord(flow_run_id="earlier"),
-    )
-
-
-def of(result: GateResult, name: str, column: str | None = None) -> CheckResult:
-    (check,) = (c for c in result.checks if c.name == name and (column is None or c.column == column))
-    return check
+    profile, definition = profile_table(table).columns(), model.describe()
+    return manifest("feature-store/training-ready/churn", table.schema, profile=profile, definition=definition)
 
 
 def bounds(**values: Any) -> FeatureStoreConfig:
@@ -263,12 +226,7 @@ def rejected(count: int) -> tuple[RowBalance, ...]:
     return balance(rows_out=ROWS - count, rejected={"null_target": count})
 
 
-@pytest.mark.parametrize(("why", "judged", "name", "column", "verdict"), CASES, ids=[case[0] for case in CASES])
-def test_check(why: str, judged: Callable[[], GateResult], name: str, column: str | None, verdict: str) -> None:
-    result = judged()
-    assert of(result, name, column).verdict == verdict
-    severity = ("pass", "warn", "fail")
-    assert result.verdict == max((check.verdict for check in result.checks), key=severity.index)
+test_check = one_check(CASES)
 
 
 def test_drift_holds_nothing_up() -> None:

@@ -1,4 +1,4 @@
-"""The gate of a training set notices every fault, and is called blind to one whose check can't notice it."""
+"""Faults of a training set that its gate notices; the laws of all gates are in `tests.test_kinds`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 
 from tasks.features.config import FeatureStoreConfig, LabelThresholds
 from tasks.quality import rules
-from tasks.quality.faults import unproven
+from tasks.quality.faults import Trial
 from tasks.quality.profile import profile_table
-from tasks.store.manifest import ColumnSpec, FaultResult, FileEntry, GateResult, Manifest, RowBalance, RunRecord
+from tasks.store.manifest import FaultResult, FileEntry, Manifest, RowBalance
 from tasks.training_sets import self_test as module
-from tasks.training_sets.gate import judge_training_set
-from tasks.training_sets.self_test import self_test
-from tests.gates import calm
+from tasks.training_sets.self_test import trial
+from tests.gates import by_fault
+from tests.manifests import manifest
 
 START = dt.datetime(2024, 4, 30, tzinfo=dt.UTC)
 ROWS = 2_000
@@ -41,6 +41,10 @@ EXPECTED = {
     "not finite": ("refused", "finite of feature_spent"),
     "shift": ("warned", "drift of feature_spent"),
     "late shift": ("warned", "drift over time of feature_spent"),
+}
+SAID = {
+    "label copy": ("The label was copied into feature_spent.", "area under the ROC curve 1.0000"),
+    "future features": ("The join was made to take", "got features from its far future"),
 }
 LAXEST: dict[str, dict[str, Any]] = {
     "bad rows": {"rejected_warn": 1, "rejected_fail": 1},
@@ -85,18 +89,13 @@ def written(root: Path, table: pa.Table) -> Manifest:
     directory.mkdir(parents=True)
     pq.write_table(table, directory / "part-00000-a1.parquet")
     references = {name: f"customer-features:{name.removeprefix('feature_')}" for name in FEATURES}
-    return Manifest(
-        dataset="feature-store/training-ready/churn",
-        version=1,
-        status="published",
+    return manifest(
+        "feature-store/training-ready/churn",
+        table.schema,
         created_at=START,
         files=(FileEntry(path="part-00000-a1.parquet", rows=len(table), bytes=1, digest=f"sha256:{'0' * 64}"),),
-        columns=tuple(ColumnSpec(name=field.name, type=str(field.type)) for field in table.schema),
         balances=tuple(RowBalance(name=name, rows_in=len(table), rows_out=len(table)) for name in ("spine", "churn")),
         profile=profile_table(table).columns(),
-        gate=GateResult(verdict="pass", checks=()),
-        inputs=(),
-        config={},
         definition={
             "name": "churn",
             "entity": "customer_id",
@@ -107,54 +106,16 @@ def written(root: Path, table: pa.Table) -> Manifest:
             "known_at": False,
             "columns": references,
         },
-        code_digest="0",
-        packages={},
-        run=RunRecord(flow_run_id="run"),
     )
 
 
-def outcomes(root: Path, table: pa.Table | None = None, **thresholds: Any) -> dict[str, FaultResult]:
-    manifest = written(root, data() if table is None else table)
+def tried(root: Path, table: pa.Table | None = None, **thresholds: Any) -> Trial[Any]:
     config = FeatureStoreConfig(label_thresholds=LabelThresholds(**thresholds))
-    return {result.fault: result for result in self_test(str(root), manifest, config, None)}
+    return trial(str(root), written(root, data() if table is None else table), config, None)
 
 
-def test_every_fault_is_noticed_by_the_check_that_it_is_aimed_at(tmp_path: Path) -> None:
-    results = outcomes(tmp_path)
-    assert {name: (result.outcome, result.caught_by[0]) for name, result in results.items()} == EXPECTED
-    assert results["label copy"].injected == "The label was copied into feature_spent."
-    assert "area under the ROC curve 1.0000" in results["label copy"].message
-    assert "got features from its far future" in results["future features"].message
-
-
-def test_every_check_of_the_gate_is_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[GateResult] = []
-    judge = judge_training_set
-
-    def remembered(*args: Any) -> GateResult:
-        seen.append(judge(*args))
-        return seen[-1]
-
-    monkeypatch.setattr(module, "judge_training_set", remembered)
-    results = outcomes(tmp_path)
-    assert {check.verdict for check in seen[0].checks if check.name != "repeated rows"} == {"pass"}
-    assert unproven(seen[0], tuple(results.values())) == ()
-
-
-@pytest.mark.parametrize("fault", LAXEST)
-def test_a_threshold_too_lax_makes_the_gate_blind(tmp_path: Path, fault: str) -> None:
-    result = outcomes(tmp_path, **LAXEST[fault])[fault]
-    assert result.outcome == "blind"
-    assert result.message.startswith(f"'{EXPECTED[fault][1]}' still passes: ")
-
-
-@pytest.mark.parametrize("fault", CHECKS)
-def test_a_check_that_never_complains_makes_the_gate_blind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
-) -> None:
-    owner, name = CHECKS[fault]
-    monkeypatch.setattr(owner, name, calm(getattr(owner, name)))
-    assert outcomes(tmp_path)[fault].outcome == "blind"
+def outcomes(root: Path, table: pa.Table | None = None) -> dict[str, FaultResult]:
+    return by_fault(tried(root, table))
 
 
 def test_a_canary_that_never_sings_makes_the_gate_blind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

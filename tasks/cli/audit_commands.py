@@ -14,86 +14,26 @@ Faults in a sample of a version, judged by its gate.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
-from tasks.audit.explanation import Explanation
 from tasks.audit.inputs import Cause
 from tasks.audit.replay_rows import Again, Replayed, choose
 from tasks.io import storage
-from tasks.io.errors import ConfigError, InputError
+from tasks.io.errors import ConfigError
 from tasks.io.text import plural
+from tasks.kinds import kind_of
 from tasks.quality.faults import ORDER, blind, summary, unproven
 from tasks.report.tables import as_json, facts, show
 from tasks.store import layout
 from tasks.store.catalogue import find_dataset
-from tasks.store.lineage import job_digest, package_versions
-from tasks.store.manifest import FaultResult, Manifest
+from tasks.store.lineage import package_versions
+from tasks.store.manifest import Manifest
 from tasks.store.reading import data_files, first_live, read_manifest, resolve
 from tasks.store.reservation import version_numbers
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kind:
-    """Programs for one kind of dataset.
-
-    Attributes:
-        again: Class that makes rows again and compares them.
-        explain: Function that explains a row's origin, treatment and holders. It takes the root of the store,
-            the manifest, the key as it was typed, and the value of `option`; raises InputError if the version has no
-            such row and has rejected none, and ConfigError if the key or the value is invalid.
-        option: Argument that may be given beside a key: `at`, the time of a row, or `picture`, a file to draw to.
-        declared: True if the user declares a version's content, so that the digest of its code includes that.
-
-    """
-
-    again: type[Again]
-    explain: Callable[[str, Manifest, str, str | None], Explanation]
-    option: str = "at"
-    declared: bool = False
-
-
-def kind_of(manifest: Manifest) -> Kind:
-    """Return the kind of a version; the modules of the other kinds aren't loaded.
-
-    Raises:
-        InputError: its kind is unknown.
-
-    """
-    match layout.kind(manifest.dataset):
-        case "features":
-            from tasks.audit.explain_tables import explain_features
-            from tasks.audit.replay_tables import FeaturesAgain
-
-            return Kind(again=FeaturesAgain, explain=explain_features, declared=True)
-        case "training-set":
-            from tasks.audit.explain_tables import explain_training_row
-            from tasks.audit.replay_tables import TrainingSetAgain
-
-            return Kind(again=TrainingSetAgain, explain=explain_training_row, declared=True)
-        case "images":
-            from tasks.audit.explain_image import explain_image
-            from tasks.audit.replay_images import ImagesAgain
-
-            return Kind(again=ImagesAgain, explain=explain_image, option="picture")
-        case "streaming-copy":
-            from tasks.audit.explain_sample import explain_sample
-            from tasks.audit.replay_copies import CopyAgain
-
-            return Kind(again=CopyAgain, explain=explain_sample)
-        case kind:
-            raise InputError(
-                f"{manifest.dataset} is of no kind that is known here ({kind}); name features, training sets, images "
-                "or streaming-ready copies"
-            )
-
 
 PICTURES = (".png", ".webp")
 
@@ -112,7 +52,7 @@ def explain(arguments: argparse.Namespace) -> int:
     """
     root, picture = storage.normalise(arguments.root), arguments.picture
     manifest = read_manifest(root, find_dataset(root, arguments.name), arguments.version)
-    kind = kind_of(manifest)
+    kind = kind_of(manifest.dataset)
     if picture is not None and kind.option != "picture":
         rows = layout.kind(manifest.dataset).replace("-", " ")
         raise ConfigError(
@@ -136,9 +76,6 @@ SHOWN = 20
 ALARM = Cause("nondeterminism", "nothing explains it: nondeterminism")
 OWN_PACKAGE = "training-data-pipelines"
 """This project: its code is compared by digest, which is more precise than its version."""
-
-_OF_THE_VERSION = ("newest_event", "state", "columns")
-"""Entries of a definition besides the declaration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,12 +193,13 @@ def replay(arguments: Namespace) -> int:
     root = storage.normalise(arguments.root)
     manifest = read_manifest(root, find_dataset(root, arguments.name), arguments.version)
     data_files(root, manifest)
-    again = kind_of(manifest).again(root, manifest)
+    kind = kind_of(manifest.dataset)
+    again = kind.again(root, manifest)
     verdict = Verdict(
         again=again,
         seed=arguments.seed,
         replayed=again.replay(choose(again.total, arguments.sample, arguments.seed)),
-        code=(manifest.code_digest, digest_now(manifest)),
+        code=(manifest.code_digest, kind.digest(manifest.definition)),
         libraries=other_libraries(manifest),
     )
     if arguments.json:
@@ -269,15 +207,6 @@ def replay(arguments: Namespace) -> int:
     else:
         _print(verdict)
     return 0 if verdict.ok else 1
-
-
-def digest_now(manifest: Manifest) -> str:
-    """Return the digest of the present code, made as the version's was, with the version's declaration."""
-    extra = ""
-    if kind_of(manifest).declared:
-        declared = {name: value for name, value in manifest.definition.items() if name not in _OF_THE_VERSION}
-        extra = hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()
-    return job_digest(layout.kind(manifest.dataset), extra)
 
 
 def other_libraries(manifest: Manifest) -> dict[str, tuple[str, str]]:
@@ -332,9 +261,6 @@ def _row_of(one: Replayed) -> tuple[object, ...]:
     return name, first.column, first.stored, first.rebuilt, f"{len(others)} more" if others else ""
 
 
-Config = TypeVar("Config", bound=BaseModel)
-
-
 def self_test(arguments: Namespace) -> int:
     """Test the gate of one version.
 
@@ -343,12 +269,14 @@ def self_test(arguments: Namespace) -> int:
 
     Raises:
         VersionNotFound: there is no such version.
-        InputError: it can't be tested: it is of another kind, or its configuration is unknown here.
+        InputError: it can't be tested: it is of no known kind, or this code can't use its configuration.
 
     """
     root = storage.normalise(arguments.root)
     manifest = resolve(root, find_dataset(root, arguments.name), arguments.version or "latest")
-    results = results_of(root, manifest)
+    earlier = [number for number in version_numbers(root, manifest.dataset) if number < manifest.version]
+    previous = first_live(root, manifest.dataset, earlier[::-1])
+    results = kind_of(manifest.dataset).self_test(root, manifest, previous)
     unseen, checks = blind(results), unproven(manifest.gate, results)
     if arguments.json:
         faults = [result.model_dump(mode="json") for result in results]
@@ -364,54 +292,3 @@ def self_test(arguments: Namespace) -> int:
     if checks:
         print(f"checks that no fault made worse: {', '.join(checks)}")
     return 1 if unseen else 0
-
-
-def results_of(root: str, manifest: Manifest) -> tuple[FaultResult, ...]:
-    """Inject faults into a sample of a published version, by its manifest's configuration.
-
-    Raises:
-        InputError: the version can't be tested.
-
-    """
-    earlier = [number for number in version_numbers(root, manifest.dataset) if number < manifest.version]
-    previous = first_live(root, manifest.dataset, earlier[::-1])
-    match layout.kind(manifest.dataset):
-        case "features":
-            from tasks.features import self_test as features
-            from tasks.features.config import FeatureStoreConfig
-
-            return features.self_test(root, manifest, _config(FeatureStoreConfig, manifest), previous)
-        case "training-set":
-            from tasks.features.config import FeatureStoreConfig
-            from tasks.training_sets import self_test as serving
-
-            return serving.self_test(root, manifest, _config(FeatureStoreConfig, manifest), previous)
-        case "images":
-            from tasks.images import self_test as images
-            from tasks.images.config import ImageAugmentationConfig
-
-            # A configuration without it is from a time when all splits were augmented.
-            of_images = _config(ImageAugmentationConfig, manifest, evaluation="augmented")
-            return images.self_test(root, manifest, of_images, previous)
-        case "streaming-copy":
-            from tasks.delivery import self_test as delivery
-            from tasks.delivery.config import DeliveryConfig
-            from tasks.delivery.source import find_source
-
-            config = _config(DeliveryConfig, manifest)
-            version = manifest.definition["source"]["version"]
-            source = find_source(config.model_copy(update={"root": root, "version": version}))
-            return delivery.self_test(source, manifest, config, previous)
-    raise InputError(f"{manifest.dataset} is no dataset of these flows: it has no gate to test")
-
-
-def _config(model: type[Config], manifest: Manifest, **older: str) -> Config:
-    """Return the configuration of a version; `older` are values of fields that older ones lack."""
-    try:
-        return model.model_validate({**older, **manifest.config})
-    except ValidationError as error:
-        name = f"{manifest.dataset} v{manifest.version}"
-        raise InputError(
-            f"the configuration of {name} can't be used here: {error.errors()[0]['msg']}; it was made by another "
-            "version of this project: publish the dataset anew"
-        ) from error
