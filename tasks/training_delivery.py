@@ -31,6 +31,7 @@ from tasks.store.manifest import GateResult, RunRecord
 from tasks.store.reservation import Reservation
 from tasks.training.monitoring import (
     TrainingResult,
+    class_table,
     epoch_table,
     headline,
     judge_training,
@@ -154,7 +155,11 @@ def _report_training(
         definition={},
         timings={"training": result.seconds},
         pictures=tuple(training_pictures(result.epochs, result.workers)),
-        tables=(epoch_table(result.epochs, result.workers), workers),
+        tables=(
+            epoch_table(result.epochs, result.workers),
+            workers,
+            *([class_table(result.classes)] if result.classes else []),
+        ),
     )
     html = layout.join(result.run_uri, layout.REPORT_HTML)
     storage.write_bytes(html, page.html(report))

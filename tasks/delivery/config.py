@@ -70,6 +70,10 @@ class TrainingConfig(Settings):
     remainder: Literal["pad", "drop"] = Field(
         default="pad", description="The last, incomplete step of an epoch: pad it with masked samples, or drop it."
     )
+    balance: Literal["class"] | None = Field(
+        default=None,
+        description="'class' to draw each class equally often in each epoch (each sample once, by default).",
+    )
     seed: Seed = Field(default=0, description="Seed of the model's weights and of the epochs' orders.")
     cache_dir: Location | None = Field(
         default=None,

@@ -30,7 +30,6 @@ FloatArray = npt.NDArray[np.float64]
 
 _BITS = 20  # of u, which keeps away from whole numbers: sums of floats are as good as exact
 _NEARLY = 1e-6  # of a sample: whole numbers of draws add up to whole numbers, whatever the rounding
-_NEARLY = 1e-6  # of a sample: whole numbers of draws add up to whole numbers, whatever the rounding
 _NUMBERS = "use finite numbers, 0 or more"
 _FORMS = "give a mapping of classes to weights, or (ids, weights), two arrays of the same length"
 

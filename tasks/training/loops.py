@@ -161,6 +161,7 @@ def open_run(
         run_uri: Directory of the run.
 
     Raises:
+        ConfigError: classes are to be balanced, and the version has none.
         CorruptVersion: a file is missing or differs from the manifest.
     """
     from tasks.loader.stream import TrainingStream
@@ -176,7 +177,7 @@ def open_run(
         "cache_bytes": int(config.cache_gigabytes * 1e9),
     }
     with contextlib.ExitStack() as stack:
-        train = stack.enter_context(TrainingStream(uri, remainder=config.remainder, **settings))
+        train = stack.enter_context(TrainingStream(uri, remainder=config.remainder, balance=config.balance, **settings))
         validation = None
         if definition["samples"].get("validation"):
             fixed: dict[str, Any] = {"split": "validation", "shuffle": False, "remainder": "pad"}

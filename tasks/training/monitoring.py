@@ -6,7 +6,7 @@ The verdict: the training learned, it wasn't short of data, and every sample cou
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tasks.io.text import number, plural, share
@@ -86,6 +86,8 @@ class TrainingResult:
         restarts: number of times that workers died or failed and all of them were restarted.
         checkpoint_uri: directory of the last checkpoint; None if none was kept.
         seconds: wall time of this call, including the start of the workers.
+        classes: samples of each class, 'natural' in the split and 'epoch' in the first epoch; empty if classes aren't
+            balanced.
     """
 
     version_uri: str
@@ -95,6 +97,7 @@ class TrainingResult:
     restarts: int
     checkpoint_uri: str | None
     seconds: float
+    classes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def judge_bound(workers: Sequence[WorkerEpoch]) -> Bound | None:
@@ -186,6 +189,16 @@ def epoch_table(epochs: Sequence[Mapping[str, Any]], workers: Sequence[WorkerEpo
     )
     columns = ("epoch", *map(_label, names), "samples/s")
     return DataTable(title="Epochs", columns=columns, rows=rows)
+
+
+def class_table(classes: Mapping[str, Mapping[str, int]]) -> DataTable:
+    """Return a row for each class: its samples in the split, and in an epoch.
+
+    Args:
+        classes: As `TrainingResult.classes`.
+    """
+    rows = tuple((name, count, classes["epoch"][name]) for name, count in classes["natural"].items())
+    return DataTable(title="Balanced classes", columns=("class", "in the split", "in an epoch"), rows=rows)
 
 
 def training_pictures(epochs: Sequence[Mapping[str, Any]], workers: Sequence[WorkerEpoch]) -> list[Picture]:
@@ -365,4 +378,6 @@ def _consumed(result: TrainingResult, samples: int) -> CheckResult:
         message = f"Epoch {epoch} had {total:,} samples, and the split has {samples:,}."
         return _check("consumed", "fail", float(total), number(samples), message)
     message = f"Each epoch had all {plural(samples, 'sample')} once."
+    if result.classes:
+        message = f"Each epoch had {plural(samples, 'sample')}, drawn by class."
     return _check("consumed", "pass", float(samples), number(samples), message)

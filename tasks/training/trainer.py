@@ -26,6 +26,7 @@ from tasks.engine.cluster import connect, environment, handler_kept
 from tasks.io import storage
 from tasks.io.errors import ConfigError, PipelineError
 from tasks.loader.shards import open_version
+from tasks.loader.stream import TrainingStream
 from tasks.store import layout
 from tasks.store.settings import load_object
 from tasks.training.loops import Send, State, TrainingRun, open_run
@@ -75,6 +76,12 @@ def train_version(uri: str, config: TrainingConfig, storage_path: str, run_name:
         if started:
             ray.shutdown()
     epochs, workers, restarts = read_records(run_uri)
+    classes = {}
+    if config.balance is not None:
+        with TrainingStream(
+            version.uri, batch_size=1, seed=config.seed, balance=config.balance, as_numpy=True
+        ) as stream:
+            classes = stream.distribution()
     checkpoint = None
     if result.checkpoint is not None:
         checkpoint = layout.join(run_uri, result.checkpoint.path.rstrip("/").rpartition("/")[2])
@@ -86,6 +93,7 @@ def train_version(uri: str, config: TrainingConfig, storage_path: str, run_name:
         restarts=restarts,
         checkpoint_uri=checkpoint,
         seconds=time.monotonic() - start,
+        classes=classes,
     )
 
 

@@ -172,6 +172,15 @@ def test_a_published_version_of_images_is_learned_without_ray(tmp_path: Path) ->
         assert 0 <= worker["wait_seconds"] <= worker["seconds"]
 
 
+def test_balanced_classes_come_equally_often(tmp_path: Path) -> None:
+    drawn = making.table_samples(203, seed=1)
+    drawn["label"] = (np.arange(203) < 30).astype(np.int64)
+    uri = making.publish(str(tmp_path), {"train": [drawn]}, block_size=10)
+    with open_run(uri, open_version(uri).definition, settings(balance="class"), send=lambda *_: None) as run:
+        labels = torch.cat([batch["label"][batch["mask"]] for batch in run.train])
+    assert sorted(np.bincount(labels.numpy()).tolist()) == [101, 102]
+
+
 def test_the_same_seed_gives_the_same_model_and_another_one_another() -> None:
     states = []
     for seed in (3, 3, 4):

@@ -14,6 +14,7 @@ from tasks.training.monitoring import (
     WAIT_BOUND,
     TrainingResult,
     WorkerEpoch,
+    class_table,
     epoch_table,
     headline,
     judge_bound,
@@ -184,6 +185,15 @@ def test_what_went_wrong_is_found(other: dict[str, Any], check: str, verdict: st
 def test_samples_are_counted_only_where_each_epoch_is_whole() -> None:
     assert "consumed" not in verdicts(result(restarts=1)), "of the epoch that was begun again, a part isn't counted"
     assert "consumed" not in verdicts(result(), remainder="drop")
+
+
+def test_balanced_classes_are_shown_beside_those_of_the_split() -> None:
+    classes = {"natural": {"no": 90, "yes": 10}, "epoch": {"no": 50, "yes": 50}}
+    assert class_table(classes).rows == (("no", 90, 50), ("yes", 10, 50))
+    [check] = [
+        one for one in judge_training(result(classes=classes), DEFINITION, 2, "pad").checks if one.name == "consumed"
+    ]
+    assert check.message == "Each epoch had 100 samples, drawn by class."
 
 
 def test_the_headline_has_the_last_epoch_the_limit_and_the_model() -> None:
