@@ -21,6 +21,8 @@ import torch
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.stateful import Stateful
 
 from tasks.io.errors import ConfigError, CorruptVersion, InputError, PipelineError
 from tasks.loader.order import Sizes
@@ -264,6 +266,19 @@ def test_an_iteration_after_its_last_batch_has_ended_whatever_the_stream_does(ve
     assert len(list(stream)) == len(stream)
     assert next(iteration, None) is None
     assert stream.epoch == 2
+
+
+def test_the_place_is_kept_in_a_distributed_checkpoint_of_torch(version: str, tmp_path: Path) -> None:
+    with TrainingStream(version, batch_size=32, as_numpy=True) as stream:
+        assert isinstance(stream, Stateful)
+        batches = iter(stream)
+        for _ in range(5):
+            next(batches)
+        checkpoint.save({"data": stream}, checkpoint_id=tmp_path)
+        rest = [batch["sample_id"].tolist() for batch in batches]
+    with TrainingStream(version, batch_size=32, as_numpy=True) as again:
+        checkpoint.load({"data": again}, checkpoint_id=tmp_path)
+        assert [batch["sample_id"].tolist() for batch in again] == rest
 
 
 def test_a_state_with_too_little_left_for_a_step_leads_to_the_next_epoch(version: str) -> None:
