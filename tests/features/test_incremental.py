@@ -21,6 +21,7 @@ from tasks.features.plan import plan_features, with_uris
 from tasks.features.sample import SAMPLE_AS_OF, sample_customers, sample_products, sample_transactions
 from tasks.features.standard import STANDARD
 from tasks.io import storage
+from tasks.publication import manifest_of
 from tasks.store import layout, versions
 from tasks.store.manifest import GateResult, Manifest, RunRecord
 from tasks.store.reservation import reserve
@@ -68,7 +69,7 @@ class Store:
         gate = GateResult(verdict="pass", checks=())
         computed = compute_groups(plan, config, reservations, SAMPLE_AS_OF)
         manifests = [
-            feature_store._manifest(plan, number, group, config=config, run=run, gate=gate)
+            manifest_of(group, gate, config, run, feature_store.group_record(plan, number, group))
             for number, group in enumerate(computed)
         ]
         return [versions.commit(group.reservation, one) for group, one in zip(computed, manifests, strict=True)]
