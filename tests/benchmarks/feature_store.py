@@ -34,6 +34,7 @@ from tasks.features.incremental import with_state
 from tasks.features.pipeline import ComputedGroup, compute_groups
 from tasks.features.plan import plan_features, with_uris
 from tasks.features.standard import CUSTOMER_FEATURES, PRODUCT_FEATURES, STANDARD
+from tasks.publication import manifest_of
 from tasks.store import versions
 from tasks.store.manifest import GateResult, Manifest, RunRecord
 from tasks.store.reservation import reserve
@@ -262,14 +263,8 @@ def publish(source: Path, target: Path, *, incremental: bool) -> list[Manifest]:
     reservations = [reserve(config.root, name, run.flow_run_id) for name in names]
     made = []
     for number, group in enumerate(compute_groups(plan, config, reservations, AS_OF)):
-        manifest = feature_store._manifest(
-            plan,
-            number,
-            group,
-            config=config,
-            run=run,
-            gate=GateResult(verdict="pass", checks=()),
-        )
+        gate = GateResult(verdict="pass", checks=())
+        manifest = manifest_of(group, gate, config, run, feature_store.group_record(plan, number, group))
         made.append(versions.commit(group.reservation, manifest))
     return made
 
