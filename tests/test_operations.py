@@ -30,6 +30,7 @@ from prefect.states import AwaitingRetry, Cancelling
 
 from tasks.io import storage
 from tasks.store import layout, versions
+from tasks.store.reservation import attempts, version_numbers
 from tests.conftest import new_bucket
 from tests.processes import PROJECT, own_home, prefect_server, two_nodes
 from tests.test_readme import blocks
@@ -103,6 +104,11 @@ class Site:
         look = "import ray; ray.init(log_to_driver=False); print(ray.available_resources().get('CPU', 0))"
         told = subprocess.check_output([sys.executable, "-c", look], env=self.environment, text=True, timeout=60)
         return float(told.split()[-1])
+
+    def reserved(self, run: UUID) -> list[tuple[int, int]]:
+        """The version that a run holds, if any, and its attempt; it may have been that of a run that was ended."""
+        chains = {number: attempts(self.root, CUSTOMERS, number) for number in version_numbers(self.root, CUSTOMERS)}
+        return [(number, len(chain)) for number, chain in chains.items() if chain and chain[-1].run_id == str(run)]
 
     def artifacts(self, run: UUID) -> set[str]:
         """Keys of a run's artifacts."""
@@ -209,12 +215,9 @@ def test_a_schedule_starts_a_run_and_its_logs_are_in_the_api(site: Site) -> None
 
 @pytest.mark.nightly
 def test_a_cancelled_run_leaves_no_half_version_and_nothing_on_ray(site: Site) -> None:
-    before, begun = (
-        versions.published_versions(site.root, CUSTOMERS),
-        set(versions.version_numbers(site.root, CUSTOMERS)),
-    )
+    before = versions.published_versions(site.root, CUSTOMERS)
     run = site.start("feature-store/daily", **LARGE)
-    [number] = eventually(lambda: set(versions.version_numbers(site.root, CUSTOMERS)) - begun, bool, 120)
+    [(number, _)] = eventually(lambda: site.reserved(run.id), bool, 120)
     site.client.set_flow_run_state(run.id, Cancelling())
     ended = site.ended(run.id, 90)
     assert ended.state.type == StateType.CANCELLED, ended.state
@@ -225,9 +228,8 @@ def test_a_cancelled_run_leaves_no_half_version_and_nothing_on_ray(site: Site) -
 
 @pytest.mark.nightly
 def test_a_run_that_loses_its_worker_crashes_and_goes_on_when_it_is_retried(site: Site) -> None:
-    before = set(versions.version_numbers(site.root, CUSTOMERS))
     run = site.start("feature-store/daily", **LARGE)
-    [number] = eventually(lambda: set(versions.version_numbers(site.root, CUSTOMERS)) - before, bool, 120)
+    [(number, attempt)] = eventually(lambda: site.reserved(run.id), bool, 120)
     lost = site.workers[-1]
     for process in (*lost.children(recursive=True), lost):
         process.kill()
@@ -241,4 +243,4 @@ def test_a_run_that_loses_its_worker_crashes_and_goes_on_when_it_is_retried(site
     ended = eventually(lambda: site.client.read_flow_run(run.id), lambda found: found.state.is_completed(), 180)
     assert ended.state.is_completed()
     manifest = versions.resolve(site.root, CUSTOMERS)
-    assert (manifest.version, manifest.run.attempt, manifest.run.flow_run_id) == (number, 2, str(run.id))
+    assert (manifest.version, manifest.run.attempt, manifest.run.flow_run_id) == (number, attempt + 1, str(run.id))
