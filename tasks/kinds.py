@@ -17,8 +17,8 @@ def kind_of(dataset: str) -> Kind[Any]:
         InputError: its kind is unknown.
 
     """
-    for place, (_, module) in layout.KINDS.items():
-        if dataset.startswith(f"{place}/"):
-            kind: Kind[Any] = importlib.import_module(module).KIND
-            return kind
-    raise InputError(f"{dataset} is of no kind that is known here; name a dataset under {', '.join(layout.KINDS)}")
+    place = layout.kind_place(dataset)
+    if place is None:
+        raise InputError(f"{dataset} is of no kind that is known here; name a dataset under {', '.join(layout.KINDS)}")
+    kind: Kind[Any] = importlib.import_module(layout.KINDS[place][1]).KIND
+    return kind

@@ -105,7 +105,13 @@ def training_ready_dataset(model: str) -> str:
 
 def kind(dataset: str) -> str:
     """Return the name of a dataset's kind by its place: one of `KINDS`, else 'other'; nothing is imported."""
-    return next((name for place, (name, _) in KINDS.items() if dataset.startswith(f"{place}/")), "other")
+    place = kind_place(dataset)
+    return "other" if place is None else KINDS[place][0]
+
+
+def kind_place(dataset: str) -> str | None:
+    """Return the key of a dataset's kind in `KINDS`; None for a dataset of no known kind."""
+    return next((place for place in KINDS if dataset.startswith(f"{place}/")), None)
 
 
 def sample(root: str, flow: str, name: str) -> str:

@@ -377,7 +377,6 @@ def _consumed(result: TrainingResult, samples: int) -> CheckResult:
         epoch, total = next(iter(odd.items()))
         message = f"Epoch {epoch} had {total:,} samples, and the split has {samples:,}."
         return _check("consumed", "fail", float(total), number(samples), message)
-    message = f"Each epoch had all {plural(samples, 'sample')} once."
-    if result.classes:
-        message = f"Each epoch had {plural(samples, 'sample')}, drawn by class."
+    count = plural(samples, "sample")
+    message = f"Each epoch had {count}, drawn by class." if result.classes else f"Each epoch had all {count} once."
     return _check("consumed", "pass", float(samples), number(samples), message)
