@@ -28,52 +28,40 @@ from tasks.feature_store import (
     validate_set,
 )
 from tasks.features.config import FeatureStoreConfig
-from tasks.io import storage
-from tasks.open_lineage import LINEAGE_HOOKS
-from tasks.publication import PublishedVersion, publish_versions, reserve_versions, run_record
-from tasks.retries import final_unless_transient
-from tasks.runner import ray_runner
+from tasks.publication import PublishedVersion, flow_settings, publish_versions, reserve_versions
+from tasks.runner import run_record, running
 from tasks.store import layout
 
 DEFAULTS = FeatureStoreConfig()
 
 
-def _run_name() -> str:
-    config = flow_run.parameters["config"]
+def _described(config: FeatureStoreConfig) -> str:
     source = config.transactions or config.definitions or "the sample"
     what = "features of" if config.compute else "training sets from"
-    return f"{what} {source.rstrip('/').rpartition('/')[2]} {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M:%S}"
+    return f"{what} {source.rstrip('/').rpartition('/')[2]}"
 
 
-@flow(
-    name="feature-store",
-    flow_run_name=_run_name,
-    task_runner=ray_runner(),
-    retries=1,
-    retry_delay_seconds=5,
-    **LINEAGE_HOOKS,
-)
+@flow(name="feature-store", **flow_settings(_described))
 def feature_store(config: FeatureStoreConfig = DEFAULTS) -> list[PublishedVersion]:
     """Compute features, check and publish them as new versions; build the training sets of the models that read them.
 
     Args:
         config: Settings for reading, computing, checking, joining and publishing.
-
     """
-    with final_unless_transient(config.less_at_once):
+    with running(config) as settings:
         started = flow_run.scheduled_start_time or dt.datetime.now(dt.UTC)
-        config = config.model_copy(update={"root": storage.normalise(config.root)})
-        sourced = prepare_sources.submit(config).result()
-        features = _features(sourced, started) if config.compute else []
-        training_sets = _training_sets(sourced, started) if config.models is not None else []
+        sourced = prepare_sources.submit(settings).result()
+        features = _features(sourced, started) if settings.compute else []
+        training_sets = _training_sets(sourced, started) if settings.models is not None else []
         return [*features, *training_sets]
 
 
 def _features(config: FeatureStoreConfig, started: dt.datetime) -> list[PublishedVersion]:
     plans = plan_sources.submit(config, started).result()
     groups = [[layout.feature_dataset(planned.group.name) for planned in plan.groups] for plan in plans]
-    reserved = [reserve_versions(config.root, own, str(flow_run.id)) for own in groups]
-    committed = [one for own in reserved for one in own if one.committed]  # by an earlier attempt of this run
+    reserved = [reserve_versions(config.root, datasets, str(flow_run.id)) for datasets in groups]
+    # By an earlier attempt of this run.
+    committed = [reservation for group in reserved for reservation in group if reservation.committed]
     left = unfinished(plans, reserved)
     computed = [compute_features.submit(plan, config, reservations, started) for plan, reservations in left]
     judged = [

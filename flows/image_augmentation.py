@@ -6,7 +6,6 @@ Run it by hand with `python -m flows.image_augmentation --help`; deploy it as
 
 from __future__ import annotations
 
-import datetime as dt
 import sys
 
 if __name__ == "__main__":
@@ -17,19 +16,11 @@ if __name__ == "__main__":
 from prefect import flow
 from prefect.runtime import flow_run
 
-from tasks.image_augmentation import (
-    augment,
-    plan_run,
-    prepare_images,
-    validate_images,
-)
+from tasks.image_augmentation import augment, plan_run, prepare_images, validate_images
 from tasks.images.config import ImageAugmentationConfig
-from tasks.io import storage
 from tasks.io.errors import VersionConflict
-from tasks.open_lineage import LINEAGE_HOOKS
-from tasks.publication import PublishedVersion, committed_version, publish_versions, reserve_versions, run_record
-from tasks.retries import final_unless_transient
-from tasks.runner import ray_runner
+from tasks.publication import PublishedVersion, committed_version, flow_settings, publish_versions, reserve_versions
+from tasks.runner import run_record, running
 from tasks.store import layout
 
 DEFAULTS = ImageAugmentationConfig()
@@ -37,20 +28,12 @@ TRIES = 3
 """Most plans of a run while other runs publish first."""
 
 
-def _run_name() -> str:
-    config = flow_run.parameters["config"]
+def _described(config: ImageAugmentationConfig) -> str:
     source = config.images or "the sample"
-    return f"augment {source.rstrip('/').rpartition('/')[2]} {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M:%S}"
+    return f"augment {source.rstrip('/').rpartition('/')[2]}"
 
 
-@flow(
-    name="image-augmentation",
-    flow_run_name=_run_name,
-    task_runner=ray_runner(),
-    retries=1,
-    retry_delay_seconds=5,
-    **LINEAGE_HOOKS,
-)
+@flow(name="image-augmentation", **flow_settings(_described))
 def image_augmentation(config: ImageAugmentationConfig = DEFAULTS) -> list[PublishedVersion]:
     """Augment labelled images, check and split them, and publish them as a new version.
 
@@ -59,21 +42,19 @@ def image_augmentation(config: ImageAugmentationConfig = DEFAULTS) -> list[Publi
 
     Raises:
         VersionConflict: other runs published the dataset first each time.
-
     """
-    with final_unless_transient(config.less_at_once):
-        config = config.model_copy(update={"root": storage.normalise(config.root)})
-        sourced = prepare_images.submit(config).result()
+    with running(config) as settings:
+        sourced = prepare_images.submit(settings).result()
         for _ in range(TRIES):
             # The finished files of an earlier attempt are taken over.
-            own = [layout.image_dataset(config.name)]
-            [reservation] = reserve_versions(config.root, own, str(flow_run.id), keep=True)
+            datasets = [layout.image_dataset(settings.name)]
+            [reservation] = reserve_versions(settings.root, datasets, str(flow_run.id), keep=True)
             if reservation.committed:  # an earlier attempt of this run has published
                 return [committed_version(reservation)]
             plan = plan_run.submit(sourced, reservation).result()
             augmented = augment.submit(plan, sourced).result()
             judged = validate_images.submit(plan, augmented, sourced, run_record()).result()
-            if published := publish_versions([judged], config.root):
+            if published := publish_versions([judged], settings.root):
                 return published
         raise VersionConflict(
             f"{reservation.dataset}: other runs published first each of {TRIES} times, nothing was published; "

@@ -6,7 +6,6 @@ Run it by hand with `python -m flows.training_delivery --help`; deploy it as
 
 from __future__ import annotations
 
-import datetime as dt
 import sys
 
 if __name__ == "__main__":
@@ -19,35 +18,19 @@ from prefect.runtime import flow_run
 
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.source import needs_sample
-from tasks.io import storage
-from tasks.open_lineage import LINEAGE_HOOKS
-from tasks.publication import PublishedVersion, committed_version, publish_versions, reserve_versions, run_record
-from tasks.retries import final_unless_transient
-from tasks.runner import ray_runner
+from tasks.publication import PublishedVersion, committed_version, flow_settings, publish_versions, reserve_versions
+from tasks.runner import run_record, running
 from tasks.store import layout
-from tasks.training_delivery import (
-    find_source,
-    train_model,
-    validate_copy,
-    write_copy,
-)
+from tasks.training_delivery import find_source, train_model, validate_copy, write_copy
 
 DEFAULTS = DeliveryConfig()
 
 
-def _run_name() -> str:
-    config = flow_run.parameters["config"]
-    return f"deliver {config.dataset.rpartition('/')[2]} {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M:%S}"
+def _described(config: DeliveryConfig) -> str:
+    return f"deliver {config.dataset.rpartition('/')[2]}"
 
 
-@flow(
-    name="training-delivery",
-    flow_run_name=_run_name,
-    task_runner=ray_runner(),
-    retries=1,
-    retry_delay_seconds=5,
-    **LINEAGE_HOOKS,
-)
+@flow(name="training-delivery", **flow_settings(_described))
 def training_delivery(config: DeliveryConfig = DEFAULTS) -> list[PublishedVersion]:
     """Write a streaming-ready copy of a published version, publish it, and train on it.
 
@@ -55,22 +38,20 @@ def training_delivery(config: DeliveryConfig = DEFAULTS) -> list[PublishedVersio
 
     Args:
         config: Settings of the delivery and the training.
-
     """
-    with final_unless_transient(config.less_at_once):
-        config = config.model_copy(update={"root": storage.normalise(config.root)})
-        features = _sample_features(config) if needs_sample(config) else []
-        source = find_source.submit(config).result()
-        own = [layout.streaming_dataset(config.dataset_name)]
-        [reservation] = reserve_versions(config.root, own, str(flow_run.id))
+    with running(config) as settings:
+        features = _sample_features(settings) if needs_sample(settings) else []
+        source = find_source.submit(settings).result()
+        datasets = [layout.streaming_dataset(settings.dataset_name)]
+        [reservation] = reserve_versions(settings.root, datasets, str(flow_run.id))
         if reservation.committed:  # a retry: only the training remains
             version = committed_version(reservation)
         else:
-            copy = write_copy.submit(source, config, reservation).result()
-            judged = validate_copy.submit(source, copy, config, run_record()).result()
-            [version] = publish_versions([judged], config.root)
-        if config.training.enabled:
-            version = train_model.submit(version, config, run_record()).result()
+            copy = write_copy.submit(source, settings, reservation).result()
+            judged = validate_copy.submit(source, copy, settings, run_record()).result()
+            [version] = publish_versions([judged], settings.root)
+        if settings.training.enabled:
+            version = train_model.submit(version, settings, run_record()).result()
         return [*features, version]
 
 

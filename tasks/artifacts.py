@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 from uuid import UUID
@@ -236,30 +236,46 @@ def _bars(flow_run_id: UUID) -> Generator[None]:
         console=Console(stderr=True), transient=True,
     )  # fmt: skip
     known: dict[UUID, TaskID] = {}
+
+    def look() -> None:
+        try:
+            artifacts = read_artifacts(flow_run_id, kind="progress")
+        except (httpx.HTTPError, PrefectException):
+            return  # retry at the next look
+        for artifact in artifacts:
+            bar = known.get(artifact.id)
+            if bar is None:
+                known[artifact.id] = bar = bars.add_task("", total=100)
+            percent = float(str(artifact.data))
+            bars.update(bar, completed=percent, description=artifact.description or "", visible=percent < 100)
+
+    with bars, repeated(look, UPDATE_SECONDS / 2, patience=UPDATE_SECONDS):
+        yield
+
+
+@contextmanager
+def repeated(look: Callable[[], None], seconds: float, patience: float | None = None) -> Generator[None]:
+    """Call a function every so many seconds, in a thread beside the block.
+
+    Args:
+        look: Function to call.
+        seconds: Time between two calls.
+        patience: Seconds to wait for a running call at the end; None: until it has ended.
+    """
     stop = threading.Event()
 
     def follow() -> None:
-        while not stop.wait(UPDATE_SECONDS / 2):
-            try:
-                artifacts = read_artifacts(flow_run_id, kind="progress")
-            except (httpx.HTTPError, PrefectException):
-                continue  # retry at the next look
-            for artifact in artifacts:
-                bar = known.get(artifact.id)
-                if bar is None:
-                    known[artifact.id] = bar = bars.add_task("", total=100)
-                percent = float(str(artifact.data))
-                bars.update(bar, completed=percent, description=artifact.description or "", visible=percent < 100)
+        while not stop.wait(seconds):
+            look()
 
-    # A new thread starts with an empty context: without the copy it would not know the API's address.
+    # A new thread starts with an empty context: without the copy it would know neither the run nor the API's address.
     thread = threading.Thread(target=contextvars.copy_context().run, args=(follow,), daemon=True)
-    with bars:
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join(UPDATE_SECONDS)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(patience)
 
 
 def _capped(markdown: str) -> str:

@@ -5,23 +5,42 @@ Exit codes: 0 published, 1 the run failed (one sentence on stderr, the traceback
 before.
 
 The flows start this before they import anything else: help, errors and Ctrl-C needn't wait for libraries.
+
+Without an API address Prefect starts one embedded server for the flow's process, and each Ray worker starts another on
+the same SQLite file. `local_api` starts one, in a separate process, for all of them; with a configured PREFECT_API_URL
+it starts none. The history stays in Prefect's home directory, so `prefect server start` shows it later. Run as a module
+(`python -m tasks.by_hand FD`) this is that server's process.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
 import re
 import signal
+import socket
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any, NoReturn
 
-from tasks.engine.signals import stops_unwind
 from tasks.io.errors import FAILED, WRONG_ARGUMENTS, ConfigError, InputError, PipelineError, causes
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+TERMINATED = 128 + signal.SIGTERM
+
+START_SECONDS = 120.0  # a first start also migrates a new database: 10 s on an idle machine
+STOP_SECONDS = 10.0
+HURRIED_SECONDS = 3.0
+GARBAGE_SECONDS = 5.0
+GRACE_SECONDS = 9.0  # ending a run takes 2 to 5 s: it cancels its tasks, informs the API, stops Ray and the API
+LAST_WORDS_SECONDS = 2.0
 
 _TOLD_ONCE = ("Encountered exception during execution",)
 _STATE_DETAILS = re.compile(r"(Finished in state \w+)\(.*\)", re.DOTALL)
@@ -39,7 +58,6 @@ def run_by_hand(entry: str, config: str, argv: Sequence[str] | None = None) -> i
 
     Returns:
         The exit code.
-
     """
     argv = sys.argv[1:] if argv is None else argv
     earlier = len(_commits())
@@ -83,15 +101,12 @@ def _run(entry: str, config: str, argv: Sequence[str], earlier: int, stopped: Se
         return FAILED
     started = time.monotonic()
     try:
-        with _quiet_failures(debug):
-            from tasks.local_api import local_stack
+        with _quiet_failures(debug), local_stack():
+            from prefect import tags
 
-            with local_stack():
-                from prefect import tags
-
-                flow = getattr(importlib.import_module(module), name)
-                with tags(flow.name, "by hand"):
-                    result = flow(settings)
+            flow = getattr(importlib.import_module(module), name)
+            with tags(flow.name, "by hand"):
+                result = flow(settings)
     except Exception as fault:
         if debug or stopped:
             raise
@@ -112,7 +127,7 @@ def _commits() -> Sequence[Any]:
 
 def _published(earlier: int) -> str:
     """Describe which of this run's versions readers see, by the store."""
-    told = []
+    names = []
     for judged in _commits()[earlier:]:
         manifest = judged.manifest
         name = f"{manifest.dataset} v{manifest.version}"
@@ -120,23 +135,23 @@ def _published(earlier: int) -> str:
             from tasks.publication import is_published
 
             if is_published(judged):
-                told.append(name)
+                names.append(name)
         except Exception as fault:  # noqa: BLE001 - the store itself may have failed
-            told.append(f"perhaps {name} (the store doesn't say: {one_sentence(fault)})")
-    verb = "was" if len(told) == 1 else "were"
-    return f"{' and '.join(told)} {verb} published, nothing else" if told else "nothing was published"
+            names.append(f"perhaps {name} (the store doesn't say: {one_sentence(fault)})")
+    verb = "was" if len(names) == 1 else "were"
+    return f"{' and '.join(names)} {verb} published, nothing else" if names else "nothing was published"
 
 
 def one_sentence(fault: BaseException) -> str:
     """Return a failure as one sentence: our error if one is among the causes, else the last line of the fault."""
-    own = _own(fault)
-    if own is None and (lost := _lost_api(fault)) is not None:
+    ours = _own(fault)
+    if ours is None and (lost := _lost_api(fault)) is not None:
         url = os.environ.get("PREFECT_API_URL", "its address")
         return f"the Prefect API at {url} can't be reached ({type(lost).__name__}); start it again, then run this again"
-    text = str(own if own is not None else fault).strip() or type(fault).__name__
-    notes = getattr(own, "__notes__", ())
-    last = text.splitlines()[-1] if own is None else " ".join(text.split())
-    kind = "" if own is not None else f"{type(fault).__name__}: "
+    text = str(ours if ours is not None else fault).strip() or type(fault).__name__
+    notes = getattr(ours, "__notes__", ())
+    last = text.splitlines()[-1] if ours is None else " ".join(text.split())
+    kind = "" if ours is not None else f"{type(fault).__name__}: "
     return f"{kind}{last}" + "".join(f" ({note})" for note in notes)
 
 
@@ -163,9 +178,9 @@ def summary(result: Sequence[Any]) -> str:
 def _own(fault: BaseException | None) -> PipelineError | None:
     """Return the first of our errors in a chain of causes."""
     for link in causes(fault, contexts=True):
-        for own in (getattr(link, "cause", None), link):  # Ray's error is also of its class, but has a traceback
-            if isinstance(own, PipelineError):
-                return own
+        for error in (getattr(link, "cause", None), link):  # Ray's error is also of its class, but has a traceback
+            if isinstance(error, PipelineError):
+                return error
     return None
 
 
@@ -205,3 +220,256 @@ def _quiet_failures(debug: bool) -> Iterator[None]:
     finally:
         for console in consoles:
             console.removeFilter(for_a_person)
+
+
+@contextmanager
+def local_stack(num_cpus: int | None = None) -> Generator[str]:
+    """Start a Prefect API and a Ray for flows run by hand; yield the API's address.
+
+    The server's process starts first and comes up while Ray does. At the end, also after an error, Ctrl-C or SIGTERM,
+    both are stopped; a Ray or an API that ran before is left alone. `num_cpus` sizes a local Ray.
+
+    Raises:
+        SystemExit: a flow run was cancelled, or the process got SIGTERM.
+        PipelineError: the API server doesn't come up.
+        ConfigError: the Ray cluster runs other versions, or a setting is wrong.
+        ConnectionError: no cluster answers at RAY_ADDRESS.
+    """
+    with _sigterm_as_exit(), _one_line_for_a_stop(), _server() as (url, ready):
+        import ray
+
+        from tasks.engine.cluster import connect
+
+        with _client_settings(url), ExitStack() as stack:
+            if connect(num_cpus=num_cpus, env={"PREFECT_API_URL": url}):
+                stack.callback(ray.shutdown)
+            ready()
+            yield url
+
+
+@contextmanager
+def local_api() -> Generator[str]:
+    """Start one Prefect API for this process and the Ray workers that it starts; yield its address.
+
+    Raises:
+        PipelineError: the API server doesn't come up.
+    """
+    with _server() as (url, ready):
+        ready()
+        with _client_settings(url):
+            yield url
+
+
+@contextmanager
+def _server() -> Generator[tuple[str, _Ready]]:
+    from prefect.settings import PREFECT_API_URL, get_current_settings
+
+    if configured := PREFECT_API_URL.value():
+        yield configured, _Ready(None, configured)
+        return
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        # The child inherits the listening socket: the port is reserved from now on, and no other process can take it
+        # between choosing and binding.
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tasks.by_hand", str(listener.fileno())],
+            pass_fds=[listener.fileno()],
+            stdin=subprocess.PIPE,  # closed when this process ends, however it ends: see _serve
+            start_new_session=True,  # Ctrl-C is for the flow; the server must live until its end is reported
+            env={
+                **os.environ,
+                **get_current_settings().to_environment_variables(exclude_unset=True),
+                "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+                "PREFECT_SERVER_UI_ENABLED": "false",
+                "PREFECT_LOGGING_SERVER_LEVEL": "ERROR",
+                "DO_NOT_TRACK": "1",
+            },
+        )
+    patience = STOP_SECONDS
+    try:
+        yield url, _Ready(process, url)
+    except (KeyboardInterrupt, SystemExit):
+        patience = HURRIED_SECONDS  # somebody waits; and a server that is still starting doesn't listen yet
+        raise
+    finally:
+        _stop(process, patience)
+
+
+class _Ready:
+    """Wait until the server answers."""
+
+    def __init__(self, process: subprocess.Popen[bytes] | None, url: str) -> None:
+        self.process = process
+        self.url = url
+
+    def __call__(self) -> None:
+        if self.process is None:
+            return
+        import httpx
+
+        give_up = time.monotonic() + START_SECONDS
+        while self.process.poll() is None and time.monotonic() < give_up:
+            try:
+                # The socket listens before the server reads from it, so one request waits instead of many failing.
+                if httpx.get(f"{self.url}/health", timeout=5).is_success:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.1)
+        code = self.process.poll()
+        state = f"ended with code {code}" if code is not None else f"didn't answer within {START_SECONDS:.0f} s"
+        raise PipelineError(
+            f"the embedded Prefect server at {self.url} {state}; its messages are above. Start one yourself with "
+            "`prefect server start` and set PREFECT_API_URL, or move a damaged database away from PREFECT_HOME"
+        )
+
+
+@contextmanager
+def _client_settings(url: str) -> Generator[None]:
+    from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+    from tasks.runner import drain_api_queues
+
+    before = os.environ.get("PREFECT_API_URL")
+    os.environ["PREFECT_API_URL"] = url  # for the Ray workers, which inherit it
+    try:
+        # A flow's end waits about 1 s for the heartbeat's thread; heartbeats are for supervised runs.
+        with temporary_settings({PREFECT_API_URL: url}, set_defaults={PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+            yield
+    finally:
+        drain_api_queues()  # before the server stops: at exit Prefect would try a dead API for a minute
+        if before is None:
+            del os.environ["PREFECT_API_URL"]
+        else:
+            os.environ["PREFECT_API_URL"] = before
+
+
+@contextmanager
+def _one_line_for_a_stop() -> Generator[None]:
+    """Print one line and exit with code 1 instead of Prefect's traceback: the user who stopped the flow knows why."""
+    from prefect.exceptions import CancelledRun
+
+    try:
+        yield
+    except CancelledRun as error:
+        raise SystemExit(str(error)) from None
+
+
+@contextmanager
+def _sigterm_as_exit() -> Generator[None]:
+    """Let SIGTERM unwind the stack, so that the `finally` blocks stop what was started; the default just dies."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(process: subprocess.Popen[bytes], patience: float) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+    process.terminate()
+    try:
+        process.wait(patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _serve(listener: socket.socket) -> None:
+    """Serve Prefect's API on a listening socket until SIGTERM, or until the parent's end of stdin closes."""
+
+    def follow_parent() -> None:
+        sys.stdin.buffer.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(STOP_SECONDS)
+        os._exit(1)  # it was still starting, and didn't react
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    app = create_app(ephemeral=True, final=True)
+    _collect_garbage_in_a_thread(GARBAGE_SECONDS)
+    config = uvicorn.Config(app, log_level="error", lifespan="on", access_log=False)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _collect_garbage_in_a_thread(seconds: float) -> None:
+    """Collect this process's cyclic garbage in a thread of its own from now on, once in some seconds.
+
+    A failed SQL statement leaves a cursor in its error's traceback. Freed by a collection in the event loop's thread,
+    the cursor waits for its connection, which waits up to 60 s for the database's lock, whose holder waits for the
+    event loop: all requests hang (aiosqlite 0.22, Prefect 3.8). In another thread only that thread waits.
+    """
+
+    def collect() -> None:
+        while True:
+            time.sleep(seconds)
+            gc.collect()
+
+    gc.disable()
+    gc.freeze()  # what has been imported is never garbage
+    threading.Thread(target=collect, name="garbage", daemon=True).start()
+
+
+@contextmanager
+def stops_unwind(last_words: Callable[[], str], grace: float = GRACE_SECONDS) -> Generator[list[int]]:
+    """End the process within some seconds of a stop, after its `finally` blocks have stopped what was started.
+
+    The first SIGINT raises `KeyboardInterrupt`, the first SIGTERM `SystemExit` with TERMINATED. A second stop, or one
+    that isn't done after `grace` seconds, ends the process at once; its own Ray and API follow.
+
+    Args:
+        last_words: Text for stderr in that case.
+        grace: Seconds.
+
+    Yields:
+        Signals received so far, whatever libraries have made of the exception.
+    """
+    stopped: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def leave(number: int) -> None:
+        _timer(LAST_WORDS_SECONDS, os._exit, 128 + number)
+        try:
+            print(f"\n{last_words()}; what was started ends by itself", file=sys.stderr, flush=True)
+        finally:
+            os._exit(128 + number)
+
+    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        stopped.append(number)
+        if len(stopped) > 1:
+            leave(number)
+        watch.append(_timer(grace, leave, number))
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(TERMINATED)
+
+    watch: list[threading.Timer] = []
+    before = {number: signal.signal(number, stop) for number in STOPS}
+    try:
+        yield stopped
+    finally:
+        for timer in watch:
+            timer.cancel()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _timer(seconds: float, function: Callable[[int], object], number: int) -> threading.Timer:
+    timer = threading.Timer(seconds, function, [number])
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+if __name__ == "__main__":
+    _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -21,20 +21,19 @@ from tasks.features.definitions import Definitions
 from tasks.features.incremental import with_state
 from tasks.features.pipeline import ComputedGroup, bucket_count, compute_groups, pieces_to_read
 from tasks.features.plan import FeaturePlan, check_mappings, needs_sample, plan_features, with_uris
-from tasks.features.sample import SAMPLE_AS_OF, write_sample
+from tasks.features.standard import SAMPLE_AS_OF, write_sample
 from tasks.io.notation import expand
 from tasks.publication import JudgedVersion, judged_version
-from tasks.retries import RETRY
+from tasks.runner import RETRY
 from tasks.store import layout, versions
 from tasks.store.layout import AS_OF, CREATED, EVENT_TIME, VERSION
 from tasks.store.manifest import InputRecord, Partition, RunRecord
 from tasks.store.reservation import Reservation
-from tasks.training_sets.loading import load_models, select
+from tasks.training_sets.definition import load_models, select
 from tasks.training_sets.pipeline import ComputedSet, build_training_set
 from tasks.training_sets.pipeline import bucket_count as set_bucket_count
 from tasks.training_sets.pipeline import pieces_to_read as set_pieces_to_read
-from tasks.training_sets.plan import TrainingSetPlan, plan_training_set
-from tasks.training_sets.spine import label_groups
+from tasks.training_sets.plan import TrainingSetPlan, label_groups, plan_training_set
 
 
 @task(name="prepare-sources", cache_policy=NO_CACHE, **RETRY)

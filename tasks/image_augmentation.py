@@ -13,16 +13,16 @@ from prefect.cache_policies import NO_CACHE
 
 from tasks.artifacts import progress, publish_table
 from tasks.images.config import ImageAugmentationConfig
-from tasks.images.examples import charts, contact_picture, reject_picture, reject_table
 from tasks.images.gate import ImageFigures, class_summary, summary_csv
 from tasks.images.pipeline import AugmentedImages, augment_images
 from tasks.images.plan import ImagePlan, plan_images
 from tasks.images.sample import write_sample
+from tasks.images.sheets import charts, contact_picture, reject_picture, reject_table
 from tasks.images.split import SPLITS
 from tasks.io import storage
 from tasks.publication import JudgedVersion, judged_version
 from tasks.report.report import DataTable, Picture
-from tasks.retries import RETRY
+from tasks.runner import RETRY
 from tasks.store import layout, versions
 from tasks.store.manifest import RunRecord
 from tasks.store.reservation import Reservation
@@ -85,8 +85,8 @@ def validate_images(
         profile=augmented.profile,
         balances=augmented.balances,
         variants=sum(entry.rows for entry in augmented.files),
-        passed=augmented.passed,
-        ready=augmented.ready,
+        passed=augmented.originals.passed,
+        ready=augmented.originals.ready,
         class_counts=_class_counts(plan, augmented),
         split_counts=counts,
         class_ids=plan.classes,
@@ -128,9 +128,9 @@ def _summary(plan: ImagePlan, augmented: AugmentedImages, config: ImageAugmentat
         class_names=names,
         class_ids=augmented.class_ids,
         splits=[SPLITS[split] for split in augmented.splits.tolist()],
-        mean_scores=augmented.mean_scores,
-        passed=augmented.passed_variants,
-        ready=augmented.ready_variants,
+        mean_scores=augmented.originals.mean_scores,
+        passed=augmented.originals.passed_variants,
+        ready=augmented.originals.ready_variants,
         variants={split: config.variants_in(split) for split in SPLITS},
     )
 

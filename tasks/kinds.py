@@ -15,7 +15,6 @@ def kind_of(dataset: str) -> Kind[Any]:
 
     Raises:
         InputError: its kind is unknown.
-
     """
     place = layout.kind_place(dataset)
     if place is None:

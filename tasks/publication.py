@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import FrameType
 from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.events import emit_event
-from prefect.runtime import deployment, flow_run
+from prefect.flows import Flow
+from prefect.runtime import flow_run
 
 from tasks.artifacts import publish_report
-from tasks.engine.signals import held
 from tasks.io import storage
 from tasks.io.errors import GateFailed, Superseded
 from tasks.kinds import kind_of
 from tasks.quality.faults import ITSELF, blind, failed, summary
-from tasks.quality.figures import Figures, Written
-from tasks.report import page
-from tasks.report.report import Report
-from tasks.retries import RETRY
+from tasks.quality.rules import Figures, Written
+from tasks.report.openlineage import emit_end, emit_start, is_configured
+from tasks.report.report import Report, to_html
+from tasks.runner import RETRY, ray_runner
 from tasks.store import layout, versions
 from tasks.store.catalogue import write_versions_csv
-from tasks.store.conservation import check_written
 from tasks.store.lineage import package_versions, trace_manifest
 from tasks.store.manifest import (
     CheckResult,
@@ -37,10 +41,12 @@ from tasks.store.manifest import (
     RowBalance,
     RunRecord,
 )
+from tasks.store.reading import read_manifest
 from tasks.store.reservation import Reservation, find_manifest, reserve
 
 PUBLISHED = "training-data.version.published"
 """Event of a version's publication; automations and deployment triggers start from it."""
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +78,6 @@ class PublishedVersion:
     """Further facts for the user who ran the flow, each with a label."""
 
 
-def run_record() -> RunRecord:
-    """Return the current flow run, for the manifest."""
-    return RunRecord(flow_run_id=str(flow_run.id), flow_run_name=flow_run.name, deployment=deployment.name)
-
-
 @task(name="reserve-versions", cache_policy=NO_CACHE, **RETRY)
 def reserve_versions(root: str, datasets: Sequence[str], run_id: str, *, keep: bool = False) -> list[Reservation]:
     """Reserve the next version of each dataset; remove the files of an earlier attempt.
@@ -91,7 +92,6 @@ def reserve_versions(root: str, datasets: Sequence[str], run_id: str, *, keep: b
 
     Raises:
         InputError: a dataset is of no known kind.
-
     """
     reserved = []
     for dataset in datasets:
@@ -113,12 +113,11 @@ def write_report(report: Report, manifest: Manifest, reservation: Reservation, n
 
     Raises:
         VersionConflict: a newer attempt exists, whose report has the same path.
-
     """
     name = name or manifest.dataset.rpartition("/")[2]
     versions.ensure_newest(reservation)
     html_uri = layout.join(reservation.uri, layout.REPORT_HTML)
-    faces = {html_uri: page.html(report), layout.join(reservation.uri, layout.REPORT_JSON): report.to_json()}
+    faces = {html_uri: to_html(report), layout.join(reservation.uri, layout.REPORT_JSON): report.to_json()}
     for uri, content in faces.items():
         storage.write_bytes(uri, content)
     publish_report(name, report.to_markdown(), report.checks_table(), html_uri)
@@ -156,7 +155,6 @@ def judged_version(
     Raises:
         BalanceError: rows don't balance, or the files differ from the reports.
         VersionConflict: a newer attempt exists, whose report has the same path.
-
     """
     reservation = written.reservation
     kind, root = kind_of(reservation.dataset), reservation.root
@@ -164,7 +162,7 @@ def judged_version(
     manifest = manifest_of(written, gate, config, run, recorded)
     if config.self_test:
         manifest = proven(manifest, partial(kind.self_test, root, manifest, previous))
-    fields = {"rows": kind.rows(manifest), "timings": written.timings, **report}
+    fields = {"timings": written.timings, **report}
     if traced:
         fields["lineage"] = trace_manifest(root, manifest)
     manifest = write_report(Report.of(manifest, previous, **fields), manifest, reservation, name)
@@ -181,10 +179,10 @@ def manifest_of(
 
     Raises:
         BalanceError: rows don't balance, or the files differ from the reports.
-
     """
     reservation = written.reservation
-    check_written(reservation.dataset, reservation.uri, written.files, written.rejected_files, written.balances)
+    files = written.files, written.rejected_files
+    versions.check_written(reservation.dataset, reservation.uri, *files, written.balances)
     return Manifest(
         dataset=reservation.dataset,
         version=reservation.version,
@@ -212,7 +210,6 @@ def proven(manifest: Manifest, self_test: Callable[[], tuple[FaultResult, ...]])
     Args:
         manifest: Manifest of the written and judged version.
         self_test: Injects faults into a sample of the version, and judges each.
-
     """
     log = get_run_logger()
     try:
@@ -222,6 +219,39 @@ def proven(manifest: Manifest, self_test: Callable[[], tuple[FaultResult, ...]])
     unseen = blind(results)
     (log.warning if unseen else log.info)("%s: self-test: %s", manifest.dataset, summary(results))
     return manifest.model_copy(update={"self_test": results})
+
+
+@contextmanager
+def held() -> Generator[None]:
+    """Delay a stop until the block has ended, for work that must not be half done.
+
+    A second stop takes effect at once. Outside the main thread, which alone gets signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[int] = []
+    before = {number: signal.getsignal(number) for number in _STOPS}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        waiting.append(number)
+        if len(waiting) > 1:
+            restore()
+            for received in waiting:  # each in turn, as this block may be nested in another held one
+                signal.raise_signal(received)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        restore()
+        if len(waiting) == 1:
+            signal.raise_signal(waiting[0])
 
 
 @task(name="publish-versions", cache_policy=NO_CACHE, **RETRY)
@@ -241,14 +271,13 @@ def publish_versions(
     Raises:
         GateFailed: the gate failed a version; it is recorded as rejected.
         VersionConflict: another publisher holds a version.
-
     """
     published = [committed_version(reservation) for reservation in committed]
     failed: list[GateFailed] = []
     with held():
-        for own in [judged] if together else [[version] for version in judged]:
+        for batch in [judged] if together else [[version] for version in judged]:
             try:
-                published += publish(own, root)
+                published += publish(batch, root)
             except GateFailed as fault:
                 failed.append(fault)
             except Superseded as fault:
@@ -268,7 +297,6 @@ def publish(judged: Sequence[JudgedVersion], root: str) -> list[PublishedVersion
         GateFailed: the gate failed a version; it is recorded as rejected, and nothing is published.
         VersionConflict: another publisher holds a version.
         Superseded: another one was published since the version's base.
-
     """
     failed = [version for version in judged if version.manifest.gate.verdict == "fail"]
     if failed:
@@ -346,7 +374,7 @@ def published(root: str, manifest: Manifest) -> PublishedVersion:
         uri=uri,
         report=layout.join(uri, layout.REPORT_HTML),
         verdict=manifest.gate.verdict,
-        rows=kind_of(manifest.dataset).rows(manifest),
+        rows=manifest.rows,
         balances=manifest.balances,
         notes=_blindness(manifest),
     )
@@ -377,3 +405,52 @@ def committed_version(reservation: Reservation) -> PublishedVersion:
     manifest = versions.resolve(reservation.root, reservation.dataset, reservation.version)
     announce(reservation.root, manifest)
     return published(reservation.root, manifest)
+
+
+def tell_start(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Send the start of a flow run; a hook."""
+    if is_configured():
+        emit_start(flow.name, _record(flow_run), state.timestamp)
+
+
+def tell_end(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Send the end of a flow run, however it ended; a hook."""
+    if not is_configured():
+        return
+    result: Any = state.result(raise_on_failure=False) if state.is_completed() else None
+    made = [version for version in result or () if isinstance(version, PublishedVersion)]
+    error = None if state.is_completed() else state.message or state.name
+    root = _root(made[0]) if made else ""
+    emit_end(flow.name, _record(flow_run), root, [_manifest(version) for version in made], error=error)
+
+
+def _record(flow_run: FlowRun) -> RunRecord:
+    return RunRecord(flow_run_id=str(flow_run.id), flow_run_name=flow_run.name)
+
+
+def _root(version: PublishedVersion) -> str:
+    return version.uri.removesuffix(f"/{version.dataset}/v{version.version}")
+
+
+def _manifest(version: PublishedVersion) -> Manifest:
+    return read_manifest(_root(version), version.dataset, version.version)
+
+
+def flow_settings(describe: Callable[[Any], str]) -> dict[str, Any]:
+    """Return the settings of a flow: its runs on Ray, their names, one retry, and the hooks that announce them.
+
+    Args:
+        describe: Function that names a run, from the flow's parameter `config`; the time is added.
+    """
+
+    def name() -> str:
+        return f"{describe(flow_run.parameters['config'])} {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M:%S}"
+
+    return {
+        "flow_run_name": name,
+        "task_runner": ray_runner(),
+        "retries": 1,
+        "retry_delay_seconds": 5,
+        "on_running": [tell_start],
+        **{f"on_{end}": [tell_end] for end in ("completion", "failure", "cancellation", "crashed")},
+    }

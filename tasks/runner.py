@@ -1,36 +1,48 @@
-"""Task runner for flows on Ray: prefect-ray's with five repairs.
+"""Task runner for flows on Ray: prefect-ray's with five repairs; and the retry rules of tasks.
 
 Flows write `@flow(task_runner=ray_runner())`. The cluster is chosen when the flow run starts, not when its module is
 imported: RAY_ADDRESS, or a local Ray; a Ray that already runs in the process (a notebook, a test, `local_stack`) is
-    used and left running.
+used and left running.
+
+A task writes `@task(**RETRY)`. Transient faults (the store's 5xx and time-outs, a lost Ray worker, node or object, a
+worker killed for memory) are retried with growing delays; all other errors fail at once: bad input stays bad.
 """
 
 import concurrent.futures
 import logging
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
-from typing import Any, Self
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Self, TypeVar
 from uuid import UUID
 
 import httpx
 import ray
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.objects import FlowRun, State, TaskRun
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.context import FlowRunContext
-from prefect.exceptions import ObjectNotFound, PrefectException, TerminationSignal
+from prefect.exceptions import CrashedRun, ObjectNotFound, PrefectException, TerminationSignal
 from prefect.logging.handlers import APILogWorker
+from prefect.runtime import deployment, flow_run
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, exception_to_crashed_state
+from prefect.tasks import Task, exponential_backoff
 from prefect.utilities.asyncutils import run_coro_as_sync
 from prefect_ray import RayTaskRunner
 from prefect_ray.context import RemoteOptionsContext, remote_options
 from prefect_ray.task_runners import PrefectRayFuture
+from ray import exceptions as lost
 
 from tasks.artifacts import publish_cluster, show_progress
-from tasks.engine.cluster import cluster_address, connect, dashboard_url, nodes
-from tasks.store.settings import seconds_from_environment
+from tasks.engine.cluster import cluster_address, connect, dashboard_url, explained_loss, nodes
+from tasks.io.errors import PipelineError, causes
+from tasks.io.location import is_transient, normalise, refusal, refused_credentials, seconds_from_environment
+from tasks.store.manifest import RunRecord
+from tasks.store.settings import FlowSettings
+
+Config = TypeVar("Config", bound=FlowSettings)
 
 DRAIN_SECONDS = 10.0  # for the logs and events of one task at its end; usually about 0.1
 CANCEL_GRACE_SECONDS = 3.0  # a cancelled task may write its last logs before its worker is killed
@@ -279,3 +291,95 @@ class RayJobRunner(RayTaskRunner):  # type: ignore[misc]  # prefect_ray is untyp
             print(f"Flow run {flow_run.id} was stopped, but the API wasn't told: {error}", file=sys.stderr)
             return
         flow_run.state = state  # the engine shares this object and doesn't overwrite a final state
+
+
+RAY_LOSSES = (
+    *(lost.ActorDiedError, lost.ActorUnavailableError, lost.WorkerCrashedError, lost.OutOfMemoryError),
+    *(lost.LocalRayletDiedError, lost.NodeDiedError, lost.ObjectLostError),
+)
+API_LOSSES = (
+    ConcurrencySlotAcquisitionError,  # a task that starts while the API is away
+    CrashedRun,
+    httpx.TransportError,
+)
+
+
+def worth_retrying(error: BaseException) -> bool:
+    """Return True if the same call may succeed later.
+
+    An error that Ray carries from a worker is judged by the original error, and a wrapped one by its causes. One of our
+    errors anywhere in that chain decides: it was raised on purpose, and the same input gives it again.
+    """
+    chain = list(causes(error))
+    if any(isinstance(link, PipelineError) for link in chain):
+        return False
+    if any(isinstance(link, (*RAY_LOSSES, *API_LOSSES)) for link in chain):
+        return True
+    return is_transient(error)
+
+
+@contextmanager
+def final_unless_transient(less_at_once: str) -> Iterator[None]:
+    """Allow the flow's retries only for transient errors of its body (Prefect has no condition for a flow's retries).
+
+    A lost worker is transient; bad input and a failed gate end the run at once. Long messages of libraries become a
+    sentence: that the store refused the credentials, or that a task's worker was killed for memory.
+
+    Args:
+        less_at_once: User action that reduces a task's memory.
+
+    Raises:
+        CredentialsRefused: the store refused them to a library that reads directly.
+        ResourceError: a task was lost for want of memory or disk.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not worth_retrying(error):
+            with get_client(sync_client=True) as client:
+                run = client.read_flow_run(UUID(str(flow_run.id)))
+                policy = run.empirical_policy.model_copy(update={"retries": 0})
+                client.update_flow_run(run.id, empirical_policy=policy)
+        if any(isinstance(link, PipelineError) for link in causes(error)):
+            raise
+        explained = _told(error, less_at_once)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+@contextmanager
+def running(config: Config) -> Iterator[Config]:
+    """Run a flow's steps, whose failures are final unless they are transient; yield its configuration.
+
+    Args:
+        config: The flow's parameter; the root of the yielded one is normalised, as other processes get it.
+    """
+    with final_unless_transient(config.less_at_once):
+        yield config.model_copy(update={"root": normalise(config.root)})
+
+
+def run_record() -> RunRecord:
+    """Return the current flow run, for the manifest."""
+    return RunRecord(flow_run_id=str(flow_run.id), flow_run_name=flow_run.name, deployment=deployment.name)
+
+
+def _told(error: BaseException, less_at_once: str) -> PipelineError | None:
+    """Return our error for a library's error, if its meaning for the user is known."""
+    refused = refused_credentials(error)
+    return refusal("the store", refused) if refused else explained_loss(error, less_at_once)
+
+
+def retry_condition(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
+    """Decide on a retry for Prefect, which (3.8) takes a callable that isn't a plain function for 'never'."""
+    error = state.data
+    return isinstance(error, BaseException) and worth_retrying(error)
+
+
+RETRY: dict[str, Any] = {
+    "retries": 3,
+    # 2, 4 and 8 s: the sleep holds the worker's process but, with num_cpus=0, no CPU of the cluster.
+    "retry_delay_seconds": exponential_backoff(seconds_from_environment("PIPELINE_RETRY_DELAY_SECONDS", 2, most=600)),
+    "retry_jitter_factor": 0.5,
+    "retry_condition_fn": retry_condition,
+}

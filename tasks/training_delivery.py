@@ -5,17 +5,14 @@ Tasks pass small frozen values; their output is on storage.
 
 from __future__ import annotations
 
-import contextvars
 import dataclasses
 import datetime as dt
-import threading
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.artifacts import Progress, progress, publish_report, publish_table
+from tasks.artifacts import progress, publish_report, publish_table, repeated
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.pipeline import write_streaming_ready
 from tasks.delivery.shuffle import StreamingReady
@@ -23,22 +20,20 @@ from tasks.delivery.source import Source
 from tasks.delivery.source import find_source as find
 from tasks.io import storage
 from tasks.publication import JudgedVersion, PublishedVersion, judged_version
-from tasks.report import page
-from tasks.report.report import Report
-from tasks.retries import RETRY
+from tasks.report.report import Report, to_html
+from tasks.runner import RETRY
 from tasks.store import layout, versions
 from tasks.store.manifest import GateResult, RunRecord
 from tasks.store.reservation import Reservation
 from tasks.training.monitoring import (
     TrainingResult,
-    class_table,
+    drawn_table,
     epoch_table,
     headline,
     judge_training,
     training_pictures,
     worker_table,
 )
-from tasks.training.trainer import read_records, train_version
 
 LOOK_SECONDS = 2.0
 
@@ -91,11 +86,18 @@ def validate_copy(source: Source, copy: StreamingReady, config: DeliveryConfig, 
 @task(name="train-model", tags=["ray-train"], cache_policy=NO_CACHE, **RETRY)
 def train_model(version: PublishedVersion, config: DeliveryConfig, run: RunRecord) -> PublishedVersion:
     """Train on the copy through Ray Train, and report; a retry continues from the last checkpoint."""
+    from tasks.training.trainer import read_records, train_version  # torch: only this task needs it
+
     logger = get_run_logger()
     runs = layout.training_runs(config.root, config.dataset_name)
     name = f"v{version.version}-{run.flow_run_id}"
     with progress("Training", total=config.training.epochs, unit="epochs") as done:
-        with _epochs_counted(layout.join(runs, name), done):
+
+        def count() -> None:
+            with suppress(Exception):  # a late count is no reason to end a training
+                done(len(read_records(layout.join(runs, name)).epochs) - done.done)
+
+        with repeated(count, LOOK_SECONDS):
             result = train_version(version.uri, config.training, runs, name)
         done(len(result.epochs) - done.done)
     for epoch in result.epochs:
@@ -108,26 +110,6 @@ def train_model(version: PublishedVersion, config: DeliveryConfig, run: RunRecor
     (logger.info if gate.verdict == "pass" else logger.warning)("Training: verdict %s", gate.verdict)
     report = layout.join(result.run_uri, layout.REPORT_HTML)
     return dataclasses.replace(version, notes=(*version.notes, *lines, ("curves", report)))
-
-
-@contextmanager
-def _epochs_counted(run_uri: str, done: Progress) -> Generator[None]:
-    """Count the epochs of a running training, by its workers' reports."""
-    stop = threading.Event()
-
-    def count() -> None:
-        while not stop.wait(LOOK_SECONDS):
-            with suppress(Exception):  # a late count is no reason to end a training
-                done(len(read_records(run_uri)[0]) - done.done)
-
-    # A thread has no run context, and progress is shown in the current run.
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(count,), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 def _report_training(
@@ -158,11 +140,11 @@ def _report_training(
         tables=(
             epoch_table(result.epochs, result.workers),
             workers,
-            *([class_table(result.classes)] if result.classes else []),
+            *([drawn_table(result.drawn, mixed=bool(training.mix))] if result.drawn else []),
         ),
     )
     html = layout.join(result.run_uri, layout.REPORT_HTML)
-    storage.write_bytes(html, page.html(report))
+    storage.write_bytes(html, to_html(report))
     storage.write_bytes(layout.join(result.run_uri, layout.REPORT_JSON), report.to_json())
     name = f"{config.dataset_name}-training"
     publish_report(name, report.to_markdown(), report.checks_table(), html)

@@ -33,15 +33,24 @@ from xdist.scheduler.loadfile import LoadFileScheduling
 from tests.s3 import ENVIRONMENT, s3_endpoint
 from tests.tables import proven, pytest_addoption, pytest_configure  # noqa: F401 - a fixture and hooks
 
-_LONGEST = ("tests/test_readme.py", "tests/test_operations.py")
-"""Files that are dealt out first where tests run side by side: begun last, one of them would run alone at the end."""
+_LONGEST = ("tests/faults", "tests/test_readme.py", "tests/test_operations.py")
+"""Tests that are dealt out first where they run side by side: begun last, one file would run alone at the end."""
+
+_TOGETHER = {"tests/audit/": "tests/audit", "tests/faults/": "tests/faults"}
+"""Directories whose tests share stores that are made once in a process."""
+
+_APART = ("tests/faults/test_s3", "tests/faults/test_races")
+"""Files there that have stores of their own."""
 
 
 class _ByFile(LoadFileScheduling):
-    """Tests of a file run in one process, and those of the stores that `tests/audit` makes once a session."""
+    """Tests of a file run in one process, and those of a directory that share stores."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "tests/audit" if nodeid.startswith("tests/audit/") else str(super()._split_scope(nodeid))
+        for directory, scope in _TOGETHER.items():
+            if nodeid.startswith(directory) and not nodeid.startswith(_APART):
+                return scope
+        return str(super()._split_scope(nodeid))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
@@ -50,7 +59,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFil
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first where tests run side by side."""
+    """Put the longest first where tests run side by side."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: not item.nodeid.startswith(_LONGEST))
 
@@ -64,7 +73,7 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     import prefect.settings as names
     from prefect.settings import temporary_settings
 
-    from tasks.local_api import _server
+    from tasks.by_hand import _server
     from tasks.runner import drain_api_queues
     from tests.processes import migrated_template, own_home
 
@@ -102,6 +111,18 @@ def new_bucket(url: str, name: str = "bucket") -> str:
     bucket = f"{name}-{uuid.uuid4().hex}"
     s3fs.S3FileSystem(endpoint_url=url).mkdir(bucket)
     return f"s3://{bucket}/prefix"
+
+
+LOCAL_AND_S3 = ["local", pytest.param("s3", marks=pytest.mark.nightly)]
+"""Parameters of a fixture that asks for a `new_root`."""
+
+
+def new_root(request: pytest.FixtureRequest) -> str:
+    """A fresh root, local or on S3, for a fixture of any scope."""
+    if request.param == "local":
+        places: pytest.TempPathFactory = request.getfixturevalue("tmp_path_factory")
+        return str(places.mktemp("store") / "root")
+    return new_bucket(request.getfixturevalue("s3_url"))
 
 
 @pytest.fixture

@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import prefect
 import psutil
 
-from tasks.local_api import _Ready
+from tasks.by_hand import _Ready
 
 PROJECT = Path(__file__).parents[1]
 ENDED_BY_THEMSELVES = 60.0  # the API server, Ray and its workers notice within some seconds that the flow is gone
@@ -41,6 +42,16 @@ cluster.shutdown()
 def migrated_template() -> Path:
     """Where an empty, migrated database of this Prefect release is kept (see `tests.conftest.prefect_api`)."""
     return Path(tempfile.gettempdir()) / f"prefect-{prefect.__version__}-migrated-{os.getuid()}.db"
+
+
+def ran(command: Sequence[str], timeout: float, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """A process that has ended within some seconds, with whatever status, and its output as text."""
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout, **settings)
+
+
+def ran_pytest(*options: str, timeout: float, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """A run of pytest in a process of its own."""
+    return ran([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options], timeout, **settings)
 
 
 def own_home(home: Path) -> Path:

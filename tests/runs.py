@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 from uuid import UUID
 
 import pyarrow.parquet as pq
+import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State, TaskRun
 
@@ -58,6 +60,18 @@ class Run:
         runs = eventually(lambda: task_runs(self.id), lambda runs: all(run.state.is_final() for run in runs))
         return {run.name: run for run in runs}
 
+    def completed(self) -> Self:
+        assert self.state.is_completed(), self.state.message
+        return self
+
+    def failed_at_once(self, kind: type[Exception], message: str) -> None:
+        """Assert that an error ended the run, and that nothing was tried again."""
+        assert self.state.name == "Failed"
+        with pytest.raises(kind, match=message):
+            self.state.result()
+        assert self.flow_run().run_count == 1, "the run was tried again"
+        assert {task.run_count for task in self.tasks().values()} <= {1}, "a task was tried again"
+
 
 def assert_whole(run: Run, dataset: str, beside: Iterable[str] = ()) -> Manifest:
     """A version is what its manifest says, and nothing else stands in its directory but the files `beside`."""
@@ -77,6 +91,18 @@ def assert_whole(run: Run, dataset: str, beside: Iterable[str] = ()) -> Manifest
 
 def reservations(manifest: Manifest) -> set[str]:
     return {layout.reservation_name(attempt) for attempt in range(1, manifest.run.attempt + 1)}
+
+
+def assert_rejected(root: str, dataset: str, version: int) -> Manifest:
+    """Assert that a version is whole, with its reports, and not published, as its gate failed."""
+    manifest = versions.read_manifest(root, dataset, version)
+    assert (manifest.status, manifest.gate.verdict) == ("rejected", "fail")
+    versions.verify(root, manifest)
+    uri = layout.version_uri(root, dataset, version)
+    assert b"<html" in storage.read_bytes(layout.join(uri, layout.REPORT_HTML)).lower()
+    assert storage.exists(layout.join(uri, layout.REPORT_JSON))
+    assert [info.uri for info in storage.list_files(uri)] == [], "a reader that just opens the directory finds data"
+    return manifest
 
 
 def assert_nothing_published(root: str, datasets: Iterable[str]) -> None:

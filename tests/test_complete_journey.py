@@ -16,6 +16,9 @@ from tasks.store.versions import read_manifest, read_table
 ROOT = Path(__file__).parents[1]
 
 
+pytestmark = pytest.mark.nightly  # `tests/test_readme.py` runs the same tables; this recounts what it made
+
+
 @pytest.fixture(scope="module")
 def journey() -> Path:
     """Directory of the data's Parquet files."""

@@ -24,9 +24,8 @@ from tasks.engine.jobs import mapped
 from tasks.features import pipeline as features
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.plan import plan_features, with_uris
-from tasks.features.sample import SAMPLE_AS_OF, write_sample
 from tasks.features.shuffle import Job
-from tasks.features.standard import STANDARD
+from tasks.features.standard import SAMPLE_AS_OF, STANDARD, write_sample
 from tasks.features.writer import WrittenPart, write_part
 from tasks.images import pipeline as images
 from tasks.images.augment import augment_unit
@@ -37,9 +36,9 @@ from tasks.images.sample import write_sample as write_images
 from tasks.io import storage
 from tasks.io.errors import BalanceError
 from tasks.store import layout
-from tasks.store.conservation import check_written
 from tasks.store.manifest import FileEntry, RowBalance
 from tasks.store.reservation import reserve
+from tasks.store.versions import check_written
 from tasks.training_sets import pipeline as serving
 from tasks.training_sets.definition import SpineSource
 from tasks.training_sets.plan import plan_training_set

@@ -10,7 +10,7 @@ import pytest
 
 from tasks.features.loading import load_definitions
 from tasks.io.errors import DefinitionError
-from tasks.training_sets.loading import load_models
+from tasks.training_sets.definition import load_models
 from tests.features import test_loading as groups
 from tests.features.test_loading import written
 from tests.training_sets import test_loading as models

@@ -22,7 +22,7 @@ from tasks.publication import committed_version
 from tasks.report.report import Report
 from tasks.store import layout, versions
 from tasks.training.trainer import read_state
-from tests.conftest import new_bucket
+from tests.conftest import LOCAL_AND_S3, new_root
 from tests.runs import Run, assert_whole
 from tests.test_runner import messages
 
@@ -47,19 +47,13 @@ def start(root: str, **settings: object) -> DeliveryRun:
 
 
 def completed(root: str, **settings: object) -> DeliveryRun:
-    run = start(root, **settings)
-    assert run.state.is_completed(), run.state.message
-    return run
+    return start(root, **settings).completed()
 
 
-@pytest.fixture(scope="module", params=["local", pytest.param("s3", marks=pytest.mark.nightly)])
-def first(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DeliveryRun:
+@pytest.fixture(scope="module", params=LOCAL_AND_S3)
+def first(request: pytest.FixtureRequest) -> DeliveryRun:
     """A delivery of nothing in particular from an empty root."""
-    if request.param == "local":
-        root = str(tmp_path_factory.mktemp("delivery") / "root")
-    else:
-        root = new_bucket(request.getfixturevalue("s3_url"))
-    return completed(root, name="first", training=ALONE)
+    return completed(new_root(request), name="first", training=ALONE)
 
 
 @pytest.fixture(scope="module")
@@ -172,14 +166,6 @@ def test_the_same_input_and_seed_give_the_same_files(store: str) -> None:
 # What a user may get wrong
 
 
-def failure(run: DeliveryRun) -> BaseException:
-    assert run.state.name == "Failed"
-    assert run.flow_run().run_count == 1, "bad input was tried again"
-    error = run.state.result(raise_on_failure=False)
-    assert isinstance(error, BaseException)
-    return error
-
-
 @local
 @pytest.mark.parametrize(
     ("settings", "kind", "message"),
@@ -196,16 +182,13 @@ def failure(run: DeliveryRun) -> BaseException:
     ids=["dataset", "version", "target", "function"],
 )
 def test_mistakes_are_told(store: str, settings: dict[str, object], kind: type[Exception], message: str) -> None:
-    error = failure(start(store, **settings))
-    assert isinstance(error, kind), repr(error)
-    assert re.search(message, str(error)), error
+    start(store, **settings).failed_at_once(kind, message)
 
 
 @local
 def test_a_failed_gate_publishes_nothing(store: str) -> None:
     thresholds = DeliveryThresholds(minimum_samples=10_000_000)
-    error = failure(start(store, target="spending_trend", name="few", thresholds=thresholds))
-    assert isinstance(error, GateFailed)
+    start(store, target="spending_trend", name="few", thresholds=thresholds).failed_at_once(GateFailed, "few")
     assert versions.published_versions(store, f"{COPIES}/few") == []
 
 

@@ -23,14 +23,14 @@ import yaml
 from flows.feature_store import feature_store
 from tasks.artifacts import read_artifacts
 from tasks.features.config import FeatureStoreConfig, Thresholds
-from tasks.features.sample import SAMPLE_AS_OF, sample_customers, sample_products, sample_transactions
+from tasks.features.standard import SAMPLE_AS_OF, sample_customers, sample_products, sample_transactions
 from tasks.io import storage
 from tasks.io.errors import GateFailed, SourceError
 from tasks.store import layout, versions
 from tasks.store.catalogue import versions_table
-from tests.conftest import new_bucket
+from tests.conftest import LOCAL_AND_S3, new_bucket, new_root
 from tests.features import oracle
-from tests.runs import Run, assert_nothing_published, assert_whole
+from tests.runs import Run, assert_nothing_published, assert_rejected, assert_whole
 from tests.s3 import FAULTY
 from tests.test_runner import messages
 
@@ -60,18 +60,13 @@ def start(root: str, **settings: object) -> FeatureRun:
 
 
 def completed(root: str, **settings: object) -> FeatureRun:
-    run = start(root, **settings)
-    assert run.state.is_completed(), run.state.message
-    return run
+    return start(root, **settings).completed()
 
 
-@pytest.fixture(scope="module", params=["local", pytest.param("s3", marks=pytest.mark.nightly)])
-def twice(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[FeatureRun]:
+@pytest.fixture(scope="module", params=LOCAL_AND_S3)
+def twice(request: pytest.FixtureRequest) -> list[FeatureRun]:
     """The default sample, two times into the same root."""
-    if request.param == "local":
-        root = str(tmp_path_factory.mktemp("flow") / "root")
-    else:
-        root = new_bucket(request.getfixturevalue("s3_url"))
+    root = new_root(request)
     return [completed(root, sample_transactions=20_000) for _ in range(2)]
 
 
@@ -375,21 +370,12 @@ def test_a_group_of_ones_own_stands_beside_the_standard_ones(kind: str, tmp_path
 def test_a_failed_gate_publishes_nothing_of_any_group(tmp_path: Path) -> None:
     root = str(tmp_path)
     run = start(root, thresholds=Thresholds(rejected_warn=0, rejected_fail=0))
-    assert run.state.name == "Failed"
     why = r"nothing was published.*transactions: \d+ of 2,000 rows.*raise --thresholds.rejected-fail.*_report\.html"
-    with pytest.raises(GateFailed, match=why):
-        run.state.result()
+    run.failed_at_once(GateFailed, why)
     assert "GateFailed" in str(run.state.message)
-    assert run.flow_run().run_count == 1, "bad data was tried again"
-    assert {task.run_count for task in run.tasks().values()} == {1}
     assert_nothing_published(root, BOTH)
     for dataset in BOTH:
-        manifest = versions.read_manifest(root, dataset, 1)
-        assert (manifest.status, manifest.gate.verdict) == ("rejected", "fail")
-        versions.verify(root, manifest)
-        uri = layout.version_uri(root, dataset, 1)
-        assert b"<html" in storage.read_bytes(layout.join(uri, layout.REPORT_HTML)).lower()
-        assert storage.exists(layout.join(uri, layout.REPORT_JSON))
+        assert_rejected(root, dataset, 1)
     good = completed(root)
     assert [version.version for version in good.published] == [2, 2]
     assert versions.published_versions(root, CUSTOMERS) == [2]
@@ -420,11 +406,7 @@ def test_bad_input_is_one_clear_error_and_leaves_nothing(fault: str, tmp_path: P
         sources = {"transactions": str(tmp_path / "nothing")}
         message = r"transactions '\S+nothing': no \.parquet or \.csv file found"
     run = start(root, **sources, as_of=SAMPLE_AS_OF, groups=("product-features",))
-    assert run.state.name == "Failed"
-    with pytest.raises(SourceError, match=message):
-        run.state.result()
-    assert run.flow_run().run_count == 1
-    assert {task.run_count for task in run.tasks().values()} == {1}, "bad input was tried again"
+    run.failed_at_once(SourceError, message)
     assert versions.list_datasets(root) == [], "a reservation was left behind"
     good = completed(root, groups=("product-features",))
     assert [(version.dataset, version.version) for version in good.published] == [(PRODUCTS, 1)]
@@ -440,10 +422,7 @@ def test_a_file_that_turns_out_to_be_damaged_fails_at_once(tmp_path: Path) -> No
     content[4 : len(content) // 2] = random.Random(0).randbytes(len(content) // 2 - 4)
     path.write_bytes(bytes(content))
     run = start(root, **sources, as_of=SAMPLE_AS_OF)
-    assert run.state.is_failed()
-    assert f"{path} can't be read as parquet" in str(run.state.message)
-    assert run.flow_run().run_count == 1
-    assert {task.run_count for task in run.tasks().values()} == {1}
+    run.failed_at_once(SourceError, f"{re.escape(str(path))} can't be read as parquet")
     assert_nothing_published(root, BOTH)
     assert versions.version_numbers(root, CUSTOMERS) == [1], "reserved, and its process is alive still"
     good = completed(root)
@@ -469,7 +448,6 @@ def test_a_busy_store_is_asked_again(s3_url: str, small: FeatureRun) -> None:
 
 def test_parameters_as_a_deployment_gives_them(small: FeatureRun) -> None:
     parameters = {"root": small.root, "sample_transactions": SMALL, "groups": ["product-features"]}
-    run = FeatureRun(small.root, feature_store(parameters, return_state=True))  # type: ignore[arg-type]
-    assert run.state.is_completed(), run.state.message
+    run = FeatureRun(small.root, feature_store(parameters, return_state=True)).completed()  # type: ignore[arg-type]
     assert run.flow_run().name.startswith("features of the sample ")
     assert_same(run.features(PRODUCTS), small.features(PRODUCTS), "from plain values")

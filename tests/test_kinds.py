@@ -13,13 +13,14 @@ from tasks.io.errors import InputError
 from tasks.kinds import kind_of
 from tasks.quality.faults import unproven
 from tasks.store import layout
+from tests.datasets import test_self_test as datasets
 from tests.delivery import test_self_test as copies
 from tests.features import test_self_test as features
 from tests.gates import by_fault, calm, noticed
 from tests.images import test_self_test as images
 from tests.training_sets import test_self_test as training_sets
 
-GATES = (features, training_sets, images, copies)
+GATES = (features, training_sets, images, copies, datasets)
 
 
 def cases(table: str) -> list[object]:

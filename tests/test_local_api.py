@@ -13,8 +13,8 @@ import httpx
 import psutil
 import pytest
 
+from tasks.by_hand import _client_settings, _Ready, local_api, local_stack
 from tasks.io.errors import PipelineError
-from tasks.local_api import _client_settings, _Ready, local_api, local_stack
 from tests.processes import own_home, prefect_server, shell_environment
 
 RUN = """
@@ -22,7 +22,7 @@ import json, sys
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
-from tasks.local_api import local_stack
+from tasks.by_hand import local_stack
 from tasks.runner import ray_runner
 from tests.test_runner import count_rows, messages
 
@@ -39,7 +39,7 @@ assert not PREFECT_API_URL.value()
 
 WAIT = """
 import time
-from tasks.local_api import local_api
+from tasks.by_hand import local_api
 with local_api() as url:
     print(url, flush=True)
     time.sleep(60)
@@ -140,7 +140,7 @@ def test_cyclic_garbage_is_freed_in_a_thread_of_its_own() -> None:
     """A cursor freed in the event loop's thread would wait for a lock that only the event loop can release."""
     lines = """
         import gc, threading, time
-        from tasks.local_api import _collect_garbage_in_a_thread
+        from tasks.by_hand import _collect_garbage_in_a_thread
 
         class Cursor:
             def __del__(self):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.processes import PROJECT
+from tests.processes import PROJECT, ran
 
 MIB = 1 << 20
 CHUNK = 32 * 3 * 224 * 224 * 3  # bytes of the variants that are made and written at once, with the default settings
@@ -30,15 +29,9 @@ def delivery(piece: int, _: int) -> int:
 
 
 def measured(job: str, size: int, piece: int, folder: Path) -> dict[str, int]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.footprint", job, str(size), str(piece), str(folder)],
-        env={**os.environ, "PYTHONPATH": str(PROJECT)},
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=280,
-    )
+    command = [sys.executable, "-m", "tests.footprint", job, str(size), str(piece), str(folder)]
+    done = ran(command, 280, env={**os.environ, "PYTHONPATH": str(PROJECT)}, cwd=PROJECT)
+    assert done.returncode == 0, done.stderr[-3000:]
     figures: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return figures
 

@@ -32,7 +32,7 @@ from tasks.io import storage
 from tasks.store import layout, versions
 from tasks.store.reservation import attempts, version_numbers
 from tests.conftest import new_bucket
-from tests.processes import PROJECT, own_home, prefect_server, two_nodes
+from tests.processes import PROJECT, own_home, prefect_server, ran, two_nodes
 from tests.test_readme import blocks
 from tests.test_runner import eventually
 
@@ -70,15 +70,8 @@ class Site:
 
     def command(self, *words: str) -> str:
         """Run Prefect's command line as an operator does."""
-        done = subprocess.run(
-            [sys.executable, "-m", "prefect", "--no-prompt", *words],
-            cwd=PROJECT,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        command = [sys.executable, "-m", "prefect", "--no-prompt", *words]
+        done = ran(command, 120, cwd=PROJECT, env=self.environment)
         assert done.returncode == 0, f"{words}:\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
@@ -89,7 +82,7 @@ class Site:
             found.id, parameters={"config": {"root": self.root, **config}}
         )
 
-    def ended(self, run: UUID, seconds: float = 180) -> FlowRun:
+    def ended(self, run: UUID, seconds: float = 420) -> FlowRun:
         """The run, once it is over."""
         return eventually(lambda: self.client.read_flow_run(run), lambda found: found.state.is_final(), seconds)
 

@@ -18,6 +18,7 @@ from tasks.delivery.config import DeliveryConfig
 from tasks.features.config import FeatureStoreConfig
 from tasks.images.config import ImageAugmentationConfig
 from tests.conftest import another_ray
+from tests.processes import ran
 
 CONFIGS: dict[str, type[BaseModel]] = {
     "flows.image_augmentation": ImageAugmentationConfig,
@@ -123,15 +124,7 @@ def test_commands_and_examples_work(tmp_path: Path) -> None:
     }
     outputs = []
     for script in commands():
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", script],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
-        )
+        done = ran(["bash", "-euo", "pipefail", "-c", script], 900, cwd=tmp_path, env=environment)
         assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         outputs.append(done.stdout)
     assert_published(tmp_path, "\n".join(outputs))
@@ -162,9 +155,8 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     ci = (ROOT / ".ci" / "run").read_text()
     assert test_command.strip() == "python3 -m pip install -e '.[dev]' && python3 -m pytest"
     assert "python3 -m pip install --quiet -e '.[dev]'" in ci
-    assert re.search(r"^python3 -m pytest --numprocesses", ci, re.MULTILINE)
-    assert re.search(r"^python3 -m pytest -m 'slow and not nightly' ", ci, re.MULTILINE)
-    assert "`python3 -m pytest -m 'slow and not nightly'`" in README
+    assert re.search(r"^python3 -m pytest -m 'not nightly' ", ci, re.MULTILINE)
+    assert "`python3 -m pytest -m 'not nightly'`" in README
 
 
 @pytest.mark.parametrize("path", re.findall(r"`((?:tasks|flows|tests|deployments)/[\w/.]+\.\w+)`", README))

@@ -21,7 +21,7 @@ from ray.exceptions import (
 
 from tasks.engine.cluster import causes, data_context
 from tasks.io.errors import BalanceError, ConfigError, GateFailed, SourceError
-from tasks.retries import RETRY, final_unless_transient, retry_condition, worth_retrying
+from tasks.runner import RETRY, final_unless_transient, retry_condition, worth_retrying
 
 
 def carried(cause: BaseException) -> RayTaskError:

@@ -31,7 +31,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Crashed
 from prefect_ray.context import remote_options
 
-from tasks.engine.cluster import cluster_address, data_context, explained_versions, init_options
+from tasks.engine.cluster import cluster_address, data_context, explained_versions, has_web_server, init_options
 from tasks.io.errors import ConfigError
 from tasks.runner import RayJobRunner, await_api, ray_runner
 
@@ -206,7 +206,7 @@ def test_starting_a_runner_keeps_the_sigterm_handler() -> None:
 STOPPED = """
 import sys
 from prefect import flow
-from tasks.local_api import local_stack
+from tasks.by_hand import local_stack
 from tasks.runner import ray_runner
 from tests.test_runner import sleep
 
@@ -316,6 +316,33 @@ def test_settings_of_a_job_fit_the_cluster_and_come_back() -> None:
     with data_context(cpus=64) as inside:
         assert inside.op_resource_reservation_enabled
     assert context.op_resource_reservation_enabled == before
+
+
+def test_a_local_ray_has_no_process_that_serves_nobody(ray_cluster: None) -> None:
+    """Else a first run would wait for a web server, an autoscaler, and two actors of Ray Data."""
+    session = ray._private.worker._global_node.get_session_dir_path()
+    commands = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    own = [command for command in commands if session in command]
+    assert any("raylet" in command for command in own)
+    assert not [command for command in own if "/dashboard.py" in command or "/monitor.py" in command]
+    assert not has_web_server()
+
+    def named() -> set[str]:
+        return {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+
+    before = named()
+    with data_context():
+        assert ray.data.range(100).map_batches(lambda batch: batch).count() == 100
+    assert named() == before
+
+
+def test_the_process_of_a_flow_imports_no_library_of_its_tasks() -> None:
+    """They take seconds; the flow's own process only submits."""
+    flows = "flows.feature_store, flows.image_augmentation, flows.training_delivery"
+    heavy = "{'ray.data', 'ray.train', 'torch', 'torchvision', 'numba', 'pandas', 'matplotlib'}"
+    code = f"import sys, {flows}; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_task_waits_while_the_api_is_away() -> None:

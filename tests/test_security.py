@@ -22,7 +22,7 @@ from flows.feature_store import feature_store
 from flows.image_augmentation import image_augmentation
 from tasks.artifacts import read_artifacts
 from tasks.features.config import FeatureStoreConfig
-from tasks.features.sample import write_sample as write_shop
+from tasks.features.standard import write_sample as write_shop
 from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.images.sample import write_sample as write_images
 from tasks.io import storage

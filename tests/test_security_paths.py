@@ -35,10 +35,9 @@ from tasks.loader.shards import open_version
 from tasks.store import layout, versions
 from tasks.store.manifest import FileEntry
 from tasks.store.retention import prunable, prune
-from tasks.store.withdrawal import withdraw
+from tasks.store.versions import withdraw
 from tasks.training.trainer import STATE, load_function, read_state
-from tasks.training_sets.definition import FeatureReference
-from tasks.training_sets.loading import load_models
+from tasks.training_sets.definition import FeatureReference, load_models
 from tests.delivery.making import table_version
 from tests.store import publishing
 

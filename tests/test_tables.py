@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.processes import PROJECT
+from tests.processes import PROJECT, ran_pytest
 from tests.tables import BEGIN, END, claimed, parts, table
 
 PROOFS = [("a disk is full", "publishing", "told; tried again"), ("a disk is full", "publishing", "told at once")]
@@ -46,27 +44,9 @@ def write(folder: Path, *claims: tuple[str, str, str], skip: str = "pass") -> No
 
 
 def run(folder: Path, *options: str) -> tuple[int, str]:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "xdist.plugin",
-        *options,
-        str(folder),
-    ]
-    done = subprocess.run(
-        command,
-        cwd=PROJECT,
-        env={"PYTHONPATH": str(PROJECT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    environment = {"PYTHONPATH": str(PROJECT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    given = ("-p", "xdist.plugin", *options, str(folder))
+    done = ran_pytest(*given, timeout=120, cwd=PROJECT, env=environment)
     return done.returncode, done.stdout
 
 

@@ -20,6 +20,7 @@ from tasks.io.errors import GateFailed
 from tasks.store import layout, versions
 from tasks.store.manifest import Manifest
 from tests.runs import Run, assert_whole
+from tests.training_sets.declared import churn_and
 
 pytestmark = [pytest.mark.usefixtures("stack"), pytest.mark.slow]
 
@@ -36,34 +37,14 @@ def models(root: str) -> str:
     )
     table = layout.join(root, "sold.parquet")
     storage.write_parquet(products.to_arrow(), table)
-    declared = {
-        "labels": {
-            "churned": {
-                "entity": "customer_id",
-                "at": "2024-04-30/2024-11-30/1mo",
-                "days": 30,
-                "target": "COUNT(*) = 0",
-            }
-        },
-        "models": {
-            "churn": {
-                "label": "churned",
-                "features": [
-                    "customer-features:transaction_count",
-                    "customer-features:total_spent_90d",
-                    "customer-features:spending_trend",
-                ],
-                "ttl_days": 45,
-            },
-            "demand": {
-                "entity": "product_id",
-                "spine": {"uri": table, "columns": {"target": "sold", "event_timestamp": "day"}},
-                "features": ["product-features:total_sales", "product-features:sales_velocity"],
-            },
-        },
+    demand = {
+        "entity": "product_id",
+        "spine": {"uri": table, "columns": {"target": "sold", "event_timestamp": "day"}},
+        "features": ["product-features:total_sales", "product-features:sales_velocity"],
     }
     file = layout.join(root, "models.yaml")
-    storage.write_bytes(file, yaml.safe_dump(declared).encode())
+    features = ("transaction_count", "total_spent_90d", "spending_trend")
+    storage.write_bytes(file, churn_and("2024-04-30/2024-11-30/1mo", 30, features, 45, demand=demand).encode())
     return file
 
 
@@ -75,11 +56,10 @@ def built(tmp_path_factory: pytest.TempPathFactory, stack: str) -> Run:
         patch.setenv("OPENLINEAGE__TRANSPORT__TYPE", "file")
         patch.setenv("OPENLINEAGE__TRANSPORT__LOG_FILE_PATH", layout.join(root, "events.json"))
         patch.setenv("OPENLINEAGE__TRANSPORT__APPEND", "true")
-        return Run(root, feature_store(config, return_state=True))
+        return Run(root, feature_store(config, return_state=True)).completed()
 
 
 def test_one_run_publishes_features_and_both_training_sets(built: Run) -> None:
-    assert built.state.is_completed(), built.state.message
     names = [version.dataset for version in built.published]
     assert names == ["feature-store/customer-features", "feature-store/product-features", CHURN, DEMAND]
     for dataset in names:

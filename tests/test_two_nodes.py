@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from tasks.io import storage
 from tasks.report.report import Report
 from tasks.store import layout, versions
 from tasks.training.loops import TrainingRun, train
-from tests.processes import own_home, shell_environment, two_nodes
+from tests.processes import own_home, ran, shell_environment, two_nodes
 
 pytestmark = pytest.mark.nightly
 
@@ -46,15 +45,7 @@ def test_a_cluster_of_two_nodes(stack: str, address: str, tmp_path: Path) -> Non
     options += ["--training.function", "tests.test_two_nodes:train_and_say_where"]
     environment = shell_environment(own_home(tmp_path / "home")) | {"RAY_ADDRESS": address}
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "flows.training_delivery", *options],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = ran([sys.executable, "-m", "flows.training_delivery", *options], 300, env=environment, cwd=tmp_path)
     assert done.returncode == 0, f"after {time.monotonic() - started:.0f} s:\n{done.stdout}\n{done.stderr}"
     assert versions.published_versions(root, "training-datasets/streaming-ready/customer-features") == [1]
     runs = layout.training_runs(root, "customer-features")

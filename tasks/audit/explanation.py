@@ -1,9 +1,19 @@
-"""Answers of `explain` as values: sections of facts, tables and sentences; and the sections common to all kinds."""
+"""Answers of `explain` as values: sections of facts, tables and sentences; and the sections common to all kinds.
+
+The rows of one key are found without reading the version:
+
+    key ── stable hash ──▶ file ── smallest and largest key of its row groups ──▶ row groups ── key column ──▶ rows
+
+A version that isn't partitioned by the key is searched by the footers of its files; without statistics, by the key
+column alone. Other columns are read only from row groups that have the key.
+"""
 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Collection, Mapping, Sequence
+import difflib
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
@@ -11,16 +21,172 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tasks.audit.find_rows import closest_keys, find_rows, typed_key
+from tasks.engine.partition import bucket_of
+from tasks.features.rows import read_keys
 from tasks.io import storage
 from tasks.io.errors import ConfigError, InputError
 from tasks.io.notation import expand
-from tasks.report.tables import as_json, brief, facts, moment, printable, show
+from tasks.io.tensors import Int64Array
+from tasks.io.text import as_json, brief, facts, moment, printable, show
 from tasks.store import layout
 from tasks.store.layout import AS_OF
-from tasks.store.manifest import Manifest
-from tasks.store.reading import explained
-from tasks.store.withdrawal import withdrawal_of
+from tasks.store.manifest import FileEntry, Manifest
+from tasks.store.reading import data_files, explained, rows_of, withdrawal_of
+
+MOST_KEYS = 2_000_000
+"""Maximum number of keys that are searched for the closest ones."""
+_CLOSE, _NEAR = 3, 50
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Found rows, with the file and number of each, and the amount read."""
+
+    table: pa.Table
+    places: tuple[tuple[str, int], ...]
+    files: int = 0
+    groups: int = 0
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows as plain values."""
+        rows: list[dict[str, Any]] = self.table.to_pylist()
+        return rows
+
+    def read_of(self, manifest: Manifest) -> str:
+        """Return the files and row groups that were read, in words."""
+        return f"footers of {self.files} of {len(manifest.files)} data files, {self.groups} row groups"
+
+
+def is_whole(manifest: Manifest, column: str) -> bool:
+    """Return True if a column holds whole numbers."""
+    return any(spec.name == column and spec.type.startswith(("int", "uint")) for spec in manifest.columns)
+
+
+def typed_key(manifest: Manifest, column: str, text: str) -> int | str:
+    """Return a key in the column's type.
+
+    Raises:
+        ConfigError: the column holds whole numbers, and the text isn't one.
+    """
+    if not is_whole(manifest, column):
+        return text
+    try:
+        (value,) = read_keys([text], pa.int64(), f"keys of {manifest.dataset}").to_pylist()
+    except InputError as fault:
+        raise ConfigError(
+            f"'{text}' is no {column} of {manifest.dataset} v{manifest.version}: those are whole numbers, such as 7"
+        ) from fault
+    assert isinstance(value, int), "text that is read is a number"
+    return value
+
+
+def find_rows(
+    root: str,
+    manifest: Manifest,
+    column: str,
+    value: int | str,
+    *,
+    columns: Sequence[str] | None = None,
+    wanted: Callable[[FileEntry], bool] | None = None,
+) -> Found:
+    """Return all rows of a version that have a value in a column.
+
+    Args:
+        root: Root of the store.
+        manifest: The version.
+        column: The key column.
+        value: The key, in the column's type.
+        columns: Columns to return; None for all.
+        wanted: Filter of the data files to search; by default all that may have it.
+
+    Raises:
+        CorruptVersion: a file is missing.
+        VersionNotFound: the gate rejected the version, so that it has no rows.
+    """
+    entries = list(zip(data_files(root, manifest), manifest.files, strict=True))
+    if manifest.partition is not None and manifest.partition.key == column:
+        number = int(bucket_of(pa.array([value]), manifest.partition.buckets)[0])
+        entries = [(uri, entry) for uri, entry in entries if layout.part_number(entry.path) == number]
+    if wanted is not None:
+        entries = [(uri, entry) for uri, entry in entries if wanted(entry)]
+    searched = list(storage.in_threads(lambda entry: _search(entry[0], column, value, columns), entries))
+    tables = [table for table, _, _ in searched if table is not None and table.num_rows]
+    return Found(
+        pa.concat_tables(tables) if tables else pa.table({}),
+        tuple((entry.path, row) for (_, entry), (_, rows, _) in zip(entries, searched, strict=True) for row in rows),
+        files=len(entries),
+        groups=sum(groups for _, _, groups in searched),
+    )
+
+
+def read_rows(
+    root: str, manifest: Manifest, path: str, rows: Int64Array, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Read some rows of a data file by their ascending numbers.
+
+    Raises:
+        CorruptVersion: the file is missing or can't be read.
+    """
+    uri = layout.join(layout.version_uri(root, manifest.dataset, manifest.version), path)
+    with explained(uri), storage.open_input(uri) as source:
+        return rows_of(pq.ParquetFile(source), rows, columns)
+
+
+def _search(
+    uri: str, column: str, value: int | str, columns: Sequence[str] | None
+) -> tuple[pa.Table | None, list[int], int]:
+    """Return the rows of one file, their numbers in it, and the number of row groups read."""
+    with explained(uri), storage.open_input(uri) as source:
+        file = pq.ParquetFile(source, pre_buffer=True)
+        tables, numbers, groups, start = [], [], 0, 0
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            if _may_have(file, group, column, value):
+                groups += 1
+                hits = pc.equal(file.read_row_group(group, columns=[column])[column], value).fill_null(False)
+                rows = pc.indices_nonzero(hits)
+                if len(rows):
+                    wanted = None if columns is None else list(columns)
+                    tables.append(file.read_row_group(group, columns=wanted).take(rows))
+                    numbers += [start + row for row in rows.to_pylist()]
+            start += count
+    return (pa.concat_tables(tables) if tables else None), numbers, groups
+
+
+def _may_have(file: pq.ParquetFile, group: int, column: str, value: Any) -> bool:
+    """Return True if a row group may have a value, by its footer's smallest and largest one."""
+    metadata = file.metadata.row_group(group)
+    number = next((n for n in range(metadata.num_columns) if metadata.column(n).path_in_schema == column), None)
+    bounds = None if number is None else metadata.column(number).statistics
+    if bounds is None or not bounds.has_min_max or not isinstance(value, type(bounds.min)):
+        return True
+    return bool(bounds.min <= value <= bounds.max)
+
+
+def closest_keys(root: str, manifest: Manifest, column: str, value: int | str) -> list[str]:
+    """Return the keys of a version that are closest to another; for very large versions, from the first files."""
+    keys: set[Any] = set()
+    for uri in data_files(root, manifest):
+        if len(keys) >= MOST_KEYS:
+            break
+        with explained(uri), storage.open_input(uri) as source:
+            keys.update(pq.read_table(source, columns=[column])[column].unique().drop_null().to_pylist())
+    return closest_of(keys, value)
+
+
+def closest_of(keys: Iterable[Any], value: int | str) -> list[str]:
+    """Return the closest of some keys: by difference for numbers, by likeness for text."""
+    if isinstance(value, int):
+        return [str(key) for key in sorted(keys, key=lambda key: (abs(key - value), key))[:_CLOSE]]
+    ordered = sorted(map(str, keys))
+    if len(ordered) > 20_000:  # comparing with all is too slow: those beside it, and those that contain it
+        place = bisect_left(ordered, value)
+        near = ordered[max(place - _NEAR, 0) : place + _NEAR]
+        ordered = list(dict.fromkeys([*near, *(key for key in ordered if value in key)][: 4 * _NEAR]))
+    begun = [key for key in ordered if key.startswith(value)]
+    return [*begun, *difflib.get_close_matches(value, ordered, n=_CLOSE, cutoff=0.5)][:_CLOSE]
+
 
 _WIDEST = 120
 _STYLES = (("_reason", "_file", "_row", "_detail"), ("reason", "uri", "row", "detail"))
@@ -39,7 +205,6 @@ class Section:
         rows: A table, one mapping a row; all have the same names.
         shown: Names of the columns that people see; empty for all.
         notes: Sentences.
-
     """
 
     title: str
@@ -59,7 +224,6 @@ class Explanation:
         answer: 'held' by the version; 'rejected' on the way to it; 'left out' of it on purpose.
         headline: The answer in a sentence.
         sections: The sections.
-
     """
 
     manifest: Manifest
@@ -71,8 +235,12 @@ class Explanation:
     def to_json(self) -> str:
         """Return the answer for programs: sections by their names, every value in its original unit."""
         sections = {
-            one.title.replace(" ", "_"): {"facts": dict(one.facts), "rows": list(one.rows), "notes": list(one.notes)}
-            for one in self.sections
+            section.title.replace(" ", "_"): {
+                "facts": dict(section.facts),
+                "rows": list(section.rows),
+                "notes": list(section.notes),
+            }
+            for section in self.sections
         }
         return as_json(
             {
@@ -111,9 +279,9 @@ def _plain(value: object) -> object:
         case dt.datetime():
             return moment(value)
         case list() | tuple() | set():
-            return ", ".join(str(_plain(one)) for one in value)
+            return ", ".join(str(_plain(item)) for item in value)
         case dict():
-            return ", ".join(f"{name} {'–' if one is None else _plain(one)}" for name, one in value.items())
+            return ", ".join(f"{name} {'–' if item is None else _plain(item)}" for name, item in value.items())
         case float():
             return str(value)
     return value
@@ -146,7 +314,6 @@ def gate_section(manifest: Manifest, concerned: Mapping[str, str]) -> Section:
     Args:
         manifest: The version.
         concerned: Columns (and names of sources) related to the row, and how.
-
     """
     open_checks = [check for check in manifest.gate.checks if check.verdict != "pass"]
     rows = [
@@ -178,10 +345,9 @@ def rejected_rows(
 
     Raises:
         CorruptVersion: a file of rejected rows is missing.
-
     """
     base = layout.version_uri(root, manifest.dataset, manifest.version)
-    found = []
+    rejected = []
     for entry in manifest.rejected_files:
         uri = layout.join(base, entry.path)
         with explained(uri), storage.open_input(uri) as source:
@@ -190,8 +356,8 @@ def rejected_rows(
             if named and pc.any(matching(file.read(columns=named), keys)).as_py():
                 table = file.read()
                 rows = table.filter(matching(table.select(named), keys)).to_pylist()
-                found += [_rejected(row, entry.path) for row in rows]
-    return found
+                rejected += [_rejected(row, entry.path) for row in rows]
+    return rejected
 
 
 def matching(table: pa.Table, keys: Collection[str]) -> pa.Array:
@@ -202,8 +368,8 @@ def matching(table: pa.Table, keys: Collection[str]) -> pa.Array:
         text = pc.utf8_trim_whitespace(column.cast(kind).cast(pa.string()))
         plain = pc.replace_substring_regex(text, r"\.0$", "")
         wanted = pa.array(list(keys), pa.string())
-        own = pc.or_(pc.is_in(text, wanted), pc.is_in(plain, wanted))
-        hits = pc.or_(hits, own.combine_chunks() if isinstance(own, pa.ChunkedArray) else own)
+        hit = pc.or_(pc.is_in(text, wanted), pc.is_in(plain, wanted))
+        hits = pc.or_(hits, hit.combine_chunks() if isinstance(hit, pa.ChunkedArray) else hit)
     return hits
 
 
@@ -226,7 +392,7 @@ def _meaning(reason: str) -> str | None:
         return _MEANINGS[reason]
     if reason.startswith("no_") and reason.endswith("_row"):
         return f"{reason[3:-4]} has no row of this key, and join = inner"
-    kind = next((one for one in _PREFIXES if reason.startswith(f"{one}_")), None)
+    kind = next((prefix for prefix in _PREFIXES if reason.startswith(f"{prefix}_")), None)
     return None if kind is None else _PREFIXES[kind].format(reason.removeprefix(f"{kind}_"))
 
 
@@ -258,7 +424,6 @@ def refuse(manifest: Manifest, what: str, key: str, close: Sequence[str]) -> NoR
 
     Raises:
         InputError: always; its message names the closest keys.
-
     """
     cure = f"closest: {', '.join(close)}" if close else "none is like it; see `describe` for what the version holds"
     raise InputError(
@@ -272,7 +437,6 @@ def pick_time(manifest: Manifest, key: str, times: Sequence[dt.datetime], at: st
     Raises:
         ConfigError: the text isn't a time.
         InputError: there is no row of that time; the message names the available ones.
-
     """
     if at is None:
         return max(times)
@@ -309,7 +473,6 @@ def absent(
         sections: Further sections.
         answer: Kind of the answer.
         concerned: As in `gate_section`.
-
     """
     headline = f"{what[0]} {what[1]} isn't in {manifest.dataset} v{manifest.version}: {why}"
     gate = gate_section(manifest, concerned or {})
@@ -326,7 +489,6 @@ class Held:
         row: Its values.
         rejected: Rows of the entity that were rejected.
         section: Its place.
-
     """
 
     key: int | str
@@ -352,7 +514,6 @@ def look_for(
     Raises:
         InputError: the version has no such row, and has rejected none.
         ConfigError: the key or the time is invalid.
-
     """
     entity: str = manifest.definition["entity"]
     rejected = rejected_rows(root, manifest, spellings, {key})
@@ -370,15 +531,15 @@ def look_for(
         return nothing()
     if manifest.status == "rejected" and rejected:
         return nothing()
-    found = find_rows(root, manifest, entity, value)
-    if not found.places:
+    searched = find_rows(root, manifest, entity, value)
+    if not searched.places:
         if not rejected:
             refuse(manifest, entity, key, closest_keys(root, manifest, entity, value))
         return nothing()
-    times = [one.astimezone(dt.UTC) for one in found.table[time].to_pylist()]
+    times = [when.astimezone(dt.UTC) for when in searched.table[time].to_pylist()]
     picked = pick_time(manifest, key, times, at)
     number = times.index(picked)
-    path, place = found.places[number]
+    path, place = searched.places[number]
     facts = {
         entity: value,
         "as of" if time == AS_OF else "event time": picked,
@@ -386,7 +547,7 @@ def look_for(
         "rows of this time": times.count(picked) if times.count(picked) > 1 else None,
         "file": path,
         "row": place,
-        "read": found.read_of(manifest),
+        "read": searched.read_of(manifest),
     }
-    section = Section(title="row", facts={name: one for name, one in facts.items() if one is not None})
-    return Held(value, picked, found.rows[number] | {time: picked}, rejected, section)
+    section = Section(title="row", facts={name: fact for name, fact in facts.items() if fact is not None})
+    return Held(value, picked, searched.rows[number] | {time: picked}, rejected, section)

@@ -7,7 +7,7 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,36 +15,53 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.audit.explanation import Section
-from tasks.audit.find_rows import Found, find_rows, is_whole, typed_key
+from tasks.audit.explanation import (
+    Found,
+    Section,
+    find_rows,
+    gate_section,
+    is_whole,
+    rejected_sections,
+    typed_key,
+    version_section,
+)
 from tasks.delivery.config import DeliveryConfig
-from tasks.delivery.definition import block_format
-from tasks.delivery.keys import (
+from tasks.delivery.shuffle import admit, judge, keys_of, plan_buckets
+from tasks.delivery.source import (
     SPLITS,
     Repeats,
+    Source,
     bucket_of,
     entity_splits,
     find_repeats,
     random_keys,
     sample_ids,
     split_draws,
+    split_of,
 )
-from tasks.delivery.shuffle import admit, judge, keys_of, plan_buckets
-from tasks.delivery.source import Source, split_of
 from tasks.io import storage
 from tasks.io.errors import ConfigError, CorruptVersion, PipelineError
 from tasks.io.hashing import stable_hash
 from tasks.io.tensors import to_numpy
 from tasks.io.text import plural
-from tasks.loader.blocks import SAMPLE_ID
+from tasks.loader.samples import SAMPLE_ID, SampleFormat
+from tasks.loader.version_files import files_of
 from tasks.store import layout
 from tasks.store.catalogue import newest
 from tasks.store.layout import AS_OF, EVENT_TIME, READY
 from tasks.store.lineage import trace
 from tasks.store.manifest import Manifest
-from tasks.store.reading import committed_manifests, explained, latest, list_datasets, read_manifest
+from tasks.store.reading import (
+    explained,
+    latest,
+    list_datasets,
+    overview,
+    read_committed,
+    read_manifest,
+    withdrawal_of,
+)
 from tasks.store.settings import config_of
-from tasks.store.withdrawal import withdrawal_of
+from tasks.store.version_index import IndexedVersion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +75,8 @@ class Sample:
         sample_id: Its id.
         split: Its split.
         file: Its file; None if it isn't in the expected place.
-        block: Row of the file, which is a block of samples.
-        place: Its place in the block.
+        row: Its number there.
         position: Its number among the samples of the split, in the order of the files.
-
     """
 
     source: dict[str, Any]
@@ -70,13 +85,12 @@ class Sample:
     sample_id: int
     split: str
     file: str | None = None
-    block: int = 0
-    place: int = 0
+    row: int = 0
     position: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Samples:
+class EntitySamples:
     """Outcome of an entity's rows: samples, and omitted rows, each with the reason."""
 
     source: Manifest
@@ -85,12 +99,11 @@ class Samples:
     read: str
 
 
-def source_of(root: str, copy: Manifest) -> Manifest:
+def source_version(root: str, copy: Manifest) -> Manifest:
     """Return the version that a copy is of.
 
     Raises:
         VersionNotFound: it was deleted.
-
     """
     source = copy.definition["source"]
     return read_manifest(root, source["dataset"], source["version"])
@@ -101,7 +114,7 @@ def feature_columns(copy: Manifest) -> list[str]:
     return list(dict.fromkeys(feature["column"] for feature in copy.definition.get("features", ())))
 
 
-def find_samples(root: str, copy: Manifest, config: DeliveryConfig, key: str) -> Samples:
+def find_samples(root: str, copy: Manifest, config: DeliveryConfig, key: str) -> EntitySamples:
     """Return the samples of an entity, or of an image or one of its variants.
 
     Args:
@@ -114,31 +127,30 @@ def find_samples(root: str, copy: Manifest, config: DeliveryConfig, key: str) ->
         VersionNotFound: the source version was deleted.
         CorruptVersion: a file is missing.
         ConfigError: the key is invalid.
-
     """
-    version = source_of(root, copy)
+    version = source_version(root, copy)
     source = _taken(root, copy, version, config)
     judged_by = ("quality_issues", "data_quality_score") if source.kind == "images" else ()
-    found = _source_rows(root, copy, version, key, [*source.columns, *judged_by])
+    taken = _source_rows(root, copy, version, key, [*source.columns, *judged_by])
     left_out: list[tuple[dict[str, Any], str]] = []
     held: list[Sample] = []
-    if found.places:
-        rows = found.table.to_pylist()
-        judged = judge(found.table, source, config)
+    if taken.places:
+        rows = taken.table.to_pylist()
+        judged = judge(taken.table, source, config)
         codes, reasons = judged
         left_out = [(row, reasons[code]) for row, code in zip(rows, codes.tolist(), strict=True) if code]
-        given = [split_of(path) for path, _ in found.places]
+        given = [split_of(path) for path, _ in taken.places]
         splits = np.array([-1 if split is None else split for split in given], np.int8)
-        kept = admit(found.table, splits, judged, source, config, rejected=found.table.slice(0, 0))
+        kept = admit(taken.table, splits, judged, source, config, rejected=taken.table.slice(0, 0))
         keys = keys_of(kept.rows, source)
         one_unit = np.zeros(len(keys), np.int64)
         ids = sample_ids(keys, find_repeats(keys, one_unit, np.arange(len(keys))).get(0, Repeats()))
         good = np.flatnonzero(codes == 0).tolist()
         for number, sample_id, split in zip(good, ids.tolist(), kept.splits.tolist(), strict=True):
-            path, row = found.places[number]
+            path, row = taken.places[number]
             sample = {"source": rows[number], "source_file": path, "source_row": row, "sample_id": sample_id}
             held.append(Sample(**sample, split=SPLITS[split], **_locate(root, copy, SPLITS[split], sample_id, config)))
-    return Samples(version, tuple(held), tuple(left_out), found.read_of(version))
+    return EntitySamples(version, tuple(held), tuple(left_out), taken.read_of(version))
 
 
 def _taken(root: str, copy: Manifest, version: Manifest, config: DeliveryConfig) -> Source:
@@ -169,23 +181,21 @@ def _source_rows(root: str, copy: Manifest, version: Manifest, key: str, columns
 
 def _locate(root: str, copy: Manifest, split: str, sample_id: int, config: DeliveryConfig) -> dict[str, Any]:
     """Return the place of a sample in its split; search first by its random key, then everywhere."""
-    form, counts = block_format(copy), copy.definition["file_samples"]
-    own = [entry for entry in copy.files if entry.path.startswith(layout.split_directory(split) + "/")]
+    form, entries = SampleFormat.of(copy.definition), files_of(copy, split)
     total = int(copy.definition["samples"].get(split, 0))
     parts = len(plan_buckets(np.array([total]), form, config.file_megabytes * (1 << 20)))
     key = random_keys(np.array([sample_id], np.int64), config.seed)
     part = int(bucket_of(key, max(parts, 1))[0])
     base = layout.version_uri(root, copy.dataset, copy.version)
-    for entry in sorted(own, key=lambda one: layout.part_number(one.path) != part):
+    for entry in sorted(entries, key=lambda entry: layout.part_number(entry.path) != part):
         uri = layout.join(base, entry.path)
         with explained(uri), storage.open_input(uri) as source:
-            ids = to_numpy(pq.ParquetFile(source).read(columns=[SAMPLE_ID]), SAMPLE_ID).ravel()
-        (hits,) = np.nonzero(ids[: counts[entry.path]] == sample_id)
+            ids = to_numpy(pq.ParquetFile(source).read(columns=[SAMPLE_ID]), SAMPLE_ID)
+        (hits,) = np.nonzero(ids == sample_id)
         if len(hits):
             row = int(hits[0])
-            before = sum(int(counts[one.path]) for one in own[: own.index(entry)])
-            block, place = divmod(row, form.block_size)
-            return {"file": entry.path, "block": block, "place": place, "position": before + row}
+            before = sum(earlier.rows for earlier in entries[: entries.index(entry)])
+            return {"file": entry.path, "row": row, "position": before + row}
     return {}
 
 
@@ -214,9 +224,9 @@ def summary(root: str, copy: Manifest, key: str) -> str:
         return f"can't be told: {fault}"
     held = [sample for sample in found.held if sample.file is not None]
     splits, reasons = ({sample.split for sample in held}, {reason for _, reason in found.left_out})
-    told = plural(len(held), "sample") if held else "no sample"
-    told += f" in {' and '.join(sorted(splits))}" if splits else ""
-    return told + (f"; {len(found.left_out)} rows left out ({', '.join(sorted(reasons))})" if reasons else "")
+    text = plural(len(held), "sample") if held else "no sample"
+    text += f" in {' and '.join(sorted(splits))}" if splits else ""
+    return text + (f"; {len(found.left_out)} rows left out ({', '.join(sorted(reasons))})" if reasons else "")
 
 
 MOST_VERSIONS = 30
@@ -242,28 +252,57 @@ def holders_section(
         column: Its key column.
         value: Its key.
         given: For a row of features: returns True if it was joined to a row of a training set.
-
     """
     key = column, value
     rows = list(_own_versions(root, manifest, key))
     below, notes = made_from(root, manifest)
-    for one in below:
-        holds = _holds(root, one, key, given)
-        rows += [_row(root, one, "made from it", holds), *_trainings(root, one, holds)]
+    for version in below:
+        holds = _holds(root, version, key, given)
+        rows += [_row(root, version, "made from it", holds), *_trainings(root, version, holds)]
     if layout.kind(manifest.dataset) == "streaming-copy":
         rows += _trainings(root, manifest, _holds(root, manifest, key))
     return Section(title="held by", rows=rows, notes=notes if rows else [*notes, "Nothing else has it."])
 
 
+def closing_sections(
+    root: str,
+    manifest: Manifest,
+    key: tuple[str, int | str],
+    concerned: Mapping[str, str],
+    rejected: Sequence[Mapping[str, Any]] = (),
+    *,
+    splits: Sequence[Section] = (),
+    given: Given | None = None,
+) -> list[Section]:
+    """Return the sections at the end of every answer: rejected rows, the gate, the holders, and the version.
+
+    Args:
+        root: Root of the store.
+        manifest: The version that the row is of.
+        key: Its key column and key.
+        concerned: As in `gate_section`.
+        rejected: Rows of the key that were rejected.
+        splits: Sections to show before the holders.
+        given: As in `holders_section`.
+    """
+    return [
+        *rejected_sections(rejected),
+        gate_section(manifest, concerned),
+        *splits,
+        holders_section(root, manifest, *key, given),
+        version_section(root, manifest),
+    ]
+
+
 def _own_versions(root: str, manifest: Manifest, key: tuple[str, int | str]) -> Iterator[dict[str, Any]]:
     """Yield the other versions of the dataset, newest first."""
-    versions = [one for one in committed_manifests(root, manifest.dataset) if one.status == "published"]
+    numbers = [one.version for one in _published(root, manifest.dataset)][::-1][:MOST_VERSIONS]
     served = (newest if layout.kind(manifest.dataset) == "features" else latest)(root, manifest.dataset)
-    for one in versions[::-1][:MOST_VERSIONS]:
-        what = "this version" if one.version == manifest.version else "other version"
-        what += ", the one that readers get" if served is not None and one.version == served.version else ""
-        if one.version != manifest.version or served is None or served.version == one.version:
-            yield _row(root, one, what, _holds(root, one, key))
+    for version in reversed([*read_committed(root, manifest.dataset, numbers).warned().versions.values()]):
+        what = "this version" if version.version == manifest.version else "other version"
+        what += ", the one that readers get" if served is not None and version.version == served.version else ""
+        if version.version != manifest.version or served is None or served.version == version.version:
+            yield _row(root, version, what, _holds(root, version, key))
 
 
 def _row(root: str, manifest: Manifest, relation: str, holds: str) -> dict[str, Any]:
@@ -284,47 +323,42 @@ def _trainings(root: str, manifest: Manifest, holds: str) -> list[dict[str, Any]
     used = [what for split, what in _USES.items() if split in holds.partition(";")[0]]
     return [
         {
-            "who": one.uri,
+            "who": training.uri,
             "relation": f"training on {manifest.dataset} v{manifest.version}",
-            "status": f"ended {one.created_at:%Y-%m-%d %H:%M}",
-            "verdict": one.verdict,
+            "status": f"ended {training.created_at:%Y-%m-%d %H:%M}",
+            "verdict": training.verdict,
             "holds": " and ".join(used) or "hasn't seen it",
         }
-        for one in trace(root, manifest.dataset, manifest.version).trainings
+        for training in trace(root, manifest.dataset, manifest.version).trainings
     ]
 
 
 def made_from(root: str, manifest: Manifest) -> tuple[list[Manifest], list[str]]:
     """Return the published versions made from a version, directly or through others, and notes on unreadable ones."""
-    known, notes = [], []
+    known: dict[tuple[str, int], IndexedVersion] = {}
+    notes: list[str] = []
     for dataset in list_datasets(root):
         try:
-            known += [one for one in committed_manifests(root, dataset) if one.status == "published"]
+            known |= {(dataset, one.version): one for one in _published(root, dataset)}
         except CorruptVersion as fault:
             notes.append(f"{dataset} can't be looked into: {fault}")
-    reached: set[tuple[str, int | None]] = {(manifest.dataset, manifest.version)}
-    found: list[Manifest] = []
-    while fresh := [
-        one
-        for one in known
-        if (one.dataset, one.version) not in reached
-        and any((record.name, record.version) in reached for record in one.inputs)
-    ]:
-        found += fresh
-        reached |= {(one.dataset, one.version) for one in fresh}
-    return found, notes
+    reached = {(manifest.dataset, manifest.version)}
+    below: list[tuple[str, int]] = []
+    while fresh := [key for key, one in known.items() if key not in reached and reached & {*one.made_from}]:
+        below += fresh
+        reached |= {*fresh}
+    read = (read_committed(root, dataset, [version]).warned().versions for dataset, version in below)
+    return [version for versions in read for version in versions.values()], notes
+
+
+def _published(root: str, dataset: str) -> list[IndexedVersion]:
+    """Return the published versions of a dataset, withdrawn ones too, ascending."""
+    versions = overview(root, dataset).warned().versions.values()
+    return [one for one in versions if one.status == "published"]
 
 
 def _holds(root: str, manifest: Manifest, key: tuple[str, int | str], given: Given | None = None) -> str:
-    """Count the rows of a key that a version has, in words.
-
-    Args:
-        root: Root of the store.
-        manifest: The version's.
-        key: Key column and key.
-        given: As in `holders_section`.
-
-    """
+    """Count the rows of a key that a version has, in words."""
     column, value = key
     if layout.kind(manifest.dataset) == "streaming-copy":
         return summary(root, manifest, str(value))
@@ -339,11 +373,11 @@ def _holds(root: str, manifest: Manifest, key: tuple[str, int | str], given: Giv
     except PipelineError as fault:
         return f"can't be told: {fault}"
     rows = found.rows
-    told = plural(len(rows), "row") if rows else "no row"
+    text = plural(len(rows), "row") if rows else "no row"
     splits = sorted({path.partition("/")[0] for path, _ in found.places if path.startswith("split=")})
-    told += f" in {', '.join(splits)}" if splits else ""
+    text += f" in {', '.join(splits)}" if splits else ""
     moments = sorted({row[time] for row in rows} if time else ())
-    told += f", {', '.join(f'{moment:%Y-%m-%d}' for moment in moments[:4])}" if moments else ""
+    text += f", {', '.join(f'{moment:%Y-%m-%d}' for moment in moments[:4])}" if moments else ""
     if given is None or not rows:
-        return told
-    return f"{told}; {sum(given(manifest, row) for row in rows[:MOST_ROWS])} of them have this row's features"
+        return text
+    return f"{text}; {sum(given(manifest, row) for row in rows[:MOST_ROWS])} of them have this row's features"

@@ -10,32 +10,28 @@ import datetime as dt
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import polars as pl
 
-from tasks.audit.explanation import Section
-from tasks.audit.find_rows import is_whole
+from tasks.audit.explanation import Section, is_whole
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Definitions, EventSource, FeatureGroup
-from tasks.features.keys import KeyType
 from tasks.features.loading import is_yaml, load_definitions
 from tasks.features.plan import names_in_files, plan_dimension, plan_features, units_of, with_uris
-from tasks.features.rows import REASON, RowPlan, judge
+from tasks.features.rows import REASON, KeyType, RowPlan, judge
 from tasks.features.sources import ReadUnit, SourceTable, inspect, inspect_files, read
 from tasks.features.standard import STANDARD
 from tasks.io import storage
 from tasks.io.errors import DefinitionError, PipelineError, SourceError
-from tasks.io.faults import is_transient
+from tasks.io.location import is_transient
 from tasks.io.notation import missing_values
 from tasks.io.text import plural
 from tasks.store.manifest import InputFile, InputRecord, Manifest
 from tasks.store.reading import read_manifest
 from tasks.store.settings import config_of
 
-_READERS = 16
 _NAMED = 3
 
 
@@ -61,7 +57,6 @@ class CheckedFile:
         file: The file as recorded.
         info: The present file; None if there is none.
         fingerprint: Its present fingerprint.
-
     """
 
     source: str
@@ -87,11 +82,12 @@ def check_files(record: InputRecord) -> list[CheckedFile]:
     """Compare the files of an input with their fingerprints, which reads local ones."""
 
     def check(number: int, file: InputFile) -> CheckedFile:
-        info = next((one for one in storage.list_files(file.uri, include_hidden=True) if one.uri == file.uri), None)
+        info = next(
+            (listed for listed in storage.list_files(file.uri, include_hidden=True) if listed.uri == file.uri), None
+        )
         return CheckedFile(record.uri, number, file, info, "" if info is None else storage.fingerprint(info))
 
-    with ThreadPoolExecutor(_READERS) as readers:
-        return list(readers.map(check, range(len(record.files)), record.files))
+    return list(storage.in_threads(check, range(len(record.files)), record.files))
 
 
 def table_of(record: InputRecord, files: Sequence[CheckedFile]) -> SourceTable:
@@ -99,7 +95,6 @@ def table_of(record: InputRecord, files: Sequence[CheckedFile]) -> SourceTable:
 
     Raises:
         SourceError: none of them exists, or one can't be read.
-
     """
     infos = [file.info for file in files if file.info is not None]
     if not infos:
@@ -147,7 +142,6 @@ def sources_of(records: Sequence[InputRecord], kept: str | None = None) -> Sourc
 
     Raises:
         SourceError: a source has no files any more.
-
     """
     sources = Sources()
     for record in records:
@@ -221,7 +215,6 @@ def why_not(fault: Exception) -> Cause:
 
     Raises:
         Exception: the fault itself, if it may be transient.
-
     """
     if is_transient(fault):
         raise fault
@@ -248,7 +241,6 @@ def declared_sources(manifest: Manifest) -> Declared:
 
     Raises:
         ConfigError: this code can't use the configuration.
-
     """
     config = config_of(FeatureStoreConfig, manifest)
     definitions, note = STANDARD, ""
@@ -284,7 +276,6 @@ def events_section(
         record: The events.
         key: Key column and key.
         spans: Name of a column of the answer → start, exclusive (None: any), end, inclusive (None: any).
-
     """
     entity, value = key
     title = f"events in {record.name}"
@@ -295,18 +286,17 @@ def events_section(
     files = check_files(record)
     try:
         plan = _event_plan(declared, source, entity, manifest, table_of(record, files))
-        with ThreadPoolExecutor(_READERS) as pool:
-            found = list(pool.map(lambda file: rows_of_key(file, plan, entity, value), files))
+        keyed = list(storage.in_threads(lambda file: rows_of_key(file, plan, entity, value), files))
     except PipelineError as fault:
         return files_section(title, record, f"Events can't be counted: {fault}")
     rows = [
         file.as_row()
-        | {name: None if own is None else _within(own.kept[source.time], *span) for name, span in spans.items()}
-        | {"rejected": None if own is None else own.rejected.total()}
-        for file, own in zip(files, found, strict=True)
+        | {name: None if events is None else _within(events.kept[source.time], *span) for name, span in spans.items()}
+        | {"rejected": None if events is None else events.rejected.total()}
+        for file, events in zip(files, keyed, strict=True)
     ]
     totals = {name: sum(row[name] or 0 for row in rows) for name in (*spans, "rejected")}
-    groups, of_groups = (sum(getattr(own, name) for own in found if own) for name in ("groups", "of_groups"))
+    groups, of_groups = (sum(getattr(events, name) for events in keyed if events) for name in ("groups", "of_groups"))
     read_of = f"the key column of every file, all of {groups} of {of_groups} row groups"
     notes = _doubts(files)
     if declared.note:
@@ -324,12 +314,12 @@ def dimension_section(declared: Declared, manifest: Manifest, record: InputRecor
     files = check_files(record)
     try:
         plan = plan_dimension(source, table_of(record, files), keys, (), missing=missing).rows
-        found = [rows_of_key(file, plan, source.key, value) for file in files]
+        keyed = [rows_of_key(file, plan, source.key, value) for file in files]
     except PipelineError as fault:
         return files_section(title, record, str(fault))
-    numbers = [None if own is None else own.kept[ROW].to_list() for own in found]
-    rows = [file.as_row() | {"rows": own} for file, own in zip(files, numbers, strict=True)]
-    many = sum(len(own or ()) for own in numbers) > 1
+    numbers = [None if held is None else held.kept[ROW].to_list() for held in keyed]
+    rows = [file.as_row() | {"rows": held} for file, held in zip(files, numbers, strict=True)]
+    many = sum(len(held or ()) for held in numbers) > 1
     note = ["Of several rows the first counts: copies of it are dropped, others are rejected."] if many else []
     return Section(title=title, rows=rows, notes=[*note, *_doubts(files)])
 
@@ -367,7 +357,7 @@ def _event_plan(
     only = Definitions(events=declared.definitions.events, dimensions={}, groups={group.name: group})
     [plan] = plan_features(only, config.model_copy(update={"groups": ()}), (manifest.created_at,), {source.name: table})
     rows, kind = plan.events.rows, key_type_in(manifest, entity)
-    columns = tuple(replace(one, key_type=kind) if one.name == entity else one for one in rows.columns)
+    columns = tuple(replace(column, key_type=kind) if column.name == entity else column for column in rows.columns)
     return replace(rows, columns=columns, as_of=None)
 
 
@@ -380,7 +370,6 @@ class KeyedRows:
         rejected: Number of rows by reason.
         groups: Pieces of the file whose other columns were read.
         of_groups: Pieces of the file.
-
     """
 
     kept: pl.DataFrame
@@ -400,7 +389,6 @@ def rows_of_key(checked: CheckedFile, plan: RowPlan, key: str, value: int | str)
 
     Raises:
         SourceError: the file can't be read.
-
     """
     if checked.info is None:
         return None
@@ -409,21 +397,21 @@ def rows_of_key(checked: CheckedFile, plan: RowPlan, key: str, value: int | str)
     by_key = replace(plan, columns=(replace(key_column, required=False),), time=None, as_of=None, reject_negative=())
     nothing = pl.DataFrame(schema={column.source_name: pl.String for column in plan.columns})
     parts = [judge(nothing, plan).kept.with_columns(pl.Series(ROW, [], pl.Int64))]
-    found = KeyedRows(parts[0])
+    keyed = KeyedRows(parts[0])
     for unit in units_of(SourceTable(plan.source, checked.source, (file,)), plan, _ROWS_AT_ONCE):
-        found.of_groups += 1
+        keyed.of_groups += 1
         if not _has(unit, by_key, key_column.source_name, key, value):
             continue
-        found.groups += 1
+        keyed.groups += 1
         for raw in read(unit):
             mine = (judge(raw.frame, by_key).kept[key] == value).fill_null(False)
             numbers = pl.Series(ROW, range(raw.first_row, raw.first_row + raw.frame.height), pl.Int64).filter(mine)
             judged = judge(raw.frame.filter(mine), plan)
-            found.rejected.update(judged.rejected[REASON].to_list())
+            keyed.rejected.update(judged.rejected[REASON].to_list())
             good = ~pl.Series(range(len(numbers)), dtype=pl.Int64).is_in(judged.rejected_rows.implode())
             parts.append(judged.kept.with_columns(numbers.filter(good)))
-    found.kept = pl.concat(parts, how="vertical_relaxed")
-    return found
+    keyed.kept = pl.concat(parts, how="vertical_relaxed")
+    return keyed
 
 
 def _has(unit: ReadUnit, by_key: RowPlan, source_name: str, key: str, value: int | str) -> bool:

@@ -22,10 +22,6 @@ from tasks.store.settings import Settings, config_of
 Config = TypeVar("Config", bound=Settings)
 
 
-def _rows(manifest: Manifest) -> int:
-    return manifest.rows
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind(Generic[Config]):
     """Kind of dataset.
@@ -44,9 +40,7 @@ class Kind(Generic[Config]):
             the manifest, the key as it was typed, and the value of `option`; raises InputError if the version has no
             such row and has rejected none, and ConfigError if the key or the value is invalid.
         option: Argument that may be given beside a key: `at`, the time of a row, or `picture`, a file to draw to.
-        rows: Function that returns the number of a version's rows to show: of a copy, its samples.
         cures: Advice about a failed check, by the check's name.
-
     """
 
     config: type[Config]
@@ -57,7 +51,6 @@ class Kind(Generic[Config]):
     again: Callable[[str, Manifest], Again]
     explain: Callable[[str, Manifest, str, str | None], Explanation]
     option: str = "at"
-    rows: Callable[[Manifest], int] = _rows
     cures: Mapping[str, str] = field(default_factory=dict)
 
     def digest(self, definition: Mapping[str, Any]) -> str:
@@ -74,6 +67,5 @@ class Kind(Generic[Config]):
         Raises:
             ConfigError: this code can't use the version's configuration.
             InputError: the version can't be tested.
-
         """
         return self.trial(root, manifest, config_of(self.config, manifest), previous).results()

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,14 +17,13 @@ import pyarrow.parquet as pq
 from tasks.audit.inputs import Cause, why_not
 from tasks.io import storage
 from tasks.io.errors import CorruptVersion, PipelineError
-from tasks.io.faults import is_transient
+from tasks.io.location import is_transient
+from tasks.io.tensors import Int64Array
 from tasks.io.text import shortened
 from tasks.store import layout
 from tasks.store.layout import AS_OF
 from tasks.store.manifest import FileEntry, Manifest
 from tasks.store.reading import rows_of
-
-IntArray = npt.NDArray[np.int64]
 
 ABSENT = "no row"
 _SHOWN = 80
@@ -66,7 +64,6 @@ class StoredFiles:
         root: Root of the store.
         manifest: The version's.
         role: Words before 'the stored file …' that name the version, for one that another was made from.
-
     """
 
     def __init__(self, root: str, manifest: Manifest, role: str = "") -> None:
@@ -90,21 +87,20 @@ class StoredFiles:
 
     def _compared(self, entry: FileEntry) -> str:
         try:
-            found = storage.digest_of(layout.join(self.base, entry.path), entry.digest)
+            present = storage.digest_of(layout.join(self.base, entry.path), entry.digest)
         except FileNotFoundError:
             return "is gone; restore it from a copy"
-        if found == entry.digest:
+        if present == entry.digest:
             return ""
-        then, now = (digest[: digest.find(":") + 13] + "…" for digest in (entry.digest, found))
+        then, now = (digest[: digest.find(":") + 13] + "…" for digest in (entry.digest, present))
         return f"was altered since it was published ({then} then, {now} now); restore it from a copy"
 
-    def read(self, entry: FileEntry, rows: IntArray | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+    def read(self, entry: FileEntry, rows: Int64Array | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """Read some rows of a file, ascending, or all of them.
 
         Raises:
             Unreadable: the file was altered, and can't be read any more.
             CorruptVersion: it matches the manifest, and can't be read.
-
         """
         altered = self.check(entry)
         uri = layout.join(self.base, entry.path)
@@ -122,14 +118,14 @@ class StoredFiles:
             raise CorruptVersion(f"{uri} can't be read as Parquet ({fault}), though its digest is right") from fault
 
 
-def choose(total: int, sample: int, seed: int) -> IntArray:
+def choose(total: int, sample: int, seed: int) -> Int64Array:
     """Choose some items by their numbers, ascending; all of them if there are no more than requested."""
     if sample >= total:
         return np.arange(total, dtype=np.int64)
     return np.sort(np.random.default_rng(seed).choice(total, sample, replace=False, shuffle=False)).astype(np.int64)
 
 
-def by_file(files: Sequence[tuple[FileEntry, int]], chosen: IntArray) -> list[tuple[FileEntry, IntArray]]:
+def by_file(files: Sequence[tuple[FileEntry, int]], chosen: Int64Array) -> list[tuple[FileEntry, Int64Array]]:
     """Return the chosen numbers within each file, from files with their numbers of items."""
     starts = np.concatenate([[0], np.cumsum([count for _, count in files])]).astype(np.int64)
     owner = np.searchsorted(starts, chosen, side="right") - 1
@@ -154,7 +150,6 @@ class Again(ABC):
     Raises:
         ConfigError: this code can't use the version's configuration.
         CorruptVersion: a file that describes the version's content was altered.
-
     """
 
     unit = "row"
@@ -172,12 +167,11 @@ class Again(ABC):
         return self.manifest.rows
 
     @abstractmethod
-    def replay(self, chosen: IntArray) -> list[Replayed]:
+    def replay(self, chosen: Int64Array) -> list[Replayed]:
         """Make some of them again, by their numbers, ascending, and compare them.
 
         Raises:
             CorruptVersion: a stored file has the right digest and can't be read.
-
         """
 
 
@@ -196,7 +190,7 @@ class TableAgain(Again):
         """Column of the entity."""
         return str(self.manifest.definition["entity"])
 
-    def replay(self, chosen: IntArray) -> list[Replayed]:
+    def replay(self, chosen: Int64Array) -> list[Replayed]:
         """Make some rows again, and compare them."""
         columns = (self.entity, self.time)
         tables: list[pa.Table] = []
@@ -232,11 +226,11 @@ class TableAgain(Again):
 def _ordinals(table: pa.Table, columns: Sequence[str]) -> list[tuple[Any, ...]]:
     """Return the key of each row, with the number of rows before it that have the same."""
     seen: dict[tuple[Any, ...], int] = {}
-    found = []
+    ordinals = []
     for key in zip(*(table[name].to_pylist() for name in columns), strict=True):
         seen[key] = seen.get(key, -1) + 1
-        found.append((*key, seen[key]))
-    return found
+        ordinals.append((*key, seen[key]))
+    return ordinals
 
 
 def _name(columns: tuple[str, str], key: tuple[Any, ...]) -> str:
@@ -255,7 +249,6 @@ def differences(stored: pa.Table, rebuilt: pa.Table, places: Sequence[int | None
 
     Returns:
         The differences of each stored row, none if there are none.
-
     """
     found: list[list[Difference]] = [
         [Difference("(row)", "there", ABSENT)] if place is None else [] for place in places
@@ -271,7 +264,7 @@ def differences(stored: pa.Table, rebuilt: pa.Table, places: Sequence[int | None
         for row, place in pairs:
             if not same(before[row], now[place]):
                 found[row].append(Difference(name, *_shown(before[row], now[place])))
-    return [tuple(own) for own in found]
+    return [tuple(differing) for differing in found]
 
 
 def same(one: Any, other: Any) -> bool:
@@ -308,20 +301,12 @@ def placed(stored: Sequence[Any], rebuilt: Sequence[Any]) -> list[int | None]:
     return [places.get(key) for key in stored]
 
 
-def frame_of(table: pa.Table) -> pl.DataFrame:
-    """Return an Arrow table as a frame."""
-    frame = pl.from_arrow(table)
-    assert isinstance(frame, pl.DataFrame)
-    return frame
-
-
 def matching(rows: pl.DataFrame, wanted: pl.DataFrame) -> pl.DataFrame:
     """Return the rows that have some keys, null among them, in their order.
 
     Args:
         rows: The rows.
         wanted: The keys: some columns of the rows, of any types.
-
     """
     typed = wanted.select(pl.col(name).cast(rows.schema[name], strict=False) for name in wanted.columns)
     return rows.join(typed, on=wanted.columns, how="semi", nulls_equal=True, maintain_order="left")

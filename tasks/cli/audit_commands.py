@@ -24,10 +24,9 @@ from tasks.audit.inputs import Cause
 from tasks.audit.replay_rows import Again, Replayed, choose
 from tasks.io import storage
 from tasks.io.errors import ConfigError
-from tasks.io.text import plural
+from tasks.io.text import as_json, facts, plural, show
 from tasks.kinds import kind_of
 from tasks.quality.faults import ORDER, blind, summary, unproven
-from tasks.report.tables import as_json, facts, show
 from tasks.store import layout
 from tasks.store.catalogue import find_dataset
 from tasks.store.lineage import package_versions
@@ -48,7 +47,6 @@ def explain(arguments: argparse.Namespace) -> int:
         ConfigError: the arguments contradict each other, or the key is invalid.
         InputError: the version neither has nor rejected such a row.
         VersionNotFound: there is no such version.
-
     """
     root, picture = storage.normalise(arguments.root), arguments.picture
     manifest = read_manifest(root, find_dataset(root, arguments.name), arguments.version)
@@ -88,7 +86,6 @@ class Verdict:
         replayed: Rows, images or samples that were made again.
         code: Digests of the code, then and now.
         libraries: Name → versions then and now, of those that differ.
-
     """
 
     again: Again
@@ -188,7 +185,6 @@ def replay(arguments: Namespace) -> int:
         InputError: the dataset's kind can't be made again.
         ConfigError: this code can't use the version's configuration.
         CorruptVersion: a stored file has the right digest and can't be read.
-
     """
     root = storage.normalise(arguments.root)
     manifest = read_manifest(root, find_dataset(root, arguments.name), arguments.version)
@@ -270,7 +266,6 @@ def self_test(arguments: Namespace) -> int:
     Raises:
         VersionNotFound: there is no such version.
         InputError: it can't be tested: it is of no known kind, or this code can't use its configuration.
-
     """
     root = storage.normalise(arguments.root)
     manifest = resolve(root, find_dataset(root, arguments.name), arguments.version or "latest")

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from tasks.io import storage
 from tasks.io.errors import WRONG_ARGUMENTS, ConfigError, PipelineError
 from tasks.io.notation import load_yaml
+from tasks.io.text import printable
 
 Config = TypeVar("Config", bound=BaseModel)
 Path = tuple[str, ...]
@@ -56,7 +57,6 @@ def parse_arguments(
     Raises:
         ConfigError: a value is wrong; the message names the option, the value and the expected values.
         SystemExit: --help was given (0), or an option is unknown (2).
-
     """
     parser = _parser(config_type, prog)
     given = vars(parser.parse_args(argv))
@@ -279,7 +279,7 @@ def _explain(fault: ValidationError, config_type: type[BaseModel], values: Mappi
     """Describe each wrong value as option, value and cure; and the file, if the value is in it."""
     sentences: dict[str, str] = {}
     for error in fault.errors():
-        location = [part for part in error["loc"] if isinstance(part, str)]
+        location = [part for part in error["loc"] if isinstance(part, str) and part != "[key]"]
         if error["type"] in ("extra_forbidden", "invalid_key"):
             sentence = _unknown(location, config_type)
         else:
@@ -287,7 +287,7 @@ def _explain(fault: ValidationError, config_type: type[BaseModel], values: Mappi
         place = f" (in {file})" if file is not None and not _has(values, location) else ""
         if error["type"] == "missing" or ".".join(location) not in sentences:  # it says how many are needed
             sentences[".".join(location)] = f"{sentence}{place}"
-    return "; ".join(sentences.values())
+    return printable("; ".join(sentences.values()))
 
 
 def _has(values: Any, location: Sequence[str]) -> bool:

@@ -32,7 +32,6 @@ def run(argv: Sequence[str], prog: str = PROG) -> int:
 
     Returns:
         The exit code.
-
     """
     try:
         arguments = _parser(prog).parse_args(argv)
@@ -55,7 +54,7 @@ def run(argv: Sequence[str], prog: str = PROG) -> int:
 
 def _complain(fault: BaseException, code: int) -> int:
     notes = "".join(f" ({note})" for note in getattr(fault, "__notes__", ()))
-    from tasks.report.tables import printable
+    from tasks.io.text import printable
 
     text = " ".join(f"{fault}{notes}".split()) or type(fault).__name__
     print(f"error: {printable(text)}", file=sys.stderr)
@@ -155,9 +154,13 @@ def _keeping(command: Added) -> None:
     prune.add_argument("--keep", type=int, metavar="N", help="Live versions that stay, from the newest.")
     prune.add_argument("--older-than", metavar="AGE", help="Only what is older, such as 90d, 12h or 4w.")
     prune.add_argument("--yes", action="store_true", help="Delete.")
-    export = command("export", keep.export, "Write a group's newest values to Redis, for look-ups over the network.")
-    _name(export, "Feature group, such as customer-features.")
-    export.add_argument("--redis", metavar="URL", required=True, help="Server, such as redis://localhost:6379/0.")
+    export = command("export", keep.export, "Write a group's newest values to Redis, or a streaming copy as MDS.")
+    _name(export, "Feature group, such as customer-features; with --mds a streaming copy.")
+    target = export.add_mutually_exclusive_group(required=True)
+    target.add_argument("--redis", metavar="URL", help="Server for look-ups, such as redis://localhost:6379/0.")
+    target.add_argument("--mds", metavar="DIR", help="New directory, local or on S3, for MosaicML's StreamingDataset.")
+    export.add_argument("--split", default="train", help="Split of the copy to export (default: train).")
+    export.add_argument("--compression", choices=["zstd"], help="Compression of the MDS shards (default: none).")
     _ttl(export, "Days after its as-of time at which Redis drops a row (default: never).")
 
 

@@ -15,42 +15,49 @@ from tasks.io import storage
 from tasks.io.errors import ConfigError
 from tasks.io.listing import Upload, abort_upload, unfinished_uploads
 from tasks.io.storage import delete, normalise
-from tasks.io.text import number, plural, share
+from tasks.io.text import as_json, brief, facts, moment, moments, number, plural, printable, share, show, size
 from tasks.report import lineage_graph
-from tasks.report.tables import as_json, brief, facts, moment, moments, printable, show, size
-from tasks.serving.differences import Difference, compare
+from tasks.serving.changes import Difference, compare
 from tasks.store import catalogue, layout, retention
 from tasks.store.catalogue import find_dataset, short_name
-from tasks.store.reading import CURE, overview, published_versions, read_committed, read_manifest, resolve
+from tasks.store.reading import (
+    CURE,
+    overview,
+    published_versions,
+    read_committed,
+    read_manifest,
+    resolve,
+    withdrawal_of,
+)
 from tasks.store.reading import list_datasets as stored_datasets
-from tasks.store.withdrawal import withdraw, withdrawal_of
-from tasks.training_sets.freshness import STATUS
+from tasks.store.versions import withdraw
+from tasks.training_sets.definition import STATUS
 
 
 def list_datasets(arguments: Namespace) -> int:
     """List every dataset."""
-    found = catalogue.summaries(arguments.root)
+    datasets = catalogue.summaries(arguments.root)
     if arguments.json:
-        print(as_json(found))
+        print(as_json(datasets))
         return 0
-    if not found:
+    if not datasets:
         print(f"no datasets under {storage.normalise(arguments.root)}: run the flow, or correct --root")
         return 0
     show(
         ["NAME", "KIND", "LATEST", "VERSIONS", "STATUS", "ROWS", "COLUMNS", "AS OF", "CREATED"],
         [
             (
-                one.name,
-                one.kind,
-                _v(one.version),
-                one.versions,
-                one.status,
-                one.rows,
-                one.columns,
-                one.as_of,
-                moment(one.created),
+                summary.name,
+                summary.kind,
+                _v(summary.version),
+                summary.versions,
+                summary.status,
+                summary.rows,
+                summary.columns,
+                summary.as_of,
+                moment(summary.created),
             )
-            for one in found
+            for summary in datasets
         ],
         right=("VERSIONS", "ROWS", "COLUMNS"),
     )
@@ -61,23 +68,23 @@ def describe(arguments: Namespace) -> int:
     """Describe one dataset: its versions, and the columns of one version."""
     dataset = find_dataset(arguments.root, arguments.name)
     versions = catalogue.version_summaries(arguments.root, dataset)
-    one = catalogue.describe(arguments.root, dataset, arguments.version)
+    described = catalogue.describe(arguments.root, dataset, arguments.version)
     if arguments.json:
-        print(as_json({"description": one, "versions": versions}))
+        print(as_json({"description": described, "versions": versions}))
         return 0
     facts(
         {
-            "dataset": f"{one.dataset} v{one.version} ({one.kind})",
-            "data": one.uri,
-            "created": moment(one.created),
-            "by run": one.run,
-            "rows": f"{one.rows:,} in {one.files} files, {size(one.bytes)}",
-            "entity": one.entity,
-            "partition": one.partition,
-            "as of": moments(one.as_of) if one.as_of else None,
-            "verdict": one.verdict,
-            "damaged": f"{'; '.join(one.faults)}: {CURE}" if one.faults else None,
-            "made from": ", ".join(one.inputs),
+            "dataset": f"{described.dataset} v{described.version} ({described.kind})",
+            "data": described.uri,
+            "created": moment(described.created),
+            "by run": described.run,
+            "rows": f"{described.rows:,} in {described.files} files, {size(described.bytes)}",
+            "entity": described.entity,
+            "partition": described.partition,
+            "as of": moments(described.as_of) if described.as_of else None,
+            "verdict": described.verdict,
+            "damaged": f"{'; '.join(described.faults)}: {CURE}" if described.faults else None,
+            "made from": ", ".join(described.inputs),
         }
     )
     print()
@@ -85,7 +92,7 @@ def describe(arguments: Namespace) -> int:
         ["COLUMN", "TYPE", "NULLS", "MIN", "MEAN", "MAX", "DECLARED AS"],
         [
             (c.name, c.type, _share(c.nulls), _bound(c.minimum), c.mean, _bound(c.maximum), brief(c.declared))
-            for c in one.columns
+            for c in described.columns
         ],
         right=("NULLS", "MIN", "MEAN", "MAX"),
     )
@@ -156,27 +163,27 @@ def get(arguments: Namespace) -> int:
 def diff(arguments: Namespace) -> int:
     """Show the differences between two versions."""
     root, dataset = arguments.root, find_dataset(arguments.root, arguments.name)
-    found = compare(*(read_manifest(root, dataset, version) for version in (arguments.before, arguments.after)))
+    difference = compare(*(read_manifest(root, dataset, version) for version in (arguments.before, arguments.after)))
     if arguments.json:
-        print(as_json(found))
+        print(as_json(difference))
         return 0
-    before, after = (f"v{version}" for version in found.versions)
+    before, after = (f"v{version}" for version in difference.versions)
     facts(
         {
-            "dataset": f"{found.dataset}, {before} → {after}",
-            "rows": f"{found.rows[0]:,} → {found.rows[1]:,}",
-            "size": f"{size(found.bytes[0])} → {size(found.bytes[1])}",
-            "added": ", ".join(found.added),
-            "removed": ", ".join(found.removed),
-            "only after": moments(found.as_of_added) if found.as_of_added else None,
-            "only before": moments(found.as_of_removed) if found.as_of_removed else None,
+            "dataset": f"{difference.dataset}, {before} → {after}",
+            "rows": f"{difference.rows[0]:,} → {difference.rows[1]:,}",
+            "size": f"{size(difference.bytes[0])} → {size(difference.bytes[1])}",
+            "added": ", ".join(difference.added),
+            "removed": ", ".join(difference.removed),
+            "only after": moments(difference.as_of_added) if difference.as_of_added else None,
+            "only before": moments(difference.as_of_removed) if difference.as_of_removed else None,
         }
     )
-    _show_changes("TYPE OF", found.retyped, before, after)
-    _show_changes("DECLARED OTHERWISE", found.declared, before, after)
-    _show_changes("INPUT", found.inputs, before, after)
-    _show_changes("SETTING", found.config, before, after)
-    _show_columns(found)
+    _show_changes("TYPE OF", difference.retyped, before, after)
+    _show_changes("DECLARED OTHERWISE", difference.declared, before, after)
+    _show_changes("INPUT", difference.inputs, before, after)
+    _show_changes("SETTING", difference.config, before, after)
+    _show_columns(difference)
     return 0
 
 
@@ -186,11 +193,13 @@ def _show_changes(heading: str, changes: Any, before: str, after: str) -> None:
         show([heading, before, after], [(name, *(brief(value) for value in pair)) for name, pair in changes.items()])
 
 
-def _show_columns(found: Difference) -> None:
+def _show_columns(difference: Difference) -> None:
     changed = [
-        column for column in found.columns if column.nulls[0] != column.nulls[1] or column.mean[0] != column.mean[1]
+        column
+        for column in difference.columns
+        if column.nulls[0] != column.nulls[1] or column.mean[0] != column.mean[1]
     ]
-    changed += [column for column in found.columns if column not in changed and (column.psi or 0) >= 0.0005]
+    changed += [column for column in difference.columns if column not in changed and (column.psi or 0) >= 0.0005]
     print()
     if not changed:
         print("no column's profile differs")
@@ -214,14 +223,17 @@ def watermarks(arguments: Namespace) -> int:
     """Show the watermark of each feature group."""
     from tasks.features.incremental import watermark
 
-    groups = [one for one in catalogue.summaries(arguments.root) if one.kind == "features"]
-    found = [(one, watermark(arguments.root, one.dataset)) for one in groups]
+    groups = [group for group in catalogue.summaries(arguments.root) if group.kind == "features"]
+    reached = [(group, watermark(arguments.root, group.dataset)) for group in groups]
     if arguments.json:
-        print(as_json({one.name: mark for one, mark in found}))
+        print(as_json({group.name: mark for group, mark in reached}))
         return 0
     show(
         ["NAME", "LATEST", "AS OF", "NEWEST EVENT", "CREATED"],
-        [(one.name, _v(one.version), mark.as_of, mark.newest_event, moment(one.created)) for one, mark in found],
+        [
+            (group.name, _v(group.version), mark.as_of, mark.newest_event, moment(group.created))
+            for group, mark in reached
+        ],
     )
     return 0
 
@@ -232,11 +244,11 @@ def lineage(arguments: Namespace) -> int:
 
     dataset = find_dataset(arguments.root, arguments.name)
     version = arguments.version or resolve(arguments.root, dataset).version
-    found = trace(arguments.root, dataset, version)
+    traced = trace(arguments.root, dataset, version)
     if arguments.json:
-        sys.stdout.write(found.to_json().decode())
+        sys.stdout.write(traced.to_json().decode())
     else:
-        print((lineage_graph.mermaid(found) if arguments.mermaid else lineage_graph.text(found)).rstrip("\n"))
+        print((lineage_graph.mermaid(traced) if arguments.mermaid else lineage_graph.text(traced)).rstrip("\n"))
     return 0
 
 
@@ -364,7 +376,9 @@ def _unfinished_uploads(root: str) -> list[Upload]:
 
 
 def export(arguments: Namespace) -> int:
-    """Write a group's newest values to Redis."""
+    """Write a group's newest values to Redis, or a streaming copy as an MDS directory."""
+    if arguments.mds is not None:
+        return _export_mds(arguments)
     from tasks.serving.online import export_latest
 
     group = short_name(find_dataset(arguments.root, arguments.name, "features"))
@@ -373,12 +387,25 @@ def export(arguments: Namespace) -> int:
     return 0
 
 
+def _export_mds(arguments: Namespace) -> int:
+    from tasks.datasets.mds import export_mds
+
+    if arguments.ttl_days is not None:
+        raise ConfigError("--ttl-days is for --redis: files of MDS don't expire; leave it out")
+    dataset = find_dataset(arguments.root, arguments.name, "streaming copy")
+    uri = layout.dataset_uri(arguments.root, dataset)
+    samples = export_mds(uri, arguments.mds, split=arguments.split, compression=arguments.compression)
+    told = {"dataset": dataset, "split": arguments.split, "samples": samples, "directory": arguments.mds}
+    print(as_json(told) if arguments.json else f"{dataset}: {samples:,} samples are in {arguments.mds}")
+    return 0
+
+
 def plan(arguments: Namespace) -> int:
     """Show the effect of changed definitions on the store and on models."""
     from tasks.features.loading import load_definitions
     from tasks.features.standard import STANDARD
     from tasks.serving.changes import plan_changes
-    from tasks.training_sets.loading import load_models
+    from tasks.training_sets.definition import load_models
 
     definitions = load_definitions(arguments.definitions).over(STANDARD) if arguments.definitions else STANDARD
     models = load_models(arguments.models) if arguments.models else {}

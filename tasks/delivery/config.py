@@ -1,7 +1,4 @@
-"""Configuration of the training-delivery flow: the flow's parameter, the command line and the deployment's parameters.
-
-Credentials never appear here (Prefect stores parameters); storage takes them from the environment.
-"""
+"""Configuration of the training-delivery flow."""
 
 from __future__ import annotations
 
@@ -11,15 +8,17 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from tasks.store.settings import (
-    Bounds,
+    CommonBounds,
     DatasetName,
-    Drift,
+    FlowSettings,
     Location,
     Names,
     Seed,
+    SelfTest,
     Settings,
     Share,
     Version,
+    check_shares,
     fails,
     warns,
 )
@@ -74,6 +73,11 @@ class TrainingConfig(Settings):
         default=None,
         description="'class' to draw each class equally often in each epoch (each sample once, by default).",
     )
+    mix: dict[DatasetName, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict,
+        description="Copies under training-datasets/streaming-ready/ to mix, each with its share of the samples, such "
+        "as images=3,hard=1: this run's own copy and the latest versions of others (its own alone, by default).",
+    )
     seed: Seed = Field(default=0, description="Seed of the model's weights and of the epochs' orders.")
     cache_dir: Location | None = Field(
         default=None,
@@ -82,26 +86,27 @@ class TrainingConfig(Settings):
     )
     cache_gigabytes: float = Field(default=20.0, gt=0, le=1e6, description="Limit of the cache of a node, 10⁹ bytes.")
 
+    @model_validator(mode="after")
+    def _one_choice_of_samples(self) -> TrainingConfig:
+        if self.mix and self.balance is not None:
+            raise ValueError(f"balance = '{self.balance}' and mix = {self.mix} both choose samples; give one of them")
+        return self
 
-class DeliveryThresholds(Bounds):
+
+class DeliveryThresholds(CommonBounds):
     """Bounds of the quality gate."""
 
     minimum_samples: int = Field(default=1, ge=1, description="The gate fails below so many samples to train on.")
     missing_warn: Share = warns(0.1, "above this share of nulls in a feature")
     missing_fail: Share = fails(0.5, "above this share of nulls in a feature")
-    rejected_warn: Share = warns(0.01, "above this share of rejected rows")
-    rejected_fail: Share = fails(0.2, "above this share of rejected rows")
     balance_warn: Share = warns(0.2, "if the rarest class has less than this share of an equal part")
-    drift_warn: Drift = warns(0.1, "above this drift (PSI) against the last published version")
-    drift_fail: Drift = fails(1.0, "above this drift (PSI) against the last published version")
 
 
-class DeliveryConfig(Settings):
+class DeliveryConfig(FlowSettings):
     """Make a streaming-ready copy of a published version, deliver it to PyTorch workers, and train."""
 
     model_config = ConfigDict(title="Training delivery")
 
-    root: Location = Field(default="data", description="Where datasets are kept: a directory or s3://bucket/prefix.")
     dataset: str = Field(
         default="feature-store/customer-features",
         min_length=1,
@@ -155,7 +160,7 @@ class DeliveryConfig(Settings):
         default=1000,
         ge=1,
         le=1_000_000,
-        description="Rows of a table in a stored block; an image is a block itself.",
+        description="Rows of a table that share a checksum; images have one each.",
     )
     file_megabytes: float = Field(
         default=128.0, gt=0, le=2000, description="Size that a file has about, MiB; a task needs some times its memory."
@@ -166,20 +171,19 @@ class DeliveryConfig(Settings):
     thresholds: DeliveryThresholds = Field(
         default_factory=DeliveryThresholds, description="Bounds of the quality gate."
     )
-    self_test: bool = Field(
-        default=True, description="Inject faults into a sample of the version, and report which its gate notices."
-    )
+    self_test: SelfTest = True
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="What is trained, and how.")
 
     @model_validator(mode="after")
     def _choices_agree(self) -> DeliveryConfig:
-        if self.validation_share + self.test_share >= 1:
-            raise ValueError(
-                f"validation_share + test_share = {self.validation_share + self.test_share:g}: "
-                "nothing is left to train on; together they must stay below 1"
-            )
+        check_shares(self.validation_share, self.test_share)
         if self.target is not None and self.target in (*self.features, self.entity):
             raise ValueError(f"target = '{self.target}' is also a feature or the entity; a model would only copy it")
+        if self.training.mix and self.dataset_name not in self.training.mix:
+            raise ValueError(
+                f"training.mix = {self.training.mix} leaves out '{self.dataset_name}', which this run makes; give it a "
+                "share"
+            )
         return self
 
     @property

@@ -6,24 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.encoding import Encoder, Feature, Label, fit_encoder, fit_label
-from tasks.delivery.keys import SPLITS
 from tasks.delivery.shuffle import Look, Shuffle, UnitNote, WrittenBucket, plan_buckets
-from tasks.delivery.source import Source
+from tasks.delivery.source import SPLITS, Source
 from tasks.io.hashing import stable_hash
-from tasks.loader.blocks import BlockFormat
+from tasks.io.tensors import Int64Array
+from tasks.loader.samples import IMAGE, SampleFormat
 from tasks.quality.profile import ColumnPartial, TableProfile
 from tasks.quality.sketch import DistinctSketch, TopValues
 from tasks.store.manifest import Manifest
 
 
-def samples_of(notes: Sequence[UnitNote]) -> npt.NDArray[np.int64]:
+def samples_of(notes: Sequence[UnitNote]) -> Int64Array:
     """Return the samples of each split."""
-    counts: npt.NDArray[np.int64] = np.sum([note.samples for note in notes], axis=0)
+    counts: Int64Array = np.sum([note.samples for note in notes], axis=0)
     return counts
 
 
@@ -37,11 +36,11 @@ def fit(look: Look, notes: Sequence[UnitNote], profile: TableProfile) -> Shuffle
     else:
         assert source.image is not None, "images have a shape"
         shape = source.image.shape
-    form = BlockFormat(
+    form = SampleFormat(
         kind=source.kind,
         shape=shape,
         label=label.dtype if label else None,
-        block_size=config.batch_size if source.kind == "table" else 1,
+        batch_size=config.batch_size if source.kind == "table" else 1,
     )
     return Shuffle(
         config=config,
@@ -84,28 +83,21 @@ NORMALISE_IMAGES: dict[str, Any] = {"mean": [0.485, 0.456, 0.406], "std": [0.229
 """ImageNet's constants, for images whose version declares none."""
 
 
-def describe(shuffle: Shuffle, written: Sequence[WrittenBucket], samples: dict[str, int]) -> dict[str, Any]:
-    """Return `manifest.definition` of the version: JSON.
-
-    Args:
-        shuffle: The plan.
-        written: The written buckets.
-        samples: Samples by split, without empty ones.
-    """
+def describe(shuffle: Shuffle, samples: dict[str, int]) -> dict[str, Any]:
+    """Return `manifest.definition` of the version: JSON."""
     source, form = shuffle.source, shuffle.form
     described: dict[str, Any] = {
         "kind": form.kind,
-        "block_size": form.block_size,
+        "batch_size": form.batch_size,
         "seed": shuffle.config.seed,
         "samples": samples,
-        "file_samples": {made.entry.path: made.samples for made in written},
         "entity": source.entity,
         "keys": list(source.keys),
         "label": shuffle.label.describe() if shuffle.label else None,
         "source": {"dataset": source.manifest.dataset, "version": source.manifest.version},
     }
     if shuffle.encoder is None:
-        image = {"shape": list(form.shape), "dtype": form.dtype}
+        image = {"shape": list(form.shape), "dtype": form.columns[IMAGE].dtype}
         return described | {"image": image, "normalise": _image_constants(shuffle)}
     features = [feature.describe() for feature in shuffle.encoder.features]
     return described | {
@@ -113,18 +105,6 @@ def describe(shuffle: Shuffle, written: Sequence[WrittenBucket], samples: dict[s
         "features": features,
         "normalise": shuffle.encoder.normalise(),
     }
-
-
-def block_format(manifest: Manifest) -> BlockFormat:
-    """Return the format of a version's blocks."""
-    definition, label = manifest.definition, label_of(manifest)
-    images = definition["kind"] == "images"
-    return BlockFormat(
-        kind=definition["kind"],
-        shape=tuple(definition["image"]["shape"]) if images else (definition["feature_count"],),
-        label=label.dtype if label else None,
-        block_size=int(definition["block_size"]),
-    )
 
 
 def encoder_of(manifest: Manifest) -> Encoder | None:
@@ -139,7 +119,6 @@ def label_of(manifest: Manifest, numbered: bool = False) -> Label | None:
     Args:
         manifest: The version's.
         numbered: True if the source numbers its classes itself, so that its column holds the numbers.
-
     """
     described = manifest.definition.get("label")
     if described is None or described["kind"] == "number":

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
@@ -26,10 +25,9 @@ import pyarrow.types as pt
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.source import is_text
 from tasks.io.errors import ConfigError, InputError
+from tasks.io.tensors import AnyArray, BoolArray, Float32Array
 from tasks.quality.profile import ColumnPartial, TableProfile, profile_table
 from tasks.quality.sketch import Moments, TopValues
-
-FloatArray = npt.NDArray[np.float32]
 
 MOST_VALUES = 1 << 16
 """Maximum number of distinct values of a text column that are counted."""
@@ -37,23 +35,23 @@ LONGEST_VALUE = 1024
 """Bytes of the longest text that is counted."""
 
 
-def numbers(column: pa.ChunkedArray) -> FloatArray:
+def numbers(column: pa.ChunkedArray) -> Float32Array:
     """Return numbers or booleans as float32, shape (n,); NaN where they are missing, infinite or too large."""
     if pt.is_boolean(column.type):
         column = column.cast(pa.uint8())
     elif pt.is_decimal(column.type):
         column = column.cast(pa.float64())
-    values: FloatArray = pc.fill_null(column.cast(pa.float32(), safe=False), math.nan).to_numpy()
+    values: Float32Array = pc.fill_null(column.cast(pa.float32(), safe=False), math.nan).to_numpy()
     if not (finite := np.isfinite(values)).all():
         values = np.where(finite, values, np.float32(math.nan))
     return values
 
 
-def is_missing(column: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+def is_missing(column: pa.ChunkedArray) -> BoolArray:
     """Return a mask of missing or unusable values of a feature or a target, shape (n,)."""
     if pt.is_floating(column.type) or pt.is_decimal(column.type):
         return np.isnan(numbers(column))
-    missing: npt.NDArray[np.bool_] = column.is_null().to_numpy()
+    missing: BoolArray = column.is_null().to_numpy()
     return missing
 
 
@@ -70,9 +68,7 @@ def top_values(texts: pa.ChunkedArray, capacity: int) -> TopValues:
     return TopValues.of(values, counts, capacity, LONGEST_VALUE)
 
 
-def profile_features(
-    rows: pa.Table, columns: Sequence[str], chosen: npt.NDArray[np.bool_] | None = None
-) -> TableProfile:
+def profile_features(rows: pa.Table, columns: Sequence[str], chosen: BoolArray | None = None) -> TableProfile:
     """Return the profile of feature columns, or of a target, as encoded: missing values count as null.
 
     Args:
@@ -165,7 +161,7 @@ class Encoder:
 
     features: tuple[Feature, ...]
 
-    def encode(self, rows: pa.Table) -> FloatArray:
+    def encode(self, rows: pa.Table) -> Float32Array:
         """Return the matrix of some rows, shape (n, features)."""
         matrix = np.zeros((rows.num_rows, len(self.features)), np.float32)
         by_column: dict[str, list[tuple[int, Feature]]] = {}
@@ -270,7 +266,7 @@ def _named_apart(features: Sequence[Feature]) -> list[Feature]:
     return apart
 
 
-def _encode_number(column: pa.ChunkedArray, members: Sequence[tuple[int, Feature]], matrix: FloatArray) -> None:
+def _encode_number(column: pa.ChunkedArray, members: Sequence[tuple[int, Feature]], matrix: Float32Array) -> None:
     values = numbers(column)
     missing = np.isnan(values)
     for position, feature in members:
@@ -281,7 +277,7 @@ def _encode_number(column: pa.ChunkedArray, members: Sequence[tuple[int, Feature
             matrix[:, position] = np.where(missing, np.float32(feature.fill), values)
 
 
-def _encode_category(column: pa.ChunkedArray, members: Sequence[tuple[int, Feature]], matrix: FloatArray) -> None:
+def _encode_category(column: pa.ChunkedArray, members: Sequence[tuple[int, Feature]], matrix: Float32Array) -> None:
     texts = text_of(column)
     missing = texts.is_null().to_numpy()
     known = {f.value: position for position, f in members if f.encoding == "category" and f.value is not None}
@@ -334,7 +330,7 @@ class Label:
             return described | {"classes": list(self.classes)}
         return described | {"mean": self.mean, "std": self.std}
 
-    def encode(self, column: pa.ChunkedArray) -> npt.NDArray[Any]:
+    def encode(self, column: pa.ChunkedArray) -> AnyArray:
         """Return class ids or numbers of a column without missing values, shape (n,), of `dtype`.
 
         Raises:
@@ -347,7 +343,7 @@ class Label:
         if ids.null_count:
             odd = texts.filter(ids.is_null())[0].as_py()
             raise InputError(f"column {self.column!r} holds {odd!r}, which is none of the version's classes")
-        encoded: npt.NDArray[Any] = ids.to_numpy().astype(np.int64)
+        encoded: AnyArray = ids.to_numpy().astype(np.int64)
         return encoded
 
 

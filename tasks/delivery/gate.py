@@ -1,16 +1,54 @@
-"""The quality gate of a streaming-ready copy. Pure: figures in, verdict out."""
+"""The quality gate of a streaming-ready copy, and its fault tests. Pure, but for reading the sample.
+
+The fault tests run the job's functions on a sample of the source's rows:
+
+source rows ─ judge ─ split ─ profile ─ encoder, label ─┐   the same functions as in the job,
+                        └─ keys ─ repeats ─ sample ids ─┴─ gate     on a few thousand rows
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from tasks.delivery.config import DeliveryConfig
-from tasks.delivery.keys import SPLITS
-from tasks.delivery.shuffle import NOT_READY, CopyFigures
+from tasks.delivery.definition import class_counts, describe, fit, named_profile
+from tasks.delivery.encoding import text_of
+from tasks.delivery.shuffle import (
+    NOT_READY,
+    CopyFigures,
+    Loaded,
+    Look,
+    Shuffle,
+    WrittenBucket,
+    admit,
+    judge,
+    keys_of,
+    note_of,
+)
+from tasks.delivery.source import (
+    SPLITS,
+    Repeats,
+    Source,
+    find_repeats,
+    random_keys,
+    repeated,
+    sample_ids,
+    split_entities,
+)
+from tasks.io.errors import ConfigError
+from tasks.io.hashing import METHOD
+from tasks.io.tensors import BoolArray, Int8Array, Int64Array
 from tasks.io.text import number, plural
-from tasks.quality import rules
-from tasks.store.manifest import CheckResult, GateResult, Manifest, Verdict
+from tasks.quality import faults, rules
+from tasks.quality.faults import ALIKE, DOUBLED, MOST_FEATURES, Faults, Sample, Trial, rarest, sample_rows
+from tasks.store.manifest import CheckResult, FileEntry, GateResult, Manifest, RowBalance, Verdict
+from tasks.store.reservation import Reservation
 
 NAMED = 5
 
@@ -20,7 +58,7 @@ def judge_copy(config: DeliveryConfig, copy: CopyFigures, previous: Manifest | N
 
     Against the last published version, a change of the source columns of features, of the label or of the shape
     of images fails unless it is allowed: a model can't be trained on both. Other columns of the matrix, as new
-    categories bring them, and other classes or block sizes warn.
+    categories bring them, and other classes or batch sizes warn.
     """
     bounds = config.thresholds
     columns = copy.profile.columns()
@@ -57,12 +95,12 @@ def judge_copy(config: DeliveryConfig, copy: CopyFigures, previous: Manifest | N
 def _rows(copy: CopyFigures, minimum: int) -> CheckResult:
     """Check that there are enough rows to train on; if none is left, report why."""
     check = rules.check_rows(copy.samples["train"], minimum)
-    gone = {reason: rows for balance in copy.balances for reason, rows in balance.filtered.items() if rows}
-    if sum(copy.samples.values()) or not gone:
+    left_out = {reason: rows for balance in copy.balances for reason, rows in balance.filtered.items() if rows}
+    if sum(copy.samples.values()) or not left_out:
         return check
-    told = ", ".join(f"{plural(rows, 'row')} {reason}" for reason, rows in gone.items())
-    cure = "; take all rows with --no-ready-only" if NOT_READY in gone else ""
-    return check.model_copy(update={"message": f"No row is left: {told}{cure}."})
+    counts = ", ".join(f"{plural(rows, 'row')} {reason}" for reason, rows in left_out.items())
+    cure = "; take all rows with --no-ready-only" if NOT_READY in left_out else ""
+    return check.model_copy(update={"message": f"No row is left: {counts}{cure}."})
 
 
 def _splits(config: DeliveryConfig, copy: CopyFigures) -> list[CheckResult]:
@@ -137,7 +175,7 @@ def _against(
         if old != new:
             message = f"{what} differ from v{version}: {_difference(old, new)}."
             checks.append(_check("schema", what, ("warn", _difference(old, new), f"as in v{version}"), message))
-    message = f"Features, label and blocks are those of v{version}."
+    message = f"Features, label and batches are those of v{version}."
     return checks or [_check("schema", None, ("pass", float(now.get("feature_count", 1)), "as before"), message)]
 
 
@@ -159,7 +197,7 @@ _ESSENTIALS: dict[str, Any] = {
 _DETAILS: dict[str, Any] = {
     "Features": _feature_part("name"),
     "Classes": lambda definition: tuple((definition.get("label") or {}).get("classes") or ()),
-    "Block sizes": lambda definition: definition.get("block_size"),
+    "Batch sizes": lambda definition: definition.get("batch_size"),
 }
 
 
@@ -192,3 +230,149 @@ def _check(name: str, column: str | None, found: tuple[Verdict, float | str, str
     """Return a result; `found` is the verdict, the figure and the requirement."""
     verdict, figure, bound = found
     return CheckResult(name=name, column=column, verdict=verdict, figure=figure, bound=bound, message=message)
+
+
+SPLIT = "_split"
+"""Column of the sample with the number of a row's split, −1 if its entity draws one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rows(Sample):
+    """Rows of a source, the columns taken from them, and the share of samples that are written twice."""
+
+    source: Source
+    twice: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trial(Trial[_Rows]):
+    reservation: Reservation
+    splits: ClassVar = (SPLIT, 0, 1)
+
+    def figures(self, rows: _Rows) -> CopyFigures:
+        source, config = rows.source, self.config
+        table = faults.with_values(rows.table, source.keys[:1], None, rows.bad)
+        loaded = self._loaded(table, source)
+        note = note_of(0, loaded, source, config)
+        assert note.profile is not None
+        shuffle = fit(Look(config, source, self.reservation, (), 1), [note], note.profile)
+        keys = keys_of(loaded.rows, source)
+        repeats = find_repeats(keys, np.zeros(len(keys), np.int64), np.arange(len(keys))).get(0, Repeats())
+        written = self._written(shuffle, loaded, sample_ids(keys, repeats), rows)
+        entities, leaking = split_entities(loaded.entities, loaded.splits)
+        samples = dict(zip(SPLITS, note.samples.tolist(), strict=True))
+        balance = RowBalance(
+            name=source.manifest.dataset,
+            rows_in=note.rows,
+            rows_out=sum(made.entry.rows for made in written),
+            rejected=dict(note.rejected),
+            filtered=dict(note.filtered),
+        )
+        return CopyFigures(
+            schema=shuffle.form.schema,
+            profile=named_profile(note.profile, shuffle.label, [note]),
+            balances=(balance,),
+            definition=describe(shuffle, {split: count for split, count in samples.items() if count}),
+            samples=samples,
+            class_counts=class_counts(shuffle.label, written),
+            entities=dict(zip(SPLITS, entities.tolist(), strict=True)),
+            leaking_entities=leaking,
+            repeated_keys=len(repeats.rows),
+            duplicate_ids=sum(made.duplicate_ids for made in written),
+        )
+
+    def _loaded(self, table: pa.Table, source: Source) -> Loaded:
+        given = table[SPLIT].to_numpy().astype(np.int8)
+        judged = judge(table, source, self.config)
+        return admit(table, given, judged, source, self.config, rejected=table.slice(0, 0))
+
+    def _written(self, shuffle: Shuffle, loaded: Loaded, ids: Int64Array, rows: _Rows) -> list[WrittenBucket]:
+        """Return the rows that would be written for each split."""
+        label, labels, classes = shuffle.label, None, 0
+        if label is not None and label.kind == "class":
+            labels, classes = label.encode(loaded.rows[label.column]), len(label.classes)
+        kept, again = ~faults.some(len(ids), rows.lost), faults.some(len(ids), rows.twice)
+        places = np.concatenate([np.flatnonzero(kept), np.flatnonzero(again)])
+        written = []
+        for split in np.unique(loaded.splits[places]).tolist():
+            own = places[loaded.splits[places] == split]
+            made = WrittenBucket(
+                entry=FileEntry(path=f"{split}", rows=len(own), bytes=0, digest=f"{METHOD}:{'0' * 64}"),
+                split=split,
+                class_counts=None if labels is None else np.bincount(labels[own], minlength=classes),
+                duplicate_ids=repeated(np.sort(random_keys(ids[own], self.config.seed))),
+            )
+            written.append(made)
+        return written
+
+    def faults(self) -> Faults:
+        source, first, target = self.sample.source, self.first, self.sample.source.target or ""
+        name, entity = source.manifest.dataset, source.entity
+        yield replace(self.no_rows(), raises=(ConfigError,))
+        yield self.duplicates(f"repeated keys of {', '.join(source.keys)}")
+        words = f"{DOUBLED:.0%} of the samples were written twice."
+        yield self.fault("written twice", words, "unique of sample_id", twice=DOUBLED)
+        yield self.lost_rows(name)
+        yield self.bad_rows("bad rows", f"the rows lost their {source.keys[0]}", name)
+        words = f"{DOUBLED:.0%} of the rows were copied into another split, with the same {entity}."
+        yield self.split_overlap(words, f"leak of {entity}", self.copies)
+        yield replace(self.no_train_rows(), raises=(ConfigError,))
+        counts = self.known.class_counts
+        rare, other = rarest(counts.get("train", {})), next((split for split in counts if split != "train"), "")
+        own, splits = self._of_class(rare)
+        yield self.rare_class(target, rare, own, splits == 0, "There are no two classes to learn.")
+        words = f"Class {rare} was taken out of the {other} split."
+        why_not = "" if rare and other else "There are no two classes in two splits."
+        table = faults.lost(self.table, own & (splits == SPLITS.index(other)) if other else own)
+        yield self.fault("missing class", words, f"classes of {other}", why_not, table=table)
+        # If rows without a value are rejected, none is left to count.
+        more = [f"rejected of {name}"] if self.config.nulls == "reject" else []
+        none = "Images have no features."
+        yield self.nulls(*more, why_not=none)
+        yield self.values("constant", "constant", self.number, 1, why_not=ALIKE if first else none)
+        aims = ("schema", "schema of Source columns", "schema of Label columns")
+        why_not = "" if first or target else "There is neither a feature nor a label."
+        fewer = {"features": tuple(column for column in source.features if column != first)}
+        left = replace(source, **(fewer if first else {"target": None}))
+        schema = self.fault("schema", f"Column {first or target} was left out.", aims, why_not, source=left)
+        yield replace(schema, raises=(ConfigError,))
+        value = self.table[target].drop_null()[0].as_py() if rare else None
+        why_not = "There is no number and no class that differs between rows."
+        yield self.shift() if self.number else self.one_class(target if rare else "", value, why_not)
+
+    def _of_class(self, name: str) -> tuple[BoolArray, Int8Array]:
+        """Mark the rows of a class, none for ''; return each row's split, too, −1 for rows that the job leaves out."""
+        source, table = self.sample.source, self.table
+        good = judge(table, source, self.config)[0] == 0
+        splits = np.full(len(good), -1, np.int8)
+        splits[good] = self._loaded(table, source).splits
+        if not name:
+            return np.zeros(len(good), np.bool_), splits
+        value = str(source.classes.index(name)) if source.classes is not None else name
+        return pc.equal(text_of(table[str(source.target)]), value).fill_null(False).to_numpy(), splits
+
+
+def trial(source: Source, manifest: Manifest, config: DeliveryConfig, previous: Manifest | None) -> Trial[_Rows]:
+    """Sample a copy's source; drift, features and label are compared with the sample as it is."""
+    source = replace(source, features=source.features[:MOST_FEATURES])
+    splits = {file.uri: -1 if file.split is None else file.split for file in source.files}
+
+    def with_split(uri: str, table: pa.Table) -> pa.Table:
+        return table.append_column(SPLIT, pa.array(np.full(table.num_rows, splits[uri], np.int8)))
+
+    table = sample_rows([file.uri for file in source.files], source.columns, source.entity, convert=with_split)
+    made = _Trial(
+        sample=_Rows(table=table, source=source),
+        features=source.features,
+        before=previous or manifest,
+        config=config,
+        gate=judge_copy,
+        reservation=Reservation(
+            root=source.root, dataset=manifest.dataset, version=manifest.version, run_id="self-test", attempt=1
+        ),
+    )
+    bounds, known = config.thresholds, made.known
+    fewest = max(1, min(bounds.minimum_samples, known.samples["train"]))  # a sample has fewer than the whole
+    bounds = bounds.model_copy(update={"minimum_samples": fewest})
+    before = made.before.model_copy(update={"definition": known.definition})
+    return replace(made, before=before, config=config.model_copy(update={"thresholds": bounds}))

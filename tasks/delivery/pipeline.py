@@ -22,15 +22,13 @@ import numpy as np
 
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.definition import class_counts, describe, fit, named_profile, samples_of
-from tasks.delivery.keys import SPLITS, Repeats, merge_repeats
 from tasks.delivery.shuffle import Checked, Look, Shuffle, StreamingReady, UnitNote, WrittenBucket
-from tasks.delivery.source import Source, read_units
+from tasks.delivery.source import SPLITS, Repeats, Source, merge_repeats, read_units
 from tasks.engine.cluster import losses_explained
 from tasks.engine.jobs import Parts, Shuffled, shuffle
 from tasks.io.errors import BalanceError
 from tasks.quality.profile import TableProfile, added
-from tasks.store.conservation import check_equal
-from tasks.store.manifest import RowBalance
+from tasks.store.manifest import RowBalance, check_equal
 from tasks.store.reservation import Reservation
 
 KEYS_PER_PART = 4_000_000
@@ -107,7 +105,7 @@ def write_streaming_ready(
         schema=delivery.form.schema,
         profile=named_profile(profile, delivery.label, seen.notes),
         balances=(_balance(source, seen.notes, written),),
-        definition=describe(delivery, written, {split: count for split, count in samples.items() if count}),
+        definition=describe(delivery, {split: count for split, count in samples.items() if count}),
         samples=samples,
         class_counts=class_counts(delivery.label, written),
         entities=dict(zip(SPLITS, entities, strict=True)),
@@ -130,7 +128,7 @@ def _write(delivery: Shuffle, repeats: dict[int, Repeats], units: int, on_rows: 
         delivery.gather,
         names=("encode samples", "sort and write"),
         volume=delivery.source.manifest.rows * delivery.form.sample_bytes,
-        on_summary=lambda made: on_rows(made.samples) if made is not None else None,
+        on_summary=lambda made: on_rows(made.entry.rows) if made is not None else None,
     )
     return [made for made in done.summaries if made is not None]
 
@@ -149,13 +147,13 @@ def _balance(source: Source, notes: Sequence[UnitNote], written: Sequence[Writte
     balance = RowBalance(
         name=name,
         rows_in=read,
-        rows_out=sum(made.samples for made in written),
+        rows_out=sum(made.entry.rows for made in written),
         rejected=dict(sorted(rejected.items())),
         filtered=dict(sorted(filtered.items())),
     )
     balance.check()
     for split, wanted in enumerate(samples_of(notes).tolist()):
-        found = sum(made.samples for made in written if made.split == split)
+        found = sum(made.entry.rows for made in written if made.split == split)
         if found != wanted:
             raise BalanceError(f"{name}: {wanted} samples were meant for {SPLITS[split]}, {found} were written")
     return balance

@@ -23,28 +23,29 @@ import pyarrow.compute as pc
 
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.encoding import Encoder, Label, is_missing, label_counts, profile_features
-from tasks.delivery.keys import (
+from tasks.delivery.source import (
     SPLITS,
     Repeats,
-    SplitArray,
-    UInt64Array,
+    Source,
+    Unit,
     bucket_of,
+    check_digests,
     entity_splits,
     find_repeats,
     random_keys,
+    read_pieces,
     repeated,
     sample_ids,
     sample_keys,
     split_entities,
 )
-from tasks.delivery.source import Source, Unit, check_digests, read_pieces
 from tasks.engine.partition import split_by_key
 from tasks.io import storage
 from tasks.io.hashing import stable_hash
-from tasks.io.tensors import to_numpy
-from tasks.loader.blocks import IMAGE, BlockFormat, Samples, write_samples
-from tasks.quality.figures import Figures, Written
+from tasks.io.tensors import BoolArray, Int8Array, Int64Array, UInt64Array, tensor_array, to_numpy
+from tasks.loader.samples import IMAGE, LABEL, SAMPLE_ID, SampleFormat, pick, write_samples
 from tasks.quality.profile import TableProfile
+from tasks.quality.rules import Figures, Written
 from tasks.quality.sketch import TopValues
 from tasks.store import layout
 from tasks.store.manifest import FileEntry
@@ -74,7 +75,7 @@ class UnitNote:
     filtered: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
     rejected_file: FileEntry | None = None
-    samples: npt.NDArray[np.int64]
+    samples: Int64Array
     labels: list[TopValues] | None
     profile: TableProfile | None
 
@@ -89,7 +90,7 @@ class Checked:
     """Result of checking a part of the hashes: repeated keys by unit, entities by split, and those in several."""
 
     repeats: dict[int, Repeats] = field(default_factory=dict)
-    entities: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(SPLITS), np.int64))
+    entities: Int64Array = field(default_factory=lambda: np.zeros(len(SPLITS), np.int64))
     leaking: int = 0
 
 
@@ -100,15 +101,13 @@ class WrittenBucket:
     Attributes:
         entry: The file.
         split: Number of its split.
-        samples: Number of samples.
         class_counts: Samples of each class, by class id; None without classes.
         duplicate_ids: Samples with the id of another sample.
     """
 
     entry: FileEntry
     split: int
-    samples: int
-    class_counts: npt.NDArray[np.int64] | None
+    class_counts: Int64Array | None
     duplicate_ids: int
 
 
@@ -145,7 +144,7 @@ class Loaded:
     """Rows of a unit that become samples, with their splits and entities; and the other rows."""
 
     rows: pa.Table
-    splits: SplitArray
+    splits: Int8Array
     entities: UInt64Array
     read: int
     reasons: Counter[str]
@@ -204,7 +203,7 @@ class Shuffle:
     source: Source
     reservation: Reservation
     units: tuple[Unit, ...]
-    form: BlockFormat
+    form: SampleFormat
     encoder: Encoder | None
     label: Label | None
     buckets: tuple[Bucket, ...]
@@ -220,13 +219,14 @@ class Shuffle:
         columns = self.source.columns + ([IMAGE] if self.source.image else [])
         loaded = load(self.units[index], self.source, self.config, columns)
         ids = sample_ids(keys_of(loaded.rows, self.source), repeats.get(index, Repeats()))
-        samples = encode(loaded.rows, ids, self.encoder, self.label)
+        samples = encode(loaded.rows, ids, self.form, self.encoder, self.label)
         number = self._bucket_numbers(loaded.splits, random_keys(ids, self.config.seed))
         order = np.argsort(number, kind="stable")
         bounds = np.searchsorted(number[order], np.arange(len(self.buckets) + 1))
-        return len(ids), [samples.take(order[start:end]).to_arrow() for start, end in pairwise(bounds.tolist())]
+        samples = pick([samples], order)
+        return len(ids), [samples.slice(start, end - start) for start, end in pairwise(bounds.tolist())]
 
-    def _bucket_numbers(self, splits: SplitArray, keys: UInt64Array) -> npt.NDArray[np.int64]:
+    def _bucket_numbers(self, splits: Int8Array, keys: UInt64Array) -> Int64Array:
         numbers = np.empty(len(keys), np.int64)
         firsts = {bucket.split: number for number, bucket in enumerate(self.buckets) if bucket.part == 0}
         for split, first in firsts.items():
@@ -236,8 +236,8 @@ class Shuffle:
 
     def gather(self, number: int, frames: Mapping[int, pa.Table]) -> tuple[WrittenBucket | None, pa.Table]:
         """Write a bucket's samples by their random keys; nothing if there are none."""
-        parts = [Samples.from_arrow(frame) for frame in frames.values()]
-        ids = np.concatenate([part.ids for part in parts])
+        parts = list(frames.values())
+        ids = np.concatenate([to_numpy(part, SAMPLE_ID) for part in parts])
         if not len(ids):
             return None, pa.table({})
         bucket = self.buckets[number]
@@ -247,22 +247,24 @@ class Shuffle:
         written = write_samples(uri, parts, order, self.form)
         counts = None
         if self.label is not None and self.label.kind == "class":
-            labels = np.concatenate([part.labels for part in parts if part.labels is not None])
+            labels = np.concatenate([to_numpy(part, LABEL) for part in parts])
             counts = np.bincount(labels, minlength=len(self.label.classes))
         made = WrittenBucket(
             entry=self.reservation.entry(written),
             split=bucket.split,
-            samples=len(ids),
             class_counts=counts,
             duplicate_ids=repeated(keys[order]),  # the keys are a bijection of the ids
         )
         return made, pa.table({})
 
 
-def encode(rows: pa.Table, ids: npt.NDArray[np.int64], encoder: Encoder | None, label: Label | None) -> Samples:
-    """Make samples of rows; without an encoder, of their images."""
+def encode(
+    rows: pa.Table, ids: Int64Array, form: SampleFormat, encoder: Encoder | None, label: Label | None
+) -> pa.Table:
+    """Make samples of rows, a row each; without an encoder, of their images."""
     values = to_numpy(rows, IMAGE) if encoder is None else encoder.encode(rows)
-    return Samples(values, None if label is None else label.encode(rows[label.column]), ids)
+    labels = [] if label is None else [pa.array(label.encode(rows[label.column]))]
+    return pa.Table.from_arrays([tensor_array(values), *labels, pa.array(ids)], schema=form.schema)
 
 
 def note_of(unit: int, loaded: Loaded, source: Source, config: DeliveryConfig) -> UnitNote:
@@ -293,7 +295,7 @@ def keys_of(rows: pa.Table, source: Source) -> UInt64Array:
     return sample_keys([rows[name] for name in source.keys])
 
 
-def plan_buckets(samples: npt.NDArray[np.int64], form: BlockFormat, file_bytes: float) -> tuple[Bucket, ...]:
+def plan_buckets(samples: Int64Array, form: SampleFormat, file_bytes: float) -> tuple[Bucket, ...]:
     """Return as many buckets a split as its samples need: the same on any cluster."""
     a_file = max(1, int(file_bytes // form.sample_bytes))
     parts = [-(-int(count) // a_file) for count in samples]
@@ -322,7 +324,7 @@ def load(unit: Unit, source: Source, config: DeliveryConfig, columns: Sequence[s
 
 def admit(
     rows: pa.Table,
-    given: SplitArray,
+    given: Int8Array,
     judged: tuple[npt.NDArray[np.int16], list[str]],
     source: Source,
     config: DeliveryConfig,
@@ -353,7 +355,7 @@ def judge(rows: pa.Table, source: Source, config: DeliveryConfig) -> tuple[npt.N
     """Return why each row is left out, as an index into the reasons; 0 means not. The first reason counts."""
     codes, reasons = np.zeros(rows.num_rows, np.int16), [""]
 
-    def mark(bad: npt.NDArray[np.bool_], reason: str) -> None:
+    def mark(bad: BoolArray, reason: str) -> None:
         codes[bad & (codes == 0)] = len(reasons)
         reasons.append(reason)
 
@@ -387,7 +389,7 @@ def _rejected_rows(
     return table
 
 
-def _places(unit: Unit, rows: npt.NDArray[np.int64]) -> tuple[list[str], npt.NDArray[np.int64]]:
+def _places(unit: Unit, rows: Int64Array) -> tuple[list[str], Int64Array]:
     """Return the file of some rows of a unit, and their numbers in it."""
     counts = [sum(file.row_groups[group] for group in groups) for file, groups in unit.pieces]
     before = [sum(file.row_groups[: groups[0]]) for file, groups in unit.pieces]

@@ -2,35 +2,145 @@
 
 All faults of a source as a whole are found here, with an error that names the column and the cure;
 faults of a row are found in `shuffle`.
+
+A sample's identity, its split and its place in the order are stable hashes:
+
+    entity ─┬───────────── split        never by row: an entity's rows stay together
+            └ + times ─ key ─ + ordinal ─ sample id ─ + seed ─ random key ─ place in the split's order
+
+A key depends only on the source's values, so it is the same in every version that holds the row. Rows with the same
+key are distinguished by an ordinal, in the order of the source.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from tasks.delivery.config import DeliveryConfig
-from tasks.delivery.keys import SPLITS
 from tasks.io import storage
 from tasks.io.errors import ConfigError
-from tasks.io.tensors import TensorSpec, is_tensor, tensor_spec
+from tasks.io.hashing import stable_hash
+from tasks.io.tensors import Float64Array, Int8Array, Int64Array, TensorSpec, UInt64Array, is_tensor, tensor_spec
 from tasks.io.text import closest
-from tasks.loader.blocks import IMAGE
+from tasks.loader.samples import IMAGE
 from tasks.store import layout, versions
-from tasks.store.layout import AS_OF, EVENT_TIME, READY, RECORDS, TARGET
+from tasks.store.layout import AS_OF, EVENT_TIME, IMAGE_ID, READY, RECORDS, TARGET
 from tasks.store.manifest import FileEntry, InputRecord, Manifest
 from tasks.store.reading import compare, explained, opened, verify_digest
 
+SPLITS = ("train", "validation", "test")
+
+_ORDER, _SPLIT = 0, 1  # each draw of a seed has a separate hash function
+_PURPOSES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Repeats:
+    """Rows of one unit that repeat an earlier row's key: their numbers, and their ordinals from 1."""
+
+    rows: Int64Array = field(default_factory=lambda: np.empty(0, np.int64))
+    ordinals: Int64Array = field(default_factory=lambda: np.empty(0, np.int64))
+
+
+def sample_keys(columns: Sequence[pa.Array | pa.ChunkedArray]) -> UInt64Array:
+    """Return the key of each row: the stable hash of the first column, mixed with those of the others."""
+    keys = stable_hash(columns[0])
+    for position, column in enumerate(columns[1:], 1):
+        keys = _mixed(keys ^ stable_hash(column, position))
+    return keys
+
+
+def sample_ids(keys: UInt64Array, repeats: Repeats) -> Int64Array:
+    """Return the keys as int64; keys of repeating rows are mixed with their ordinal."""
+    ids = keys.copy()
+    if len(repeats.rows):
+        ids[repeats.rows] = _mixed(keys[repeats.rows] ^ stable_hash(pa.array(repeats.ordinals)))
+    return ids.view(np.int64)
+
+
+def random_keys(ids: Int64Array, seed: int) -> UInt64Array:
+    """Return the sort keys of samples: a bijection of their ids for each seed, so that distinct ids never tie."""
+    return stable_hash(pa.array(ids), seed * _PURPOSES + _ORDER)
+
+
+def split_draws(entities: UInt64Array, seed: int) -> Float64Array:
+    """Return a draw in [0, 1) for each entity, given by its hash; the shares of the splits cut it from below."""
+    draws: Float64Array = stable_hash(pa.array(entities), seed * _PURPOSES + _SPLIT) / 2.0**64
+    return draws
+
+
+def entity_splits(entities: UInt64Array, seed: int, validation: float, test: float) -> Int8Array:
+    """Return the number of the split (`SPLITS`) of entities, given by their hashes, for the shares of two splits."""
+    draws = split_draws(entities, seed)
+    return np.select([draws < validation, draws < validation + test], [1, 2], 0).astype(np.int8)
+
+
+def repeated(ordered: UInt64Array) -> int:
+    """Return the number of keys, in ascending order, that equal the previous one."""
+    return int(np.count_nonzero(np.diff(ordered) == 0))
+
+
+def bucket_of(keys: UInt64Array, buckets: int) -> npt.NDArray[np.uint32]:
+    """Return the part of the keys' range of each key, of equal parts, ascending with the key; at most 2**32 parts."""
+    return ((keys >> np.uint64(32)) * np.uint64(buckets) >> np.uint64(32)).astype(np.uint32)
+
+
+def find_repeats(keys: UInt64Array, units: Int64Array, rows: Int64Array) -> dict[int, Repeats]:
+    """Return, by unit, the rows with the key of an earlier row.
+
+    Args:
+        keys: All rows that may share keys, shape (n,).
+        units: Unit of each row.
+        rows: Row within its unit.
+    """
+    order = np.lexsort((rows, units, keys))
+    sorted_keys = keys[order]
+    first = np.flatnonzero(np.concatenate([[True], sorted_keys[1:] != sorted_keys[:-1]])[: len(keys)])
+    ordinals = np.arange(len(keys)) - np.repeat(first, np.diff(first, append=len(keys)))
+    later = np.flatnonzero(ordinals)
+    found = {}
+    for unit in np.unique(units[order[later]]).tolist():
+        own = later[units[order[later]] == unit]
+        found[unit] = Repeats(rows[order[own]], ordinals[own])
+    return found
+
+
+def merge_repeats(parts: Iterable[Mapping[int, Repeats]]) -> dict[int, Repeats]:
+    """Return the repeats by unit, merged from several parts of the keys."""
+    merged: dict[int, Repeats] = {}
+    for part in parts:
+        for unit, repeats in part.items():
+            before = merged.get(unit, Repeats())
+            merged[unit] = Repeats(
+                np.concatenate([before.rows, repeats.rows]), np.concatenate([before.ordinals, repeats.ordinals])
+            )
+    return merged
+
+
+def split_entities(entities: UInt64Array, splits: Int8Array) -> tuple[Int64Array, int]:
+    """Return the number of distinct entities in each split, shape (3,), and of entities in several splits."""
+    pairs = np.unique(np.stack([entities, splits.astype(np.uint64)], axis=1), axis=0)
+    counts = np.bincount(pairs[:, 1].astype(np.int64), minlength=len(SPLITS))
+    _, seen = np.unique(pairs[:, 0], return_counts=True)
+    return counts, int((seen > 1).sum())
+
+
+def _mixed(values: UInt64Array) -> UInt64Array:
+    return stable_hash(pa.array(values))
+
+
 CLASS_ID = "class_id"
-IMAGE_ID, ORIGINAL_ID = "image_id", "original_image_id"
+ORIGINAL_ID = "original_image_id"
 TIMES = (EVENT_TIME, "event_time", "timestamp", AS_OF)
 """Columns that distinguish rows of one entity."""
 UNIT_BYTES = 64 << 20
@@ -40,7 +150,6 @@ USUAL_TARGETS = {"customer-features": "spending_trend", "product-features": "per
 follow from other features of the same row: an example of how, not of what, to learn."""
 
 _IDENTIFIER = re.compile(r"(.*_)?(id|uuid|key)|file_path|index", re.IGNORECASE)
-_READERS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +253,14 @@ def source_of(config: DeliveryConfig, root: str, manifest: Manifest) -> Source:
     name = f"{manifest.dataset} v{manifest.version}"
     images = "image" in manifest.definition or (IMAGE in schema.names and is_tensor(schema.field(IMAGE)))
     image = _image(schema, name) if images else None
-    entity = config.entity or (ORIGINAL_ID if images else manifest.definition.get("entity"))
+    entity = config.entity or manifest.definition.get("entity", ORIGINAL_ID if images else None)
     if entity is None:
         raise ConfigError(
             f"{name} doesn't say what its rows are about: name the column whose rows must share a split with "
             f"--entity, one of {', '.join(schema.names)}"
         )
-    times = [column for column in TIMES if column in schema.names and column != entity]
+    key = manifest.definition.get("key")  # of rows that have ids
+    times = [column for column in ([key] if key else TIMES) if column in schema.names and column != entity]
     keys = [IMAGE_ID] if images else [entity, *times]
     for column in (entity, *keys):
         _check_column(column, schema, name, "entity" if column == entity else "key")
@@ -164,7 +274,8 @@ def source_of(config: DeliveryConfig, root: str, manifest: Manifest) -> Source:
             f"{name}: column '{READY}' is {schema.field(READY).type}, no boolean: publish it as one, or take all rows "
             f"with --no-ready-only"
         )
-    target = _target(config, schema, name, images)
+    usual = manifest.definition.get("target") or (CLASS_ID if images else TARGET)
+    target = _target(config, schema, name, usual)
     return Source(
         root=root,
         manifest=manifest,
@@ -246,8 +357,7 @@ def _look(root: str, manifest: Manifest) -> tuple[tuple[SourceFile, ...], pa.Sch
             compare(uri, "rows", entry.rows, sum(rows))
             return SourceFile(uri, rows, split_of(uri), entry.digest), file.schema_arrow
 
-    with ThreadPoolExecutor(_READERS) as pool:
-        found = list(pool.map(footer, uris, manifest.files))
+    found = list(storage.in_threads(footer, uris, manifest.files))
     return tuple(file for file, _ in found), found[0][1]
 
 
@@ -279,8 +389,7 @@ def _classes(manifest: Manifest) -> tuple[str, ...] | None:
     return tuple(names.get(number, str(number)) for number in range(max(names) + 1))
 
 
-def _target(config: DeliveryConfig, schema: pa.Schema, name: str, images: bool) -> str | None:
-    usual = CLASS_ID if images else TARGET
+def _target(config: DeliveryConfig, schema: pa.Schema, name: str, usual: str) -> str | None:
     target = config.target or (usual if usual in schema.names else None)
     if target is None and config.training.enabled:
         example = USUAL_TARGETS.get(config.dataset.rpartition("/")[2])

@@ -16,6 +16,7 @@ logs. There, give the nodes a role or their own environment.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import re
@@ -25,8 +26,9 @@ import socket
 import sys
 import threading
 import time
+import uuid
 import warnings
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ import ray
 import ray.exceptions
 from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants
+from ray._private.node import Node
+from ray.experimental.internal_kv import _internal_kv_get
 
 from tasks.io.errors import ConfigError, DiskFull, PipelineError, WorkersKilled, causes
 
@@ -49,7 +53,6 @@ def delete_left_over(sessions: Path) -> int:
 
     Returns:
         Number of deleted directories.
-
     """
     deleted = 0
     for place in sessions.glob("session_*/ray_spilled_objects_*"):
@@ -178,6 +181,7 @@ def connect(
         handler_kept(signal.SIGTERM),
         environment(worker_env(env) if local else _retries_for_memory()),
         explained_versions(options["address"]),
+        _bare_services() if local else contextlib.nullcontext(),
     ):
         _plain_worker_output(local)
         try:
@@ -188,6 +192,37 @@ def connect(
                 "address, or unset RAY_ADDRESS to run on a local Ray"
             ) from error
     return True
+
+
+@contextlib.contextmanager
+def _bare_services() -> Generator[None]:
+    """Start a Ray without processes that serve nobody on one machine without a dashboard.
+
+    `include_dashboard=False` still starts its web server, and the node's agent imports all that it might show. The
+    monitor would ask a cloud for nodes. Ray 2.60, which pyproject.toml pins, has no settings for them. `ray.init` waits
+    for the first two: without them it takes two thirds of the time, and 4 s less of CPU.
+    """
+    not_installed = ImportError("a local Ray has no dashboard")
+    replaced: list[tuple[Any, str, Any]] = [
+        (Node, "start_api_server", lambda node, **_: setattr(node, "_webui_url", "")),
+        (Node, "start_monitor", lambda _: None),
+        (ray._private.utils, "get_dashboard_dependency_error", lambda: not_installed),
+    ]
+    with replaced_attributes(replaced):
+        yield
+
+
+@contextlib.contextmanager
+def replaced_attributes(replaced: Sequence[tuple[Any, str, Any]]) -> Generator[None]:
+    """Give some objects other attributes, each as (object, name, value), and restore them afterwards."""
+    before = [(holder, name, inspect.getattr_static(holder, name)) for holder, name, _ in replaced]
+    for holder, name, value in replaced:
+        setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        for holder, name, value in before:
+            setattr(holder, name, value)
 
 
 def _plain_worker_output(local: bool) -> None:
@@ -206,12 +241,6 @@ def cluster_cpus() -> int:
     """Return the CPUs of the whole connected cluster, at least 1."""
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return max(1, int(resources.get("CPU", 1)))
-
-
-def object_store_bytes() -> int:
-    """Return the object store size of the whole connected cluster, bytes."""
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return int(resources.get("object_store_memory", 0))
 
 
 def dashboard_url() -> str | None:
@@ -276,7 +305,7 @@ def data_context(cpus: int | None = None, **more: Any) -> Iterator[Any]:
     for warning in ("ray_data_progress_manager_disabled", "cpu_warning"):
         log_once(warning)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), replaced_attributes([] if has_web_server() else _without_actors()):
             # No other argument sets `max_retries` of a job's tasks; Ray Data's default is to retry for ever.
             warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
             yield context
@@ -301,6 +330,42 @@ def _share_workers() -> None:
     # Both are read for each plan. Ray 2.60, which pyproject.toml pins, has no setting for it.
     hash_shuffle_v2._SHUFFLE_MAP_RUNTIME_ENV.clear()
     shuffle_reduce_operator._SHUFFLE_REDUCE_RUNTIME_ENV.clear()
+
+
+def has_web_server() -> bool:
+    """Return True if the connected cluster has Ray's web server; all have but those that `connect` has started."""
+    found = _internal_kv_get(ray_constants.DASHBOARD_ADDRESS, namespace=ray_constants.KV_NAMESPACE_DASHBOARD)
+    return found is not None
+
+
+def _without_actors() -> list[tuple[Any, str, Any]]:
+    """Return replacements for Ray Data's two actors on a local Ray: figures for a dashboard, and the wish for nodes.
+
+    A job would wait until the processes of both have started, one after the other; Ray 2.60 has no setting for it.
+    """
+    from ray.data._internal.cluster_autoscaler import ClusterAutoscaler
+    from ray.data._internal.execution import streaming_executor
+    from ray.data._internal.execution.interfaces import ExecutionResources
+    from ray.data._internal.stats import _StatsManager
+
+    class OneMachine(ClusterAutoscaler):
+        def try_trigger_scaling(self) -> None:
+            pass
+
+        def on_executor_shutdown(self) -> None:
+            pass
+
+        def get_total_resources(self) -> ExecutionResources:
+            resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+            total: ExecutionResources = ExecutionResources.from_resource_dict(resources)
+            return total
+
+    figures = ("register_dataset_to_stats_actor", "update_execution_metrics", "update_iteration_metrics")
+    return [
+        (streaming_executor, "create_cluster_autoscaler", lambda *_, **__: OneMachine()),
+        (_StatsManager, "gen_dataset_id_from_stats_actor", staticmethod(lambda: uuid.uuid4().hex)),
+        *((_StatsManager, name, staticmethod(lambda *_, **__: None)) for name in figures),
+    ]
 
 
 @contextlib.contextmanager
@@ -374,7 +439,6 @@ def losses_explained(cure: str) -> Iterator[None]:
     Raises:
         WorkersKilled: each try of a task lost its worker.
         DiskFull: Ray's object store is full, and so is the disk that it spills to.
-
     """
     try:
         yield
@@ -394,7 +458,6 @@ def explained_loss(error: BaseException, cure: str, often: str = "") -> Pipeline
         error: Error that Ray raised.
         cure: User action that reduces a task's memory.
         often: Number of tries, such as ' at each of its 4 tries'.
-
     """
     return next(filter(None, (_explained(link, cure, often) for link in causes(error))), None)
 

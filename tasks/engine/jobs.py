@@ -14,42 +14,39 @@ them, within one job.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import itertools
 import pickle
-import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import ray
-import ray.data
-from ray.core.generated.common_pb2 import NodeDeathInfo  # type: ignore[attr-defined]
-from ray.data._internal.arrow_ops.transform_pyarrow import hash_partition
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.exceptions import RayTaskError
 
 from tasks.engine.cluster import LOST_WORKER_RETRIES, cluster_cpus, data_context, nodes
 from tasks.engine.partition import Frame, pack, unpack
 from tasks.io.errors import BalanceError, PipelineError, causes
-from tasks.store.conservation import check_equal
-from tasks.store.settings import seconds_from_environment
+from tasks.io.tensors import Int64Array
+from tasks.store.manifest import check_equal
+
+if TYPE_CHECKING:  # importing it takes longer than a small job: only the processes of a job do
+    import ray.data
 
 Note = TypeVar("Note")
 Summary = TypeVar("Summary")
 Result = TypeVar("Result")
-Int64Array = npt.NDArray[np.int64]
 Progress = Callable[[int], None]
 
-MAX_BLOCKS = 512
-"""Blocks at the start of a plan, on up to 128 CPUs: a block may hold several parts. Each takes 45 KB of the driver."""
+MAX_BLOCKS = 128
+"""Blocks at the start of a plan, on up to 32 CPUs: a block may hold several parts. Each takes 45 KB and 25 ms of the
+driver."""
 
 PARTITION_BYTES = 64 * 2**20
 """Packed rows for one reducing task, approximate bytes."""
+
+SMALL_BYTES = 4 * 2**20
+"""Packed rows for which no further process is worth its start, of 1 to 2 s, approximate bytes."""
 
 MIN_BATCH_BYTES, MAX_BATCH_BYTES = 16 * 2**20, 2**30
 """Bytes of packed rows for one mapping task of the shuffle; the second is Ray Data's default bound."""
@@ -63,9 +60,6 @@ MAX_SHARDS = 2**15
 FETCH_SECONDS = 60.0
 """Time that a task of a shuffle's second half waits for some of its rows: rows of a dead node may never come."""
 
-NODE_PATIENCE_SECONDS = 300.0
-"""Time that a plan that has lost a node may make no progress."""
-
 _KEY, _BUCKET, _INDEX, _ROWS = "partition", "bucket", "index", "rows"
 _VALUE, _REPORT, _DATA = "value", "report", "data"
 _ADVICE = "\nFailed to apply UDF transform"
@@ -73,6 +67,12 @@ _ADVICE = "\nFailed to apply UDF transform"
 
 _NOTE = -1
 """Bucket number of a row that holds a part's report instead of packed rows."""
+
+
+def first_blocks(count: int) -> Iterator[tuple[int, int]]:
+    """Yield first and end of the parts in each block at the start of a plan: few blocks, however many parts."""
+    blocks = min(count, max(MAX_BLOCKS, 4 * cluster_cpus()))
+    return ((count * block // blocks, count * (block + 1) // blocks) for block in range(blocks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +91,14 @@ class Parts:
 
     def dataset(self, context: Any) -> ray.data.Dataset:
         """Return the parts as a dataset, a few in each block, that is executed with the settings of a DataContext."""
+        import ray.data
+
         if self.tables is not None:
             # A dataset keeps the settings at the time it was made, and so do datasets derived from it.
             vars(self.tables.context).update(vars(context.copy()))
             return self.tables
-        blocks = min(self.count, max(MAX_BLOCKS, 4 * cluster_cpus()))
         tables = []
-        for block in range(blocks):
-            first, last = self.count * block // blocks, self.count * (block + 1) // blocks
+        for first, last in first_blocks(self.count):
             table = pa.table({_INDEX: pa.array(range(first, last), pa.int32())})
             if self.values is not None:
                 pickled = [pickle.dumps(value) for value in self.values[first:last]]
@@ -154,7 +154,9 @@ def mapped(
 
     if not source.count:
         return
-    with original_errors(), data_context() as context, _watched(context, []):
+    from tasks.engine.watchers import watched
+
+    with original_errors(), data_context() as context, watched(context, []):
         step = source.dataset(context).map_batches(
             run if actors is None else type(name, (_Runner,), {}),
             **_options(name, run, actors=actors, num_gpus=num_gpus),
@@ -211,6 +213,10 @@ def shuffle(
         PipelineError: `scatter` or `gather` raised it on purpose.
         RayTaskError: they failed otherwise, or their workers died each time.
     """
+    from ray.data import DataContext
+
+    from tasks.engine.watchers import Reached, watched
+
     count = source.count
     assert typed or not count, "a bucket knows its columns from the frames that were sent to it"
     always = frozenset(typed)
@@ -235,11 +241,11 @@ def shuffle(
         "shuffle_input_batch_bytes": _batch_bytes(volume, partitions),
         "shuffle_compression": compression,
         "hash_shuffle_reduce_get_timeout_s": min(
-            ray.data.DataContext.get_current().hash_shuffle_reduce_get_timeout_s, FETCH_SECONDS
+            DataContext.get_current().hash_shuffle_reduce_get_timeout_s, FETCH_SECONDS
         ),
     }
-    watchers = [_Reached(names[0], count, on_scattered), _Reached(names[1], buckets, on_gathered)]
-    with original_errors(), data_context(**settings) as context, _watched(context, watchers):
+    watchers = [Reached(names[0], count, on_scattered), Reached(names[1], buckets, on_gathered)]
+    with original_errors(), data_context(**settings) as context, watched(context, watchers):
         if count:
             rows = source.dataset(context).map_batches(scatter_block, **_options(names[0], scatter_block))
             grouped = rows.repartition(partitions, keys=[_KEY])
@@ -275,20 +281,22 @@ def partition_keys(partitions: int) -> list[int]:
 
     Keys that are just numbered would collide by chance: of eight partitions three would get no row.
     """
-    found: dict[int, int] = {}
+    from ray.data._internal.arrow_ops.transform_pyarrow import hash_partition
+
+    keys: dict[int, int] = {}
     for first in itertools.count(0, 4 * partitions):
         table = pa.table({_KEY: pa.array(range(first, first + 4 * partitions), pa.int32())})
         for number, rows in hash_partition(table, hash_cols=[_KEY], num_partitions=partitions).items():
             if rows.num_rows:
-                found.setdefault(number, rows[_KEY][0].as_py())
-        if len(found) == partitions:
-            return [found[number] for number in range(partitions)]
+                keys.setdefault(number, rows[_KEY][0].as_py())
+        if len(keys) == partitions:
+            return [keys[number] for number in range(partitions)]
     raise AssertionError("unreachable")
 
 
 def _partition_count(buckets: int, volume: int) -> int:
-    wanted = max(-(-volume // PARTITION_BYTES), 2 * cluster_cpus())
-    return min(buckets, wanted, MAX_PARTITIONS)
+    for_all_cpus = min(2 * cluster_cpus(), -(-volume // SMALL_BYTES))
+    return min(buckets, max(-(-volume // PARTITION_BYTES), for_all_cpus, 1), MAX_PARTITIONS)
 
 
 def _batch_bytes(volume: int, partitions: int) -> int:
@@ -311,9 +319,11 @@ def _options(name: str, function: Any, *, actors: int | None = None, num_gpus: f
     # Ray Data would retry for ever, also a task that kills each of its workers.
     if actors is None:
         return {**options, "max_retries": LOST_WORKER_RETRIES}
+    from ray.data import ActorPoolStrategy
+
     return {
         **options,
-        "compute": ray.data.ActorPoolStrategy(size=actors),
+        "compute": ActorPoolStrategy(size=actors),
         "fn_constructor_args": (function,),
         "max_task_retries": LOST_WORKER_RETRIES,
     }
@@ -355,15 +365,15 @@ def _gathered(block: pa.Table, gather: Callable[[int, dict[int, Any]], tuple[Any
     order = np.lexsort((index, buckets))
     bounds = np.flatnonzero(np.diff(buckets[order], prepend=_NOTE - 1, append=np.iinfo(np.int32).max))
     for first, end in itertools.pairwise(bounds.tolist()):
-        own = order[first:end].tolist()
-        bucket = int(buckets[own[0]])
-        values = {int(index[row]): block[_DATA][row].as_buffer() for row in own}
-        check_equal(f"bucket {bucket}", len(own), len(values), "parts arrived, {} of them different ones")
+        members = order[first:end].tolist()
+        bucket = int(buckets[members[0]])
+        values = {int(index[row]): block[_DATA][row].as_buffer() for row in members}
+        check_equal(f"bucket {bucket}", len(members), len(values), "parts arrived, {} of them different ones")
         if bucket == _NOTE:
             yield _reported(_NOTE, list(values), [value.to_pybytes() for value in values.values()])
             continue
         frames = {part: unpack(value) for part, value in values.items()}
-        for row, (part, frame) in zip(own, frames.items(), strict=True):
+        for row, (part, frame) in zip(members, frames.items(), strict=True):
             check_equal(f"bucket {bucket}, part {part}", int(rows[row]), len(frame), "rows were sent, {} arrived")
         yield _result(bucket, frames, *gather(bucket, frames))
 
@@ -445,155 +455,3 @@ def _added_up(
         rows,
         Parts(buckets, tables=tables),
     )
-
-
-class _Watcher:
-    """Observer of the operators of a plan that runs."""
-
-    __slots__ = ()
-
-    def look(self, topology: Any) -> None:
-        """Look at the operators, several times a second."""
-
-    def finish(self) -> None:
-        """Note that the plan has ended well."""
-
-    def fail(self) -> None:
-        """Note that the plan has failed."""
-
-
-@dataclass(slots=True)
-class _Reached(_Watcher):
-    """Progress of a step, reported in its own unit."""
-
-    step: str
-    total: int
-    tell: Progress
-    told: int = 0
-
-    def look(self, topology: Any) -> None:
-        """Report the progress since the last look, by the tasks that have ended."""
-        for operator in topology:
-            if operator.name.endswith(f"({self.step})"):
-                wanted = operator.num_outputs_total() or 0
-                ended = operator.metrics.num_tasks_finished
-                done = self.total * min(ended, wanted) // wanted if wanted else 0
-                if done > self.told:
-                    self.tell(done - self.told)
-                    self.told = done
-
-    def finish(self) -> None:
-        """Report the rest."""
-        if self.total > self.told:
-            self.tell(self.total - self.told)
-            self.told = self.total
-
-
-class _Pools(_Watcher):
-    """Watcher that ends a failed plan's actors.
-
-    Ray Data drops its references to them. Those that Ray is about to restart after their worker died start all the
-    same, stay idle, and keep their CPUs from the next plan (Ray 2.60).
-    """
-
-    __slots__ = ("_actors",)
-
-    def __init__(self) -> None:
-        self._actors: list[Any] = []
-
-    def look(self, topology: Any) -> None:
-        """Remember the actors of all pools."""
-        pools = [operator._actor_pool for operator in topology if hasattr(operator, "_actor_pool")]
-        self._actors = [actor for pool in pools for actor in (*pool._running_actors, *pool._pending_actors.values())]
-
-    def fail(self) -> None:
-        """End them for good."""
-        for actor in self._actors:
-            ray.kill(actor)
-
-
-class _Nodes(_Watcher):
-    """Watcher that ends a plan that has lost a node and makes no progress, so that it is run again.
-
-    Ray recomputes the objects of a dead node, and may wait for ever: a task of a shuffle's second half that is run
-    again waits for its rows inside `ray.get`, and keeps its CPU meanwhile (Ray 2.60 lends a CPU on only if the awaited
-    object was never made, not if it was lost). With as many such tasks as CPUs left, the tasks that would make the rows
-    never run.
-    """
-
-    def __init__(self) -> None:
-        self._patience = seconds_from_environment("PIPELINE_NODE_PATIENCE_SECONDS", NODE_PATIENCE_SECONDS, most=86_400)
-        self._nodes = self._alive()
-        self._ended, self._since = 0, time.monotonic()
-
-    def look(self, topology: Any) -> None:
-        """Check that a task has ended recently enough.
-
-        Raises:
-            TimeoutError: no task has ended for too long, and nodes are lost, not just released as idle.
-        """
-        ended = sum(operator.metrics.num_tasks_finished for operator in topology)
-        now = time.monotonic()
-        if ended != self._ended:
-            self._ended, self._since = ended, now
-        elif now - self._since > self._patience:
-            self._since = now
-            if lost := self._nodes - self._alive(_LET_GO):
-                raise TimeoutError(
-                    f"of {len(self._nodes)} Ray nodes {len(lost)} were lost, and no task of the job has ended for "
-                    f"{self._patience:g} s (PIPELINE_NODE_PATIENCE_SECONDS) since: it is given up, to be run anew"
-                )
-
-    @staticmethod
-    def _alive(*deaths: int) -> frozenset[str]:
-        """Return the nodes that are alive, or that ended for one of some reasons."""
-        found = ray.nodes()  # type: ignore[no-untyped-call]
-        return frozenset(node["NodeID"] for node in found if node["Alive"] or node.get("DeathReason") in deaths)
-
-
-_LET_GO = NodeDeathInfo.AUTOSCALER_DRAIN_IDLE  # such a node holds no rows
-_WATCHED: dict[str, tuple[contextvars.Context, Sequence[_Watcher]]] = {}
-_WATCH = "watchers"
-
-
-class _Watch(ExecutionCallback):
-    """Ray Data callback that calls a plan's watchers repeatedly; their name is in the plan's context.
-
-    The thread that runs the plan calls it; that thread doesn't know the flow run, so it gets our context. (Ray Data's
-    context holds the class and not the watchers, as it is pickled for each task.)
-    """
-
-    def on_execution_step(self, executor: Any) -> None:
-        for context, watcher in self._watchers(executor):
-            context.run(watcher.look, executor._topology)
-
-    def after_execution_succeeds(self, executor: Any) -> None:
-        for context, watcher in self._watchers(executor):
-            context.run(watcher.finish)
-
-    def after_execution_fails(self, executor: Any, error: Exception) -> None:  # noqa: ARG002
-        for context, watcher in self._watchers(executor):
-            context.run(watcher.fail)
-
-    @staticmethod
-    def _watchers(executor: Any) -> Iterator[tuple[contextvars.Context, _Watcher]]:
-        context, watchers = _WATCHED.get(executor._data_context.get_config(_WATCH, ""), (None, ()))
-        for watcher in watchers:
-            assert context is not None
-            yield context, watcher
-
-
-@contextlib.contextmanager
-def _watched(context: Any, watchers: Sequence[_Watcher]) -> Iterator[None]:
-    """Watch the plans that are made in this block, and the nodes that they run on."""
-    name = uuid.uuid4().hex
-    _WATCHED[name] = (contextvars.copy_context(), [*watchers, _Nodes(), _Pools()])
-    others = context.custom_execution_callback_classes
-    context.set_config(_WATCH, name)
-    context.custom_execution_callback_classes = [*others, _Watch]
-    try:
-        yield
-    finally:
-        context.remove_config(_WATCH)
-        context.custom_execution_callback_classes = others
-        del _WATCHED[name]

@@ -1,4 +1,4 @@
-"""Split rows by key, and pack them for another process. Pure."""
+"""Frames: made of Arrow tables, split by key, and packed for another process. Pure."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ def bucket_of(keys: pa.Array | pa.ChunkedArray, buckets: int) -> npt.NDArray[np.
     return (stable_hash(keys) % np.uint64(buckets)).astype(np.uint16)
 
 
+def frame_of(table: pa.Table, *, rechunk: bool = True) -> pl.DataFrame:
+    """Return an Arrow table as a frame; without `rechunk`, as a view of it."""
+    frame = pl.from_arrow(table, rechunk=rechunk)
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
 def split_by_key(frame: pl.DataFrame, key: str, buckets: int) -> list[pl.DataFrame]:
     """Split rows by a stable hash of their key; rows keep their order within a bucket.
 
@@ -34,7 +41,6 @@ def split_by_key(frame: pl.DataFrame, key: str, buckets: int) -> list[pl.DataFra
 
     Returns:
         One frame a bucket, some of them empty.
-
     """
     if buckets == 1:
         return [frame]
@@ -78,8 +84,7 @@ def unpack(stream: pa.Buffer) -> Frame:
     metadata = table.schema.metadata or {}
     if _POLARS not in metadata:
         return table
-    frame = pl.from_arrow(table, rechunk=False)
-    assert isinstance(frame, pl.DataFrame)
+    frame = frame_of(table, rechunk=False)
     names = [frame.columns[int(number)] for number in metadata[_NARROWED].split()]
     return frame.with_columns(pl.col(names).cast(pl.Int64)) if names else frame
 

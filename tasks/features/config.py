@@ -1,7 +1,4 @@
-"""Configuration of the feature-store flow: the flow's parameter, the command line and the deployment's parameters.
-
-Credentials never appear here (Prefect stores parameters); storage takes them from the environment.
-"""
+"""Configuration of the feature-store flow."""
 
 from __future__ import annotations
 
@@ -14,7 +11,19 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from tasks.features.definitions import JoinHow
 from tasks.features.rows import EpochUnit
 from tasks.io.notation import Times
-from tasks.store.settings import Bounds, Drift, Location, Names, Seed, Settings, Share, fails, warns
+from tasks.store.settings import (
+    Bounds,
+    CommonBounds,
+    Drift,
+    FlowSettings,
+    Location,
+    Names,
+    Seed,
+    SelfTest,
+    Share,
+    fails,
+    warns,
+)
 
 
 def _utc(value: dt.datetime) -> dt.datetime:
@@ -30,7 +39,7 @@ def _known_timezone(value: str) -> str:
 Time = Annotated[dt.datetime, AfterValidator(_utc)]
 
 
-class Thresholds(Bounds):
+class Thresholds(CommonBounds):
     """Bounds of the row and dataset checks."""
 
     falling = ("ready_warn",)
@@ -49,11 +58,8 @@ class Thresholds(Bounds):
     ready_fail: Share = fails(0.0, "below this share of training-ready rows")
     null_warn: Share = warns(0.1, "above this share of nulls in a feature")
     null_fail: Share = fails(0.5, "above this share of nulls in a feature")
-    rejected_warn: Share = warns(0.01, "above this share of rejected source rows")
-    rejected_fail: Share = fails(0.2, "above this share of rejected source rows")
     orphan_warn: Share = warns(0.05, "above this share of entities without a dimension row")
     orphan_fail: Share = fails(0.9, "above this share of entities without a dimension row")
-    drift_warn: Drift = warns(0.1, "above this drift (PSI) against the last published version")
     drift_fail: Drift = fails(0.25, "above this drift (PSI) against the last published version")
     outlier_warn: Share = warns(0.15, "above this share of outliers among all numeric feature values")
     outlier_fail: Share = fails(0.5, "above this share of outliers among all numeric feature values")
@@ -88,12 +94,11 @@ class LabelThresholds(Bounds):
     drift_warn: Drift = warns(0.25, "above this drift (PSI) against the last published version")
 
 
-class FeatureStoreConfig(Settings):
+class FeatureStoreConfig(FlowSettings):
     """Compute customer and product features (and your own) from transactions, check them and publish a version."""
 
     model_config = ConfigDict(title="Feature store")
 
-    root: Location = Field(default="data", description="Where datasets are kept: a directory or s3://bucket/prefix.")
     transactions: Location | None = Field(
         default=None,
         description="Transactions, Parquet or CSV: a file, directory, glob or s3:// prefix. "
@@ -177,9 +182,7 @@ class FeatureStoreConfig(Settings):
         default_factory=LabelThresholds, description="Bounds of the checks of models' training sets."
     )
     thresholds: Thresholds = Field(default_factory=Thresholds, description="Bounds of the row and dataset checks.")
-    self_test: bool = Field(
-        default=True, description="Inject faults into a sample of the version, and report which its gate notices."
-    )
+    self_test: SelfTest = True
     rows_per_bucket: int = Field(
         default=2_000_000,
         ge=1_000,

@@ -26,18 +26,25 @@ from itertools import pairwise
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.types as pt
 
 from tasks.io import storage
+from tasks.io.compiled import Compiled
 from tasks.io.errors import SourceError
+from tasks.io.tensors import Int64Array, UInt8Array
 
 PIECE_BYTES = 64 * 2**20
 """Approximate bytes of a piece; a file of less than twice as much isn't cut."""
 
 _BLOCK = 16 * 2**20
+
+_FIELD, _TEXT, _QUOTED, _AFTER_QUOTE = range(4)  # at a field's start, within one, within quotes, after a quote there
+_LINE_FEED, _RETURN, _DOUBLE_QUOTE, _COMMA = b'\n\r",'
+
+_START = (_FIELD, 1, 0, 0, 0)
+"""The place before a file's first byte, see `_follow`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +72,13 @@ def cut(info: storage.FileInfo) -> tuple[Piece, ...]:
     """Return the pieces of a CSV file; none if it is better read as a whole."""
     if info.bytes < 2 * PIECE_BYTES or info.uri.lower().endswith(".gz"):
         return ()
-    from tasks.features.csv_kernel import START, follow  # numba: 0.7 s to import and load
-
-    place = np.array(START, np.int64)
-    ends: list[npt.NDArray[np.int64]] = []
+    place = np.array(_START, np.int64)
+    ends: list[Int64Array] = []
     offset = 0
     with storage.open_input(info.uri) as stream:
         while block := stream.read(_BLOCK):
             found = np.empty((_BLOCK // PIECE_BYTES + 2, 3), np.int64)
-            ends.append(found[: follow(np.frombuffer(block, np.uint8), offset, PIECE_BYTES, place, found)])
+            ends.append(found[: _follow(np.frombuffer(block, np.uint8), offset, PIECE_BYTES, place, found)])
             offset += len(block)
     rows_end = [(int(end), int(rows), int(lines)) for end, rows, lines in np.concatenate(ends)]
     if not rows_end or rows_end[-1][0] == offset:
@@ -87,6 +92,61 @@ def cut(info: storage.FileInfo) -> tuple[Piece, ...]:
         Piece(header, start, end, after - before, before - 1, lines - rows_end[0][2])  # without the header's row
         for (start, before, lines), (end, after, _) in pairwise(bounds)
     )
+
+
+_jit = Compiled(globals(), error_model="numpy")
+
+
+@_jit
+def _follow(
+    text: UInt8Array,
+    offset: int,
+    piece: int,
+    place: Int64Array,
+    found: Int64Array,
+) -> int:
+    """Follow some text, field by field, and record the ends of rows at which pieces may end; return their number.
+
+    Args:
+        text: The text.
+        offset: Its offset in the file.
+        piece: Bytes of a piece.
+        place: (5,): state, whether the line is blank so far, rows and lines that have ended, and the offset from which
+            on the end of a row is wanted; at first `_START`, changed to the end of the text.
+        found: Array for the ends, (n, 3): offset after the end of the row, rows and lines up to there.
+    """
+    state, blank, rows, lines, wanted = place[0], place[1], place[2], place[3], place[4]
+    count = 0
+    for at in range(len(text)):
+        sign = text[at]
+        if sign == _LINE_FEED:
+            lines += 1
+        if state == _QUOTED:
+            if sign == _DOUBLE_QUOTE:
+                state = _AFTER_QUOTE
+            continue
+        if state == _AFTER_QUOTE and sign == _DOUBLE_QUOTE:
+            state = _QUOTED
+            continue
+        if sign in (_LINE_FEED, _RETURN):
+            if not blank:
+                rows += 1
+            blank, state = 1, _FIELD
+            if sign == _LINE_FEED and rows and offset + at + 1 >= wanted:
+                found[count, 0], found[count, 1], found[count, 2] = offset + at + 1, rows, lines
+                count += 1
+                # The first is the header's; pieces begin after it.
+                wanted = offset + at + 1 + piece
+            continue
+        blank = 0
+        if sign == _COMMA:
+            state = _FIELD
+        elif sign == _DOUBLE_QUOTE and state == _FIELD:
+            state = _QUOTED
+        else:
+            state = _TEXT
+    place[0], place[1], place[2], place[3], place[4] = state, blank, rows, lines, wanted
+    return count
 
 
 class PieceText:
@@ -114,8 +174,6 @@ class PieceText:
         """Close the file."""
         self._stream.close()
 
-
-# --- quotes ---
 
 _QUOTE = ord('"')
 _BESIDE = np.isin(np.arange(256), list(b',\r\n"'))
@@ -145,7 +203,6 @@ class QuotedText:
 
         Raises:
             SourceError: a quoted field isn't closed, or continues after its closing quote after several lines.
-
         """
         piece: bytes = self._stream.read(size)
         text = self._pending + (piece.removeprefix(_MARK) if self._begins else piece)
@@ -214,8 +271,6 @@ class QuotedText:
         )
 
 
-# --- types of values ---
-
 Kind = Literal["null", "integer", "wide", "float", "boolean", "date", "timestamp", "time", "text"]
 
 TYPES: dict[Kind, pa.DataType] = {
@@ -265,7 +320,6 @@ def kind_of(values: pl.Series, missing: Sequence[str], found: Kind = "null") -> 
         values: Some of them.
         missing: Text that means no value.
         found: Kind of the others.
-
     """
     rest = values.drop_nulls()
     if found in _TESTS or not any(map(_like_an_integer, missing)):
@@ -363,7 +417,6 @@ def parsed_time(text: pl.Expr, timezone: str) -> pl.Expr:
     Args:
         text: The times.
         timezone: IANA zone of those without an offset.
-
     """
     return text.map_batches(lambda values: _parsed(values.cast(pl.String), timezone), return_dtype=_TIME)
 

@@ -173,7 +173,6 @@ class FeatureGroup:
 
         Raises:
             DefinitionError: a column has.
-
         """
         clash = sorted(set(columns) & set(self.feature_names))
         if clash:
@@ -233,7 +232,6 @@ class Definitions:
 
         Raises:
             DefinitionError: A name is unknown, or a group names a source that isn't declared.
-
         """
         for name in names:
             if name not in self.groups:
@@ -258,7 +256,6 @@ def check_expression(what: str, value: object) -> None:
 
     Raises:
         DefinitionError: it is something else, such as SQL.
-
     """
     if isinstance(value, str):
         raise DefinitionError(
@@ -276,15 +273,12 @@ def check_days(what: str, days: float, *, whole: bool = True) -> None:
 
     Raises:
         DefinitionError: it isn't a number above 0, or is over `MOST_DAYS`.
-
     """
     fits = isinstance(days, int | float) and 0 < days <= MOST_DAYS  # NaN doesn't
     if not fits or (whole and days != int(days)):
         least = "a number of days of at least 1" if whole else "a number of days above 0"
         raise DefinitionError(f"{what}: give {least} and at most {MOST_DAYS:,}")
 
-
-# --- digests ---
 
 _COLUMN = re.compile(r'col\("((?:[^"\\]|\\.)*)"\)')
 
@@ -298,7 +292,6 @@ def feature_digests(definition: Mapping[str, Any]) -> dict[str, str]:
     Returns:
         Name → SHA-256, hexadecimal, of the entity, the source, the expression, the window's days, and for a derived
         feature the digests of the features that it names. Bounds and other features don't affect values.
-
     """
     base = {"entity": definition["entity"], "source": definition.get("source")}
     found = {

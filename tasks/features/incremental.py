@@ -22,7 +22,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.engine.partition import bucket_of
+from tasks.engine.partition import bucket_of, frame_of
 from tasks.features.plan import FeaturePlan, GroupPlan, SourcePlan, StateLink, StatePlan
 from tasks.io import storage
 from tasks.store import layout
@@ -35,7 +35,7 @@ FILE, ROW = "_file", "_row"
 MAX_LINKS = 16
 """Links of a chain; after that many all live events are rewritten in one."""
 
-_JUDGES = tuple(Path(__file__).with_name(name) for name in ("csv_text.py", "keys.py", "rows.py", "sources.py"))
+_JUDGES = tuple(Path(__file__).with_name(name) for name in ("csv_text.py", "rows.py", "sources.py"))
 Prints = Mapping[str, Sequence[str]]
 
 
@@ -48,13 +48,7 @@ class Watermark:
 
 
 def watermark(root: str, dataset: str) -> Watermark:
-    """Return the progress of a feature group from its published manifests, the only record of it.
-
-    Args:
-        root: Root of the store.
-        dataset: Dataset name, such as 'feature-store/customer-features'.
-
-    """
+    """Return the progress of a feature group from its published manifests, the only record of it."""
     live = overview(root, dataset, listed=list_dataset(root, dataset)).warned().live
     times = [moment for one in live for moment in one.as_of]
     events = [one.newest_event for one in live if one.newest_event is not None]
@@ -64,14 +58,9 @@ def watermark(root: str, dataset: str) -> Watermark:
 def with_state(plan: FeaturePlan, root: str) -> FeaturePlan:
     """Return the plan of an incremental run: it reads only files whose events no earlier version has kept.
 
-    Args:
-        plan: The plan of a full run.
-        root: Root of the store.
-
     Returns:
         The plan with a state a group and the files' fingerprints. Later events are kept too, so that no row is
         filtered by its time while it is read.
-
     """
     root = storage.normalise(root)
     prints = plan.events.table.fingerprints()
@@ -108,7 +97,6 @@ def kept_links(manifest: Manifest, root: str, source: str) -> tuple[StateLink, .
 
     Raises:
         VersionNotFound: a version that it builds on was pruned.
-
     """
     files = next(record for record in manifest.inputs if record.name == source).files
     numbers = {(file.uri, file.fingerprint): number for number, file in enumerate(files)}
@@ -190,9 +178,6 @@ def _spelled(source: SourcePlan, wanted: Set[str] | None = None) -> list[object]
     return [rows.time, columns, str(rows.earliest), rows.timezone, rows.epoch_unit, rows.reject_negative, missing]
 
 
-# --- kept events ---
-
-
 def _bucket_files(version_uri: str, side_files: Sequence[FileEntry]) -> dict[int, str]:
     """Return the URIs of a version's kept events, by bucket."""
     kept = [file.path for file in side_files if file.path.startswith(f"{_DIRECTORY}/")]
@@ -211,7 +196,6 @@ def read_kept(
         buckets: Number of buckets, a power of two, as in every link.
         entity: Key column.
         schema: Columns to return and their types, among them `FILE`: the number of the source file, as of today.
-
     """
     frames = [_read_link(link, bucket, buckets, entity, schema) for link in links if link.live]
     return pl.concat([pl.DataFrame(schema=schema), *frames])
@@ -231,10 +215,8 @@ def _read_link(
             )
         if link.buckets < buckets:
             table = table.filter(pa.array(bucket_of(table[entity], buckets) == bucket))
-        frame = pl.from_arrow(table)
-        assert isinstance(frame, pl.DataFrame)
         today = pl.col(FILE).replace_strict(dict(link.live), return_dtype=pl.Int32)
-        frames.append(frame.with_columns(today).cast(pl.Schema(schema)))
+        frames.append(frame_of(table).with_columns(today).cast(pl.Schema(schema)))
     return pl.concat(frames) if frames else pl.DataFrame(schema=schema)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +27,12 @@ import polars as pl
 from tasks.features.definitions import FeatureGroup, JoinHow
 from tasks.features.rows import REASON, TIME
 from tasks.io.errors import DefinitionError
+from tasks.io.tensors import BoolArray, Int64Array
 from tasks.store.layout import AS_OF
 
-IntArray = npt.NDArray[np.int64]
+After: TypeAlias = Callable[[dt.datetime], pl.DataFrame]
+"""Gives the events after a time, up to the as-of time."""
+
 _FAULTS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, ArithmeticError, LookupError, TypeError, ValueError)
 """Exceptions of expressions for unexpected values; a Python function in one raises its own."""
 
@@ -57,7 +61,6 @@ def evaluate(group: FeatureGroup, events: pl.DataFrame, time: str, as_of: dt.dat
 
     Raises:
         DefinitionError: An expression can't be evaluated, or gives several values an entity.
-
     """
     plain = aggregate(group, events, as_of)
     return complete(group, plain, events, as_of, lambda start: events.filter(pl.col(time) > start))
@@ -69,11 +72,7 @@ def aggregate(group: FeatureGroup, events: pl.DataFrame, as_of: dt.datetime) -> 
 
 
 def complete(
-    group: FeatureGroup,
-    plain: pl.DataFrame,
-    events: pl.DataFrame,
-    as_of: dt.datetime,
-    after: Callable[[dt.datetime], pl.DataFrame],
+    group: FeatureGroup, plain: pl.DataFrame, events: pl.DataFrame, as_of: dt.datetime, after: After
 ) -> pl.DataFrame:
     """Add windows and derived features to the plain aggregations.
 
@@ -86,7 +85,6 @@ def complete(
 
     Returns:
         As `evaluate`.
-
     """
     return _plain_types(_derive(group, _windowed(group, plain, events, as_of, after), as_of)).sort(group.entity)
 
@@ -103,7 +101,6 @@ def check_derived(group: FeatureGroup, events: pl.DataFrame, as_of: dt.datetime)
 
     Raises:
         DefinitionError: a derived feature uses other entities.
-
     """
     if not group.derived:
         return
@@ -123,11 +120,7 @@ def check_derived(group: FeatureGroup, events: pl.DataFrame, as_of: dt.datetime)
 
 
 def _windowed(
-    group: FeatureGroup,
-    plain: pl.DataFrame,
-    events: pl.DataFrame,
-    as_of: dt.datetime,
-    after: Callable[[dt.datetime], pl.DataFrame],
+    group: FeatureGroup, plain: pl.DataFrame, events: pl.DataFrame, as_of: dt.datetime, after: After
 ) -> pl.DataFrame:
     """Return the plain aggregations with those over windows."""
     features = plain
@@ -155,7 +148,6 @@ def join_dimension(group: FeatureGroup, features: pl.DataFrame, dimension: pl.Da
         dimension: One row a key.
         how: 'inner': an entity without dimension row is rejected (reason `no_<dimension>_row`, features kept);
             'left': it stays, with nulls.
-
     """
     group.check_dimension(dimension.columns)
     unmatched = features.join(dimension.select(group.entity), on=group.entity, how="anti", maintain_order="left")
@@ -227,7 +219,7 @@ def _derive(group: FeatureGroup, features: pl.DataFrame, as_of: dt.datetime) -> 
 
 
 def _derived(
-    group: FeatureGroup, name: str, before: pl.DataFrame, companies: Sequence[IntArray] | None = None
+    group: FeatureGroup, name: str, before: pl.DataFrame, companies: Sequence[Int64Array] | None = None
 ) -> pl.DataFrame:
     """Return the features with another one, if its values depend on the same entity's features alone."""
     expression = group.derived[name]
@@ -254,8 +246,6 @@ def _plain_types(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.with_columns(casts)
 
 
-# --- several as-of times ---
-
 _CODE = "\x00code"
 
 
@@ -275,7 +265,6 @@ def evaluate_history(
 
     Raises:
         DefinitionError: as `kernel.evaluate`.
-
     """
     if len(as_of) == 1:
         yield evaluate(group, events, time, as_of[0])
@@ -292,14 +281,14 @@ def evaluate_history(
         else:
             plain = _renewed(plain, group, events, moment, counts & _of_same_entities(codes, first == number))
 
-        def after(start: dt.datetime, counts: npt.NDArray[np.bool_] = counts) -> pl.DataFrame:
+        def after(start: dt.datetime, counts: BoolArray = counts) -> pl.DataFrame:
             return events.filter(pl.Series(counts & (ticks > _ticks([start])[0])))
 
         yield complete(group, plain, events, moment, after)
 
 
 def _renewed(
-    plain: pl.DataFrame, group: FeatureGroup, events: pl.DataFrame, as_of: dt.datetime, rows: npt.NDArray[np.bool_]
+    plain: pl.DataFrame, group: FeatureGroup, events: pl.DataFrame, as_of: dt.datetime, rows: BoolArray
 ) -> pl.DataFrame:
     """Return the plain aggregations, recomputed for some entities; rows: all events that count of these entities."""
     if not rows.any():
@@ -308,7 +297,7 @@ def _renewed(
     return pl.concat([plain.join(fresh, on=group.entity, how="anti"), fresh])
 
 
-def _of_same_entities(codes: npt.NDArray[np.uint32], rows: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+def _of_same_entities(codes: npt.NDArray[np.uint32], rows: BoolArray) -> BoolArray:
     """Return a mask of all rows of the entities of some rows."""
     touched = np.zeros(int(codes.max(initial=0)) + 1, dtype=bool)
     touched[codes[rows]] = True
@@ -322,11 +311,9 @@ def _codes(events: pl.DataFrame, entity: str) -> npt.NDArray[np.uint32]:
     return coded[_CODE].to_numpy()
 
 
-def _ticks(times: Sequence[dt.datetime]) -> npt.NDArray[np.int64]:
+def _ticks(times: Sequence[dt.datetime]) -> Int64Array:
     return pl.Series(times, dtype=pl.Datetime("us", "UTC")).to_physical().to_numpy()
 
-
-# --- independence of other entities ---
 
 ROWS = 12
 """Rows that are compared: an expression is evaluated a few more times on at most this many."""
@@ -351,7 +338,7 @@ COMPANIES = (
 
 
 def looks_elsewhere(
-    expression: pl.Expr, rows: pl.DataFrame, values: pl.Series, companies: Sequence[IntArray] | None = None
+    expression: pl.Expr, rows: pl.DataFrame, values: pl.Series, companies: Sequence[Int64Array] | None = None
 ) -> bool:
     """Return True if the values of some entities depend on the others evaluated with them, or on their order.
 
@@ -360,7 +347,6 @@ def looks_elsewhere(
         rows: Its input, a row an entity.
         values: Its values for all of them.
         companies: Numbers of rows to evaluate it on together; by default a few in another order, and two alone.
-
     """
     if companies is None:
         some = np.unique(np.linspace(0, rows.height - 1, ROWS).astype(np.int64)) if rows.height else _WHOLE[:0]

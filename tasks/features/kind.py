@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from tasks.audit.explain_tables import explain_features
+from tasks.audit.features import FeaturesAgain, explain_features
 from tasks.audit.kind import Kind
-from tasks.audit.replay_tables import FeaturesAgain
 from tasks.features.config import FeatureStoreConfig
-from tasks.features.gate import judge_group
-from tasks.features.self_test import trial
+from tasks.features.gate import judge_group, trial
 
 KIND = Kind(
     config=FeatureStoreConfig,

@@ -98,7 +98,6 @@ def is_yaml(what: str, path: str) -> bool:
 
     Raises:
         DefinitionError: It is neither.
-
     """
     if not path.endswith((".yaml", ".yml", ".py")):
         raise DefinitionError(f"{what} '{path}': give a .py, .yaml or .yml file")
@@ -110,7 +109,6 @@ def python_values(what: str, path: str) -> list[Any]:
 
     Raises:
         DefinitionError: It is missing, or fails; the message says which file and why.
-
     """
     if not Path(path).is_file():
         raise DefinitionError(f"{what} '{path}': no such file (a Python file must be local)")
@@ -136,7 +134,6 @@ def by_name(
 
     Raises:
         DefinitionError: two of them have the same name.
-
     """
     found: dict[str, _Kind] = {}
     for value in values:
@@ -155,7 +152,6 @@ def yaml_content(what: str, path: str) -> Any:
 
     Raises:
         DefinitionError: It is missing, or isn't YAML.
-
     """
     try:
         return load_yaml(storage.read_bytes(path)) or {}
@@ -170,7 +166,6 @@ def declared(definitions: str | None) -> Definitions:
 
     Raises:
         DefinitionError: as `load_definitions`.
-
     """
     return STANDARD if definitions is None else load_definitions(definitions).over(STANDARD)
 
@@ -180,7 +175,6 @@ def load_definitions(path: str) -> Definitions:
 
     Raises:
         DefinitionError: The file is missing, of another kind, or invalid; the message says where and why.
-
     """
     return _from_yaml(path) if is_yaml(_WHAT, path) else _from_python(path)
 
@@ -220,13 +214,7 @@ def _from_yaml(path: str) -> Definitions:
 
 
 def first_mistake(file: type[BaseModel], fault: ValidationError) -> str:
-    """Return place, error and value of a file's first mistake; for an unknown field the closest ones.
-
-    Args:
-        file: Model of the whole file.
-        fault: Its validation error.
-
-    """
+    """Return place, error and value of a file's first mistake; for an unknown field the closest ones."""
     first = min(
         fault.errors(), key=lambda error: error["type"] != "extra_forbidden"
     )  # it may be the one that is missing
@@ -287,7 +275,6 @@ def sql_expression(what: str, sql: str) -> pl.Expr:
 
     Raises:
         DefinitionError: It isn't such an expression; the message says where and why.
-
     """
     bare = sql if _AMBIGUOUS.search(sql) else _QUOTED.sub("''", sql)
     if _SUBQUERY.search(bare):

@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from tasks.engine.cluster import losses_explained
@@ -45,11 +43,12 @@ from tasks.features.shuffle import (
 )
 from tasks.features.sources import ReadUnit, together
 from tasks.features.writer import Fences, WrittenPart, feature_columns, fences, fences_of, write_part
-from tasks.quality.figures import Written
+from tasks.io.memory import released
+from tasks.io.tensors import Int64Array
 from tasks.quality.profile import TableProfile, added, merge_profiles
+from tasks.quality.rules import Written
 from tasks.quality.sketch import QuantileSketch
-from tasks.store.conservation import check_equal
-from tasks.store.manifest import FileEntry, RowBalance
+from tasks.store.manifest import FileEntry, RowBalance, check_equal
 from tasks.store.reservation import Reservation
 
 MAX_BUCKETS = 4096
@@ -59,7 +58,6 @@ SNAPSHOTS_PER_BUCKET = 8
 PACKED_BYTES = {"key": 5, "time": 8, "number": 8, "category": 3, "any": 16}
 """Approximate bytes of a value of each kind in the shuffle."""
 
-Int64Array = npt.NDArray[np.int64]
 Progress = Callable[[int], None]
 Sketches = dict[str, QuantileSketch]
 
@@ -94,6 +92,7 @@ def bucket_count(plan: FeaturePlan) -> int:
     return 1 << (wanted - 1).bit_length()
 
 
+@released()
 def compute_groups(
     plan: FeaturePlan,
     config: FeatureStoreConfig,
@@ -118,7 +117,6 @@ def compute_groups(
         SourceError: a file can't be read.
         DefinitionError: a feature can't be computed.
         ResourceError: memory or disk are too small; it says what to do.
-
     """
     buckets, groups = bucket_count(plan), len(plan.groups)
     lookups = [read_lookup(lookup, plan.rows_per_bucket) for lookup in plan.lookups]
@@ -200,8 +198,8 @@ def _splits(plan: FeaturePlan) -> Iterator[Split]:
 
 def _joins(planned: GroupPlan, lookup: LookedUp) -> bool:
     """Return True if a group uses a look-up that isn't balanced as the group's dimension."""
-    own = planned.dimension.name if planned.dimension is not None else None
-    return lookup.balance.name != own and bool(set(lookup.plan.columns) & set(planned.columns))
+    joined = planned.dimension.name if planned.dimension is not None else None
+    return lookup.balance.name != joined and bool(set(lookup.plan.columns) & set(planned.columns))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,7 +215,7 @@ class _Result:
     balances: tuple[RowBalance, ...]
     numbers: TableProfile
     fences: Mapping[dt.datetime, Mapping[str, Fences]]
-    rows: npt.NDArray[np.int64]
+    rows: Int64Array
 
 
 def _results(
@@ -228,8 +226,8 @@ def _results(
     quantiles: Sequence[Sketches],
 ) -> _Result:
     """Add up the tasks' reports on a group."""
-    own = slice(number * job.buckets, (number + 1) * job.buckets)
-    summaries = done.summaries[own]
+    members = slice(number * job.buckets, (number + 1) * job.buckets)
+    summaries = done.summaries[members]
     assert numbers is not None, "each group has a bucket"
     return _Result(
         number=number,
@@ -238,7 +236,7 @@ def _results(
         balances=_group_balances(job, number, done.notes, summaries, done.carried[:, number]),
         numbers=numbers,
         fences=_fences(job.plan.as_of, numbers, quantiles),
-        rows=done.rows[own],
+        rows=done.rows[members],
     )
 
 
@@ -266,8 +264,8 @@ def _write(job: Job, tables: Parts, results: Sequence[_Result], thresholds: Thre
             return None
         return GroupPart(number, writers[number](table, part))
 
-    found = mapped(tables, score_and_write, name="score and write")
-    return sorted(filter(None, found), key=lambda made: (made.group, made.part.entry.path))
+    scored = mapped(tables, score_and_write, name="score and write")
+    return sorted(filter(None, scored), key=lambda made: (made.group, made.part.entry.path))
 
 
 def _finish(
@@ -330,9 +328,6 @@ def _whole_profile(written: Sequence[WrittenPart], numbers: TableProfile) -> Tab
     return TableProfile(rest.rows, {name: partials[name] for name in written[0].schema.names})
 
 
-# --- row balances ---
-
-
 def _group_balances(
     job: Job, number: int, notes: Sequence[UnitNote], summaries: Sequence[BucketSummary], sent: Int64Array
 ) -> tuple[RowBalance, ...]:
@@ -349,7 +344,6 @@ def _group_balances(
 
     Raises:
         BalanceError: rows were lost or doubled; it has the figures.
-
     """
     planned = job.plan.groups[number]
     balances = _event_balances(job, number, notes, summaries, sent)

@@ -16,11 +16,11 @@ from tasks.features.config import FeatureStoreConfig
 from tasks.features.csv_text import polars_type
 from tasks.features.definitions import Column, Definitions, DimensionSource, EventSource, FeatureGroup
 from tasks.features.kernel import check_derived
-from tasks.features.keys import KeyType, key_type
-from tasks.features.rows import ColumnPlan, RowPlan, judge
+from tasks.features.rows import ColumnPlan, KeyType, RowPlan, judge, key_type
 from tasks.features.schema import check_kind, check_times, settled
 from tasks.features.sources import INT64, ReadUnit, SourceTable, check_columns, inspect, read_units
 from tasks.io.errors import DefinitionError, SourceError
+from tasks.io.memory import released
 from tasks.io.notation import MissingValues, missing_values
 from tasks.io.text import closest
 
@@ -122,7 +122,6 @@ class StatePlan:
             rows: Number of written events, by the number of their source file.
             files: Number of source files.
             buckets: Number of buckets.
-
         """
         written = range(files) if self.whole else sorted(self.new)
         return {
@@ -170,6 +169,7 @@ class FeaturePlan:
         return not self.states or file in self.states[group].new
 
 
+@released()
 def plan_features(
     definitions: Definitions,
     config: FeatureStoreConfig,
@@ -187,7 +187,6 @@ def plan_features(
     Raises:
         DefinitionError: a group needs a source or column that doesn't exist.
         SourceError: a source is missing, unreadable, or lacks a column.
-
     """
     groups = definitions.select(config.groups)
     plans = []
@@ -276,7 +275,7 @@ def _plan_source(
 def names_in_files(source: EventSource, events: SourceTable) -> dict[str, str]:
     """Return our names → the files', where they differ: the mapped one, else another known name that a file has."""
     found = dict(source.mapping)
-    known = {name for file in events.files for name in file.schema.names}
+    known = {name for file in events.unlike for name in file.schema.names}
     for ours, spec in source.columns.items():
         theirs = next((name for name in spec.also if name in known), None)
         if theirs is not None and ours not in known:
@@ -294,7 +293,6 @@ def _choices(
         columns: Columns that the events' files have, our names to theirs.
         events: These files.
         elsewhere: Returns the dimension that has a column too.
-
     """
     for ours, theirs in columns.items():
         spec = source.columns.get(ours, Column())
@@ -375,7 +373,7 @@ def _event_columns(
     for column in needed:
         own_name = source.mapping.get(column, column)
         # A column that only some files have isn't looked up for all: `check_columns` names the file without it.
-        if column in source.mapping or any(own_name in file.schema.names for file in events.files):
+        if column in source.mapping or any(own_name in file.schema.names for file in events.unlike):
             found[column] = None
             continue
         origin = _dimension_of(column, needed, present, tables)
@@ -458,7 +456,6 @@ def plan_dimension(
         keys: Types of keys.
         only: Columns to read beside the key; None: all declared ones.
         missing: Texts that are null.
-
     """
     if dimension.mapping:
         wanted = {ours: theirs for ours, theirs in dimension.mapping.items() if ours != dimension.key}
@@ -513,7 +510,6 @@ def check_mappings(definitions: Definitions, others: Iterable[FeatureGroup] = ()
 
     Raises:
         DefinitionError: nothing reads one; the message names the closest that is read.
-
     """
     for source in definitions.events.values():
         groups = [group for group in (*definitions.groups.values(), *others) if group.source == source.name]
@@ -530,7 +526,6 @@ def needs_sample(definitions: Definitions, config: FeatureStoreConfig) -> bool:
 
     Raises:
         DefinitionError: a group is unknown, or names a source that isn't declared.
-
     """
     sources = {group.source for group in definitions.select(config.groups)}
     return "transactions" in sources and with_uris(definitions, config).events["transactions"].uri is None

@@ -58,11 +58,12 @@ def settled(
 
     Raises:
         SourceError: a file can't be read.
-
     """
     whole = tuple(dict.fromkeys(columns))
     first = tuple(name for name in dict.fromkeys(sampled) if name not in whole)
     differing = [name for name in whole if _may_not_fit(table, name)]
+    if not differing and all(file.format == "parquet" and not file.added for file in table.files):
+        return table
 
     def settle(file: SourceFile) -> SourceFile:
         found = {name: _of_path(file.in_path[name], missing) for name in (*whole, *first) if name in file.added}
@@ -79,7 +80,7 @@ def settled(
 
 def _may_not_fit(table: SourceTable, column: str) -> bool:
     """Return True if a type for the column depends on values of Parquet files."""
-    types = {file.schema.field(column).type for file in table.files}
+    types = {file.schema.field(column).type for file in table.unlike}
     return len(types) > 1 or pa.uint64() in types
 
 
@@ -157,7 +158,6 @@ def read_csv(name: str, uri: str, infos: Sequence[storage.FileInfo]) -> pa.Table
 
     Raises:
         SourceError: a file can't be read, lacks a column of the others, or has a line with another number of fields.
-
     """
     table = inspect_files(name, uri, infos)
     names = list(dict.fromkeys(column for file in table.files for column in file.schema.names))
@@ -182,7 +182,6 @@ def whole_numbers(file: SourceFile, column: str) -> tuple[int, int] | None:
 
     Raises:
         SourceError: the file can't be read.
-
     """
     if file.format == "parquet" and column not in file.added:
         with storage.open_input(file.info.uri) as source, pq.ParquetFile(source) as opened:
@@ -195,8 +194,6 @@ def whole_numbers(file: SourceFile, column: str) -> tuple[int, int] | None:
     values = text.str.strip_chars().cast(pl.Int64, strict=False).drop_nulls()
     return (values.min(), values.max()) if len(values) else None  # type: ignore[return-value]
 
-
-# --- kinds of columns ---
 
 Test = Callable[[pa.DataType], bool]
 
@@ -229,10 +226,9 @@ def check_kind(table: SourceTable, kind: ColumnKind, ours: str, theirs: str, map
 
     Raises:
         SourceError: a column can't; the message names the file, the column, its type and the expected one.
-
     """
     types: dict[pa.DataType, str] = {}
-    for file in table.files:
+    for file in table.unlike:
         types.setdefault(file.type_of(theirs), file.info.uri)
     for found, uri in types.items():
         where = f"{table.name}: column '{theirs}' of {uri} is of type {found}"
@@ -256,7 +252,6 @@ def check_times(table: SourceTable, column: str, epoch_unit: str | None, where: 
 
     Raises:
         SourceError: it can't, or holds integers that are dates, or integers without a given unit.
-
     """
     where = where or table.name
     for file in table.files:

@@ -38,9 +38,8 @@ from tasks.features.writer import (
 from tasks.io.notation import suspects
 from tasks.quality.profile import TableProfile, merge_profiles, profile_table
 from tasks.quality.sketch import QuantileSketch
-from tasks.store.conservation import check_equal
 from tasks.store.layout import AS_OF
-from tasks.store.manifest import FileEntry, RowBalance
+from tasks.store.manifest import FileEntry, RowBalance, check_equal
 from tasks.store.reservation import Reservation
 
 
@@ -135,7 +134,6 @@ def check_rows_read(source: SourcePlan, units: Sequence[ReadUnit], tally: Tally)
 
     Raises:
         BalanceError: they differ.
-
     """
     if all(unit.format == "parquet" or unit.piece is not None for unit in units):
         said = sum(unit.rows for unit in units)
@@ -147,13 +145,10 @@ def check_way(name: str, sent: int, carried: int, taken: int) -> None:
 
     Raises:
         BalanceError: they differ.
-
     """
     check_equal(name, sent, carried, "were sent to their buckets, {} were carried there")
     check_equal(name, carried, taken, "were carried to their buckets, {} were taken there")
 
-
-# --- the two sides ---
 
 LINE = "_line"
 MALFORMED = "malformed_row"
@@ -203,7 +198,6 @@ class Job:
 
         Returns:
             Counts, and one frame a slot.
-
         """
         split = self.splits[index]
         numbered = bool(self.plan.states) and split.group is None
@@ -335,9 +329,9 @@ def looked_up(events: pl.DataFrame, lookups: Sequence[LookupPlan], tables: Seque
 
 def snapshots_of(planned: GroupPlan, events: pl.DataFrame, time: str, as_of: Sequence[dt.datetime]) -> pl.DataFrame:
     """Return the features of whole entities as of each time, in order of the times, with a column of the time."""
-    found = evaluate_history(planned.group, events, time, as_of)
+    snapshots = evaluate_history(planned.group, events, time, as_of)
     return pl.concat(
-        frame.with_columns(pl.lit(moment, TIME).alias(AS_OF)) for frame, moment in zip(found, as_of, strict=True)
+        frame.with_columns(pl.lit(moment, TIME).alias(AS_OF)) for frame, moment in zip(snapshots, as_of, strict=True)
     )
 
 
@@ -349,7 +343,6 @@ def entity_rows(events: pl.DataFrame, entity: str, time: str, as_of: Sequence[dt
         entity: Their key.
         time: Their time.
         as_of: Times, ascending.
-
     """
     if len(as_of) == 1:
         return events[entity].n_unique()
@@ -403,11 +396,11 @@ class _Piece:
 
 def _judged_together(units: Sequence[ReadUnit], files: Sequence[int] | Sequence[None]) -> Iterator[list[_Piece]]:
     """Yield pieces of units, small ones of equal types together, as a judgement takes 2 ms for any number of rows."""
-    found = (_Piece(unit, file, raw) for unit, file in zip(units, files, strict=True) for raw in read(unit))
+    pieces = (_Piece(unit, file, raw) for unit, file in zip(units, files, strict=True) for raw in read(unit))
     # An empty file, too, has typed columns.
-    first = next(found, _Piece(units[0], files[0], RawRows(_no_rows(units[0]), 0)))
+    first = next(pieces, _Piece(units[0], files[0], RawRows(_no_rows(units[0]), 0)))
     held, rows = [first], first.raw.frame.height
-    for piece in found:
+    for piece in pieces:
         if rows + piece.raw.frame.height > JUDGED_ROWS or piece.raw.frame.schema != first.raw.frame.schema:
             yield held
             first, held, rows = piece, [], 0
@@ -442,7 +435,6 @@ def unique_dimension_rows(rows: pl.DataFrame, key: str, tally: Tally) -> tuple[p
 
     Returns:
         The rows to join, and the contradicting ones with `_reason`.
-
     """
     distinct = rows.unique(maintain_order=True)
     first = distinct[key].is_first_distinct()
@@ -452,9 +444,6 @@ def unique_dimension_rows(rows: pl.DataFrame, key: str, tally: Tally) -> tuple[p
     tally.deduplicated = rows.height - distinct.height
     tally.rejected.update(conflicting[REASON].to_list())
     return kept, conflicting
-
-
-# --- look-up dimensions ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -477,14 +466,9 @@ class LookedUp:
 def read_lookup(plan: LookupPlan, rows_per_unit: int) -> LookedUp:
     """Read a dimension and return one row a key.
 
-    Args:
-        plan: The look-up.
-        rows_per_unit: Rows that are read at once.
-
     Raises:
         SourceError: a file can't be read.
         BalanceError: rows were lost.
-
     """
     source = plan.dimension
     tally, kept = Tally(), Tally()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Literal
@@ -21,10 +20,11 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
+from tasks.engine.partition import frame_of
 from tasks.features.csv_text import EXACT, TYPES, Kind, Piece, PieceText, QuotedText, cut, join
 from tasks.io import storage
 from tasks.io.errors import SourceError
-from tasks.io.faults import is_transient
+from tasks.io.location import is_transient
 from tasks.io.notation import DEFAULT, MissingValues, without
 from tasks.store.manifest import InputFile, InputRecord
 
@@ -34,7 +34,6 @@ _HEAD = 2**20
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 INT64 = 2**63
 """From here on a whole number doesn't fit into 64 bits with a sign."""
-_READERS = 16
 
 Format = Literal["parquet", "csv"]
 
@@ -94,15 +93,26 @@ class SourceTable:
     uri: str
     files: tuple[SourceFile, ...]
 
+    @property
+    def unlike(self) -> Iterator[SourceFile]:
+        """The files; of those with one schema and nothing known of their values only the first."""
+        seen = set[int]()
+        for file in self.files:
+            if file.values:
+                yield file
+            elif id(file.schema) not in seen:
+                seen.add(id(file.schema))
+                yield file
+
     def has(self, column: str) -> bool:
         """Return True if every file has the column."""
-        return all(column in file.schema.names for file in self.files)
+        return all(column in file.schema.names for file in self.unlike)
 
     def types(self, column: str) -> dict[pa.DataType, str]:
         """Return the types of a column, each with a file that has it: Parquet's by file, one for all text together."""
         found = dict[pa.DataType, str]()
         texts = dict[str, Kind]()
-        for file in self.files:
+        for file in self.unlike:
             values = file.values.get(column)
             if values is None or values.kind is None:
                 found.setdefault(file.type_of(column), file.info.uri)
@@ -125,7 +135,6 @@ class SourceTable:
 
         Raises:
             SourceError: there is no such type.
-
         """
         known = self.types(column)
         types = [kind for kind in known if not pt.is_null(kind)] or list(known)
@@ -144,8 +153,7 @@ class SourceTable:
 
     def fingerprints(self) -> tuple[str, ...]:
         """Return the fingerprint of each file, which reads it on a local disk."""
-        with ThreadPoolExecutor(_READERS) as pool:
-            return tuple(pool.map(lambda file: storage.fingerprint(file.info), self.files))
+        return tuple(storage.in_threads(lambda file: storage.fingerprint(file.info), self.files))
 
     def record(self, rows: int | None, fingerprints: Sequence[str] = ()) -> InputRecord:
         """Return the manifest's record of this input; read the files' fingerprints, unless they are given."""
@@ -225,7 +233,6 @@ def inspect(name: str, uri: str) -> SourceTable:
 
     Raises:
         SourceError: nothing is there, a file can't be read, or the source has no rows.
-
     """
     infos = storage.list_files(uri, suffixes=SUFFIXES)
     if not infos:
@@ -245,14 +252,14 @@ def inspect_files(name: str, uri: str, infos: Sequence[storage.FileInfo]) -> Sou
 
     Raises:
         SourceError: a file can't be read.
-
     """
-    with ThreadPoolExecutor(min(_READERS, len(infos))) as pool:
-        files = list(pool.map(lambda info: _inspect_file(name, uri, info), infos))
     # Most files have the same schema: shared, a file takes 0.1 KB of the plan that each task gets, and not 1.2.
     known: dict[pa.Schema, pa.Schema] = {}
-    shared = (known.setdefault(file.schema, file.schema) for file in files)
-    return SourceTable(name, uri, tuple(replace(one, schema=schema) for one, schema in zip(files, shared, strict=True)))
+    files = [
+        replace(file, schema=known.setdefault(file.schema, file.schema))
+        for file in storage.in_threads(lambda info: _inspect_file(name, uri, info), infos)
+    ]
+    return SourceTable(name, uri, tuple(files))
 
 
 def check_columns(table: SourceTable, wanted: Mapping[str, str]) -> None:
@@ -260,9 +267,8 @@ def check_columns(table: SourceTable, wanted: Mapping[str, str]) -> None:
 
     Raises:
         SourceError: a file lacks one; the message names the file, the column, and the closest one or how to map it.
-
     """
-    for file in table.files:
+    for file in table.unlike:
         for ours, theirs in wanted.items():
             if theirs not in file.schema.names:
                 raise SourceError(_missing(table, file, ours, theirs))
@@ -316,7 +322,6 @@ def read_units(
         dictionary: Columns to read as dictionaries, if a file has them as text.
         missing: Text of CSV that means no value.
         typed: Columns of keys, numbers and times.
-
     """
     units = []
     for file in table.files:
@@ -331,7 +336,7 @@ def read_units(
             rows=file.estimated_rows,
         )
         if file.row_groups is None:
-            parts = [replace(whole, piece=one, rows=one.rows, first_row=one.first_row) for one in file.pieces]
+            parts = [replace(whole, piece=piece, rows=piece.rows, first_row=piece.first_row) for piece in file.pieces]
             units += parts or [whole]
             continue
         texts = [name for name in dictionary if name not in file.added and pt.is_string(file.schema.field(name).type)]
@@ -379,7 +384,6 @@ def read(unit: ReadUnit) -> Iterator[RawRows]:
 
     Raises:
         SourceError: the file can't be read or decoded.
-
     """
     try:
         if unit.format == "parquet":
@@ -402,8 +406,7 @@ def read(unit: ReadUnit) -> Iterator[RawRows]:
 
 def _frame(table: pa.Table, unit: ReadUnit) -> pl.DataFrame:
     if unit.own:
-        frame = pl.from_arrow(table.select(list(unit.own)), rechunk=False)
-        assert isinstance(frame, pl.DataFrame)
+        frame = frame_of(table.select(list(unit.own)), rechunk=False)
         frame.columns = list(unit.own)  # Polars names a column without a name
     else:
         frame = pl.DataFrame({"": pl.repeat(None, table.num_rows, eager=True)})
@@ -417,27 +420,26 @@ def _frame(table: pa.Table, unit: ReadUnit) -> pl.DataFrame:
     return frame.select(unit.columns)
 
 
-def _check_path(found: pl.Series, said: str | None, uri: str) -> None:
+def _check_path(values: pl.Series, said: str | None, uri: str) -> None:
     """Compare a column of a file with its value in the file's path, as text, number or time.
 
     Raises:
         SourceError: they differ.
-
     """
     if said is None:
-        differ = found.is_not_null()
+        differ = values.is_not_null()
     else:
-        text = found.cast(pl.String)
-        same = text.str.starts_with(said) if found.dtype.is_temporal() else text == said
+        text = values.cast(pl.String)
+        same = text.str.starts_with(said) if values.dtype.is_temporal() else text == said
         number = pl.Series([said]).cast(pl.Float64, strict=False)[0]
         if number is not None:
             same |= text.cast(pl.Float64, strict=False) == number
         differ = ~same.fill_null(value=False)
     if differ.any():
-        value = found.filter(differ)[0]
+        value = values.filter(differ)[0]
         raise SourceError(
-            f"{uri}: column '{found.name}' holds {value!r}, but the file's path says {found.name}={said}; correct one "
-            f"of them, or map another column"
+            f"{uri}: column '{values.name}' holds {value!r}, but the file's path says {values.name}={said}; correct "
+            f"one of them, or map another column"
         )
 
 

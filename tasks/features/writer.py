@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tasks.engine.partition import frame_of
 from tasks.features.config import Thresholds
 from tasks.features.plan import GroupPlan
 from tasks.features.rows import TIME
 from tasks.io import storage
+from tasks.io.tensors import Float64Array
 from tasks.quality.profile import TableProfile, profile_table
 from tasks.quality.sketch import QuantileSketch
 from tasks.store.layout import AS_OF, CREATED, MISSING, OUTLYING, READY, SCORE, VERSION
@@ -37,15 +38,12 @@ class Fences:
     upper: float
 
 
-def fences(
-    columns: Sequence[str], quantiles: Callable[[str, Sequence[float]], npt.NDArray[np.float64]]
-) -> dict[str, Fences]:
+def fences(columns: Sequence[str], quantiles: Callable[[str, Sequence[float]], Float64Array]) -> dict[str, Fences]:
     """Return Tukey's fences per numeric column; a column without finite values has none.
 
     Args:
         columns: Numeric columns.
         quantiles: Returns the global quantiles (column, levels) → values; NaN if there is no finite value.
-
     """
     found = {}
     for column in columns:
@@ -75,11 +73,10 @@ def fences_again(
 
     Returns:
         The fences of each time.
-
     """
     if len(manifest.as_of) <= 1:
 
-        def recorded(name: str, levels: Sequence[float]) -> npt.NDArray[np.float64]:
+        def recorded(name: str, levels: Sequence[float]) -> Float64Array:
             known = manifest.profile[name].quantiles if name in manifest.profile else {}
             return np.array([known.get(str(level), np.nan) for level in levels])
 
@@ -119,7 +116,6 @@ def score_rows(
 
     Returns:
         frame and missing_value_ratio, outlier_ratio, feature_quality_score (float64), is_training_ready (bool).
-
     """
     missing = [
         pl.col(c).is_null() | pl.col(c).is_nan() if frame.schema[c].is_float() else pl.col(c).is_null()
@@ -150,8 +146,6 @@ def _share(flags: list[pl.Expr]) -> pl.Expr:
     return pl.sum_horizontal(f.cast(pl.Int64) for f in flags) / len(flags) if flags else pl.lit(0.0)
 
 
-# --- writing ---
-
 ROW_GROUP = 8192
 """Rows of a row group: a look-up of one entity decodes one, and a hundred groups' statistics are quick to search."""
 
@@ -181,9 +175,7 @@ def write_part(
 
     Rows are sorted by entity and as_of, in row groups so small that a look-up of one entity reads little.
     """
-    frame = pl.from_arrow(table)
-    assert isinstance(frame, pl.DataFrame)
-    final = to_arrow(scored_rows(frame, planned, bounds, thresholds))
+    final = to_arrow(scored_rows(frame_of(table), planned, bounds, thresholds))
     written = storage.write_parquet(final, reservation.data_uri(part), row_group_size=ROW_GROUP)
     entry = reservation.entry(written)
     profiled = set(numeric_features(table.schema, planned))

@@ -15,7 +15,6 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -24,19 +23,18 @@ import xxhash
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.decode import Decoded, Decoder, Rejection
 from tasks.images.duplicates import perceptual_hash
-from tasks.images.engines import Engine, UInt8Array, make_engine
+from tasks.images.engines import Engine, Scored, make_engine, score
 from tasks.images.formats import read_jpeg_header
 from tasks.images.outcomes import OUTCOMES, UnitNote, note_uri, read_outcomes, write_note
 from tasks.images.plan import read_unit
 from tasks.images.rows import Originals, build_rows, decode_images, rows_schema
-from tasks.images.scoring import Scored, score
 from tasks.images.sources import REJECTED_IMAGES
 from tasks.images.split import SPLITS
 from tasks.io import storage
 from tasks.io.errors import SourceError
-from tasks.io.faults import is_transient
+from tasks.io.location import is_transient
 from tasks.io.storage import FileInfo, ParquetStream
-from tasks.io.tensors import parquet_settings
+from tasks.io.tensors import Int8Array, UInt8Array, parquet_settings
 from tasks.store import layout
 from tasks.store.manifest import FileEntry
 from tasks.store.reservation import Reservation
@@ -117,7 +115,6 @@ def augment_unit(job: ImageJob, unit: int) -> UnitNote:
 
     Raises:
         OSError: the store fails transiently; an unreadable image is rejected instead.
-
     """
     planned = read_unit(job.plan_uri, unit, job.config.images_per_file)
     clock = _Clock()
@@ -181,15 +178,15 @@ def _rows(
     if "stamp" in planned.column_names:  # copies were searched among the contents that were listed
         listed = list(map(FileInfo, uris, planned["bytes"].to_pylist(), planned["stamp"].to_pylist()))
     for first, contents in _chunks(_contents(uris, listed), config):
-        own = outcomes[first : first + len(contents)]
-        images = _decoded(worker, contents, own, clock)
+        members = outcomes[first : first + len(contents)]
+        images = _decoded(worker, contents, members, clock)
         sizes = [expected_size(data) for data in contents]
-        made, measured, magnification = worker.engine.variants(images, keys[first : first + len(own)], sizes)
+        made, measured, magnification = worker.engine.variants(images, keys[first : first + len(members)], sizes)
         clock.lap("augment")
         if not len(made):
             continue
-        augmented = [outcome for outcome in own if outcome.reason is None]
-        chunk = planned.slice(first, len(own)).filter(pa.array([outcome.reason is None for outcome in own]))
+        augmented = [outcome for outcome in members if outcome.reason is None]
+        chunk = planned.slice(first, len(members)).filter(pa.array([outcome.reason is None for outcome in members]))
         originals = Originals(
             ids=chunk["image_id"].combine_chunks(),
             uris=chunk["uri"].combine_chunks(),
@@ -215,7 +212,6 @@ def augment_again(config: ImageAugmentationConfig, classes: int, planned: pa.Tab
 
     Returns:
         The outcome of each image, by `OUTCOMES`; and the rows of the augmented ones, by `rows_schema`.
-
     """
     outcomes = [_Outcome() for _ in range(planned.num_rows)]
     schema = rows_schema(config, classes)
@@ -231,7 +227,6 @@ def unlike_variants(made: pa.Table, again: pa.Table, tolerance: float) -> list[s
         made: Rows by `rows_schema`.
         again: The same variants in any order.
         tolerance: Mean difference to ignore, relative to the span of the values.
-
     """
     one, other = (table.sort_by("image_id") for table in (made, again))
     first, second = (decode_images(table).astype(np.float32) for table in (one, other))
@@ -248,7 +243,9 @@ def _copied(table: pa.Table) -> pa.Table:
 
 
 def _outcome_table(outcomes: Sequence[_Outcome]) -> pa.Table:
-    return pa.table({name: [getattr(one, name) for one in outcomes] for name in OUTCOMES.names}, schema=OUTCOMES)
+    return pa.table(
+        {name: [getattr(outcome, name) for outcome in outcomes] for name in OUTCOMES.names}, schema=OUTCOMES
+    )
 
 
 def open_rows(job: ImageJob, uri: str) -> ParquetStream:
@@ -338,10 +335,10 @@ def _note_scores(outcomes: Sequence[_Outcome], scored: Scored, variants: int) ->
     scores, passed, ready = (a.reshape(-1, variants) for a in (scored.score, scored.passed, scored.ready))
     issues = scored.issues.to_pylist()
     for number, outcome in enumerate(outcomes):
-        own = issues[number * variants : (number + 1) * variants]
+        of_image = issues[number * variants : (number + 1) * variants]
         outcome.scores = scores[number].tolist()
         outcome.passed, outcome.ready = int(passed[number].sum()), int(ready[number].sum())
-        outcome.issues = sorted({issue for some in own for issue in some})
+        outcome.issues = sorted({issue for some in of_image for issue in some})
 
 
 def _write_rejected(job: ImageJob, unit: int, planned: pa.Table, outcomes: pa.Table) -> FileEntry | None:
@@ -354,7 +351,7 @@ def _write_rejected(job: ImageJob, unit: int, planned: pa.Table, outcomes: pa.Ta
     return job.reservation.entry(storage.write_parquet(rows, job.reservation.rejected_uri("images", unit)))
 
 
-def resplit_unit(job: ImageJob, note: UnitNote, wanted: dict[str, npt.NDArray[np.int8]]) -> UnitNote:
+def resplit_unit(job: ImageJob, note: UnitNote, wanted: dict[str, Int8Array]) -> UnitNote:
     """Rewrite a unit's rows, each to its present split; the old files stay until the commit.
 
     Rows are copied, except for images that enter or leave train: their variants differ, so they are read and
@@ -370,7 +367,6 @@ def resplit_unit(job: ImageJob, note: UnitNote, wanted: dict[str, npt.NDArray[np
 
     Raises:
         SourceError: an image has changed since it was read first.
-
     """
     streams: dict[int, ParquetStream] = {}
     number = len(job.digests) + note.unit  # separate names: the old files may be needed by another attempt
@@ -410,7 +406,7 @@ def resplit_unit(job: ImageJob, note: UnitNote, wanted: dict[str, npt.NDArray[np
 def _made_again(
     job: ImageJob,
     note: UnitNote,
-    wanted: Mapping[str, npt.NDArray[np.int8]],
+    wanted: Mapping[str, Int8Array],
     outcomes: pa.Table,
     write: Callable[[int, pa.Table], None],
 ) -> tuple[pa.Table, dict[str, float]]:
@@ -418,7 +414,6 @@ def _made_again(
 
     Returns:
         The present outcomes of all images; and wall time by stage, including the first making.
-
     """
     clock = _Clock()
     clock.seconds.update(note.seconds)
@@ -430,15 +425,15 @@ def _made_again(
         now[good & (was == SPLITS.index(split))] = targets
     order = np.arange(len(was))
     for target in np.unique(now[good]):
-        others = [number for number, one in enumerate(SPLITS) if not job.config.alike(one, SPLITS[target])]
+        others = [number for number, split in enumerate(SPLITS) if not job.config.alike(split, SPLITS[target])]
         rows = np.flatnonzero(good & (now == target) & np.isin(was, others))
         again = [_Outcome() for _ in rows]
         for table in _rows(job.config.of_split(SPLITS[target]), job.classes, planned.take(rows), again, clock):
             write(int(target), table)
             clock.lap("write")
         before = outcomes["content"].take(pa.array(rows)).to_pylist()
-        for row, one, content in zip(rows.tolist(), again, before, strict=True):
-            if one.content != content or one.reason is not None:
+        for row, variant, content in zip(rows.tolist(), again, before, strict=True):
+            if variant.content != content or variant.reason is not None:
                 raise SourceError(f"{planned['uri'][row].as_py()} has changed since this run read it first; run again")
         order[rows] = outcomes.num_rows + np.arange(len(rows))
         outcomes = pa.concat_tables([outcomes, _outcome_table(again)])

@@ -1,7 +1,4 @@
-"""Configuration of the image-augmentation flow: the flow's parameter, the command line and the deployment's parameters.
-
-Credentials never appear here (Prefect stores parameters); storage takes them from the environment.
-"""
+"""Configuration of the image-augmentation flow."""
 
 from __future__ import annotations
 
@@ -13,14 +10,16 @@ from pydantic import ConfigDict, Field, model_validator
 
 from tasks.images.split import SPLITS
 from tasks.store.settings import (
-    Bounds,
+    CommonBounds,
     DatasetName,
-    Drift,
+    FlowSettings,
     Location,
     Names,
     Seed,
+    SelfTest,
     Settings,
     Share,
+    check_shares,
     fails,
     warns,
 )
@@ -32,7 +31,13 @@ Channel = Annotated[int, Field(ge=0, le=255)]
 class Augmentation(Settings):
     """Augmentation of each image; the operations and their defaults are torchvision's."""
 
-    variants: int = Field(default=3, ge=1, le=1000, description="Augmented variants of each image.")
+    variants: int = Field(
+        default=3,
+        ge=0,
+        le=1000,
+        description="Augmented variants of each image; 0: in all splits the image once, its shorter side resized to "
+        "size and the middle taken, for a loader that augments.",
+    )
     size: int = Field(default=224, ge=8, le=4096, description="Height and width of each variant, pixels.")
     scale: tuple[Positive, Positive] = Field(
         default=(0.08, 1.0), description="RandomResizedCrop: bounds of the crop's share of the image's area."
@@ -70,6 +75,8 @@ class Augmentation(Settings):
             raise ValueError(
                 f"scale = {self.scale[0]}, {self.scale[1]} asks for crops larger than the image; at most 1"
             )
+        if self.policy is not None and not self.variants:
+            raise ValueError(f"variants = 0 makes no use of policy = '{self.policy}'; give it to the loader")
         if self.policy is not None and not re.fullmatch(r"[\w.]+:[\w.]+", self.policy):
             raise ValueError(f"policy = '{self.policy}' is no import path; write it like 'package.module:name'")
         return self
@@ -79,7 +86,14 @@ class Centred(Augmentation):
     """One variant without randomness, for images that aren't trained on: resized whole, then cropped to the middle."""
 
 
-class ImageThresholds(Bounds):
+class Original(Centred):
+    """One variant without randomness, for a loader that augments: the shorter side resized to size, the middle taken.
+
+    A `Centred` of 224 makes of an `Original` of 256 the same pixels as of the image itself.
+    """
+
+
+class ImageThresholds(CommonBounds):
     """Bounds of the row and dataset checks."""
 
     falling = ("ready_warn",)
@@ -98,23 +112,18 @@ class ImageThresholds(Bounds):
         default=4.0, ge=1, description="A variant is magnified if its crop was enlarged by more than this, in area."
     )
     score: Share = Field(default=0.5, description="A variant is training-ready from this quality score on.")
-    rejected_warn: Share = warns(0.01, "above this share of rejected images")
-    rejected_fail: Share = fails(0.2, "above this share of rejected images")
     invalid_warn: Share = warns(0.01, "above this share of invalid variants")
     invalid_fail: Share = fails(0.1, "above this share of invalid variants")
     ready_warn: Share = warns(0.8, "below this share of training-ready variants")
     ready_fail: Share = fails(0.0, "below this share of training-ready variants")
     balance_warn: Share = warns(0.2, "if the rarest class has less than this share of an equal part")
-    drift_warn: Drift = warns(0.1, "above this drift (PSI) against the last published version")
-    drift_fail: Drift = fails(1.0, "above this drift (PSI) against the last published version")
 
 
-class ImageAugmentationConfig(Settings):
+class ImageAugmentationConfig(FlowSettings):
     """Augment labelled images, check and split them, and publish a version."""
 
     model_config = ConfigDict(title="Image augmentation")
 
-    root: Location = Field(default="data", description="Where datasets are kept: a directory or s3://bucket/prefix.")
     name: DatasetName = Field(default="images", description="Name of the dataset under training-datasets/.")
     images: Location | None = Field(
         default=None,
@@ -187,9 +196,7 @@ class ImageAugmentationConfig(Settings):
     thresholds: ImageThresholds = Field(
         default_factory=ImageThresholds, description="Bounds of the row and dataset checks."
     )
-    self_test: bool = Field(
-        default=True, description="Inject faults into a sample of the version, and report which its gate notices."
-    )
+    self_test: SelfTest = True
     sample_images: int = Field(default=500, ge=10, le=1_000_000, description="Size of the sample, images.")
 
     @property
@@ -204,10 +211,12 @@ class ImageAugmentationConfig(Settings):
 
     def of_split(self, split: str) -> ImageAugmentationConfig:
         """Return the configuration for the variants of a split's images."""
-        if split == SPLITS[0] or self.evaluation == "augmented" or isinstance(self.augmentation, Centred):
+        augmented = self.augmentation.variants and (split == SPLITS[0] or self.evaluation == "augmented")
+        if augmented or isinstance(self.augmentation, Centred):
             return self
         kept = self.augmentation.model_dump(include={"size", "mean", "std"})
-        return self.model_copy(update={"augmentation": Centred(**kept, variants=1, degrees=0.0)})
+        kind = Centred if self.augmentation.variants else Original
+        return self.model_copy(update={"augmentation": kind(**kept, variants=1, degrees=0.0)})
 
     def alike(self, split: str, other: str) -> bool:
         """Return True if images of two splits become the same variants."""
@@ -223,11 +232,7 @@ class ImageAugmentationConfig(Settings):
             raise ValueError("labels are given without images; give images too, or neither to use the sample")
         if self.group_column is not None and self.labels is None:
             raise ValueError(f"group_column = '{self.group_column}' is a column of the labels; give labels too")
-        if self.validation_share + self.test_share >= 1:
-            raise ValueError(
-                f"validation_share + test_share = {self.validation_share + self.test_share:g}: "
-                "nothing is left to train on; together they must stay below 1"
-            )
+        check_shares(self.validation_share, self.test_share)
         if self.device == "cuda" and not self.num_gpus:
             raise ValueError("device = cuda needs num_gpus above 0, so that Ray gives the worker a GPU")
         if self.num_gpus and self.device == "cpu":

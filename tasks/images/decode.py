@@ -67,11 +67,11 @@ from tasks.images.formats import (
     read_scans,
     with_deeper_samples,
 )
+from tasks.io.tensors import UInt8Array
 
 Reason = Literal["empty_file", "not_an_image", "unsupported", "too_many_pixels", "truncated", "corrupt"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
-Pixels = npt.NDArray[np.uint8]
 
 # A larger picture's memory is released with the picture, so that one giant doesn't burden a worker for life.
 _KEPT_BYTES = 64 * 2**20
@@ -81,7 +81,7 @@ _KEPT_BYTES = 64 * 2**20
 class Decoded:
     """A picture: height × width × 4 bytes (red, green, blue, any), in C order; and the name of its format."""
 
-    pixels: Pixels
+    pixels: UInt8Array
     format: str
 
 
@@ -102,13 +102,12 @@ class Decoder:
     Args:
         max_pixels: Images with more are rejected.
         background: Colour behind transparent pixels: red, green, blue.
-
     """
 
     def __init__(self, max_pixels: int, background: tuple[int, int, int]) -> None:
         self._max_pixels = max_pixels
         self._background = background
-        self._kept: Pixels = np.empty(0, np.uint8)
+        self._kept: UInt8Array = np.empty(0, np.uint8)
 
     def decode(self, data: bytes | memoryview) -> Decoded | Rejection:
         """Decode an image, or return why not; no bytes make it raise.
@@ -183,7 +182,7 @@ class Decoder:
             except Exception as fault:  # noqa: BLE001  # plugins raise whatever a malformed file leads them to
                 return _rejection(name, fault, data, self._max_pixels)
 
-    def _painted(self, image: Image.Image, data: bytes | memoryview) -> Pixels:
+    def _painted(self, image: Image.Image, data: bytes | memoryview) -> UInt8Array:
         width, height = image.size
         orientation = _orientation(image)
         is_deep = image.mode == "F" or image.mode.startswith("I")
@@ -196,15 +195,13 @@ class Decoder:
             stored[top : top + band.height] = np.frombuffer(raw, np.uint32).reshape(band.height, width)
         return pixels
 
-    def _room(self, size: int) -> Pixels:
+    def _room(self, size: int) -> UInt8Array:
         if size > _KEPT_BYTES:
             return np.empty(size, np.uint8)
         if size > self._kept.size:
             self._kept = np.empty(min(_KEPT_BYTES, max(size, 2 * self._kept.size)), np.uint8)
         return self._kept
 
-
-# --- JPEG ---
 
 # libjpeg's warnings of lost picture data (jerror.h); its others are of stray bytes, odd versions, a missing end.
 _DAMAGE = re.compile("Corrupt JPEG data: (premature end of data segment|bad (Huffman|arithmetic) code|found marker)")
@@ -232,9 +229,6 @@ def _jpeg_damage(said: str) -> Rejection | None:
     return None
 
 
-# --- orientation ---
-
-
 def _orientation(image: Image.Image) -> int:
     try:
         found = image.getexif().get(ORIENTATION_TAG, 1)
@@ -243,14 +237,14 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _shaped(room: Pixels, height: int, width: int, orientation: int) -> Pixels:
+def _shaped(room: UInt8Array, height: int, width: int, orientation: int) -> UInt8Array:
     """Return the buffer's view for a picture stored as height × width."""
     if orientation >= 5:
         height, width = width, height
     return room[: height * width * 4].reshape(height, width, 4)
 
 
-def _as_stored(pixels: Pixels, orientation: int) -> npt.NDArray[np.uint32]:
+def _as_stored(pixels: UInt8Array, orientation: int) -> npt.NDArray[np.uint32]:
     """Return the pixels of an upright picture as words, in the order of the stored picture."""
     words = pixels.view(np.uint32)[..., 0]
     if orientation in (5, 6, 7, 8):
@@ -261,8 +255,6 @@ def _as_stored(pixels: Pixels, orientation: int) -> npt.NDArray[np.uint32]:
         words = words[:, ::-1]
     return words
 
-
-# --- Pillow ---
 
 _TURN = threading.Lock()
 
@@ -423,8 +415,6 @@ def _rgb(image: Image.Image, background: tuple[int, int, int], scale: _Scale | N
     return canvas
 
 
-# --- reasons ---
-
 _EARLY = re.compile(
     "truncated|incomplete|end of (data|file)|not enough (image )?data|requires a buffer|too small|not large enough",
     re.I,
@@ -471,8 +461,6 @@ def _ends_early(name: str, data: bytes | memoryview) -> bool:
     return lacks.get(name, False)
 
 
-# --- declared range of samples ---
-
 _BITS, _PHOTOMETRIC, _FORMAT, _LEAST, _GREATEST = 258, 262, 339, 340, 341  # TIFF 6.0
 _WHITE_IS_ZERO = 0
 _UNSIGNED, _SIGNED = 1, 2
@@ -486,7 +474,7 @@ class _Scale:
     white: float
     dtype: str | None = None
 
-    def eight_bits(self, values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
+    def eight_bits(self, values: npt.NDArray[np.generic]) -> UInt8Array:
         """Return gray values of any range in 8 bits, rounded and clipped to black and white; NaN becomes 0."""
         if self.dtype is not None:
             values = values.view(self.dtype)
@@ -495,18 +483,12 @@ class _Scale:
             return table[values.astype(np.uint16, copy=False)]  # quicker
         shares = (values.astype(np.float64) - self.black) * (255 / (self.white - self.black))
         np.nan_to_num(shares, copy=False, nan=0, posinf=255, neginf=0)
-        gray: npt.NDArray[np.uint8] = np.rint(shares.clip(0, 255)).astype(np.uint8)
+        gray: UInt8Array = np.rint(shares.clip(0, 255)).astype(np.uint8)
         return gray
 
 
 def _declared_scale(image: Image.Image, data: bytes | memoryview) -> _Scale:
-    """Return the scale of a loaded gray picture of more than 8 bits: of mode I, I;16 or F.
-
-    Args:
-        image: The picture.
-        data: The picture's file.
-
-    """
+    """Return the scale of a loaded gray picture of more than 8 bits: of mode I, I;16 or F."""
     if image.mode == "F":
         return _float_scale(image)
     if image.mode == "I" and image.format == "PPM":

@@ -21,12 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tasks.images.config import Augmentation, Centred, ImageAugmentationConfig
+from tasks.images.config import Augmentation, Centred, ImageAugmentationConfig, Original
 from tasks.io.hashing import stable_hash
-
-UInt64Array = npt.NDArray[np.uint64]
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
+from tasks.io.tensors import BoolArray, Float32Array, Float64Array, Int32Array, Int64Array, UInt8Array, UInt64Array
 
 CROP_ATTEMPTS = 10
 _LONGEST = 4
@@ -52,14 +49,13 @@ class Draws:
             exactly 1 and a shift of exactly 0 mean that the operation isn't applied.
         order: uint8 (n, 4): order[:, k] is the colour operation applied k-th: 0 brightness, 1 contrast, 2 saturation,
             3 hue.
-
     """
 
-    crop: npt.NDArray[np.int32]
-    flip: npt.NDArray[np.bool_]
-    angle: npt.NDArray[np.float32]
-    jitter: npt.NDArray[np.float32]
-    order: npt.NDArray[np.uint8]
+    crop: Int32Array
+    flip: BoolArray
+    angle: Float32Array
+    jitter: Float32Array
+    order: UInt8Array
 
 
 def image_keys(image_ids: Sequence[str], seed: int) -> UInt64Array:
@@ -68,7 +64,6 @@ def image_keys(image_ids: Sequence[str], seed: int) -> UInt64Array:
     Args:
         image_ids: Ids, any text.
         seed: Seed, in [0, 2**63).
-
     """
     key = seed.to_bytes(8, "little")
     digests = b"".join(hashlib.blake2b(name.encode(), digest_size=8, key=key).digest() for name in image_ids)
@@ -81,7 +76,6 @@ def draws_of(config: ImageAugmentationConfig, original: Mapping[str, Any]) -> Dr
     Args:
         config: The configuration of its version.
         original: Its row in the table of originals: image_id, height, width and split.
-
     """
     keys = image_keys([original["image_id"]], config.seed)
     height, width = (np.array([original[name]], np.int64) for name in ("height", "width"))
@@ -102,7 +96,6 @@ def draw(
         heights: (m,) heights of the oriented originals, at least 1 pixel.
         widths: (m,) widths, likewise.
         augmentation: Bounds of the parameters.
-
     """
     if isinstance(augmentation, Centred):
         return _whole(np.asarray(heights, np.int64), np.asarray(widths, np.int64))
@@ -137,7 +130,7 @@ def draw(
     )
 
 
-def _whole(heights: IntArray, widths: IntArray) -> Draws:
+def _whole(heights: Int64Array, widths: Int64Array) -> Draws:
     count = len(heights)
     longest = _LONGEST * np.minimum(heights, widths)  # the whole of a line of pixels would be resized to gigabytes
     height, width = np.minimum(heights, longest), np.minimum(widths, longest)
@@ -155,13 +148,12 @@ def window(height: int, width: int, augmentation: Augmentation) -> tuple[int, in
 
     Returns:
         Height and width, pixels; top and left of the taken pixels. For a `Centred` augmentation as torchvision's
-        Resize(size × 256/224) and CenterCrop(size).
-
+        Resize(size × 256/224) and CenterCrop(size); for an `Original` as Resize(size) and CenterCrop(size).
     """
     size = augmentation.size
     if not isinstance(augmentation, Centred):
         return size, size, 0, 0
-    side, short = round(size * 256 / 224), min(height, width)
+    side, short = size if isinstance(augmentation, Original) else round(size * 256 / 224), min(height, width)
     tall, wide = int(side * height / short), int(side * width / short)
     return tall, wide, round((tall - size) / 2), round((wide - size) / 2)
 
@@ -173,8 +165,8 @@ def policy_seeds(keys: UInt64Array, variants: int) -> UInt64Array:
 
 @np.errstate(over="ignore", divide="ignore")  # sides that overflow don't fit
 def _crop_sizes(
-    streams: UInt64Array, height: IntArray, width: IntArray, augmentation: Augmentation
-) -> tuple[IntArray, IntArray, npt.NDArray[np.bool_]]:
+    streams: UInt64Array, height: Int64Array, width: Int64Array, augmentation: Augmentation
+) -> tuple[Int64Array, Int64Array, BoolArray]:
     """Return height and width of each crop, and True if an attempt fitted; otherwise the crop belongs in the middle.
 
     An attempt draws a share of the area, uniformly, and a ratio of width to height, log-uniformly, and fits if neither
@@ -219,11 +211,11 @@ def _bits(streams: UInt64Array, purpose: UInt64Array, attempt: int = 0) -> UInt6
     return stable_hash(pa.array(states.ravel())).reshape(states.shape)
 
 
-def _uniform(streams: UInt64Array, purpose: UInt64Array, attempt: int = 0) -> FloatArray:
+def _uniform(streams: UInt64Array, purpose: UInt64Array, attempt: int = 0) -> Float64Array:
     """Return uniform draws in [0, 1), of 53 bits."""
     return (_bits(streams, purpose, attempt) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _symmetric(uniform: FloatArray, bound: float) -> FloatArray:
+def _symmetric(uniform: Float64Array, bound: float) -> Float64Array:
     """Scale uniform draws to ± bound; exactly 0 if that is 0."""
     return (2 * uniform - 1) * bound + 0.0  # + 0.0 makes 0.0 of -0.0

@@ -29,18 +29,13 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from numba import njit
 
-UInt8Array = npt.NDArray[np.uint8]
-UInt64Array = npt.NDArray[np.uint64]
-Int32Array = npt.NDArray[np.int32]
-Int64Array = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float64]
+from tasks.io.compiled import Compiled
+from tasks.io.tensors import AnyArray, BoolArray, Float64Array, Int32Array, Int64Array, UInt8Array, UInt64Array
 
 SIGNATURE_BYTES = 48
 STRUCTURE_BOUND = 2.0  # standard deviation of the hashed frequencies, of 255
+COLOUR_BOUND = 8  # mean absolute difference of signatures: copies of photographs stay below 3, others above 14
 
 _CELLS = 32
 _FREQUENCIES = 8
@@ -48,6 +43,13 @@ _GRID = 4
 _MOST_SAMPLES = 512
 _DEAD_ZONE = 0.5
 _RED, _GREEN, _BLUE = 0.299, 0.587, 0.114  # luminance, ITU-R BT.601
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio: Fibonacci hashing
+_MOST_BUCKET_BITS = 22
+_MOST_TABLES = 5000
+_SORT_COST, _PAIR_COST = 20.0, 2.0  # nanoseconds: to put a hash into a bucket, to compare two
+
+
+_jit = Compiled(globals())
 
 
 def perceptual_hash(pixels: UInt8Array) -> tuple[int, UInt8Array, bool]:
@@ -68,7 +70,6 @@ def perceptual_hash(pixels: UInt8Array) -> tuple[int, UInt8Array, bool]:
     Returns:
         The hash, in [0, 2**63). The mean RGB of each cell of a 4 × 4 grid, row by row; shape (48,), uint8. True if the
         low frequencies have a standard deviation of 2 of 255 or more: other pictures have no meaningful hash.
-
     """
     assert pixels.ndim == 3, f"a picture has three axes, not the shape {pixels.shape}"
     assert pixels.size, f"a picture has pixels, not the shape {pixels.shape}"
@@ -77,7 +78,7 @@ def perceptual_hash(pixels: UInt8Array) -> tuple[int, UInt8Array, bool]:
     return int(bits), signature, bool(structure >= STRUCTURE_BOUND)
 
 
-def _cosines() -> FloatArray:
+def _cosines() -> Float64Array:
     """Return the orthonormal DCT-II (Ahmed, Natarajan & Rao 1974) of the low frequencies; shape (32, 8)."""
     place, frequency = np.arange(_CELLS)[:, None], np.arange(_FREQUENCIES)
     basis = np.cos(np.pi * (2 * place + 1) * frequency / (2 * _CELLS)) * math.sqrt(2 / _CELLS)
@@ -88,8 +89,8 @@ def _cosines() -> FloatArray:
 _COSINES = _cosines()
 
 
-@njit(cache=True, nogil=True)
-def _hash_picture(pixels: UInt8Array, cosines: FloatArray) -> tuple[np.uint64, UInt8Array, float]:
+@_jit
+def _hash_picture(pixels: UInt8Array, cosines: Float64Array) -> tuple[np.uint64, UInt8Array, float]:
     """Return hash, signature and structure of a C-contiguous picture."""
     height, width = min(pixels.shape[0], _MOST_SAMPLES), min(pixels.shape[1], _MOST_SAMPLES)
     is_whole = pixels.shape[:2] == (height, width)
@@ -126,7 +127,7 @@ def _hash_picture(pixels: UInt8Array, cosines: FloatArray) -> tuple[np.uint64, U
     return bits, signature, structure
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _sampled(pixels: UInt8Array, rows: int, columns: int) -> UInt8Array:
     """Return some rows and columns of a picture, evenly spread; shape (rows, columns, 3)."""
     height, width = pixels.shape[:2]
@@ -140,7 +141,7 @@ def _sampled(pixels: UInt8Array, rows: int, columns: int) -> UInt8Array:
     return sampled
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _cell_sums(pixels: UInt8Array) -> Int64Array:
     """Return sums over 32 × 32 cells of equal area; a pixel on a border counts for each cell by its part in it.
 
@@ -189,16 +190,6 @@ def _cell_sums(pixels: UInt8Array) -> Int64Array:
     return sums
 
 
-# --- search for pairs and groups ---
-
-COLOUR_BOUND = 8  # mean absolute difference of signatures: copies of photographs stay below 3, others above 14
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio: Fibonacci hashing
-_MOST_BUCKET_BITS = 22
-_MOST_TABLES = 5000
-_SORT_COST, _PAIR_COST = 20.0, 2.0  # nanoseconds: to put a hash into a bucket, to compare two
-
-
 def similar_pairs(
     hashes: UInt64Array,
     signatures: UInt8Array,
@@ -232,7 +223,6 @@ def similar_pairs(
 
     Returns:
         Indices i < j of similar images; shape (fewer than n, 2).
-
     """
     count = len(hashes)
     assert signatures.shape == (count, SIGNATURE_BYTES), f"{count} hashes, but signatures of {signatures.shape}"
@@ -271,7 +261,6 @@ def group_images(n: int, pairs: Iterable[Int64Array], exact: Int64Array | None =
 
     Returns:
         The smallest index of the image's component; shape (n,).
-
     """
     parent = np.arange(n)
     links = pairs if exact is None else (*pairs, np.stack([np.arange(n), exact], axis=1))
@@ -317,12 +306,12 @@ def _tables(count: int, max_bits: int, parts: int) -> UInt64Array:
     return np.array([sum(choice) for choice in combinations(band, chosen)], dtype=np.uint64)
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _bucket(bits: np.uint64, mask: np.uint64, bucket_bits: int) -> np.int64:
     return np.int64(((bits & mask) * _GOLDEN) >> np.uint64(64 - bucket_bits))
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _buckets(
     hashes: UInt64Array, mask: np.uint64, bucket_bits: int, split: int, splits: int
 ) -> tuple[Int32Array, Int64Array]:
@@ -343,7 +332,7 @@ def _buckets(
     return order, bounds
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _link_buckets(  # noqa: PLR0917 - compiled functions take arguments by place
     hashes: UInt64Array,
     signatures: UInt8Array,
@@ -410,8 +399,8 @@ def _link_buckets(  # noqa: PLR0917 - compiled functions take arguments by place
     return found
 
 
-@njit(cache=True, nogil=True)
-def _root(parent: npt.NDArray[Any], image: Any) -> Any:
+@_jit
+def _root(parent: AnyArray, image: Any) -> Any:
     """Return the root of an image's tree, with path halving (Tarjan & van Leeuwen 1984)."""
     while parent[image] != image:
         parent[image] = parent[parent[image]]
@@ -419,7 +408,7 @@ def _root(parent: npt.NDArray[Any], image: Any) -> Any:
     return image
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _connect(parent: Int64Array, links: Int64Array) -> None:
     """Join the trees of linked images; a tree's root is its smallest index."""
     for k in range(len(links)):
@@ -427,13 +416,13 @@ def _connect(parent: Int64Array, links: Int64Array) -> None:
         parent[max(a, b)] = min(a, b)
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _flatten(parent: Int64Array) -> None:
     for i in range(len(parent)):  # a parent has the smaller index, so its parent is its root by now
         parent[i] = parent[parent[i]]
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _differing_bits(a: np.uint64, b: np.uint64) -> np.int64:
     """Return the Hamming distance; compiled to the machine's instruction (Warren, "Hacker's Delight", 5-1)."""
     x = a ^ b
@@ -443,7 +432,7 @@ def _differing_bits(a: np.uint64, b: np.uint64) -> np.int64:
     return np.int64((x * np.uint64(0x0101010101010101)) >> np.uint64(56))
 
 
-@njit(cache=True, nogil=True)
+@_jit
 def _same_colours(signatures: UInt8Array, a: int, b: int) -> bool:
     one, other = signatures[a], signatures[b]
     difference = np.uint16(0)  # at most 48 × 255; in this form it compiles to instructions on 16 bytes at once

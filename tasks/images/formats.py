@@ -63,7 +63,6 @@ def read_jpeg_header(data: bytes | memoryview) -> JpegHeader | None:
 
     Returns:
         The header; None if anything in it is unusual or missing.
-
     """
     at = 2
     frame = frame_marker = None
@@ -101,7 +100,6 @@ def read_scans(data: bytes | memoryview) -> Scans:
 
     Args:
         data: A file that begins as a JPEG; a view must be of unsigned bytes.
-
     """
     lacking: dict[int, list[int]] = {}  # lowest bits that each coefficient of each ink still lacks
     count = 0
@@ -137,8 +135,6 @@ def _send(scan: bytes, lacking: dict[int, list[int]]) -> None:
             bits[these] = [low_bit] * len(bits[these])
 
 
-# --- declared parts ---
-
 _END = b"\xff\xd9"  # the end mark of a JPEG, and of a JPEG 2000's codestream
 
 
@@ -157,8 +153,6 @@ def check_scans(scans: Scans) -> None:
         raise DamageError("truncated", "The JPEG file lacks some of its scans, so its picture isn't whole.")
 
 
-# --- PNG ---
-
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _PNG_PART = struct.Struct(">I4s")
 _PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a pixel, by colour type
@@ -174,15 +168,11 @@ def png_picture(data: bytes) -> bytes:
     These are the critical parts, the transparency, the EXIF block, and the texts that may have an orientation, of
     1 MiB together at most. Animations keep the picture for viewers without animations.
 
-    Args:
-        data: The file, and perhaps something after it.
-
     Returns:
         A PNG, cut where the file is cut.
 
     Raises:
         DamageError: The checksum (CRC-32) of one of these parts is wrong.
-
     """
     kept: list[bytes | memoryview] = [data[: len(_PNG_MAGIC)]]
     room = _MOST_TEXT
@@ -246,7 +236,6 @@ def check_png_rows(picture: bytes) -> None:
 
     Raises:
         DamageError: Its compressed stream ends before the last row.
-
     """
     lacking = 0
     unpack = zlib.decompressobj()
@@ -272,8 +261,6 @@ def _png_size(header: memoryview) -> int:
     return total
 
 
-# --- data after the picture ---
-
 _PCX_PALETTE = 1 + 3 * 256
 _QOI_END = bytes(7) + b"\1"
 _TGA_FOOTER, _TGA_NAME = 26, b"TRUEVISION-XFILE.\0"
@@ -283,11 +270,6 @@ def picture_end(name: str, data: bytes | memoryview) -> int | None:
     """Return the latest end of the first picture's bytes; None if the format doesn't record it.
 
     A decoder that misses pixels would continue with the following data: another picture, a palette, or a footer.
-
-    Args:
-        name: The format's name.
-        data: The file.
-
     """
     end = None
     if name == "GIF":
@@ -322,8 +304,6 @@ def _after_blocks(data: bytes | memoryview, at: int) -> int:
     return at + 1
 
 
-# --- ICO ---
-
 _DIB = struct.Struct("<IiiHHI12xI")
 
 
@@ -337,7 +317,6 @@ def check_icon(data: bytes | memoryview, offset: int, size: int) -> None:
 
     Raises:
         DamageError: They are too few.
-
     """
     if len(data) < offset + _DIB.size or bytes(data[offset : offset + 8]) == _PNG_MAGIC:
         return
@@ -351,8 +330,6 @@ def check_icon(data: bytes | memoryview, offset: int, size: int) -> None:
         raise DamageError("truncated", f"The ICO file's picture takes {needed:,} bytes and has {size:,} of them.")
 
 
-# --- TIFF ---
-
 _COLUMNS, _ROWS, _BITS, _COMPRESSION, _COLOURS, _SAMPLES, _PLANES = 256, 257, 258, 259, 262, 277, 284
 _OLD_JPEG, _OLD_JPEG_OFFSET, _JPEG, _YCBCR = 6, 513, 7, 6
 _FAX_3, _FAX_4, _FILL_ORDER = 3, 4, 266
@@ -365,13 +342,8 @@ _TILE_COLUMNS = 322
 def check_tiff_parts(tags: Mapping[int, Any], data: bytes | memoryview) -> None:
     """Check that a TIFF's first picture has all strips or tiles, each within the file (TIFF 6.0, 3 and 15).
 
-    Args:
-        tags: The picture's directory.
-        data: The file.
-
     Raises:
         DamageError: One is missing.
-
     """
     compression = tags.get(_COMPRESSION, 1)
     if compression == _OLD_JPEG and _OLD_JPEG_OFFSET in tags:
@@ -438,8 +410,6 @@ def _numbers(values: Any) -> tuple[int, ...]:
     return tuple(value for value in values if isinstance(value, int)) if isinstance(values, tuple) else ()
 
 
-# --- JPEG 2000 ---
-
 _BOX = struct.Struct(">I4s")
 _START_OF_TILE = b"\xff\x90"
 _CODESTREAM = b"\xff\x4f\xff\x51"
@@ -452,7 +422,6 @@ def check_tiles(data: bytes) -> None:
 
     Raises:
         DamageError: A missing part would be blank.
-
     """
     start, end, is_open = _codestream(memoryview(data))
     stream = data[start:end]
@@ -526,9 +495,6 @@ def _has_all_tiles(stream: bytes) -> bool:
         return True
     every_part = all(count >= announced[tile] for tile, count in parts.items())
     return every_part and len(parts) >= number and stream[at : at + 2] == _END
-
-
-# --- bytes of no image format ---
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,16 +20,13 @@ from typing import Any
 
 import numba
 import numpy as np
-import numpy.typing as npt
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from tasks.images.config import Augmentation
 from tasks.images.draws import Draws, window
-
-UInt8Array = npt.NDArray[np.uint8]
-FloatArray = npt.NDArray[np.float32]
+from tasks.io.tensors import Float32Array, UInt8Array
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
@@ -160,20 +157,17 @@ def _turn(source, out, height, width):
             out[x * height + y] = source[y * width + x]
 
 
-# --- the fused kernel ---
-
-
 @dataclass(slots=True)
 class _Scratch:
     """Buffers of one worker, large enough for the images seen so far."""
 
     width: int
     taps: int
-    row: FloatArray  # one resampled row, RGBX
+    row: Float32Array  # one resampled row, RGBX
     upright: UInt8Array  # resampled along y, (size, width, RGBX)
     turned: UInt8Array  # the same, (width, size, RGBX)
-    weights_y: FloatArray  # (size, taps)
-    weights_x: FloatArray
+    weights_y: Float32Array  # (size, taps)
+    weights_x: Float32Array
 
 
 class FusedEngine:
@@ -181,7 +175,6 @@ class FusedEngine:
 
     Args:
         augmentation: Size and largest angle; all other parameters come with the draws.
-
     """
 
     def __init__(self, augmentation: Augmentation) -> None:
@@ -198,7 +191,7 @@ class FusedEngine:
         self._rows = np.empty((3, strip), np.float32)
         self._scratch = self._buffers(width=1024, taps=16)
 
-    def augment(self, pixels: UInt8Array, draws: Draws, first: int, out: UInt8Array, figures: FloatArray) -> None:
+    def augment(self, pixels: UInt8Array, draws: Draws, first: int, out: UInt8Array, figures: Float32Array) -> None:
         """Make the variants of one image.
 
         Args:
@@ -207,7 +200,6 @@ class FusedEngine:
             first: See above.
             out: Receives the variants, shape (K, 3, size, size), RGB planes.
             figures: Receives mean and standard deviation of each variant's values, shape (K, 2), of 255.
-
         """
         height, width, channels = pixels.shape
         assert channels == 4, "the kernel takes RGBX"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from tasks.audit.explain_image import explain_image
+from tasks.audit.images import ImagesAgain, explain_image
 from tasks.audit.kind import Kind
-from tasks.audit.replay_images import ImagesAgain
 from tasks.images.config import ImageAugmentationConfig
-from tasks.images.gate import judge_images
-from tasks.images.self_test import trial
+from tasks.images.gate import judge_images, trial
 
 KIND = Kind(
     config=ImageAugmentationConfig,

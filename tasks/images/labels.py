@@ -40,20 +40,20 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from tasks.engine.partition import frame_of
 from tasks.images.sources import (
     LISTING,
     NAMED,
     REJECTED_IMAGES,
     SUFFIX,
     ImageListing,
-    as_frame,
     as_table,
     name_some,
     shown,
 )
 from tasks.io import storage
 from tasks.io.errors import CorruptVersion, SourceError
-from tasks.io.faults import is_transient
+from tasks.io.location import is_transient
 from tasks.io.notation import DEFAULT, MissingValues, without
 from tasks.io.text import plural, shortened
 from tasks.store.manifest import InputFile, InputRecord, RowBalance
@@ -124,7 +124,7 @@ def read_labels(
     numbers = np.delete(np.arange(table.num_rows + len(malformed)), list(malformed))
     columns = {name: table[column] for name, column in zip(LABELS.names[1:], wanted.values(), strict=False)}
     good = pl.DataFrame({"row": numbers}).with_columns(
-        **{name: as_frame(pa.table({name: column}))[name] for name, column in columns.items()}
+        **{name: frame_of(pa.table({name: column}))[name] for name, column in columns.items()}
     )
     bad = pl.DataFrame({"row": list(malformed), "malformed": list(malformed.values())}, schema_overrides=_POLARS)
     frame = pl.concat([pl.DataFrame(schema=_POLARS), good, bad], how="diagonal").sort("row")
@@ -205,7 +205,7 @@ def _read_csv(
     )
     keys = {column for setting, column in wanted.items() if setting != "class_column"} - {wanted["class_column"]}
     nulls = [without(pl.col(column), missing.ambiguous) for column in sorted(keys)] if missing.ambiguous else []
-    return as_table(as_frame(table).with_columns(nulls), table.schema)
+    return as_table(frame_of(table).with_columns(nulls), table.schema)
 
 
 def _check_columns(names: Sequence[str], wanted: Mapping[str, str]) -> None:
@@ -215,15 +215,13 @@ def _check_columns(names: Sequence[str], wanted: Mapping[str, str]) -> None:
             raise SourceError(f"several columns are named '{column}'; rename or remove one of them")
         if not count:
             close = get_close_matches(column.lower(), [name.lower() for name in names], n=1)
-            found = next(name for name in names if name.lower() == close[0]) if close else None
-            hint = f" Did you mean '{shown(found)}'?" if found is not None else ""
+            close_name = next(name for name in names if name.lower() == close[0]) if close else None
+            hint = f" Did you mean '{shown(close_name)}'?" if close_name is not None else ""
             if len(names) == 1 and (other := next((mark for mark in ";\t| " if mark in names[0]), None)):
                 hint = f" Fields seem to be separated by {other!r}; save it with commas."
             there = shortened(shown(", ".join(names)), 5 * _SHOWN)
             raise SourceError(f"no column '{column}'.{hint} Set {setting} to one of its columns: {there}")
 
-
-# --- labels joined to files ---
 
 IMAGES = pa.schema([*LISTING, ("class_name", _TEXT), ("group", _TEXT)])
 REJECTED_LABELS = pa.schema(
@@ -254,7 +252,7 @@ def folder_labels(listing: ImageListing) -> pa.Table:
         Columns of `LABELS`, in the listing's order; row is that of the listing, and image_id the path. Files at the top
         have none.
     """
-    frame = as_frame(listing.table).with_row_index("row").filter(pl.col("folder").is_not_null())
+    frame = frame_of(listing.table).with_row_index("row").filter(pl.col("folder").is_not_null())
     nothing = pl.lit(None, pl.String)
     return as_table(frame.with_columns(image_id="path", class_name="folder", group=nothing, malformed=nothing), LABELS)
 
@@ -272,19 +270,19 @@ def join_labels(listing: ImageListing, labels: pa.Table | None, allowed_classes:
     """
     files = _files(listing)
     if labels is None:
-        given = as_frame(folder_labels(listing)).with_columns(
+        given = frame_of(folder_labels(listing)).with_columns(
             pl.col("row").alias("file"), candidates=pl.lit(1, pl.UInt32), named=pl.lit(None, pl.String)
         )
     else:
-        given = as_frame(labels).with_columns(key=_key("image_id"))
+        given = frame_of(labels).with_columns(key=_key("image_id"))
         matches = _match(given["key"].drop_nulls().unique(), files)
         given = given.join(matches, on="key", how="left", maintain_order="left")
     judged = _judge(given, files, {_composed(name) for name in allowed_classes})
     used = judged.filter("used").select("file", "class_name", "group")
-    listed = as_frame(listing.table).with_row_index("file").cast({"file": pl.Int64})
+    listed = frame_of(listing.table).with_row_index("file").cast({"file": pl.Int64})
     images = listed.join(used, on="file", how="inner", maintain_order="left")
     rejected = _without_label(listed.join(used, on="file", how="anti", maintain_order="left"), judged, labels is None)
-    rejected_images = pl.concat([as_frame(listing.rejected), rejected]).sort("uri", maintain_order=True)
+    rejected_images = pl.concat([frame_of(listing.rejected), rejected]).sort("uri", maintain_order=True)
     bad = judged.filter(pl.col("reason").is_not_null())
     joined = Joined(
         images=as_table(images, IMAGES),
@@ -329,25 +327,23 @@ def _key(column: str) -> pl.Expr:
 
 
 def _files(listing: ImageListing) -> pl.DataFrame:
-    """Return every candidate, the listing's table first, with its possible label ids, the first choice first."""
+    """Return every candidate, the listing's table first: file, path, image_id, and reason of a rejected one."""
     columns = ["path", "image_id", "reason"]
-    good = as_frame(listing.table).with_columns(reason=pl.lit(None, pl.String)).select(columns)
-    every = pl.concat([good, as_frame(listing.rejected).select(columns)]).with_row_index("file")
-    name = pl.col("by_path").str.replace(r"(?s)^.*/", "")
-    return (
-        every.cast({"file": pl.Int64})
-        .with_columns(by_path=_key("path"), by_id=_key("image_id"))
-        .with_columns(by_name=name, by_stem=name.str.replace(SUFFIX, "${1}"))
-    )
+    good = frame_of(listing.table).with_columns(reason=pl.lit(None, pl.String)).select(columns)
+    every = pl.concat([good, frame_of(listing.rejected).select(columns)]).with_row_index("file")
+    return every.cast({"file": pl.Int64})
 
 
 def _match(keys: pl.Series, files: pl.DataFrame) -> pl.DataFrame:
-    """Find the files of labels' distinct keys.
+    """Find the files of labels' distinct keys, by the files' possible label ids, the first choice first.
 
     Returns:
         key, file (null if there are several), candidates, and named, the first of several; keys without a file
         are left out.
     """
+    name = pl.col("by_path").str.replace(r"(?s)^.*/", "")
+    files = files.with_columns(by_path=_key("path"), by_id=_key("image_id"))
+    files = files.with_columns(by_name=name, by_stem=name.str.replace(SUFFIX, "${1}"))
     found = []
     rest = pl.DataFrame({"key": keys})
     for tier in ("by_path", "by_id", "by_name", "by_stem"):
@@ -427,10 +423,10 @@ def _conflicts(labels: pl.DataFrame) -> pl.DataFrame:
 
 def _without_label(images: pl.DataFrame, judged: pl.DataFrame, by_folder: bool) -> pl.DataFrame:
     """Return `REJECTED_IMAGES` for images without a class from any label; the reason is that of one of their labels."""
-    own = judged.filter(pl.col("reason").is_not_null() & pl.col("file").is_not_null())
+    files = judged.filter(pl.col("reason").is_not_null() & pl.col("file").is_not_null())
     lacks_class = ~pl.col("reason").is_in(["conflicting_labels", "conflicting_groups", "unknown_class"])
-    own = (
-        own.with_columns(lacks_class.alias("lacks"))
+    files = (
+        files.with_columns(lacks_class.alias("lacks"))
         .sort("lacks", "row")
         .unique("file", keep="first", maintain_order=True)
         .select(
@@ -442,7 +438,7 @@ def _without_label(images: pl.DataFrame, judged: pl.DataFrame, by_folder: bool) 
     )
     default = "it stands in no directory" if by_folder else "no label names it alone"
     return (
-        images.join(own, on="file", how="left", maintain_order="left")
+        images.join(files, on="file", how="left", maintain_order="left")
         .with_columns(pl.col("reason").fill_null("unlabelled"), pl.col("detail").fill_null(default))
         .select(REJECTED_IMAGES.names)
     )
@@ -460,7 +456,7 @@ def _nothing_left(listing: ImageListing, joined: Joined, judged: pl.DataFrame) -
         return ", ".join(f"'{shown(value)}'" for value in column.drop_nulls().head(NAMED)) or "none"
 
     found = f"images '{listing.uri}': no image has a usable label. Images rejected: {counted(joined.image_balance)}."
-    ids = quoted(pl.concat([as_frame(table)["path"] for table in (listing.table, listing.rejected)]))
+    ids = quoted(pl.concat([frame_of(table)["path"] for table in (listing.table, listing.rejected)]))
     classes = judged["class_name"].drop_nulls().unique().sort()
     if joined.label_balance is None:
         cure = "Put each image into a directory that is named for its class, or give a file of labels."

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -28,40 +27,23 @@ from tasks.io import storage
 from tasks.io.errors import CorruptVersion
 from tasks.io.hashing import stable_hash
 from tasks.io.storage import ParquetStream
+from tasks.io.tensors import BoolArray, Float32Array, Int8Array, Int32Array, Int64Array, UInt8Array, UInt64Array
 from tasks.quality.profile import TableProfile, merge_profiles, profile_table
 from tasks.store import layout
 from tasks.store.manifest import FileEntry, Manifest
 from tasks.store.reservation import Reservation
 
-BoolArray = npt.NDArray[np.bool_]
-Int8Array = npt.NDArray[np.int8]
-Int64Array = npt.NDArray[np.int64]
-UInt64Array = npt.NDArray[np.uint64]
-UInt8Array = npt.NDArray[np.uint8]
-
 OUTCOMES = pa.schema(
-    [
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-        ("content", pa.string()),
-        ("format", pa.string()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("hash", pa.uint64()),
-        ("structured", pa.bool_()),
-        ("colours", pa.binary(SIGNATURE_BYTES)),
-        ("scores", pa.list_(pa.float32())),
-        ("passed", pa.int32()),
-        ("ready", pa.int32()),
-        ("issues", pa.list_(pa.string())),
-    ]
+    dict.fromkeys(("reason", "detail", "content", "format"), pa.string())
+    | {"height": pa.int32(), "width": pa.int32()}
+    | {"hash": pa.uint64(), "structured": pa.bool_(), "colours": pa.binary(SIGNATURE_BYTES)}
+    | {"scores": pa.list_(pa.float32()), "passed": pa.int32(), "ready": pa.int32(), "issues": pa.list_(pa.string())}
 )
 """A row an image of the unit, in the plan's order. reason, detail: of its rejection; null if it was augmented, and
 then the rest is set. content: XXH3-128 of the file's bytes. scores: of its variants. issues: of any of them."""
 
 _META = b"unit"
 _NAME = re.compile(r"unit-([0-9]{5,})-a([0-9]+)\.parquet")
-_READERS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +88,8 @@ def finished_units(plan: ImagePlan) -> dict[int, UnitNote]:
     infos = storage.list_files(reservation.uri, include_hidden=True)
     sizes = {info.uri.removeprefix(f"{reservation.uri}/"): info.bytes for info in infos}
     notes = [(int(match[1]), info.uri) for info in infos if (match := _NAME.fullmatch(info.uri.rpartition("/")[2]))]
-    with ThreadPoolExecutor(_READERS) as readers:
-        read = list(readers.map(_read_note, notes))
+    contents = storage.in_threads(_read_note, (uri for _, uri in notes))
+    read = (_parsed(*found, data) for found, data in zip(notes, contents, strict=True))
     return {
         note.unit: note
         for note in read
@@ -118,42 +100,41 @@ def finished_units(plan: ImagePlan) -> dict[int, UnitNote]:
     }
 
 
-def read_outcomes(notes: Sequence[UnitNote], columns: Sequence[str]) -> Iterable[pa.Table]:
+def read_outcomes(notes: Sequence[UnitNote], columns: Sequence[str]) -> Iterator[pa.Table]:
     """Yield some columns of the images of each unit, unit by unit in their order."""
-    with ThreadPoolExecutor(_READERS) as readers:
-        yield from readers.map(lambda note: _read_table(note.uri, columns), notes)
+    # Decoded in one thread: Arrow and malloc would keep megabytes for each of them.
+    for data in storage.in_threads(storage.read_bytes, (note.uri for note in notes)):
+        yield pq.ParquetFile(pa.BufferReader(data)).read(columns=list(columns), use_threads=False)
 
 
-def _read_table(uri: str, columns: Sequence[str]) -> pa.Table:
-    with storage.open_input(uri) as source:
-        return pq.ParquetFile(source).read(columns=list(columns))
-
-
-def _read_note(found: tuple[int, str]) -> UnitNote | None:
-    """Return a note, or None if it isn't complete: then its unit is repeated."""
-    unit, uri = found
+def _read_note(uri: str) -> bytes:
+    """Return the contents of a note; none if another attempt has removed it since."""
     try:
-        with storage.open_input(uri) as source:
-            metadata = pq.ParquetFile(source).schema_arrow.metadata or {}
-    except (pa.ArrowInvalid, FileNotFoundError):
+        return storage.read_bytes(uri)
+    except FileNotFoundError:
+        return b""
+
+
+def _parsed(unit: int, uri: str, data: bytes) -> UnitNote | None:
+    """Return a note, or None if it isn't complete: then its unit is repeated."""
+    try:
+        metadata = pq.read_schema(pa.BufferReader(data)).metadata or {}
+    except pa.ArrowInvalid:
         return None
-    return _parsed(unit, uri, json.loads(metadata[_META])) if _META in metadata else None
-
-
-def _parsed(unit: int, uri: str, described: Mapping[str, object]) -> UnitNote:
-    files = described["files"]
+    if _META not in metadata:
+        return None
+    described = json.loads(metadata[_META])
     rejected_file = described["rejected_file"]
-    assert isinstance(files, dict), "written by `write_note`"
     return UnitNote(
         unit=unit,
         uri=uri,
-        digest=str(described["digest"]),
-        images=int(str(described["images"])),
-        augmented=int(str(described["augmented"])),
-        rejected=described["rejected"],  # type: ignore[arg-type]
-        files={split: FileEntry.model_validate(entry) for split, entry in files.items()},
+        digest=described["digest"],
+        images=described["images"],
+        augmented=described["augmented"],
+        rejected=described["rejected"],
+        files={split: FileEntry.model_validate(entry) for split, entry in described["files"].items()},
         rejected_file=FileEntry.model_validate(rejected_file) if rejected_file is not None else None,
-        seconds=described["seconds"],  # type: ignore[arg-type]
+        seconds=described["seconds"],
     )
 
 
@@ -161,27 +142,12 @@ def _entries(note: UnitNote) -> list[FileEntry]:
     return [*note.files.values(), *([note.rejected_file] if note.rejected_file is not None else [])]
 
 
-# --- outcomes of all units ---
-
 ORIGINALS = pa.schema(
-    [
-        ("image_id", pa.string()),
-        ("uri", pa.string()),
-        ("bytes", pa.int64()),
-        ("content_xxh3", pa.string()),
-        ("format", pa.string()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("class_name", pa.string()),
-        ("class_id", pa.int32()),
-        ("split", pa.string()),
-        ("alike", pa.string()),
-        ("perceptual_hash", pa.uint64()),
-        ("mean_score", pa.float32()),
-        ("passed", pa.int32()),
-        ("ready", pa.int32()),
-        ("issues", pa.list_(pa.string())),
-    ]
+    {"image_id": pa.string(), "uri": pa.string(), "bytes": pa.int64(), "content_xxh3": pa.string()}
+    | {"format": pa.string(), "height": pa.int32(), "width": pa.int32()}
+    | {"class_name": pa.string(), "class_id": pa.int32(), "split": pa.string(), "alike": pa.string()}
+    | {"perceptual_hash": pa.uint64(), "mean_score": pa.float32()}
+    | {"passed": pa.int32(), "ready": pa.int32(), "issues": pa.list_(pa.string())}
 )
 """A row an augmented image. alike: id of the first image of its group, if it has others: images that share a
 split because they are copies of each other or belong to one group. passed, ready: numbers of its variants."""
@@ -205,12 +171,8 @@ class Gathered:
     hash: UInt64Array
     colours: UInt8Array
     structured: BoolArray
-    height: npt.NDArray[np.int32]
-    width: npt.NDArray[np.int32]
-
-    def of_augmented(self, values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-        """Return values of the augmented images alone."""
-        return values[self.augmented]
+    height: Int32Array
+    width: Int32Array
 
 
 def gather(plan: ImagePlan, notes: Sequence[UnitNote], planned: Iterable[pa.Table]) -> Gathered:
@@ -220,28 +182,41 @@ def gather(plan: ImagePlan, notes: Sequence[UnitNote], planned: Iterable[pa.Tabl
         plan: The plan.
         notes: A note a unit, in the units' order.
         planned: Columns `key`, `class_id`, `linked`, `split` of the plan, unit by unit.
-
     """
     assert [note.unit for note in notes] == list(range(plan.units)), "a unit is missing"
-    rows = pa.concat_tables([table.select(_PLANNED) for table in planned])
-    outcomes = pa.concat_tables(read_outcomes(notes, _FACTS))
-    assert rows.num_rows == outcomes.num_rows == plan.images, "the notes don't belong to the plan"
-    augmented = outcomes["reason"].is_null().to_numpy()
-    colours = outcomes["colours"].fill_null(bytes(outcomes.schema.field("colours").type.byte_width)).combine_chunks()
-    width = colours.type.byte_width
-    return Gathered(
-        key=rows["key"].to_numpy(),
-        class_id=rows["class_id"].to_numpy().astype(np.int64),
-        linked=rows["linked"].to_numpy(),
-        planned_split=rows["split"].to_numpy(),
-        augmented=augmented,
-        content=stable_hash(outcomes["content"]),
-        hash=outcomes["hash"].fill_null(0).to_numpy(),
-        colours=np.frombuffer(colours.buffers()[1], np.uint8, len(colours) * width).reshape(-1, width),
-        structured=outcomes["structured"].fill_null(False).to_numpy(zero_copy_only=False),
-        height=outcomes["height"].fill_null(0).to_numpy(),
-        width=outcomes["width"].fill_null(0).to_numpy(),
+    count, width = plan.images, SIGNATURE_BYTES
+    found = Gathered(
+        key=np.empty(count, np.uint64),
+        class_id=np.empty(count, np.int64),
+        linked=np.empty(count, np.int64),
+        planned_split=np.empty(count, np.int8),
+        augmented=np.empty(count, np.bool_),
+        content=np.empty(count, np.uint64),
+        hash=np.empty(count, np.uint64),
+        colours=np.empty((count, width), np.uint8),
+        structured=np.empty(count, np.bool_),
+        height=np.empty(count, np.int32),
+        width=np.empty(count, np.int32),
     )
+    start = 0
+    for rows, outcomes in zip(planned, read_outcomes(notes, _FACTS), strict=True):
+        assert rows.num_rows == outcomes.num_rows, "the notes don't belong to the plan"
+        own = slice(start, start + rows.num_rows)
+        start = own.stop
+        found.key[own] = rows["key"].to_numpy()
+        found.class_id[own] = rows["class_id"].to_numpy()
+        found.linked[own] = rows["linked"].to_numpy()
+        found.planned_split[own] = rows["split"].to_numpy()
+        found.augmented[own] = outcomes["reason"].is_null().to_numpy()
+        found.content[own] = stable_hash(outcomes["content"])
+        found.hash[own] = outcomes["hash"].fill_null(0).to_numpy()
+        colours = outcomes["colours"].fill_null(bytes(width)).combine_chunks()
+        found.colours[own] = np.frombuffer(colours.buffers()[1], np.uint8, len(colours) * width).reshape(-1, width)
+        found.structured[own] = outcomes["structured"].fill_null(False).to_numpy()
+        found.height[own] = outcomes["height"].fill_null(0).to_numpy()
+        found.width[own] = outcomes["width"].fill_null(0).to_numpy()
+    assert start == count, "the notes don't belong to the plan"
+    return found
 
 
 def settle(
@@ -256,7 +231,6 @@ def settle(
 
     Returns:
         The first image of its group, and the split, for each image of the plan; -1 for a rejected image.
-
     """
     groups = grouped(near(found), found.linked, found.content, found.augmented)
     splits = np.full(len(groups), -1, np.int8)
@@ -278,7 +252,6 @@ def grouped(near: Iterable[Int64Array], linked: Int64Array, content: UInt64Array
 
     Returns:
         The first image of each image's group, -1 for one that doesn't count; shape (n,).
-
     """
     pairs = [*near, _chained(linked, augmented), _chained(content, augmented)]
     return np.where(augmented, group_images(len(augmented), pairs), -1)
@@ -325,10 +298,10 @@ class OriginalsFile:
     """Profile of the data files' rows, without the images, derived from the originals."""
     passed: int
     ready: int
-    mean_scores: npt.NDArray[np.float32]
+    mean_scores: Float32Array
     """Mean score of each augmented image; the next two fields have the same order."""
-    passed_variants: npt.NDArray[np.int32]
-    ready_variants: npt.NDArray[np.int32]
+    passed_variants: Int32Array
+    ready_variants: Int32Array
 
 
 def write_originals(
@@ -342,14 +315,13 @@ def write_originals(
         groups: Group of each image of the plan.
         splits: Split of each image of the plan.
         names: Ids of the images that are the first of a group with company, by their row.
-
     """
     uri = layout.join(plan.reservation.uri, layout.side_name("originals", plan.reservation.attempt))
     profiles, scores, passed, ready = [], [], [], []
     start = 0
     with ParquetStream(uri, ORIGINALS) as stream:
-        outcomes = iter(read_outcomes(notes, [*_JUDGED, "content", "format", "height", "width", "hash"]))
-        planned = iter(read_units(plan.uri, range(plan.units), plan.images_per_unit))
+        outcomes = read_outcomes(notes, [*_JUDGED, "content", "format", "height", "width", "hash"])
+        planned = read_units(plan.uri, range(plan.units), plan.images_per_unit)
         # With a row group a unit, the footer would be larger than the data.
         together = units_together(plan.images_per_unit)
         for first in range(0, plan.units, together):
@@ -391,7 +363,6 @@ def original_rows(images: pa.Table, judged: pa.Table, split: Sequence[str], alik
         judged: Outcome of each, by `OUTCOMES`.
         split: Split of each.
         alike: Id of the first image of each one's group, if it has others.
-
     """
     columns = {name: images[name] for name in ("image_id", "uri", "bytes", "class_name", "class_id")}
     columns |= {name: judged[name] for name in ("format", "height", "width", "passed", "ready", "issues")}
@@ -406,7 +377,6 @@ def originals_entry(manifest: Manifest) -> FileEntry:
 
     Raises:
         CorruptVersion: its manifest lists none.
-
     """
     found = [entry for entry in manifest.side_files if entry.path.startswith("_originals/")]
     if not found:
@@ -423,7 +393,6 @@ def split_again(originals: pa.Table, config: ImageAugmentationConfig) -> tuple[I
 
     Returns:
         The number of the first image of its group, and the split, for each.
-
     """
     ids = originals["image_id"].combine_chunks()
     first = pc.fill_null(pc.index_in(originals["alike"].combine_chunks(), value_set=ids), -1).to_numpy()
@@ -459,7 +428,7 @@ def profile_variants(rows: pa.Table, judged: pa.Table, split: pa.Array | pa.Chun
     return profile_table(pa.table({name: repeated[name] for name in _PROFILED}))
 
 
-def row_means(scores: pa.ChunkedArray) -> npt.NDArray[np.float32]:
+def row_means(scores: pa.ChunkedArray) -> Float32Array:
     """Return the mean score of each image over its variants, at least one; shape (n,)."""
     lists = scores.combine_chunks()
     counts = pc.list_value_length(lists).to_numpy()

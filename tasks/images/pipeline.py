@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -28,9 +27,9 @@ from tasks.engine.jobs import Parts, mapped
 from tasks.images.augment import ImageJob, augment_again, augment_unit, resplit_unit, unlike_variants
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.duplicates import similar_pairs
-from tasks.images.examples import Example, choose_examples
 from tasks.images.outcomes import (
     Gathered,
+    OriginalsFile,
     UnitNote,
     finished_units,
     gather,
@@ -43,13 +42,15 @@ from tasks.images.outcomes import (
 )
 from tasks.images.plan import ImagePlan, read_unit, read_units
 from tasks.images.rows import rows_schema
+from tasks.images.sheets import Example, choose_examples
 from tasks.images.split import SPLITS
 from tasks.io import storage
 from tasks.io.errors import BalanceError, ConfigError
-from tasks.quality.figures import Written
+from tasks.io.memory import released
+from tasks.io.tensors import Float32Array, Int8Array, Int32Array, Int64Array
+from tasks.quality.rules import Written
 from tasks.store import layout
-from tasks.store.conservation import check_equal
-from tasks.store.manifest import FileEntry, RowBalance
+from tasks.store.manifest import FileEntry, RowBalance, check_equal
 
 PARTS_FROM = 200_000
 """Number of images from which the search for near-duplicates is worth dividing."""
@@ -77,15 +78,11 @@ class AugmentedImages(Written):
     side_files: tuple[FileEntry, ...]
     images: int
     variants: int
-    passed: int
-    ready: int
-    class_ids: npt.NDArray[np.int64]
-    """Class of each augmented image; the next four fields have the same order."""
-    splits: npt.NDArray[np.int8]
-    mean_scores: npt.NDArray[np.float32]
-    passed_variants: npt.NDArray[np.int32]
-    ready_variants: npt.NDArray[np.int32]
-    sizes: npt.NDArray[np.int32]
+    originals: OriginalsFile
+    class_ids: Int64Array
+    """Class of each augmented image; the next two fields have the same order."""
+    splits: Int8Array
+    sizes: Int32Array
     """Height and width of each augmented image, shape (n, 2)."""
     leaking_groups: int
     duplicate_ids: int
@@ -99,6 +96,7 @@ class AugmentedImages(Written):
     """Wall time of each stage, summed over all workers."""
 
 
+@released()
 def augment_images(
     plan: ImagePlan, config: ImageAugmentationConfig, *, on_images: Progress = lambda _: None
 ) -> AugmentedImages:
@@ -115,7 +113,6 @@ def augment_images(
         BalanceError: images were lost or doubled on the way.
         ConfigError: the policy can't be loaded, returns something other than images, or isn't deterministic.
         ResourceError: memory or disk are too small; it says what to do.
-
     """
     job = ImageJob(
         config=config,
@@ -167,13 +164,9 @@ def augment_images(
         balances=_balances(plan, ordered),
         images=int(good.sum()),
         variants=sum(int((splits == number).sum()) * config.variants_in(split) for number, split in enumerate(SPLITS)),
-        passed=written.passed,
-        ready=written.ready,
+        originals=written,
         class_ids=found.class_id[good],
         splits=splits[good],
-        mean_scores=written.mean_scores,
-        passed_variants=written.passed_variants,
-        ready_variants=written.ready_variants,
         sizes=np.stack([found.height[good], found.width[good]], axis=1),
         leaking_groups=leaking_groups(groups, splits),
         duplicate_ids=repeated_keys(found.key),
@@ -192,7 +185,6 @@ def check_policy(job: ImageJob) -> None:
 
     Raises:
         ConfigError: the variants differ.
-
     """
     policy = job.config.augmentation.policy
     if policy is None:
@@ -264,7 +256,7 @@ def _places(config: ImageAugmentationConfig) -> int:
     return cluster_cpus()
 
 
-def _near_duplicates(found: Gathered, config: ImageAugmentationConfig) -> list[npt.NDArray[np.int64]]:
+def _near_duplicates(found: Gathered, config: ImageAugmentationConfig) -> list[Int64Array]:
     """Return pairs of near-duplicates among the augmented images, rows of the plan; in parts if there are many."""
     if config.near_duplicates is None:
         return []
@@ -274,14 +266,14 @@ def _near_duplicates(found: Gathered, config: ImageAugmentationConfig) -> list[n
         return [similar_pairs(*arguments, valid=valid)]
     count = 2 * cluster_cpus()
 
-    def search(part: int) -> npt.NDArray[np.int64]:
+    def search(part: int) -> Int64Array:
         return similar_pairs(*arguments, part, count, valid=valid)
 
     with losses_explained(f"turn the search off with --near-duplicates null (it is {config.near_duplicates})"):
         return list(mapped(Parts(count), search, name="find near-duplicates"))
 
 
-def _resplit(job: ImageJob, notes: Sequence[UnitNote], found: Gathered, splits: npt.NDArray[np.int8]) -> list[UnitNote]:
+def _resplit(job: ImageJob, notes: Sequence[UnitNote], found: Gathered, splits: Int8Array) -> list[UnitNote]:
     """Return new notes of the units with images that now belong to another split."""
     per_unit = job.config.images_per_file
     items = [
@@ -296,7 +288,7 @@ def _resplit(job: ImageJob, notes: Sequence[UnitNote], found: Gathered, splits: 
 
 def _check_files(
     files: Mapping[int, Mapping[str, FileEntry]],
-    splits: npt.NDArray[np.int8],
+    splits: Int8Array,
     plan: ImagePlan,
     config: ImageAugmentationConfig,
 ) -> None:
@@ -333,7 +325,7 @@ def _balances(plan: ImagePlan, notes: Sequence[UnitNote]) -> tuple[RowBalance, .
     return (images, *others)
 
 
-def _names(plan: ImagePlan, rows: npt.NDArray[np.int64]) -> dict[int, str]:
+def _names(plan: ImagePlan, rows: Int64Array) -> dict[int, str]:
     """Return the image ids of some rows of the plan."""
     per_unit = plan.images_per_unit
     names: dict[int, str] = {}
@@ -347,9 +339,9 @@ def _names(plan: ImagePlan, rows: npt.NDArray[np.int64]) -> dict[int, str]:
 
 def _like_groups(
     plan: ImagePlan,
-    groups: npt.NDArray[np.int64],
-    splits: npt.NDArray[np.int8],
-    firsts: npt.NDArray[np.int64],
+    groups: Int64Array,
+    splits: Int8Array,
+    firsts: Int64Array,
 ) -> Iterator[LikeGroup]:
     members = np.flatnonzero(np.isin(groups, firsts))
     names = _names(plan, members)
@@ -361,8 +353,8 @@ def _like_groups(
 def _examples(
     plan: ImagePlan,
     found: Gathered,
-    splits: npt.NDArray[np.int8],
-    scores: npt.NDArray[np.float32],
+    splits: Int8Array,
+    scores: Float32Array,
     files: Mapping[int, Mapping[str, FileEntry]],
 ) -> Iterator[Example]:
     good = np.flatnonzero(found.augmented)

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -23,28 +22,20 @@ from tasks.images.split import SPLITS, split_images
 from tasks.io import storage
 from tasks.io.errors import CorruptVersion
 from tasks.io.hashing import stable_hash
+from tasks.io.memory import released
 from tasks.io.notation import missing_values
 from tasks.io.storage import ParquetStream
+from tasks.io.tensors import Int64Array
 from tasks.store import layout
 from tasks.store.lineage import job_digest, package_versions
 from tasks.store.manifest import FileEntry, InputRecord, Manifest, RowBalance
 from tasks.store.reservation import Reservation
 
-Int64Array = npt.NDArray[np.int64]
-
 PLAN = pa.schema(
-    [
-        ("image_id", pa.string()),
-        ("uri", pa.string()),
-        ("path", pa.string()),
-        ("bytes", pa.int64()),
-        ("stamp", pa.string()),
-        ("class_name", pa.string()),
-        ("class_id", pa.int32()),
-        ("key", pa.uint64()),
-        ("linked", pa.int64()),
-        ("split", pa.int8()),
-    ]
+    dict.fromkeys(("image_id", "uri", "path"), pa.string())
+    | {"bytes": pa.int64()}
+    | dict.fromkeys(("stamp", "class_name"), pa.string())
+    | {"class_id": pa.int32(), "key": pa.uint64(), "linked": pa.int64(), "split": pa.int8()}
 )
 """A row an image. key: of its draws and its place in the split. linked: number of the first image known to be
 related, by contents or by the group column. split: before near-duplicates are known."""
@@ -79,6 +70,7 @@ class ImagePlan:
         return len(self.digests)
 
 
+@released()
 def plan_images(config: ImageAugmentationConfig, reservation: Reservation, previous: Manifest | None) -> ImagePlan:
     """List and label the images, and write the plan under the reservation.
 
@@ -90,7 +82,6 @@ def plan_images(config: ImageAugmentationConfig, reservation: Reservation, previ
     Raises:
         CorruptVersion: the last version gives one id to two classes.
         SourceError: images or labels are missing or unreadable, or don't match.
-
     """
     assert config.images is not None, "the sample is made before"
     listing = list_images(config.images)

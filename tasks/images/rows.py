@@ -16,17 +16,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks.images.config import ImageAugmentationConfig
-from tasks.images.scoring import ISSUES_TYPE, Scored
+from tasks.images.engines import ISSUES_TYPE, Scored
 from tasks.io.errors import ConfigError, InputError
-from tasks.io.tensors import is_tensor, tensor_array, tensor_field, to_numpy
-
-UInt8Array = npt.NDArray[np.uint8]
-AnyArray = npt.NDArray[Any]
+from tasks.io.tensors import (
+    AnyArray,
+    Float32Array,
+    Int32Array,
+    UInt8Array,
+    is_tensor,
+    tensor_array,
+    tensor_field,
+    to_numpy,
+)
 
 IMAGE = "image"
 LABEL = "one_hot_label"
@@ -43,7 +48,7 @@ class Originals:
 
     ids: pa.Array  # string
     uris: pa.Array  # string
-    class_ids: npt.NDArray[np.int32]
+    class_ids: Int32Array
     class_names: pa.Array  # string
 
 
@@ -155,7 +160,7 @@ def decode_images(rows: pa.Table | pa.RecordBatch, column: str = IMAGE) -> AnyAr
     return images
 
 
-def normalise(images: UInt8Array, mean: tuple[float, ...], std: tuple[float, ...]) -> npt.NDArray[np.float32]:
+def normalise(images: UInt8Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Float32Array:
     """Return (x/255 − mean)/std of each channel, in float32 and this order, as torchvision's ToDtype and Normalize.
 
     Args:
@@ -172,7 +177,7 @@ def normalise(images: UInt8Array, mean: tuple[float, ...], std: tuple[float, ...
     return result
 
 
-def one_hot(class_ids: npt.NDArray[np.int32], classes: int) -> UInt8Array:
+def one_hot(class_ids: Int32Array, classes: int) -> UInt8Array:
     """Return one-hot labels, shape (n, classes), 1 at the class; an id outside of 0 to classes − 1 gives zeros."""
     labels: UInt8Array = (class_ids[:, None] == np.arange(classes, dtype=np.int32)).view(np.uint8)
     return labels

@@ -18,13 +18,12 @@ import numpy.typing as npt
 
 from tasks.io import storage
 from tasks.io.errors import InputError
+from tasks.io.tensors import Float32Array, UInt8Array
 from tasks.store import layout
 
 if TYPE_CHECKING:
     from PIL import Image as PIL_Image
 
-FloatArray = npt.NDArray[np.float32]
-ByteArray = npt.NDArray[np.uint8]
 
 CLASSES = ("stripes", "checks", "dots", "rings", "triangles")
 FLAWS_FROM = 100
@@ -78,7 +77,6 @@ def write_sample(root: str, count: int, seed: int) -> dict[str, str]:
 
     Raises:
         InputError: fewer than one picture is requested.
-
     """
     if count < 1:
         raise InputError(f"a sample of {count} images has nothing in it; ask for 1 or more")
@@ -104,7 +102,7 @@ def write_sample(root: str, count: int, seed: int) -> dict[str, str]:
     return uris
 
 
-def picture(seed: int, number: int) -> ByteArray:
+def picture(seed: int, number: int) -> UInt8Array:
     """Return the pixels of one picture, (height, width, 3); its class is `picture_class(number)`.
 
     The sides are 160 to 400 pixels. The texture is turned, bent, in two colours of different brightness, unevenly lit
@@ -175,7 +173,7 @@ def _labels(file: SampleFile) -> list[str]:
     return [f"{file.image_id},{name}" for name in file.classes]
 
 
-def _encoded(pixels: ByteArray, form: str, draw: np.random.Generator) -> tuple[str, bytes]:
+def _encoded(pixels: UInt8Array, form: str, draw: np.random.Generator) -> tuple[str, bytes]:
     """Return suffix and bytes of a picture in one of the forms."""
     from PIL import Image
 
@@ -208,7 +206,7 @@ def _saved(image: PIL_Image.Image, form: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _cut_out(height: int, width: int) -> ByteArray:
+def _cut_out(height: int, width: int) -> UInt8Array:
     """Return the opacity of an ellipse that fills the picture."""
     y, x = np.ogrid[:height, :width]
     inside = 1 - (2 * y / height - 1) ** 2 - (2 * x / width - 1) ** 2
@@ -222,14 +220,14 @@ def _size(draw: np.random.Generator) -> tuple[int, int]:
     return (longer, shorter) if draw.random() < 0.5 else (shorter, longer)
 
 
-def _directions(draw: np.random.Generator, count: int) -> FloatArray:
+def _directions(draw: np.random.Generator, count: int) -> Float32Array:
     """Return cosines and sines of angles within a quarter turn of 0, (2, count), by the tangents of their halves."""
     tangent = 2 * draw.random(count) - 1
     square = tangent * tangent
     return np.stack([(1 - square) / (1 + square), 2 * tangent / (1 + square)]).astype(np.float32)
 
 
-def _colours(draw: np.random.Generator) -> tuple[FloatArray, FloatArray]:
+def _colours(draw: np.random.Generator) -> tuple[Float32Array, Float32Array]:
     """Return two colours whose luma differs by at least 70."""
     pairs = draw.integers(0, 256, (64, 2, 3))
     luma = pairs @ np.array([77, 150, 29]) >> 8
@@ -238,7 +236,7 @@ def _colours(draw: np.random.Generator) -> tuple[FloatArray, FloatArray]:
     return front.astype(np.float32), back.astype(np.float32)
 
 
-def _fields(draw: np.random.Generator, height: int, width: int) -> FloatArray:
+def _fields(draw: np.random.Generator, height: int, width: int) -> Float32Array:
     """Return slow variations over a picture, (3, height, width): bend of the texture, light and warmth of the colours.
 
     They are made on a coarse grid and interpolated linearly.
@@ -254,13 +252,13 @@ def _fields(draw: np.random.Generator, height: int, width: int) -> FloatArray:
     fields = fields[:, :, before] + part * (fields[:, :, before + 1] - fields[:, :, before])
     before, part = _between(height, coarse)
     steps = np.diff(fields, axis=1)
-    whole: FloatArray = steps[:, before]
+    whole: Float32Array = steps[:, before]
     whole *= part[:, None]
     whole += fields[:, before]
     return whole
 
 
-def _smooth_noise(draw: np.random.Generator, length: int, points: int) -> FloatArray:
+def _smooth_noise(draw: np.random.Generator, length: int, points: int) -> Float32Array:
     """Return random values of -1 to 1 at points × points places, smooth between them (value noise), as a square."""
     grid = draw.random((points, points), dtype=np.float32) * 2 - 1
     before, part = _between(length, points)
@@ -269,14 +267,14 @@ def _smooth_noise(draw: np.random.Generator, length: int, points: int) -> FloatA
     return grid[:, before] + part * (grid[:, before + 1] - grid[:, before])
 
 
-def _between(length: int, points: int) -> tuple[npt.NDArray[np.intp], FloatArray]:
+def _between(length: int, points: int) -> tuple[npt.NDArray[np.intp], Float32Array]:
     """Return for each of `length` places the grid point before it, and its part of the way to the next one."""
     place = np.arange(length, dtype=np.float32) * np.float32((points - 1) / length)
     before = place.astype(np.intp)
     return before, place - before.astype(np.float32)
 
 
-def _texture(draw: np.random.Generator, name: str, height: int, width: int, bend: FloatArray) -> FloatArray:
+def _texture(draw: np.random.Generator, name: str, height: int, width: int, bend: Float32Array) -> Float32Array:
     """Return the share of the front colour of each pixel, from 0 to 1, with edges one pixel wide."""
     cosine, sine = _directions(draw, 1)
     single = name in ("stripes", "checks")
@@ -297,8 +295,8 @@ def _texture(draw: np.random.Generator, name: str, height: int, width: int, bend
 
 
 def _shapes(
-    draw: np.random.Generator, name: str, across: FloatArray, along: FloatArray, period: np.float32
-) -> FloatArray:
+    draw: np.random.Generator, name: str, across: Float32Array, along: Float32Array, period: np.float32
+) -> Float32Array:
     """Return coverage by a disc, ring or triangle in each cell of a grid, slightly shifted and of random size."""
     column, row = np.floor(across), np.floor(along)
     cell = (column.astype(np.intp) & _CELLS - 1) * _CELLS + (row.astype(np.intp) & _CELLS - 1)
@@ -319,15 +317,15 @@ def _shapes(
     return _soft((np.float32(0.32) * size - distance) * period)
 
 
-def _from_middle(value: FloatArray) -> FloatArray:
+def _from_middle(value: Float32Array) -> Float32Array:
     """Return the distance of the fraction from one half."""
-    distance: FloatArray = abs(value - np.floor(value) - np.float32(0.5))
+    distance: Float32Array = abs(value - np.floor(value) - np.float32(0.5))
     return distance
 
 
-def _soft(distance: FloatArray) -> FloatArray:
+def _soft(distance: Float32Array) -> Float32Array:
     """Return the coverage of a pixel whose centre is so many pixels within the edge."""
-    coverage: FloatArray = np.minimum(np.maximum(distance + np.float32(0.5), 0), 1)
+    coverage: Float32Array = np.minimum(np.maximum(distance + np.float32(0.5), 0), 1)
     return coverage
 
 

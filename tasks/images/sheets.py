@@ -1,4 +1,4 @@
-"""Contact sheets (originals beside their variants, rejected images) and charts (classes by split, sizes).
+"""Examples for a person: contact sheets (originals and their variants, rejected images) and charts (classes, sizes).
 
 Sheets are WebP on a transparent ground, with text in a grey that is legible on light and dark pages. The text is in the
 alpha channel, which WebP keeps without blur, at any quality. Charts are PNG.
@@ -7,23 +7,42 @@ alpha channel, which WebP keeps without blur, at any quality. Charts are PNG.
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from tasks.io.text import number, plural, shortened
-from tasks.report.plots import BEFORE_COLOUR, INK_COLOUR, NOW_COLOUR, compact_png, plain, wide_figure
+from tasks.images.config import Augmentation, ImageAugmentationConfig
+from tasks.images.decode import Decoded, Decoder
+from tasks.images.rows import decode_images
+from tasks.io import storage
+from tasks.io.tensors import Float32Array, Float64Array, Int32Array, Int64Array, UInt8Array, UInt64Array
+from tasks.io.text import number, plural
+from tasks.report.plots import (
+    BEFORE_COLOUR,
+    INK_COLOUR,
+    NOW_COLOUR,
+    compact_png,
+    fitted,
+    font,
+    one_line,
+    plain,
+    wide_figure,
+)
+from tasks.report.report import DataTable, Picture
+from tasks.store import layout
+from tasks.store.manifest import FileEntry
+from tasks.store.reservation import Reservation
 
 if TYPE_CHECKING:
     from PIL import Image as PIL_Image
     from PIL import ImageFont as PIL_ImageFont
 
-ByteArray = npt.NDArray[np.uint8]
 
 SIDE = 112
 SCALE = 2.0
@@ -41,6 +60,11 @@ _ALPHA_QUALITY = 30  # a dozen levels are enough for the edges of letters, and s
 _VARIANTS_SHOWN = 12
 _ROWS_SHOWN, _REJECTS_SHOWN = 60, 40
 _WEBP_SIDE = 16_383
+EXAMPLES = 12
+DOUBTFUL = 4
+"""Number of examples whose variants have issues."""
+REJECTS = 18
+EXAMPLE_SIDE = 224
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +84,13 @@ class SheetRow:
     image_id: str
     class_name: str
     split: str
-    original: ByteArray
-    variants: Sequence[ByteArray]
+    original: UInt8Array
+    variants: Sequence[UInt8Array]
     issues: Sequence[str | Sequence[str]] = ()
     note: str = ""
 
 
-def thumbnail(pixels: ByteArray, side: int) -> ByteArray:
+def thumbnail(pixels: UInt8Array, side: int) -> UInt8Array:
     """Shrink a picture to fit into side × side by averaging; smaller ones stay as they are.
 
     Args:
@@ -103,25 +127,11 @@ def contact_sheet(rows: Sequence[SheetRow], side: int = SIDE, max_bytes: int = S
         shown = shown * 3 // 4
 
 
-def reject_sheet(
-    items: Sequence[tuple[str, str, ByteArray | None]], side: int = SIDE, max_bytes: int = SHEET_BYTES // 2
-) -> bytes:
-    """Draw rejected images with their reasons, as WebP; a grey tile represents an undecodable image.
-
-    Args:
-        items: Name, reason, and pixels or a thumbnail, uint8, (height, width, 3 or more), of each: at most 40 show.
-        side: Height and width of each picture, 16 to 256 CSS pixels.
-        max_bytes: Maximum bytes of the result, unless a single tile has more.
-    """
-    return tile_sheet(items, side, max_bytes)
-
-
 def tile_sheet(
-    items: Sequence[tuple[str, str, ByteArray | None]],
+    items: Sequence[tuple[str, str, UInt8Array | None]],
     side: int = SIDE,
     max_bytes: int = SHEET_BYTES // 2,
     lines: int = 2,
-    empty: str = "Nothing was rejected.",
 ) -> bytes:
     """Draw pictures side by side with a name and a text below each, as WebP; a grey tile represents a missing picture.
 
@@ -130,13 +140,12 @@ def tile_sheet(
         side: Height and width of each picture, 16 to 256 CSS pixels.
         max_bytes: Maximum bytes of the result, unless a single tile has more.
         lines: Maximum lines of text.
-        empty: Text without any item.
     """
     assert SIDES[0] <= side <= SIDES[1], f"side = {side} isn't within {SIDES}"
     shown = min(len(items), _REJECTS_SHOWN)
     while True:
         for scale in (SCALE, 1.0):
-            canvas = _tiles(items[:shown], side, scale, len(items) - shown, lines=lines, empty=empty)
+            canvas = _tiles(items[:shown], side, scale, len(items) - shown, lines=lines)
             data = _smallest(canvas, max_bytes)
             if len(data) <= max_bytes or (shown <= 1 and scale == 1):
                 return data
@@ -165,7 +174,7 @@ class _Canvas:
         self._paint.rectangle(corners, fill=colour)
         self._cover.rounded_rectangle(corners, radius=self.at(min(5, height / 2)), fill=opacity)
 
-    def picture(self, pixels: ByteArray, x: float, y: float, side: float, border: str | None = None) -> None:
+    def picture(self, pixels: UInt8Array, x: float, y: float, side: float, border: str | None = None) -> None:
         """Draw a picture in the middle of a square, with a border if a colour is given for one."""
         image = _fitted(pixels, self.at(side), enlarge=True)
         left, top = self.at(x) + (self.at(side) - image.width) // 2, self.at(y) + (self.at(side) - image.height) // 2
@@ -186,24 +195,23 @@ class _Canvas:
         size: float = _CAPTION,
     ) -> float:
         """Draw a line of text, shortened to fit; return its width."""
-        font = _font(self.at(size), bold)
-        text = _fit(text, font, self.at(width))
-        self._cover.text((self.at(x), self.at(y)), text, font=font, fill=255)
-        return font.getlength(text) / self.scale
+        letters = font(self.at(size), bold)
+        text = fitted(text, letters, self.at(width))
+        self._cover.text((self.at(x), self.at(y)), text, font=letters, fill=255)
+        return letters.getlength(text) / self.scale
 
     def lines(self, text: str, x: float, y: float, width: float, *, most: int) -> None:
         """Draw small text on at most so many lines, the last one shortened to fit."""
-        wrapped = _wrapped(text, _font(self.at(_SMALL), bold=False), self.at(width), most)
+        wrapped = _wrapped(text, font(self.at(_SMALL), bold=False), self.at(width), most)
         for place, words in enumerate(wrapped):
             self.text(words, x, y + place * _SMALL_LINE, width, size=_SMALL)
 
     def chip(self, text: str, x: float, y: float, width: float, colour: str) -> None:
         """Draw white text on a coloured bar."""
-        font = _font(self.at(_SMALL), bold=True)
+        letters = font(self.at(_SMALL), bold=True)
         self.box((x, y, width, 17), colour)
-        self._paint.text(
-            (self.at(x + 5), self.at(y + 1.5)), _fit(text, font, self.at(width - 8)), font=font, fill="white"
-        )
+        place = (self.at(x + 5), self.at(y + 1.5))
+        self._paint.text(place, fitted(text, letters, self.at(width - 8)), font=letters, fill="white")
 
     def encoded(self, quality: int) -> bytes:
         from PIL import Image
@@ -239,9 +247,9 @@ def _contact(canvas: _Canvas, row: SheetRow, place: tuple[float, float, float, f
     x, y, block, height = place
     top = y + height - side
     split_width = min(96.0, block / 3)
-    font = _font(canvas.at(_CAPTION), bold=False)
-    split = _fit(row.split, font, canvas.at(split_width - 14))
-    start = x + block - font.getlength(split) / canvas.scale
+    letters = font(canvas.at(_CAPTION), bold=False)
+    split = fitted(row.split, letters, canvas.at(split_width - 14))
+    start = x + block - letters.getlength(split) / canvas.scale
     if split:
         canvas.box((start - 14, y + 4.5, 9, 9), dot)
         canvas.text(split, start, y, split_width)
@@ -264,19 +272,18 @@ def _contact(canvas: _Canvas, row: SheetRow, place: tuple[float, float, float, f
 
 
 def _tiles(
-    items: Sequence[tuple[str, str, ByteArray | None]],
+    items: Sequence[tuple[str, str, UInt8Array | None]],
     side: int,
     scale: float,
     left_out: int,
     *,
     lines: int,
-    empty: str,
 ) -> _Canvas:
     """Draw tiles with names and texts below them; without a picture the text is in the tile."""
     pitch, height = side + _TILE_GAP, side + _LINE + lines * _SMALL_LINE + 10
     columns = max(1, (_WIDTH + _TILE_GAP) // pitch)
     below = -(-len(items) // columns) * height
-    words = f"and {left_out:,} more" if left_out else "" if items else empty
+    words = f"and {left_out:,} more" if left_out else "" if items else "Nothing was rejected."
     canvas = _Canvas(max(_WIDTH, side), below + (_LINE + 4 if words else 0), scale)
     for index, (name, reason, pixels) in enumerate(items):
         x, y = index % columns * pitch, index // columns * height
@@ -307,7 +314,7 @@ def _smallest(canvas: _Canvas, max_bytes: int) -> bytes:
     return best
 
 
-def _fitted(pixels: ByteArray, side: int, *, enlarge: bool) -> PIL_Image.Image:
+def _fitted(pixels: UInt8Array, side: int, *, enlarge: bool) -> PIL_Image.Image:
     from PIL import Image
 
     assert pixels.ndim == 3, f"pixels have shape {pixels.shape}, not (height, width, channels)"
@@ -323,34 +330,12 @@ def _fitted(pixels: ByteArray, side: int, *, enlarge: bool) -> PIL_Image.Image:
     return image.resize(size, method, reducing_gap=3.0)
 
 
-@cache
-def _font(pixels: int, bold: bool) -> PIL_ImageFont.FreeTypeFont:
-    """Return the font that comes with matplotlib, which has more letters than Pillow's."""
-    import matplotlib
-    from PIL import ImageFont
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    path = Path(matplotlib.get_data_path(), "fonts", "ttf", name)
-    return ImageFont.truetype(str(path), pixels, layout_engine=ImageFont.Layout.BASIC)
-
-
-def _fit(text: str, font: PIL_ImageFont.FreeTypeFont, width: float) -> str:
-    """Shorten a text in its middle to at most so many pixels."""
-    text = _one_line(text, 200)
-    fitting = text
-    for length in range(len(text) - 1, 0, -1):
-        if font.getlength(fitting) <= width:
-            return fitting
-        fitting = shortened(text, length)
-    return fitting if font.getlength(fitting) <= width else ""
-
-
-def _wrapped(text: str, font: PIL_ImageFont.FreeTypeFont, width: float, most: int) -> Iterator[str]:
+def _wrapped(text: str, letters: PIL_ImageFont.FreeTypeFont, width: float, most: int) -> Iterator[str]:
     """Yield lines of words, at most so many; the last one has the rest."""
-    words = _one_line(text, 200).split()
+    words = one_line(text, 200).split()
     for line in range(most):
         count = 1
-        while count < len(words) and (line == most - 1 or font.getlength(" ".join(words[: count + 1])) <= width):
+        while count < len(words) and (line == most - 1 or letters.getlength(" ".join(words[: count + 1])) <= width):
             count += 1
         if words:
             yield " ".join(words[:count])
@@ -362,8 +347,6 @@ def _joined(issues: str | Sequence[str]) -> str:
     return ", ".join(name.strip().replace("_", " ") for name in names)
 
 
-# --- charts ---
-
 _SPLIT_COLOURS = {"train": NOW_COLOUR, "validation": BEFORE_COLOUR, "test": "#2f9e78"}
 _CLASSES_SHOWN = 30
 
@@ -372,11 +355,7 @@ _OTHER_COLOURS = ("#8d97a8", "#c3a13a", "#9c5fc0")
 
 
 def class_balance_chart(counts: Mapping[str, Mapping[str, int]]) -> bytes:
-    """Plot the images of each class by split, as PNG: a bar for each of the 30 largest, and a note on the others.
-
-    Args:
-        counts: Number of images by class and split.
-    """
+    """Plot the images of each class by split, as PNG: a bar for each of the 30 largest, and a note on the others."""
     from matplotlib.patches import Patch
 
     totals = {name: sum(splits.values()) for name, splits in counts.items()}
@@ -392,7 +371,7 @@ def class_balance_chart(counts: Mapping[str, Mapping[str, int]]) -> bytes:
         left += widths
     for place, name in enumerate(shown):
         axes.text(left[place], place, f" {totals[name]:,}", va="center", color=INK_COLOUR, fontsize=9)
-    axes.set_yticks(np.arange(len(shown)), [plain(_one_line(name, 28)) for name in shown])
+    axes.set_yticks(np.arange(len(shown)), [plain(one_line(name, 28)) for name in shown])
     axes.set_ylim(max(len(shown), 1) - 0.4, -0.6)
     axes.set_xlim(0, max(left.max(initial=0) * 1.07, 1))
     axes.set_xticks([])
@@ -404,7 +383,7 @@ def class_balance_chart(counts: Mapping[str, Mapping[str, int]]) -> bytes:
     if colours:
         # matplotlib accepts labels that begin with an underscore only with explicit handles.
         patches = [Patch(color=colour) for colour in colours.values()]
-        names = [plain(_one_line(split, 30)) or "(blank)" for split in colours]
+        names = [plain(one_line(split, 30)) or "(blank)" for split in colours]
         style = {"frameon": False, "labelcolor": INK_COLOUR, "fontsize": 9.5}
         figure.legend(patches, names, loc="outside upper left", ncols=_SPLITS_A_LINE, **style)
     return compact_png(figure)
@@ -442,13 +421,7 @@ def _split_colours(splits: set[str]) -> dict[str, str]:
     return {split: _SPLIT_COLOURS[split] for split in known} | colours
 
 
-def _one_line(text: str, longest: int) -> str:
-    """Return text as one short line of printable characters."""
-    printable = "".join(character if character.isprintable() else "·" for character in " ".join(text.split()))
-    return shortened(printable, longest)
-
-
-def _draw_sizes(axes: Any, size: npt.NDArray[np.float64]) -> None:
+def _draw_sizes(axes: Any, size: Float64Array) -> None:
     """Draw a point for each size; its area shows the number of images."""
     size = np.maximum(size, 1.0)
     low, high = size.min(), size.max()
@@ -480,7 +453,7 @@ def _mark(axis: Any, *values: float) -> None:
     axis.set_ticks([], minor=True)
 
 
-def _draw_areas(axes: Any, megapixels: npt.NDArray[np.float64]) -> None:
+def _draw_areas(axes: Any, megapixels: Float64Array) -> None:
     low, high = max(megapixels.min(), 1e-6), max(megapixels.max(), 1e-6)
     wide = high / low > 30
     if low == high:
@@ -493,3 +466,145 @@ def _draw_areas(axes: Any, megapixels: npt.NDArray[np.float64]) -> None:
     if wide:
         axes.set_xscale("log")
         _mark(axes.xaxis, low, high)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """An image to show, and the files of its unit, one of which holds its variants."""
+
+    image_id: str
+    uri: str
+    class_name: str
+    split: str
+    file: str
+
+
+def choose_examples(keys: UInt64Array, class_ids: Int64Array, scores: Float32Array) -> list[int]:
+    """Choose images to show: some of as many classes as possible, and some whose variants are doubtful.
+
+    Args:
+        keys: Key of each image; they decide among equals. Shape (n,).
+        class_ids: Class of each image, shape (n,).
+        scores: Mean quality score of its variants, shape (n,).
+
+    Returns:
+        Rows, at most `EXAMPLES`, by class.
+    """
+    order = np.lexsort((keys, scores))
+    doubtful = [int(row) for row in order[:DOUBTFUL] if scores[row] < 1]
+    by_key = np.lexsort((keys, class_ids))
+    # The number of an image within its class, in the order of keys: first one of every class, then a second.
+    starts = np.flatnonzero(np.diff(class_ids[by_key], prepend=-1))
+    turn = np.arange(len(by_key)) - np.repeat(starts, np.diff(np.append(starts, len(by_key))))
+    chosen = by_key[np.lexsort((keys[by_key], turn))]
+    usual = [int(row) for row in chosen if int(row) not in doubtful][: EXAMPLES - len(doubtful)]
+    return sorted([*usual, *doubtful], key=lambda row: (class_ids[row], keys[row]))
+
+
+def contact_picture(
+    examples: Sequence[Example], config: ImageAugmentationConfig, max_bytes: int | None = None
+) -> Picture | None:
+    """Draw originals beside their variants, as they were stored."""
+    decoder = Decoder(config.max_pixels, config.background)
+    rows = list(_sheet_rows(examples, config, decoder))
+    if not rows:
+        return None
+    data = contact_sheet(rows) if max_bytes is None else contact_sheet(rows, max_bytes=max_bytes)
+    caption = "Originals, and beside each its variants as they are stored; a coloured border names an issue."
+    return Picture.of("Contact sheet", caption, "image/webp", data)
+
+
+def _sheet_rows(examples: Sequence[Example], config: ImageAugmentationConfig, decoder: Decoder) -> Iterator[SheetRow]:
+    for example in examples:
+        decoded = decoder.decode(storage.read_bytes(example.uri))
+        if not isinstance(decoded, Decoded):
+            continue  # the file has changed since it was augmented
+        rows = _stored_rows(example)
+        yield SheetRow(
+            image_id=example.image_id,
+            class_name=example.class_name,
+            split=example.split,
+            original=thumbnail(decoded.pixels[:, :, :3], EXAMPLE_SIDE),
+            variants=[thumbnail(levels(image, config.augmentation), EXAMPLE_SIDE) for image in decode_images(rows)],
+            issues=rows["quality_issues"].to_pylist(),
+        )
+
+
+def _stored_rows(example: Example) -> pa.Table:
+    with storage.open_input(example.file) as source:
+        return pq.read_table(source, filters=[("original_image_id", "=", example.image_id)])
+
+
+def levels(image: npt.NDArray[np.generic], augmentation: Augmentation) -> UInt8Array:
+    """Return a stored image as RGB rows of uint8, shape (height, width, 3)."""
+    rows = np.moveaxis(np.asarray(image), 0, 2)
+    if rows.dtype == np.uint8:
+        return np.ascontiguousarray(rows)
+    mean, std = np.array(augmentation.mean), np.array(augmentation.std)
+    return np.ascontiguousarray(np.clip((rows * std + mean) * 255 + 0.5, 0, 255).astype(np.uint8))
+
+
+def reject_picture(
+    entries: Sequence[FileEntry], reservation: Reservation, config: ImageAugmentationConfig
+) -> Picture | None:
+    """Draw some of the rejected images of each reason, if they can be decoded."""
+    decoder = Decoder(config.max_pixels, config.background)
+    items: list[tuple[str, str, UInt8Array | None]] = []
+    shown: Counter[str] = Counter()
+    for row in _rejected(entries, reservation):
+        if len(items) == REJECTS:
+            break
+        shown[row["reason"]] += 1
+        if shown[row["reason"]] > REJECTS // 4:
+            continue
+        items.append((row["image_id"] or row["path"], row["reason"], _thumbnail_of(row["uri"], decoder)))
+    if not items:
+        return None
+    caption = "Rejected images; all of them, with the reason, are in _rejected/. A grey tile can't be decoded."
+    return Picture.of("Rejected images", caption, "image/webp", tile_sheet(items))
+
+
+def _rejected(entries: Sequence[FileEntry], reservation: Reservation) -> Iterator[dict[str, str]]:
+    for entry in entries:
+        with storage.open_input(layout.join(reservation.uri, entry.path)) as source:
+            table = pq.read_table(source)
+        if "uri" in table.column_names:  # the others are labels
+            yield from table.to_pylist()
+
+
+def _thumbnail_of(uri: str, decoder: Decoder) -> UInt8Array | None:
+    try:
+        decoded = decoder.decode(storage.read_bytes(uri))
+    except (OSError, ValueError):
+        return None
+    return thumbnail(decoded.pixels[:, :, :3], EXAMPLE_SIDE) if isinstance(decoded, Decoded) else None
+
+
+def charts(counts: Mapping[str, Mapping[str, int]], sizes: Int32Array) -> list[Picture]:
+    """Return charts of the classes by split, and of the sizes of the originals.
+
+    Args:
+        counts: Images by class, then split.
+        sizes: Height and width of each original, shape (n, 2).
+    """
+    if not len(sizes):
+        return []
+    return [
+        Picture.of(
+            "Classes", "Images of each class by split, before augmentation.", "image/png", class_balance_chart(counts)
+        ),
+        Picture.of(
+            "Sizes", "Width and height of the originals, pixels.", "image/png", size_chart(sizes[:, 0], sizes[:, 1])
+        ),
+    ]
+
+
+def reject_table(rejected: Mapping[str, int], images: int) -> DataTable | None:
+    """Return the number of rejected images for each reason."""
+    if not rejected:
+        return None
+    rows = tuple(
+        (reason, count, round(count / max(images, 1), 4))
+        for reason, count in sorted(rejected.items(), key=lambda item: (-item[1], item[0]))
+    )
+    return DataTable(title="Rejected images", columns=("reason", "images", "share"), rows=rows)

@@ -19,37 +19,28 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
+from tasks.engine.partition import frame_of
 from tasks.io import storage
 from tasks.io.errors import SourceError
-from tasks.io.faults import is_transient
-from tasks.io.location import odd_key
+from tasks.io.location import is_transient, odd_key, refusals_explained
+from tasks.io.tensors import Int64Array
 from tasks.io.text import plural
 from tasks.store.manifest import InputFile, InputRecord
 
-Int64Array = npt.NDArray[np.int64]
-
 LISTING = pa.schema(
-    [
-        ("uri", pa.string()),
-        ("path", pa.string()),
-        ("image_id", pa.string()),
-        ("bytes", pa.int64()),
-        ("stamp", pa.string()),
-        ("folder", pa.string()),
-    ]
+    dict.fromkeys(("uri", "path", "image_id"), pa.string())
+    | {"bytes": pa.int64(), "stamp": pa.string(), "folder": pa.string()}
 )
-REJECTED_IMAGES = pa.schema(
-    [(name, pa.string()) for name in ("uri", "path", "image_id", "class_name", "reason", "detail")]
-)
+REJECTED_IMAGES = pa.schema(dict.fromkeys(("uri", "path", "image_id", "class_name", "reason", "detail"), pa.string()))
 
 NOT_IMAGES = (
     *(".csv", ".tsv", ".parquet", ".json", ".jsonl", ".txt", ".md", ".xml", ".yaml", ".yml", ".html", ".htm"),
@@ -75,6 +66,9 @@ NAMED = 3  # names that a message lists before 'and n more'
 SUFFIX = r"([^/])\.[^./]*$"
 
 _PIECE = 2**20
+_AT_ONCE = 8192
+"""Files of a listing that are held as objects; all others are rows of a table."""
+_FOUND = {"path": pl.String, "bytes": pl.Int64, "stamp": pl.String, "reason": pl.String}
 _UNSHOWABLE = re.compile(r"[\ud800-\udfff\x00-\x1f\x7f-\x9f]")
 
 
@@ -105,10 +99,13 @@ class ImageListing:
         The digest is over path, size and stamp (modification time or ETag) of each candidate: the fingerprints of a
         million files are in the version's rows, not in its manifest.
         """
-        lines = as_frame(self.table).select(pl.concat_str("path", "bytes", "stamp", separator="\t")).to_series()
-        digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=32).hexdigest()
+        digest = hashlib.blake2b(digest_size=32)
+        lines = pl.concat_str("path", "bytes", "stamp", separator="\t")
+        for number, some in enumerate(frame_of(self.table).iter_slices(_AT_ONCE)):
+            text = "\n".join(some.select(lines).to_series())
+            digest.update(f"\n{text}".encode() if number else text.encode())
         total = int(np.sum(self.table["bytes"].to_numpy(), dtype=np.int64))
-        entry = InputFile(uri=self.uri, bytes=total, fingerprint=f"listing-blake2b:{digest}")
+        entry = InputFile(uri=self.uri, bytes=total, fingerprint=f"listing-blake2b:{digest.hexdigest()}")
         return InputRecord(name="images", uri=self.uri, rows=self.table.num_rows, files=(entry,))
 
 
@@ -123,39 +120,67 @@ def list_images(uri: str) -> ImageListing:
         SourceError: nothing is there, it can't be listed, or no file in it can be an image.
     """
     root = storage.normalise(uri)
-    infos = _list(root)
-    base = _base(root, infos)
-    wanted = [info for info in infos if not _is_junk(info.uri[len(base) :])]
-    images = [info for info in wanted if not info.uri.lower().endswith(NOT_IMAGES)]
-    if not images:
+    found = _Found()
+    frames = [found.add(infos, _base(root, infos[0].uri)) for infos in _listed(root)]
+    if not found.images:
         raise SourceError(
-            f"images '{shown(uri)}': none of its {plural(len(infos), 'file')} can be an image, "
-            f"such as {shown(infos[0].uri)}; give the directory or prefix of the images"
+            f"images '{shown(root)}': none of its {plural(found.files, 'file')} can be an image, "
+            f"such as {shown(found.first)}; give the directory or prefix of the images"
         )
-    left_out = {_JUNK: len(infos) - len(wanted), NOT_IMAGE_SUFFIX: len(wanted) - len(images)}
-    names = [info.uri for info in images]
-    frame = pl.DataFrame(
-        {
-            "uri": [shown(name) for name in names],
-            "path": [shown(name[len(base) :]) for name in names],
-            "bytes": pl.Series([info.bytes for info in images], dtype=pl.Int64),
-            "stamp": [info.stamp for info in images],
-            "class_name": pl.Series([None] * len(images), dtype=pl.String),
-            "reason": pl.Series([_fault(info, len(base)) for info in images], dtype=pl.String),
-        }
-    ).with_columns(
-        pl.col("path").str.replace(SUFFIX, "${1}").alias("image_id"),
-        pl.col("path").str.extract(r"^([^/]+)/").alias("folder"),
-    )
-    kept, rejected = _set_duplicates_apart(frame.filter(pl.col("reason").is_null()))
-    odd = frame.filter(pl.col("reason").is_not_null()).with_columns(detail=pl.col("reason").replace_strict(_DETAILS))
+    frame = pl.concat(frames, rechunk=True)
+    del frames
+    base = shown(found.base)
+    good = frame.filter(pl.col("reason").is_null()).sort("path")
+    kept, rejected = _set_duplicates_apart(_described(good, base))
+    odd = _described(frame.filter(pl.col("reason").is_not_null()), base)
+    odd = odd.with_columns(detail=pl.col("reason").replace_strict(_DETAILS, return_dtype=pl.String))
     rejected = pl.concat([rejected, odd.select(rejected.columns)]).sort("uri", "path")
+    left_out = {_JUNK: found.junk, NOT_IMAGE_SUFFIX: found.files - found.junk - found.images}
     return ImageListing(
         uri=shown(root),
-        base=shown(base),
+        base=base,
         table=as_table(kept, LISTING),
         rejected=as_table(rejected, REJECTED_IMAGES),
         filtered={reason: count for reason, count in left_out.items() if count},
+    )
+
+
+@dataclass(slots=True)
+class _Found:
+    """Counts of the files listed so far; first: the first by name."""
+
+    files: int = 0
+    junk: int = 0
+    images: int = 0
+    first: str = ""
+    base: str = ""
+
+    def add(self, infos: Sequence[storage.FileInfo], base: str) -> pl.DataFrame:
+        """Count some files; return those that may be images: path, bytes, stamp, and reason if they can't be."""
+        wanted = [info for info in infos if not _is_junk(info.uri[len(base) :])]
+        images = [info for info in wanted if not info.uri.lower().endswith(NOT_IMAGES)]
+        self.files += len(infos)
+        self.junk += len(infos) - len(wanted)
+        self.images += len(images)
+        first = min(info.uri for info in infos)
+        self.first, self.base = min(self.first or first, first), base
+        return pl.DataFrame(
+            {
+                "path": [shown(info.uri[len(base) :]) for info in images],
+                "bytes": [info.bytes for info in images],
+                "stamp": [info.stamp for info in images],
+                "reason": [_fault(info, len(base)) for info in images],
+            },
+            schema=_FOUND,
+        )
+
+
+def _described(frame: pl.DataFrame, base: str) -> pl.DataFrame:
+    return frame.with_columns(
+        (pl.lit(base) + pl.col("path")).alias("uri"),
+        pl.col("path").str.replace(SUFFIX, "${1}").alias("image_id"),
+        pl.col("path").str.extract(r"^([^/]+)/").alias("folder"),
+        pl.lit(None, pl.String).alias("class_name"),
     )
 
 
@@ -183,25 +208,24 @@ def as_table(frame: pl.DataFrame, schema: pa.Schema) -> pa.Table:
     return frame.select(schema.names).to_arrow(compat_level=pl.CompatLevel.oldest()).cast(schema)
 
 
-def as_frame(table: pa.Table) -> pl.DataFrame:
-    """Return an Arrow table as a frame."""
-    frame = pl.from_arrow(table)
-    assert isinstance(frame, pl.DataFrame)
-    return frame
-
-
-def _list(root: str) -> list[storage.FileInfo]:
+def _listed(root: str) -> Iterator[list[storage.FileInfo]]:
+    """Yield the files below a location, some at a time."""
+    nothing = True
     try:
-        infos = storage.list_files(root, include_hidden=True, each_path=True)
-        there = bool(infos) or storage.exists(root)
+        with refusals_explained(root):
+            files = storage.each_file(root, include_hidden=True)
+            while infos := list(islice(files, _AT_ONCE)):
+                nothing = False
+                yield infos
+        there = nothing and storage.exists(root)
     except OSError as fault:
         if is_transient(fault):
             raise
         raise SourceError(
             f"images '{shown(root)}' can't be listed: {fault}; correct the location, or the rights or links in it"
         ) from fault
-    if infos:
-        return infos
+    if not nothing:
+        return
     if there:
         cause, cure = "no file is in it or below", "put images there"
     elif glob.has_magic(root):
@@ -211,11 +235,12 @@ def _list(root: str) -> list[storage.FileInfo]:
     raise SourceError(f"images '{shown(root)}': {cause}; {cure}, or give another directory, glob or s3:// prefix")
 
 
-def _base(root: str, infos: Sequence[storage.FileInfo]) -> str:
+def _base(root: str, uri: str) -> str:
+    """Return the part of a listed file's URI before its relative path, with '/' at its end."""
     below = root.rstrip("/") + "/"
-    if infos[0].uri.startswith(below):
+    if uri.startswith(below):
         return below
-    if infos[0].uri != root:  # a glob, as the place itself doesn't exist
+    if uri != root:  # a glob, as the place itself doesn't exist
         root = re.split(r"[*?\[]", root, maxsplit=1)[0]
     return root.rpartition("/")[0] + "/"
 
@@ -263,7 +288,7 @@ def content_groups(table: pa.Table) -> Int64Array:
     """
     uris = table["uri"].to_pylist()
     if uris and storage.is_s3(uris[0]):
-        return first_alike(as_frame(table).select("bytes", "stamp"))
+        return first_alike(frame_of(table).select("bytes", "stamp"))
     rows = same_size_rows(table["bytes"].to_numpy())
     return group_by_digest(table.num_rows, rows, digest_files(uris[row] for row in rows.tolist()))
 

@@ -32,17 +32,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from tasks.io.errors import ConfigError
 from tasks.io.hashing import stable_hash
-
-UInt64Array = npt.NDArray[np.uint64]
-Int64Array = npt.NDArray[np.int64]
-Int8Array = npt.NDArray[np.int8]
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
+from tasks.io.tensors import BoolArray, Float64Array, Int8Array, Int64Array, UInt64Array
 
 SPLITS = ("train", "validation", "test")
 TRAIN, VALIDATION, TEST = range(3)
@@ -66,7 +60,6 @@ def split_images(
 
     Raises:
         ConfigError: shares below 0, or of 1 and more together.
-
     """
     assert len(keys) == len(classes) == len(groups), "each image has a key, a class and a group"
     shares = np.round(np.array([1 - validation_share - test_share, validation_share, test_share]), _DIGITS)
@@ -121,7 +114,9 @@ class _LargerGroups:
     count: Int64Array
 
 
-def _larger_groups(keys: UInt64Array, class_of: Int64Array, group_of: Int64Array, shares: FloatArray) -> _LargerGroups:
+def _larger_groups(
+    keys: UInt64Array, class_of: Int64Array, group_of: Int64Array, shares: Float64Array
+) -> _LargerGroups:
     order = np.lexsort((class_of, group_of))
     group_of, class_of = group_of[order], class_of[order]
     is_start = np.diff(group_of, prepend=-1) != 0
@@ -143,7 +138,7 @@ def _larger_groups(keys: UInt64Array, class_of: Int64Array, group_of: Int64Array
     )
 
 
-def _rooms(images: Int64Array, is_splittable: BoolArray, smallest: UInt64Array, shares: FloatArray) -> Int64Array:
+def _rooms(images: Int64Array, is_splittable: BoolArray, smallest: UInt64Array, shares: Float64Array) -> Int64Array:
     """Return the target number of images of each class in each split; shape (3, classes)."""
     quota = np.where(is_splittable, np.round(shares[:, None] * images, _DIGITS), 0)
     held_out = np.round(quota[VALIDATION] + quota[TEST], _DIGITS)
@@ -166,7 +161,9 @@ def _rooms(images: Int64Array, is_splittable: BoolArray, smallest: UInt64Array, 
     return np.stack([images - taken, validation, taken - validation]).astype(np.int64)
 
 
-def _rounded(quota: FloatArray, low: FloatArray, high: FloatArray, total: float, smallest: UInt64Array) -> FloatArray:
+def _rounded(
+    quota: Float64Array, low: Float64Array, high: Float64Array, total: float, smallest: UInt64Array
+) -> Float64Array:
     """Return each class's low or high number, high for the largest remainders: as many as the total requires."""
     open_classes = np.flatnonzero(high > low)
     remainder = np.round(quota - low, _DIGITS)

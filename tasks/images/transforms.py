@@ -21,18 +21,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from tasks.images.config import Augmentation
 from tasks.images.draws import Draws, policy_seeds, window
 from tasks.io.errors import ConfigError
+from tasks.io.tensors import AnyArray, BoolArray, Float32Array, UInt8Array, UInt64Array
 from tasks.store.settings import load_object
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-UInt8Array = npt.NDArray[np.uint8]
-FloatArray = npt.NDArray[np.float32]
 
 _EXACT_SUM = 2**24  # sums of integers up to here are exact in float32, in any order
 
@@ -110,8 +108,6 @@ def _bytes(values: Tensor) -> Tensor:
     return values.clamp_(0, 255).to(torch.uint8)
 
 
-# --- the engines ---
-
 # Pixels of the variants that are processed together: on a GPU enough to keep it busy, on a CPU its cache's size.
 _PIXELS_AT_ONCE = {"cuda": 1 << 22, "cpu": 1 << 18}
 # torch's antialiasing on CUDA keeps its weights in shared memory, which is too small from about 60 : 1 on
@@ -131,7 +127,6 @@ class TorchEngine:
 
         Raises:
             ConfigError: the device doesn't exist.
-
         """
         import torch
 
@@ -152,7 +147,6 @@ class TorchEngine:
         Args:
             images: m oriented originals, each (height, width, 3 or more), RGB first.
             draws: n = m × variants rows, image by image.
-
         """
         import torch
 
@@ -189,11 +183,11 @@ class TorchEngine:
                 crop = crop[:, first_y : first_y + self._size, first_x : first_x + self._size]
                 yield crop.to(self._device)
 
-    def _flip(self, batch: Tensor, flip: npt.NDArray[np.bool_]) -> Tensor:
+    def _flip(self, batch: Tensor, flip: BoolArray) -> Tensor:
         rows = self._rows(flip)
         return batch if rows is None else batch.index_copy_(0, rows, batch[rows].flip(-1))
 
-    def _rotate(self, batch: Tensor, angles: FloatArray) -> Tensor:
+    def _rotate(self, batch: Tensor, angles: Float32Array) -> Tensor:
         """Rotate around the middle, by the nearest pixel, black beyond the corners, as `functional.rotate` does."""
         import torch
         from torch.nn.functional import grid_sample
@@ -216,7 +210,7 @@ class TorchEngine:
         rotated = grid_sample(batch[rows].float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
         return batch.index_copy_(0, rows, rotated.to(torch.uint8))
 
-    def _adjust(self, batch: Tensor, jitter: FloatArray, order: UInt8Array) -> Tensor:
+    def _adjust(self, batch: Tensor, jitter: Float32Array, order: UInt8Array) -> Tensor:
         """Apply each variant's colour operations in its order, those of a kind at once."""
         import torch
 
@@ -230,7 +224,7 @@ class TorchEngine:
                     batch.index_copy_(0, rows, operation(batch[rows], factors))
         return batch
 
-    def _rows(self, chosen: npt.NDArray[np.bool_]) -> Tensor | None:
+    def _rows(self, chosen: BoolArray) -> Tensor | None:
         import torch
 
         return torch.from_numpy(np.flatnonzero(chosen)).to(self._device) if chosen.any() else None
@@ -248,7 +242,6 @@ class PolicyEngine:
 
         Raises:
             ConfigError: the device or the policy doesn't exist.
-
         """
         import torch
 
@@ -261,7 +254,7 @@ class PolicyEngine:
         if isinstance(self._transform, torch.nn.Module):
             self._transform.to(self._device)
 
-    def apply(self, images: Sequence[UInt8Array], keys: npt.NDArray[np.uint64]) -> UInt8Array | FloatArray:
+    def apply(self, images: Sequence[UInt8Array], keys: UInt64Array) -> UInt8Array | Float32Array:
         """Return variants of the images, (m × variants, 3, size, size), image by image; uint8, or float32 of any range.
 
         Args:
@@ -270,13 +263,12 @@ class PolicyEngine:
 
         Raises:
             ConfigError: the policy returned something else.
-
         """
         from torchvision import tv_tensors
 
         assert len(keys) == len(images), "keys and images don't belong together"
         seeds = policy_seeds(keys, self._variants)
-        out: npt.NDArray[Any] | None = None
+        out: AnyArray | None = None
         for number, image in enumerate(images):
             pixels = _copied(image, pinned=self._pinned).to(self._device, non_blocking=True)
             original = pixels[:, :, :3].permute(2, 0, 1).contiguous()
@@ -293,7 +285,7 @@ class PolicyEngine:
                 out[row] = variant
         return np.empty((0, 3, self._size, self._size), np.uint8) if out is None else out
 
-    def _variant(self, original: Any, seed: int) -> npt.NDArray[Any]:
+    def _variant(self, original: Any, seed: int) -> AnyArray:
         import torch
 
         with _seeded(seed, self._device), torch.no_grad():
@@ -311,7 +303,7 @@ class PolicyEngine:
                 f"as with v2.RandomResizedCrop({self._size}) in it"
             )
         kept = made if made.dtype == torch.uint8 else made.float()
-        found: npt.NDArray[Any] = kept.as_subclass(torch.Tensor).cpu().numpy()
+        found: AnyArray = kept.as_subclass(torch.Tensor).cpu().numpy()
         return found
 
 
@@ -325,7 +317,6 @@ def load_policy(path: str) -> Callable[..., Any]:
 
     Raises:
         ConfigError: it can't be imported, doesn't exist, or isn't a transform.
-
     """
     found: Callable[..., Any] = load_object("policy", path)
     if not callable(found):

@@ -40,7 +40,6 @@ class NewFile:
 
     Args:
         path: Name of the file, which mustn't exist yet.
-
     """
 
     def __init__(self, path: str) -> None:
@@ -56,7 +55,6 @@ class NewFile:
 
         Raises:
             DiskFull: there is no room for the bytes of an earlier call.
-
         """
         while data:
             taken = min(len(data), PIECE - self._filled)
@@ -107,7 +105,6 @@ class NewFile:
         Raises:
             DiskFull: there is no room; call `discard` afterwards.
             OSError: something couldn't be written; likewise.
-
         """
         self._wait()
         whole = self._filled - self._filled % _BLOCK
@@ -142,7 +139,6 @@ def told_if_full(path: str) -> Iterator[None]:
 
     Raises:
         DiskFull: the disk is full, or a quota is used up.
-
     """
     try:
         yield

@@ -103,7 +103,6 @@ def causes(error: BaseException | None, *, contexts: bool = False) -> Iterator[B
     Args:
         error: The outermost error.
         contexts: Follow also errors that were being handled, if no cause is named.
-
     """
     seen: set[int] = set()
     waiting = [error]

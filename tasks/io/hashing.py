@@ -20,13 +20,13 @@ import hashlib
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 from blake3 import blake3
 
 from tasks.io.errors import InputError
+from tasks.io.tensors import AnyArray, UInt64Array
 
 METHOD = "blake3"
 PATTERN = r"(blake3|sha256):[0-9a-f]{64}"
@@ -51,7 +51,6 @@ class Digest:
 
     Raises:
         InputError: the method isn't known here.
-
     """
 
     def __init__(self, like: str = f"{METHOD}:") -> None:
@@ -73,14 +72,11 @@ def digest(data: Any, like: str = f"{METHOD}:") -> str:
 
     Raises:
         InputError: the method isn't known here.
-
     """
     made = Digest(like)
     made.update(data)
     return str(made)
 
-
-UInt64Array = npt.NDArray[np.uint64]
 
 NULL_HASH = 0x9AE16A3B2F90404F
 
@@ -231,6 +227,6 @@ def _mix_int(value: int) -> int:
     return int(_mix(np.array([value], dtype=np.uint64), 0)[0])
 
 
-def _numpy(array: pa.Array) -> npt.NDArray[Any]:
-    values: npt.NDArray[Any] = array.to_numpy(zero_copy_only=False)
+def _numpy(array: pa.Array) -> AnyArray:
+    values: AnyArray = array.to_numpy(zero_copy_only=False)
     return values

@@ -17,13 +17,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from tasks.io.faults import explains_refusals, s3_error_code
-from tasks.io.location import is_s3, normalise, s3_filesystem
+from tasks.io.location import explains_refusals, is_s3, normalise, s3_error_code, s3_filesystem
 
 _HIDDEN = (".", "_")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileInfo:
     """File in a listing."""
 
@@ -41,9 +40,8 @@ def list_files(
     recursive: bool = True,
     include_hidden: bool = False,
     follow_links: bool = True,
-    each_path: bool = False,
 ) -> list[FileInfo]:
-    """List files, sorted by URI.
+    """List files, sorted by URI, each once: under the path without links to its directory if there is one.
 
     Args:
         uri: A file, a directory or S3 prefix, or a glob ('data/2024-*/*.csv'; '**' spans directories). A glob that
@@ -54,12 +52,22 @@ def list_files(
             are never hidden.
         follow_links: Whether to look through symbolic links to directories; code that deletes doesn't, and gets the
             link itself. A link back to a directory on the way to it isn't followed. A broken link is a file of 0 bytes.
-        each_path: Whether to list a file under each of several paths to its directory, if the paths have a meaning;
-            else once, under the path without links if there is one.
 
     Returns:
         The files; [] if nothing exists or matches.
     """
+    files = each_file(uri, recursive=recursive, include_hidden=include_hidden, follow_links=follow_links)
+    endings = None if suffixes is None else tuple(suffix.lower() for suffix in suffixes)
+    found = {info.uri: info for info in files}
+    if not is_s3(normalise(uri)):
+        found = _one_path_each(found)
+    return [found[name] for name in sorted(found) if endings is None or name.lower().endswith(endings)]
+
+
+def each_file(
+    uri: str, *, recursive: bool = True, include_hidden: bool = False, follow_links: bool = True
+) -> Iterator[FileInfo]:
+    """Yield files in no certain order, each under each of its paths: `list_files` for more of them than to hold."""
     uri = normalise(uri)
 
     def list_below(place: str) -> Iterator[FileInfo]:
@@ -67,24 +75,26 @@ def list_files(
             return _list_s3(place, recursive, include_hidden)
         return _list_local(place, recursive, include_hidden, follow_links)
 
-    found = {info.uri: info for info in list_below(uri)}
-    if not found and glob.has_magic(uri):
-        base = re.split(r"[*?\[]", uri, maxsplit=1)[0].rpartition("/")[0]
-        if is_s3(uri):
-            matches = _glob_s3(uri)
-        elif "**" in uri.split("/"):
-            matches = _glob_everywhere(uri, base, follow_links)
-        else:
-            matches = _glob_local(uri, base)
-        for match in matches:
-            if include_hidden or not _is_hidden(match[len(base) :]):
-                is_entry = not is_s3(uri) and not os.path.isdir(match)  # also a broken link
-                below = _entry_info(Path(match), follow_links) if is_entry else list_below(match)
-                found |= {info.uri: info for info in below}
-    if not is_s3(uri) and not each_path:
-        found = _one_path_each(found)
-    endings = None if suffixes is None else tuple(suffix.lower() for suffix in suffixes)
-    return [found[name] for name in sorted(found) if endings is None or name.lower().endswith(endings)]
+    nothing = True
+    for info in list_below(uri):
+        nothing = False
+        yield info
+    if not nothing or not glob.has_magic(uri):
+        return
+    base = re.split(r"[*?\[]", uri, maxsplit=1)[0].rpartition("/")[0]
+    if is_s3(uri):
+        matches = _glob_s3(uri)
+    elif "**" in uri.split("/"):
+        matches = _glob_everywhere(uri, base, follow_links)
+    else:
+        matches = _glob_local(uri, base)
+    found: dict[str, FileInfo] = {}
+    for match in matches:
+        if include_hidden or not _is_hidden(match[len(base) :]):
+            is_entry = not is_s3(uri) and not os.path.isdir(match)  # also a broken link
+            below = _entry_info(Path(match), follow_links) if is_entry else list_below(match)
+            found |= {info.uri: info for info in below}
+    yield from found.values()
 
 
 def _is_hidden(relative: str) -> bool:
@@ -250,7 +260,6 @@ def unfinished_uploads(uri: str, before: dt.datetime) -> list[Upload]:
     Raises:
         PermissionError: the credentials may not list uploads (`s3:ListBucketMultipartUploads`).
         CredentialsRefused: the store doesn't accept the credentials.
-
     """
     uri = normalise(uri)
     if not is_s3(uri):

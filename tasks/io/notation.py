@@ -79,7 +79,6 @@ def expand(values: Iterable[str], timezone: str = "UTC") -> tuple[dt.datetime, .
 
     Raises:
         ValueError: a value is neither, or they are more than `MOST` times.
-
     """
     found: set[dt.datetime] = set()
     zone = ZoneInfo(timezone)
@@ -213,7 +212,6 @@ def load_yaml(text: str | bytes) -> Any:
 
     Raises:
         ValueError: it is no valid YAML, or a name occurs twice in a mapping; the message gives the place.
-
     """
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader

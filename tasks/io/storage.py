@@ -15,21 +15,30 @@ import hashlib
 import os
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.asyn import sync
 
 from tasks.io.disk import MIB, NewFile, is_temporary, put_in_place, sync_directory, temporary_name, told_if_full
 from tasks.io.errors import ConfigError, PipelineError
-from tasks.io.faults import explains_refusals, refusals_explained, s3_error_code
 from tasks.io.hashing import METHOD, Digest, digest
-from tasks.io.listing import FileInfo, list_directories, list_files, local_stamp
-from tasks.io.location import arrow_filesystem, is_s3, normalise, s3_filesystem
+from tasks.io.listing import FileInfo, each_file, list_directories, list_files, local_stamp
+from tasks.io.location import (
+    arrow_filesystem,
+    explains_refusals,
+    is_s3,
+    normalise,
+    refusals_explained,
+    s3_error_code,
+    s3_filesystem,
+)
 
 __all__ = [
     "FileInfo",
@@ -38,6 +47,7 @@ __all__ = [
     "check_root",
     "delete",
     "digest_of",
+    "each_file",
     "exists",
     "fingerprint",
     "is_s3",
@@ -68,6 +78,7 @@ _TRIES = 6
 _BROKEN_OFF = frozenset({"ClientPayloadError", "IncompleteRead", "IncompleteReadError", "ResponseStreamingError"})
 
 Contents = TypeVar("Contents")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -163,6 +174,8 @@ def read_bytes(uri: str, listed: FileInfo | None = None) -> bytes:
         if listed is not None and (len(data), local_stamp(uri)) != (listed.bytes, listed.stamp):
             raise OSError(_WRITTEN_TO)
         return data
+    from fsspec.asyn import sync
+
     filesystem, path = s3_filesystem(uri)
 
     def read() -> bytes:
@@ -180,6 +193,24 @@ def read_bytes(uri: str, listed: FileInfo | None = None) -> bytes:
         if s3_error_code(error) in ("PreconditionFailed", "412"):
             raise OSError(_WRITTEN_TO) from error
         raise
+
+
+def in_threads(function: Callable[..., R], *arguments: Iterable[Any], threads: int = 16) -> Iterator[R]:
+    """Yield the results of a function of many arguments, as `map`; the waits for storage overlap.
+
+    Only some results at a time are made ahead of the one that is taken.
+    """
+    calls = zip(*arguments, strict=False)
+    with ThreadPoolExecutor(threads) as pool:
+        ahead = deque(pool.submit(function, *call) for call in islice(calls, 2 * threads))
+        try:
+            while ahead:
+                result = ahead.popleft().result()
+                ahead.extend(pool.submit(function, *call) for call in islice(calls, 1))
+                yield result
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 def read_many(uris: Iterable[str]) -> dict[str, bytes]:
@@ -457,7 +488,6 @@ class ParquetStream:
         uri: Name of the file.
         schema: Schema of the tables to come.
         settings: As `write_parquet`'s.
-
     """
 
     def __init__(self, uri: str, schema: pa.Schema, **settings: Any) -> None:
@@ -477,6 +507,10 @@ class ParquetStream:
         """Append a table's rows."""
         self._writer.write_table(table, row_group_size=self._row_group_size)
         self._rows += table.num_rows
+
+    def describe(self, metadata: dict[str, str]) -> None:
+        """Add metadata to the file's footer."""
+        self._writer.add_key_value_metadata(metadata)
 
     @property
     def written(self) -> WrittenFile:

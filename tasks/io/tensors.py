@@ -5,6 +5,8 @@ The field's metadata describes them, under the key `tensor`:
 
     {"shape": [3, 224, 224], "dtype": "uint8", "byteorder": "little", "dimensions": ["channel", "height", "width"]}
 
+Single numbers need none of this: a plain column of them, without nulls, is read as tensors of shape ().
+
 Arrow's fixed-shape tensors, and Ray Data's, are lists in Parquet, which has no integer below 32 bits: an image of
 224 × 224 × 3 bytes takes 602 KB in a file instead of 151 KB. Libraries without tensors (pandas, Polars, DuckDB) read
 binary values. For Ray Data and others there is `as_fixed_shape_tensors`.
@@ -32,6 +34,14 @@ if TYPE_CHECKING:
     import torch
 
 AnyArray = npt.NDArray[Any]
+BoolArray = npt.NDArray[np.bool_]
+Int8Array = npt.NDArray[np.int8]
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+UInt8Array = npt.NDArray[np.uint8]
+UInt64Array = npt.NDArray[np.uint64]
+Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
 
 TENSOR = b"tensor"
 _INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
@@ -124,15 +134,18 @@ def is_tensor(field: pa.Field) -> bool:
 
 
 def tensor_spec(field: pa.Field) -> TensorSpec:
-    """Return the shape and element type of a tensor column.
+    """Return the shape and element type of a column of tensors, or of plain numbers.
 
     Raises:
         InputError: it isn't one, or its metadata can't be read or doesn't fit its width.
     """
+    if pt.is_integer(field.type) or pt.is_floating(field.type):
+        return TensorSpec((), field.type.to_pandas_dtype().__name__)
     if not is_tensor(field):
         raise InputError(
-            f"column {field.name!r} ({field.type}) is no tensor column: those are fixed_size_binary and have "
-            f"{TENSOR.decode()!r} in the field's metadata; if it was lost on the way, take the schema of the file"
+            f"column {field.name!r} ({field.type}) is no column of tensors or numbers: tensors are fixed_size_binary "
+            f"and have {TENSOR.decode()!r} in the field's metadata; if it was lost on the way, take the schema of the "
+            "file"
         )
     text = field.metadata[TENSOR]
     try:
@@ -153,7 +166,7 @@ def tensor_spec(field: pa.Field) -> TensorSpec:
 
 
 def to_numpy(rows: pa.Table | pa.RecordBatch, column: str) -> AnyArray:
-    """Return the tensors of a column, shape (n, *shape), read-only.
+    """Return the tensors, or plain numbers, of a column, shape (n, *shape), read-only.
 
     One chunk gives a view of Arrow's memory; several are copied together once.
 
@@ -212,35 +225,46 @@ def as_fixed_shape_tensors(table: pa.Table) -> pa.Table:
     return table
 
 
-def parquet_settings(schema: pa.Schema, value_bytes: int = 32 << 10) -> dict[str, Any]:
+def parquet_settings(schema: pa.Schema, value_bytes: int = 32 << 10, batch_size: int | None = None) -> dict[str, Any]:
     """Return options of `pyarrow.parquet.write_table` for files that consist mainly of tensors or encoded images.
 
     - Binary columns: no dictionary (it would overflow), no compression and no statistics. Per image of
       224 × 224 × 3 (KB, ms of CPU to write, to read): raw 151, 0.05, 0.02; lz4 124, 0.21, 0.05; zstd 113, 0.32, 0.17.
       Raw rows can also be mapped into memory and picked one by one. Statistics of images have no meaning.
     - Other columns: dictionary, zstd and statistics, as in every file of this project.
-    - Row groups of up to 32 MiB, a power of two of rows, so that files can be read in pieces; each column chunk is one
-      page. So the tensors of a group lie in the file one after the other, and end where its column chunk ends.
+    - Row groups of up to 32 MiB, a power of two of batches, so that files can be read in pieces; each column chunk is
+      one page. So the tensors of a group lie in the file one after the other, and end where its column chunk ends.
 
     Args:
         schema: Columns of the file.
         value_bytes: Usual size of a binary value of no fixed size, such as a JPEG.
+        batch_size: Rows of a batch of samples, whose plain numbers are stored like tensors; None for other files.
+
+    Raises:
+        InputError: a batch is too large for a page.
     """
-    payload = {field.name for field in schema if _is_binary(field.type)}
-    row_bytes = sum(
-        field.type.byte_width if pt.is_fixed_size_binary(field.type) else value_bytes
+    payload = {field.name for field in schema if batch_size or _is_binary(field.type)}
+    batch_size = batch_size or 1
+    widths = [
+        value_bytes if pt.is_binary(field.type) or pt.is_large_binary(field.type) else field.type.byte_width
         for field in schema
         if field.name in payload
-    )
+    ]
+    row_bytes = sum(widths)
     others = [path for path in _leaves(schema) if path not in payload]
     limit = min(_GROUP_BYTES // max(row_bytes, 1), _GROUP_ROWS)
-    rows = 1 << max(limit.bit_length() - 1, 0)
+    rows = batch_size << max((limit // batch_size).bit_length() - 1, 0)
+    if rows * max(widths, default=0) > _MAX_WIDTH:
+        raise InputError(
+            f"batch_size = {batch_size:,}: a batch of {max(widths):,} bytes a row is more than a page of Parquet holds "
+            f"({_MAX_WIDTH:,}); use at most {_MAX_WIDTH // max(widths):,}"
+        )
     return {
         "compression": dict.fromkeys(others, "zstd") or "none",
         "use_dictionary": others or False,
         "write_statistics": others or False,
         "row_group_size": rows,
-        "data_page_size": _GROUP_BYTES,
+        "data_page_size": max(_GROUP_BYTES, rows * row_bytes),
         # Number of rows between checks of a page's size: encoded images larger than expected still end a page in time.
         "write_batch_size": min(max(rows // 64, 1), 1024),
         **({"max_rows_per_page": rows} if _PAGES_END_BY_ROWS else {}),

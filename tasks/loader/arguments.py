@@ -122,18 +122,14 @@ def place_in_world(rank: int | None = None, world_size: int | None = None) -> tu
 
 
 def _refuse_loader_process() -> None:
-    """Refuse to open a whole worker's stream in a DataLoader's processes, each of which would deliver all of it.
-
-    Sharing it here would break both promises: only the process that opened the stream knows place and epoch, and
-    these processes are restarted with each epoch.
-    """
+    """Refuse to open a whole worker's stream in a DataLoader's processes, each of which would deliver all of it."""
     data: Any = sys.modules.get("torch.utils.data")
     found = data.get_worker_info() if data is not None else None
     if found is not None:
         raise ConfigError(
             f"the stream is opened in process {found.id} of a DataLoader's {found.num_workers}, each of which would "
-            "deliver everything: iterate over the stream itself, which makes batches ahead in a thread, or set "
-            "num_workers=0; or give each process its rank and world_size"
+            "deliver everything: open it before, and iterate over tasks.loader.torch_loader.StreamLoader, or over the "
+            "stream itself, which makes batches ahead in a thread; or give each process its rank and world_size"
         )
 
 

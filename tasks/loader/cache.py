@@ -206,7 +206,7 @@ class FileCache:
                     f"{uri} differs from its manifest: expected {entry.bytes} bytes of {entry.digest}, found "
                     f"{size} of {found}: {CURE}"
                 )
-            # Not synchronised with the disk: damage by a power cut is noticed by the blocks' checksums.
+            # Not synchronised with the disk: damage by a power cut is noticed by the batches' checksums.
             temporary.replace(self.directory / name)
         except BaseException:
             file.close()

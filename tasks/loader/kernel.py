@@ -1,43 +1,30 @@
 """The loader's inner loops, compiled by numba: shuffling, gathering rows from mapped files, normalising.
 
-All release the GIL, so that a training loop in Python continues beside them.
+All release the GIL, so that a training loop in Python continues beside them. Numba is imported at the first call of
+any of them: it takes longer than opening a version, which needs none.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
-IntArray = npt.NDArray[np.int64]
-UInt8Array = npt.NDArray[np.uint8]
-FloatArray = npt.NDArray[np.float32]
-Function = TypeVar("Function", bound=Callable[..., Any])
+from tasks.io.compiled import Compiled
+from tasks.io.tensors import Float32Array, Int32Array, Int64Array, UInt8Array, UInt64Array
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _HALF = np.uint64(32)
 _NEVER = np.int64(2**63 - 1)
 
-tools: Any = cgutils
 UNKNOWN, GOOD, BAD = np.uint8(0), np.uint8(1), np.uint8(2)
 _LISTED = np.uint8(3)
 _PAGE = mmap.PAGESIZE
 _POPULATE_READ = 22
 _AHEAD = 16  # rows that are fetched while as many are copied
-
-
-def jit(function: Function) -> Function:
-    """Compile a function on its first call; cached on disk for other processes."""
-    return cast(Function, numba.njit(nogil=True, cache=True, error_model="numpy")(function))
 
 
 class Places(NamedTuple):
@@ -50,22 +37,27 @@ class Places(NamedTuple):
         groups: (F + 1,) first row group of each file in the following arrays; an unmapped file has none.
         size: (F,) samples of the first row group of each file; other groups rarely differ.
         starts: (G,) first sample of each row group.
-        blocks: (F,) number of the first block of each file.
-        block_size: Samples of a block.
+        batches: (F,) number of the first batch of each file.
+        batch_size: Samples of a batch with a checksum.
     """
 
-    files: IntArray
-    near: npt.NDArray[np.int32]
+    files: Int64Array
+    near: Int32Array
     shift: int
-    groups: IntArray
-    size: IntArray
-    starts: IntArray
-    blocks: IntArray
-    block_size: int
+    groups: Int64Array
+    size: Int64Array
+    starts: Int64Array
+    batches: Int64Array
+    batch_size: int
 
 
 def _code_of_copy(_context: Any, _to: Any, _origin: Any, _count: Any) -> Any:
     """Generate a call of the C library's memcpy between two addresses, given as numbers."""
+    from llvmlite import ir
+    from numba import types
+    from numba.core import cgutils
+
+    tools: Any = cgutils
 
     def build(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
@@ -77,6 +69,11 @@ def _code_of_copy(_context: Any, _to: Any, _origin: Any, _count: Any) -> Any:
 
 def _code_of_prefetch(_context: Any, _address: Any) -> Any:
     """Generate a prefetch of the cache line at an address, beside other instructions."""
+    from llvmlite import ir
+    from numba import types
+    from numba.core import cgutils
+
+    tools: Any = cgutils
 
     def build(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -90,6 +87,11 @@ def _code_of_prefetch(_context: Any, _address: Any) -> Any:
 
 def _code_of_populate(_context: Any, _address: Any, _length: Any) -> Any:
     """Generate a call of Linux' madvise(…, MADV_POPULATE_READ); kernels before 5.14 don't know it and do nothing."""
+    from llvmlite import ir
+    from numba import types
+    from numba.core import cgutils
+
+    tools: Any = cgutils
 
     def build(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -100,9 +102,15 @@ def _code_of_populate(_context: Any, _address: Any, _length: Any) -> Any:
     return types.void(types.int64, types.int64), build
 
 
-_copy: Any = intrinsic(_code_of_copy)
-_prefetch: Any = intrinsic(_code_of_prefetch)
-_populate: Any = intrinsic(_code_of_populate)
+_copy: Any = None
+_prefetch: Any = None
+_populate: Any = None
+
+jit = Compiled(
+    globals(),
+    {"_copy": _code_of_copy, "_prefetch": _code_of_prefetch, "_populate": _code_of_populate},
+    error_model="numpy",
+)
 
 
 @jit
@@ -123,7 +131,16 @@ def draw_key(seed: Any, epoch: Any, level: Any, number: Any) -> Any:
 
 
 @jit
-def shuffle(values: IntArray, key: Any) -> None:
+def sample_keys(  # noqa: PLR0917 - compiled functions take numbers one by one
+    seed: int, epoch: int, level: int, numbers: Int64Array, copies: Int64Array, out: UInt64Array
+) -> None:
+    """Write the key of each sample in an epoch, (n,): of its number, and of which of its copies it is."""
+    for i in range(len(numbers)):
+        out[i] = mix((draw_key(seed, epoch, level, numbers[i]) ^ np.uint64(copies[i])) + _GOLDEN)
+
+
+@jit
+def shuffle(values: Int64Array, key: Any) -> None:
     """Shuffle in place by Fisher-Yates; draw i is the splitmix64 of key + i. For fewer than 2**32 values."""
     for i in range(len(values) - 1, 0, -1):
         bits = mix(key + np.uint64(i) * _GOLDEN)
@@ -133,8 +150,8 @@ def shuffle(values: IntArray, key: Any) -> None:
 
 @jit
 def deal(  # noqa: PLR0917 - compiled functions take numbers one by one
-    turns: IntArray, samples: int, start: int, count: int, low: int, high: int
-) -> tuple[IntArray, int]:
+    turns: Int64Array, samples: int, start: int, count: int, low: int, high: int
+) -> tuple[Int64Array, int]:
     """Sort some consecutive samples of an epoch by stream, and take a part of them.
 
     Args:
@@ -171,7 +188,7 @@ def deal(  # noqa: PLR0917 - compiled functions take numbers one by one
 
 
 @jit
-def spread_sources(quotas: IntArray, position: int, counts: IntArray, ends: IntArray, out: IntArray) -> None:
+def spread_sources(quotas: Int64Array, position: int, counts: Int64Array, ends: Int64Array, out: Int64Array) -> None:
     """Go on through a sequence that spreads each source evenly, and write the counts before some positions.
 
     In any n first places of the periodic sequence, a source has its share of n, rounded down or up. Its k-th item may
@@ -207,7 +224,7 @@ def spread_sources(quotas: IntArray, position: int, counts: IntArray, ends: IntA
 
 @jit
 def draw_sources(  # noqa: PLR0917 - compiled functions take arrays one by one
-    quotas: IntArray, position: int, counts: IntArray, ends: IntArray, out: IntArray, key: Any
+    quotas: Int64Array, position: int, counts: Int64Array, ends: Int64Array, out: Int64Array, key: Any
 ) -> None:
     """Go on through a random permutation of the quotas' items, and write the counts before some positions.
 
@@ -231,7 +248,7 @@ def draw_sources(  # noqa: PLR0917 - compiled functions take arrays one by one
 
 
 @jit
-def samples_of(firsts: IntArray, chunk: int, end: int, out: IntArray) -> int:
+def samples_of(firsts: Int64Array, chunk: int, end: int, out: Int64Array) -> int:
     """Write the samples of chunks below an end to `out`; return their number."""
     count = 0
     for first in firsts:
@@ -243,7 +260,7 @@ def samples_of(firsts: IntArray, chunk: int, end: int, out: IntArray) -> int:
 
 @jit
 def collect(  # noqa: PLR0917 - compiled functions take arrays one by one
-    runs: IntArray, run: int, windows: IntArray, starts: IntArray, ends: IntArray, out: IntArray, done: int
+    runs: Int64Array, run: int, windows: Int64Array, starts: Int64Array, ends: Int64Array, out: Int64Array, done: int
 ) -> tuple[int, int]:
     """Copy the samples of runs from the windows of their streams, up to a missing window.
 
@@ -297,7 +314,7 @@ def _group(places: Places, sample: Any) -> Any:
 
 
 @jit
-def gather(places: Places, index: IntArray, addresses: IntArray, widths: IntArray, to: IntArray) -> None:
+def gather(places: Places, index: Int64Array, addresses: Int64Array, widths: Int64Array, to: Int64Array) -> None:
     """Copy the values of some samples, one after the other, for each column.
 
     Rows are anywhere in a window of megabytes. Prefetching the next rows while some are copied takes about 50 ns
@@ -332,7 +349,7 @@ def gather(places: Places, index: IntArray, addresses: IntArray, widths: IntArra
 
 @jit
 def fetch(  # noqa: PLR0917 - compiled functions take arrays one by one
-    places: Places, firsts: IntArray, ends: IntArray, addresses: IntArray, widths: IntArray, stop: UInt8Array
+    places: Places, firsts: Int64Array, ends: Int64Array, addresses: Int64Array, widths: Int64Array, stop: UInt8Array
 ) -> None:
     """Read chunks of samples from the disk, and enter their pages into this process's table.
 
@@ -360,7 +377,7 @@ def fetch(  # noqa: PLR0917 - compiled functions take arrays one by one
 
 
 @jit
-def files_of(places: Places, firsts: IntArray, ends: IntArray, out: IntArray) -> int:
+def files_of(places: Places, firsts: Int64Array, ends: Int64Array, out: Int64Array) -> int:
     """Write the files of some ranges of samples to `out`, each once, in their order; return their number."""
     seen, count = np.zeros(len(out), np.uint8), 0
     for i in range(len(firsts)):
@@ -373,21 +390,21 @@ def files_of(places: Places, firsts: IntArray, ends: IntArray, out: IntArray) ->
 
 
 @jit
-def blocks_of(places: Places, index: IntArray, out: IntArray) -> None:
-    """Write the block of each sample to `out`."""
+def batches_of(places: Places, index: Int64Array, out: Int64Array) -> None:
+    """Write the batch of each sample to `out`."""
     for i in range(len(index)):
         file = _file(places, index[i])
-        out[i] = places.blocks[file] + (index[i] - places.files[file]) // places.block_size
+        out[i] = places.batches[file] + (index[i] - places.files[file]) // places.batch_size
 
 
 @jit
-def unknown_blocks(blocks: IntArray, status: UInt8Array, out: IntArray) -> Any:
-    """Write the unchecked blocks to `out`, each once; return their number."""
+def unknown_batches(batches: Int64Array, status: UInt8Array, out: Int64Array) -> Any:
+    """Write the unchecked batches to `out`, each once; return their number."""
     count = 0
-    for block in blocks:
-        if status[block] == UNKNOWN:
-            status[block] = _LISTED
-            out[count] = block
+    for batch in batches:
+        if status[batch] == UNKNOWN:
+            status[batch] = _LISTED
+            out[count] = batch
             count += 1
     for i in range(count):
         status[out[i]] = UNKNOWN
@@ -395,7 +412,7 @@ def unknown_blocks(blocks: IntArray, status: UInt8Array, out: IntArray) -> Any:
 
 
 @jit
-def normalise_rows(values: FloatArray, mean: FloatArray, std: FloatArray, out: FloatArray) -> None:
+def normalise_rows(values: Float32Array, mean: Float32Array, std: Float32Array, out: Float32Array) -> None:
     """Write (values - mean) / std of each column; (n, F); `out` may be `values`."""
     for i in range(values.shape[0]):
         for j in range(values.shape[1]):
@@ -403,7 +420,7 @@ def normalise_rows(values: FloatArray, mean: FloatArray, std: FloatArray, out: F
 
 
 @jit
-def normalise_planes(values: UInt8Array, factor: FloatArray, shift: FloatArray, out: FloatArray) -> None:
+def normalise_planes(values: UInt8Array, factor: Float32Array, shift: Float32Array, out: Float32Array) -> None:
     """Write values * factor + shift of each channel; (n, C, P) → (n, C, P)."""
     for i in range(values.shape[0]):
         for c in range(values.shape[1]):
@@ -413,9 +430,52 @@ def normalise_planes(values: UInt8Array, factor: FloatArray, shift: FloatArray, 
 
 
 @jit
-def normalise_pixels(values: UInt8Array, factor: FloatArray, shift: FloatArray, out: FloatArray) -> None:
+def normalise_pixels(values: UInt8Array, factor: Float32Array, shift: Float32Array, out: Float32Array) -> None:
     """Write the result of `normalise_planes`, transposed to (n, P, C)."""
     for i in range(values.shape[0]):
         for p in range(values.shape[2]):
             for c in range(values.shape[1]):
                 out[i, p, c] = np.float32(values[i, c, p]) * factor[c] + shift[c]
+
+
+@jit
+def interleave(planes: UInt8Array, out: npt.NDArray[np.uint32]) -> None:
+    """Write the planes of a picture as pixels of 32 bits, red first: (3, P) → (P,)."""
+    red, green, blue = planes[0], planes[1], planes[2]
+    for p in range(len(out)):
+        high = np.uint32(blue[p]) << np.uint32(16)
+        out[p] = np.uint32(red[p]) | np.uint32(green[p]) << np.uint32(8) | high
+
+
+@jit
+def mix_samples(  # noqa: PLR0917 - compiled functions take arrays one by one
+    values: Any, own: Int64Array, partner: Int64Array, weights: Float32Array, boxes: Int64Array, rounding: Any, out: Any
+) -> None:
+    """Write each sample mixed with its partner: with a box of it, or blended.
+
+    Args:
+        values: (m, C, H, W) uint8 or float32.
+        own: (n,) row of each sample in `values`.
+        partner: (n,) row of its partner.
+        weights: (n,) weight of the sample where it is blended; 1 - weight is the partner's.
+        boxes: (n, 4) top, left, bottom and right of the partner's box; an empty one where they are blended.
+        rounding: float32 that is added to blended values: 0.5 for bytes, which are cut off when they are stored.
+        out: (n, C, H, W), of the same type.
+    """
+    channels, height, width = values.shape[1:]
+    for i in range(len(own)):
+        weight, rest = weights[i], np.float32(1) - weights[i]
+        top, left, bottom, right = boxes[i]
+        boxed = top < bottom and left < right
+        for c in range(channels):
+            for y in range(height):
+                row, other, line = values[own[i], c, y], values[partner[i], c, y], out[i, c, y]
+                if boxed or own[i] == partner[i]:
+                    for x in range(width):
+                        line[x] = row[x]
+                    if top <= y < bottom:
+                        for x in range(left, right):
+                            line[x] = other[x]
+                else:
+                    for x in range(width):
+                        line[x] = np.float32(row[x]) * weight + np.float32(other[x]) * rest + rounding

@@ -10,6 +10,16 @@ goes on with its next order, so that each of its samples comes once before any o
 
 A step takes its samples of each source together, sorted by stream, and each worker takes its batch's number of them:
 the order of sources is a sequence of batches that are numbered over all workers, so that any number of them agrees.
+
+An epoch of N samples has a quota of each source, whole numbers that add up to N. Three orders keep them exactly:
+
+| mix | the source of each sample |
+|---|---|
+| stratified | spread evenly: in the first n samples each source has its share of n, rounded down or up, for any n |
+| proportional | a random permutation of the quotas' items, drawn from the seed |
+| alternating | that of its batch; the batches are spread evenly |
+
+All are functions of the quotas, the seed and the epoch, whatever the number of workers.
 """
 
 from __future__ import annotations
@@ -23,19 +33,82 @@ from typing import Any, Literal, NamedTuple, Unpack
 import numpy as np
 
 from tasks.io.errors import ConfigError, InputError
+from tasks.io.tensors import Int64Array
 from tasks.loader.arguments import LIMIT, one_of, place, whole_number
-from tasks.loader.kernel import draw_key
-from tasks.loader.mix import LARGEST, Mix, SourceOrder, apportion
+from tasks.loader.batches import Source, Take
+from tasks.loader.kernel import draw_key, draw_sources, spread_sources
 from tasks.loader.order import SEEDS, SOURCES, EpochOrder, Share, Sizes
 from tasks.loader.sampling import weight_of
-from tasks.loader.source import Source, Take
 from tasks.loader.stream import Batch, BatchStream, Options
 
+Mix = Literal["stratified", "proportional", "alternating"]
 By = Literal["proportion", "repeat", "choose"]
 Stop = Literal["first", "all"]
 
 _STEPS = 16  # that are planned at a time
 _NEARLY = Fraction(1, 10**6)  # of a sample: weights such as 1/3 are rounded
+
+
+LARGEST = 1 << 31
+"""Upper bound, exclusive, of an epoch's samples: the arithmetic of quotas is that of int64."""
+
+
+def apportion(size: int, shares: Sequence[Fraction]) -> list[int]:
+    """Return whole numbers in proportion to shares that add up to a size, each within one of the exact number.
+
+    The largest fractions are rounded up.
+    """
+    total = sum(shares)
+    exact = [size * share / total for share in shares]
+    counts = [math.floor(number) for number in exact]
+    by_fraction = sorted(range(len(shares)), key=lambda source: counts[source] - exact[source])
+    for source in by_fraction[: size - sum(counts)]:
+        counts[source] += 1
+    return counts
+
+
+class SourceOrder:
+    """Counts of each source's samples in front of the places of an epoch, which are asked for in ascending order.
+
+    Args:
+        quotas: Samples of each source; their sum is below `LARGEST`.
+        mix: Kind of the order.
+        batch_size: Samples of a batch. Of an alternating mix, each quota is a multiple of it, and each place.
+        key: Of the draws of a proportional mix, uint64.
+
+    """
+
+    def __init__(self, quotas: Sequence[int], mix: Mix, batch_size: int, key: int) -> None:
+        self._unit = batch_size if mix == "alternating" else 1
+        items = [quota // self._unit for quota in quotas]
+        # A mix of 3 : 1 repeats itself after four samples, so that any place is found at once.
+        self._laps = 1 if mix == "proportional" else math.gcd(*items)
+        self._quotas = np.array([count // self._laps for count in items], np.int64)
+        self._key = np.uint64(key) if mix == "proportional" else None
+        self._period = int(self._quotas.sum())
+        self._lap = self._position = 0
+        self._counts = np.zeros(len(quotas), np.int64)
+
+    def before(self, places: Sequence[int] | Int64Array) -> Int64Array:
+        """Return the samples of each source before some places, (places, sources).
+
+        Args:
+            places: In ascending order, none before the last ones asked for. After an epoch another one begins.
+        """
+        ends = np.asarray(places, np.int64) // self._unit
+        if self._key is None and (lap := int(ends[0]) // self._period) > self._lap:
+            self._lap, self._position = lap, lap * self._period
+            self._counts[:] = lap * self._quotas
+        found = np.empty((len(ends), len(self._quotas)), np.int64)
+        if self._key is None:
+            done = self._lap * self._period
+            within = self._counts - self._lap * self._quotas
+            spread_sources(self._quotas, self._position - done, within, ends - done, found)
+            found += self._lap * self._quotas
+        else:
+            draw_sources(self._quotas, self._position, self._counts, ends, found, self._key)
+        self._position, self._counts = int(ends[-1]), found[-1].copy()
+        return found * self._unit
 
 
 class _Stretch(NamedTuple):
@@ -142,6 +215,7 @@ class MixedStream(BatchStream):
             unfit = ", ".join(map(repr, sorted(names ^ set(self._names))))
             raise ConfigError(f"sources = {sources!r}: give a weight for each source and for no other ({unfit})")
         weights = self._checked(sources)
+        self._refuse_uncounted()
         stretch = self._stretch
         before = self._order_of(stretch).before([(self._consumed - stretch.since) * self._batch_size])[0]
         taken = [done + count for done, count in zip(stretch.taken, before.tolist(), strict=True)]
@@ -172,15 +246,18 @@ class MixedStream(BatchStream):
         sample_id: int | None = None,
         *,
         index: int | None = None,
+        epoch: int | None = None,
     ) -> Batch:
         """Return one sample of a source; see `TrainingStream.sample`.
+
+        Epochs are those of the source: the times that it was begun as a whole, from 0.
 
         Raises:
             InputError: there is no such source or sample, or not exactly one of the last arguments is given.
             CorruptVersion: it is damaged or missing.
         """
         one_of("source", _name(source), self._names)
-        return self._sample(self._names.index(_name(source)), sample_id, index)
+        return self._sample(self._names.index(_name(source)), sample_id, index, epoch)
 
     def _checked(self, sources: Mapping[Any, Any]) -> tuple[float, ...]:
         """Return the weights in the order of the sources."""
@@ -257,7 +334,7 @@ class MixedStream(BatchStream):
     def _sources(self) -> list[Source]:
         seeds = [self._seed, *(int(draw_key(self._seed, 0, SEEDS, n)) >> 1 for n in range(1, len(self._names)))]
         return [
-            Source(shards, _laps(shards.samples, sizes, seed, self._shuffle))
+            Source(shards, _laps(shards.samples, sizes, seed, self._shuffle), seed)
             for shards, sizes, seed in zip(self._opened, self._sizes, seeds, strict=True)
         ]
 

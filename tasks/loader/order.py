@@ -26,14 +26,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from tasks.io.tensors import BoolArray, Int64Array
 from tasks.loader.kernel import collect, deal, draw_key, samples_of, shuffle
 
-IntArray = npt.NDArray[np.int64]
 Remainder = Literal["pad", "drop"]
 
 ORDER = 2
@@ -48,7 +47,9 @@ _REGION_BYTES = 1 << 30  # of all streams together
 # all of them before its first batch.
 _MOST_STREAMS, _STREAM_FILES = 64, 8
 
-_REGIONS, _CHUNKS, _SAMPLES, DRAWS, SOURCES, SEEDS = range(6)  # levels of draws: append to them, never renumber
+_REGIONS, _CHUNKS, _SAMPLES, DRAWS, SOURCES, SEEDS, TRANSFORMS, MIXES = range(
+    8
+)  # levels of draws: append to them, never renumber
 _STREAM_DRAWS = 32  # bits for the draws of a level in a stream
 
 
@@ -114,6 +115,35 @@ class Share(NamedTuple):
         return self.rank * self.batch_size, (self.rank + 1) * self.batch_size
 
 
+class Reading(NamedTuple):
+    """Samples of a batch, with what they need to be transformed.
+
+    Attributes:
+        samples: (m,) samples to read: those of the batch and their partners.
+        copies: (m,) which of its copies in the epoch each is, from 0.
+        own: (n,) place in `samples` of each sample of the batch; real ones come first.
+        partner: (n,) place in `samples` of its partner; its own if it has none.
+        pair: (n,) position in the epoch of the first of both: the pair's name.
+        real: number of real ones.
+    """
+
+    samples: Int64Array
+    copies: Int64Array
+    own: Int64Array
+    partner: Int64Array
+    pair: Int64Array
+    real: int
+
+    def without(self, good: BoolArray) -> Reading:
+        """Return the reading without the damaged samples, (m,) False; partners of these have none."""
+        there = good[self.own]
+        own = self.own[there]
+        partner = np.where(good[self.partner[there]], self.partner[there], own)
+        place = np.cumsum(good) - 1
+        real = int(np.count_nonzero(there[: self.real]))
+        return Reading(self.samples[good], self.copies[good], place[own], place[partner], self.pair[there], real)
+
+
 class EpochOrder:
     """The samples of one epoch by their positions in it.
 
@@ -135,7 +165,7 @@ class EpochOrder:
         seed: int,
         epoch: int,
         shuffled: bool = True,
-        drawn: IntArray | None = None,
+        drawn: Int64Array | None = None,
     ) -> None:
         assert samples > 0, "an epoch without samples has no order"
         self.samples, self.sizes = samples, sizes
@@ -151,11 +181,14 @@ class EpochOrder:
         self._windows = np.empty((len(self._turns), window), np.int64)
         self._starts, self._ends = np.zeros((2, len(self._turns)), np.int64)
         self._drawn = drawn
+        self._again: Int64Array | None = None
         if drawn is not None:
+            # Copies of a stream's first sample that earlier streams have.
+            self._earlier = self._bounds[:-1] - np.searchsorted(drawn, drawn[self._bounds[:-1]])
             for first, end in itertools.pairwise(self._bounds):
                 _part_copies(drawn[first:end])
 
-    def take(self, start: int, count: int) -> IntArray:
+    def take(self, start: int, count: int) -> Int64Array:
         """Return the samples at `count` positions from `start` on, (count,); after the last one it starts again."""
         found, streams = np.empty(count, np.int64), len(self._turns)
         done, position = 0, start % self.samples
@@ -168,14 +201,14 @@ class EpochOrder:
             done, position = done + len(piece), 0
         return self._stored(found)
 
-    def part(self, start: int, share: Share) -> tuple[IntArray, int]:
+    def part(self, start: int, share: Share) -> tuple[Int64Array, int]:
         """Return a worker's batch of the step from a position on: (batch_size,) samples, and the number of real ones.
 
         A step that goes beyond the epoch's end is filled with the epoch's first samples. They come last in a batch.
         """
         return self.cut(start, share.step, *share.bounds)
 
-    def cut(self, start: int, count: int, low: int, high: int) -> tuple[IntArray, int]:
+    def cut(self, start: int, count: int, low: int, high: int) -> tuple[Int64Array, int]:
         """Return a part of some consecutive samples, which are sorted by stream, and the number of real ones in it.
 
         Args:
@@ -187,11 +220,37 @@ class EpochOrder:
         runs, real = deal(self._turns, self.samples, start, count, low, high)
         return self._stored(self._collect(runs, high - low)), real
 
-    def streams_of(self, start: int, share: Share) -> IntArray:
-        """Return the streams that a worker reads from a position on; the epoch's last step may need others, too."""
-        return self.streams_cut(start, share.step, *share.bounds)
+    def reading(self, start: int, count: int, low: int, high: int, paired: bool) -> Reading:
+        """Return the part of some consecutive samples that `cut` returns, in its order, and partners for them.
 
-    def streams_cut(self, start: int, count: int, low: int, high: int) -> IntArray:
+        Partners are neighbours in a stream: whatever the steps, a sample has the same one, and nearly all are in the
+        same part. At the ends of a part's streams one more sample is read.
+
+        Args:
+            start: As for `cut`.
+            count: Likewise.
+            low: Likewise.
+            high: Likewise.
+            paired: True for partners; the last sample of a stream of an odd length has none.
+        """
+        runs, real = deal(self._turns, self.samples, start, count, low, high)
+        streams, places, sizes = runs.T.copy()
+        within = np.arange(high - low) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        if paired:
+            lengths = np.diff(self._bounds)[streams]
+            runs[:, 1] = places & ~1
+            runs[:, 2] = np.minimum((places + sizes + 1) & ~1, lengths) - runs[:, 1]
+        begins, counts = runs.T[1:].copy()
+        found = self._collect(runs, int(counts.sum()))
+        own = within + np.repeat(np.cumsum(counts) - counts + places - begins, sizes)
+        partner, place = own, within + np.repeat(places, sizes)
+        if paired:
+            there = (place ^ 1) < np.repeat(lengths, sizes)
+            partner = np.where(there, own + (place ^ 1) - place, own)
+        pair = (place & ~1) * len(self._turns) + np.repeat(self._turns[streams], sizes)
+        return Reading(self._stored(found), self._copies(found), own, partner, pair, real)
+
+    def streams_cut(self, start: int, count: int, low: int, high: int) -> Int64Array:
         """Return the streams of the parts that `cut` takes of this step and of later ones as large."""
         whole = max((self.samples - start) // count, 1)
         # A worker's part depends on the first stream of a step, which recurs.
@@ -203,7 +262,7 @@ class EpochOrder:
         """Return the round of a position: in round n, streams are about in their n-th window, and not before it."""
         return position // (len(self._turns) * self.sizes.chunk * self.sizes.window)
 
-    def chunks_of(self, streams: IntArray, number: int, count: int) -> tuple[IntArray, IntArray]:
+    def chunks_of(self, streams: Int64Array, number: int, count: int) -> tuple[Int64Array, Int64Array]:
         """Return first samples and ends of `count` chunks of each of some streams from a round on, in order of use.
 
         There are fewer at the end of the epoch. Of drawn samples each is a range of its own.
@@ -221,10 +280,24 @@ class EpochOrder:
         samples = self._drawn[places[places < ends[:, None]]]
         return samples, samples + 1
 
-    def _stored(self, found: IntArray) -> IntArray:
+    def _stored(self, found: Int64Array) -> Int64Array:
         return found if self._drawn is None else self._drawn[found]
 
-    def _collect(self, runs: IntArray, count: int) -> IntArray:
+    def _copies(self, found: Int64Array) -> Int64Array:
+        """Return which of its sample's copies each place of the drawn samples holds, from 0."""
+        drawn = self._drawn
+        if drawn is None:
+            return np.zeros(len(found), np.int64)
+        if self._again is None:  # in a stream the second copies begin where samples descend, then the third ones
+            self._again = np.flatnonzero(drawn[1:] <= drawn[:-1]) + 1
+        streams = np.searchsorted(self._bounds, found, side="right") - 1
+        firsts = self._bounds[streams]
+        copies: Int64Array = np.searchsorted(self._again, found, side="right")
+        copies -= np.searchsorted(self._again, firsts, side="right")
+        copies += np.where(drawn[found] == drawn[firsts], self._earlier[streams], 0)
+        return copies
+
+    def _collect(self, runs: Int64Array, count: int) -> Int64Array:
         """Return the samples of runs, (count,); uses up `runs`."""
         found = np.empty(count, np.int64)
         run = done = 0
@@ -278,18 +351,18 @@ class _Stream:
         chunk = min(window * self._sizes.window, len(self._order))
         return chunk * self._sizes.chunk - (self._missing if chunk > self._last else 0)
 
-    def chunks(self, window: int, count: int) -> IntArray:
+    def chunks(self, window: int, count: int) -> Int64Array:
         """Return the first samples of `count` chunks from a window on; fewer at the end."""
         start = window * self._sizes.window
         return self._first + self._order[start : start + count] * self._sizes.chunk
 
-    def fill(self, window: int, out: IntArray) -> int:
+    def fill(self, window: int, out: Int64Array) -> int:
         """Write a window's samples in their order to an array that may be longer; return their number."""
         count = samples_of(self.chunks(window, self._sizes.window), self._sizes.chunk, self._end, out)
         self._shuffle(out[:count], _SAMPLES, window)
         return count
 
-    def _chunk_order(self) -> IntArray:
+    def _chunk_order(self) -> Int64Array:
         size = self._sizes.region
         chunks = np.arange(-(-(self._end - self._first) // self._sizes.chunk), dtype=np.int64)
         if self._key is None:
@@ -301,7 +374,7 @@ class _Stream:
             self._shuffle(part, _CHUNKS, int(region))
         return np.concatenate(parts)
 
-    def _shuffle(self, values: IntArray, level: int, number: int) -> None:
+    def _shuffle(self, values: Int64Array, level: int, number: int) -> None:
         if self._key is not None:
             seed, epoch, stream = self._key
             shuffle(values, np.uint64(draw_key(seed, epoch, level, stream << _STREAM_DRAWS | number)))
@@ -318,32 +391,7 @@ def step_count(batches: int, world_size: int, remainder: Remainder, consumed: in
     return left // world_size if remainder == "drop" else -(-left // world_size)
 
 
-def mean_displacement(order: IntArray) -> float:
-    """Return the mean distance of samples from their stored place, relative to a full permutation's (a third of them).
-
-    Args:
-        order: (n,) a permutation of range(n).
-    """
-    count = len(order)
-    moved = np.abs(order - np.arange(count)).mean()
-    return float(moved / ((count * count - 1) / (3 * count)))
-
-
-def class_runs(labels: npt.NDArray[Any]) -> float:
-    """Return the mean length of runs of equal labels, relative to a full permutation's: 1 is equally good.
-
-    Args:
-        labels: (n,) classes in the order of delivery, at least two different ones.
-    """
-    count = len(labels)
-    runs = 1 + np.count_nonzero(labels[1:] != labels[:-1])
-    _, sizes = np.unique(labels, return_counts=True)
-    # Neighbours differ with this probability, n - 1 pairs, and each such pair begins a run.
-    differ = 1 - float((sizes * (sizes - 1.0)).sum()) / (count * (count - 1.0))
-    return (1 + (count - 1) * differ) / runs
-
-
-def _part_copies(drawn: IntArray) -> None:
+def _part_copies(drawn: Int64Array) -> None:
     """Sort ascending samples in place: first one of each, then the second copy of each, and so on.
 
     Copies that lie together would be shuffled in one window, and come shortly after one another.
@@ -359,7 +407,7 @@ def _power(number: int) -> int:
     return 1 << max(number.bit_length() - 1, 0)
 
 
-def _bit_reversed(count: int) -> IntArray:
+def _bit_reversed(count: int) -> Int64Array:
     """Return the numbers below a power of two, bits reversed: the turn of each stream, and the stream of each turn."""
     turns = np.zeros(1, np.int64)
     while len(turns) < count:

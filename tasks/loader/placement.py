@@ -19,16 +19,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from tasks.io.errors import ConfigError
-from tasks.io.tensors import TensorSpec
+from tasks.io.tensors import AnyArray, TensorSpec
 from tasks.loader.kernel import normalise_pixels, normalise_planes, normalise_rows
 
 if TYPE_CHECKING:
     import torch
 
-AnyArray = npt.NDArray[Any]
 
 INPUTS = ("features", "image")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -56,9 +54,14 @@ class Constants:
         self.scale = float(constants.get("scale", 1))
         mean, std = (np.array(constants[name], np.float64) for name in ("mean", "std"))
         self.factor, self.shift = (1 / (self.scale * std)).astype(np.float32), (-mean / std).astype(np.float32)
+        self._stored = "uint8" if definition["kind"] == "images" else "float32"
         self.dtype = None if dtype is None else _dtype_name(dtype)
         if normalise and self.dtype is None:
             self.dtype = "float32"
+
+    def apply_to(self, dtype: str) -> bool:
+        """Return True if inputs of this type are to be normalised: pictures that a transform made floats of aren't."""
+        return self.normalise and dtype == self._stored
 
 
 class _Memory(np.ndarray[Any, np.dtype[Any]]):
@@ -120,6 +123,8 @@ class Buffers:
 class Placement(Protocol):
     """Maker of batches; `buffer` and `place` are called by the gathering thread, `receive` by the consumer's."""
 
+    on_gpu: bool
+
     def buffer(self, spec: TensorSpec, count: int) -> AnyArray:
         """Return the array to gather a column's values in, (count, *shape)."""
         ...
@@ -168,6 +173,8 @@ def placement(constants: Constants, device: Any, as_numpy: bool, buffers: int) -
 class _OnHost:
     """Arrays on the CPU."""
 
+    on_gpu = False
+
     def __init__(self, constants: Constants, buffers: int) -> None:
         self._constants = constants
         self._buffers = Buffers(buffers)
@@ -190,13 +197,14 @@ class _OnHost:
 
     def _input(self, values: AnyArray) -> AnyArray:
         constants = self._constants
-        if values.ndim == 2:
-            if constants.normalise:
+        normalise = constants.apply_to(values.dtype.name)
+        if values.ndim != 4:
+            if normalise:
                 normalise_rows(values, constants.mean, constants.std, values)
             return values
         count, channels, height, width = values.shape
         turned = (count, height, width, channels)
-        if not constants.normalise:
+        if not normalise:
             if not constants.channels_last:
                 return values
             out = self._buffers.take(turned, values.dtype.name)
@@ -245,6 +253,8 @@ class _Elsewhere(_OnCpu):
 
 class _OnCuda:
     """Tensors on a GPU. Copies and arithmetic are queued in a separate stream, beside the training's."""
+
+    on_gpu = True
 
     def __init__(self, constants: Constants, device: torch.device) -> None:
         import torch
@@ -302,9 +312,9 @@ class _OnCuda:
         import torch
 
         constants = self._constants
-        if constants.channels_last:
+        if constants.channels_last and values.ndim == 4:
             values = values.contiguous(memory_format=torch.channels_last)
-        if constants.normalise:
+        if constants.apply_to(str(values.dtype).removeprefix("torch.")):
             values = values.to(torch.float32)
             if constants.scale != 1:
                 values = values.div_(constants.scale)

@@ -16,17 +16,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from tasks.io.errors import ConfigError, CorruptVersion
+from tasks.io.tensors import Float64Array, Int64Array
 from tasks.loader.kernel import draw_key
 from tasks.loader.order import DRAWS
 from tasks.loader.version_files import CURE, Version, stored_column
-
-AnyArray = npt.NDArray[Any]
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 _BITS = 20  # of u, which keeps away from whole numbers: sums of floats are as good as exact
 _NEARLY = 1e-6  # of a sample: whole numbers of draws add up to whole numbers, whatever the rounding
@@ -52,7 +48,7 @@ class Draws:
 
     """
 
-    def __init__(self, groups: IntArray, weights: FloatArray, size: int | None, replacement: bool = True) -> None:
+    def __init__(self, groups: Int64Array, weights: Float64Array, size: int | None, replacement: bool = True) -> None:
         counts = np.bincount(groups, minlength=len(weights))
         self._members = np.argsort(groups, kind="stable")
         self._firsts, self._counts = np.cumsum(counts) - counts, counts
@@ -75,7 +71,7 @@ class Draws:
             hashed.update(values.data)
         self.digest: str = hashed.hexdigest()
 
-    def of_epoch(self, seed: int, epoch: int) -> IntArray:
+    def of_epoch(self, seed: int, epoch: int) -> Int64Array:
         """Return the samples of an epoch, ascending, (size,)."""
         ends = np.cumsum(self._expected)
         ends *= self.size / ends[-1]
@@ -87,12 +83,12 @@ class Draws:
         places = np.arange(self.size) - np.repeat(np.cumsum(counts) - counts - starts, counts)
         places %= np.repeat(members, counts)
         places += np.repeat(self._firsts[drawn], counts)
-        found: IntArray = self._members[places]
+        found: Int64Array = self._members[places]
         found.sort()
         return found
 
 
-def class_labels(version: Version, split: str) -> tuple[IntArray, list[str]]:
+def class_labels(version: Version, split: str) -> tuple[Int64Array, list[str]]:
     """Return the class of each sample of a split, (n,), and the names of all classes.
 
     Raises:
@@ -111,7 +107,7 @@ def class_labels(version: Version, split: str) -> tuple[IntArray, list[str]]:
     return labels, names
 
 
-def weights_of(version: Version, split: str, weights: Any, balance: str | None) -> tuple[IntArray, FloatArray]:
+def weights_of(version: Version, split: str, weights: Any, balance: str | None) -> tuple[Int64Array, Float64Array]:
     """Return the group of each sample, (n,), and the weight of each group's samples, (G,).
 
     Args:
@@ -141,7 +137,7 @@ def weights_of(version: Version, split: str, weights: Any, balance: str | None) 
     return groups.astype(np.int64), _nonzero(values, groups)
 
 
-def _by_class(weights: Mapping[Any, Any], names: list[str]) -> FloatArray:
+def _by_class(weights: Mapping[Any, Any], names: list[str]) -> Float64Array:
     numbers: dict[Any, int] = {key: number for number, name in enumerate(names) for key in (number, name)}
     found = np.ones(len(names))
     for key, weight in weights.items():
@@ -167,7 +163,7 @@ def weight_of(name: str, value: Any) -> float:
     return number
 
 
-def _by_id(version: Version, split: str, ids: Any, weights: Any) -> FloatArray:
+def _by_id(version: Version, split: str, ids: Any, weights: Any) -> Float64Array:
     """Return the weight of each sample, (n,)."""
     try:
         wanted, values = np.asarray(ids), np.asarray(weights, np.float64)
@@ -200,7 +196,7 @@ def _by_id(version: Version, split: str, ids: Any, weights: Any) -> FloatArray:
     return found
 
 
-def _nonzero(weights: FloatArray, groups: IntArray) -> FloatArray:
+def _nonzero(weights: Float64Array, groups: Int64Array) -> Float64Array:
     if not weights[groups].any():
         raise ConfigError(f"weights of all {len(groups)} samples are 0: give some of them a weight above 0")
     return weights

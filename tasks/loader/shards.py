@@ -17,23 +17,22 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from tasks.io import storage
 from tasks.io.errors import CorruptVersion
+from tasks.io.tensors import AnyArray, BoolArray, Int32Array, Int64Array
 from tasks.loader.cache import FileCache
-from tasks.loader.kernel import BAD, GOOD, UNKNOWN, Places, blocks_of, fetch, files_of, gather, unknown_blocks
-from tasks.loader.version_files import CURE, MappedFile, Version, misfits, missing_file, open_version, sample_columns
+from tasks.loader.kernel import BAD, GOOD, UNKNOWN, Places, batches_of, fetch, files_of, gather, unknown_batches
+from tasks.loader.samples import SampleFormat
+from tasks.loader.version_files import CURE, MappedFile, Version, misfits, missing_file, open_version
 from tasks.store import layout
 from tasks.store.manifest import FileEntry
 
 __all__ = ["OnCorrupt", "Shards", "Version", "open_version"]
 
-AnyArray = npt.NDArray[Any]
-IntArray = npt.NDArray[np.int64]
 OnCorrupt = Literal["raise", "skip"]
 
 _NEAR_ENTRIES = 1 << 20
@@ -54,7 +53,7 @@ class Shards:
         split: The split.
         cache: Cache for files of S3; not used for local ones.
         on_corrupt: 'raise' on damage, or 'skip' the affected samples.
-        verify: True to check each block's checksum before its first use.
+        verify: True to check each batch's checksum before its first use.
 
     Attributes:
         samples: number of samples, including damaged ones.
@@ -81,21 +80,20 @@ class Shards:
     ) -> None:
         self._version, self._cache, self._skip = version, cache, on_corrupt == "skip"
         self._files = version.files(split)
-        self._block_size = int(version.definition["block_size"])
+        form = SampleFormat.of(version.definition)
+        self._batch_size = form.batch_size
         self.remote = storage.is_s3(version.uri)
-        self.columns = sample_columns(version.definition)
-        self.sample_bytes = sum(spec.width for spec in self.columns.values())
-        counts = np.array([count for _, count in self._files], np.int64)
+        self.columns, self.sample_bytes = form.columns, form.sample_bytes
+        counts = np.array([entry.rows for entry in self._files], np.int64)
         self.samples, self.files = int(counts.sum()), len(self._files)
         self.skipped_files = 0
-        blocks = np.array([entry.rows for entry, _ in self._files], np.int64)
-        self._block_starts = np.concatenate([[0], np.cumsum(blocks)])
-        self._status = np.zeros(self._block_starts[-1], np.uint8)
+        self._batch_starts = np.concatenate([[0], np.cumsum(-(-counts // self._batch_size))])
+        self._status = np.zeros(self._batch_starts[-1], np.uint8)
         self._unknown = np.empty(0, np.int64)
         self._verify, self._unchecked = verify, len(self._status) if verify else 0
         self._next_look = self._next_times = 0.0
         self._read = np.empty(0, np.bool_)  # chunks that were fetched, once and for all
-        self._stays = sum(entry.bytes for entry, _ in self._files) < memory_bytes() // 2
+        self._stays = sum(entry.bytes for entry in self._files) < memory_bytes() // 2
         self.picked: tuple[str, ...] = ()
         self._widths = np.empty(0, np.int64)
         self._mapped: dict[int, MappedFile] = {}
@@ -118,10 +116,10 @@ class Shards:
         self._halt[0] = 1
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def usable(self, index: IntArray) -> npt.NDArray[np.bool_] | None:
+    def usable(self, index: Int64Array) -> BoolArray | None:
         """Return a mask of the samples that can be gathered, (n,); None for all of them.
 
-        Map the files of the samples, and check their blocks.
+        Map the files of the samples, and check their batches.
 
         Raises:
             CorruptVersion: some are damaged, and `on_corrupt` is 'raise'; or all samples are damaged.
@@ -131,16 +129,16 @@ class Shards:
         if time.monotonic() >= self._next_look:
             self._look()
         if self._unchecked or self._damaged:
-            blocks = np.empty(len(index), np.int64)
-            blocks_of(self._places, index, blocks)
+            batches = np.empty(len(index), np.int64)
+            batches_of(self._places, index, batches)
             if self._unchecked:
-                self._check_blocks(blocks)
+                self._check_batches(batches)
             if self._damaged:
-                good: npt.NDArray[np.bool_] = self._status[blocks] != BAD
+                good: BoolArray = self._status[batches] != BAD
                 return None if good.all() else good
         return None
 
-    def gather(self, index: IntArray, out: Mapping[str, AnyArray]) -> None:
+    def gather(self, index: Int64Array, out: Mapping[str, AnyArray]) -> None:
         """Copy the values of some columns of usable samples.
 
         Args:
@@ -158,7 +156,7 @@ class Shards:
             self._widths = np.array([self.columns[name].width for name in names], np.int64)
             self._pick()
 
-    def soon(self, firsts: IntArray, ends: IntArray, chunk: int) -> None:
+    def soon(self, firsts: Int64Array, ends: Int64Array, chunk: int) -> None:
         """Announce the samples that are needed soon, so that they are ready then.
 
         Remote files are downloaded in this order, and others needn't stay mapped. Local ones are mapped, and read ahead
@@ -188,7 +186,7 @@ class Shards:
         if dropped:
             self._tabulate()
 
-    def _read_ahead(self, firsts: IntArray, ends: IntArray, chunk: int) -> None:
+    def _read_ahead(self, firsts: Int64Array, ends: Int64Array, chunk: int) -> None:
         if chunk * self.sample_bytes < _FETCH_BYTES or self._bad:
             return
         if not len(self._read):
@@ -199,7 +197,7 @@ class Shards:
         addresses, widths = self._addresses, self._widths
         self._pool.submit(fetch, self._places, firsts[fresh], ends[fresh], addresses, widths, self._halt)
 
-    def _files_of(self, firsts: IntArray, ends: IntArray) -> list[int]:
+    def _files_of(self, firsts: Int64Array, ends: Int64Array) -> list[int]:
         """Return the files of some ranges of samples, in their order."""
         found = np.empty(self.files, np.int64)
         return [int(file) for file in found[: files_of(self._places, firsts, ends, found)]]
@@ -227,11 +225,11 @@ class Shards:
             raise error
         self._bad.add(file)
         self.skipped_files += 1
-        self._mark(slice(self._block_starts[file], self._block_starts[file + 1]), BAD)
+        self._mark(slice(self._batch_starts[file], self._batch_starts[file + 1]), BAD)
         self._refuse_if_nothing_is_left(error)
 
-    def _mark(self, blocks: slice | int, status: np.uint8) -> None:
-        self._status[blocks] = status
+    def _mark(self, batches: slice | int, status: np.uint8) -> None:
+        self._status[batches] = status
         self._unchecked = int(np.count_nonzero(self._status == UNKNOWN)) if self._verify else 0
         self._damaged = self._damaged or status == BAD
 
@@ -253,7 +251,7 @@ class Shards:
                 self._leave_out(file, error)
                 continue
             if times and mapped.was_written():
-                own = self._status[self._block_starts[file] : self._block_starts[file + 1]]
+                own = self._status[self._batch_starts[file] : self._batch_starts[file + 1]]
                 own[own == GOOD] = UNKNOWN
                 self._unchecked = int(np.count_nonzero(self._status == UNKNOWN)) if self._verify else 0
         now = time.monotonic()
@@ -262,20 +260,18 @@ class Shards:
         self._next_look = now + max(_LOOK_SECONDS, (now - started) / _LOOK_SHARE)
 
     def _open(self, file: int) -> MappedFile:
-        entry, count = self._files[file]
+        entry = self._files[file]
         uri = layout.join(self._version.uri, entry.path)
         with self._open_bytes(uri, entry) as opened:
             mapped = MappedFile(opened, uri)
-        blocks = -(-count // self._block_size)
-        if not entry.rows == mapped.blocks == blocks:
-            raise CorruptVersion(
-                f"{uri} has {mapped.blocks} blocks, its manifest says {entry.rows}, and {count} samples in blocks of "
-                f"{self._block_size} make {blocks}: {CURE}"
-            )
-        for name, spec in self.columns.items():
-            width = mapped.columns[name].spec.width if name in mapped.columns else None
-            if width != spec.width * self._block_size:
-                raise CorruptVersion(f"{uri}: column {name!r} isn't as its manifest says ({width} bytes): {CURE}")
+        found, said = (mapped.samples, mapped.batch_size), (entry.rows, self._batch_size)
+        if found != said:
+            what = "{:,} samples in batches of {:,}"
+            raise CorruptVersion(f"{uri} has {what.format(*found)}, its manifest says {what.format(*said)}: {CURE}")
+        stored = {name: (column.spec.shape, column.spec.dtype) for name, column in mapped.columns.items()}
+        wanted = {name: (spec.shape, spec.dtype) for name, spec in self.columns.items()}
+        if stored != wanted:
+            raise CorruptVersion(f"{uri}: its columns {stored} aren't {wanted}, as its manifest says: {CURE}")
         return mapped
 
     def _open_bytes(self, uri: str, entry: FileEntry) -> BinaryIO:
@@ -291,25 +287,25 @@ class Shards:
         for file, fault in misfits(self._version, self._files):
             self._leave_out(file, fault)
 
-    def _check_blocks(self, blocks: IntArray) -> None:
-        if len(self._unknown) < len(blocks):
-            self._unknown = np.empty(len(blocks), np.int64)
-        for block in self._unknown[: unknown_blocks(blocks, self._status, self._unknown)]:
-            file = int(np.searchsorted(self._block_starts, block, side="right")) - 1
-            within = int(block - self._block_starts[file])
+    def _check_batches(self, batches: Int64Array) -> None:
+        if len(self._unknown) < len(batches):
+            self._unknown = np.empty(len(batches), np.int64)
+        for batch in self._unknown[: unknown_batches(batches, self._status, self._unknown)]:
+            file = int(np.searchsorted(self._batch_starts, batch, side="right")) - 1
+            within = int(batch - self._batch_starts[file])
             try:
                 if not self._mapped[file].is_intact(within):
                     raise CorruptVersion(
-                        f"{self._mapped[file].name}: block {within} has not the checksum that stands beside it: {CURE}"
+                        f"{self._mapped[file].name}: batch {within} has not the checksum in the footer: {CURE}"
                     )
-                self._status[block] = GOOD
+                self._status[batch] = GOOD
                 self._unchecked -= 1
             except CorruptVersion as error:
                 if self._cache is not None and self.remote:
-                    self._cache.discard(self._files[file][0])
+                    self._cache.discard(self._files[file])
                 if not self._skip:
                     raise
-                self._mark(int(block), BAD)
+                self._mark(int(batch), BAD)
                 self._refuse_if_nothing_is_left(error)
 
     def _tabulate(self) -> None:
@@ -318,9 +314,9 @@ class Shards:
         for file in range(len(self._files)):
             mapped = self._mapped.get(file)
             groups.append(groups[-1] + (len(mapped.starts) - 1 if mapped else 0))
-            sizes.append(int(mapped.starts[1]) * self._block_size if mapped else 1)
+            sizes.append(int(mapped.starts[1]) if mapped else 1)
             if mapped is not None:
-                starts.append(self._starts[file] + mapped.starts[:-1] * self._block_size)
+                starts.append(self._starts[file] + mapped.starts[:-1])
         self._places = Places(
             files=self._starts,
             near=self._near,
@@ -328,8 +324,8 @@ class Shards:
             groups=np.array(groups, np.int64),
             size=np.array(sizes, np.int64),
             starts=np.concatenate(starts),
-            blocks=self._block_starts,
-            block_size=self._block_size,
+            batches=self._batch_starts,
+            batch_size=self._batch_size,
         )
         self._pick()
 
@@ -347,7 +343,7 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _near(starts: IntArray) -> tuple[npt.NDArray[np.int32], int]:
+def _near(starts: Int64Array) -> tuple[Int32Array, int]:
     """Return the file of every 2**shift-th sample, and shift: starting points of the search for a sample's file."""
     samples, shift = int(starts[-1]), 0
     while samples >> shift > _NEAR_ENTRIES:

@@ -15,9 +15,9 @@ Guarantees:
   without losing or repeating a sample.
 - A batch belongs to its receiver: nothing writes to it later.
 
-A stream belongs to the process that opened it, which alone knows its place: it can't be sent to another one, a forked
-copy raises an error instead of waiting for a missing thread, and processes of a torch DataLoader are refused, unless
-each opens a stream with a separate rank and world_size. It is a loader itself and needs no DataLoader.
+A stream belongs to the process that opened it, which alone knows its place: it can't be sent to another one, and a
+forked copy raises an error instead of waiting for a missing thread. It is a loader itself and needs no DataLoader;
+where there must be one, `tasks.loader.torch_loader` has it, whose processes share the steps of one stream.
 
 It runs in Ray Train's workers, under torchrun, and alone; it needs neither Ray nor, for numpy, PyTorch.
 """
@@ -29,36 +29,31 @@ import functools
 import operator
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self, TypedDict, Unpack
+from typing import Any, Literal, Self, TypedDict, Unpack
 
 import numpy as np
-import numpy.typing as npt
 
 from tasks.io.errors import ConfigError, CorruptVersion, InputError, PipelineError
-from tasks.io.tensors import TensorSpec
 from tasks.loader.arguments import LIMIT, one_of, picked_columns, place_in_world, truth_values, whole_number
+from tasks.loader.batches import Delivery, Lookup, Made, Source, Take, make_batches
 from tasks.loader.cache import FileCache, limit_of, local_directory
-from tasks.loader.lookup import Lookup
 from tasks.loader.order import ORDER, EpochOrder, Remainder, Share, Sizes, batch_count, step_count
-from tasks.loader.placement import Constants, Placement, placement
+from tasks.loader.placement import Constants, placement
 from tasks.loader.prefetch import Prefetch
 from tasks.loader.sampling import Draws, class_labels, weights_of
 from tasks.loader.shards import OnCorrupt, Shards, memory_bytes
-from tasks.loader.source import Source, Take
 from tasks.loader.version_files import open_version, refuse_misfits
-
-IntArray = npt.NDArray[np.int64]
-
 
 Batch = dict[str, Any]
 
-MASK = "mask"
-SOURCE = "source"
-_MASK_SPEC, _SOURCE_SPEC = TensorSpec((), "bool"), TensorSpec((), "int64")
 _MOST_AHEAD = 10_000
+_OF_A_PROCESS = {
+    *("_process", "_placement", "_cache", "_opened", "_lookups", "_counts", "_making", "_closed", "_begun"),
+    *("_delivery", "_shown"),
+}
 
 
 @dataclass(slots=True)
@@ -92,15 +87,6 @@ class StreamStats:
     source_samples: tuple[int, ...] = ()
 
 
-class _Made(NamedTuple):
-    """A batch on its way from the producing thread to the consumer."""
-
-    placed: Any
-    samples: tuple[int, ...]
-    bytes: int
-    skipped: int
-
-
 class Options(TypedDict, total=False):
     """Options of every stream: arguments of `BatchStream`."""
 
@@ -121,6 +107,10 @@ class Options(TypedDict, total=False):
     cache_dir: str | os.PathLike[str] | None
     cache_bytes: int | None
     as_numpy: bool
+    transform: Any
+    mixup: float | None
+    cutmix: float | None
+    transform_threads: int | None
 
 
 class BatchStream(abc.ABC):
@@ -148,11 +138,18 @@ class BatchStream(abc.ABC):
         channels_last: True to store images pixel by pixel, in tensors of the same shape.
         device: Device of the batches; None: the current GPU if there is one, else the CPU.
         on_corrupt: 'raise' on damaged or missing data, or 'skip' the samples concerned: batches have fewer samples.
-        verify: True to check each block's checksum before its first use in this process.
+        verify: True to check the checksums in files before its first use in this process.
         prefetch: Batches that are made ahead in a thread; 0: none, and no thread.
         cache_dir: Parent of the cache's directory, for files of S3; None: the user's cache directory.
         cache_bytes: Bytes of all files kept there; None: 50 GB.
         as_numpy: Arrays instead of tensors, for any other library.
+        transform: Change of each sample's inputs, before they are normalised: an `Augmentation` of pictures; a
+            transform of torchvision, or a function of a tensor; or a function of an array and a numpy Generator. They
+            get uint8 (3, height, width) or float32 (features,), and give uint8 or floats of one shape. Pictures that
+            are floats then aren't normalised.
+        mixup: Parameter alpha of MixUp with another sample of the epoch, such as 0.2. Labels are float32 (n, classes).
+        cutmix: Likewise of CutMix; with both, each is for half of the samples.
+        transform_threads: Threads that transform; None: for an `Augmentation` this worker's share of the CPUs, else 1.
 
     Raises:
         ConfigError: an argument is invalid, or it isn't a streaming-ready version.
@@ -184,6 +181,10 @@ class BatchStream(abc.ABC):
         cache_dir: str | os.PathLike[str] | None = None,
         cache_bytes: int | None = None,
         as_numpy: bool = False,
+        transform: Any = None,
+        mixup: float | None = None,
+        cutmix: float | None = None,
+        transform_threads: int | None = None,
     ) -> None:
         batch_size = whole_number("batch_size", batch_size, "a batch has at least one sample", least=1)
         seed = whole_number("seed", seed, "use one from 0 to 2**63 - 1")
@@ -200,7 +201,6 @@ class BatchStream(abc.ABC):
         )
         limit_of(cache_bytes)
         local_directory(cache_dir)
-        self._process = os.getpid()
         self.rank, self.world_size = place_in_world(rank, world_size)
         versions = self._versions = [open_version(uri) for uri in uris]
         refuse_misfits(versions)
@@ -208,27 +208,61 @@ class BatchStream(abc.ABC):
         self._split, self._batch_size, self._seed = split, batch_size, seed
         self._shuffle, self._remainder = shuffle, remainder
         self._prefetch = prefetch
-        constants = Constants(self.definition, normalise, dtype, channels_last)
-        # One batch is made, some wait, one is used, and one more may be held beside it.
-        self._placement = placement(constants, device, as_numpy, prefetch + 4)
-        remote = any(version.uri.startswith("s3://") for version in versions)
-        self._cache = FileCache(cache_dir, cache_bytes) if remote else None
-        self._opened = [Shards(version, split, self._cache, on_corrupt, verify) for version in versions]
+        self._constants = Constants(self.definition, normalise, dtype, channels_last)
+        self._device, self._as_numpy, self._on_corrupt, self._verify = device, as_numpy, on_corrupt, verify
+        self._cache_limits = cache_dir, cache_bytes
+        self._open_files()
         first = self._opened[0]
         self._columns = picked_columns(columns, list(first.columns))
-        for shards in self._opened:
-            shards.pick(tuple(self._columns))
+        if transform is None and transform_threads is not None:
+            raise ConfigError(f"transform_threads = {transform_threads!r} without a transform: leave it out")
+        self._new_delivery: Callable[..., Delivery] | None = None
+        if transform is not None or mixup or cutmix:
+            self._new_delivery = functools.partial(
+                Delivery,
+                transform=transform,
+                mixup=mixup,
+                cutmix=cutmix,
+                threads=transform_threads,
+                definition=self.definition,
+                specs=first.columns,
+                columns=self._columns,
+                normalise=normalise,
+            )
+        self._begin_delivery()
         if batch_size * first.sample_bytes > memory_bytes():
             raise ConfigError(
                 f"batch_size = {batch_size}: a batch of samples of {first.sample_bytes:,} bytes is more than "
                 "this machine's memory; use smaller ones"
             )
+        self._epoch = self._consumed = self._moves = self._changes = 0
+
+    def _open(self) -> None:
+        """Open what belongs to one process: files, memory, threads."""
+        self._open_files()
+        self._begin_delivery()
+
+    def _begin_delivery(self) -> None:
+        """Set up what changes samples on their way, and the columns to gather."""
+        self._delivery = self._new_delivery() if self._new_delivery is not None else None
+        self._gathered = self._delivery.columns if self._delivery is not None else tuple(self._columns)
+        for shards in self._opened:
+            shards.pick(self._gathered)
+
+    def _open_files(self) -> None:
+        self._process = os.getpid()
+        # One batch is made, some wait, one is used, and one more may be held beside it.
+        self._placement = placement(self._constants, self._device, self._as_numpy, self._prefetch + 4)
+        self._on_gpu = self._placement.on_gpu
+        remote = any(version.uri.startswith("s3://") for version in self._versions)
+        self._cache = FileCache(*self._cache_limits) if remote else None
+        self._opened = [
+            Shards(version, self._split, self._cache, self._on_corrupt, self._verify) for version in self._versions
+        ]
         # Look-ups have shards and memory of their own: one thread at a time may use them.
         self._lookups: dict[int, Lookup] = {}
-        self._new_placement = functools.partial(placement, constants, device, as_numpy, buffers=0)
-        self._new_shards = functools.partial(Shards, split=split, cache=self._cache, on_corrupt=on_corrupt)
-        self._epoch = self._consumed = self._moves = self._changes = 0
-        self._counts = StreamStats(source_samples=(0,) * len(versions))
+        self._shown: Delivery | None = None
+        self._counts = StreamStats(source_samples=(0,) * len(self._versions))
         self._making: Any = None
         self._closed = False
 
@@ -250,6 +284,7 @@ class BatchStream(abc.ABC):
             "remainder": self._remainder,
             "order": ORDER,
             **further,
+            **(self._delivery.identity if self._delivery is not None else {}),
         }
         if not len(self):
             raise ConfigError(
@@ -292,7 +327,11 @@ class BatchStream(abc.ABC):
         """Return the place of all workers after the last delivered batch: plain values, the same in each worker.
 
         After the last batch of an epoch it is the start of the next one.
+
+        Raises:
+            PipelineError: only a DataLoader knows it (see `tasks.loader.torch_loader.StreamDataset`).
         """
+        self._refuse_uncounted()
         return {**self._identity, **self._place()}
 
     def _place(self) -> dict[str, Any]:
@@ -345,9 +384,19 @@ class BatchStream(abc.ABC):
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the current epoch."""
+        return self._deliver(self._made)
+
+    def _deliver(self, make: Callable[[int, int, int], Any]) -> Iterator[Batch]:
+        """Yield the rest of the current epoch; batches count as they are delivered.
+
+        Args:
+            make: Returns a closable iterator over what was made of the batches of so many steps, from an epoch and the
+                number of its consumed batches on, as `_made` does.
+        """
         if self._closed:
             raise PipelineError("the stream is closed: open another one")
         self._refuse_other_process()
+        self._refuse_uncounted()
         self._stop_making()
         self._moves += 1
         move, change, epoch, first = self._moves, self._changes, self._epoch, self._consumed
@@ -355,12 +404,12 @@ class BatchStream(abc.ABC):
         counts, place, clock = self._counts, self._placement, time.perf_counter
         given, lost, before = counts.samples, counts.skipped_samples, counts.seconds
         asked = started = clock()
-        made = self._made(epoch, first, steps)
+        made = make(epoch, first, steps)
         try:
             for step in range(1, steps + 1):
                 if change != self._changes:  # batches that were made ahead follow the order before the change
                     made.close()
-                    change, made = self._changes, self._made(epoch, self._consumed, steps + 1 - step)
+                    change, made = self._changes, make(epoch, self._consumed, steps + 1 - step)
                 one = next(made)
                 batch = place.receive(one.placed)
                 if step < steps:
@@ -388,16 +437,33 @@ class BatchStream(abc.ABC):
         finally:
             made.close()
 
-    def _sample(self, source: int, sample_id: int | None, index: int | None) -> Batch:
+    def _sample(
+        self, source: int, sample_id: int | None, index: int | None, epoch: int | None = None, copy: int = 0
+    ) -> Batch:
         if self._closed:
             raise PipelineError("the stream is closed: open another one")
         self._refuse_other_process()
         if source not in self._lookups:
             version = self._versions[source]
-            shards = self._new_shards(version)
+            shards = Shards(version, self._split, self._cache, self._on_corrupt)
+            placed = placement(self._constants, self._device, self._as_numpy, buffers=0)
+            self._lookups[source] = Lookup(version, self._split, shards, placed)
+        lookup, shards = self._lookups[source], self._lookups[source].shards
+        if epoch is None:
             shards.pick(tuple(self._columns))
-            self._lookups[source] = Lookup(version, self._split, shards, self._new_placement())
-        return self._lookups[source].sample(sample_id, index)
+            return lookup.sample(sample_id, index)
+        if self._new_delivery is None:
+            raise ConfigError(f"epoch = {epoch!r}: without a transform a sample is the same in each; leave it out")
+        if self._shown is None:  # beside the one of the producing thread
+            self._shown = self._new_delivery(threads=1)
+        shards.pick(self._gathered)
+        change = functools.partial(
+            self._shown.single,
+            seed=self._sources()[source].seed,
+            epoch=whole_number("epoch", epoch, "epochs are counted from 0"),
+            copy=whole_number("copy", copy, "copies are counted from 0"),
+        )
+        return lookup.sample(sample_id, index, change)
 
     def close(self) -> None:
         """End iterations and downloads; delivered batches stay valid."""
@@ -408,6 +474,8 @@ class BatchStream(abc.ABC):
         for lookup in self._lookups.values():
             lookup.close()
         self._stop_making()
+        if self._delivery is not None:
+            self._delivery.close()
 
     def __reduce__(self) -> Any:
         """Refuse to be copied, or sent to another process."""
@@ -420,8 +488,24 @@ class BatchStream(abc.ABC):
         if os.getpid() != self._process:
             raise PipelineError(
                 f"this stream was opened in process {self._process}, of which process {os.getpid()} is a fork: open "
-                "one in each process that reads (a torch DataLoader around it needs num_workers=0)"
+                "one in each process that reads (for processes of a torch DataLoader, use tasks.loader.torch_loader)"
             )
+
+    _begun: Any = None  # (processes,) the move from which each process of a DataLoader began, if any may
+
+    def _refuse_uncounted(self) -> None:
+        if self._begun is not None and self._moves in self._begun:
+            raise PipelineError(
+                "processes of a DataLoader have taken batches of this stream, and only the DataLoader knows how many: "
+                "use StreamLoader(stream, num_workers=…), which counts them, or say where to go on by set_epoch() or "
+                "load_state_dict()"
+            )
+
+    def _settled(self) -> Self:
+        """Return a stream of the same data and place that has nothing of a process, until it is opened there."""
+        copy = object.__new__(type(self))
+        vars(copy).update({name: value for name, value in vars(self).items() if name not in _OF_A_PROCESS})
+        return copy
 
     def __enter__(self) -> Self:
         return self
@@ -435,17 +519,18 @@ class BatchStream(abc.ABC):
         self._epoch, self._consumed = epoch, consumed
         self._moves += 1
 
-    def _made(self, epoch: int, first: int, steps: int) -> Any:
-        """Return a closable iterator over the batches of this worker from a place on."""
+    def _made(self, epoch: int, first: int, steps: int, part: slice = slice(None)) -> Any:
+        """Return a closable iterator over the batches of this worker from a place on, or over those of some steps."""
         share = Share(self.rank, self.world_size, self._batch_size)
         # Not a method: the thread mustn't keep the stream from being collected.
-        items = _make(
+        items = make_batches(
             self._sources(),
             self._placement,
-            self._takes(epoch, first, range(0, steps * share.step, share.step), share),
+            self._takes(epoch, first, range(0, steps * share.step, share.step)[part], share),
             columns=self._columns,
             masked=self._remainder == "pad",
             numbered=self._numbered,
+            delivery=self._delivery,
         )
         self._making = Prefetch(items, self._prefetch) if self._prefetch else items
         return self._making
@@ -474,63 +559,13 @@ class BatchStream(abc.ABC):
             self._making = None
 
 
-def _count(counts: StreamStats, made: _Made, waited: float) -> None:
+def _count(counts: StreamStats, made: Made, waited: float) -> None:
     counts.batches += 1
     counts.samples += sum(made.samples)
     counts.source_samples = tuple(map(operator.add, counts.source_samples, made.samples))
     counts.bytes_read += made.bytes
     counts.wait_seconds += waited
     counts.skipped_samples += made.skipped
-
-
-def _make(
-    sources: Sequence[Source],
-    place: Placement,
-    steps: Iterator[list[Take]],
-    *,
-    columns: Sequence[str],
-    masked: bool,
-    numbered: bool,
-) -> Iterator[_Made]:
-    """Yield a worker's batches of some steps."""
-    for takes in steps:
-        picked, real, skipped = [], [0] * len(sources), 0
-        for take in takes:
-            source = sources[take.source]
-            index, kept = source.samples(take)
-            good = source.shards.usable(index)
-            if good is not None:
-                before, kept = kept, int(np.count_nonzero(good[:kept]))
-                index, skipped = index[good], skipped + before - kept
-            real[take.source] += kept
-            picked.append((take.source, index))
-        gathered, size = _gathered(sources, place, columns, picked)
-        count = sum(len(index) for _, index in picked)
-        if masked:
-            mask = gathered[MASK] = place.buffer(_MASK_SPEC, count)
-            mask[: sum(real)], mask[sum(real) :] = True, False
-        if numbered:
-            numbers = gathered[SOURCE] = place.buffer(_SOURCE_SPEC, count)
-            numbers[:] = np.repeat([number for number, _ in picked], [len(index) for _, index in picked])
-        yield _Made(place.place(gathered), tuple(real), size, skipped)
-
-
-def _gathered(
-    sources: Sequence[Source],
-    place: Placement,
-    columns: Sequence[str],
-    picked: Sequence[tuple[int, IntArray]],
-) -> tuple[dict[str, npt.NDArray[Any]], int]:
-    """Return the columns of a batch, the picked samples of some sources one after the other, and their bytes."""
-    specs = sources[0].shards.columns
-    count = sum(len(index) for _, index in picked)
-    gathered = {name: place.buffer(specs[name], count) for name in columns}
-    done = 0
-    for number, index in picked:
-        end = done + len(index)
-        sources[number].shards.gather(index, {name: values[done:end] for name, values in gathered.items()})
-        done = end
-    return gathered, sum(values.nbytes for values in gathered.values())
 
 
 class TrainingStream(BatchStream):
@@ -580,11 +615,11 @@ class TrainingStream(BatchStream):
             if repeat != 1:
                 raise ConfigError(f"epoch_size = {epoch_size} and repeat = {repeat}: give one of them")
         super().__init__([uri], batch_size=batch_size, **options)
-        self._version, self._shards = self._versions[0], self._opened[0]
+        self._version, shards = self._versions[0], self._opened[0]
         self._draws: Draws | None = None
-        size, further = self._shards.samples, {}
+        size, further = shards.samples, {}
         if weights is not None or balance is not None or epoch_size is not None or repeat != 1:
-            drawn = self._shards.samples * repeat if epoch_size is None and repeat != 1 else epoch_size
+            drawn = shards.samples * repeat if epoch_size is None and repeat != 1 else epoch_size
             if (drawn or size) * 8 > memory_bytes():
                 raise ConfigError(f"an epoch of {drawn or size:,} drawn samples takes 8 bytes each, more than memory")
             if weights is None and balance is None:
@@ -594,17 +629,19 @@ class TrainingStream(BatchStream):
             self._draws = Draws(groups, values, drawn, replacement)
             size = self._draws.size
             further = {"epoch_size": size, "replacement": replacement, "weights": self._draws.digest}
-        self._sizes = self._sizes_of(self._shards, size)
+        self._sizes = self._sizes_of(shards, size)
         manifest = self._version.manifest
         told = {
             "dataset": manifest.dataset,
             "version": manifest.version,
             "split": self._split,
-            "samples": self._shards.samples,
+            "samples": shards.samples,
         }
         self._set_order(size, told, **further)
 
-    def sample(self, sample_id: int | None = None, *, index: int | None = None) -> Batch:
+    def sample(
+        self, sample_id: int | None = None, *, index: int | None = None, epoch: int | None = None, copy: int = 0
+    ) -> Batch:
         """Return one sample, with the columns of a batch, except the mask, and without the batch's axis.
 
         It is compared with its checksum. The first look-up by id reads all ids, and keeps 16 bytes for each.
@@ -612,12 +649,15 @@ class TrainingStream(BatchStream):
         Args:
             sample_id: Its id.
             index: Its number in the split, from 0, in the order of the files.
+            epoch: None for the sample as it is stored; else transformed as in this epoch, but not mixed with another.
+            copy: Which of its copies in the epoch, from 0, if it was drawn several times.
 
         Raises:
-            InputError: there is no such sample, or not exactly one of the arguments is given.
+            InputError: there is no such sample, or not exactly one of the first two arguments is given.
+            ConfigError: an epoch is given to a stream without a transform.
             CorruptVersion: it is damaged or missing.
         """
-        return self._sample(0, sample_id, index)
+        return self._sample(0, sample_id, index, epoch, copy)
 
     def distribution(self) -> dict[str, dict[str, int]]:
         """Return the samples of each class: 'natural' in the split, and 'epoch' in the current epoch over all workers.
@@ -643,7 +683,7 @@ class TrainingStream(BatchStream):
             drawn = None if draws is None else draws.of_epoch(seed, epoch)
             return EpochOrder(samples, sizes, seed, epoch, shuffle, drawn)
 
-        return [Source(self._shards, order_of)]
+        return [Source(self._opened[0], order_of, seed)]
 
     def _takes(self, epoch: int, first: int, starts: range, share: Share) -> Iterator[list[Take]]:
         begin, step = first * share.batch_size, (share.step, *share.bounds)

@@ -1,8 +1,7 @@
 """Files of a streaming-ready version: mapped into memory, and checked against the manifest before a sample is read.
 
-`tasks.io.tensors.parquet_settings` writes tensor columns raw, each column chunk as one page without levels: its
-values are contiguous and end where the column chunk ends. This is checked here, in the footer and
-in the page's header, before any value is read by its address.
+The values of a column chunk are one page without levels: they are contiguous and end where it ends. This is checked
+here, in the footer and in the page's header, before any value is read by its address.
 """
 
 from __future__ import annotations
@@ -16,53 +15,52 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
 from tasks.io import storage
 from tasks.io.errors import ConfigError, CorruptVersion
-from tasks.io.tensors import TensorSpec, is_tensor, tensor_spec, to_numpy
+from tasks.io.tensors import Int64Array, TensorSpec, tensor_spec, to_numpy
 from tasks.loader.arguments import place
+from tasks.loader.samples import BATCH_SIZE, SampleFormat, noted_ids
 from tasks.store import layout, versions
 from tasks.store.manifest import FileEntry, Manifest
 
 CURE = "publish a new version from the same sources, or restore the file from a copy"
-CHECKSUM = "batch_id"
 
-_CHECKSUM_BYTES = 16
 _HEADER_BYTES = 64  # more than the part of a page's header that is read
 _DATA_PAGES = (0, 3)
 
 
 @dataclass(frozen=True, slots=True)
 class RawColumn:
-    """Place of a tensor column's values.
+    """Place of a column's values.
 
     Attributes:
-        spec: Shape and element type of a block's values.
+        spec: Shape and element type of a value.
         offsets: int64 (row groups,), start of each row group's values in the file.
     """
 
     spec: TensorSpec
-    offsets: npt.NDArray[np.int64]
+    offsets: Int64Array
 
 
 class MappedFile:
-    """A memory-mapped file of blocks.
+    """A memory-mapped file of samples.
 
     Args:
         file: The open file; it may be closed afterwards.
         name: Name of the file in errors.
 
     Attributes:
-        columns: Tensor columns by name, in the schema's order.
-        starts: int64 (row groups + 1,), first block of each row group, and the end.
+        columns: Columns by name, in the schema's order.
+        starts: int64 (row groups + 1,), first sample of each row group, and the end.
+        batch_size: Samples of a batch.
         address: Address of the file's first byte; valid as long as this object exists.
 
     Raises:
-        CorruptVersion: it isn't a Parquet file, or its tensors aren't contiguous.
+        CorruptVersion: it isn't a Parquet file of samples, or its values aren't contiguous.
 
     """
 
@@ -74,24 +72,24 @@ class MappedFile:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._bytes = np.frombuffer(self._map, np.uint8)
             self._parquet = pq.ParquetFile(pa.BufferReader(pa.py_buffer(self._map)))
+            specs = {field.name: tensor_spec(field) for field in self._parquet.schema_arrow}
         except (pa.ArrowInvalid, ValueError) as error:
             raise CorruptVersion(f"{name} can't be read as Parquet ({error}): {CURE}") from error
         self.address: int = self._bytes.ctypes.data
         footer = self._parquet.metadata
         rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
         self.starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
-        schema = self._parquet.schema_arrow
-        self.columns = {
-            field.name: self._raw_column(tensor_spec(field), position)
-            for position, field in enumerate(schema)
-            if is_tensor(field)
-        }
-        self._checksums: dict[int, bytes] = {}
+        self.columns = {name: self._raw_column(spec, place) for place, (name, spec) in enumerate(specs.items())}
+        size = (footer.metadata or {}).get(BATCH_SIZE.encode(), b"")
+        self.batch_size = int(size) if size.isdigit() else 0
+        if not self.batch_size or (self.starts[:-1] % self.batch_size).any():
+            raise CorruptVersion(f"{name}: its row groups aren't whole batches, of {BATCH_SIZE} = {size!r}: {CURE}")
+        self._checksums: list[str] = []
         self._view = memoryview(self._map)
 
     @property
-    def blocks(self) -> int:
-        """Number of blocks."""
+    def samples(self) -> int:
+        """Number of samples."""
         return int(self.starts[-1])
 
     def check_length(self) -> None:
@@ -118,38 +116,29 @@ class MappedFile:
         before, self._written = self._written, (status.st_mtime_ns, status.st_ctime_ns)
         return before != self._written
 
-    def is_intact(self, block: int) -> bool:
-        """Return True if a block's tensors match the stored checksum.
+    def is_intact(self, batch: int) -> bool:
+        """Return True if a batch matches the stored checksum.
 
         Raises:
-            CorruptVersion: the checksums can't be read.
+            CorruptVersion: the footer hasn't a checksum for each batch.
         """
-        group = int(np.searchsorted(self.starts, block, side="right")) - 1
-        row = block - int(self.starts[group])
+        first = batch * self.batch_size
+        count = min(self.batch_size, self.samples - first)
+        group = int(np.searchsorted(self.starts, first, side="right")) - 1
         hasher = xxhash.xxh3_128()
         for column in self.columns.values():
-            start = int(column.offsets[group]) + row * column.spec.width
-            hasher.update(self._view[start : start + column.spec.width])
-        expected = self._checksums_of(group)
-        return hasher.digest() == expected[row * _CHECKSUM_BYTES : (row + 1) * _CHECKSUM_BYTES]
-
-    def _checksums_of(self, group: int) -> bytes:
-        """Return the checksums of a row group's blocks, 16 bytes each."""
-        if group not in self._checksums:
-            try:
-                texts = self._parquet.read_row_group(group, columns=[CHECKSUM])[CHECKSUM].to_pylist()
-                found = bytes.fromhex("".join(texts))
-            except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-                raise CorruptVersion(f"{self.name}: its checksums can't be read ({error}): {CURE}") from error
-            if len(found) != _CHECKSUM_BYTES * len(texts):
-                raise CorruptVersion(f"{self.name}: {CHECKSUM!r} of row group {group} are no XXH3-128: {CURE}")
-            self._checksums[group] = found
-        return self._checksums[group]
+            start = int(column.offsets[group]) + (first - int(self.starts[group])) * column.spec.width
+            hasher.update(self._view[start : start + count * column.spec.width])
+        if not self._checksums:
+            self._checksums = noted_ids(self._parquet.metadata)
+            if len(self._checksums) != (batches := -(-self.samples // self.batch_size)):
+                raise CorruptVersion(f"{self.name} has {len(self._checksums)} checksums of {batches} batches: {CURE}")
+        return hasher.hexdigest() == self._checksums[batch]
 
     def _raw_column(self, spec: TensorSpec, position: int) -> RawColumn:
         footer, column = self._parquet.metadata, self._parquet.schema.column(position)
         if column.path != column.name or column.max_definition_level:
-            raise CorruptVersion(f"{self.name}: column {column.path!r} may hold nulls, which tensors mustn't: {CURE}")
+            raise CorruptVersion(f"{self.name}: column {column.path!r} may hold nulls, which samples mustn't: {CURE}")
         offsets = np.empty(footer.num_row_groups, np.int64)
         for group in range(footer.num_row_groups):
             chunk = footer.row_group(group).column(position)
@@ -160,7 +149,7 @@ class MappedFile:
             if chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page or _page_bytes(header) != size:
                 raise CorruptVersion(
                     f"{self.name}: the values of column {column.name!r} don't lie one after the other in row group "
-                    f"{group}; write the file with tasks.io.tensors.parquet_settings, and publish it anew"
+                    f"{group}; write the file as tasks/delivery/FORMAT.md says, and publish it anew"
                 )
         return RawColumn(spec, offsets)
 
@@ -207,19 +196,22 @@ class Version:
         """Definition of its samples: kind, sizes, features, label, constants to normalise by."""
         return self.manifest.definition
 
-    def files(self, split: str) -> list[tuple[FileEntry, int]]:
-        """Return the files of a split and the number of samples in each, in the manifest's order.
+    def files(self, split: str) -> list[FileEntry]:
+        """Return the files of a split, in the manifest's order.
 
         Raises:
             ConfigError: there is no such split, or it has no samples.
         """
-        inside = layout.split_directory(split) + "/"
-        counts = self.definition["file_samples"]
-        found = [(entry, int(counts[entry.path])) for entry in self.manifest.files if entry.path.startswith(inside)]
-        if not sum(count for _, count in found):
+        found = files_of(self.manifest, split)
+        if not sum(entry.rows for entry in found):
             names = [name for name, count in self.definition["samples"].items() if count]
             raise ConfigError(f"{self.uri} has no samples in split {split!r}: use " + " or ".join(map(repr, names)))
         return found
+
+
+def files_of(manifest: Manifest, split: str) -> list[FileEntry]:
+    """Return the files of a split of a streaming-ready version, in the manifest's order."""
+    return [entry for entry in manifest.files if entry.path.startswith(layout.split_directory(split) + "/")]
 
 
 def open_version(uri: str | os.PathLike[str]) -> Version:
@@ -242,11 +234,11 @@ def open_version(uri: str | os.PathLike[str]) -> Version:
     dataset = layout.join(layout.TRAINING_DATASETS, name)
     manifest = versions.resolve(root, dataset, "latest" if number is None else number)
     version = Version(root, manifest)
-    if not {"kind", "block_size", "samples", "file_samples", "normalise"} <= manifest.definition.keys():
-        raise ConfigError(
-            f"{version.uri} isn't streaming-ready; make a streaming-ready copy of it with the training-delivery flow"
-        )
-    if fault := _contradiction(manifest):
+    try:
+        fault = _contradiction(manifest)
+    except ConfigError as error:
+        raise ConfigError(f"{version.uri}: {error}") from error
+    if fault:
         raise CorruptVersion(f"{version.uri}: its manifest contradicts itself: {fault}: {CURE}")
     return version
 
@@ -255,31 +247,29 @@ def _contradiction(manifest: Manifest) -> str | None:
     """Return a contradiction in a streaming-ready version's definition; None if there is none."""
     said = manifest.definition
     try:
-        counts = {path: int(count) for path, count in said["file_samples"].items()}
-        size, samples = int(said["block_size"]), {split: int(count) for split, count in said["samples"].items()}
-        sample_columns(said)
+        SampleFormat.of(said)
+        samples = {split: int(count) for split, count in said["samples"].items()}
         constants = [[float(value) for value in said["normalise"][name]] for name in ("mean", "std")]
+    except ConfigError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as fault:
         return f"definition ({type(fault).__name__}: {fault})"
-    if size < 1 or said["kind"] not in ("table", "images"):
-        return f"kind {said['kind']!r} in blocks of {size}"
     if len(constants[0]) != len(constants[1]):
         return f"{len(constants[0])} means and {len(constants[1])} deviations to normalise by"
-    if counts.keys() != {entry.path for entry in manifest.files} or min(counts.values()) < 0:
-        return "file_samples isn't about the files that it lists"
     for split, count in samples.items():
-        inside = layout.split_directory(split) + "/"
-        if (found := sum(own for path, own in counts.items() if path.startswith(inside))) != count:
+        if (found := sum(entry.rows for entry in files_of(manifest, split))) != count:
             return f"{count} samples in split {split!r}, and {found} in its files"
+    if (total := sum(samples.values())) != manifest.rows:
+        return f"{total} samples in all splits, and {manifest.rows} in its files"
     return None
 
 
-def misfits(version: Version, files: Sequence[tuple[FileEntry, int]]) -> Iterator[tuple[int, CorruptVersion]]:
+def misfits(version: Version, files: Sequence[FileEntry]) -> Iterator[tuple[int, CorruptVersion]]:
     """Yield the number and the error of each file that is missing or of the wrong size, found by one listing."""
     base = version.uri
-    directories = {layout.join(base, entry.path.rpartition("/")[0]) for entry, _ in files}
+    directories = {layout.join(base, entry.path.rpartition("/")[0]) for entry in files}
     sizes = {info.uri: info.bytes for inside in directories for info in storage.list_files(inside)}
-    for file, (entry, _) in enumerate(files):
+    for file, entry in enumerate(files):
         uri = layout.join(base, entry.path)
         if sizes.get(uri) == entry.bytes:
             continue
@@ -295,25 +285,26 @@ def missing_file(uri: str) -> CorruptVersion:
     return CorruptVersion(f"{uri} is missing, but its manifest lists it: {CURE}")
 
 
-def stored_column(version: Version, split: str, name: str) -> npt.NDArray[np.int64]:
+def stored_column(version: Version, split: str, name: str) -> Int64Array:
     """Return the labels or ids of all samples of a split, (n,) int64, in the order of the files.
 
-    Only this column is read, also from S3. Its blocks aren't compared with their checksums.
+    Only this column is read, also from S3. It isn't compared with checksums.
 
     Raises:
         ConfigError: there is no such split, or it has no samples.
         CorruptVersion: a file is missing, or can't be read.
     """
     found = []
-    for entry, count in version.files(split):
+    for entry in version.files(split):
         uri = layout.join(version.uri, entry.path)
         try:
             with storage.open_input(uri) as file:
-                values = to_numpy(pq.read_table(file, columns=[name]), name).reshape(-1)[:count]
+                values = to_numpy(pq.read_table(file, columns=[name]), name)
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise CorruptVersion(f"{uri}: its column {name!r} can't be read ({error}): {CURE}") from error
-        if len(values) != count or values.dtype != np.int64:
-            raise CorruptVersion(f"{uri}: {len(values)} {values.dtype} in {name!r} instead of {count} int64: {CURE}")
+        if len(values) != entry.rows or values.dtype != np.int64:
+            what = f"{len(values)} {values.dtype} in {name!r} instead of {entry.rows} int64"
+            raise CorruptVersion(f"{uri}: {what}: {CURE}")
         found.append(values)
     return np.concatenate(found)
 
@@ -341,28 +332,10 @@ def refuse_misfits(versions: Sequence[Version]) -> None:
             )
 
 
-def _inputs(definition: dict[str, Any]) -> TensorSpec:
-    return next(iter(sample_columns(definition).values()))
-
-
 _MEANINGS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "kind": lambda definition: definition["kind"],
-    "shape": lambda definition: tuple(_inputs(definition).shape),
-    "element type": lambda definition: _inputs(definition).dtype,
+    "shape": lambda definition: SampleFormat.of(definition).shape,
     "feature": lambda definition: [feature["name"] for feature in definition.get("features", ())],
     "kind of label": lambda definition: (definition["label"] or {}).get("kind"),
     "class": lambda definition: list((definition["label"] or {}).get("classes") or ()),
 }
-
-
-def sample_columns(definition: dict[str, Any]) -> dict[str, TensorSpec]:
-    """Return the columns of a sample."""
-    columns = {}
-    if definition["kind"] == "table":
-        columns["features"] = TensorSpec((int(definition["feature_count"]),), "float32")
-    else:
-        image = definition["image"]
-        columns["image"] = TensorSpec(tuple(map(int, image["shape"])), str(image["dtype"]))
-    if definition["label"] is not None:
-        columns["label"] = TensorSpec((), "int64" if definition["label"]["kind"] == "class" else "float32")
-    return {**columns, "sample_id": TensorSpec((), "int64")}

@@ -21,7 +21,6 @@ from functools import cached_property
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -30,6 +29,7 @@ import pyarrow.types as pt
 from tasks.io import storage
 from tasks.io.errors import PipelineError
 from tasks.io.hashing import stable_hash
+from tasks.io.tensors import BoolArray
 from tasks.io.text import plural
 from tasks.quality.rules import SEVERITY
 from tasks.store.manifest import CheckResult, ColumnSpec, FaultResult, GateResult, Manifest, Outcome
@@ -66,7 +66,6 @@ def sample_rows(
         key: Column among them whose hashes decide.
         convert: Function that changes the rows of a file by its name, such as to add a column derived from its
             directory.
-
     """
     tables = []
     for uri, number, _ in chosen_groups(uris) or [RowGroup(uris[0], 0, 0)]:
@@ -105,8 +104,6 @@ def _by_hash(names: Sequence[str]) -> list[int]:
     places: list[int] = np.argsort(hashes, kind="stable").tolist()
     return places
 
-
-BoolArray = npt.NDArray[np.bool_]
 
 NULLS, DOUBLED, ODD, LOST, BAD, ONE_CLASS = 0.6, 0.2, 0.01, 0.1, 0.4, 0.9
 """Shares: of values made null, and of rows put in twice, given odd values, lost, made unusable, put into one class.
@@ -191,7 +188,6 @@ class Fault:
             the data.
         why_not: Reason why there is none, one sentence.
         raises: Pipeline errors that may refuse the fault before the gate sees it.
-
     """
 
     name: str
@@ -208,7 +204,6 @@ def inject(baseline: GateResult, faults: Iterable[Fault]) -> tuple[FaultResult, 
     Args:
         baseline: The gate's verdict on the sample without any fault.
         faults: The faults, each made when the one before is judged.
-
     """
     before = {_title(check): SEVERITY[check.verdict] for check in baseline.checks}
     results = []

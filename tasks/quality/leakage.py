@@ -14,18 +14,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from tasks.io.hashing import stable_hash
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
+from tasks.io.tensors import AnyArray, Float64Array, Int64Array
 
 BINS = 64
 FOLDS = 5
@@ -45,9 +41,9 @@ class Target:
     """
 
     classes: tuple[str, ...]
-    codes: IntArray
-    values: FloatArray
-    folds: IntArray
+    codes: Int64Array
+    values: Float64Array
+    folds: Int64Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +102,15 @@ def leakage(feature: pa.ChunkedArray, target: Target) -> Leakage | None:
 class _Cells:
     """Rows by fold and bin: the cell of each row, shape (n,), and the number of cells."""
 
-    places: IntArray
+    places: Int64Array
     count: int
 
-    def sums(self, weights: npt.NDArray[Any] | None = None) -> FloatArray:
+    def sums(self, weights: AnyArray | None = None) -> Float64Array:
         """Sum the rows' weights, or count the rows, in each cell, shape (count,)."""
         return np.bincount(self.places, weights=weights, minlength=self.count).astype(np.float64)
 
 
-def _of_classes(ranks: FloatArray | None, cells: _Cells, target: Target) -> Leakage | None:
+def _of_classes(ranks: Float64Array | None, cells: _Cells, target: Target) -> Leakage | None:
     rows = len(cells.places)
     sizes = cells.sums()
     found = []
@@ -137,7 +133,7 @@ def _of_classes(ranks: FloatArray | None, cells: _Cells, target: Target) -> Leak
     return max(found, key=lambda one: (one.score > one.chance, one.score), default=None)
 
 
-def _of_number(ranks: FloatArray | None, cells: _Cells, target: Target) -> Leakage | None:
+def _of_number(ranks: Float64Array | None, cells: _Cells, target: Target) -> Leakage | None:
     rows = len(cells.places)
     spread = ((target.values - target.values.mean(axis=0)) ** 2).sum(axis=0)
     if not spread.all() or rows < 2:
@@ -152,17 +148,17 @@ def _of_number(ranks: FloatArray | None, cells: _Cells, target: Target) -> Leaka
     return Leakage(score, CHANCE_DEVIATIONS**2 / (rows - 1))
 
 
-def _means_elsewhere(sums: FloatArray, sizes: FloatArray) -> FloatArray:
+def _means_elsewhere(sums: Float64Array, sizes: Float64Array) -> Float64Array:
     """Return the mean of each bin over the other folds, shrunk to the mean of all of those; cells in, cells out."""
     by_fold, counts = sums.reshape(FOLDS, -1), sizes.reshape(FOLDS, -1)
     rows = counts.sum() - counts.sum(axis=1, keepdims=True)
     overall = (by_fold.sum() - by_fold.sum(axis=1, keepdims=True)) / np.maximum(rows, 1)
     means = (by_fold.sum(axis=0) - by_fold + PRIOR_ROWS * overall) / (counts.sum(axis=0) - counts + PRIOR_ROWS)
-    flat: FloatArray = means.reshape(-1)
+    flat: Float64Array = means.reshape(-1)
     return flat
 
 
-def _area(predicted: FloatArray, own: FloatArray, others: FloatArray) -> float:
+def _area(predicted: Float64Array, own: Float64Array, others: Float64Array) -> float:
     """Return the area under the ROC curve of cells with a prediction and counts of either side; ties count half."""
     _, place = np.unique(predicted, return_inverse=True)
     mine, theirs = np.bincount(place, weights=own), np.bincount(place, weights=others)
@@ -175,14 +171,14 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind))
 
 
-def _categories(column: pa.ChunkedArray) -> IntArray:
+def _categories(column: pa.ChunkedArray) -> Int64Array:
     """Return the number of each row's text, from 1; 0 if it is missing."""
     encoded = column.cast(pa.large_string()).combine_chunks().dictionary_encode()
-    codes: IntArray = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64) + 1
+    codes: Int64Array = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64) + 1
     return codes
 
 
-def _ordered(column: pa.ChunkedArray) -> IntArray | None:
+def _ordered(column: pa.ChunkedArray) -> Int64Array | None:
     """Return each row's rank in ascending order, from 1; 0 if it is missing. None for a type without order."""
     kind = column.type
     if pt.is_boolean(kind):
@@ -206,15 +202,15 @@ def _ordered(column: pa.ChunkedArray) -> IntArray | None:
     return codes
 
 
-def _midranks(codes: IntArray | None) -> FloatArray:
+def _midranks(codes: Int64Array | None) -> Float64Array:
     """Return the rank of each row from 1; ties share their middle rank."""
     assert codes is not None, "a target is a number, and has an order"
     counts = np.bincount(codes)
-    ranks: FloatArray = (np.cumsum(counts) - counts / 2 + 0.5)[codes]
+    ranks: Float64Array = (np.cumsum(counts) - counts / 2 + 0.5)[codes]
     return ranks
 
 
-def _binned(codes: IntArray, ranks: FloatArray) -> IntArray:
+def _binned(codes: Int64Array, ranks: Float64Array) -> Int64Array:
     """Return bins of about equal counts, with equal values in one bin; missing values have bin 0."""
     bins = np.minimum((ranks - 0.5) * (BINS / len(ranks)), BINS - 1).astype(np.int64) + 1
     return np.where(codes == 0, 0, bins)

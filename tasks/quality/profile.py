@@ -20,18 +20,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from tasks.io.errors import InputError
 from tasks.io.hashing import stable_hash
+from tasks.io.tensors import Float64Array, Int64Array
 from tasks.quality.sketch import DistinctSketch, Moments, QuantileSketch, TopValues
 from tasks.store.manifest import ColumnProfile, Histogram
 
 Kind = Literal["numeric", "boolean", "string", "temporal", "other"]
-FloatArray = npt.NDArray[np.float64]
 
 QUANTILE_LEVELS = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 HISTOGRAM_BINS = 20
@@ -83,7 +82,7 @@ class TableProfile:
             raise InputError(f"column {column!r} is {partial.kind} ({partial.type}): only a numeric one has quantiles")
         return partial.quantiles
 
-    def quantiles(self, column: str, levels: Sequence[float]) -> FloatArray:
+    def quantiles(self, column: str, levels: Sequence[float]) -> Float64Array:
         """Return quantiles of a numeric column's finite values, shape (levels,); NaN if it has none.
 
         Raises:
@@ -165,7 +164,7 @@ def _partial(column: pa.ChunkedArray) -> ColumnPartial:
 
 def _numeric(column: pa.ChunkedArray) -> ColumnPartial:
     valid = column.drop_null()
-    values: FloatArray = valid.cast(pa.float64(), safe=False).to_numpy()
+    values: Float64Array = valid.cast(pa.float64(), safe=False).to_numpy()
     finite = np.isfinite(values)
     nans = infinities = 0
     if not finite.all():
@@ -262,7 +261,7 @@ def _histogram(sketch: QuantileSketch) -> Histogram:
     return Histogram(edges=tuple(edges.tolist()), counts=tuple(sketch.histogram(edges).tolist()))
 
 
-def _edges_around(values: FloatArray) -> FloatArray:
+def _edges_around(values: Float64Array) -> Float64Array:
     """Return edges halfway between ascending values, shape (values + 1,)."""
     middles = values[:-1] / 2 + values[1:] / 2
     middles = np.where(middles > values[:-1], middles, values[1:])
@@ -271,7 +270,7 @@ def _edges_around(values: FloatArray) -> FloatArray:
     with np.errstate(over="ignore"):
         if len(values) == 1:
             half = np.maximum(margin, 0.5)
-            around: FloatArray = np.clip(np.concatenate([values - half, values + half]), -limit, limit)
+            around: Float64Array = np.clip(np.concatenate([values - half, values + half]), -limit, limit)
             return around
         first = max(values[0] - np.maximum(middles[0] - values[0], margin[0]), -limit)
         last = min(values[-1] + np.maximum(values[-1] - middles[-1], margin[-1]), limit)
@@ -288,8 +287,6 @@ def _iso(tick: int, arrow: str) -> str:
     seconds = moment.astype("datetime64[s]")
     return str(seconds if seconds == moment else moment) + ("Z" if "tz=" in arrow else "")
 
-
-Int64Array = npt.NDArray[np.int64]
 
 SMOOTHING = 0.5
 _Z_999 = 3.090232306167813

@@ -2,6 +2,7 @@
 
 The rules are pure: they take profiles, counts and bounds, independent of storage and counting.
 A figure that is NaN fails, as no comparison with it holds.
+`Figures` holds what they judge, `Written` also what the manifest is made of.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import datetime as dt
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,7 +19,46 @@ import pyarrow.types as pt
 from tasks.io.text import number, plural
 from tasks.quality import leakage
 from tasks.quality.profile import ColumnPartial, TableProfile, binned, chance_index, population_stability_index
-from tasks.store.manifest import CheckResult, ColumnProfile, GateResult, RowBalance, Verdict
+from tasks.store.manifest import CheckResult, ColumnProfile, ColumnSpec, FileEntry, GateResult, RowBalance, Verdict
+from tasks.store.reservation import Reservation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Figures that the gates of all kinds judge; a kind of dataset adds more.
+
+    Attributes:
+        schema: Schema of the data files.
+        profile: Profile of the data files.
+        balances: Row balances.
+    """
+
+    schema: pa.Schema
+    profile: TableProfile
+    balances: tuple[RowBalance, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written(Figures):
+    """Result of a job that wrote a version, before the commit.
+
+    Attributes:
+        reservation: Reservation of the version.
+        files: Data files.
+        rejected_files: Files of rejected rows.
+        timings: Seconds of each stage.
+    """
+
+    reservation: Reservation
+    files: tuple[FileEntry, ...]
+    rejected_files: tuple[FileEntry, ...]
+    timings: dict[str, float]
+
+    @property
+    def columns(self) -> tuple[ColumnSpec, ...]:
+        """Schema of the data files, for the manifest."""
+        return tuple(ColumnSpec(name=f.name, type=str(f.type), nullable=f.nullable) for f in self.schema)
+
 
 SEVERITY: dict[Verdict, int] = {"pass": 0, "warn": 1, "fail": 2}
 
@@ -208,20 +249,21 @@ def check_split_sizes(sizes: Mapping[str, int], shares: Mapping[str, float], ess
 
 
 def check_stratification(
-    column: str, counts: Mapping[str, Mapping[str, int]], shares: Mapping[str, float], spare_share: float = 0.01
+    column: str, counts: Mapping[str, Mapping[str, int]], shares: Mapping[str, float]
 ) -> CheckResult:
     """Check that each class has its share in each split; warn if not, as groups can't be divided.
+
+    A class may miss its share by 1% of its rows, and by one row in any case.
 
     Args:
         column: Column of the classes.
         counts: Rows by class and split.
         shares: Requested share of the rows, by split.
-        spare_share: A class may miss its share by this much of its rows, and by one row in any case.
     """
     worst, message, allowed = 0.0, f"Every {column} has its share in each split.", 1.0
     for name, by_split in sorted(counts.items()):
         total = sum(by_split.values())
-        spare = max(1.0, spare_share * total)
+        spare = max(1.0, 0.01 * total)
         for split, asked in shares.items():
             missed = abs(by_split.get(split, 0) - asked * total)
             if missed / spare > worst / allowed:
@@ -445,11 +487,11 @@ def check_leakage(
         message = f"Leakage through {column} isn't judged: it is {feature.type}."
         bound = f"≤ {number(warn_above)}"
         return CheckResult(name="leakage", column=column, verdict="pass", bound=bound, message=message)
-    told = f"explains {found.score:.1%} of the target's variance"
+    strength = f"explains {found.score:.1%} of the target's variance"
     if target.classes:
         one = f"{found.about!r} from the others" if len(target.classes) > 2 else "one class from the other"
-        told = f"tells {one}: area under the ROC curve {found.score:.4f}"
-    message = f"{column} alone {told}."
+        strength = f"tells {one}: area under the ROC curve {found.score:.4f}"
+    message = f"{column} alone {strength}."
     if found.chance >= 1:
         message = f"Leakage through {column} isn't judged: {plural(len(feature), 'row')} are too few."
     elif found.chance > warn_above:

@@ -17,8 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-FloatArray = npt.NDArray[np.float64]
-Int64Array = npt.NDArray[np.int64]
+from tasks.io.tensors import AnyArray, BoolArray, Float64Array, Int64Array, UInt64Array
 
 # 2**-_SCALE divides every float64: frexp's mantissas are integers over 2**53, and its exponents at least -1073.
 _SCALE = 1126
@@ -40,7 +39,7 @@ class Moments:
     squares: int = 0
 
     @classmethod
-    def of(cls, values: FloatArray) -> Moments:
+    def of(cls, values: Float64Array) -> Moments:
         """Return the sums of an array of finite values, shape (n,)."""
         total = squares = 0
         for start in range(0, len(values), _SUM_CHUNK):
@@ -78,7 +77,7 @@ class Moments:
             return math.inf
 
 
-def _exact_sums(values: FloatArray) -> tuple[int, int]:
+def _exact_sums(values: Float64Array) -> tuple[int, int]:
     """Return sum and sum of squares as integers (scaled as in Moments), of at most 2**19 values.
 
     Each value is m * 2**e with an integer m of 53 bits, cut into a * 2**27 + b; the pieces of m and m**2 are summed by
@@ -104,9 +103,6 @@ def _exact_sums(values: FloatArray) -> tuple[int, int]:
         total += ((hi << 27) + lo) << shift
         squares += ((hi2 << 54) + (cross << 28) + lo2) << (2 * shift)
     return total, squares
-
-
-UInt64Array = npt.NDArray[np.uint64]
 
 
 CAPACITY = 16_384
@@ -138,13 +134,13 @@ class QuantileSketch:
     """
 
     level: int
-    lows: FloatArray
-    highs: FloatArray
+    lows: Float64Array
+    highs: Float64Array
     counts: Int64Array
     capacity: int = CAPACITY
 
     @classmethod
-    def of(cls, values: npt.NDArray[Any], capacity: int = CAPACITY) -> QuantileSketch:
+    def of(cls, values: AnyArray, capacity: int = CAPACITY) -> QuantileSketch:
         """Return the sketch of the finite values of an array of numbers (shape (n,)); -0.0 counts as 0.0."""
         floats = values.astype(np.float64)
         finite = np.isfinite(floats)
@@ -187,7 +183,7 @@ class QuantileSketch:
         counts = self.counts.astype(np.min_scalar_type(int(self.counts.max(initial=0))))
         return _unpickled, (self.level, self.lows, self.highs, counts, self.capacity)
 
-    def order_statistics(self, ranks: npt.ArrayLike) -> FloatArray:
+    def order_statistics(self, ranks: npt.ArrayLike) -> Float64Array:
         """Return the values at some zero-based ranks, each in [0, count); same shape as ranks, float64."""
         wanted = np.asarray(ranks, dtype=np.int64)
         ends = np.cumsum(self.counts)
@@ -195,10 +191,10 @@ class QuantileSketch:
         place = wanted - (ends[bucket] - self.counts[bucket])
         share = place / np.maximum(self.counts[bucket] - 1, 1)
         low, high = self.lows[bucket], self.highs[bucket]
-        values: FloatArray = np.minimum(low + (high - low) * share, high)
+        values: Float64Array = np.minimum(low + (high - low) * share, high)
         return values
 
-    def quantiles(self, levels: Sequence[float] | FloatArray) -> FloatArray:
+    def quantiles(self, levels: Sequence[float] | Float64Array) -> Float64Array:
         """Return quantiles at levels in [0, 1], by linear interpolation as `numpy.quantile`; NaN without values."""
         wanted = np.asarray(levels, dtype=np.float64)
         assert np.all((wanted >= 0) & (wanted <= 1)), f"quantile levels lie in [0, 1], not {levels}"
@@ -230,7 +226,7 @@ class QuantileSketch:
                 below[-1] = self.count
         return np.diff(below)
 
-    def _count_below(self, bounds: FloatArray) -> Int64Array:
+    def _count_below(self, bounds: Float64Array) -> Int64Array:
         totals = np.concatenate([[0], np.cumsum(self.counts)])
         whole = np.searchsorted(self.highs, bounds, side="left")
         below = totals[whole].astype(np.int64)
@@ -346,19 +342,17 @@ class TopValues:
         return tuple(sorted((self.counts or {}).items(), key=lambda item: (-item[1], item[0]))[:limit])
 
 
-def _unpickled(
-    level: int, lows: FloatArray, highs: FloatArray, counts: npt.NDArray[Any], capacity: int
-) -> QuantileSketch:
+def _unpickled(level: int, lows: Float64Array, highs: Float64Array, counts: AnyArray, capacity: int) -> QuantileSketch:
     return QuantileSketch(level, lows, highs, counts.astype(np.int64), capacity)
 
 
-def _ordered(values: FloatArray) -> UInt64Array:
+def _ordered(values: Float64Array) -> UInt64Array:
     """Return bit patterns whose unsigned order is the values' order."""
     bits = values.view(np.uint64)
     return np.where(bits >> np.uint64(63), ~bits, bits | _SIGN)
 
 
-def _changes(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+def _changes(values: AnyArray) -> BoolArray:
     """Return for each of some sorted values if it differs from the one before; True for the first."""
     changes = np.ones(len(values), dtype=bool)
     np.not_equal(values[1:], values[:-1], out=changes[1:])
@@ -375,7 +369,9 @@ def _merged(sketches: Sequence[QuantileSketch]) -> QuantileSketch:
     return _coarsened(level, lows[order], highs[order], counts[order], sketches[0].capacity)
 
 
-def _coarsened(level: int, lows: FloatArray, highs: FloatArray, counts: Int64Array, capacity: int) -> QuantileSketch:
+def _coarsened(
+    level: int, lows: Float64Array, highs: Float64Array, counts: Int64Array, capacity: int
+) -> QuantileSketch:
     """Gather sorted buckets at the lowest level, not below `level`, at which they fit the capacity."""
     assert capacity >= 2, "the two signs need a bucket each"
     bits = _ordered(lows)

@@ -14,6 +14,12 @@ from tasks.io.text import plural, shortened
 from tasks.store.lineage import Lineage, SourceNode, TrainingNode, VersionNode
 
 MOST_BOXES = 3  # of one dataset; more versions share a box
+WIDTH, HEIGHT = 240.0, 74.0  # of a box, pixels
+ACROSS, DOWN = 38.0, 14.0  # between boxes
+MARGIN = 4.0
+_TIP = 9.0  # length of an arrow's tip
+_PASSING = 10.0  # height that a line takes which passes by a column
+_TURNS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,14 +159,6 @@ def _quoted(line: str) -> str:
     for mark, instead in (("#", "#35;"), ("&", "#amp;"), ('"', "#quot;"), ("<", "#lt;"), (">", "#gt;"), ("`", "'")):
         line = line.replace(mark, instead)
     return " ".join(line.split())
-
-
-WIDTH, HEIGHT = 240.0, 74.0  # of a box, pixels
-ACROSS, DOWN = 38.0, 14.0  # between boxes
-MARGIN = 4.0
-_TIP = 9.0  # length of an arrow's tip
-_PASSING = 10.0  # height that a line takes which passes by a column
-_TURNS = 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,6 @@ def emit_start(job: str, run: RunRecord, started: dt.datetime | None = None) -> 
 
     Returns:
         True if it was sent.
-
     """
     return _sent(lambda: [_Events(job, run).of_flow("START", started)])
 
@@ -75,7 +74,6 @@ def emit_end(
 
     Returns:
         True if all was sent.
-
     """
 
     def events() -> list[Any]:

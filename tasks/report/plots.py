@@ -6,20 +6,28 @@ import io
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from tasks.io.tensors import Float64Array
 from tasks.io.text import number, shortened
 from tasks.quality.profile import HISTOGRAM_BINS
 from tasks.store.manifest import CheckResult, ColumnProfile, Histogram
 
-FloatArray = npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    from PIL import Image as PIL_Image
+    from PIL import ImageDraw as PIL_ImageDraw
+    from PIL import ImageFont as PIL_ImageFont
 
 NOW_COLOUR = "#3b6fd4"
 BEFORE_COLOUR = "#d9822b"
 INK_COLOUR = "#767e8b"  # equally far from white and from the dark page: readable on both
+_TEXT_COLOUR = "#3c424c"
+_CELL, _MARGIN, _LEGEND = (486, 300), 16, 56  # pixels; a page shows two of them as one
 _BINS = 28
 _LOG_RATIO = 1000.0
 _CATEGORIES = 6
@@ -84,20 +92,55 @@ def distribution(column: str, now: ColumnProfile, before: ColumnProfile | None =
 
 
 def histogram_grid(drawn: Sequence[Distribution], limit: int = 12) -> bytes:
-    """Return a PNG of small multiples, four in a row: this version as bars, the last one as a line."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Return a PNG of small multiples, four in a row: this version as bars, the last one as a line.
+
+    Drawn by Pillow: importing matplotlib takes longer than checking a small version.
+    """
+    from PIL import Image, ImageDraw
 
     shown = drawn[:limit]
     columns = min(4, max(1, len(shown)))
     lines = -(-len(shown) // columns)
-    figure = Figure(figsize=(2.7 * columns, 1.75 * lines + 0.4), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    canvas = Image.new("RGB", (columns * _CELL[0], lines * _CELL[1] + _LEGEND), "white")
+    draw = ImageDraw.Draw(canvas)
+    _draw_legend(draw, canvas.width, with_before=any(one.before for one in shown))
     for index, one in enumerate(shown):
-        axes = figure.add_subplot(lines, columns, index + 1)
-        _draw(axes, one)
-    figure.legend(handles=_legend(shown), loc="outside upper right", ncols=2, frameon=False, fontsize=8)
-    return png(figure, dpi=90)
+        left, top = index % columns * _CELL[0] + _MARGIN, _LEGEND + index // columns * _CELL[1]
+        right, bottom = left + _CELL[0] - 2 * _MARGIN, top + _CELL[1] - _MARGIN
+        title = font(21)
+        draw.text((left, top), fitted(one.column, title, right - left), "black", title)
+        (_draw_named if one.layout == "names" else _draw_upright)(draw, one, (left, top + 34, right, bottom))
+    return _few_colours(canvas)
+
+
+@cache
+def font(pixels: int, bold: bool = False) -> PIL_ImageFont.FreeTypeFont:
+    """Return the font that comes with matplotlib, which has more letters than Pillow's."""
+    from PIL import ImageFont
+
+    package = find_spec("matplotlib")  # without importing it
+    assert package is not None
+    assert package.origin is not None
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    path = Path(package.origin).parent / "mpl-data" / "fonts" / "ttf" / name
+    return ImageFont.truetype(str(path), pixels, layout_engine=ImageFont.Layout.BASIC)
+
+
+def one_line(text: str, longest: int) -> str:
+    """Return text as one short line of printable characters."""
+    printable = "".join(character if character.isprintable() else "·" for character in " ".join(text.split()))
+    return shortened(printable, longest)
+
+
+def fitted(text: str, letters: PIL_ImageFont.FreeTypeFont, width: float) -> str:
+    """Shorten a text in its middle to at most so many pixels."""
+    text = one_line(text, 200)
+    fitting = text
+    for length in range(len(text) - 1, 0, -1):
+        if letters.getlength(fitting) <= width:
+            return fitting
+        fitting = shortened(text, length)
+    return fitting if letters.getlength(fitting) <= width else ""
 
 
 def png(figure: Any, dpi: float) -> bytes:
@@ -159,7 +202,7 @@ def _visible_range(versions: Sequence[ColumnProfile]) -> tuple[float, float]:
     return (low, high) if high > low else (min(ends), max(ends))
 
 
-def _shares(profile: ColumnProfile, edges: FloatArray, logarithmic: bool = False) -> tuple[float, ...]:
+def _shares(profile: ColumnProfile, edges: Float64Array, logarithmic: bool = False) -> tuple[float, ...]:
     """Return shares of a column's values between edges, assuming even spread within the bins of its histogram.
 
     On a logarithmic axis the logarithms are evenly spread; its edges are positive.
@@ -201,37 +244,59 @@ def _named_shares(profile: ColumnProfile, values: Sequence[str]) -> list[float]:
     return [*listed, rest / total]
 
 
-def _draw(axes: Any, one: Distribution) -> None:
-    places = np.arange(len(one.now)) + 0.5
-    if one.layout == "names":
-        axes.barh(places, one.now, color=NOW_COLOUR, height=0.75)
+Box = tuple[float, float, float, float]  # left, top, right and bottom, pixels
+
+
+def _draw_named(draw: PIL_ImageDraw.ImageDraw, one: Distribution, box: Box) -> None:
+    """Draw a bar to the right for each value, its name before it, and a stroke for the last version's share."""
+    left, top, right, bottom = box
+    letters = font(18)
+    names = [fitted(short_name(label), letters, 150) for label in one.labels]
+    start = left + max(letters.getlength(name) for name in names) + 8
+    step, scale = (bottom - top) / len(one.now), (right - start) / (one.peak * 1.08)
+    for place, name in enumerate(names):
+        middle = top + (place + 0.5) * step
+        half = min(0.375 * step, 16)
+        draw.text((start - 8, middle), name, _TEXT_COLOUR, letters, anchor="rm")
+        draw.rectangle((start, middle - half, start + one.now[place] * scale, middle + half), NOW_COLOUR)
         if one.before:
-            axes.scatter(one.before, places, color=BEFORE_COLOUR, marker="|", s=90, linewidths=2, zorder=3)
-        axes.set_yticks(places, [plain(short_name(label)) for label in one.labels])
-        axes.invert_yaxis()
-        axes.set_xlim(0, one.peak * 1.08)
-        axes.set_xticks([])
-    else:
-        axes.bar(places, one.now, color=NOW_COLOUR, width=1.0 if one.layout == "range" else 0.8)
-        if one.before:
-            axes.stairs(one.before, np.arange(len(one.now) + 1), color=BEFORE_COLOUR, linewidth=1.5)
-        axes.set_xticks([place for place, _ in one.ticks], [plain(label) for _, label in one.ticks])
-        axes.set_ylim(0, one.peak * 1.08)
-        axes.set_yticks([])
-    axes.set_title(plain(shortened(one.column, 34)), fontsize=8.5, loc="left")
-    axes.tick_params(labelsize=7, length=0)
-    for side in ("top", "right", "bottom", "left"):
-        axes.spines[side].set_visible(False)
+            end = start + one.before[place] * scale
+            draw.line((end, middle - half - 3, end, middle + half + 3), BEFORE_COLOUR, 4)
 
 
-def _legend(drawn: Sequence[Distribution]) -> list[Any]:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
+def _draw_upright(draw: PIL_ImageDraw.ImageDraw, one: Distribution, box: Box) -> None:
+    """Draw an upright bar for each share over its label, and the last version's shares as a line of steps."""
+    left, top, right, bottom = box
+    letters, floor = font(18), bottom - 24
+    step, scale = (right - left) / len(one.now), (floor - top) / (one.peak * 1.08)
+    gap = 0.0 if one.layout == "range" else 0.1 * step
+    for place, share in enumerate(one.now):
+        if share:
+            begin, end = left + place * step + gap, left + (place + 1) * step - gap
+            draw.rectangle((begin, floor - share * scale, end, floor), NOW_COLOUR)
+    if one.before:
+        heights = [0.0, *one.before, 0.0]
+        steps = [
+            (left + edge * step, floor - share * scale)
+            for edge in range(len(one.before) + 1)
+            for share in heights[edge : edge + 2]
+        ]
+        draw.line(steps, BEFORE_COLOUR, 4)
+    for tick, label in one.ticks:
+        width = letters.getlength(label)
+        begin = min(max(left + tick * step - width / 2, left), right - width)  # all of it is in the cell
+        draw.text((begin, bottom), label, _TEXT_COLOUR, letters, anchor="ls")
 
-    handles: list[Any] = [Patch(color=NOW_COLOUR, label="this version")]
-    if any(one.before for one in drawn):
-        handles.append(Line2D([], [], color=BEFORE_COLOUR, linewidth=1.5, label="last version"))
-    return handles
+
+def _draw_legend(draw: PIL_ImageDraw.ImageDraw, right: float, with_before: bool) -> None:
+    letters = font(20)
+    entries = [*([("last version", BEFORE_COLOUR)] if with_before else []), ("this version", NOW_COLOUR)]
+    right -= _MARGIN
+    for text, colour in entries:
+        right -= letters.getlength(text)
+        draw.text((right, _LEGEND / 2), text, _TEXT_COLOUR, letters, anchor="lm")
+        draw.rectangle((right - 40, _LEGEND / 2 - 7, right - 10, _LEGEND / 2 + 7), colour)
+        right -= 70
 
 
 def _axis(value: float) -> str:
@@ -267,11 +332,17 @@ def wide_figure(height: float, columns: int = 1) -> tuple[Any, Any]:
 
 
 def compact_png(figure: Any) -> bytes:
-    """Return a figure as PNG in 64 colours, a third of the bytes: charts have few colours besides letters' edges."""
+    """Return a figure as PNG in few colours."""
     from PIL import Image
 
     with Image.open(io.BytesIO(png(figure, dpi=150))) as image:
-        few = image.convert("RGBA").quantize(64, method=Image.Quantize.FASTOCTREE)
+        return _few_colours(image.convert("RGBA"))
+
+
+def _few_colours(image: PIL_Image.Image) -> bytes:
+    """Return a chart as PNG in 64 colours, a third of the bytes: charts have few besides letters' edges."""
+    from PIL import Image
+
     buffer = io.BytesIO()
-    few.save(buffer, "PNG", optimize=True)
+    image.quantize(64, method=Image.Quantize.FASTOCTREE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

@@ -1,27 +1,32 @@
-"""Effects of a changed declaration: published features that it changes, and models that it breaks.
+"""Effects of a changed declaration on features and models, and differences between two versions of a dataset.
 
-Nothing is computed. Two declarations of a feature are compared by their digests; the types of a new one are found by
-evaluating it on no rows.
+Nothing is computed and no data is read. Two declarations of a feature are compared by their digests; the types of a new
+one are found by evaluating it on no rows. Two versions are compared by their manifests.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import polars as pl
 
 from tasks.features.definitions import Definitions, EventSource, FeatureGroup, feature_digests
 from tasks.features.kernel import evaluate
 from tasks.features.rows import TIME
 from tasks.io.errors import DefinitionError, VersionNotFound
+from tasks.io.tensors import Int64Array
 from tasks.io.text import closest, plural
+from tasks.quality.profile import population_stability_index
 from tasks.store import layout
-from tasks.store.catalogue import feature_names
-from tasks.store.manifest import Manifest
-from tasks.store.reading import list_datasets, live_manifests, resolve
+from tasks.store.catalogue import declarations, feature_names
+from tasks.store.layout import AS_OF, CREATED, VERSION
+from tasks.store.manifest import ColumnProfile, Manifest
+from tasks.store.reading import latest, list_datasets, overview, resolve
 from tasks.training_sets.definition import ALL, FeatureReference, Model
 
 Status = Literal["new", "unchanged", "changed", "undeclared"]
@@ -86,11 +91,11 @@ class _Reader:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """Base for checking models' references; published: live manifests of groups, oldest first, at least one."""
+    """Base for checking models' references; published: the newest live manifest of each group that has one."""
 
     root: str
     definitions: Definitions
-    published: Mapping[str, Sequence[Manifest]]
+    published: Mapping[str, Manifest]
     changes: Mapping[str, GroupChange]
 
 
@@ -104,19 +109,16 @@ def plan_changes(root: str, definitions: Definitions, models: Mapping[str, Model
 
     Raises:
         CorruptVersion: a manifest can't be read.
-
     """
     datasets = list_datasets(root)
-    published = {name: live_manifests(root, layout.feature_dataset(name)) for name in _groups(datasets)}
-    published = {name: manifests for name, manifests in published.items() if manifests}
+    newest = {name: latest(root, layout.feature_dataset(name)) for name in _groups(datasets)}
+    published = {name: manifest for name, manifest in newest.items() if manifest is not None}
     changes = {
-        name: _compare(group, published.get(name, []), definitions) for name, group in definitions.groups.items()
+        name: _compare(root, group, published.get(name), definitions) for name, group in definitions.groups.items()
     }
-    for name in published:
+    for name, manifest in published.items():
         if name not in changes:
-            changes[name] = GroupChange(
-                group=name, status="undeclared", version=published[name][-1].version, retyped={}
-            )
+            changes[name] = GroupChange(group=name, status="undeclared", version=manifest.version, retyped={})
     known = _Known(root, definitions, published, changes)
     breaks: list[str] = []
     notes: list[str] = []
@@ -142,23 +144,22 @@ def _readers(root: str, datasets: Sequence[str], models: Mapping[str, Model]) ->
     """Return models of the file, and those of published training sets that it doesn't redeclare."""
     readers = []
     base = layout.TRAINING_READY + "/"
-    trained = {name.removeprefix(base): live_manifests(root, name) for name in datasets if name.startswith(base)}
+    trained = {name.removeprefix(base): latest(root, name) for name in datasets if name.startswith(base)}
     for name in dict.fromkeys([*models, *trained]):
-        live = trained.get(name, [])
+        newest = trained.get(name)
         if name in models:
             references = models[name].features
-        elif live:
-            references = tuple(FeatureReference.parse(text) for text in live[-1].definition.get("features", ()))
+        elif newest is not None:
+            references = tuple(FeatureReference.parse(text) for text in newest.definition.get("features", ()))
         else:
             continue
-        readers.append(_Reader(name, references, live[-1].version if live else None))
+        readers.append(_Reader(name, references, newest.version if newest is not None else None))
     return readers
 
 
-def _compare(group: FeatureGroup, live: Sequence[Manifest], definitions: Definitions) -> GroupChange:
-    if not live:
+def _compare(root: str, group: FeatureGroup, newest: Manifest | None, definitions: Definitions) -> GroupChange:
+    if newest is None:
         return GroupChange(group=group.name, status="new", added=tuple(group.feature_names), retyped={})
-    newest = live[-1]
     before, now = feature_digests(newest.definition), feature_digests(group.describe())
     had = feature_names(newest)
     has = [*now, *_dimension_columns(group, newest, definitions)]
@@ -177,8 +178,14 @@ def _compare(group: FeatureGroup, live: Sequence[Manifest], definitions: Definit
         removed=removed,
         redeclared=redeclared,
         retyped=retyped,
-        recompute=tuple(sorted({moment for manifest in live for moment in manifest.as_of})) if moved else (),
+        recompute=_times(root, newest.dataset) if moved else (),
     )
+
+
+def _times(root: str, dataset: str) -> tuple[dt.datetime, ...]:
+    """Return the as-of times of all live versions, ascending."""
+    live = overview(root, dataset).warned().live
+    return tuple(sorted({moment for one in live for moment in one.as_of}))
 
 
 def _dimension_columns(group: FeatureGroup, newest: Manifest, definitions: Definitions) -> list[str]:
@@ -221,8 +228,8 @@ def _effect(reader: _Reader, reference: FeatureReference, known: _Known) -> tupl
         return [f"{who} '{group}', which is neither declared nor published{cure}"], []
     if isinstance(reference.pin, int):
         return _pinned(reader, reference, reference.pin, known.root), []
-    change, live = known.changes[group], known.published.get(group, ())
-    had = feature_names(live[-1]) if live else []
+    change, newest = known.changes[group], known.published.get(group)
+    had = feature_names(newest) if newest is not None else []
     # 'group:*' takes the present features; a missing former one matters only to models trained on it.
     asked = [feature] if feature != ALL else had if reader.trained is not None else []
     breaks = [f"{who} {group}:{name}, which {why}" for name in asked if (why := _broken(name, change, had, known))]
@@ -269,3 +276,144 @@ def _plain(kind: str) -> str:
 
 def _retyped(change: GroupChange, name: str) -> str:
     return f" ({change.retyped[name][1]} → {change.retyped[name][0]})" if name in change.retyped else ""
+
+
+Counts = Int64Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColumnChange:
+    """A column of both versions, before and after.
+
+    nulls: shares. psi: population stability index (`core.drift`) from the profiles' histograms, whose bins differ:
+    exact where a bin is one value, else as near as straight lines within bins come; None where there is none.
+    """
+
+    name: str
+    nulls: tuple[float, float]
+    mean: tuple[float | None, float | None]
+    psi: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """Two versions side by side; pairs are (before, after)."""
+
+    dataset: str
+    versions: tuple[int, int]
+    rows: tuple[int, int]
+    bytes: tuple[int, int]
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    retyped: Mapping[str, tuple[str, str]]
+    declared: Mapping[str, tuple[str, str]]
+    as_of_added: tuple[dt.datetime, ...]
+    as_of_removed: tuple[dt.datetime, ...]
+    inputs: Mapping[str, tuple[str, str]]
+    config: Mapping[str, tuple[Any, Any]]
+    columns: tuple[ColumnChange, ...]
+
+
+def compare(before: Manifest, after: Manifest) -> Difference:
+    """Return the changes from one version of a dataset to another."""
+    types = {column.name: column.type for column in before.columns}, {c.name: c.type for c in after.columns}
+    times = before.as_of, after.as_of
+    both = [name for name in types[1] if name in types[0]]
+    # They differ between versions by their nature.
+    stamps = {after.definition.get("entity"), AS_OF, CREATED, VERSION}
+    return Difference(
+        dataset=after.dataset,
+        versions=(before.version, after.version),
+        rows=(before.rows, after.rows),
+        bytes=(sum(file.bytes for file in before.files), sum(file.bytes for file in after.files)),
+        added=tuple(name for name in types[1] if name not in types[0]),
+        removed=tuple(name for name in types[0] if name not in types[1]),
+        retyped={name: (types[0][name], types[1][name]) for name in both if types[0][name] != types[1][name]},
+        declared=_declared(before, after),
+        as_of_added=tuple(moment for moment in times[1] if moment not in times[0]),
+        as_of_removed=tuple(moment for moment in times[0] if moment not in times[1]),
+        inputs=_changed(_inputs(before), _inputs(after)),
+        config=_changed(_flat(before.config), _flat(after.config)),
+        columns=tuple(
+            _column(name, before.profile[name], after.profile[name])
+            for name in both
+            if name in before.profile and name in after.profile and name not in stamps
+        ),
+    )
+
+
+def _declared(before: Manifest, after: Manifest) -> dict[str, tuple[str, str]]:
+    """Return redefined features of a group; for other datasets, changed declarations."""
+    if "features" not in after.definition or not isinstance(after.definition["features"], Mapping):
+        return {
+            n: (str(a), str(b)) for n, (a, b) in _changed(_flat(before.definition), _flat(after.definition)).items()
+        }
+    digests = feature_digests(before.definition), feature_digests(after.definition)
+    texts = declarations(before), declarations(after)
+    return {
+        name: (texts[0].get(name, ""), texts[1].get(name, ""))
+        for name, digest in digests[1].items()
+        if name in digests[0] and digests[0][name] != digest
+    }
+
+
+def _inputs(manifest: Manifest) -> dict[str, str]:
+    """Return the inputs of a version; versions of one dataset are grouped."""
+    found: dict[str, list[str]] = {}
+    for record in manifest.inputs:
+        what = f"v{record.version}" if record.version else f"{len(record.files):,} files, {record.uri}"
+        found.setdefault(record.name, []).append(what)
+    return {name: ", ".join(parts) for name, parts in found.items()}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    names = dict.fromkeys([*before, *after])
+    return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
+
+
+def _column(name: str, before: ColumnProfile, after: ColumnProfile) -> ColumnChange:
+    nulls = tuple(profile.nulls / profile.count if profile.count else 0.0 for profile in (before, after))
+    return ColumnChange(name=name, nulls=(nulls[0], nulls[1]), mean=(before.mean, after.mean), psi=psi(before, after))
+
+
+def psi(before: ColumnProfile, after: ColumnProfile) -> float | None:
+    """Return the population stability index of a column from two profiles; None for kinds without bins."""
+    if before.kind != after.kind or before.kind not in ("numeric", "boolean", "string"):
+        return None
+    counts = _by_number(before, after) if before.kind == "numeric" else _by_value(before, after)
+    missing = [profile.nulls + profile.nans + profile.infinities for profile in (before, after)]
+    old, new = (np.append(some, gone) for some, gone in zip(counts, missing, strict=True))
+    occupied = (old > 0) | (new > 0)
+    value = population_stability_index(new[occupied], old[occupied])
+    return None if math.isnan(value) else value
+
+
+def _by_number(before: ColumnProfile, after: ColumnProfile) -> tuple[Counts, Counts]:
+    if before.histogram is None or after.histogram is None or not before.histogram.counts:
+        sizes = [sum(p.histogram.counts) if p.histogram is not None else 0 for p in (before, after)]
+        return np.array([sizes[0]]), np.array([sizes[1]])
+    edges = np.array(before.histogram.edges)
+    # Number of the later values below each edge, if they are spread evenly within their bins.
+    below = np.interp(edges, after.histogram.edges, np.append(0, np.cumsum(after.histogram.counts)))
+    total = sum(after.histogram.counts)
+    inner = np.rint(np.diff(below)).astype(np.int64)
+    outside = [round(below[0]), round(total - below[-1])]
+    return np.array([0, *before.histogram.counts, 0]), np.array([outside[0], *inner, outside[1]])
+
+
+def _by_value(before: ColumnProfile, after: ColumnProfile) -> tuple[Counts, Counts]:
+    old, new = dict(before.top_values), dict(after.top_values)
+    listed = list(dict.fromkeys([*old, *new])) if before.distinct_exact and after.distinct_exact else list(old)
+    counts = [np.array([values.get(value, 0) for value in listed], dtype=np.int64) for values in (old, new)]
+    rest = [
+        profile.count - profile.nulls - int(some.sum()) for profile, some in zip((before, after), counts, strict=True)
+    ]
+    return np.append(counts[0], rest[0]), np.append(counts[1], rest[1])

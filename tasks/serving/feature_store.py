@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from tasks.features.keys import as_given
+from tasks.features.rows import as_given
 from tasks.io import storage
 from tasks.io.errors import ConfigError, DefinitionError, InputError, SourceError
 from tasks.io.text import closest
@@ -33,8 +33,17 @@ from tasks.store.layout import AS_OF, EVENT_TIME
 from tasks.store.manifest import Manifest
 from tasks.store.reading import latest, overview, resolve
 from tasks.store.version_index import IndexedVersion
-from tasks.training_sets.definition import ALL, FeatureReference, Pin
-from tasks.training_sets.freshness import STATUS, expired, moment_of, statuses, time_to_live, without
+from tasks.training_sets.definition import (
+    ALL,
+    STATUS,
+    FeatureReference,
+    Pin,
+    expired,
+    moment_of,
+    statuses,
+    time_to_live,
+    without,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -118,7 +127,6 @@ class FeatureStore:
             root: Path or s3:// URI.
             refresh_seconds: Maximum age, for look-ups, of the knowledge which version is the newest.
             cache_bytes: Decoded rows that look-ups keep in memory, for each group.
-
         """
         if not isinstance(root, str | os.PathLike) or not str(root).strip():
             raise ConfigError(f"root = {root!r}: give the path or s3:// URI of a store, such as 'data'")
@@ -145,7 +153,6 @@ class FeatureStore:
         Raises:
             ConfigError: the version isn't a number.
             VersionNotFound: there is no such dataset or version.
-
         """
         number = None if version in (None, "latest") else layout.version_number(version)
         return catalogue.describe(self.root, catalogue.find_dataset(self.root, group), number)
@@ -155,7 +162,6 @@ class FeatureStore:
 
         Raises:
             VersionNotFound: there is no such dataset.
-
         """
         return catalogue.version_summaries(self.root, catalogue.find_dataset(self.root, group))
 
@@ -191,7 +197,6 @@ class FeatureStore:
             VersionNotFound: a pinned version doesn't exist.
             InputError: another argument is invalid.
             SourceError: a column of the rows is missing, or the rows can't be read.
-
         """
         from tasks.serving.retrieval import retrieve
 
@@ -244,7 +249,6 @@ class FeatureStore:
             DefinitionError: a reference is malformed, or the group or feature doesn't exist.
             InputError: a group's entity key is missing or of the wrong type; or another argument is invalid.
             VersionNotFound: a pinned version doesn't exist.
-
         """
         keys, references = _columns(entity_rows), _references(features)
         ttl, moment = time_to_live(ttl_days), moment_of(now)

@@ -35,24 +35,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tasks.engine.partition import bucket_of
-from tasks.features.keys import read_keys
+from tasks.features.rows import read_keys
 from tasks.io import storage
 from tasks.io.disk import MIB
 from tasks.io.errors import ConfigError, DefinitionError, InputError, VersionConflict, VersionNotFound
+from tasks.io.tensors import Int64Array
 from tasks.io.text import closest
 from tasks.store import layout
 from tasks.store.catalogue import feature_names, newest
 from tasks.store.layout import AS_OF
 from tasks.store.manifest import Manifest
 from tasks.store.reading import data_files, explained, open_data, opened
-from tasks.training_sets.freshness import expired, moment_of, time_to_live
+from tasks.training_sets.definition import expired, moment_of, time_to_live
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -89,7 +89,6 @@ class Lookup:
             root: Root of the store.
             manifest: A published version of a feature group.
             cache_bytes: Decoded row groups that stay in memory.
-
         """
         self.manifest = manifest
         self.entity: str = manifest.definition["entity"]
@@ -115,7 +114,6 @@ class Lookup:
             DefinitionError: the version has no such column.
             InputError: a key can't belong to this entity.
             CorruptVersion: a file is missing, of another size, or can't be read.
-
         """
         for name in columns:
             if name not in self.schema.names:
@@ -142,13 +140,13 @@ class Lookup:
         table = pa.Table.from_batches(found, schema=fields).combine_chunks()
         return table.take(order)
 
-    def _order(self, wanted: pa.Array, distinct: pa.Array, row_of: npt.NDArray[np.int64]) -> pa.Array:
+    def _order(self, wanted: pa.Array, distinct: pa.Array, row_of: Int64Array) -> pa.Array:
         """Return the row number of each key among the found rows, null without one."""
         number = pc.index_in(wanted, value_set=distinct).fill_null(-1).to_numpy()
         rows = np.append(row_of, -1)[number]
         return pa.array(rows, mask=rows < 0)
 
-    def _places(self, distinct: pa.Array) -> dict[Place, npt.NDArray[np.int64]]:
+    def _places(self, distinct: pa.Array) -> dict[Place, Int64Array]:
         """Return row groups that may have the keys, each with the numbers of those keys."""
         found: dict[Place, list[int]] = {}
         values = distinct.to_pylist()
@@ -279,7 +277,6 @@ def connect(url: str) -> Redis:
     Raises:
         ConfigError: the client isn't installed, or the URL isn't a Redis URL.
         ConnectionError: no server answers at the URL.
-
     """
     try:
         import redis
@@ -322,7 +319,6 @@ def export_latest(
         VersionNotFound: the group has no published version.
         VersionConflict: another export of the group is under way.
         CorruptVersion: a file of the version is missing, of another size, or can't be read.
-
     """
     ttl, now = time_to_live(ttl_days), moment_of(None)
     manifest = newest(root, layout.feature_dataset(group))
@@ -368,7 +364,6 @@ class RedisLookup:
 
         Raises:
             VersionNotFound: the group wasn't exported to this server.
-
         """
         self._group = group
         self._client = connect(url)
@@ -396,7 +391,6 @@ class RedisLookup:
         Raises:
             DefinitionError: no such column was exported.
             InputError: a key can't belong to this entity.
-
         """
         for name in columns:
             if name not in self.schema.names:

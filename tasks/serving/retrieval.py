@@ -13,14 +13,13 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from tasks.engine.partition import bucket_of
-from tasks.features.keys import read_keys
+from tasks.features.rows import read_keys
 from tasks.io import storage
 from tasks.io.errors import DefinitionError, InputError, SourceError
 from tasks.io.text import closest
 from tasks.store.layout import EVENT_TIME
 from tasks.training_sets.asof import join_asof, plant
-from tasks.training_sets.definition import ALL, FeatureReference, Pin
-from tasks.training_sets.freshness import STATUS, statuses, time_to_live
+from tasks.training_sets.definition import ALL, STATUS, FeatureReference, Pin, statuses, time_to_live
 from tasks.training_sets.history import TIME, History, read_bucket, resolve_history
 
 BUCKETS = 16
@@ -67,7 +66,6 @@ def retrieve(
         SourceError: the spine lacks a column.
         VersionNotFound: no such group or version.
         LeakFound: the join looked into the future.
-
     """
     if not references:
         raise DefinitionError("no features are asked for; give some, such as customer-features:*")

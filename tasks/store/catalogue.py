@@ -115,7 +115,6 @@ def find_dataset(root: str, name: str, kind: str | None = None) -> str:
 
     Raises:
         VersionNotFound: no dataset, or several, have the name; the message names the closest.
-
     """
     known = [found for found in list_datasets(root) if kind is None or kind_in_words(found) == kind]
     if name in known:
@@ -243,7 +242,6 @@ def describe(root: str, dataset: str, version: int | None = None) -> Description
 
     Raises:
         VersionNotFound: there is no such version, or readers skip it.
-
     """
     root = storage.normalise(root)
     manifest = resolve(root, dataset, "latest" if version is None else version)
@@ -319,7 +317,6 @@ def newest(root: str, dataset: str, known: Overview | None = None) -> Manifest |
         root: Root of the store.
         dataset: Dataset name.
         known: Current overview of the dataset; read if omitted.
-
     """
     first = dt.datetime.min.replace(tzinfo=dt.UTC)
     found = (overview(root, dataset) if known is None else known).warned()
@@ -328,15 +325,8 @@ def newest(root: str, dataset: str, known: Overview | None = None) -> Manifest |
 
 
 SCHEMA = pa.schema(
-    [
-        ("version", pa.int64()),
-        ("dataset", pa.string()),
-        ("feature_count", pa.int64()),
-        ("record_count", pa.int64()),
-        ("status", pa.string()),
-        ("thresholds", pa.string()),
-        ("creation_date", pa.timestamp("us", tz="UTC")),
-    ]
+    {"version": pa.int64(), "dataset": pa.string(), "feature_count": pa.int64(), "record_count": pa.int64()}
+    | {"status": pa.string(), "thresholds": pa.string(), "creation_date": pa.timestamp("us", tz="UTC")}
 )
 
 

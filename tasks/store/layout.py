@@ -29,11 +29,13 @@ FEATURE_STORE = "feature-store"
 TRAINING_READY = f"{FEATURE_STORE}/training-ready"
 TRAINING_DATASETS = "training-datasets"
 STREAMING_READY = f"{TRAINING_DATASETS}/streaming-ready"
+DATASETS = "datasets"
 KINDS = {
     TRAINING_READY: ("training-set", "tasks.training_sets.kind"),
     FEATURE_STORE: ("features", "tasks.features.kind"),
     STREAMING_READY: ("streaming-copy", "tasks.delivery.kind"),
     TRAINING_DATASETS: ("images", "tasks.images.kind"),
+    DATASETS: ("dataset", "tasks.datasets.kind"),
 }
 """Kinds of datasets by their places: name and module (`tasks.kinds`). A place precedes those that it is in."""
 METADATA = f"{FEATURE_STORE}/metadata/feature_versions.csv"
@@ -206,6 +208,11 @@ def image_dataset(name: str) -> str:
     return join(TRAINING_DATASETS, name)
 
 
+def ray_dataset(name: str) -> str:
+    """Return the dataset name of a published Ray Dataset: 'clicks' → 'datasets/clicks'."""
+    return join(DATASETS, name)
+
+
 def streaming_dataset(name: str) -> str:
     """Return the dataset name of a streaming-ready copy: 'images' → 'training-datasets/streaming-ready/images'."""
     return join(STREAMING_READY, name)
@@ -238,6 +245,9 @@ MISSING, OUTLYING, SCORE, READY = QUALITY
 
 FEATURES = (*QUALITY, AS_OF, CREATED, VERSION)
 """Columns of feature rows, beside the entity, its features and its dimension's columns."""
+
+ROW_ID, IMAGE_ID = "row_id", "image_id"
+"""Ids of rows, and of images."""
 
 EVENT_TIME, TARGET = "event_timestamp", "target"
 TRAINING_SET = (EVENT_TIME, TARGET)

@@ -49,7 +49,6 @@ def code_digest(*packages: Path, extra: str = "") -> str:
     Args:
         packages: Directories of Python files.
         extra: Anything else that affects the result, such as the digest of a declaration.
-
     """
     digest = hashlib.sha256(extra.encode())
     for package in packages:
@@ -143,7 +142,6 @@ def trace(root: str, dataset: str, version: int) -> Lineage:
     Raises:
         VersionNotFound: the version isn't committed.
         CorruptVersion: its manifest can't be read; an unreadable manifest of an earlier version counts as deleted.
-
     """
     root = storage.normalise(root)
     return trace_manifest(root, read_manifest(root, dataset, version))

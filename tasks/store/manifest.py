@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from tasks.io import storage
 from tasks.io.errors import BalanceError
@@ -63,15 +63,6 @@ class FileEntry(Record):
         pattern=f"^{PATTERN}$", description="Digest of the file's bytes, hexadecimal, behind its method: 'blake3:…'."
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _earlier_name(cls, value: Any) -> Any:
-        """Rename the field 'sha256' of manifests made before there was a choice of methods."""
-        if isinstance(value, dict) and "sha256" in value:
-            value = dict(value)
-            value["digest"] = f"sha256:{value.pop('sha256')}"
-        return value
-
 
 class ColumnSpec(Record):
     """Column of the written schema."""
@@ -82,7 +73,12 @@ class ColumnSpec(Record):
 
 
 class RowBalance(Record):
-    """Balance of the rows of one source or stage: in = out + rejected + filtered + deduplicated."""
+    """Balance of the rows of one source or stage: in = out + rejected + filtered + deduplicated.
+
+    That this adds up proves little: code that loses a row may also forget to count it. So the same figures are counted
+    a second time elsewhere, and compared by `check_equal`: rows of a file by its Parquet footer, rows in transit by the
+    shuffle, rows written and rejected by the footers of the files that the manifest will list.
+    """
 
     name: str = Field(description="What was counted, such as 'transactions' or 'customer-features'.")
     rows_in: Count = Field(description="Rows read.")
@@ -107,6 +103,19 @@ class RowBalance(Record):
                 f"{sum(self.rejected.values())} rejected, {sum(self.filtered.values())} filtered, "
                 f"{self.deduplicated} deduplicated: {self.missing:+d} unaccounted for"
             )
+
+
+def check_equal(name: str, said: int, counted: int, what: str) -> None:
+    """Raise `BalanceError` unless two counts of the same things are equal.
+
+    Args:
+        name: Name of the counted things, such as 'transactions'.
+        said: First count.
+        counted: Second count.
+        what: Origin of the counts, with a place for the second figure: 'were sent to their buckets, {} arrived'.
+    """
+    if said != counted:
+        raise BalanceError(f"{name}: {said} {what.format(counted)}: {said - counted:+d} unaccounted for")
 
 
 class Histogram(Record):
@@ -303,13 +312,8 @@ def lists_apart(manifest: Manifest) -> tuple[Manifest, bytes]:
 def with_lists(uri: str, manifest: Manifest) -> Manifest:
     """Return a complete manifest, the inverse of `lists_apart`.
 
-    Args:
-        uri: Directory of the version.
-        manifest: Manifest in its stored form.
-
     Raises:
         ValueError: the file with the lists is missing, or isn't the one written with the manifest.
-
     """
     entry = manifest.file_lists
     if entry is None:

@@ -10,28 +10,28 @@ read is looked at directly.
 
 from __future__ import annotations
 
+import datetime as dt
 import difflib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, Self, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field, ValidationError
 
 from tasks.io import storage
 from tasks.io.errors import ConfigError, CorruptVersion, DamagedManifest, PipelineError, VersionNotFound
-from tasks.io.faults import is_transient
 from tasks.io.listing import FileInfo
+from tasks.io.location import is_transient
+from tasks.io.tensors import Int64Array
 from tasks.store import layout
-from tasks.store.manifest import FileEntry, Manifest
+from tasks.store.manifest import FileEntry, Manifest, Record
 from tasks.store.reservation import attempts, find_manifest, parse_manifest, pass_over, version_numbers
 from tasks.store.version_index import IndexedVersion, indexed, marked, read_index, write_index
-from tasks.store.withdrawal import Withdrawal, parse_withdrawals, withdrawal_uri
 
 CURE = "publish a new version from the same sources, or restore the file from a copy"
 PRUNED = "pruned"
@@ -40,6 +40,57 @@ _AT_ONCE = 32
 _LOG = logging.getLogger(__name__)
 
 Version = TypeVar("Version", Manifest, IndexedVersion)
+
+
+class Withdrawal(Record):
+    """Reason, time and author of a version's withdrawal."""
+
+    reason: str = Field(description="Why readers must not use it, in words.")
+    when: dt.datetime | None = Field(
+        default=None, description="When it was withdrawn, UTC; None if that can't be read."
+    )
+    by: str = Field(default="unknown", description="Who withdrew it.")
+
+    def __str__(self) -> str:
+        if self.when is None:
+            return f"withdrawn: {self.reason}"
+        return f"withdrawn by {self.by} at {self.when:%Y-%m-%d %H:%M} UTC: {self.reason}"
+
+
+def withdrawal_of(root: str, dataset: str, version: int) -> Withdrawal | None:
+    """Return the withdrawal of a version; None if it isn't withdrawn."""
+    uris = {version: withdrawal_uri(storage.normalise(root), dataset, version)}
+    return parse_withdrawals(uris, storage.read_many(uris.values())).get(version)
+
+
+def withdrawn(root: str, dataset: str) -> dict[int, Withdrawal]:
+    """Return the withdrawn versions of a dataset, ascending."""
+    root = storage.normalise(root)
+    uris = {version: withdrawal_uri(root, dataset, version) for version in version_numbers(root, dataset)}
+    return parse_withdrawals(uris, storage.read_many(uris.values()))
+
+
+def withdrawal_uri(root: str, dataset: str, version: int) -> str:
+    """Return the URI of the record of a version's withdrawal, if it is withdrawn; `root` is normalised."""
+    return layout.join(layout.version_uri(root, dataset, version), layout.WITHDRAWN)
+
+
+def parse_withdrawals(uris: Mapping[int, str], contents: Mapping[str, bytes]) -> dict[int, Withdrawal]:
+    """Return withdrawals by version, from the contents of the existing records.
+
+    Every record counts: one that can't be read withdraws its version all the same.
+    """
+    withdrawals = {}
+    for version, uri in uris.items():
+        if uri in contents:
+            try:
+                withdrawals[version] = Withdrawal.model_validate_json(contents[uri])
+            except ValidationError as fault:
+                withdrawals[version] = Withdrawal(
+                    reason=f"{uri} can't be read as a record ({fault.error_count()} errors in {len(contents[uri])} "
+                    "bytes): delete that file to publish the version again, and withdraw it anew after that"
+                )
+    return withdrawals
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,21 +153,11 @@ def read_manifest(root: str, dataset: str, version: int) -> Manifest:
     return manifest
 
 
-def committed_manifests(root: str, dataset: str) -> list[Manifest]:
-    """Return manifests of all committed versions, published and rejected, by ascending version, without damaged ones.
-
-    Raises:
-        CorruptVersion: a manifest is of a format that a newer release writes.
-    """
-    return list(read_committed(root, dataset).warned().versions.values())
-
-
 def live_manifests(root: str, dataset: str) -> list[Manifest]:
     """Return manifests of all live versions, by ascending version; for callers that need each of them whole.
 
     Raises:
         CorruptVersion: a manifest is of a format that a newer release writes.
-
     """
     return read_committed(root, dataset).warned().live
 
@@ -131,7 +172,6 @@ def read_committed(root: str, dataset: str, numbers: Sequence[int] | None = None
 
     Raises:
         CorruptVersion: a manifest is of a format that a newer release writes.
-
     """
     root = storage.normalise(root)
     numbers = version_numbers(root, dataset) if numbers is None else numbers
@@ -186,7 +226,6 @@ def overview(
 
     Raises:
         CorruptVersion: a manifest is of a format that a newer release writes.
-
     """
     root = storage.normalise(root)
     numbers = version_numbers(root, dataset) if listed is None else _numbers(root, dataset, listed)
@@ -346,7 +385,7 @@ def list_datasets(root: str) -> list[str]:
     A store within another, such as root/other, is skipped: it is a separate root.
     """
     root = storage.normalise(root)
-    found: list[str] = []
+    datasets: list[str] = []
     pending = [""]
     while pending:
         dataset = pending.pop()
@@ -354,13 +393,13 @@ def list_datasets(root: str) -> list[str]:
         if dataset and {layout.FEATURE_STORE, layout.TRAINING_DATASETS} & set(names):
             continue
         if dataset and any(layout.parse_version(name) is not None for name in names):
-            found.append(dataset)
+            datasets.append(dataset)
         pending.extend(
             layout.join(dataset, name) if dataset else name
             for name in names
             if layout.parse_version(name) is None and not name.startswith(("_", "."))
         )
-    return sorted(found)
+    return sorted(datasets)
 
 
 def data_files(root: str, manifest: Manifest) -> list[str]:
@@ -425,7 +464,6 @@ def opened(uri: str, size: int) -> Iterator[pa.NativeFile]:
 
     Raises:
         CorruptVersion: it is missing, of another size, or not Parquet.
-
     """
     with explained(uri), open_data(uri, size) as source:
         yield source
@@ -445,7 +483,6 @@ def explained(uri: str) -> Iterator[None]:
 
     Raises:
         CorruptVersion: it is missing or can't be read as Parquet.
-
     """
     try:
         yield
@@ -461,17 +498,11 @@ def explained(uri: str) -> Iterator[None]:
         raise CorruptVersion(f"{uri} can't be read, it may be damaged ({cause}): {CURE}") from error
 
 
-def rows_of(file: pq.ParquetFile, rows: npt.NDArray[np.int64], columns: Sequence[str] | None = None) -> pa.Table:
-    """Read some rows of an open file, one row group at a time.
-
-    Args:
-        file: The file.
-        rows: Numbers of the rows, ascending.
-        columns: Columns to read; None reads all.
+def rows_of(file: pq.ParquetFile, rows: Int64Array, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read some rows of an open file by their ascending numbers, one row group at a time.
 
     Raises:
         IndexError: the file has fewer rows.
-
     """
     wanted = None if columns is None else list(columns)
     sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
@@ -494,7 +525,6 @@ def faults_of_files(root: str, manifest: Manifest, listed: Mapping[str, int]) ->
         root: Root of the store.
         manifest: Manifest of the version.
         listed: Size in bytes of every file below its directory, by URI.
-
     """
     if manifest.status != "published":
         return []
@@ -532,8 +562,7 @@ def _verify_files(root: str, manifest: Manifest, files: Sequence[FileEntry]) -> 
             compare(uri, "bytes", file.bytes, sizes[uri])
         verify_digest(uri, file.digest)
 
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        list(pool.map(verify_file, files))
+    list(storage.in_threads(verify_file, files, threads=8))
 
 
 def verify_digest(uri: str, expected: str) -> None:
@@ -541,7 +570,6 @@ def verify_digest(uri: str, expected: str) -> None:
 
     Raises:
         CorruptVersion: it is missing or differs; the message names it, and the expected and actual digests.
-
     """
     try:
         compare(uri, "digests", expected, storage.digest_of(uri, expected))
@@ -554,7 +582,6 @@ def compare(uri: str, what: str, expected: object, found: object) -> None:
 
     Raises:
         CorruptVersion: they differ; the message names the file, and the expected and actual values.
-
     """
     if found != expected:
         raise CorruptVersion(f"{uri}: {what} differ from its manifest: expected {expected}, found {found}: {CURE}")

@@ -79,7 +79,6 @@ def survey(
     Raises:
         ConfigError: `keep` is below 1, or `older_than` is negative.
         CorruptVersion: a manifest is of a format that a newer release writes.
-
     """
     if keep is not None and keep < 1:
         raise ConfigError(f"keep = {keep}: at least the latest version stays; give 1 or more")
@@ -142,7 +141,6 @@ def prune(root: str, chosen: Iterable[Prunable]) -> int:
 
     Raises:
         VersionConflict: a new attempt at one of them has begun since.
-
     """
     root = storage.normalise(root)
     deleted = 0
@@ -168,14 +166,8 @@ def leftovers(root: str, datasets: Iterable[str], now: dt.datetime | None = None
     - Everywhere below the root, on a local disk, temporary files that are older than `CUT_OFF_AFTER`. (On S3 they are
       uploads that were never completed, see `listing`.)
 
-    Args:
-        root: Root of the store.
-        datasets: Datasets whose versions are searched.
-        now: Reference time; the clock's if omitted.
-
     Raises:
         CorruptVersion: a manifest can't be read.
-
     """
     root = storage.normalise(root)
     found: dict[str, FileInfo] = {}

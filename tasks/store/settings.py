@@ -1,9 +1,11 @@
-"""Field types shared by several flows' configurations, and times set by the environment."""
+"""Bases and field types of the flows' configurations: parameter of the flow, command line, and deployment's parameters.
+
+Credentials never appear in them (Prefect stores parameters); storage takes them from the environment.
+"""
 
 from __future__ import annotations
 
 import importlib
-import os
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -70,7 +72,6 @@ class Bounds(Settings):
 
     Attributes:
         falling: Fields of lower bounds, at which a check warns.
-
     """
 
     falling: ClassVar[tuple[str, ...]] = ()
@@ -99,7 +100,6 @@ def config_of(kind: type[Config], manifest: Manifest, **now: Any) -> Config:
 
     Raises:
         ConfigError: this code can't use the configuration.
-
     """
     try:
         return kind.model_validate(kind.recorded(manifest.config) | now)
@@ -121,7 +121,6 @@ def load_object(setting: str, path: str) -> Any:
 
     Raises:
         ConfigError: it is no import path, can't be imported, or doesn't exist; the message names the wrong part.
-
     """
     module, _, name = path.partition(":")
     if not (module and name):
@@ -138,28 +137,6 @@ def load_object(setting: str, path: str) -> Any:
             raise ConfigError(f"{setting} = '{path}': '{module}' has no '{name}'; check the name")
         found = getattr(found, part)
     return found
-
-
-def seconds_from_environment(name: str, default: float, most: float) -> float:
-    """Return a time that an environment variable may set, seconds.
-
-    Args:
-        name: Name of the variable.
-        default: Value if the variable is unset or empty.
-        most: Upper bound.
-
-    Raises:
-        ConfigError: it isn't a number from 0 to `most`.
-
-    """
-    text = os.environ.get(name, "").strip() or f"{default:g}"
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds <= most:
-        raise ConfigError(f"{name} must be a number of seconds from 0 to {most:g}; it is {text!r}")
-    return seconds
 
 
 def warns(default: float, when: str) -> Any:
@@ -179,3 +156,35 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 Location = Annotated[str, Field(min_length=1), AfterValidator(_location)]
 Version = Annotated[Annotated[int, Field(ge=1)] | Literal["latest"], BeforeValidator(_version)]
 DatasetName = Annotated[str, AfterValidator(_dataset_name)]
+SelfTest = Annotated[
+    bool, Field(description="Inject faults into a sample of the version, and report which its gate notices.")
+]
+
+
+class CommonBounds(Bounds):
+    """Bounds that gates of several kinds have."""
+
+    rejected_warn: Share = warns(0.01, "above this share of rejected input")
+    rejected_fail: Share = fails(0.2, "above this share of rejected input")
+    drift_warn: Drift = warns(0.1, "above this drift (PSI) against the last published version")
+    drift_fail: Drift = fails(1.0, "above this drift (PSI) against the last published version")
+
+
+class FlowSettings(Settings):
+    """Base of a flow's configuration."""
+
+    root: Location = Field(default="data", description="Where datasets are kept: a directory or s3://bucket/prefix.")
+
+    @property
+    def less_at_once(self) -> str:
+        """Advice for making a task take less memory."""
+        raise NotImplementedError
+
+
+def check_shares(validation_share: float, test_share: float) -> None:
+    """Raise ValueError unless the two splits leave something to train on."""
+    if validation_share + test_share >= 1:
+        raise ValueError(
+            f"validation_share + test_share = {validation_share + test_share:g}: "
+            "nothing is left to train on; together they must stay below 1"
+        )

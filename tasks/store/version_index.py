@@ -67,7 +67,6 @@ def indexed(manifest: Manifest, size: int, stamp: str) -> IndexedVersion:
         manifest: Manifest of the version.
         size: The manifest's size in bytes.
         stamp: The manifest's mark of change, as `storage.stamp_of` gives it.
-
     """
     state = manifest.definition.get("state")
     state = state if isinstance(state, dict) else {}

@@ -13,6 +13,10 @@ when it was planned, its base. Before it is published, every number between the 
 manifest with status 'rejected' by put-if-absent, which blocks its run. After that nothing below can be published any
 more, and a publisher above must decide this number first. So of two runs with one base the first publishes, and the
 other is `Superseded` and plans again.
+
+A withdrawal is one more record beside the manifest, made by put-if-absent: the first one counts, readers skip the
+version, and no published file is rewritten. The data stays, so that everything made from it can still be explained;
+`retention` deletes it.
 """
 
 from __future__ import annotations
@@ -21,13 +25,32 @@ import datetime as dt
 import re
 from collections.abc import Sequence
 
+import pyarrow.parquet as pq
+
 from tasks.io import storage
-from tasks.io.errors import CorruptVersion, GateFailed, Superseded, VersionConflict
+from tasks.io.errors import (
+    CorruptVersion,
+    DamagedManifest,
+    GateFailed,
+    Superseded,
+    VersionConflict,
+    VersionNotFound,
+)
 from tasks.store import layout
-from tasks.store.manifest import SUPERSEDED, CheckResult, FileEntry, GateResult, Manifest, RunRecord, lists_apart
+from tasks.store.manifest import (
+    SUPERSEDED,
+    CheckResult,
+    FileEntry,
+    GateResult,
+    Manifest,
+    RowBalance,
+    RunRecord,
+    check_equal,
+    lists_apart,
+)
 from tasks.store.reading import (
     PRUNED,
-    committed_manifests,
+    Withdrawal,
     data_files,
     latest,
     list_datasets,
@@ -40,6 +63,7 @@ from tasks.store.reading import (
     resolve,
     update_index,
     verify,
+    withdrawal_uri,
 )
 from tasks.store.reservation import (
     Attempt,
@@ -48,11 +72,12 @@ from tasks.store.reservation import (
     attempts,
     current_owner,
     ensure_newest,
+    find_manifest,
     parse_manifest,
     reserve,
     version_numbers,
 )
-from tasks.store.version_index import read_index
+from tasks.store.version_index import mark, read_index
 
 __all__ = [
     "Attempt",
@@ -60,8 +85,8 @@ __all__ = [
     "Reservation",
     "attempt_of",
     "attempts",
+    "check_written",
     "commit",
-    "committed_manifests",
     "current_owner",
     "data_files",
     "discard_attempt_files",
@@ -79,9 +104,40 @@ __all__ = [
     "update_index",
     "verify",
     "version_numbers",
+    "withdraw",
 ]
 
 _ATTEMPT = re.compile(r"-a([0-9]+)\.")
+
+
+def check_written(
+    dataset: str,
+    uri: str,
+    files: Sequence[FileEntry],
+    rejected: Sequence[FileEntry],
+    balances: Sequence[RowBalance],
+) -> None:
+    """Compare the reports of a version's files with their contents.
+
+    Every balance must add up, every file must hold as many rows as reported, and the files of rejected rows as
+    many as the balances count.
+
+    Raises:
+        BalanceError: they differ; the message has both figures.
+    """
+    for balance in balances:
+        balance.check()
+    entries = [*files, *rejected]
+    counted = storage.in_threads(lambda entry: _rows_in(layout.join(uri, entry.path)), entries)
+    for entry, rows in zip(entries, counted, strict=True):
+        check_equal(f"{dataset}, {entry.path}", entry.rows, rows, "were reported as written, the file holds {}")
+    reasons = sum(sum(balance.rejected.values()) for balance in balances)
+    check_equal(dataset, reasons, sum(entry.rows for entry in rejected), "were rejected, _rejected/ holds {}")
+
+
+def _rows_in(uri: str) -> int:
+    with storage.open_input(uri) as source:
+        return int(pq.read_metadata(source).num_rows)
 
 
 def commit(reservation: Reservation, manifest: Manifest, base: int | None = None) -> Manifest:
@@ -270,10 +326,6 @@ def attempt_of(path: str) -> int | None:
 def orphans(uri: str, manifest: Manifest) -> list[str]:
     """Return files of a committed version that no reader needs: not listed, and not the protocol's or the report's.
 
-    Args:
-        uri: Directory of the version.
-        manifest: Manifest of the version.
-
     Returns:
         Paths relative to the directory.
     """
@@ -303,3 +355,26 @@ def _check_present(reservation: Reservation, files: Sequence[FileEntry]) -> None
             raise CorruptVersion(
                 f"{uri}: {file.bytes} bytes expected, found {found}; nothing was published: run again to write it anew"
             )
+
+
+def withdraw(root: str, dataset: str, version: int, reason: str, by: str) -> None:
+    """Withdraw a published version: readers skip it, and 'latest' is then the one before. A second call is no error.
+
+    A version whose manifest is damaged can be withdrawn too: it causes no more warnings, and `prune` deletes it.
+
+    Raises:
+        VersionNotFound: the version isn't published.
+    """
+    root = storage.normalise(root)
+    try:
+        manifest = find_manifest(root, dataset, version)
+        published = manifest is not None and manifest.status == "published"
+    except DamagedManifest:
+        published = True
+    if not published:
+        known = ", ".join(f"v{number}" for number in version_numbers(root, dataset)) or "none"
+        state = "isn't published" if manifest is None else "was rejected by the quality gate: nobody reads it"
+        raise VersionNotFound(f"{dataset} v{version} {state}; name a published version to withdraw (of {known})")
+    mark(root, dataset, version)
+    record = Withdrawal(reason=reason, when=dt.datetime.now(dt.UTC), by=by)
+    storage.put_if_absent(withdrawal_uri(root, dataset, version), record.model_dump_json(indent=2).encode())

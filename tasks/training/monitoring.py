@@ -37,7 +37,7 @@ class WorkerEpoch:
         bytes_read: bytes of the samples, from any source.
         cache_hits: files of a remote store that were in the local cache.
         cache_misses: files that were downloaded.
-        skipped_samples: samples skipped in corrupt blocks.
+        skipped_samples: samples skipped in corrupt batches.
     """
 
     epoch: int
@@ -86,8 +86,8 @@ class TrainingResult:
         restarts: number of times that workers died or failed and all of them were restarted.
         checkpoint_uri: directory of the last checkpoint; None if none was kept.
         seconds: wall time of this call, including the start of the workers.
-        classes: samples of each class, 'natural' in the split and 'epoch' in the first epoch; empty if classes aren't
-            balanced.
+        drawn: samples of each class or version, 'natural' in the split and 'epoch' in the first epoch; empty if each
+            sample of one version comes once.
     """
 
     version_uri: str
@@ -97,13 +97,13 @@ class TrainingResult:
     restarts: int
     checkpoint_uri: str | None
     seconds: float
-    classes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    drawn: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def judge_bound(workers: Sequence[WorkerEpoch]) -> Bound | None:
     """Return the bottleneck, data or computing; None if no worker has delivered anything.
 
-    The first epoch counts only if it is the only one: it fills the cache and compares the blocks' checksums.
+    The first epoch counts only if it is the only one: it fills the cache and compares the batches' checksums.
     """
     steady = _steady(workers)
     seconds = sum(one.seconds for one in steady)
@@ -191,14 +191,16 @@ def epoch_table(epochs: Sequence[Mapping[str, Any]], workers: Sequence[WorkerEpo
     return DataTable(title="Epochs", columns=columns, rows=rows)
 
 
-def class_table(classes: Mapping[str, Mapping[str, int]]) -> DataTable:
-    """Return a row for each class: its samples in the split, and in an epoch.
+def drawn_table(drawn: Mapping[str, Mapping[str, int]], *, mixed: bool) -> DataTable:
+    """Return a row for each class, or each version of a mix: its samples in the split, and in an epoch.
 
     Args:
-        classes: As `TrainingResult.classes`.
+        drawn: As `TrainingResult.drawn`.
+        mixed: True for versions.
     """
-    rows = tuple((name, count, classes["epoch"][name]) for name, count in classes["natural"].items())
-    return DataTable(title="Balanced classes", columns=("class", "in the split", "in an epoch"), rows=rows)
+    rows = tuple((name, count, drawn["epoch"][name]) for name, count in drawn["natural"].items())
+    title, what = ("Mixed versions", "version") if mixed else ("Balanced classes", "class")
+    return DataTable(title=title, columns=(what, "in the split", "in an epoch"), rows=rows)
 
 
 def training_pictures(epochs: Sequence[Mapping[str, Any]], workers: Sequence[WorkerEpoch]) -> list[Picture]:
@@ -297,11 +299,11 @@ def judge_training(result: TrainingResult, definition: Mapping[str, Any], epochs
         definition: `manifest.definition` of the version.
         epochs: Number of requested epochs.
         remainder: 'pad' or 'drop'.
-
     """
     checks = [_complete(result, epochs), _learned(result), *_fed(result), _skipped(result), _restarts(result)]
     if remainder == "pad" and not result.restarts:
-        checks.append(_consumed(result, int(definition["samples"]["train"])))
+        samples = sum(result.drawn["epoch"].values()) if result.drawn else int(definition["samples"]["train"])
+        checks.append(_consumed(result, samples))
     return gate(checks)
 
 
@@ -368,15 +370,15 @@ def _restarts(result: TrainingResult) -> CheckResult:
 
 
 def _consumed(result: TrainingResult, samples: int) -> CheckResult:
-    """Check that each epoch covered the whole split: without padding, the workers' samples add up to it."""
+    """Check that the workers' samples of each epoch, without padding, add up to those of an epoch."""
     totals: dict[int, int] = {}
     for one in result.workers:
         totals[one.epoch] = totals.get(one.epoch, 0) + one.samples + one.skipped_samples
     odd = {epoch: total for epoch, total in sorted(totals.items()) if total != samples}
     if odd:
         epoch, total = next(iter(odd.items()))
-        message = f"Epoch {epoch} had {total:,} samples, and the split has {samples:,}."
+        message = f"Epoch {epoch} had {total:,} samples, and an epoch has {samples:,}."
         return _check("consumed", "fail", float(total), number(samples), message)
     count = plural(samples, "sample")
-    message = f"Each epoch had {count}, drawn by class." if result.classes else f"Each epoch had all {count} once."
+    message = f"Each epoch had {count}, drawn by weight." if result.drawn else f"Each epoch had all {count} once."
     return _check("consumed", "pass", float(samples), number(samples), message)

@@ -15,18 +15,18 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import ray
 import ray.train
 import torch
 
 from tasks.delivery.config import TrainingConfig
-from tasks.engine.cluster import connect, environment, handler_kept
+from tasks.engine.cluster import connect, environment, handler_kept, has_web_server
 from tasks.io import storage
 from tasks.io.errors import ConfigError, PipelineError
-from tasks.loader.shards import open_version
-from tasks.loader.stream import TrainingStream
+from tasks.loader.version_files import Version, open_version
 from tasks.store import layout
 from tasks.store.settings import load_object
 from tasks.training.loops import Send, State, TrainingRun, open_run
@@ -35,6 +35,7 @@ from tasks.training.monitoring import TrainingResult, WorkerEpoch
 DEFAULT_FUNCTION = "tasks.training.loops:train"
 STATE = "state.pt"
 RECORDS = "records"
+MIX = "mix.json"
 CHECKPOINTS_KEPT = 2
 
 _LOG = logging.getLogger(__name__)
@@ -42,8 +43,9 @@ _LOG = logging.getLogger(__name__)
 # Interval at which the controller polls its workers. Within it a report waits for the previous one, and a death isn't
 # noticed; Ray's default is 2 s, too long for short epochs. A poll costs one small call of each worker.
 _ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
-# One machine can't lose a node, and the watcher for lost nodes logs an error.
-_LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+# One machine can't lose a node, and the watcher for lost nodes logs an error. Its workers may be polled more often: the
+# epochs of a small training take less than the interval.
+_LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1"}
 
 
 def train_version(uri: str, config: TrainingConfig, storage_path: str, run_name: str) -> TrainingResult:
@@ -71,29 +73,23 @@ def train_version(uri: str, config: TrainingConfig, storage_path: str, run_name:
     started = connect()
     try:
         check_resources(config)
-        result = _fit(version.uri, version.definition, config, run_uri)
+        result = _fit(version, config, run_uri)
     finally:
         if started:
             ray.shutdown()
-    epochs, workers, restarts = read_records(run_uri)
-    classes = {}
-    if config.balance is not None:
-        with TrainingStream(
-            version.uri, batch_size=1, seed=config.seed, balance=config.balance, as_numpy=True
-        ) as stream:
-            classes = stream.distribution()
+    records = read_records(run_uri)
     checkpoint = None
     if result.checkpoint is not None:
         checkpoint = layout.join(run_uri, result.checkpoint.path.rstrip("/").rpartition("/")[2])
     return TrainingResult(
         version_uri=version.uri,
         run_uri=run_uri,
-        epochs=epochs,
-        workers=workers,
-        restarts=restarts,
+        epochs=records.epochs,
+        workers=records.workers,
+        restarts=records.restarts,
         checkpoint_uri=checkpoint,
         seconds=time.monotonic() - start,
-        classes=classes,
+        drawn=records.drawn,
     )
 
 
@@ -145,11 +141,24 @@ def read_state(checkpoint_uri: str) -> dict[str, Any]:
     return found
 
 
-def read_records(run_uri: str) -> tuple[tuple[dict[str, Any], ...], tuple[WorkerEpoch, ...], int]:
-    """Return metrics of epochs, figures of workers, and the number of restarts, as a run has reported them so far.
+class Records(NamedTuple):
+    """Reports of a run so far; if an epoch was reported twice, before and after a restart, the later report counts.
 
-    If an epoch was reported twice, before and after a restart, the later report counts.
+    Attributes:
+        epochs: metrics of each epoch.
+        workers: figures of each worker in each epoch.
+        restarts: number of restarts of all workers.
+        drawn: as `TrainingResult.drawn`.
     """
+
+    epochs: tuple[dict[str, Any], ...] = ()
+    workers: tuple[WorkerEpoch, ...] = ()
+    restarts: int = 0
+    drawn: Mapping[str, Mapping[str, int]] = MappingProxyType({})
+
+
+def read_records(run_uri: str) -> Records:
+    """Return what a run's workers have reported so far."""
     uris = [info.uri for info in storage.list_files(layout.join(run_uri, RECORDS))]
     contents = storage.read_many(uris)
     epochs: dict[int, list[dict[str, Any]]] = {}
@@ -166,7 +175,8 @@ def read_records(run_uri: str) -> tuple[tuple[dict[str, Any], ...], tuple[Worker
         for epoch, reports in in_order
         for rank, report in enumerate(reports)
     )
-    return metrics, workers, restarts
+    drawn: Mapping[str, Mapping[str, int]] = next((reports[0].get("drawn", {}) for _, reports in in_order), {})
+    return Records(metrics, workers, restarts, drawn)
 
 
 def _worker_epoch(epoch: int, rank: int, counted: Mapping[str, float]) -> WorkerEpoch:
@@ -206,7 +216,29 @@ class _Recorder(ray.train.UserCallback):
         storage.write_bytes(layout.join(self._uri, f"{time.time_ns():020d}.json"), json.dumps(record).encode())
 
 
-def _fit(uri: str, definition: Mapping[str, Any], config: TrainingConfig, run_uri: str) -> Any:
+def _pinned(version: Version, mix: Mapping[str, float], run_uri: str) -> dict[str, float] | None:
+    """Return the directories of the versions to mix and their weights, that of this run first; None if none are mixed.
+
+    The latest versions of the others are looked up once a run: a retry trains on the same.
+    """
+    if not mix:
+        return None
+    own = version.manifest.dataset
+    above = layout.join(version.root, own).rpartition("/")[0]
+    names = sorted(mix, key=lambda name: name != own.rpartition("/")[2])  # normalised by the constants of the first
+    place = layout.join(run_uri, MIX)
+    if not storage.exists(place):
+        found = [version.uri, *(open_version(layout.join(above, name)).uri for name in names[1:])]
+        storage.put_if_absent(place, json.dumps(dict(zip(names, found, strict=True))).encode())
+    uris = json.loads(storage.read_bytes(place))
+    if sorted(uris) != sorted(names):
+        raise ConfigError(
+            f"mix = {dict(mix)}: this run has begun with {', '.join(sorted(uris))}; give these, or start a new run"
+        )
+    return {uris[name]: mix[name] for name in names}
+
+
+def _fit(version: Version, config: TrainingConfig, run_uri: str) -> Any:
     """Return Ray Train's result of the run."""
     api: Any = ray.train  # its type hints are those of its first version
     base, _, name = run_uri.rpartition("/")
@@ -214,7 +246,13 @@ def _fit(uri: str, definition: Mapping[str, Any], config: TrainingConfig, run_ur
     local = not _has_state_api()
     trainer = _trainer(local)(
         _work,
-        train_loop_config={"uri": uri, "definition": dict(definition), "config": config, "run_uri": run_uri},
+        train_loop_config={
+            "uri": version.uri,
+            "definition": dict(version.definition),
+            "config": config,
+            "run_uri": run_uri,
+            "mix": _pinned(version, config.mix, run_uri),
+        },
         scaling_config=api.ScalingConfig(
             num_workers=config.workers,
             use_gpu=config.use_gpu,
@@ -269,6 +307,7 @@ def _work(settings: dict[str, Any]) -> None:
         device=get_device(),
         resumed=resumed,
         run_uri=settings["run_uri"],
+        mix=settings["mix"],
     ) as run:
         function(run)
 
@@ -294,6 +333,8 @@ def _own_error(error: Exception) -> PipelineError | None:
 
 def _has_state_api() -> bool:
     """Return True if the cluster has a dashboard, whose State API lists its actors; a local Ray of ours has none."""
+    if not has_web_server():
+        return False
     from ray.util.state import list_nodes
     from ray.util.state.exception import RayStateApiException
 
@@ -306,16 +347,23 @@ def _has_state_api() -> bool:
 
 
 def _trainer(local: bool) -> Any:
-    """Return TorchTrainer; on a local Ray, without the helper that polls the absent State API and logs errors."""
+    """Return TorchTrainer; on a local Ray without helpers for the absent State API and for Ray Datasets, which we lack.
+
+    There the actor that the controller waits for starts beside it.
+    """
     from ray.train.torch import TorchTrainer
 
     if not local:
         return TorchTrainer
+    from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    get_or_create_autoscaling_coordinator()  # type: ignore[no-untyped-call]
 
     class LocalTrainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
             made = super()._create_default_callbacks()  # type: ignore[misc]  # its hints are of Ray Train's first version
-            return [one for one in made if not isinstance(one, PlacementGroupCleanerCallback)]
+            return [one for one in made if not isinstance(one, (PlacementGroupCleanerCallback, DatasetsCallback))]
 
     return LocalTrainer

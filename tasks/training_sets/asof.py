@@ -16,18 +16,16 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import cast
 
-import numba
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
+from tasks.io.compiled import Compiled
 from tasks.io.errors import LeakFound
+from tasks.io.tensors import Int64Array
 from tasks.store.layout import AS_OF
 from tasks.training_sets.history import FROM, TIME, UNTIL
-
-Int64Array = npt.NDArray[np.int64]
 
 MOST_RUNS = 64
 """More runs of an entity than this mean that its rows aren't sorted."""
@@ -59,7 +57,6 @@ def join_asof(
 
     Returns:
         The number of the history's row for each spine row, or −1: without a key or a time, or if no row counts.
-
     """
     runs = _runs(history, entity)
     order: Int64Array | None = None
@@ -120,11 +117,10 @@ def _ticks(times: pl.Series, null: int) -> Int64Array:
     return cast(Int64Array, ticks)
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return cast(Callable[..., Any], numba.njit(nogil=True, cache=True)(function))
+_jit = Compiled(globals())
 
 
-@_compiled
+@_jit
 def _search(
     codes: Int64Array,
     times: Int64Array,
@@ -140,7 +136,6 @@ def _search(
         runs: offsets, starts and ends of the runs.
         history: as_of, and the interval in which each row was known (both empty: always).
         limits: Time-to-live (−1: none), and True if as_of must be before the time.
-
     """
     offsets, starts, ends = runs
     as_of, known_from, known_until = history
@@ -170,8 +165,6 @@ def _search(
                 candidate -= 1
     return found
 
-
-# --- the leak canary ---
 
 SAMPLE = 1000
 """Spine rows of a bucket for which rows are planted, each of another entity."""
@@ -211,7 +204,6 @@ def plant(
 
     Raises:
         LeakFound: a spine row finds another row than before; the message names it.
-
     """
     sampled = _sample(spine, entity, event_time)
     if not sampled.height:

@@ -19,7 +19,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.engine.partition import bucket_of
+from tasks.engine.partition import bucket_of, frame_of
 from tasks.features.definitions import feature_digests
 from tasks.io import storage
 from tasks.io.errors import CorruptVersion, DefinitionError
@@ -64,7 +64,6 @@ class HistoryVersion:
             entity: Key whose stable hash gives the bucket.
             bucket: Number of the bucket.
             buckets: Number of buckets, a power of two.
-
         """
         if self.partition is None or self.partition.key != entity:
             return list(self.files), buckets > 1
@@ -106,7 +105,6 @@ def resolve_history(root: str, group: str, features: Sequence[str], pin: Pin = N
     Raises:
         VersionNotFound: there is no such group, or no such live version.
         DefinitionError: the newest of the versions lacks one of the features; the message names the closest.
-
     """
     root = storage.normalise(root)
     dataset = layout.feature_dataset(group)
@@ -122,7 +120,6 @@ def history_among(root: str, group: str, features: Sequence[str], live: Sequence
 
     Raises:
         DefinitionError: the newest of the versions lacks one of the features; the message names the closest.
-
     """
     newest = live[-1]
     known = feature_names(newest)
@@ -151,7 +148,6 @@ def history_of(
         names: Names of features that all of the versions have.
         manifests: The versions, ascending, at least one.
         left_out: Versions that aren't read, each with the reason.
-
     """
     newest = manifests[-1]
     schema = _schema(root, newest)
@@ -249,7 +245,6 @@ def _pruned_told(root: str, dataset: str, version: int) -> Iterator[None]:
     Raises:
         VersionNotFound: it was pruned.
         CorruptVersion: a file is missing, of another size, or can't be read.
-
     """
     try:
         yield
@@ -278,7 +273,6 @@ def read_bucket(
     Raises:
         CorruptVersion: a file is missing, of another size, or can't be read.
         VersionNotFound: a version was pruned during the reading.
-
     """
     assert buckets & (buckets - 1) == 0, "not a power of two"
     assert 0 <= bucket < buckets, "no such bucket"
@@ -290,7 +284,7 @@ def read_bucket(
         files, mixed = version.files_of(history.entity, bucket, buckets)
         with _pruned_told(root, layout.feature_dataset(history.group), version.version):
             for table in _tables(files, history, version.sizes, mixed=mixed, wanted=wanted):
-                frame = _own(table, history, bucket, buckets) if mixed else _frame(table)
+                frame = _own(table, history, bucket, buckets) if mixed else frame_of(table, rechunk=False)
                 if wanted is not None:
                     frame = frame.join(wanted, on=history.entity, how="semi", maintain_order="left")
                 frames.append(_stamped(frame, version, history, known_at=known_at))
@@ -299,9 +293,11 @@ def read_bucket(
 
 def _empty(history: History) -> pl.DataFrame:
     fields = [pa.field(history.entity, history.key_type)]
-    empty = _frame(pa.schema([*fields, *(pa.field(n, history.types[n]) for n in history.features)]).empty_table())
+    schema = pa.schema([*fields, *(pa.field(n, history.types[n]) for n in history.features)])
     times = [pl.lit(None, TIME).alias(name) for name in (AS_OF, FROM, UNTIL)]
-    return empty.with_columns(times).select(history.entity, AS_OF, FROM, UNTIL, *history.features)
+    return (
+        frame_of(schema.empty_table()).with_columns(times).select(history.entity, AS_OF, FROM, UNTIL, *history.features)
+    )
 
 
 def _tables(
@@ -339,13 +335,7 @@ def _groups(file: pq.ParquetFile, entity: str, keys: pl.Series) -> list[int]:
 
 
 def _own(table: pa.Table, history: History, bucket: int, buckets: int) -> pl.DataFrame:
-    return _frame(table).filter(pl.Series(bucket_of(table[history.entity], buckets) == bucket))
-
-
-def _frame(table: pa.Table) -> pl.DataFrame:
-    frame = pl.from_arrow(table, rechunk=False)
-    assert isinstance(frame, pl.DataFrame)
-    return frame
+    return frame_of(table, rechunk=False).filter(pl.Series(bucket_of(table[history.entity], buckets) == bucket))
 
 
 def _stamped(frame: pl.DataFrame, version: HistoryVersion, history: History, *, known_at: bool) -> pl.DataFrame:

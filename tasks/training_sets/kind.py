@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from tasks.audit.explain_tables import explain_training_row
 from tasks.audit.kind import Kind
-from tasks.audit.replay_tables import TrainingSetAgain
+from tasks.audit.training_sets import TrainingSetAgain, explain_training_row
 from tasks.features.config import FeatureStoreConfig
-from tasks.training_sets.gate import judge_training_set
-from tasks.training_sets.self_test import trial
+from tasks.training_sets.gate import judge_training_set, trial
 
 KIND = Kind(
     config=FeatureStoreConfig,

@@ -18,20 +18,20 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
 from tasks.engine.cluster import losses_explained
 from tasks.engine.jobs import Parts, Shuffled, mapped, shuffle
+from tasks.engine.partition import frame_of
 from tasks.features.shuffle import Tally, check_rows_read, check_way
 from tasks.io.errors import SourceError
-from tasks.quality.figures import Written
+from tasks.io.tensors import UInt64Array
 from tasks.quality.profile import TableProfile, added, merge_profiles
+from tasks.quality.rules import Written
 from tasks.quality.sketch import QuantileSketch
-from tasks.store.conservation import check_equal
 from tasks.store.layout import EVENT_TIME
-from tasks.store.manifest import FileEntry, RowBalance
+from tasks.store.manifest import FileEntry, RowBalance, check_equal
 from tasks.store.reading import verify_digest
 from tasks.store.reservation import Reservation
 from tasks.training_sets.gate import TrainingSetFigures
@@ -115,7 +115,6 @@ def build_training_set(
         SourceError: a file can't be read, or no time of a label is over.
         CorruptVersion: a file of a feature version is missing or was altered.
         ResourceError: memory or disk are too small; it says what to do.
-
     """
     started = time.monotonic()
     lookups = label_lookups(plan)
@@ -175,7 +174,6 @@ def _verify_histories(plan: TrainingSetPlan) -> None:
 
     Raises:
         CorruptVersion: a file is missing or differs.
-
     """
     versions = [version for history in plan.histories for version in history.versions]
     files = [pair for version in versions for pair in zip(version.files, version.digests, strict=True)]
@@ -271,26 +269,20 @@ def _scatter_table(
     job: Job, number: int, buckets: int, index: int, rows: pa.Table
 ) -> tuple[SpineNote, list[pl.DataFrame]]:
     """Split a bucket of the previous turn by the next entity key."""
-    return SpineNote(Tally()), job.split(_frame(rows), index, number, buckets)
+    return SpineNote(Tally()), job.split(frame_of(rows, rechunk=False), index, number, buckets)
 
 
 def _scatter_labelled(
     job: Job, finished: tuple[dt.datetime, ...], buckets: int, index: int, table: pa.Table
 ) -> tuple[SpineNote, list[pl.DataFrame]]:
     """Split a bucket of a label's rows, without those whose days aren't over and those without a target."""
-    rows = _frame(table)
+    rows = frame_of(table, rechunk=False)
     over = rows.filter(pl.col(EVENT_TIME).is_in(pl.Series(finished, dtype=rows.schema[EVENT_TIME]).implode()))
     kept = over.drop_nulls("target")
     counts = {"not_over": rows.height - over.height, "no_target": over.height - kept.height}
     filtered = Counter({reason: count for reason, count in counts.items() if count})
     note = SpineNote(Tally(rows_in=rows.height, rows_out=kept.height, filtered=filtered))
     return note, job.split(kept, index, 0, buckets)
-
-
-def _frame(table: pa.Table) -> pl.DataFrame:
-    frame = pl.from_arrow(table, rechunk=False)
-    assert isinstance(frame, pl.DataFrame)
-    return frame
 
 
 def _balances(
@@ -342,7 +334,7 @@ def _review(job: Job, files: Sequence[FileEntry], times: QuantileSketch) -> tupl
     earlier: TableProfile | None = None
     later: TableProfile | None = None
     samples: dict[int, pa.Table] = {}
-    hashes: dict[int, npt.NDArray[np.uint64]] = {}
+    hashes: dict[int, UInt64Array] = {}
 
     def review(number: int) -> tuple[int, Review]:
         return number, job.review(files[number], bound, share)

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,6 +26,7 @@ from tasks.features.sources import ReadUnit, together
 from tasks.features.writer import ROW_GROUP, to_arrow, write_rejected
 from tasks.io import storage
 from tasks.io.hashing import stable_hash
+from tasks.io.tensors import Int64Array, UInt64Array
 from tasks.quality.profile import TableProfile, profile_table
 from tasks.quality.sketch import QuantileSketch
 from tasks.store import layout
@@ -35,8 +35,7 @@ from tasks.store.manifest import FileEntry
 from tasks.store.reservation import Reservation
 from tasks.training_sets.asof import join_asof, plant
 from tasks.training_sets.history import History, read_bucket
-from tasks.training_sets.plan import TrainingSetPlan
-from tasks.training_sets.spine import label_rows
+from tasks.training_sets.plan import TrainingSetPlan, label_rows
 
 ORDER = "_spine_order"
 """Number of a row in the spine, for several shuffles; a split has fewer than 2**40 rows."""
@@ -83,7 +82,7 @@ class Review:
     earlier: TableProfile
     later: TableProfile
     sample: pa.Table
-    hashes: npt.NDArray[np.uint64]
+    hashes: UInt64Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +145,6 @@ class Job:
             buckets: Number of buckets.
             index: Number of the bucket.
             frames: Its rows by unit, in the order of the spine.
-
         """
         entity = self.plan.entities[number]
         rows = pl.concat(frames.values())
@@ -190,7 +188,6 @@ class Job:
             file: A file written by `gather`.
             later: Time (microseconds since 1970) from which rows are later, and True if rows at that time are, too.
             share: Share of the rows to sample.
-
         """
         with storage.open_input(layout.join(self.reservation.uri, file.path)) as source:
             table = pq.read_table(source, use_threads=False)
@@ -236,7 +233,6 @@ def later_bound(times: QuantileSketch, share: float) -> tuple[float, bool]:
 
     Returns:
         Time from which rows are later, and True if rows at that time are, too.
-
     """
     if not times.count:
         return 0.0, False
@@ -259,7 +255,7 @@ def find_features(
     buckets: int,
     *,
     keys: pl.Series | None = None,
-) -> tuple[pl.DataFrame, npt.NDArray[np.int64]]:
+) -> tuple[pl.DataFrame, Int64Array]:
     """Find the features of rows of one bucket of entities in a history.
 
     Args:
@@ -272,7 +268,6 @@ def find_features(
 
     Returns:
         The bucket's features, and for each row its match among them, or −1.
-
     """
     model = plan.model
     known = read_bucket(plan.root, history, bucket, buckets, known_at=model.known_at, keys=keys)
@@ -280,7 +275,7 @@ def find_features(
     return known, join_asof(rows, known, entity=history.entity, **options)  # type: ignore[arg-type]
 
 
-def taken(history: pl.DataFrame, found: npt.NDArray[np.int64], columns: dict[str, str]) -> pl.DataFrame:
+def taken(history: pl.DataFrame, found: Int64Array, columns: dict[str, str]) -> pl.DataFrame:
     """Return the features of the matched rows, null for −1, under the names of their columns."""
     if not history.height:
         nothing = history.select(pl.col(feature).alias(column) for feature, column in columns.items())

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
-import yaml
 
 from flows.feature_store import feature_store
 from flows.image_augmentation import image_augmentation
@@ -22,6 +21,7 @@ from tasks.delivery.config import DeliveryConfig, TrainingConfig
 from tasks.features.config import FeatureStoreConfig
 from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.images.sample import write_sample
+from tests.training_sets.declared import churn_and
 
 TIMES = ("2024-03-31", "2024-06-30")
 EVENTS = 3_000
@@ -88,34 +88,14 @@ def write_models(place: Path) -> str:
         }
     ).with_columns(pl.when(pl.col("customer_id") != 11).then("target").alias("target"))
     spine.write_parquet(place / "spine.parquet")
-    declared = {
-        "labels": {
-            "churned": {
-                "entity": "customer_id",
-                "at": "2024-04-15/2024-05-15/1mo",
-                "days": 10,
-                "target": "COUNT(*) = 0",
-            }
-        },
-        "models": {
-            "churn": {
-                "label": "churned",
-                "features": [
-                    "customer-features:transaction_count",
-                    "customer-features:total_spent_90d",
-                    "customer-features:location",
-                ],
-                "ttl_days": 40,
-            },
-            "worth": {
-                "entity": "customer_id",
-                "spine": {"uri": str(place / "spine.parquet"), "columns": {"event_timestamp": "day"}},
-                "features": ["customer-features:total_spent", "customer-features:spending_trend"],
-            },
-        },
+    worth = {
+        "entity": "customer_id",
+        "spine": {"uri": str(place / "spine.parquet"), "columns": {"event_timestamp": "day"}},
+        "features": ["customer-features:total_spent", "customer-features:spending_trend"],
     }
     file = place / "models.yaml"
-    file.write_text(yaml.safe_dump(declared))
+    features = ("transaction_count", "total_spent_90d", "location")
+    file.write_text(churn_and("2024-04-15/2024-05-15/1mo", 10, features, 40, worth=worth))
     return str(file)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from tasks import feature_store, image_augmentation
 from tasks.delivery.config import DeliveryConfig, TrainingConfig
@@ -20,7 +19,7 @@ from tasks.features.config import FeatureStoreConfig
 from tasks.features.incremental import with_state
 from tasks.features.pipeline import compute_groups
 from tasks.features.plan import plan_features, with_uris
-from tasks.features.sample import SAMPLE_AS_OF, sample_customers, sample_products, sample_transactions
+from tasks.features.standard import SAMPLE_AS_OF, sample_customers, sample_products, sample_transactions
 from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.images.pipeline import augment_images
 from tasks.images.plan import plan_images
@@ -32,9 +31,10 @@ from tasks.publication import manifest_of
 from tasks.store import layout, versions
 from tasks.store.manifest import FileEntry, GateResult, Manifest, RunRecord
 from tasks.store.reservation import reserve
-from tasks.training_sets.loading import load_models
+from tasks.training_sets.definition import load_models
 from tasks.training_sets.pipeline import build_training_set
 from tasks.training_sets.plan import plan_training_set
+from tests.training_sets.declared import churn_and
 
 CUSTOMERS, PRODUCTS = "feature-store/customer-features", "feature-store/product-features"
 CHURN, DEMAND = (layout.training_ready_dataset(model) for model in ("churn", "demand"))
@@ -73,8 +73,10 @@ class Store:
         """Change a value of a stored table; hide: adjust the manifest too, so that no digest tells."""
         uri = self.uri(dataset, entry.path)
         with storage.open_input(uri) as source:
-            rows = pq.ParquetFile(source).metadata.row_group(0).num_rows
-        table = changed(read(uri), column, row, value)
+            footer = pq.read_metadata(source)
+        rows = footer.row_group(0).num_rows
+        kept = {name: text for name, text in (footer.metadata or {}).items() if name != b"ARROW:schema"}
+        table = changed(read(uri), column, row, value).replace_schema_metadata(kept or None)
         written = storage.write_parquet(table, uri, **{**parquet_settings(table.schema), "row_group_size": rows})
         if hide:
             self.admit(dataset, entry, bytes=written.bytes, digest=written.digest)
@@ -159,16 +161,13 @@ def models(store: Store) -> str:
     products = products.with_row_index("sold").with_columns(pl.col("sold").cast(pl.Float64))
     table = store.source("sold.parquet")
     storage.write_parquet(products.to_arrow(), table)
-    label = {"entity": "customer_id", "at": "2024-09-30/2024-11-30/1mo", "days": 30, "target": "COUNT(*) = 0"}
-    churn = {"label": "churned", "features": ["customer-features:*"], "ttl_days": 45}
     demand = {
         "entity": "product_id",
         "spine": {"uri": table, "columns": {"target": "sold", "event_timestamp": "day"}},
         "features": ["product-features:total_sales", "product-features:sales_velocity"],
     }
     file = store.source("models.yaml")
-    declared = {"labels": {"churned": label}, "models": {"churn": churn, "demand": demand}}
-    storage.write_bytes(file, yaml.safe_dump(declared).encode())
+    storage.write_bytes(file, churn_and("2024-09-30/2024-11-30/1mo", 30, ["*"], 45, demand=demand).encode())
     return file
 
 

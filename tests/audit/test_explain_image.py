@@ -12,7 +12,7 @@ import pytest
 import xxhash
 from PIL import Image
 
-from tasks.audit.explain_image import drawn_rows
+from tasks.audit.images import drawn_rows
 from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.images.draws import Draws
 from tasks.images.rows import decode_images

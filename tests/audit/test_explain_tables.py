@@ -22,7 +22,7 @@ from tasks.loader.stream import TrainingStream
 from tasks.report.report import Report
 from tasks.store import layout, versions
 from tasks.store.manifest import GateResult
-from tasks.store.withdrawal import withdraw
+from tasks.store.versions import withdraw
 from tests.audit.explained_store import Store, explained, facts, refused, rows
 
 GROUP = "customer-features"
@@ -342,7 +342,7 @@ def test_samples_stand_where_the_stream_delivers_them(
                 assert facts(answer, "values")["label"].startswith(f"{int(label)} (")
         for title, section in answer["sections"].items():
             if title.startswith("values"):
-                assert section["facts"]["checksum of the block"].startswith("matches")
+                assert section["facts"]["checksum of its batch"].startswith("matches")
                 if name == "images":
                     assert section["facts"]["check"] == "the same pixels as in the source"
     assert seen > 2

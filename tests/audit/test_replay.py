@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 
 from tasks.cli.audit_commands import ALARM
-from tasks.delivery.keys import random_keys
+from tasks.delivery.source import random_keys
 from tasks.features.kernel import aggregate
 from tasks.images.draws import Draws, draw
 from tasks.io import storage
@@ -105,7 +105,7 @@ def test_a_stored_value_that_no_digest_betrays_is_found_by_making_it_again(
     _tamper(store, dataset, column, hide=True)
     found = replay(store, dataset)
     assert found.code == 1
-    assert found.columns <= {column, "batch_id of the block", "(row)"}
+    assert found.columns <= {column, "batch_id", "(row)"}
     assert column in found.columns
     assert found.reasons == {ALARM.text}
     alone = [name for name, row in found.differing.items() if row["differences"][0]["column"] == column]
@@ -191,7 +191,7 @@ def _flipped(draws: Draws) -> Draws:
 
 
 def _broken_order(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("tasks.audit.replay_copies.random_keys", lambda ids, seed: random_keys(ids, seed + 1))
+    patch.setattr("tasks.audit.copies.random_keys", lambda ids, seed: random_keys(ids, seed + 1))
 
 
 Kernel = tuple[str, Callable[[pytest.MonkeyPatch], None], str]

@@ -19,7 +19,7 @@ from tasks.cli.audit_commands import ALARM
 from tasks.delivery.config import DeliveryConfig, TrainingConfig
 from tasks.images.duplicates import perceptual_hash
 from tasks.io import storage
-from tasks.store.withdrawal import withdraw
+from tasks.store.versions import withdraw
 from tests.audit.replay_store import (
     CHURN,
     COPY,

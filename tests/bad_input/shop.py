@@ -145,7 +145,6 @@ def make(
         customers: Likewise; none by default.
         products: Likewise.
         settings: Of the configuration.
-
     """
     tables = {"transactions": transactions, "customers": customers, "products": products}
     uris = {

@@ -16,7 +16,7 @@ from flows.training_delivery import training_delivery
 from tasks.delivery.config import DeliveryConfig, TrainingConfig
 from tasks.delivery.source import find_source
 from tasks.io.errors import ConfigError, GateFailed, PipelineError, VersionNotFound
-from tasks.retries import worth_retrying
+from tasks.runner import worth_retrying
 from tasks.store import versions
 from tests.bad_input.deliveries import ROWS, deliver, table
 from tests.delivery.sources import FEATURES, configured, publish

@@ -9,7 +9,6 @@ import contextlib
 import io
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,10 +30,11 @@ from tasks.images.config import ImageAugmentationConfig
 from tasks.images.formats import JpegHeader, read_jpeg_header
 from tasks.images.labels import LABELS, read_labels
 from tasks.io.errors import ConfigError, CorruptVersion, DefinitionError, PipelineError, SourceError
+from tasks.store.reading import Withdrawal, parse_withdrawals
 from tasks.store.reservation import Attempt, parse_manifest
-from tasks.store.withdrawal import Withdrawal, parse_withdrawals
-from tasks.training_sets.loading import load_models
+from tasks.training_sets.definition import load_models
 from tests.images.test_decode import encoded, scene
+from tests.processes import ran, ran_pytest
 from tests.store.publishing import DATASET, publish
 
 FACTOR = int(os.environ.get("FUZZ_FACTOR", "20"))
@@ -90,9 +90,6 @@ def altered(data: st.DataObject, content: Any) -> Any:
         index = data.draw(st.integers(0, len(content) - 1))
         return [*content[:index], altered(data, content[index]), *content[index + 1 :]]
     return data.draw(json_values)
-
-
-# --- configurations
 
 
 def fields_of(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -159,8 +156,6 @@ def test_a_flow_started_by_hand_says_what_is_wrong_in_its_file(
             assert said.getvalue()
 
 
-# --- definitions
-
 DEFINITIONS = yaml.safe_dump(
     {
         "events": {"visits": {"time": "at", "columns": {"at": {"kind": "time"}, "shop": "any", "paid": "number"}}},
@@ -211,9 +206,6 @@ def test_definitions(
         assert str(fault)  # noqa: PT017 - whether it raises is the input's choice
 
 
-# --- records of the store
-
-
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return publish(str(tmp_path_factory.mktemp("root")), "run").model_dump_json(indent=2).encode()
@@ -258,9 +250,6 @@ def test_reservations_and_withdrawals(data: st.DataObject) -> None:
         assert str(found)
 
 
-# --- labels
-
-
 def label_seeds() -> list[tuple[str, bytes]]:
     table = pa.table({"image_id": ["a", "b"], "class_name": ["x", None], "n": [1.0, 2.5]})
     sink = io.BytesIO()
@@ -303,8 +292,6 @@ def test_a_parquet_file_of_labels_whose_names_are_no_utf_8_is_refused(tmp_path: 
     with pytest.raises(SourceError, match=r"labels\.parquet.*can't be read"):
         read_labels(str(file), "image_id", "class_name")
 
-
-# --- pictures
 
 _DECODE = """
 import sys, resource
@@ -373,13 +360,7 @@ def decode_many(examples: int, seed: int) -> None:
 
 
 def decode_in_a_process(examples: int, seed: int) -> None:
-    made = subprocess.run(
-        [sys.executable, "-c", _DECODE, str(examples), str(seed)],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    made = ran([sys.executable, "-c", _DECODE, str(examples), str(seed)], 500)
     last = "\n".join(made.stderr.splitlines()[-12:])
     assert made.returncode == 0, f"status {made.returncode}; the last ones: {last}"
     assert made.stdout.endswith(f"decoded {examples}\n")
@@ -419,23 +400,7 @@ FUZZED = [
 @pytest.mark.parametrize("test", FUZZED, ids=lambda test: test.__name__)
 def test_with_many_more_examples(test: Any, request: pytest.FixtureRequest) -> None:
     """By pytest itself, in a process of its own, so that parameters and fixtures are as they are by default."""
-    made = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            __file__,
-            "-k",
-            f"{test.__name__} and not many",
-        ],
-        env={**os.environ, "FUZZ_TIMES": str(FACTOR)},
-        cwd=request.config.rootpath,
-        capture_output=True,
-        text=True,
-        timeout=580,
-        check=False,
-    )
+    chosen = (__file__, "-k", f"{test.__name__} and not many")
+    environment = {**os.environ, "FUZZ_TIMES": str(FACTOR)}
+    made = ran_pytest(*chosen, timeout=580, env=environment, cwd=request.config.rootpath)
     assert made.returncode == 0, made.stdout[-5000:]

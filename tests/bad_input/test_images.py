@@ -45,8 +45,6 @@ def pixels(data: bytes, limit: int = LIMIT) -> np.ndarray:
     return found.pixels[..., :3]
 
 
-# --- cut
-
 CUTS = {
     "JPEG": ("JPEG", {}),
     "progressive JPEG": ("JPEG", {"progressive": True}),
@@ -79,9 +77,6 @@ def test_a_cut_file_gives_no_picture_or_the_whole_one(form: str, options: dict[s
     assert set(reasons) <= {"empty_file", "not_an_image", "truncated", "corrupt", "unsupported"}
     assert max(reasons, key=lambda reason: reasons[reason]) == "truncated", reasons
     proven("file cut short at any place", FLOW, "rejected: truncated")
-
-
-# --- damaged
 
 
 def chunk(kind: bytes, body: bytes, crc: int | None = None) -> bytes:
@@ -182,8 +177,6 @@ def test_a_compressed_text_bomb_takes_no_memory(proven: Proven) -> None:
     assert grown < 64 << 20, f"{grown >> 20} MiB"
     proven("compressed text bomb in a PNG", FLOW, "bounded memory")
 
-
-# --- sizes
 
 SIZES = {
     "1 × 1": (1, 1),
@@ -306,8 +299,6 @@ def test_bombs_of_each_kind_take_no_memory(proven: Proven) -> None:
     proven("decompression bomb (PNG, GIF)", FLOW, "rejected, or its first frame; bounded memory")
 
 
-# --- disguised
-
 DISGUISED = {
     "a PNG named .jpg": ("a.jpg", encoded(scene(), "PNG"), None),
     "a JPEG named .png": ("a.png", encoded(scene(), "JPEG"), None),
@@ -334,9 +325,6 @@ def test_files_go_by_their_contents(tmp_path: Path, name: str, data: bytes, said
     assert found.reason == "not_an_image"
     assert said in found.detail
     proven("text, drawing or program with a picture's suffix", FLOW, "rejected: not_an_image")
-
-
-# --- the header's parser
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tasks.io.errors import SourceError
-from tasks.retries import worth_retrying
+from tasks.runner import worth_retrying
 from tests.bad_input.shop import ROWS, Files, Made, customers, here_and_now, make, products, put, transactions
 from tests.tables import Proven
 

@@ -31,33 +31,20 @@ def _in_this_process(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None
     here_and_now(monkeypatch)
 
 
+GOES_ON = "goes on behind the quote that closes it"
+UNCLOSED = (
+    ("at the beginning", TEXT.replace("toys", '"toys', 1), 3, "isn't closed"),
+    ("at the end", TEXT + '1,2,2024-05-03,5,"toys', ROWS + 2, "isn't closed"),
+    ("two of them", TEXT.replace("toys", '"toys', 2), 3, GOES_ON),
+    ("between those that are", TEXT.replace("toys", '"toys', 1).replace("food", '"food"'), 3, GOES_ON),
+)
 REFUSED: list[tuple[str, str, str | bytes, str]] = [
     ("CSV is not in UTF-8", "Latin-1", TEXT.replace("toys", "jouët").encode("latin-1"), r"can't be read.*not in UTF-8"),
     ("CSV is not in UTF-8", "UTF-16", TEXT.encode("utf-16"), r"can't be read as csv.*not in UTF-8"),
     ("CSV is not in UTF-8", "UTF-16, no mark", TEXT.encode("utf-16-le"), r"NUL bytes, as UTF-16 does: write"),
-    (
-        "CSV with a quote that isn't closed",
-        "at the beginning",
-        TEXT.replace("toys", '"toys', 1),
-        MARKED.format(3, "isn't closed"),
-    ),
-    (
-        "CSV with a quote that isn't closed",
-        "at the end",
-        TEXT + '1,2,2024-05-03,5,"toys',
-        MARKED.format(ROWS + 2, "isn't closed"),
-    ),
-    (
-        "CSV with a quote that isn't closed",
-        "two of them",
-        TEXT.replace("toys", '"toys', 2),
-        MARKED.format(3, "goes on behind the quote that closes it"),
-    ),
-    (
-        "CSV with a quote that isn't closed",
-        "between those that are",
-        TEXT.replace("toys", '"toys', 1).replace("food", '"food"'),
-        MARKED.format(3, "goes on behind the quote that closes it"),
+    *(
+        ("CSV with a quote that isn't closed", which, text, MARKED.format(line, fault))
+        for which, text, line, fault in UNCLOSED
     ),
     ("CSV of other separators", "semicolons", csv(GOOD, ";"), r"Its fields are separated by semicolons; only commas"),
     ("CSV of other separators", "tabs", csv(GOOD, "\t"), r"Its fields are separated by tabs; only commas are read"),

@@ -15,7 +15,7 @@ import pytest
 
 from tasks.features.standard import STANDARD, TRANSACTIONS
 from tasks.io.errors import InputError, SourceError, VersionNotFound
-from tasks.retries import worth_retrying
+from tasks.runner import worth_retrying
 from tasks.store.layout import EVENT_TIME, TARGET
 from tasks.training_sets.definition import Label
 from tests.bad_input import training_sets

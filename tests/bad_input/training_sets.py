@@ -74,7 +74,6 @@ def join(
         label: Takes the spine's place.
         definitions: Declared sources, for a label.
         settings: Of the configuration.
-
     """
     uri = files if isinstance(files, str) else put(root / "spine", files)
     names = wanted or ("customer-features:total_spent", "customer-features:orders")

@@ -47,7 +47,6 @@ class Augmenters(Workers):
 
     Raises:
         CannotRun: the work can't be made.
-
     """
 
     def __init__(self, make: Maker, paths: Sequence[str], processes: int) -> None:

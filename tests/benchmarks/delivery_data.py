@@ -4,7 +4,7 @@ A sample's label is its number in the order of writing: so an epoch can be check
 
 | | images: 3 × 224 × 224, uint8 | tables: 20 features, float32 |
 |---|---|---|
-| version | a streaming-ready version, which Ray Data and the DataLoader read too | the same, in blocks of 1000 rows |
+| version | a streaming-ready version, which Ray Data and the DataLoader read too | the same, in batches of 1000 rows |
 | rows | | Parquet with one tensor column of (20,) and a label |
 | columns | | Parquet with 20 columns and a label |
 | mds, litdata | shards of 64 MiB, uncompressed | the same, of the first 200,000 rows: they are made row by row |
@@ -24,13 +24,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 from PIL import Image
 
 from tasks.io import storage
 from tasks.io.hashing import stable_hash
 from tasks.io.storage import ParquetStream
 from tasks.io.tensors import parquet_settings, tensor_array, tensor_field, to_numpy
+from tasks.loader.samples import SampleFormat, write_samples
 from tasks.store import layout, versions
 from tasks.store.manifest import ColumnSpec, FileEntry, GateResult, Manifest, RowBalance, RunRecord
 from tasks.store.reservation import Reservation
@@ -40,10 +40,10 @@ Arrays = dict[str, npt.NDArray[Any]]
 IMAGES, TABLES = "images", "tables"
 SHAPE = (3, 224, 224)
 FEATURES = 20
-BLOCK = 1000
+BATCH = 1000
 FILES = 8
 CHUNK = {IMAGES: 128, TABLES: 250_000}
-"""Samples that are made at a time; each makes a row group, of a table 250 blocks."""
+"""Samples that are made at a time; a file has a whole number of these."""
 BY_ROW = 200_000
 """Rows of a table in the formats that are written row by row, at most."""
 _SYNTHETIC = 146
@@ -58,7 +58,7 @@ class Source:
         samples: how many there are.
         directory: where they are.
         most_files: of the version.
-        chunk: samples that are made at a time, a multiple of a block; 0: `CHUNK`.
+        chunk: samples that are made at a time, a multiple of a batch; 0: `CHUNK`.
     """
 
     kind: str
@@ -143,78 +143,43 @@ def pictures(directory: Path | None) -> npt.NDArray[np.uint8]:
 def _write_version(source: Source, photographs: Path | None) -> None:
     """Publish a streaming-ready version with a train split only."""
     reservation = versions.reserve(str(source.directory / "root"), _dataset(source.kind), "benchmark")
-    length = 1 if source.kind == IMAGES else BLOCK
-    schema = _version_schema(source.kind)
+    form = SampleFormat(
+        kind="images" if source.kind == IMAGES else "table",
+        shape=SHAPE if source.kind == IMAGES else (FEATURES,),
+        label="int64",
+        batch_size=1 if source.kind == IMAGES else BATCH,
+    )
     chunks = -(-source.samples // source.at_once)
     files = min(source.most_files, chunks)
     made = _samples(source, photographs)
-    entries, counts = [], {}
+    entries = []
     for index in range(files):
         uri = reservation.data_uri(index, layout.split_directory("train"))
         Path(uri).parent.mkdir(parents=True, exist_ok=True)
-        count = 0
-        with ParquetStream(uri, schema, **parquet_settings(schema)) as stream:
-            for _ in range(index * chunks // files, (index + 1) * chunks // files):
-                chunk = next(made)
-                count += len(chunk["label"])
-                stream.write(_blocks(chunk, length, schema))
-        entries.append(reservation.entry(stream.written))
-        counts[entries[-1].path] = count
-    versions.commit(reservation, _manifest(source, reservation, entries, counts, schema))
+        parts = [_rows(next(made), form) for _ in range(index * chunks // files, (index + 1) * chunks // files)]
+        order = np.arange(sum(part.num_rows for part in parts))
+        entries.append(reservation.entry(write_samples(uri, parts, order, form)))
+    versions.commit(reservation, _manifest(source, reservation, entries, form))
 
 
-def _version_schema(kind: str) -> pa.Schema:
-    if kind == IMAGES:
-        tensors = [tensor_field("image", SHAPE, np.uint8, ("channel", "height", "width"))]
-        shape: tuple[int, ...] = ()
-    else:
-        tensors = [tensor_field("features", (BLOCK, FEATURES), np.float32)]
-        shape = (BLOCK,)
-    return pa.schema(
-        [
-            *tensors,
-            tensor_field("label", shape, np.int64),
-            tensor_field("sample_id", shape, np.int64),
-            pa.field("batch_size", pa.int32(), nullable=False),
-            pa.field("feature_count", pa.int32(), nullable=False),
-            pa.field("batch_id", pa.string(), nullable=False),
-        ]
-    )
-
-
-def _blocks(chunk: Arrays, length: int, schema: pa.Schema) -> pa.Table:
-    """Samples as blocks of `length`, the last one filled up with zeros; images are blocks of one, without the axis."""
-    count = len(chunk["label"])
-    blocks = -(-count // length)
+def _rows(chunk: Arrays, form: SampleFormat) -> pa.Table:
     values = {**chunk, "sample_id": stable_hash(pa.array(chunk["label"])).view(np.int64)}
-    if length > 1:
-        padded = {name: np.zeros((blocks * length, *v.shape[1:]), v.dtype) for name, v in values.items()}
-        for name, value in values.items():
-            padded[name][:count] = value
-        values = {name: value.reshape(blocks, length, *value.shape[1:]) for name, value in padded.items()}
-    sizes = np.full(blocks, length, np.int32)
-    sizes[-1] = count - (blocks - 1) * length
-    tensors = [name for name in schema.names if name in values]
-    contiguous = [np.ascontiguousarray(values[name]) for name in tensors]
-    digests = [xxhash.xxh3_128_hexdigest(b"".join(v[block].tobytes() for v in contiguous)) for block in range(blocks)]
-    features = FEATURES if "features" in values else 0
-    others = [pa.array(sizes), pa.array(np.full(blocks, features, np.int32)), pa.array(digests)]
-    return pa.Table.from_arrays([*map(tensor_array, contiguous), *others], schema=schema)
+    arrays = [
+        tensor_array(values[name]) if spec.shape else pa.array(values[name]) for name, spec in form.columns.items()
+    ]
+    return pa.Table.from_arrays(arrays, schema=form.schema)
 
 
-def _manifest(
-    source: Source, reservation: Reservation, files: list[FileEntry], counts: dict[str, int], schema: pa.Schema
-) -> Manifest:
+def _manifest(source: Source, reservation: Reservation, files: list[FileEntry], form: SampleFormat) -> Manifest:
     width = FEATURES if source.kind == TABLES else SHAPE[0]
     names = [f"f{number:02d}" for number in range(FEATURES)] if source.kind == TABLES else []
     number = {"encoding": "number", "fill": 0.0, "mean": 0.0, "std": 1.0, "minimum": -10.0, "maximum": 10.0}
     definition = {
-        "kind": "table" if source.kind == TABLES else "images",
-        "block_size": BLOCK if source.kind == TABLES else 1,
+        "kind": form.kind,
+        "batch_size": form.batch_size,
         **({"feature_count": FEATURES} if source.kind == TABLES else {"image": {"shape": SHAPE, "dtype": "uint8"}}),
         "seed": 0,
         "samples": {"train": source.samples},
-        "file_samples": counts,
         "features": [{"name": name, "column": name, **number} for name in names],
         "label": {"column": "label", "kind": "class", "classes": []},
         "normalise": {
@@ -231,7 +196,7 @@ def _manifest(
         status="published",
         created_at=dt.datetime.now(dt.UTC),
         files=tuple(files),
-        columns=tuple(ColumnSpec(name=f.name, type=str(f.type), nullable=f.nullable) for f in schema),
+        columns=tuple(ColumnSpec(name=f.name, type=str(f.type), nullable=f.nullable) for f in form.schema),
         balances=(RowBalance(name="benchmark", rows_in=rows, rows_out=rows),),
         profile={},
         gate=GateResult(verdict="pass", checks=()),
@@ -249,12 +214,7 @@ def _stored(path: str) -> Iterator[Arrays]:
     file = pq.ParquetFile(path)
     for group in range(file.num_row_groups):
         table = file.read_row_group(group)
-        real = int(np.sum(table.column("batch_size").to_numpy()))
-        names = [name for name in ("features", "image", "label") if name in table.schema.names]
-        arrays = {name: to_numpy(table, name) for name in names}
-        if "features" in arrays:
-            arrays = {name: value.reshape(-1, *value.shape[2:])[:real] for name, value in arrays.items()}
-        yield arrays
+        yield {name: to_numpy(table, name) for name in ("features", "image", "label") if name in table.schema.names}
 
 
 def _write_rows(source: Source, target: Path) -> None:

@@ -16,7 +16,6 @@ import argparse
 import datetime as dt
 import os
 import shutil
-import statistics
 import tempfile
 import time
 import uuid
@@ -39,7 +38,7 @@ from tasks.store import versions
 from tasks.store.manifest import GateResult, Manifest, RunRecord
 from tasks.store.reservation import reserve
 from tests.benchmarks.data import transactions
-from tests.benchmarks.turns import GIB, Side, median, ratio, round_name, scratch, take_turns, timed_with_memory
+from tests.benchmarks.turns import GIB, Side, grow, median, ratio, scratch, take_turns
 
 AS_OF = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 CPUS = 2
@@ -235,22 +234,7 @@ def large(directory: Path, repeats: int) -> None:
     """50 million rows beside 10 million, object store of 2 GB: time a row and peak memory."""
     cluster.connect(num_cpus=CPUS, object_store_memory=2 * GIB)
     sizes = {rows: transactions(directory, rows) for rows in (10_000_000, 50_000_000)}
-    per_row: dict[int, list[float]] = {rows: [] for rows in sizes}
-    for turn in range(repeats + 1):
-        for rows, source in sizes.items():
-            if turn == 0 and rows > 10_000_000:
-                continue
-            with scratch(PREFIX) as target:
-                elapsed, peak = timed_with_memory(partial(ours, source), target)
-            print(
-                f"  {round_name(turn)} {rows:,} rows {elapsed:7.2f} s, {elapsed / rows * 1e9:5.0f} ns a row, "
-                f"peak {peak / GIB:.2f} GiB",
-                flush=True,
-            )
-            if turn:
-                per_row[rows].append(elapsed / rows * 1e9)
-    small, big = (statistics.median(values) for values in per_row.values())
-    print(f"time a row: {small:.0f} ns at 10 million, {big:.0f} ns at 50 million, ratio {big / small:.2f}")
+    grow(ours, sizes, repeats, prefix=PREFIX, item="row", unit="ns")
 
 
 def publish(source: Path, target: Path, *, incremental: bool) -> list[Manifest]:

@@ -195,11 +195,11 @@ def labels(directory: Path, rows: int) -> Work:
 
 
 def shards(directory: Path, count: int) -> Work:
-    """A stream over a split in some shards of one block, opened, and its first batch."""
+    """A stream over a split in some shards of one batch, opened, and its first batch."""
     from tasks.loader.stream import TrainingStream
-    from tests.benchmarks.delivery_data import BLOCK, TABLES, Source, write
+    from tests.benchmarks.delivery_data import BATCH, TABLES, Source, write
 
-    source = Source(TABLES, count * BLOCK, directory / f"shards-{count}", most_files=count, chunk=BLOCK)
+    source = Source(TABLES, count * BATCH, directory / f"shards-{count}", most_files=count, chunk=BATCH)
     write(source, "version")
 
     def work(_: Path) -> Mapping[str, float]:

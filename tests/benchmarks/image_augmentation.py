@@ -24,14 +24,21 @@ import tempfile
 import time
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import simplejpeg
 
 from tests.benchmarks.augmenters import BATCH, OTHERS, PROCESSES, SETTINGS, Augmenters, kernel
 from tests.benchmarks.data import originals, pictures
-from tests.benchmarks.turns import GIB, Side, machine, median, ratio, round_name, scratch, take_turns, timed_with_memory
+from tests.benchmarks.turns import (
+    GIB,
+    Side,
+    grow,
+    machine,
+    median,
+    ratio,
+    take_turns,
+)
 from tests.benchmarks.workers import CannotRun
 
 PREFIX = "image-benchmark-"
@@ -48,7 +55,6 @@ def run_flow(source: Path, target: Path) -> tuple[Seconds, Seconds]:
 
     Returns:
         Seconds of each part, one after the other; seconds of each stage of 'augment and write', of all workers.
-
     """
     from tasks.images.config import ImageAugmentationConfig
     from tasks.images.pipeline import augment_images
@@ -161,28 +167,8 @@ def memory(sources: dict[int, Path], repeats: int) -> None:
     """The flow on few and on ten times as many pictures: time an image and peak memory."""
     connect()
     few, many = sources
-    per_image: dict[int, list[float]] = {count: [] for count in sources}
-    peaks: dict[int, list[float]] = {count: [] for count in sources}
-    for turn in range(repeats + 1):
-        for count, source in sources.items():
-            if turn == 0 and count == many:
-                continue
-            os.sync()
-            with scratch(PREFIX, source.parent) as target:
-                elapsed, peak = timed_with_memory(partial(run_flow, source), target)
-            print(
-                f"  {round_name(turn)} {count:,} images {elapsed:7.2f} s, {elapsed / count * 1e6:5.0f} µs an image, "
-                f"peak {peak / GIB:.2f} GiB",
-                flush=True,
-            )
-            if turn:
-                per_image[count].append(elapsed / count * 1e6)
-                peaks[count].append(peak / GIB)
-    medians = {count: statistics.median(values) for count, values in per_image.items()}
-    print(
-        f"time an image: {medians[few]:.0f} µs at {few:,}, {medians[many]:.0f} µs at {many:,}, "
-        f"ratio {ratio(per_image[many], per_image[few])}"
-    )
+    place = next(iter(sources.values())).parent
+    peaks = grow(run_flow, sources, repeats, prefix=PREFIX, item="image", unit="µs", directory=place)
     # Of the few, the first round: later ones find what the workers have kept from the many.
     print(
         f"peak memory of all processes: {peaks[few][0]:.2f} GiB at {few:,}, {max(peaks[many]):.2f} GiB at {many:,}, "

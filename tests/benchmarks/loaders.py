@@ -135,8 +135,8 @@ def ours(task: Task, normalise: bool = False) -> Epochs:
     return epoch
 
 
-def torch_loader(task: Task, inline: bool = False) -> Epochs:
-    """A DataLoader that reads row groups of Parquet files in random order, and shuffles some of them.
+def torch_loader(task: Task, inline: bool = False, transform: Callable[[Any], Any] = lambda image: image) -> Epochs:
+    """A DataLoader that reads row groups of Parquet files in random order, and shuffles some; images are transformed.
 
     Inline it has no processes: nothing is loaded while the trainer computes, which this one doesn't, and nothing needs
     to be carried from one process to another.
@@ -160,7 +160,7 @@ def torch_loader(task: Task, inline: bool = False) -> Epochs:
             self.epoch += 1
             if images:
                 return (
-                    (torch.from_numpy(image), label)
+                    (transform(torch.from_numpy(image)), label)
                     for image, label in shuffled_images(files, share, task.buffer, draw)
                 )
             batches = shuffled_batches(files, share, task.batch, draw)

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -50,7 +51,6 @@ def take_turns(
         cold: Sides that aren't warmed up.
         rest: Seconds to wait before each side, after all that was written is on the disk, so that no side pays for
             the one before it; None: neither.
-
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     width = max(12, *map(len, sides))
@@ -67,6 +67,54 @@ def take_turns(
             if turn:
                 seconds[name].append(elapsed)
     return seconds
+
+
+def grow(
+    side: Callable[[Path, Path], object],
+    sources: Mapping[int, Path],
+    repeats: int,
+    *,
+    prefix: str,
+    item: str,
+    unit: str,
+    directory: Path | None = None,
+) -> dict[int, list[float]]:
+    """Print the time of an item for sources of two sizes, in turns; return the rounds' peak memory by size, GiB.
+
+    Args:
+        side: Its work, of a source and an empty directory.
+        sources: The sources by their numbers of items; of the first round, which doesn't count, only the smallest.
+        repeats: Rounds that count.
+        prefix: Of the names of scratch directories.
+        item: What an item is called.
+        unit: Of the time of an item: 'ns' or 'µs'.
+        directory: Where scratch directories are made.
+    """
+    times: dict[int, list[float]] = {count: [] for count in sources}
+    peaks: dict[int, list[float]] = {count: [] for count in sources}
+    for turn in range(repeats + 1):
+        for count, source in sources.items():
+            if turn == 0 and count > min(sources):
+                continue
+            os.sync()
+            with scratch(prefix, directory) as target:
+                elapsed, peak = timed_with_memory(partial(side, source), target)
+            each = elapsed / count * {"ns": 1e9, "µs": 1e6}[unit]
+            print(
+                f"  {round_name(turn)} {count:,} {item}s {elapsed:7.2f} s, {each:5.0f} {unit} each, "
+                f"peak {peak / GIB:.2f} GiB",
+                flush=True,
+            )
+            if turn:
+                times[count].append(each)
+                peaks[count].append(peak / GIB)
+    few, many = (statistics.median(values) for values in times.values())
+    small, large = sources
+    print(
+        f"time of each {item}: {few:.0f} {unit} at {small:,}, {many:.0f} {unit} at {large:,}, "
+        f"ratio {ratio(times[large], times[small])}"
+    )
+    return peaks
 
 
 def timed(side: Side, target: Path) -> float:

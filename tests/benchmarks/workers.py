@@ -27,7 +27,6 @@ class Workers:
 
     Raises:
         CannotRun: the work can't be made.
-
     """
 
     def __init__(self, makers: Sequence[Maker]) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from tasks.cli import commands
 from tasks.store import layout, versions
-from tasks.store.withdrawal import withdrawn
+from tasks.store.reading import withdrawn
 from tests.serving.feature_versions import GROUP, customers, days, publish_features
 from tests.serving.redis_server import redis_url  # noqa: F401 - a fixture
 

@@ -52,38 +52,32 @@ def _ids(count: int, seed: int) -> npt.NDArray[np.int64]:
     return stable_hash(pa.array(range(count)), seed).view(np.int64)
 
 
-def blocks_of(samples: Columns, block_size: int, *, whole: bool) -> pa.Table:
-    """Samples as blocks; `whole` values have no axis for the samples of a block."""
-    count = len(samples["sample_id"])
-    blocks = -(-count // block_size)
+def rows_of(samples: Columns) -> pa.Table:
+    """Samples as rows of a file."""
     fields, arrays = [], []
-    payload = [b""] * blocks
     for name, values in samples.items():
-        padded = np.zeros((blocks * block_size, *values.shape[1:]), values.dtype)
-        padded[:count] = values
-        held = padded if whole else padded.reshape(blocks, block_size, *values.shape[1:])
-        fields.append(tensor_field(name, held.shape[1:], held.dtype))
-        arrays.append(tensor_array(held))
-        payload = [before + held[block].tobytes() for block, before in enumerate(payload)]
-    sizes = np.full(blocks, block_size, np.int32)
-    sizes[-1] = count - (blocks - 1) * block_size
-    width = samples["features"].shape[1] if "features" in samples else 0
-    fields += [
-        pa.field("batch_size", pa.int32(), nullable=False),
-        pa.field("feature_count", pa.int32(), nullable=False),
-        pa.field("batch_id", pa.string(), nullable=False),
-    ]
-    ids = [xxhash.xxh3_128_hexdigest(one) for one in payload]
-    arrays += [pa.array(sizes), pa.array([width] * blocks, pa.int32()), pa.array(ids, pa.string())]
+        plain = values.ndim == 1
+        arrays.append(pa.array(values) if plain else tensor_array(values))
+        made = pa.field(name, arrays[-1].type, nullable=False)
+        fields.append(made if plain else tensor_field(name, values.shape[1:], values.dtype))
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+
+
+def ids_of(samples: Columns, batch_size: int) -> list[str]:
+    """Checksums of the batches of a file."""
+    starts = range(0, len(samples["sample_id"]), batch_size)
+    return [
+        xxhash.xxh3_128_hexdigest(b"".join(values[start : start + batch_size].tobytes() for values in samples.values()))
+        for start in starts
+    ]
 
 
 def publish(
     root: str,
     splits: dict[str, Sequence[Columns]],
     *,
-    block_size: int = 1,
-    group_blocks: int | None = None,
+    batch_size: int = 1,
+    group_batches: int | None = None,
     dataset: str = DATASET,
     **settings: Any,
 ) -> str:
@@ -92,26 +86,27 @@ def publish(
     Args:
         root: Root of the store.
         splits: Samples of each file of each split.
-        block_size: Samples of a block; those of images have 1.
-        group_blocks: Blocks in a row group; None: as in production.
+        batch_size: Samples of a batch; those of images have 1.
+        group_batches: Batches in a row group; None: as in production.
         dataset: Dataset name.
         settings: Options of Parquet that differ.
-
     """
     run_id = uuid.uuid4().hex
     reservation = versions.reserve(root, dataset, run_id)
-    entries, file_samples = [], {}
+    entries = []
     kind = "table" if any("features" in file for files in splits.values() for file in files) else "images"
     for split, files in splits.items():
         for index, samples in enumerate(files):
-            table = blocks_of(samples, block_size, whole=kind == "images")
+            table = rows_of(samples)
             uri = reservation.data_uri(index, split_directory(split))
-            with ParquetStream(uri, table.schema, **{**parquet_settings(table.schema), **settings}) as stream:
-                step = group_blocks or table.num_rows
+            options = {**parquet_settings(table.schema, batch_size=batch_size), **settings}
+            with ParquetStream(uri, table.schema, **options) as stream:
+                step = (group_batches or table.num_rows) * batch_size
                 for start in range(0, table.num_rows, step):
                     stream.write(table.slice(start, step))
+                ids = " ".join(ids_of(samples, batch_size))
+                stream.describe({"batch_size": str(batch_size), "batch_id": ids})
             entries.append(reservation.entry(stream.written))
-            file_samples[entries[-1].path] = len(samples["sample_id"])
     rows = sum(entry.rows for entry in entries)
     first = next(iter(splits.values()))[0]
     manifest = Manifest(
@@ -128,10 +123,9 @@ def publish(
         config={},
         definition={
             "kind": kind,
-            "block_size": block_size,
+            "batch_size": batch_size,
             "seed": 0,
             "samples": {name: sum(len(file["sample_id"]) for file in files) for name, files in splits.items()},
-            "file_samples": file_samples,
             "label": {"column": "label", "kind": "class", "classes": ["a", "b", "c", "d"]}
             if "label" in first
             else None,
@@ -167,16 +161,16 @@ def cut(samples: Columns, *sizes: int) -> list[Columns]:
     return [{name: v[a:b] for name, v in samples.items()} for a, b in itertools.pairwise(bounds)]
 
 
-def table_version(root: str, *sizes: int, seed: int = 0, block_size: int = 10, **options: Any) -> str:
+def table_version(root: str, *sizes: int, seed: int = 0, batch_size: int = 10, **options: Any) -> str:
     """A table whose train split has files of so many samples."""
     files = cut(table_samples(sum(sizes), seed), *sizes)
-    return publish(root, {"train": files}, block_size=block_size, **{"group_blocks": 3, **options})
+    return publish(root, {"train": files}, batch_size=batch_size, **{"group_batches": 3, **options})
 
 
 def image_version(root: str, *sizes: int, seed: int = 0, **options: Any) -> str:
     """Images whose train split has files of so many samples."""
     files = cut(image_samples(sum(sizes), seed), *sizes)
-    return publish(root, {"train": files}, **{"group_blocks": 7, **options})
+    return publish(root, {"train": files}, **{"group_batches": 7, **options})
 
 
 def damage(version: str, path: str, at: int, by: bytes = b"\xff") -> None:

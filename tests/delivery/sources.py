@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from tasks.delivery.config import DeliveryConfig
 from tasks.io import storage
 from tasks.io.tensors import parquet_settings, tensor_array, tensor_field, to_numpy
-from tasks.loader.blocks import LABEL, SAMPLE_ID, SIZE
+from tasks.loader.samples import LABEL
 from tasks.store import layout, versions
 from tasks.store.manifest import FileEntry, Manifest, RowBalance
 from tasks.store.reservation import reserve
@@ -123,29 +123,14 @@ def configured(root: str, **changes: Any) -> DeliveryConfig:
     return DeliveryConfig(root=root, **changes)
 
 
-def read_blocks(uri: str, files: Sequence[FileEntry]) -> list[pa.Table]:
-    """The files of a copy."""
+def read_samples(uri: str, files: Sequence[FileEntry], split: str) -> dict[str, npt.NDArray[Any]]:
+    """Samples of a split in their order."""
+    own = [entry for entry in files if entry.path.startswith(layout.split_directory(split) + "/")]
     tables = []
-    for entry in files:
+    for entry in own:
         with storage.open_input(layout.join(uri, entry.path)) as source:
             tables.append(pq.read_table(source))
-    return tables
-
-
-def read_samples(uri: str, files: Sequence[FileEntry], split: str) -> dict[str, npt.NDArray[Any]]:
-    """Samples of a split in their order, without what fills up the blocks."""
-    parts: dict[str, list[npt.NDArray[Any]]] = {}
-    own = [entry for entry in files if entry.path.startswith(layout.split_directory(split) + "/")]
-    for table in read_blocks(uri, own):
-        sizes = table[SIZE].to_numpy()
-        for name in table.column_names[: table.column_names.index(SAMPLE_ID) + 1]:
-            values = to_numpy(table, name)
-            if name in ("image",) or values.ndim == 1:
-                parts.setdefault(name, []).append(values)
-                continue
-            for block, size in zip(values, sizes, strict=True):
-                parts.setdefault(name, []).append(block[:size])
-    return {name: np.concatenate(values) for name, values in parts.items()}
+    return {name: np.concatenate([to_numpy(table, name) for table in tables]) for name in tables[0].column_names}
 
 
 __all__ = ["FEATURES", "IMAGES", "LABEL", "configured", "customers", "publish_customers", "read_samples"]

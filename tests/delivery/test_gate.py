@@ -23,7 +23,7 @@ def definition(**changes: Any) -> dict[str, Any]:
         {"name": "c=a", "column": "c", "minimum": 0.0, "maximum": 1.0},
     ]
     label = {"column": "y", "kind": "class", "classes": ["no", "yes"]}
-    known = {"kind": "table", "block_size": 10, "feature_count": 2, "entity": "k", "keys": ["k"]}
+    known = {"kind": "table", "batch_size": 10, "feature_count": 2, "entity": "k", "keys": ["k"]}
     return {**known, "features": features, "label": label, **changes}
 
 
@@ -140,7 +140,7 @@ NEW_CATEGORY = [*definition()["features"], {"name": "c=q", "column": "c", "minim
         ({"label": {"column": "y", "kind": "number"}}, "Label kinds", "fail", "class instead of number"),
         ({"label": None}, "Label columns", "fail", "y instead of None"),
         ({"label": {"column": "y", "kind": "class", "classes": ["no"]}}, "Classes", "warn", "yes came"),
-        ({"block_size": 99}, "Block sizes", "warn", "10 instead of 99"),
+        ({"batch_size": 99}, "Batch sizes", "warn", "10 instead of 99"),
         ({"kind": "images"}, "Kinds", "fail", "table instead of images"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.delivery.keys import (
+from tasks.delivery.source import (
     Repeats,
     bucket_of,
     entity_splits,

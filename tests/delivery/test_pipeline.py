@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tasks.delivery import pipeline
 from tasks.delivery.gate import judge_copy
-from tasks.delivery.keys import entity_splits, random_keys
 from tasks.delivery.pipeline import write_streaming_ready
 from tasks.delivery.shuffle import StreamingReady
-from tasks.delivery.source import find_source
+from tasks.delivery.source import entity_splits, find_source, random_keys
 from tasks.engine import jobs
 from tasks.io.errors import BalanceError, ConfigError, CorruptVersion
 from tasks.io.hashing import stable_hash
@@ -28,7 +28,6 @@ from tests.delivery.sources import (
     publish,
     publish_customers,
     publish_pictures,
-    read_blocks,
     read_samples,
 )
 from tests.manifests import manifest
@@ -150,7 +149,7 @@ def test_the_order_is_a_random_permutation_of_the_whole_split_whatever_the_files
 def test_images_keep_their_split_pixels_and_classes(root: str) -> None:
     tables = publish_pictures(root)
     made = deliver(root, dataset=IMAGES)
-    assert (made.definition["block_size"], made.definition["image"]) == (1, {"shape": [3, 4, 5], "dtype": "uint8"})
+    assert (made.definition["batch_size"], made.definition["image"]) == (1, {"shape": [3, 4, 5], "dtype": "uint8"})
     assert made.definition["normalise"] == {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2], "scale": 255}
     assert made.definition["label"]["classes"] == ["cat", "dog", "owl"]
     for split, table in tables.items():
@@ -236,20 +235,22 @@ def test_a_copy_without_a_label_and_one_with_numbers(tmp_path: Any) -> None:
     publish(root, "feature-store/bare", [("", bare)], {"entity": "customer_id"})
     made = deliver(root, dataset="feature-store/bare", training={"enabled": False})
     assert made.definition["label"] is None
-    assert made.schema.names == ["features", "sample_id", "batch_size", "feature_count", "batch_id"]
+    assert made.schema.names == ["features", "sample_id"]
     assert judge_copy(configured(root), made, None).verdict == "pass"
 
 
-def test_only_the_last_block_of_a_file_is_filled_up(tmp_path: Any) -> None:
+def test_only_the_last_batch_of_a_file_is_shorter(tmp_path: Any) -> None:
     root = str(tmp_path)
     publish_customers(root)
     made = deliver(root, batch_size=32, file_megabytes=0.005)
     assert len(made.files) > 5
-    for entry, table in zip(made.files, read_blocks(made.reservation.uri, made.files), strict=True):
-        sizes = table["batch_size"].to_pylist()
-        assert sizes[:-1] == [32] * (len(sizes) - 1)
-        assert 1 <= sizes[-1] <= 32
-        assert made.definition["file_samples"][entry.path] == sum(sizes)
+    for entry in made.files:
+        footer = pq.read_metadata(f"{made.reservation.uri}/{entry.path}")
+        assert footer.num_rows == entry.rows
+        metadata = footer.metadata
+        assert metadata[b"batch_size"] == b"32"
+        assert int(metadata[b"feature_count"]) == made.definition["feature_count"]
+        assert len(metadata[b"batch_id"].split()) == -(-entry.rows // 32)
 
 
 def test_nothing_to_train_on_is_written_and_judged(tmp_path: Any) -> None:

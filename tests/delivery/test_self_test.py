@@ -7,39 +7,38 @@ from typing import Any
 
 from tasks.delivery import gate
 from tasks.delivery.config import DeliveryThresholds
-from tasks.delivery.self_test import trial
+from tasks.delivery.gate import trial
 from tasks.delivery.source import find_source
 from tasks.quality import rules
 from tasks.quality.faults import Trial
 from tests.delivery.sources import FEATURES, IMAGES, configured, publish_customers, publish_pictures
-from tests.gates import by_fault, noticed
+from tests.gates import RULES, by_fault, lax, made_by, noticed
 
-EXPECTED = {
-    "no rows": ("refused", "rows"),
-    "duplicates": ("warned", "repeated keys of customer_id, as_of"),
-    "written twice": ("refused", "unique of sample_id"),
-    "lost rows": ("refused", f"balance of {FEATURES}"),
-    "bad rows": ("refused", f"rejected of {FEATURES}"),
-    "split overlap": ("refused", "leak of customer_id"),
-    "no train rows": ("refused", "split of train"),
-    "rare class": ("warned", "class balance of target"),
-    "missing class": ("warned", "classes of validation"),
+
+def expected(dataset: str, key: str, entity: str, label: str, **of: str) -> dict[str, Any]:
+    """What notices each fault of a copy of a dataset, but for those of features."""
+    return {
+        "no rows": ("refused", "rows"),
+        "duplicates": ("warned", f"repeated keys of {key}"),
+        "written twice": ("refused", "unique of sample_id"),
+        "lost rows": ("refused", f"balance of {dataset}"),
+        "bad rows": ("refused", f"rejected of {dataset}"),
+        "split overlap": ("refused", f"leak of {entity}"),
+        "no train rows": ("refused", "split of train"),
+        "rare class": ("warned", f"class balance of {label}"),
+        "missing class": ("warned", "classes of validation"),
+        "schema": ("refused", f"schema of {of['schema']} columns"),
+        "shift": ("refused", f"drift of {of['drift']}"),
+    }
+
+
+EXPECTED = expected(FEATURES, "customer_id, as_of", "customer_id", "target", schema="Source", drift="visits") | {
     "nulls": ("refused", "nulls of visits"),
     "constant": ("warned", "constant"),
-    "schema": ("refused", "schema of Source columns"),
-    "shift": ("refused", "drift of visits"),
 }
-OF_IMAGES = EXPECTED | {
-    "duplicates": ("warned", "repeated keys of image_id"),
-    "lost rows": ("refused", f"balance of {IMAGES}"),
-    "bad rows": ("refused", f"rejected of {IMAGES}"),
-    "split overlap": ("refused", "leak of original_image_id"),
-    "rare class": ("warned", "class balance of class_id"),
-    "nulls": ("not applicable", ""),
-    "constant": ("not applicable", ""),
-    "schema": ("refused", "schema of Label columns"),
-    "shift": ("refused", "drift of class_id"),
-}
+OF_IMAGES = expected(
+    IMAGES, "image_id", "original_image_id", "class_id", schema="Label", drift="class_id"
+) | dict.fromkeys(("nulls", "constant"), ("not applicable", ""))
 ODD = {"nulls", "rejected"}
 """Checks that don't pass on the sample as it is."""
 BOUNDS = DeliveryThresholds.model_fields
@@ -49,22 +48,12 @@ SAID = {
         "values of customer_id are in several splits",
     ),
 }
-LAXEST: dict[str, dict[str, Any]] = {
-    "bad rows": {"rejected_warn": 1, "rejected_fail": 1},
-    "nulls": {"missing_warn": 1, "missing_fail": 1},
-    "shift": {"drift_warn": 1e9, "drift_fail": 1e9},
-    "rare class": {"balance_warn": 0},
-}
-CHECKS: dict[str, tuple[Any, str]] = {
-    "no rows": (rules, "check_rows"),
-    "duplicates": (gate, "_repeats"),
-    "written twice": (rules, "check_unique"),
-    "lost rows": (rules, "check_balance"),
-    "split overlap": (gate, "_leak"),
-    "no train rows": (gate, "_splits"),
-    "missing class": (gate, "_classes"),
-    "constant": (gate, "_constants"),
-    "schema": (gate, "_against"),
+LAXEST = lax(bad_rows="rejected", nulls="missing", shift="drift") | {"rare class": {"balance_warn": 0}}
+CHECKS = {
+    **{fault: RULES[fault] for fault in ("no rows", "lost rows")},
+    **made_by(rules, written_twice="check_unique"),
+    **made_by(gate, duplicates="_repeats", split_overlap="_leak", no_train_rows="_splits"),
+    **made_by(gate, missing_class="_classes", constant="_constants", schema="_against"),
 }
 
 

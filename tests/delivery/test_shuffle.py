@@ -10,11 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.delivery.keys import entity_splits
 from tasks.delivery.shuffle import Look, judge, load, plan_buckets
-from tasks.delivery.source import Source, find_source, read_units
+from tasks.delivery.source import Source, entity_splits, find_source, read_units
 from tasks.io.hashing import stable_hash
-from tasks.loader.blocks import BlockFormat
+from tasks.loader.samples import SampleFormat
 from tasks.store.layout import join
 from tasks.store.reservation import reserve
 from tests.delivery.sources import FEATURES, IMAGES, configured, customers, publish, publish_customers, publish_pictures
@@ -118,7 +117,7 @@ def test_hashes_of_all_rows_are_found_in_some_part(tmp_path: Path) -> None:
     ],
 )
 def test_a_split_has_as_many_files_as_its_samples_need(samples: list[int], file_bytes: int, parts: list[int]) -> None:
-    form = BlockFormat(kind="table", shape=(3,), label="int64", block_size=10)
+    form = SampleFormat(kind="table", shape=(3,), label="int64", batch_size=10)
     assert form.sample_bytes == 28
     buckets = plan_buckets(np.array(samples), form, file_bytes)
     assert [sum(bucket.split == split for bucket in buckets) for split in range(3)] == parts

@@ -20,10 +20,10 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from tasks import retries
+from tasks import runner
 from tasks.engine.cluster import OLDER_THAN, delete_left_over, losses_explained, worker_env
 from tasks.io.errors import DiskFull, PipelineError, SourceError, WorkersKilled
-from tasks.retries import final_unless_transient, worth_retrying
+from tasks.runner import final_unless_transient, worth_retrying
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_workers_that_are_killed_for_memory_are_replaced_some_times(monkeypatch:
 
 
 def test_a_whole_task_that_was_killed_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retries, "worth_retrying", lambda _: True)  # else it asks the API for the flow run
+    monkeypatch.setattr(runner, "worth_retrying", lambda _: True)  # else it asks the API for the flow run
     with pytest.raises(WorkersKilled) as told, final_unless_transient("lower --file-megabytes (it is 128)"):
         raise OutOfMemoryError(KILLED)
     assert str(told.value).startswith("out of memory: Ray killed the worker of a task, as its node had too little")

@@ -18,11 +18,11 @@ import pytest
 import ray
 import ray.data
 
-from tasks.engine import jobs
+from tasks.engine import jobs, watchers
 from tasks.engine.cluster import data_context
 from tasks.engine.jobs import Parts, mapped, partition_keys, shuffle
 from tasks.io.errors import BalanceError, PipelineError, SourceError
-from tasks.io.faults import is_transient
+from tasks.io.location import is_transient
 from tests.benchmarks.growth import References
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -297,10 +297,10 @@ def test_a_plan_that_lost_a_node_and_comes_no_further_ends(monkeypatch: pytest.M
         return [{"NodeID": one, "Alive": up, "DeathReason": 4 if one in idle else 2} for one, up in alive.items()]
 
     monkeypatch.setattr(ray, "nodes", nodes)
-    monkeypatch.setattr(jobs.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(watchers.time, "monotonic", lambda: clock[0])
     monkeypatch.setenv("PIPELINE_NODE_PATIENCE_SECONDS", "10")
     step = SimpleNamespace(metrics=SimpleNamespace(num_tasks_finished=0))
-    watch = jobs._Nodes()
+    watch = watchers.Nodes()
 
     def look(after: float) -> None:
         clock[0] += after
@@ -318,6 +318,6 @@ def test_a_plan_that_lost_a_node_and_comes_no_further_ends(monkeypatch: pytest.M
     idle.add("b")  # an autoscaler lets go what holds nothing
     look(60)
     alive["c"] = True
-    again = jobs._Nodes()  # the job that runs anew knows of no loss
+    again = watchers.Nodes()  # the job that runs anew knows of no loss
     clock[0] += 60
     again.look([step])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.features.sample import write_sample
+from tasks.features.standard import write_sample
 from tasks.images.sample import write_sample as write_images
 from tests.conftest import another_ray
 from tests.faults.small_disk import disk  # noqa: F401 - a fixture

@@ -42,6 +42,7 @@ from tests.faults.three_flows import (
     assert_same_rows,
     contents,
     copied,
+    first_by_default,
     left_over,
 )
 from tests.tables import Proven
@@ -76,7 +77,7 @@ def units(version: Path, pattern: str) -> set[int]:
     return {int(path.name.split("-")[1]) for path in version.glob(pattern)}
 
 
-@pytest.mark.parametrize("flow", POINTS)
+@pytest.mark.parametrize("flow", first_by_default(IMAGES, FEATURES, DELIVERY))
 def test_a_flow_killed_at_each_step_is_made_good_by_the_next_run(
     *, flow: str, undisturbed: Store, start: Starter, run: Runner, tmp_path: Path, proven: Proven
 ) -> None:
@@ -183,14 +184,7 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize(
-    "flow",
-    [
-        IMAGES,
-        pytest.param(FEATURES, marks=pytest.mark.nightly),
-        pytest.param(DELIVERY, marks=pytest.mark.nightly),
-    ],
-)
+@pytest.mark.parametrize("flow", first_by_default(IMAGES, FEATURES, DELIVERY))
 def test_a_deployed_run_killed_after_a_manifest_goes_on_as_the_same_run(
     flow: str, undisturbed: Store, start: Starter, tmp_path: Path, proven: Proven
 ) -> None:

@@ -26,6 +26,7 @@ from tests.faults.three_flows import (
     assert_same_rows,
     copied,
     fault,
+    first_by_default,
 )
 from tests.tables import Proven
 from tests.training.test_trainer import consumed, kept
@@ -48,7 +49,7 @@ KILLED = {
 }
 
 
-@pytest.mark.parametrize("flow", KILLED)
+@pytest.mark.parametrize("flow", first_by_default(FEATURES, IMAGES, DELIVERY))
 def test_a_worker_killed_in_mid_task(
     flow: str, undisturbed: Store, run: Runner, tmp_path: Path, proven: Proven
 ) -> None:
@@ -82,12 +83,7 @@ CURES = {
 
 @pytest.mark.parametrize(
     ("flow", "changes"),
-    [
-        (FEATURES, {}),
-        pytest.param(IMAGES, {}, marks=pytest.mark.nightly),
-        (IMAGES, {"workers": "actors"}),
-        pytest.param(DELIVERY, {}, marks=pytest.mark.nightly),
-    ],
+    first_by_default((IMAGES, {"workers": "actors"}), (IMAGES, {}), (FEATURES, {}), (DELIVERY, {})),
     ids=str,
 )
 def test_a_task_whose_workers_are_always_killed_as_the_kernel_does_for_memory(
@@ -119,8 +115,7 @@ def test_a_training_worker_killed_in_mid_epoch(undisturbed: Store, run: Runner, 
     assert_same_rows(store, DELIVERY)
     runs = layout.training_runs(str(store.root), "customer-features")
     [name] = storage.list_directories(runs)
-    _, _, restarts = read_records(layout.join(runs, name))
-    assert restarts == 1, "no worker was killed"
+    assert read_records(layout.join(runs, name)).restarts == 1, "no worker was killed"
     attempts = consumed(layout.join(runs, name))
     assert {attempt["begins_after"] > 0 for attempt in attempts} == {False, True}, "it didn't go on from a checkpoint"
     train = store.manifest(DATASETS[DELIVERY][0], 2).definition["samples"]["train"]

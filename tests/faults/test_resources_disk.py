@@ -15,21 +15,8 @@ from tasks.io.disk import MIB, PIECE, NewFile
 from tasks.io.errors import DiskFull
 from tasks.io.storage import ParquetStream
 from tasks.store import versions
+from tests.faults import three_flows
 from tests.faults.small_disk import fill, make_room
-from tests.faults.three_flows import (
-    DATASETS,
-    DELIVERY,
-    FEATURES,
-    IMAGES,
-    Reader,
-    Runner,
-    Store,
-    assert_failed_at_once,
-    assert_same_rows,
-    copied,
-    fault,
-    temporary_files,
-)
 from tests.store import publishing
 from tests.tables import Proven
 from tests.test_runner import eventually
@@ -119,7 +106,7 @@ def test_a_publisher_on_a_full_disk(step: str, disk: Path, proven: Proven) -> No
         try_it(full=True)
     assert_told(str(told.value), disk)
     assert versions.resolve(root, publishing.DATASET) == old
-    assert temporary_files(disk) == []
+    assert three_flows.temporary_files(disk) == []
     make_room(disk)
     try_it(full=False)
     assert versions.published_versions(root, publishing.DATASET) == [1, 2], "the number wasn't taken over"
@@ -129,43 +116,48 @@ def test_a_publisher_on_a_full_disk(step: str, disk: Path, proven: Proven) -> No
 
 
 FILLED = [
-    (IMAGES, "data", "tasks.images.augment:augment_unit"),
-    (DELIVERY, "report", "tasks.publication:write_report"),
-    (FEATURES, "manifest", "tasks.store.versions:commit"),
-    pytest.param((FEATURES, "data", "tasks.features.writer:write_part"), marks=pytest.mark.nightly),
-    pytest.param((DELIVERY, "data", "tasks.delivery.shuffle:Shuffle.gather"), marks=pytest.mark.nightly),
+    (three_flows.FEATURES, "manifest", "tasks.store.versions:commit"),
+    *three_flows.first_by_default(
+        (three_flows.IMAGES, "data", "tasks.images.augment:augment_unit"),
+        (three_flows.FEATURES, "data", "tasks.features.writer:write_part"),
+        (three_flows.DELIVERY, "report", "tasks.publication:write_report"),
+        (three_flows.DELIVERY, "data", "tasks.delivery.shuffle:Shuffle.gather"),
+    ),
 ]
 
 
-@pytest.mark.parametrize("case", FILLED, ids="-".join)
+@pytest.mark.parametrize(("flow", "step", "function"), FILLED)
 def test_a_flow_on_a_full_disk(
     *,
-    case: tuple[str, str, str],
+    flow: str,
+    step: str,
+    function: str,
     disk: Path,
-    undisturbed: Store,
-    run: Runner,
+    undisturbed: three_flows.Store,
+    run: three_flows.Runner,
     monkeypatch: pytest.MonkeyPatch,
     proven: Proven,
 ) -> None:
-    flow, step, function = case
-    store = copied(undisturbed, disk / "root")
+    store = three_flows.copied(undisturbed, disk / "root")
     config = store.config(flow)
-    faults = [fault(function, does="fill", when="before", disk=str(disk))] if step != "manifest" else []
-    with Reader(store, flow) as reader, monkeypatch.context() as patch:
+    faults = [three_flows.fault(function, does="fill", when="before", disk=str(disk))] if step != "manifest" else []
+    with three_flows.Reader(store, flow) as reader, monkeypatch.context() as patch:
         if step == "manifest":  # which the flow's own process writes
             commit = versions.commit
             patch.setattr(versions, "commit", lambda *given: (fill(disk), commit(*given)))
-        told = assert_failed_at_once(run(flow, config, *faults))
+        told = three_flows.assert_failed_at_once(run(flow, config, *faults))
     assert run.struck() == len(faults)
     assert_told(told, disk)
-    for dataset in DATASETS[flow]:
+    for dataset in three_flows.DATASETS[flow]:
         assert set(reader.seen[dataset]) == {1}
         assert versions.published_versions(str(store.root), dataset) == [1]
-    assert eventually(lambda: temporary_files(disk), lambda left: not left) == [], "something of another worker stays"
+    assert eventually(lambda: three_flows.temporary_files(disk), lambda left: not left) == [], (
+        "something of another worker stays"
+    )
 
     make_room(disk)
     ended = run(flow, config)
     assert ended.state.is_completed(), ended.state.message
     [version] = {published.version for published in ended.published}
-    assert_same_rows(store, flow, version)
+    three_flows.assert_same_rows(store, flow, version)
     proven(STEPS[step], flow, "told with figures, nothing published, not tried again; with room, same digests")

@@ -93,6 +93,7 @@ def test_a_flow_whose_objects_are_spilled(
     proven("object store too small", flow, "objects are spilled and come back, same digests, no spilled file stays")
 
 
+@pytest.mark.nightly
 def test_what_doesnt_fit_is_spilled_and_what_a_killed_ray_has_spilled_goes_with_the_next_one(proven: Proven) -> None:
     with tempfile.TemporaryDirectory(prefix="ray-") as short:  # the paths of Ray's sockets have little room
         environment = {**os.environ, "PYTHONPATH": str(PROJECT), "RAY_TMPDIR": short}

@@ -22,7 +22,7 @@ from tasks.store import layout, versions
 from tasks.store.manifest import Manifest
 from tests.conftest import another_ray, new_bucket
 from tests.faults.proxy import Fault, Proxy, answers, broken_s3, lost, reset, silent, slow
-from tests.faults.three_flows import assert_failed_at_once
+from tests.faults.three_flows import assert_failed_at_once, first_by_default
 from tests.runs import Run, assert_whole
 from tests.tables import Proven
 
@@ -39,22 +39,22 @@ READING: Target = ("GET|HEAD", r"\.(parquet|jpg|csv|raw|bin)$", LONGER)
 RESERVING: Target = ("PUT", r"/_reservation", 1)
 COMMITTING: Target = ("PUT", r"/_manifest\.json", 1)
 LISTING: Target = ("GET", r"list-type=2", 1)
-ROUNDS: list[list[tuple[str, Fault, Target]]] = [
-    [
+ROUNDS: dict[str, list[tuple[str, Fault, Target]]] = {
+    "refused": [
         ("S3 answers 503", answers(503, "SlowDown"), READING),
         ("S3 answers 409", answers(409, "ConditionalRequestConflict"), RESERVING),
         ("S3 answers 500", answers(500, "InternalError"), LISTING),
         ("S3 did it, then reset", lost(reset), DATA_ONCE),
         ("S3 answers 412 without cause", answers(412, "PreconditionFailed"), COMMITTING),
     ],
-    [
+    "cut off": [
         ("S3 is slow", slow(0.5), READING),
         ("S3 answers 503", answers(503, "SlowDown"), LISTING),
         ("S3 did it, then time-out", lost(silent), RESERVING),
         ("S3 resets the connection", reset, DATA),
         ("S3 answers 500", answers(500, "InternalError"), COMMITTING),
     ],
-]
+}
 """Faults of one run each: it meets one after the other, at each kind of request; `test_s3_publishing` tries each at
 each."""
 
@@ -104,7 +104,7 @@ def proxy(s3_url: str, stack: str) -> Iterator[Proxy]:
             yield proxy
 
 
-@pytest.fixture(scope="module", params=["image-augmentation", "feature-store", "training-delivery"])
+@pytest.fixture(scope="module")
 def subject(request: pytest.FixtureRequest, s3_url: str, proxy: Proxy) -> Subject:
     """A flow whose undisturbed run has published v1."""
     root = new_bucket(s3_url)
@@ -145,10 +145,22 @@ def next_version(subject: Subject) -> int:
     return max(versions.published_versions(subject.root, subject.datasets[0])) + 1
 
 
-@pytest.mark.parametrize("faults", ROUNDS, ids=["refused", "cut off"])
-def test_passing_faults_are_survived(
-    subject: Subject, proxy: Proxy, proven: Proven, faults: list[tuple[str, Fault, Target]]
-) -> None:
+@pytest.mark.parametrize(
+    ("subject", "kind"),
+    [
+        ("feature-store", "cut off"),
+        *first_by_default(
+            ("image-augmentation", "refused"),
+            ("image-augmentation", "cut off"),
+            ("feature-store", "refused"),
+            ("training-delivery", "refused"),
+            ("training-delivery", "cut off"),
+        ),
+    ],
+    indirect=["subject"],
+)
+def test_passing_faults_are_survived(subject: Subject, proxy: Proxy, proven: Proven, kind: str) -> None:
+    faults = ROUNDS[kind]
     version = next_version(subject)
     with ExitStack() as injected:
         for _, fault, (method, key, times) in faults:

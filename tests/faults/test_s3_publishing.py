@@ -10,7 +10,7 @@ import pytest
 
 from tasks.io import storage
 from tasks.io.errors import ConfigError, CredentialsRefused
-from tasks.io.faults import is_transient
+from tasks.io.location import is_transient
 from tasks.store import layout, versions
 from tasks.store.manifest import Manifest
 from tests.faults.proxy import (
@@ -60,7 +60,11 @@ FAULTS: dict[str, tuple[Fault, list[str], int]] = {
     "S3 did it, then 500": (lost(answers(500, "InternalError")), WRITES, 1),
     "S3 did it, then time-out": (lost(silent), WRITES, 1),
 }
-SURVIVED = [(row, request) for row, (_, requests, _) in FAULTS.items() for request in requests]
+SURVIVED = [
+    pytest.param(row, request, marks=() if request in (requests[0], requests[-1]) else pytest.mark.nightly)
+    for row, (_, requests, _) in FAULTS.items()
+    for request in requests
+]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from tasks.io import storage
-from tasks.io.faults import is_transient
+from tasks.io.location import is_transient
 from tasks.io.storage import ParquetStream
 from tests.faults.proxy import broken_s3, reset_in_answer, silent
 from tests.tables import Proven

@@ -1,7 +1,7 @@
 """The servers around a run go away while it runs, killed (-9) or hanging: Prefect's, and the S3 endpoint.
 
 One whole flow for each fault: how a flow's process, its tasks on Ray and the store's clients bear it is the same code
-for all three (`tasks.runner`, `tasks.retries`, `tasks.io.storage`), and no flow has any of its own.
+for all three (`tasks.runner` and `tasks.io.storage`), and no flow has any of its own.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 import yaml
 from prefect.settings import PREFECT_API_URL
 from pydantic import BaseModel
@@ -27,7 +28,7 @@ from flows.training_delivery import training_delivery
 from tasks.by_hand import one_sentence
 from tasks.delivery.config import DeliveryConfig, TrainingConfig
 from tasks.features.config import FeatureStoreConfig
-from tasks.features.sample import SAMPLE_AS_OF
+from tasks.features.standard import SAMPLE_AS_OF
 from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.io import storage
 from tasks.io.hashing import digest
@@ -203,6 +204,12 @@ class Reader(threading.Thread):
         for dataset, numbers in self.seen.items():
             assert numbers, f"nobody has looked at {dataset}"
             assert numbers == sorted(numbers), f"{dataset}: readers fell back: {numbers}"
+
+
+def first_by_default(first: Any, *others: Any) -> list[Any]:
+    """Return cases of which only the first one isn't left to the nightly tests."""
+    later = [case if isinstance(case, tuple) else (case,) for case in others]
+    return [first, *(pytest.param(*case, marks=pytest.mark.nightly) for case in later)]
 
 
 def fault(function: str, does: str = "kill", when: str = "after", times: int = 1, **more: Any) -> dict[str, Any]:

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from tasks.features import csv_text, shuffle
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.plan import plan_features, with_uris
-from tasks.features.sample import SAMPLE_AS_OF, write_sample
 from tasks.features.sources import ReadUnit, inspect, read, read_units
-from tasks.features.standard import STANDARD
+from tasks.features.standard import SAMPLE_AS_OF, STANDARD, write_sample
 from tasks.io.errors import SourceError
 
 FIELDS = st.sampled_from(

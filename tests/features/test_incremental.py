@@ -18,14 +18,13 @@ from tasks.features.config import FeatureStoreConfig
 from tasks.features.incremental import watermark, with_state
 from tasks.features.pipeline import compute_groups
 from tasks.features.plan import plan_features, with_uris
-from tasks.features.sample import SAMPLE_AS_OF, sample_customers, sample_products, sample_transactions
-from tasks.features.standard import STANDARD
+from tasks.features.standard import SAMPLE_AS_OF, STANDARD, sample_customers, sample_products, sample_transactions
 from tasks.io import storage
 from tasks.publication import manifest_of
 from tasks.store import layout, versions
 from tasks.store.manifest import GateResult, Manifest, RunRecord
 from tasks.store.reservation import reserve
-from tasks.store.withdrawal import withdraw
+from tasks.store.versions import withdraw
 
 DAY = dt.timedelta(days=1)
 CUSTOMERS, PRODUCTS = "feature-store/customer-features", "feature-store/product-features"

@@ -12,7 +12,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from tasks.features.keys import as_key, key_type, read_keys
+from tasks.features.rows import as_key, key_type, read_keys
 from tasks.io.errors import InputError
 
 REFUSED = object()

@@ -16,9 +16,8 @@ from tasks.features import pipeline
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.pipeline import ComputedGroup, compute_groups, pieces_to_read
 from tasks.features.plan import plan_features, with_uris
-from tasks.features.sample import SAMPLE_AS_OF, write_sample
 from tasks.features.sources import ReadUnit, together
-from tasks.features.standard import STANDARD
+from tasks.features.standard import SAMPLE_AS_OF, STANDARD, write_sample
 from tasks.io.hashing import stable_hash
 from tasks.store.reservation import reserve
 

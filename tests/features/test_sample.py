@@ -10,8 +10,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from tasks.features import sample
-from tasks.features.sample import (
+from tasks.features import standard
+from tasks.features.sources import inspect
+from tasks.features.standard import (
     SAMPLE_AS_OF,
     sample_customers,
     sample_products,
@@ -19,7 +20,6 @@ from tasks.features.sample import (
     sizes,
     write_sample,
 )
-from tasks.features.sources import inspect
 from tasks.io.errors import SourceError
 
 GOLDEN: list[tuple[str, Callable[[], pl.DataFrame], str]] = [
@@ -114,7 +114,7 @@ def test_tables_have_one_row_a_key(total: int) -> None:
 
 
 def test_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample, "BLOCK", 1_000)
+    monkeypatch.setattr(standard, "BLOCK", 1_000)
     uris = write_sample(str(tmp_path), 2_500, 0)
     tables = {name: inspect(name, uri) for name, uri in uris.items()}
     parts = [pl.read_parquet(file.info.uri) for file in tables["transactions"].files]

@@ -13,16 +13,15 @@ import pyarrow.parquet as pq
 
 from tasks.features.config import FeatureStoreConfig, Thresholds
 from tasks.features.definitions import FeatureGroup
-from tasks.features.self_test import trial
+from tasks.features.gate import trial
 from tasks.quality import rules
 from tasks.quality.faults import Trial
 from tasks.quality.profile import profile_table
-from tasks.store.layout import CREATED, VERSION
 from tasks.store.manifest import FaultResult, FileEntry, Manifest, RowBalance
-from tests.gates import by_fault
+from tests.features.test_gate import AS_OF, data
+from tests.gates import RULES, by_fault, lax, made_by, outcomes
 from tests.manifests import manifest
 
-AS_OF = dt.datetime(2025, 1, 1, tzinfo=dt.UTC)
 GROUP = FeatureGroup(
     name="spending",
     entity="customer_id",
@@ -31,60 +30,28 @@ GROUP = FeatureGroup(
     bounds={"purchases": (1, None)},
 )
 FRESH = FeatureStoreConfig(thresholds=Thresholds(fresh_warn_days=1, fresh_fail_days=2))
-EXPECTED = {
-    "no rows": ("refused", "rows"),
-    "duplicates": ("refused", "unique of customer_id"),
-    "lost rows": ("refused", "balance of spending"),
-    "bad events": ("refused", "rejected of transactions"),
-    "orphans": ("refused", "reference of customer_id"),
-    "schema": ("refused", "schema of spent"),
-    "nulls": ("refused", "nulls of purchases"),
-    "not finite": ("refused", "finite of spent"),
-    "range": ("refused", "range of purchases"),
-    "shift": ("refused", "drift of purchases"),
-    "outliers": ("warned", "outliers of all numeric features"),
-    "unready rows": ("warned", "ready"),
-    "stale": ("refused", "freshness"),
-}
+EXPECTED = outcomes("""
+    no rows       refused  rows
+    duplicates    refused  unique of customer_id
+    lost rows     refused  balance of spending
+    bad events    refused  rejected of transactions
+    orphans       refused  reference of customer_id
+    schema        refused  schema of spent
+    nulls         refused  nulls of purchases
+    not finite    refused  finite of spent
+    range         refused  range of purchases
+    shift         refused  drift of purchases
+    outliers      warned  outliers of all numeric features
+    unready rows  warned  ready
+    stale         refused  freshness
+""")
 SAID = {
     "nulls": ("60% of purchases were made null.", "600 of 1,000 rows (60.00%) have no purchases."),
 }
-LAXEST: dict[str, dict[str, Any]] = {
-    "bad events": {"rejected_warn": 1, "rejected_fail": 1},
-    "orphans": {"orphan_warn": 1, "orphan_fail": 1},
-    "nulls": {"null_warn": 1, "null_fail": 1},
-    "shift": {"drift_warn": 1e9, "drift_fail": 1e9},
-    "outliers": {"outlier_warn": 1, "outlier_fail": 1},
-    "unready rows": {"ready_warn": 0, "ready_fail": 0},
+LAXEST = lax(bad_events="rejected", orphans="orphan", nulls="null", shift="drift", outliers="outlier") | {
+    "unready rows": {"ready_warn": 0, "ready_fail": 0}
 }
-CHECKS: dict[str, tuple[Any, str]] = {
-    "no rows": (rules, "check_rows"),
-    "duplicates": (rules, "check_unique"),
-    "lost rows": (rules, "check_balance"),
-    "schema": (rules, "check_schema"),
-    "not finite": (rules, "check_finite"),
-    "range": (rules, "check_range"),
-    "stale": (rules, "check_freshness"),
-}
-
-
-def data(rows: int = 1_000) -> pa.Table:
-    draw = np.random.default_rng(0)
-    return pa.table(
-        {
-            "customer_id": pa.array(range(rows)),
-            "purchases": pa.array(draw.integers(1, 50, rows)),
-            "spent": pa.array(draw.normal(100, 10, rows)),
-            "segment": pa.array(draw.choice(["a", "b"], rows).tolist()),
-            "missing_value_ratio": pa.array([0.0] * rows),
-            "outlier_ratio": pa.array([0.0] * rows),
-            "feature_quality_score": pa.array([1.0] * rows),
-            "is_training_ready": pa.array([True] * rows),
-            "as_of": pa.array([AS_OF] * rows, pa.timestamp("us", "UTC")),
-            CREATED: pa.array([AS_OF] * rows, pa.timestamp("us", "UTC")),
-            VERSION: pa.array(["v1"] * rows),
-        }
-    )
+CHECKS = RULES | made_by(rules, stale="check_freshness")
 
 
 def written(root: Path, table: pa.Table, group: FeatureGroup = GROUP, **changes: Any) -> Manifest:

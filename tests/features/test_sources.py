@@ -234,6 +234,19 @@ def test_missing_columns(tmp_path: Path, files: dict[str, bytes], wanted: dict[s
         check_columns(table, wanted)
 
 
+def test_files_of_one_schema_are_looked_at_once(tmp_path: Path) -> None:
+    files: dict[str, bytes | pa.Table] = {f"{number:02d}__parquet": ids(number) for number in range(20)}
+    source = write(tmp_path, **files, x__parquet=pa.table({"id": ["x"]}), y__parquet=ids(None))
+    table = inspect("events", source)
+    assert [len(table.files), len(list(table.unlike))] == [22, 2]
+    assert set(table.types("id")) == {pa.int64(), pa.string()}
+    known = settled(table, ["id"], DEFAULT)
+    assert len(list(known.unlike)) == 22, "files may differ in their values"
+    assert set(known.types("id")) == {file.type_of("id") for file in known.files}
+    alone = inspect("events", write(tmp_path / "alone", **files))
+    assert settled(alone, ["id"], DEFAULT) is alone
+
+
 def test_files_may_differ_in_what_is_not_wanted(tmp_path: Path) -> None:
     files = {"a__parquet": pa.table({"id": [1], "x": [1]}), "b__parquet": pa.table({"y": ["?"], "id": [2]})}
     table = inspect("events", write(tmp_path, **files))

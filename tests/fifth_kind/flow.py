@@ -7,14 +7,9 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from tasks.io import storage
-from tasks.publication import (
-    PublishedVersion,
-    judged_version,
-    publish_versions,
-    reserve_versions,
-    run_record,
-)
-from tasks.quality.figures import Written
+from tasks.publication import PublishedVersion, judged_version, publish_versions, reserve_versions
+from tasks.quality.rules import Written
+from tasks.runner import run_record
 from tasks.store import versions
 from tests.fifth_kind.kind import ToyConfig, figures_of, squares
 

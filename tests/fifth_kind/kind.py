@@ -9,14 +9,14 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from tasks.audit.explanation import Explanation, gate_section, look_for, version_section
-from tasks.audit.holders import holders_section
+from tasks.audit.explanation import Explanation, look_for
+from tasks.audit.holders import closing_sections
 from tasks.audit.kind import Kind
 from tasks.audit.replay_rows import TableAgain
 from tasks.quality import faults, rules
 from tasks.quality.faults import Faults, Sample, Trial, sample_rows
-from tasks.quality.figures import Figures
 from tasks.quality.profile import profile_table
+from tasks.quality.rules import Figures
 from tasks.store import layout
 from tasks.store.layout import AS_OF
 from tasks.store.manifest import GateResult, Manifest, RowBalance
@@ -82,8 +82,7 @@ def explain_square(root: str, manifest: Manifest, key: str, at: str | None) -> E
     held = look_for(root, manifest, key, at, time=AS_OF, spellings=("number",))
     if isinstance(held, Explanation):
         return held
-    holders = holders_section(root, manifest, "number", held.key)
-    sections = [held.section, gate_section(manifest, {}), holders, version_section(root, manifest)]
+    sections = [held.section, *closing_sections(root, manifest, ("number", held.key), {})]
     return Explanation(manifest, key, "held", f"{key} squared is {held.row['square']}", sections)
 
 

@@ -113,8 +113,6 @@ def png(width: int, height: int, depth: int, colours: int, rows: bytes, *chunks:
     )
 
 
-# --- JPEG by the fast way ---
-
 JPEGS: dict[str, tuple[str, dict[str, object]]] = {
     "4:2:0": ("RGB", {"subsampling": "4:2:0"}),
     "4:2:2": ("RGB", {"subsampling": "4:2:2"}),
@@ -185,8 +183,6 @@ def test_a_jpeg_of_endless_scans_is_refused() -> None:
     assert "scans" in found.detail
 
 
-# --- every mode in every format ---
-
 FORMATS = [
     *("PNG", "TIFF", "WEBP", "GIF", "BMP", "DIB", "PPM", "JPEG", "JPEG2000", "ICO", "TGA", "AVIF"),
     *("PCX", "SGI", "DDS", "QOI", "MSP", "SPIDER", "XBM", "BLP", "MPO"),
@@ -240,9 +236,6 @@ def test_large_pictures_are_converted_in_bands_without_seams(mode: str) -> None:
     assert np.array_equal(pixels_of(data, decoder(2_000_000)), reference(data))
 
 
-# --- depths ---
-
-
 def test_all_16_bit_values_are_rounded() -> None:
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     want = np.rint(np.arange(65536) / 257).reshape(256, 256)
@@ -268,9 +261,6 @@ FLOATS = {
 def test_floats_are_shares_or_up_to_255(values: list[float], want: list[int]) -> None:
     image = Image.fromarray(np.array([values], dtype=np.float32))
     assert pixels_of(encoded(image, "TIFF"))[0, :, 0].tolist() == want
-
-
-# --- alpha ---
 
 
 def test_every_alpha_over_every_shade_is_rounded_exactly() -> None:
@@ -308,8 +298,6 @@ CLEAR_COLOURS = {
 def test_one_clear_colour(data: bytes, want: list[list[int]]) -> None:
     assert pixels_of(data)[0].tolist() == want
 
-
-# --- orientation ---
 
 TURNS: dict[int, Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]] = {
     1: lambda stored: stored,
@@ -373,9 +361,6 @@ def test_a_broken_exif_block_turns_nothing(block: bytes, file_format: str) -> No
     assert np.array_equal(pixels_of(data), reference(plain))
 
 
-# --- frames ---
-
-
 @pytest.mark.parametrize("file_format", ["GIF", "PNG", "WEBP", "TIFF", "MPO"])
 def test_the_first_frame_is_taken(file_format: str) -> None:
     first, second = scene(), Image.new("RGB", (WIDTH, HEIGHT), "navy")
@@ -385,8 +370,6 @@ def test_the_first_frame_is_taken(file_format: str) -> None:
     assert np.array_equal(found, reference(data))
     assert found.std() > 30  # the second is all of one colour
 
-
-# --- rejections ---
 
 SMALL = {name: encoded(scene(16, 16), name) for name in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")}
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
@@ -463,8 +446,6 @@ def test_no_program_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert marker.exists()
 
 
-# --- bombs ---
-
 WEBP_CANVAS = b"RIFF\x1e\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + (16382).to_bytes(3, "little") * 2 + bytes(4)
 BOMBS = {
     "PNG": (png(100_000, 100_000, 8, 2, b""), "100,000 × 100,000"),
@@ -512,9 +493,6 @@ def test_the_limit_may_be_above_pillows(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     assert pixels_of(SMALL["PNG"]).shape == (16, 16, 3)
     assert Image.MAX_IMAGE_PIXELS == 10
-
-
-# --- the decoder's and Pillow's state ---
 
 
 def test_decoding_twice_gives_the_same_and_nothing_leaks() -> None:
@@ -613,8 +591,6 @@ def test_threads_with_a_decoder_each(switch_often: None) -> None:
     assert not faults
     assert before == Image.MAX_IMAGE_PIXELS
 
-
-# --- anything at all ---
 
 SEEDS = sorted({*SAVABLE.values(), *(data for data, *_ in REJECTED.values()), EPS, iptc(SMALL["PNG"])})
 FUZZED = decoder(100_000)

@@ -23,7 +23,6 @@ def tiff(tags: Tags, *parts: bytes, order: str = "<") -> bytes:
         tags: Values of more tags or others than those of an 8-bit gray picture of one strip; floats are doubles.
         parts: The strips, one after the other.
         order: "<" for Intel's, ">" for Motorola's order of bytes.
-
     """
     lengths = tuple(map(len, parts))
     tags = {258: 8, 259: 1, 262: 1, 277: 1, 279: lengths, **tags}

@@ -24,11 +24,7 @@ from tasks.images.duplicates import (
     perceptual_hash,
     similar_pairs,
 )
-
-UInt8Array = npt.NDArray[np.uint8]
-UInt64Array = npt.NDArray[np.uint64]
-Int64Array = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
+from tasks.io.tensors import Float64Array, Int64Array, UInt8Array, UInt64Array
 
 Filter = Image.Resampling
 
@@ -36,7 +32,7 @@ Filter = Image.Resampling
 # Fingerprints
 
 
-def cell_weights(length: int) -> FloatArray:
+def cell_weights(length: int) -> Float64Array:
     """Part of each pixel in each of 32 cells of equal length; rows sum up to 1."""
     borders = np.arange(33) * length / 32
     pixels = np.arange(length)
@@ -44,7 +40,7 @@ def cell_weights(length: int) -> FloatArray:
     return np.maximum(overlap, 0) * 32 / length
 
 
-def plain_fingerprint(pixels: UInt8Array) -> tuple[FloatArray, FloatArray, float]:
+def plain_fingerprint(pixels: UInt8Array) -> tuple[Float64Array, Float64Array, float]:
     """Distance of each low frequency's coefficient from the threshold, mean colours of the grid, structure."""
     height, width = pixels.shape[:2]
     cells = np.einsum(

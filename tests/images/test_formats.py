@@ -29,8 +29,6 @@ from tests.images.test_decode import (
 )
 from tests.images.test_decode_depth import Tags, tiff
 
-# --- PNG ---
-
 ROW = 4 * 3  # bytes of 4 pixels
 
 
@@ -172,9 +170,6 @@ def test_a_wrong_checksum_of_what_changes_pixels_is_damage(chunk: tuple[bytes, b
     assert chunk[0].decode() in found.detail
 
 
-# --- JPEG ---
-
-
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("stray", [b"", b"\7\7\7"])
 def test_a_progressive_jpeg_without_some_scans_is_truncated(mode: str, stray: bytes) -> None:
@@ -204,9 +199,6 @@ def test_colours_may_come_one_after_the_other(scans: list[int], are_complete: bo
     assert (found.count, found.are_complete) == (len(scans), are_complete)
 
 
-# --- JPEG 2000 ---
-
-
 @pytest.mark.parametrize("options", [{}, {"no_jp2": True}, {"tile_size": (16, 16)}, {"irreversible": True}])
 def test_a_jpeg_2000_that_is_cut_and_closed_is_truncated(options: dict[str, object]) -> None:
     data = encoded(scene(), "JPEG2000", **options)
@@ -220,9 +212,6 @@ def test_a_jpeg_2000_without_a_tile_is_truncated() -> None:
     assert len(starts) == 12
     for start, end in itertools.pairwise(starts):
         assert rejection_of(data[:start] + data[end:]).reason == "truncated"
-
-
-# --- GIF, and icons of bitmaps ---
 
 
 @pytest.mark.parametrize("interlace", [0, 1])
@@ -245,8 +234,6 @@ def test_an_icon_without_some_rows_is_truncated(mode: str) -> None:
     taller = data[:7] + b"\x20" + data[8:30] + struct.pack("<i", 64) + data[34:]
     assert rejection_of(taller).reason == "truncated"
 
-
-# --- TIFF ---
 
 STRIPED: Tags = {256: 8, 257: 12, 278: 4}
 STRIPS = bytes([50]) * 32, bytes([100]) * 32, bytes([150]) * 32
@@ -317,9 +304,6 @@ def test_a_strip_that_ends_early_is_truncated(mode: str, compression: str, share
     )
     assert shorter != data
     assert rejection_of(shorter).reason == "truncated"
-
-
-# --- all others ---
 
 
 def test_the_footer_of_a_tga_may_say_that_it_has_no_alpha() -> None:

@@ -21,7 +21,7 @@ from tasks.images.split import SPLITS
 from tasks.io.errors import InputError
 from tasks.quality.profile import profile_table
 from tasks.store.manifest import ColumnSpec, GateResult, Manifest, RowBalance
-from tests.gates import of, one_check
+from tests.gates import of, one_check, passes_every_check
 from tests.manifests import manifest
 
 SIZE, VARIANTS = 16, 2
@@ -108,25 +108,11 @@ def published(
 
 def test_good_data_pass_every_check() -> None:
     result = judge(previous=published())
-    assert {check.verdict for check in result.checks} == {"pass"}
-    assert result.verdict == "pass"
-    assert {check.name for check in result.checks} == {
-        "rows",
-        "schema",
-        "unique",
-        "balance",
-        "rejected",
-        "invalid",
-        "ready",
-        "range",
-        "class balance",
-        "leak",
-        "split",
-        "stratification",
-        "compatibility",
-        "classes",
-        "drift",
-    }
+    passes_every_check(
+        result,
+        "rows, schema, unique, balance, rejected, invalid, ready, "
+        "range, class balance, leak, split, stratification, compatibility, classes, drift",
+    )
     assert {check.column for check in result.checks if check.name == "drift"} == {"class_name", "data_quality_score"}
 
 

@@ -18,14 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import v2
 
-from tasks.images.config import Augmentation, ImageAugmentationConfig
+from tasks.images.config import Augmentation, Centred, ImageAugmentationConfig, Original
 from tasks.images.draws import Draws, draw, image_keys
+from tasks.images.engines import measure
 from tasks.images.kernel import FusedEngine
-from tasks.images.scoring import measure
 from tasks.images.transforms import TorchEngine
+from tasks.io.tensors import UInt8Array
 from tests.images.oracle import reference_variant
 
-UInt8Array = npt.NDArray[np.uint8]
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)
 IN_ORDER = (0, 1, 2, 3)
 
@@ -62,9 +62,11 @@ def drawn(
 
 @pytest.mark.parametrize("shape", [(300, 200), (57, 213), (16, 16), (9, 30), (40, 41), (20, 500)])
 @pytest.mark.parametrize("size", [16, 56])
-def test_the_middle_is_torchvisions(shape: tuple[int, int], size: int) -> None:
+@pytest.mark.parametrize(("split", "variants"), [("validation", 3), ("validation", 0), ("train", 0)])
+def test_the_middle_is_torchvisions(shape: tuple[int, int], size: int, split: str, variants: int) -> None:
     """By both engines; of very long images the middle is cut out before."""
-    config = ImageAugmentationConfig(augmentation=Augmentation(size=size, variants=3)).of_split("validation")
+    config = ImageAugmentationConfig(augmentation=Augmentation(size=size, variants=variants)).of_split(split)
+    side = round(size * 256 / 224) if variants else size
     assert config.augmentation.variants == 1
     pixels = natural(*shape)
     draws = draw(image_keys(["any"], 0), np.array(shape[:1]), np.array(shape[1:]), config.augmentation)
@@ -74,10 +76,25 @@ def test_the_middle_is_torchvisions(shape: tuple[int, int], size: int) -> None:
     top, left, height, width = draws.crop[0].tolist()
     assert (height, width) == shape or max(shape) > 4 * min(shape)
     tensor = torch.from_numpy(pixels[top : top + height, left : left + width, :3].copy()).permute(2, 0, 1)
-    wanted = v2.Compose([v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)])(tensor).numpy()
+    wanted = v2.Compose([v2.Resize(side, antialias=True), v2.CenterCrop(size)])(tensor).numpy()
     assert np.array_equal(by_torch[0], wanted)
     assert np.abs(out[0].astype(int) - wanted).max() <= 1
     assert figures[0, 0] == pytest.approx(out.mean(), abs=0.01)
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (57, 213), (32, 33), (20, 500)])
+def test_the_middle_of_a_stored_original_is_that_of_the_image(shape: tuple[int, int]) -> None:
+    def made(pixels: UInt8Array, augmentation: Augmentation) -> UInt8Array:
+        sides = np.array(pixels.shape[:1]), np.array(pixels.shape[1:2])
+        out = np.zeros((1, 3, augmentation.size, augmentation.size), np.uint8)
+        draws = draw(image_keys(["any"], 0), *sides, augmentation)
+        FusedEngine(augmentation).augment(pixels, draws, 0, out, np.empty((1, 2), np.float32))
+        return out[0]
+
+    pixels, centred = natural(*shape), Centred(size=28, variants=1, degrees=0)
+    stored = np.zeros((32, 32, 4), np.uint8)
+    stored[:, :, :3] = made(pixels, Original(size=32, variants=1, degrees=0)).transpose(1, 2, 0)
+    assert np.array_equal(made(stored, centred), made(pixels, centred))
 
 
 def run(pixels: UInt8Array, draws: Draws, size: int, degrees: float = 15.0) -> UInt8Array:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from tasks.images.augment import ImageJob, augment_again
 from tasks.images.config import Augmentation, ImageAugmentationConfig
@@ -82,7 +83,7 @@ def undisturbed(ray_cluster: None, sample: dict[str, str], tmp_path_factory: pyt
         {"images_per_file": 1000},
         {"images_per_file": 7},
         {"workers": "actors", "actors": 1},
-        {"workers": "actors", "actors": 2, "images_per_file": 33},
+        pytest.param({"workers": "actors", "actors": 2, "images_per_file": 33}, marks=pytest.mark.nightly),
     ],
 )
 def test_rows_dont_depend_on_the_division_of_the_work(
@@ -158,7 +159,7 @@ def test_variants_are_torchvisions(sample: dict[str, str], undisturbed: Augmente
     [
         "own_generator",
         pytest.param("system_randomness", marks=pytest.mark.nightly),
-        "drawn_at_import",
+        pytest.param("drawn_at_import", marks=pytest.mark.nightly),
         pytest.param("transform", marks=pytest.mark.nightly),
     ],
 )
@@ -270,6 +271,24 @@ def test_images_that_arent_trained_on_may_be_augmented_like_the_others(
     assert not every.join(held_out, on="image_id").filter(pl.col("image") == pl.col("image_right")).height
 
 
+def test_without_variants_each_image_is_there_once(
+    sample: dict[str, str], undisturbed: AugmentedImages, tmp_path: Path
+) -> None:
+    config = configured(str(tmp_path), sample, augmentation=SMALL.model_copy(update={"variants": 0}))
+    augmented = run(config)[1]
+    stored, usual = rows(augmented), rows(undisturbed)
+    assert len(stored) == augmented.images == augmented.variants
+    assert set(stored["split"]) == {"train", "validation"}
+    assert set(stored["original_image_id"]) == set(usual["original_image_id"])
+    assert (
+        stored.select("original_image_id", "split")
+        .sort("original_image_id")
+        .equals(usual.select("original_image_id", "split").unique().sort("original_image_id"))
+    )
+    with pytest.raises(ValidationError, match="variants = 0 makes no use of policy = 'any:policy'"):
+        Augmentation(variants=0, policy="any:policy")
+
+
 def attempt_after(config: ImageAugmentationConfig, run_id: str) -> tuple[ImagePlan, AugmentedImages]:
     """Run again under the same reservation, as a retry or a resumed run does."""
     plan, augmented = run(config, run_id)
@@ -366,7 +385,13 @@ def test_files_that_hold_other_rows_than_they_should_fail_the_run(sample: dict[s
         attempt_after(config, "run")
 
 
-@pytest.mark.parametrize("settings", [{"device": "cpu"}, {"device": "cpu", "workers": "actors", "actors": 1}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"device": "cpu"},
+        pytest.param({"device": "cpu", "workers": "actors", "actors": 1}, marks=pytest.mark.nightly),
+    ],
+)
 def test_the_torch_engine_gives_the_same_splits_and_nearly_the_same_pixels(
     sample: dict[str, str], undisturbed: AugmentedImages, tmp_path: Path, settings: dict[str, Any]
 ) -> None:

@@ -15,13 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from tasks.images.config import Augmentation, ImageAugmentationConfig
+from tasks.images.engines import Scored, measure, score
 from tasks.images.rows import Originals, build_rows, decode_images, normalise, one_hot, rows_schema
-from tasks.images.scoring import Scored, measure, score
 from tasks.io.errors import ConfigError, InputError
 from tasks.io.storage import write_parquet
-from tasks.io.tensors import is_tensor, parquet_settings, tensor_spec, to_numpy
+from tasks.io.tensors import AnyArray, is_tensor, parquet_settings, tensor_spec, to_numpy
 
-AnyArray = npt.NDArray[Any]
 Format = Literal["uint8", "float32", "jpeg", "webp"]
 FORMATS: tuple[Format, ...] = ("uint8", "float32", "jpeg", "webp")
 COLUMNS = [

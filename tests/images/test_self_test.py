@@ -11,65 +11,53 @@ import pyarrow.parquet as pq
 import pytest
 
 from tasks.images import gate
-from tasks.images import self_test as module
 from tasks.images.config import Augmentation, ImageAugmentationConfig, ImageThresholds
+from tasks.images.gate import trial
 from tasks.images.outcomes import ORIGINALS
 from tasks.images.rows import rows_schema
-from tasks.images.self_test import trial
 from tasks.io.errors import InputError
 from tasks.quality import rules
 from tasks.quality.faults import Trial
 from tasks.store.manifest import FaultResult, FileEntry, Manifest, RowBalance
-from tests.gates import by_fault
+from tests.gates import RULES, by_fault, lax, made_by, outcomes
 from tests.manifests import manifest
 
 CLASSES = {"bee": 100, "cat": 150, "dog": 250}
-EXPECTED = {
-    "no rows": ("refused", "rows"),
-    "duplicates": ("refused", "unique of image_id"),
-    "lost rows": ("refused", "balance of variants"),
-    "empty files": ("refused", "rejected of images"),
-    "blank pictures": ("refused", "invalid"),
-    "dark pictures": ("warned", "ready"),
-    "split overlap": ("refused", "leak"),
-    "no train rows": ("refused", "split of train"),
-    "uneven split": ("warned", "stratification of class_name"),
-    "rare class": ("warned", "class balance of class_name"),
-    "missing class": ("warned", "classes of class_name"),
-    "shift": ("refused", "drift of class_name"),
-    "worse pictures": ("refused", "drift of data_quality_score"),
-    "range": ("refused", "range of class_id"),
-    "score range": ("refused", "range of data_quality_score"),
-    "shared class id": ("refused", "unique of class_id"),
-    "schema": ("refused", "schema of image_id"),
-    "other type": ("refused", "compatibility of class_id"),
-}
+EXPECTED = outcomes("""
+    no rows          refused  rows
+    duplicates       refused  unique of image_id
+    lost rows        refused  balance of variants
+    empty files      refused  rejected of images
+    blank pictures   refused  invalid
+    dark pictures    warned  ready
+    split overlap    refused  leak
+    no train rows    refused  split of train
+    uneven split     warned  stratification of class_name
+    rare class       warned  class balance of class_name
+    missing class    warned  classes of class_name
+    shift            refused  drift of class_name
+    worse pictures   refused  drift of data_quality_score
+    range            refused  range of class_id
+    score range      refused  range of data_quality_score
+    shared class id  refused  unique of class_id
+    schema           refused  schema of image_id
+    other type       refused  compatibility of class_id
+""")
 SAID = {
     "split overlap": (
         "A copy of 20% of the images was put into another split, under another name.",
         "100 groups of rows that belong together are in several splits.",
     ),
 }
-LAXEST: dict[str, dict[str, Any]] = {
-    "empty files": {"rejected_warn": 1, "rejected_fail": 1},
-    "blank pictures": {"invalid_warn": 1, "invalid_fail": 1},
+LAXEST = lax(empty_files="rejected", blank_pictures="invalid", shift="drift", worse_pictures="drift") | {
     "dark pictures": {"ready_warn": 0, "ready_fail": 0},
     "rare class": {"balance_warn": 0},
-    "shift": {"drift_warn": 1e9, "drift_fail": 1e9},
-    "worse pictures": {"drift_warn": 1e9, "drift_fail": 1e9},
 }
-CHECKS: dict[str, tuple[Any, str]] = {
-    "no rows": (rules, "check_rows"),
-    "duplicates": (rules, "check_unique"),
-    "lost rows": (rules, "check_balance"),
-    "split overlap": (rules, "check_leak"),
-    "no train rows": (rules, "check_split_sizes"),
-    "uneven split": (rules, "check_stratification"),
-    "missing class": (gate, "_same_classes"),
-    "range": (rules, "check_range"),
-    "score range": (rules, "check_range"),
-    "schema": (rules, "check_schema"),
-    "other type": (gate, "_compatibility"),
+CHECKS = {
+    **{fault: RULES[fault] for fault in ("no rows", "duplicates", "lost rows", "schema", "range")},
+    **made_by(rules, split_overlap="check_leak", no_train_rows="check_split_sizes"),
+    **made_by(rules, uneven_split="check_stratification", score_range="check_range"),
+    **made_by(gate, missing_class="_same_classes", other_type="_compatibility"),
 }
 
 
@@ -134,7 +122,7 @@ def version(config: ImageAugmentationConfig, table: pa.Table, path: str = "_orig
 
 def test_copies_that_the_grouping_misses_make_the_gate_blind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = lambda _near, _linked, _content, augmented: np.arange(len(augmented))  # noqa: E731
-    monkeypatch.setattr(module, "grouped", alone)
+    monkeypatch.setattr(gate, "grouped", alone)
     assert outcomes(tmp_path)["split overlap"].outcome == "blind"
 
 

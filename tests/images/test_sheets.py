@@ -17,9 +17,9 @@ from tasks.images.sheets import (
     SheetRow,
     class_balance_chart,
     contact_sheet,
-    reject_sheet,
     size_chart,
     thumbnail,
+    tile_sheet,
 )
 
 RED = (255, 0, 0)
@@ -143,7 +143,7 @@ def test_a_sheet_of_noise_keeps_to_its_bytes(max_bytes: int) -> None:
 def test_no_name_breaks_a_picture(text: str) -> None:
     one = row(image_id=text, class_name=text, split=text, note=text, issues=[text, [text, text]])
     assert opened(contact_sheet([one, row()], max_bytes=10**6)).width == 2000
-    assert opened(reject_sheet([(text, text, None), (text, text, flat(9, 9, RED))])).width == 2000
+    assert opened(tile_sheet([(text, text, None), (text, text, flat(9, 9, RED))])).width == 2000
     assert opened(class_balance_chart({text: {text: 3, "train": 1}}), "PNG").width > 1000
 
 
@@ -178,13 +178,13 @@ def test_what_is_not_shown_is_counted() -> None:
 
 def test_rejects() -> None:
     items = [("a", "empty file", None), ("b", "two labels: checks and dots", flat(50, 80, RED))]
-    data = reject_sheet(items)
+    data = tile_sheet(items)
     assert near(data, RED) > 0.02
-    assert near(reject_sheet(items[:1]), RED) == 0
-    alpha = np.asarray(opened(reject_sheet(items[:1])))[..., 3]
+    assert near(tile_sheet(items[:1]), RED) == 0
+    alpha = np.asarray(opened(tile_sheet(items[:1])))[..., 3]
     assert ((alpha > 20) & (alpha < 90)).mean() > 0.03  # the grey tile
-    assert opened(reject_sheet([])).height < 100
-    assert len(reject_sheet([("n", "r", noise(112, 112, 0))] * 50)) <= SHEET_BYTES // 2
+    assert opened(tile_sheet([])).height < 100
+    assert len(tile_sheet([("n", "r", noise(112, 112, 0))] * 50)) <= SHEET_BYTES // 2
 
 
 BLUE, ORANGE = (59, 111, 212), (217, 130, 43)

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tasks.images import sources
 from tasks.images.sources import (
     LISTING,
     REJECTED_IMAGES,
@@ -24,6 +26,7 @@ from tasks.images.sources import (
     same_size_rows,
     shown,
 )
+from tasks.io import listing as listing_module
 from tasks.io import storage
 from tasks.io.errors import SourceError
 
@@ -41,6 +44,32 @@ def column(listing: ImageListing, name: str) -> list[object]:
 
 def reasons(listing: ImageListing) -> dict[str, str]:
     return dict(zip(*(listing.rejected[name].to_pylist() for name in ("path", "reason")), strict=True))
+
+
+def test_few_files_of_a_listing_are_held_as_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive, most = 0, 0
+
+    class Counted(storage.FileInfo):
+        def __init__(self, *values: Any) -> None:
+            nonlocal alive, most
+            super().__init__(*values)
+            alive += 1
+            most = max(most, alive)
+
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    names = [f"cats/{number:03d}.png" for number in range(200)]
+    put(str(tmp_path), *names)
+    monkeypatch.setattr(sources, "_AT_ONCE", 8)
+    monkeypatch.setattr(listing_module, "FileInfo", Counted)
+    listing = list_images(str(tmp_path))
+    assert column(listing, "path") == names
+    assert 8 <= most <= 20
+    together = list_images(str(tmp_path)).record()
+    monkeypatch.setattr(sources, "_AT_ONCE", 1000)
+    assert list_images(str(tmp_path)).record() == together
 
 
 def test_every_file_is_listed_locally_and_on_s3(root: str) -> None:

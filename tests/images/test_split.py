@@ -8,7 +8,6 @@ from fractions import Fraction
 from math import ceil, floor
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -19,7 +18,6 @@ from tasks.images.split import SPLITS, TEST, TRAIN, VALIDATION, split_images
 from tasks.io.errors import ConfigError
 from tasks.io.hashing import stable_hash
 
-Int64Array = npt.NDArray[np.int64]
 Row = tuple[int, int, int]  # key, class, group
 Shares = tuple[float, float]
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,10 +19,10 @@ from tasks.images.config import Augmentation
 from tasks.images.draws import Draws, draw, image_keys
 from tasks.images.transforms import PolicyEngine, TorchEngine, load_policy
 from tasks.io.errors import ConfigError
+from tasks.io.tensors import UInt8Array
 from tests.images import policies
 from tests.images.oracle import reference_variant
 
-Pixels = npt.NDArray[np.uint8]
 STRONG: dict[str, Any] = {"degrees": 180, "brightness": 1.5, "contrast": 1.5, "saturation": 1.5, "hue": 0.5}
 
 
@@ -35,11 +34,11 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> Pixels:
+def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> UInt8Array:
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
-def picture(height: int, width: int) -> Pixels:
+def picture(height: int, width: int) -> UInt8Array:
     """A smooth, coloured gradient: many equal and nearly equal neighbours."""
     y, x = np.mgrid[:height, :width]
     return np.stack((255 * y // max(1, height - 1), 255 * x // max(1, width - 1), (x + y) % 256), axis=2).astype(
@@ -47,20 +46,20 @@ def picture(height: int, width: int) -> Pixels:
     )
 
 
-def grey(height: int, width: int) -> Pixels:
+def grey(height: int, width: int) -> UInt8Array:
     return np.repeat(noise(height, width, 1), 3, axis=2)
 
 
-def flat(*colour: int) -> Pixels:
+def flat(*colour: int) -> UInt8Array:
     return np.full((20, 30, 3), colour, dtype=np.uint8)
 
 
-def draws_of(images: Sequence[Pixels], augmentation: Augmentation, seed: int = 0) -> Draws:
+def draws_of(images: Sequence[UInt8Array], augmentation: Augmentation, seed: int = 0) -> Draws:
     heights, widths = np.array([image.shape[:2] for image in images]).reshape(-1, 2).T
     return draw(image_keys([f"{i}" for i in range(len(images))], seed), heights, widths, augmentation)
 
 
-def one_by_one(images: Sequence[Pixels], draws: Draws, augmentation: Augmentation) -> Pixels:
+def one_by_one(images: Sequence[UInt8Array], draws: Draws, augmentation: Augmentation) -> UInt8Array:
     return np.stack(
         [
             reference_variant(images[row // augmentation.variants], draws, row, augmentation.size)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tasks.io import disk
 from tasks.io.disk import PIECE, NewFile
 from tasks.io.errors import DiskFull
-from tasks.io.faults import is_transient
+from tasks.io.location import is_transient
 
 SIZES = [0, 1, 4095, 4096, 4097, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 3 * PIECE + 4096 + 5]
 Write = Callable[[int, memoryview], int]

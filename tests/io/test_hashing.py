@@ -42,12 +42,6 @@ def test_an_unknown_method_is_refused() -> None:
         digest(DATA, like="md5:00")
 
 
-def test_earlier_manifests_are_read() -> None:
-    entry = FileEntry.model_validate({"path": "a", "rows": 1, "bytes": 2, "sha256": SHA256})
-    assert entry == FileEntry(path="a", rows=1, bytes=2, digest=f"sha256:{SHA256}")
-    assert FileEntry.model_validate(entry.model_dump()) == entry
-
-
 @pytest.mark.parametrize("text", ["", SHA256, "md5:" + SHA256, "sha256:" + SHA256[1:], f"blake3:{SHA256} "])
 def test_what_is_no_digest_is_refused(text: str) -> None:
     with pytest.raises(ValidationError, match="digest"):

@@ -15,7 +15,7 @@ from tasks.io import listing, storage
 from tasks.io.listing import abort_upload, unfinished_uploads
 from tasks.io.location import s3_filesystem
 from tasks.store import layout, versions
-from tests.io.test_faults import ClientError
+from tests.io.test_refusals import ClientError
 from tests.store.publishing import DATASET, publish
 
 NOW = dt.datetime.now(dt.UTC)

@@ -26,7 +26,7 @@ from ray.exceptions import (
 
 from tasks.io import storage
 from tasks.io.errors import ConfigError, GateFailed, PipelineError, SourceError
-from tasks.io.faults import is_transient
+from tasks.io.location import is_transient
 from tasks.io.storage import ParquetStream
 from tasks.store import layout
 from tasks.store.layout import join
@@ -585,3 +585,21 @@ def test_a_bucket_that_isnt_there(s3_url: str) -> None:
 
     with pytest.raises(ConfigError, match=r"no-such-bucket-here.*doesn't exist"):
         write()
+
+
+def test_threads_work_only_some_results_ahead() -> None:
+    made: list[int] = []
+
+    def make(number: int) -> int:
+        made.append(number)
+        return number
+
+    results = storage.in_threads(make, range(1000), threads=2)
+    for taken in range(10):
+        assert next(results) == taken
+        assert len(made) <= taken + 1 + 4
+    assert list(results) == list(range(10, 1000))
+    results = storage.in_threads(make, range(1000), threads=2)
+    next(results)
+    results.close()  # type: ignore[attr-defined]
+    assert len(made) <= 1000 + 1 + 5

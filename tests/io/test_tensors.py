@@ -12,7 +12,6 @@ from typing import Any
 
 import duckdb
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import polars as pl
 import pyarrow as pa
@@ -27,6 +26,7 @@ from tasks.io.storage import write_parquet
 from tasks.io.tensors import (
     DTYPES,
     TENSOR,
+    AnyArray,
     TensorSpec,
     as_fixed_shape_tensors,
     is_tensor,
@@ -37,8 +37,6 @@ from tasks.io.tensors import (
     to_numpy,
     to_torch,
 )
-
-AnyArray = npt.NDArray[Any]
 
 
 @st.composite
@@ -202,8 +200,9 @@ with_null = pa.table(
 WRONG: list[tuple[str, Callable[[], object], str]] = [
     ("no such column", lambda: to_numpy(column(IMAGES), "y"), "there is no column 'y': the table has x"),
     ("a name twice", lambda: to_numpy(pa.table([[1], [2]], names=["x", "x"]), "x"), "2 columns are named 'x'"),
-    ("numbers", lambda: to_numpy(pa.table({"x": [1]}), "x"), "is no tensor column.*take the schema of the file"),
-    ("metadata lost", lambda: to_numpy(with_metadata(None), "x"), "is no tensor column"),
+    ("text", lambda: to_numpy(pa.table({"x": ["1"]}), "x"), "is no column of tensors.*take the schema of the file"),
+    ("missing number", lambda: to_numpy(pa.table({"x": [1, None]}), "x"), "holds 1 null"),
+    ("metadata lost", lambda: to_numpy(with_metadata(None), "x"), "is no column of tensors or numbers"),
     ("metadata is no JSON", lambda: to_numpy(with_metadata(b"?"), "x"), "doesn't describe a tensor"),
     ("metadata is a list", lambda: to_numpy(with_metadata(b"[1]"), "x"), "doesn't describe a tensor"),
     ("metadata without a shape", lambda: to_numpy(with_metadata(b"{}"), "x"), "doesn't describe a tensor"),
@@ -321,6 +320,27 @@ SIZES = [
 @pytest.mark.parametrize(("fields", "rows"), SIZES)
 def test_row_groups_take_up_to_32_mib(fields: list[pa.Field], rows: int) -> None:
     assert parquet_settings(pa.schema(fields))["row_group_size"] == rows
+
+
+@given(features=st.integers(1, 10_000), batch_size=st.integers(1, 20_000))
+def test_row_groups_of_samples_are_whole_batches(features: int, batch_size: int) -> None:
+    schema = pa.schema([tensor_field("x", (features,), "float32"), pa.field("id", pa.int64(), nullable=False)])
+    settings = parquet_settings(schema, batch_size=batch_size)
+    rows, row_bytes = settings["row_group_size"], 4 * features + 8
+    assert rows % batch_size == 0
+    assert rows == batch_size or rows * row_bytes <= 32 << 20
+    assert settings["data_page_size"] >= rows * row_bytes
+    assert (settings["compression"], settings["use_dictionary"]) == ("none", False)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint16", "int64", "float16", "float32", "float64"])
+def test_plain_numbers_are_tensors_without_dimensions(dtype: str) -> None:
+    values = np.arange(9).astype(dtype)
+    table = pa.table({"x": pa.chunked_array([values[:4], values[4:]])}).slice(1, 7)
+    found = to_numpy(table, "x")
+    assert (found.dtype, found.flags.writeable) == (np.dtype(dtype), False)
+    assert found.tolist() == values[1:8].tolist()
+    assert tensor_spec(table.schema.field("x")) == TensorSpec((), dtype)
 
 
 def test_encoded_images_can_say_how_large_they_are() -> None:

@@ -23,7 +23,16 @@ def counted(batches, name: str) -> Counter[tuple[int, int, bytes]]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["table", "images"])
+@pytest.mark.parametrize(
+    ("root", "kind"),
+    [
+        ("local", "table"),
+        ("s3", "images"),
+        pytest.param("local", "images", marks=pytest.mark.nightly),
+        pytest.param("s3", "table", marks=pytest.mark.nightly),
+    ],
+    indirect=["root"],
+)
 def test_ray_and_the_stream_have_the_same_samples(ray_cluster: None, root: str, tmp_path: Path, kind: str) -> None:
     uri = table_version(root, 95, 1, 40) if kind == "table" else image_version(root, 30, 5)
     name, shape, dtype = ("features", (3,), torch.float32) if kind == "table" else ("image", (3, 4, 5), torch.uint8)

@@ -13,8 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tasks.io.errors import ConfigError, CorruptVersion, InputError
-from tasks.loader.mix import SourceOrder, apportion
-from tasks.loader.mixed import MixedStream
+from tasks.loader.mixed import MixedStream, SourceOrder, apportion
 from tasks.loader.order import Sizes
 from tasks.loader.stream import BatchStream, TrainingStream
 from tests.conftest import new_bucket
@@ -358,7 +357,7 @@ def labelled(root: Path, features: int = 3, label: Any = "class", **samples: Any
     columns = {**table_samples(20, features=features), **samples}
     if label is None:
         del columns["label"]
-    return publish(str(root), {"train": [columns]}, block_size=10)
+    return publish(str(root), {"train": [columns]}, batch_size=10)
 
 
 def test_versions_that_do_not_fit_together_are_refused(three, tmp_path: Path, monkeypatch) -> None:
@@ -458,7 +457,7 @@ def test_a_damaged_source_is_named_or_its_samples_are_skipped_and_counted(three,
     part = "split=train/part-00000-a1.parquet"
     damage(bad, part, (Path(bad) / part).read_bytes().index(table_samples(60, 9)["features"][0].tobytes()))
     sources = {three[0]: 1, bad: 1}
-    with pytest.raises(CorruptVersion, match=f"{part}: block 0 has not the checksum"):
+    with pytest.raises(CorruptVersion, match=f"{part}: batch 0 has not the checksum"):
         run(workers(sources, 1))
     good = sorted(table_samples(60, 9)["sample_id"][10:].tolist())
     for count in (1, 3):

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.loader.order import EpochOrder, Share, Sizes, batch_count, class_runs, mean_displacement, step_count
+from tasks.io.tensors import AnyArray, Int64Array
+from tasks.loader.order import EpochOrder, Share, Sizes, batch_count, step_count
 
 SIZES = st.builds(
     Sizes,
@@ -17,6 +18,31 @@ SIZES = st.builds(
 )
 SEEDS = st.integers(0, 2**63 - 1)
 REMAINDERS = st.sampled_from(["pad", "drop"])
+
+
+def mean_displacement(order: Int64Array) -> float:
+    """Return the mean distance of samples from their stored place, relative to a full permutation's (a third of them).
+
+    Args:
+        order: (n,) a permutation of range(n).
+    """
+    count = len(order)
+    moved = np.abs(order - np.arange(count)).mean()
+    return float(moved / ((count * count - 1) / (3 * count)))
+
+
+def class_runs(labels: AnyArray) -> float:
+    """Return the mean length of runs of equal labels, relative to a full permutation's: 1 is equally good.
+
+    Args:
+        labels: (n,) classes in the order of delivery, at least two different ones.
+    """
+    count = len(labels)
+    runs = 1 + np.count_nonzero(labels[1:] != labels[:-1])
+    _, sizes = np.unique(labels, return_counts=True)
+    # Neighbours differ with this probability, n - 1 pairs, and each such pair begins a run.
+    differ = 1 - float((sizes * (sizes - 1.0)).sum()) / (count * (count - 1.0))
+    return (1 + (count - 1) * differ) / runs
 
 
 @pytest.mark.parametrize(
@@ -48,7 +74,7 @@ def test_an_epoch_has_each_sample_once_and_chunks_are_named_before_they_are_need
     assert np.array_equal(np.sort(found), np.arange(samples))
     if not shuffled:
         assert np.array_equal(found, np.arange(samples))
-    streams = order.streams_of(0, Share(0, 1, samples))
+    streams = order.streams_cut(0, samples, 0, samples)
     firsts, ends = order.chunks_of(streams, 0, samples)
     assert sorted(chunk for chunks in map(range, firsts, ends) for chunk in chunks) == list(range(samples))
     assert (ends - firsts).max() <= sizes.chunk
@@ -230,7 +256,7 @@ def test_a_worker_takes_from_few_streams(world_size: int, most: int, batch_size:
         starts = range(0, samples, share.step)
         batches = [order.part(start, share)[0] for start in starts]
         touched = set(homes[np.concatenate(batches[:-1])].tolist())
-        assert touched <= set(order.streams_of(0, share).tolist())
-        assert len(order.streams_of(0, share)) <= most
+        assert touched <= set(order.streams_cut(0, share.step, *share.bounds).tolist())
+        assert len(order.streams_cut(0, share.step, *share.bounds)) <= most
         # The samples that fill the last step are others than those that would follow.
         assert len(touched | set(homes[batches[-1]].tolist())) <= most + 2

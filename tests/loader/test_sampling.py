@@ -34,7 +34,7 @@ CLASSES = np.bincount(STORED["label"], minlength=4)
 @pytest.fixture(scope="module")
 def version(tmp_path_factory: pytest.TempPathFactory) -> str:
     root = str(tmp_path_factory.mktemp("root"))
-    return publish(root, {"train": cut(STORED, *FILES)}, block_size=10, group_blocks=3)
+    return publish(root, {"train": cut(STORED, *FILES)}, batch_size=10, group_batches=3)
 
 
 def workers(uri: str, count: int, state: Any = None, **options: Any) -> list[TrainingStream]:
@@ -132,7 +132,7 @@ def test_an_order_of_drawn_samples_has_each_as_often_whoever_takes_them(counts, 
         parts = [order.part(start, share) for share in shares]
         real = np.concatenate([part[:kept] for part, kept in parts])
         assert sorted(real) == sorted(found[start : start + count * batch_size])
-    firsts, ends = order.chunks_of(order.streams_of(0, Share(0, 1, size)), 0, size)
+    firsts, ends = order.chunks_of(order.streams_cut(0, size, 0, size), 0, size)
     assert sorted(firsts.tolist()) == drawn.tolist()
     assert (ends == firsts + 1).all()
 
@@ -277,11 +277,11 @@ def test_weights_that_cannot_be_used_are_refused(version, options, message: str)
 
 def test_labels_that_are_none_or_wrong_are_refused(tmp_path: Path) -> None:
     samples = table_samples(10)
-    wrong = publish(str(tmp_path / "wrong"), {"train": [{**samples, "label": samples["label"] + 3}]}, block_size=5)
+    wrong = publish(str(tmp_path / "wrong"), {"train": [{**samples, "label": samples["label"] + 3}]}, batch_size=5)
     with pytest.raises(CorruptVersion, match="label 4 is none of 4 classes: publish a new version"):
         TrainingStream(wrong, batch_size=2, balance="class")
     del samples["label"]
-    bare = publish(str(tmp_path / "bare"), {"train": [samples]}, block_size=5)
+    bare = publish(str(tmp_path / "bare"), {"train": [samples]}, batch_size=5)
     with pytest.raises(ConfigError, match="has no labels, not classes: give weights by id"):
         TrainingStream(bare, batch_size=2, balance="class")
     with TrainingStream(bare, batch_size=2, as_numpy=True, weights=([], [])) as stream:
@@ -291,7 +291,7 @@ def test_labels_that_are_none_or_wrong_are_refused(tmp_path: Path) -> None:
 
 
 def test_weights_of_a_version_on_s3_read_its_labels_only(s3_root: str, tmp_path: Path) -> None:
-    uri = publish(s3_root, {"train": cut(STORED, *FILES)}, block_size=10)
+    uri = publish(s3_root, {"train": cut(STORED, *FILES)}, batch_size=10)
     (stream,) = workers(uri, 1, balance="class", cache_dir=tmp_path)
     assert stream.stats.cache_misses == 0
     assert len(set(np.bincount(STORED["label"], times(run([stream])))[:3].astype(int) // 73)) == 1
@@ -336,12 +336,12 @@ def test_a_looked_up_image_is_a_normalised_tensor(tmp_path: Path) -> None:
 
 def test_a_damaged_sample_is_not_returned(tmp_path: Path) -> None:
     samples = table_samples(60)
-    version = publish(str(tmp_path), {"train": [samples]}, block_size=10)
+    version = publish(str(tmp_path), {"train": [samples]}, batch_size=10)
     part = "split=train/part-00000-a1.parquet"
     damage(version, part, (Path(version) / part).read_bytes().index(samples["features"][0].tobytes()))
     (stream,) = workers(version, 1)
     assert stream.sample(index=10)["sample_id"] == samples["sample_id"][10]
-    with pytest.raises(CorruptVersion, match=f"{part}: block 0 has not the checksum"):
+    with pytest.raises(CorruptVersion, match=f"{part}: batch 0 has not the checksum"):
         stream.sample(index=9)
     (stream,) = workers(version, 1, on_corrupt="skip")
     with pytest.raises(CorruptVersion, match=r"sample 9 of .*v1 is damaged or missing"):

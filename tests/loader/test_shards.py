@@ -37,11 +37,11 @@ def gathered(shards: Shards, index, names=None) -> dict[str, np.ndarray]:
     return out
 
 
-@pytest.mark.parametrize("group_blocks", [1, 3, None])
-def test_rows_of_a_table_are_gathered_from_wherever_they_are(tmp_path: Path, group_blocks: int | None) -> None:
-    # Files with partial last blocks, a single sample, and a whole number of blocks.
+@pytest.mark.parametrize("group_batches", [1, 3, None])
+def test_rows_of_a_table_are_gathered_from_wherever_they_are(tmp_path: Path, group_batches: int | None) -> None:
+    # Files with a shorter last batch, a single sample, and a whole number of batches.
     sizes = (95, 1, 40, 7)
-    shards = Shards(open_version(table_version(str(tmp_path), *sizes, group_blocks=group_blocks)), "train")
+    shards = Shards(open_version(table_version(str(tmp_path), *sizes, group_batches=group_batches)), "train")
     samples = table_samples(sum(sizes))
     index = np.random.default_rng(1).permutation(np.tile(np.arange(sum(sizes)), 3))
     found = gathered(shards, index)
@@ -62,18 +62,20 @@ def test_images_are_gathered_and_columns_picked(tmp_path: Path) -> None:
 
 
 def test_a_row_group_of_another_size_among_others_is_found(tmp_path: Path) -> None:
-    # Row groups of 7, 7 and 6 blocks, and larger ones in the other file.
+    # Row groups of 7, 7 and 6 images, and larger ones in the other file.
     files = cut(image_samples(60), 20, 40)
-    version = publish(str(tmp_path), {"train": files[:1]}, group_blocks=7)
+    version = publish(str(tmp_path), {"train": files[:1]}, group_batches=7)
     table = pq.read_table(f"{version}/split=train/part-00000-a1.parquet", partitioning=None)
     path = tmp_path / "uneven.parquet"
+    metadata = pq.read_metadata(f"{version}/{FIRST}").metadata
     with pq.ParquetWriter(path, table.schema, compression="none", use_dictionary=False) as writer:
+        writer.add_key_value_metadata({name: metadata[name] for name in (b"batch_size", b"batch_id")})
         for start, count in ((0, 3), (3, 12), (15, 5)):
             writer.write_table(table.slice(start, count))
     with path.open("rb") as file:
         mapped = MappedFile(file, "uneven")
     assert mapped.starts.tolist() == [0, 3, 15, 20]
-    assert all(mapped.is_intact(block) for block in range(20))
+    assert all(mapped.is_intact(image) for image in range(20))
 
 
 def test_of_many_files_some_are_mapped_when_it_is_opened_and_others_when_they_are_needed(tmp_path: Path) -> None:
@@ -152,15 +154,15 @@ def test_a_footer_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["features", "label", "sample_id"])
-def test_a_changed_byte_is_noticed_when_its_block_is_first_used(tmp_path: Path, column: str) -> None:
+def test_a_changed_byte_is_noticed_when_its_batch_is_first_used(tmp_path: Path, column: str) -> None:
     version = table_version(str(tmp_path), 50, 50)
     with (Path(version) / PART).open("rb") as file:
         mapped = MappedFile(file, PART)
     place = mapped.columns[column]
-    damage(version, PART, int(place.offsets[0]) + place.spec.width + 3)  # in block 1: samples 60 to 69
+    damage(version, PART, int(place.offsets[0]) + 10 * place.spec.width + 3)  # in batch 1: samples 60 to 69
     shards = Shards(open_version(version), "train")
     gathered(shards, range(60))
-    with pytest.raises(CorruptVersion, match=f"{PART}: block 1 has not the checksum that stands beside it"):
+    with pytest.raises(CorruptVersion, match=f"{PART}: batch 1 has not the checksum in the footer"):
         gathered(shards, [5, 65])
     skipping = Shards(open_version(version), "train", on_corrupt="skip")
     good = skipping.usable(np.arange(100))
@@ -169,14 +171,44 @@ def test_a_changed_byte_is_noticed_when_its_block_is_first_used(tmp_path: Path, 
     assert len(gathered(Shards(open_version(version), "train", verify=False), range(100))["label"]) == 100
 
 
-def test_checksums_that_are_damaged_themselves_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ("0" * 32, "has 1 checksums of 20 batches"),
+        (" ".join(["0" * 31] * 20), "batch 0 has not the checksum"),
+        ("é", "has 1 checksums of 20 batches"),
+        ("", "has 0 checksums of 20 batches"),
+    ],
+)
+def test_checksums_that_are_damaged_themselves_are_named(tmp_path: Path, ids: str, message: str) -> None:
     version = image_version(str(tmp_path), 20)
-    path = "split=train/part-00000-a1.parquet"
-    footer = pq.read_metadata(f"{version}/{path}").row_group(1)
-    column = footer.column(footer.num_columns - 1)
-    damage(version, path, column.dictionary_page_offset + column.total_compressed_size // 3)
-    with pytest.raises(CorruptVersion, match=f"{path}: .*checksum"):
+    path = Path(version) / FIRST
+    table = pq.read_table(path, partitioning=None).replace_schema_metadata({"batch_size": "1", "batch_id": ids})
+    manifest = Path(version) / "_manifest.json"
+    before = path.stat().st_size
+    pq.write_table(table, path, compression="none", use_dictionary=False)
+    manifest.write_text(manifest.read_text().replace(f'"bytes": {before}', f'"bytes": {path.stat().st_size}'))
+    with pytest.raises(CorruptVersion, match=f"{FIRST}:? .*{message}"):
         gathered(Shards(open_version(version), "train"), range(20))
+
+
+@pytest.mark.parametrize("size", ["7", "0", "-3", "ten", None])
+def test_row_groups_that_are_no_whole_batches_are_refused(tmp_path: Path, size: str | None) -> None:
+    table = pq.read_table(f"{table_version(str(tmp_path), 20)}/{FIRST}", partitioning=None)
+    path = tmp_path / "odd.parquet"
+    table = table.replace_schema_metadata({"batch_size": size} if size else None)
+    pq.write_table(table, path, compression="none", use_dictionary=False, row_group_size=10)
+    with path.open("rb") as file, pytest.raises(CorruptVersion, match="its row groups aren't whole batches, of batch"):
+        MappedFile(file, "odd")
+
+
+def test_a_version_of_blocks_is_refused_with_a_cure(tmp_path: Path) -> None:
+    manifest = Path(version := table_version(str(tmp_path), 20)) / "_manifest.json"
+    manifest.write_text(manifest.read_text().replace('"batch_size"', '"block_size"'))
+    with pytest.raises(
+        ConfigError, match=f"{version}: this version.s rows are blocks of samples.*make a new copy of its source"
+    ):
+        open_version(version)
 
 
 @pytest.mark.parametrize(
@@ -185,8 +217,8 @@ def test_checksums_that_are_damaged_themselves_are_named(tmp_path: Path) -> None
     ids=["compressed", "dictionary", "several pages"],
 )
 def test_values_that_do_not_lie_one_after_the_other_are_refused(tmp_path: Path, settings) -> None:
-    version = table_version(str(tmp_path), 95, group_blocks=None, **settings)
-    with pytest.raises(CorruptVersion, match="don't lie one after the other in row group 0; write the file with"):
+    version = table_version(str(tmp_path), 95, group_batches=None, **settings)
+    with pytest.raises(CorruptVersion, match="don't lie one after the other in row group 0; write the file as"):
         Shards(open_version(version), "train")
 
 
@@ -203,14 +235,15 @@ def test_a_file_that_holds_something_else_than_its_manifest_says_is_named(tmp_pa
     version = table_version(str(tmp_path), 50)
     manifest = Path(version) / "_manifest.json"
     text = manifest.read_text()
-    said = text.replace('part-00000-a1.parquet": 50', 'part-00000-a1.parquet": 61')
-    manifest.write_text(said.replace('"train": 50', '"train": 61'))
+    manifest.write_text(text.replace('"rows": 50', '"rows": 61').replace('"train": 50', '"train": 61'))
     with pytest.raises(
-        CorruptVersion, match="has 5 blocks, its manifest says 5, and 61 samples in blocks of 10 make 7"
+        CorruptVersion, match="has 50 samples in batches of 10, its manifest says 61 samples in batches of 10"
     ):
         Shards(open_version(version), "train")
     manifest.write_text(text.replace('"feature_count": 3', '"feature_count": 4'))
-    with pytest.raises(CorruptVersion, match=r"column 'features' isn't as its manifest says \(120 bytes\)"):
+    with pytest.raises(
+        CorruptVersion, match=r"its columns .*\(3,\), 'float32'.* aren't .*\(4,\), 'float32'.*, as its manifest says"
+    ):
         Shards(open_version(version), "train")
 
 
@@ -256,7 +289,7 @@ def test_files_are_downloaded_in_the_order_of_their_use_and_let_go_if_they_are_n
 def test_chunks_are_fetched_ahead_once_and_whole(tmp_path: Path, monkeypatch) -> None:
     """Pages in this process's table, of which /proc tells, are those of the chunks that were named."""
     files = cut(image_samples(24, shape=(3, 256, 256)), 20, 4)
-    version = open_version(publish(str(tmp_path), {"train": files}, group_blocks=7))
+    version = open_version(publish(str(tmp_path), {"train": files}, group_batches=7))
     monkeypatch.setattr("tasks.loader.shards._FETCH_BYTES", 0)
     shards = Shards(version, "train")
     shards.pick(("image",))
@@ -290,7 +323,7 @@ def test_a_cached_file_with_a_changed_byte_is_downloaded_anew_next_time(s3_root:
     (path,) = tmp_path.rglob("[!.]*.parquet")
     damage(str(path.parent), path.name, 20 + int(next(iter(shards._mapped.values())).columns["image"].offsets[0]))
     again = Shards(version, "train", FileCache(tmp_path))
-    with pytest.raises(CorruptVersion, match="block 0 has not the checksum"):
+    with pytest.raises(CorruptVersion, match="batch 0 has not the checksum"):
         gathered(again, [0])
     assert np.array_equal(
         gathered(Shards(version, "train", FileCache(tmp_path)), range(20))["image"], image_samples(20)["image"]

@@ -41,7 +41,7 @@ PART = "split=train/part-00000-a1.parquet"
 @pytest.fixture(scope="module")
 def version(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A table of 1,234 samples, enough for some chunks of 256."""
-    return table_version(str(tmp_path_factory.mktemp("root")), 900, 1, 333, block_size=100)
+    return table_version(str(tmp_path_factory.mktemp("root")), 900, 1, 333, batch_size=100)
 
 
 @pytest.fixture(scope="module")
@@ -99,18 +99,18 @@ EVERY = sorted(table_samples(SAMPLES)["sample_id"].tolist())
 @settings(deadline=None, max_examples=25)
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
-    block_size=st.sampled_from([1, 3, 10]),
+    stored=st.sampled_from([1, 3, 10]),
     batch_size=st.integers(1, 50),
     count=st.integers(1, 4),
     seed=st.integers(0, 2**63 - 1),
     shuffle=st.booleans(),
 )
 def test_each_sample_comes_once_whatever_the_sizes(
-    tmp_path_factory: pytest.TempPathFactory, *, sizes, block_size, batch_size, count, seed, shuffle
+    tmp_path_factory: pytest.TempPathFactory, *, sizes, stored, batch_size, count, seed, shuffle
 ) -> None:
     root = str(tmp_path_factory.mktemp("root"))
     streams = workers(
-        table_version(root, *sizes, block_size=block_size), count, batch_size=batch_size, seed=seed, shuffle=shuffle
+        table_version(root, *sizes, batch_size=stored), count, batch_size=batch_size, seed=seed, shuffle=shuffle
     )
     found = flat(run(streams))
     assert sorted(found) == sorted(table_samples(sum(sizes))["sample_id"].tolist())
@@ -309,13 +309,13 @@ def test_a_state_of_another_stream_is_refused(version: str, options, message: st
 
 def test_a_state_of_another_version_or_split_or_of_nothing_is_refused(version: str, tmp_path: Path) -> None:
     samples = [table_samples(40)]
-    other = publish(str(tmp_path), {"train": samples, "validation": samples}, block_size=10)
+    other = publish(str(tmp_path), {"train": samples, "validation": samples}, batch_size=10)
     (stream,) = workers(other, 1)
     with pytest.raises(InputError, match=r"samples 1234 \(here 40\)"):
         stream.load_state_dict(workers(version, 1)[0].state_dict())
     with pytest.raises(InputError, match=r"split 'train' \(here 'validation'\)"):
         workers(other, 1, stream.state_dict(), split="validation")
-    again = publish(str(tmp_path), {"train": samples}, block_size=10)
+    again = publish(str(tmp_path), {"train": samples}, batch_size=10)
     with pytest.raises(InputError, match=r"version 1 \(here 2\)"):
         workers(again, 1, stream.state_dict())
     with pytest.raises(InputError, match=r"the state lacks dataset, .*epoch, batches"):
@@ -484,10 +484,10 @@ def test_only_the_later_of_two_iterations_goes_on(version: str) -> None:
 
 def test_what_fails_in_the_thread_is_raised_in_the_loop_with_its_traceback(version: str, monkeypatch) -> None:
     (stream,) = workers(version, 1)
-    monkeypatch.setattr(stream._shards, "gather", lambda *_: 1 / 0)
+    monkeypatch.setattr(stream._opened[0], "gather", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError) as caught:
         next(iter(stream))
-    assert "_gathered" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert "_gather" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
     assert threads() == 0
 
 
@@ -495,9 +495,9 @@ def test_damage_is_named_or_skipped_and_counted_alike_by_all_workers(tmp_path: P
     version = table_version(str(tmp_path), 100, 50)
     with (Path(version) / PART).open("rb") as file:
         mapped = MappedFile(file, PART)
-    damage(version, PART, int(mapped.columns["features"].offsets[0]))  # block 0: samples 0 to 9
+    damage(version, PART, int(mapped.columns["features"].offsets[0]))  # batch 0: samples 0 to 9
     (stream,) = workers(version, 1)
-    with pytest.raises(CorruptVersion, match=f"{PART}: block 0 has not the checksum"):
+    with pytest.raises(CorruptVersion, match=f"{PART}: batch 0 has not the checksum"):
         list(stream)
     good = sorted(table_samples(150)["sample_id"][10:].tolist())
     for count in (1, 2, 3):
@@ -539,13 +539,13 @@ def test_to_skip_everything_is_an_error(tmp_path: Path, harm: str) -> None:
             with path.open("rb") as file:
                 mapped = MappedFile(file, part)
             places = mapped.columns["label"]
-            for block in range(mapped.blocks):
-                group = int(np.searchsorted(mapped.starts, block, side="right")) - 1
-                row = block - int(mapped.starts[group])
+            for first in range(0, mapped.samples, mapped.batch_size):
+                group = int(np.searchsorted(mapped.starts, first, side="right")) - 1
+                row = first - int(mapped.starts[group])
                 damage(version, part, int(places.offsets[group]) + row * places.spec.width)
     with pytest.raises(CorruptVersion, match=r"all 100 samples are damaged or missing; the last: .*part-0000"):
         list(workers(version, 1, on_corrupt="skip", batch_size=16)[0])
-    if harm == "damaged":  # none of several workers sees all blocks
+    if harm == "damaged":  # none of several workers sees all batches
         for stream in workers(version, 7, on_corrupt="skip", batch_size=5):
             with pytest.raises(CorruptVersion, match=rf"no sample for worker {stream.rank} of 7: all of its 3"):
                 list(stream)
@@ -567,7 +567,7 @@ def test_what_is_written_to_a_mapped_file_is_compared_anew(tmp_path: Path, monke
         byte = file.read(1)
         file.seek(offset)
         file.write(bytes([byte[0] ^ 1]))
-    with pytest.raises(CorruptVersion, match=f"{PART}: block 0 has not the checksum"):
+    with pytest.raises(CorruptVersion, match=f"{PART}: batch 0 has not the checksum"):
         list(stream)
 
 
@@ -595,7 +595,7 @@ for action in ("skip", "raise"):
 
 def test_a_file_that_is_cut_while_it_is_mapped_is_named_or_skipped(tmp_path: Path) -> None:
     """In a process of its own, as it would end by SIGBUS."""
-    version = table_version(str(tmp_path), 5000, 60, block_size=100)
+    version = table_version(str(tmp_path), 5000, 60, batch_size=100)
     done = subprocess.run(
         [sys.executable, "-c", CUT, version, PART], cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False
     )
@@ -656,7 +656,7 @@ def test_a_small_cache_serves_a_large_version_region_by_region(
     s3_root: str, tmp_path: Path, monkeypatch, cut: Sizes
 ) -> None:
     sizes = [128] * 16
-    version = image_version(s3_root, *sizes, group_blocks=64)
+    version = image_version(s3_root, *sizes, group_batches=64)
     whole = 16 * 128 * (3 * 4 * 5 + 16)
     stream = TrainingStream(version, batch_size=64, as_numpy=True, cache_dir=tmp_path, cache_bytes=whole * 3 // 4)
     monkeypatch.setattr(stream, "_sizes", cut)
@@ -720,15 +720,24 @@ def test_it_runs_under_torchrun(version: str, tmp_path: Path) -> None:
 
 ALONE = """
 import sys
+import tasks.loader.mixed
 from tasks.loader.stream import TrainingStream
-for batch in TrainingStream(sys.argv[1], batch_size=32, as_numpy=True):
+
+def imported(*names):
+    return set(names) & sys.modules.keys()
+
+stream = TrainingStream(sys.argv[1], batch_size=32, as_numpy=True)
+found = imported("torch", "ray", "prefect", "numba", "llvmlite", "scipy", "fsspec", "s3fs", "polars", "pandas", "PIL")
+assert not found, found
+for batch in stream:
     pass
-heavy = {"torch", "ray", "prefect"} & sys.modules.keys()
-assert not heavy, heavy
+found = imported("torch", "ray", "prefect", "fsspec", "polars", "pandas")
+assert not found, found
+assert imported("numba")
 """
 
 
-def test_it_needs_neither_ray_nor_prefect_and_pytorch_only_for_tensors(version: str) -> None:
+def test_it_needs_numpy_and_pyarrow_numba_for_batches_and_pytorch_only_for_tensors(version: str) -> None:
     subprocess.run([sys.executable, "-c", ALONE, version], cwd=PROJECT, check=True, timeout=60)
 
 
@@ -818,7 +827,7 @@ def test_processes_of_a_data_loader_deliver_nothing_twice(version: str, monkeypa
     assert done.returncode == 0, done.stderr
     forked, several, figures = done.stdout.splitlines()
     assert re.search(r"of which process \d+ is a fork: open one in each process", forked)
-    assert re.search(r"opened in process 0 of a DataLoader's 2, .* or set num_workers=0; or give", several)
+    assert re.search(r"opened in process 0 of a DataLoader's 2, .* over .*StreamLoader, .* or give", several)
     assert figures == f"{len(run(workers(version, 1)))} True True 1"
 
 

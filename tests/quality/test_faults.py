@@ -17,8 +17,7 @@ from tasks.io.errors import ConfigError, LeakFound
 from tasks.quality import faults
 from tasks.quality.faults import Fault, blind, failed, inject, sample_rows, summary, unproven
 from tasks.quality.rules import gate
-from tasks.report.page import html as as_html
-from tasks.report.report import Report
+from tasks.report.report import Report, to_html
 from tasks.store.manifest import CheckResult, FaultResult, GateResult, Verdict
 from tests.report.test_report import NASTY, report
 
@@ -105,7 +104,7 @@ def test_a_self_test_that_failed_is_blind_and_says_so() -> None:
 
 def test_the_report_shows_the_blind_first_and_escapes_everything() -> None:
     made = report(self_test=results())
-    html = as_html(made).decode()
+    html = to_html(made).decode()
     start = html.index("<h2>Self-test</h2>")
     section = html[start : html.index("<h2>", start + 4)]
     assert [section.index(f">{name}<") for name in "cbad"] == sorted(section.index(f">{name}<") for name in "cbad")
@@ -121,12 +120,12 @@ def test_the_report_shows_the_blind_first_and_escapes_everything() -> None:
 
 
 def test_a_version_without_a_self_test_has_no_section() -> None:
-    assert "Self-test" not in as_html(report()).decode()
+    assert "Self-test" not in to_html(report()).decode()
     assert "Self-test" not in report().to_markdown()
 
 
 def test_a_failed_self_test_stands_in_the_report_without_unproven_checks() -> None:
-    html = as_html(report(self_test=(failed(RuntimeError("no disk")),))).decode()
+    html = to_html(report(self_test=(failed(RuntimeError("no disk")),))).decode()
     assert "The self-test failed: RuntimeError: no disk" in html
     assert "unproven" not in html
 

@@ -33,20 +33,20 @@ def chunked(values: Any) -> pa.ChunkedArray:
     return values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([pa.array(values)])
 
 
-def measured(feature: Any, target: Any, entities: Any = None) -> Leakage | None:
+def prepared(target: Any, entities: Any) -> Any:
     target = chunked(target)
     partial = profile_table(pa.table({"target": target})).partial("target")
-    prepared = prepare_target(target, partial, None if entities is None else chunked(entities))
-    assert prepared is not None
-    return leakage(chunked(feature), prepared)
+    ready = prepare_target(target, partial, None if entities is None else chunked(entities))
+    assert ready is not None
+    return ready
+
+
+def measured(feature: Any, target: Any, entities: Any = None) -> Leakage | None:
+    return leakage(chunked(feature), prepared(target, entities))
 
 
 def judged(feature: Any, target: Any, entities: Any = None) -> CheckResult:
-    target = chunked(target)
-    partial = profile_table(pa.table({"target": target})).partial("target")
-    prepared = prepare_target(target, partial, None if entities is None else chunked(entities))
-    assert prepared is not None
-    return check_leakage("feature_x", chunked(feature), prepared, WARN, FAIL)
+    return check_leakage("feature_x", chunked(feature), prepared(target, entities), WARN, FAIL)
 
 
 def with_gaps(values: Any, gaps: Any) -> pa.Array:

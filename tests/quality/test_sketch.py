@@ -8,7 +8,6 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -16,9 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from tasks.io.hashing import stable_hash
+from tasks.io.tensors import Float64Array
 from tasks.quality.sketch import DistinctSketch, Moments, QuantileSketch, TopValues
-
-FloatArray = npt.NDArray[np.float64]
 
 any_floats = npst.arrays(np.float64, st.integers(0, 60), elements=st.floats())
 finite_floats = npst.arrays(np.float64, st.integers(1, 60), elements=st.floats(allow_nan=False, allow_infinity=False))
@@ -28,7 +26,7 @@ unit = st.floats(0, 1)
 
 
 @st.composite
-def partitions(draw: st.DrawFn) -> tuple[FloatArray, list[FloatArray]]:
+def partitions(draw: st.DrawFn) -> tuple[Float64Array, list[Float64Array]]:
     """Values, and the same values shuffled and cut into blocks."""
     values = draw(any_floats)
     shuffled = values[draw(st.permutations(range(len(values))))]
@@ -39,7 +37,7 @@ def partitions(draw: st.DrawFn) -> tuple[FloatArray, list[FloatArray]]:
 @settings(deadline=None)
 @given(case=partitions(), capacity=st.sampled_from([2, 3, 7, 16384]), chain=st.booleans())
 def test_partition_and_order_leave_no_trace(
-    case: tuple[FloatArray, list[FloatArray]], capacity: int, chain: bool
+    case: tuple[Float64Array, list[Float64Array]], capacity: int, chain: bool
 ) -> None:
     values, blocks = case
     whole = QuantileSketch.of(values, capacity)
@@ -56,7 +54,7 @@ def test_partition_and_order_leave_no_trace(
 
 @settings(deadline=None)
 @given(arrays=st.tuples(any_floats, any_floats, any_floats), capacity=st.sampled_from([2, 5, 16384]))
-def test_merging_is_associative_and_commutative(arrays: tuple[FloatArray, ...], capacity: int) -> None:
+def test_merging_is_associative_and_commutative(arrays: tuple[Float64Array, ...], capacity: int) -> None:
     a, b, c = (QuantileSketch.of(array, capacity) for array in arrays)
     assert a.merge(b) == b.merge(a)
     assert a.merge(b).merge(c) == a.merge(b.merge(c))
@@ -70,7 +68,7 @@ def test_merging_many_blocks_in_groups_changes_nothing() -> None:
 
 @settings(deadline=None)
 @given(values=finite_floats, levels=st.lists(unit, max_size=9))
-def test_exact_quantiles_are_numpys(values: FloatArray, levels: list[float]) -> None:
+def test_exact_quantiles_are_numpys(values: Float64Array, levels: list[float]) -> None:
     sketch = QuantileSketch.of(values)
     assert sketch.is_exact
     assert sketch.level == 0
@@ -85,7 +83,7 @@ def test_exact_quantiles_are_numpys(values: FloatArray, levels: list[float]) -> 
 
 @settings(deadline=None)
 @given(values=ordinary, capacity=st.sampled_from([150, 16384]), rank=st.integers(0, 199))
-def test_order_statistics_stay_within_the_stated_bound(values: FloatArray, capacity: int, rank: int) -> None:
+def test_order_statistics_stay_within_the_stated_bound(values: Float64Array, capacity: int, rank: int) -> None:
     sketch = QuantileSketch.of(values, capacity)
     expected = np.sort(values)[rank % len(values)]
     found = sketch.order_statistics([rank % len(values)])[0]
@@ -112,13 +110,13 @@ def test_frequent_values_stay_exact_when_others_are_coarsened() -> None:
 
 @settings(deadline=None)
 @given(values=finite_floats, edges=st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=8).map(sorted))
-def test_exact_histogram_is_numpys(values: FloatArray, edges: list[float]) -> None:
+def test_exact_histogram_is_numpys(values: Float64Array, edges: list[float]) -> None:
     assert np.array_equal(QuantileSketch.of(values).histogram(edges), np.histogram(values, edges)[0])
 
 
 @settings(deadline=None)
 @given(values=finite_floats, edges=st.lists(st.floats(allow_nan=False), max_size=6, unique=True).map(sorted))
-def test_open_bins_lose_no_value_even_when_coarse(values: FloatArray, edges: list[float]) -> None:
+def test_open_bins_lose_no_value_even_when_coarse(values: Float64Array, edges: list[float]) -> None:
     inner = [edge for edge in edges if math.isfinite(edge)]
     counts = QuantileSketch.of(values, 8).histogram([-np.inf, *inner, np.inf])
     assert counts.sum() == len(values)
@@ -221,7 +219,7 @@ def test_top_ties_are_ordered_by_value() -> None:
 
 @settings(deadline=None)
 @given(case=partitions())
-def test_moments_partition_leaves_no_trace(case: tuple[FloatArray, list[FloatArray]]) -> None:
+def test_moments_partition_leaves_no_trace(case: tuple[Float64Array, list[Float64Array]]) -> None:
     values, blocks = case
     whole = Moments.of(values[np.isfinite(values)])
     assert Moments.merge_all(Moments.of(block[np.isfinite(block)]) for block in blocks) == whole
@@ -229,7 +227,7 @@ def test_moments_partition_leaves_no_trace(case: tuple[FloatArray, list[FloatArr
 
 @settings(deadline=None)
 @given(values=finite_floats)
-def test_moments_are_exact(values: FloatArray) -> None:
+def test_moments_are_exact(values: Float64Array) -> None:
     exact = [Fraction(value) for value in values.tolist()]
     moments = Moments.of(values)
     assert moments.mean == float(sum(exact) / len(exact))

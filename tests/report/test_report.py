@@ -26,9 +26,8 @@ from tasks.quality.rules import (
     check_rows,
     gate,
 )
-from tasks.report.page import html as as_html
 from tasks.report.plots import distribution, distributions, histogram_grid
-from tasks.report.report import MARKDOWN_ROWS, DataTable, Picture, Report
+from tasks.report.report import MARKDOWN_ROWS, DataTable, Picture, Report, to_html
 from tasks.store.manifest import CheckResult, GateResult, InputFile, InputRecord, RowBalance, RunRecord, Verdict
 
 NASTY = "<script>alert('x')</script>"
@@ -178,7 +177,7 @@ class Page(HTMLParser):
 
 
 def test_html_is_well_formed_and_complete(either: Report) -> None:
-    html = as_html(either)
+    html = to_html(either)
     page = Page(html)
     assert page.open == []
     text = html.decode()
@@ -191,8 +190,8 @@ def test_html_is_well_formed_and_complete(either: Report) -> None:
 
 
 def test_html_needs_nothing_from_elsewhere(either: Report) -> None:
-    html = as_html(either).decode()
-    page = Page(as_html(either))
+    html = to_html(either).decode()
+    page = Page(to_html(either))
     assert not {"script", "link", "img", "iframe", "object", "embed", "base"} & set(page.tags)
     assert not {"src", "href", "srcset", "xlink:href", "data"} & {name for name, _ in page.attributes}
     assert not any(name.startswith("on") for name, _ in page.attributes)
@@ -217,18 +216,18 @@ def test_html_escapes_everything_from_the_data() -> None:
             "balances": (RowBalance(name=evil, rows_in=1, rows_out=0, rejected={evil: 1}, filtered={evil: 0}),),
         }
     )
-    page = Page(as_html(one))
+    page = Page(to_html(one))
     assert page.open == []
     assert not {"script", "img"} & set(page.tags)
     assert not any(name.startswith("on") for name, _ in page.attributes)
-    assert NASTY not in as_html(one).decode()
-    assert "&lt;script&gt;" in as_html(one).decode()
+    assert NASTY not in to_html(one).decode()
+    assert "&lt;script&gt;" in to_html(one).decode()
 
 
 def test_html_folds_many_passed_checks_away() -> None:
     passed = CheckResult(name="nulls", verdict="pass", figure=0.0, bound="≤ 1", message="Fine.")
     failed = CheckResult(name="rows", verdict="fail", figure=0.0, bound="≥ 1", message="0 rows.")
-    html = as_html(small(verdict="fail", gate=GateResult(verdict="fail", checks=(*[passed] * 60, failed))))
+    html = to_html(small(verdict="fail", gate=GateResult(verdict="fail", checks=(*[passed] * 60, failed))))
     text = html.decode()
     assert Page(html).open == []
     assert text.index("0 rows.</td>") < text.index("<summary>60 checks passed</summary>")
@@ -236,14 +235,14 @@ def test_html_folds_many_passed_checks_away() -> None:
 
 
 def test_html_puts_failed_checks_first() -> None:
-    html = as_html(report(failing=True)).decode()
+    html = to_html(report(failing=True)).decode()
     table = html[html.index("<h2>Checks</h2>") : html.index("<h2>Where the rows went</h2>")]
     verdicts = re.findall(r'class="badge (\w+)"', table)
     assert verdicts == sorted(verdicts, key=["fail", "warn", "pass"].index)
     assert verdicts[0] == "fail"
 
 
-@pytest.mark.parametrize("face", [as_html, Report.to_markdown])
+@pytest.mark.parametrize("face", [to_html, Report.to_markdown])
 def test_figures_are_written_for_people(either: Report, face: Callable[[Report], str | bytes]) -> None:
     text = face(either)
     text = text.decode() if isinstance(text, bytes) else re.sub(r"base64,[^)]*", "", text)
@@ -255,7 +254,7 @@ def test_figures_are_written_for_people(either: Report, face: Callable[[Report],
 
 def test_a_report_of_nothing_has_all_three_faces() -> None:
     one = small()
-    assert Page(as_html(one)).open == []
+    assert Page(to_html(one)).open == []
     assert "data:image" not in one.to_markdown()
     assert one.checks_table()[0]["check"] == "rows"
 
@@ -432,7 +431,7 @@ def test_a_table_of_ragged_rows_is_refused() -> None:
 
 def test_html_shows_pictures_and_tables_after_the_checks() -> None:
     table = DataTable(title="Rejected images", columns=("image", "bytes"), rows=(("a", 1_234_567), ("b", None)))
-    html = as_html(report().model_copy(update={"pictures": (picture("First"), picture("Second")), "tables": (table,)}))
+    html = to_html(report().model_copy(update={"pictures": (picture("First"), picture("Second")), "tables": (table,)}))
     text, page = html.decode(), Page(html)
     assert page.open == []
     sources = [value for name, value in page.attributes if name == "src"]
@@ -448,18 +447,18 @@ def test_html_shows_pictures_and_tables_after_the_checks() -> None:
 
 
 def test_a_report_without_pictures_has_no_place_for_them() -> None:
-    text = as_html(report()).decode()
+    text = to_html(report()).decode()
     assert "<h2>Pictures</h2>" not in text
     assert "<img" not in text
 
 
 def test_html_caps_the_rows_of_a_table() -> None:
     table = DataTable(title="t", columns=("n",), rows=tuple((f"row{n}",) for n in range(230)))
-    text = as_html(small(tables=(table,))).decode()
+    text = to_html(small(tables=(table,))).decode()
     assert text.count('<td class="cell">row') == 200
     assert "and 30 more rows" in text
-    assert "more row" not in as_html(small(tables=(table.model_copy(update={"rows": table.rows[:200]}),))).decode()
-    assert "No rows." in as_html(small(tables=(table.model_copy(update={"rows": ()}),))).decode()
+    assert "more row" not in to_html(small(tables=(table.model_copy(update={"rows": table.rows[:200]}),))).decode()
+    assert "No rows." in to_html(small(tables=(table.model_copy(update={"rows": ()}),))).decode()
 
 
 def test_pictures_and_tables_are_escaped() -> None:
@@ -467,7 +466,7 @@ def test_pictures_and_tables_are_escaped() -> None:
     shown = Picture.of(evil, evil, "image/png", PNG)
     table = DataTable(title=evil, columns=(evil, "b"), rows=((evil, 1), ("c", evil)), note=evil)
     one = small(pictures=(shown,), tables=(table,))
-    page = Page(as_html(one))
+    page = Page(to_html(one))
     assert page.open == []
     assert "script" not in page.tags
     assert page.tags.count("img") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -13,9 +14,10 @@ from tasks.features.definitions import Column, Definitions, DimensionSource, Eve
 from tasks.features.standard import STANDARD
 from tasks.serving.changes import Changes, GroupChange, plan_changes
 from tasks.store import layout
-from tasks.store.withdrawal import withdraw
+from tasks.store.versions import withdraw
 from tasks.training_sets.definition import FeatureReference, Model, SpineSource
 from tests.serving.feature_versions import GROUP, customers, days, publish_features
+from tests.store.test_version_index import counted
 
 amount = pl.col("amount")
 EVENTS = EventSource(
@@ -81,6 +83,20 @@ def test_nothing_changed(store: str) -> None:
     assert only(changes) == GroupChange(group=GROUP, status="unchanged", version=2, retyped={})
     assert (changes.breaks, changes.notes) == ((), ())
     assert changes.to_text() == f"{GROUP}: unchanged, against v2"
+
+
+def test_more_versions_take_no_more_requests(tmp_path: Path) -> None:
+    root, more = f"{tmp_path}/prefix", changed(features={**OWN.features, "mean": amount.mean()})
+    counts, day = [], 0
+    for _ in range(2):
+        for _ in range(4):
+            publish_features(root, customers(range(3), days(day := day + 1)), definition=OWN.describe())
+            trained(root, model(f"{GROUP}:orders"))
+        with counted() as seen:
+            change = only(plan_changes(root, declared(more), {}))
+        assert change.recompute == days(*range(1, day + 1))
+        counts.append(len(seen))
+    assert counts[0] == counts[1] > 0
 
 
 def test_bounds_and_the_order_of_features_change_nothing(store: str) -> None:

@@ -15,7 +15,7 @@ from tasks.io import storage
 from tasks.io.errors import ConfigError, CorruptVersion, DefinitionError, InputError, SourceError, VersionNotFound
 from tasks.serving.feature_store import FeatureStore
 from tasks.store import layout, versions
-from tasks.store.withdrawal import withdraw
+from tasks.store.versions import withdraw
 from tests.serving.feature_versions import DAY, ENTITY, GROUP, customers, days, publish_features
 
 DATASET = layout.feature_dataset(GROUP)

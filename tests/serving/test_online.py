@@ -19,7 +19,7 @@ from tasks.serving import online
 from tasks.serving.online import Lookup
 from tasks.store import versions
 from tasks.store.catalogue import newest
-from tasks.store.withdrawal import withdraw
+from tasks.store.versions import withdraw
 from tests.serving.feature_versions import ENTITY, customers, days, publish_features
 
 

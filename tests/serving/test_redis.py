@@ -13,7 +13,7 @@ import pytest
 from tasks.io.errors import ConfigError, DefinitionError, InputError, VersionConflict, VersionNotFound
 from tasks.serving.feature_store import FeatureStore
 from tasks.serving.online import RedisLookup, export_latest
-from tasks.store.withdrawal import withdraw
+from tasks.store.versions import withdraw
 from tests.serving.feature_versions import ENTITY, GROUP, customers, days, publish_features
 from tests.serving.redis_server import redis_url  # noqa: F401 - a fixture
 

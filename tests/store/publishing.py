@@ -17,6 +17,8 @@ from tests.manifests import manifest
 
 DATASET = "feature-store/customer-features"
 ROWS, PARTS = 50, 2
+LOST_THE_RACE = r"superseded by attempt|was committed by attempt|was removed while it was written"
+"""Messages of the attempts that didn't publish; which one depends on how far they had come."""
 
 
 def table(run_id: str, index: int) -> pa.Table:

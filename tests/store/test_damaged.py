@@ -11,7 +11,7 @@ import pytest
 
 from tasks.io import storage
 from tasks.io.errors import CorruptVersion, DamagedManifest, VersionNotFound
-from tasks.store import layout, reading, reservation, retention, versions, withdrawal
+from tasks.store import layout, reading, reservation, retention, versions
 from tasks.store.lineage import trace
 from tests.store.publishing import DATASET, manifest_of, publish, write
 
@@ -39,7 +39,7 @@ def test_readers_pass_it_over_and_are_warned_once(root: str, caplog: pytest.LogC
         for _ in range(2):
             assert versions.resolve(root, DATASET).version == 1
             assert versions.published_versions(root, DATASET) == [1]
-            assert [one.version for one in versions.committed_manifests(root, DATASET)] == [1]
+            assert [one.version for one in versions.live_manifests(root, DATASET)] == [1]
             assert versions.read_table(root, DATASET)["run"][0].as_py() == "run-1"
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2
@@ -52,7 +52,7 @@ def test_who_asks_for_it_by_its_number_is_told_what_is_wrong(root: str) -> None:
 
 
 def test_where_nothing_else_is_left_the_latest_is_an_error_that_says_so(root: str) -> None:
-    withdrawal.withdraw(root, DATASET, 1, "wrong", "anna")
+    versions.withdraw(root, DATASET, 1, "wrong", "anna")
     assert versions.latest(root, DATASET) is None
     with pytest.raises(DamagedManifest, match=r"v3/_manifest.json"):
         versions.resolve(root, DATASET)
@@ -60,7 +60,7 @@ def test_where_nothing_else_is_left_the_latest_is_an_error_that_says_so(root: st
 
 def test_a_withdrawal_ends_the_matter(root: str, caplog: pytest.LogCaptureFixture) -> None:
     for number in (2, 3):
-        withdrawal.withdraw(root, DATASET, number, "damaged", "anna")
+        versions.withdraw(root, DATASET, number, "damaged", "anna")
     with caplog.at_level(logging.WARNING):
         assert versions.resolve(root, DATASET).version == 1
     assert not caplog.records
@@ -88,7 +88,7 @@ def test_it_is_not_taken_for_abandoned_and_keeps_what_it_may_be_made_from(root: 
     assert "manifest is damaged: restore" in found.held[3]
     assert "v3, whose manifest is damaged, may continue its state" in found.held[1] or "v2" in found.held[1]
     for number in (2, 3):
-        withdrawal.withdraw(root, DATASET, number, "damaged", "anna")
+        versions.withdraw(root, DATASET, number, "damaged", "anna")
     publish(root, "copy", COPY)
     place(root, 1, COPY).write_bytes(b"")
     found = retention.survey(root, DATASET, keep=1, now=late)
@@ -109,7 +109,7 @@ def test_what_was_made_from_it_has_a_lineage(root: str) -> None:
     assert trace(root, COPY, 1).trainings == ()
 
 
-READERS = [versions.latest, versions.resolve, versions.live_manifests, versions.committed_manifests]
+READERS = [versions.latest, versions.resolve, versions.live_manifests]
 
 
 @pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)

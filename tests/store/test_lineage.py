@@ -16,9 +16,7 @@ from tasks.io import storage
 from tasks.io.errors import VersionNotFound
 from tasks.report import lineage_graph
 from tasks.report.lineage_graph import drawn, place
-from tasks.report.page import html as as_html
-from tasks.report.page import template
-from tasks.report.report import Report
+from tasks.report.report import Report, template, to_html
 from tasks.store import layout, lineage, versions
 from tasks.store.lineage import Lineage, code_digest, package_versions, trace, trace_manifest
 from tasks.store.manifest import InputFile, InputRecord, Manifest
@@ -337,7 +335,7 @@ def test_text_from_the_data_stays_text(tmp_path: object) -> None:
     assert '"<' not in lineage_graph.mermaid(found)
     assert "<script" not in lineage_graph.mermaid(found)
     report = Report.of(manifest, None, lineage=found)
-    page = as_html(report).decode()
+    page = to_html(report).decode()
     assert "<script" not in page
     assert 'aria-label="Lineage, from the sources on"' in page
     assert "`" not in report.to_markdown().partition("```text\n")[2].partition("\n```")[0]
@@ -347,7 +345,7 @@ def test_the_report_shows_it(tmp_path: object) -> None:
     root = store(str(tmp_path))
     manifest = versions.read_manifest(root, COPY, 1)
     report = Report.of(manifest, None, lineage=trace(root, COPY, 1))
-    page, text = as_html(report).decode(), report.to_markdown()
+    page, text = to_html(report).decode(), report.to_markdown()
     assert page.count("<svg xmlns") == 1
     assert "transactions" in page
     assert "Inputs, run and version" not in page

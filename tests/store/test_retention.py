@@ -10,7 +10,7 @@ import pytest
 
 from tasks.io import storage
 from tasks.io.errors import ConfigError, VersionConflict, VersionNotFound
-from tasks.store import layout, retention, versions, withdrawal
+from tasks.store import layout, retention, versions
 from tasks.store.manifest import InputRecord, Manifest
 from tasks.store.retention import prunable, prune, survey
 from tests.store.publishing import DATASET, manifest_of, publish, write
@@ -63,7 +63,7 @@ def test_a_number_that_was_pruned_is_never_given_again(tmp_path: Path) -> None:
     root = str(tmp_path)
     publish(root, "first")
     publish(root, "second")
-    withdrawal.withdraw(root, DATASET, 2, "wrong", "anna")
+    versions.withdraw(root, DATASET, 2, "wrong", "anna")
     prune(root, prunable(root, DATASET, keep=1))
     assert files_of(root, 2) == ["_reservation-2.json", "_reservation.json"]
     assert publish(root, "second").version == 3
@@ -105,7 +105,7 @@ def test_what_a_published_version_was_made_from_stays(tmp_path: Path) -> None:
     found = survey(root, DATASET, keep=1)
     assert [version.version for version in found.prunable] == [2, 3]
     assert found.held == {1: f"{TRAINING} v1 was made from it"}
-    withdrawal.withdraw(root, TRAINING, 1, "why", "anna")
+    versions.withdraw(root, TRAINING, 1, "why", "anna")
     assert survey(root, DATASET, keep=1).held, "its data stays, and so does what explains it"
 
 

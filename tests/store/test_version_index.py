@@ -16,9 +16,10 @@ from aiobotocore.httpsession import AIOHTTPSession
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tasks.audit.holders import made_from
 from tasks.io import storage
 from tasks.io.hashing import digest
-from tasks.store import layout, reading, reservation, retention, version_index, versions, withdrawal
+from tasks.store import layout, reading, reservation, retention, version_index, versions
 from tasks.store.catalogue import versions_table, write_versions_csv
 from tests.store.publishing import DATASET, manifest_of, publish, race, table, write
 
@@ -89,6 +90,7 @@ def requests(root: str, total: int) -> dict[str, int]:
         "resolve": lambda: versions.resolve(root, DATASET, total - 3),
         "refresh": lambda: reading.first_live(root, DATASET, [reading.overview(root, DATASET).live[-1].version]),
         "table": lambda: versions_table(root, [DATASET]),
+        "made from": lambda: made_from(root, versions.read_manifest(root, DATASET, 1)),
         "publish": lambda: whole_publish(root, "one more"),
     }
     found = {}
@@ -194,10 +196,10 @@ class Store:
                 status, verdict = ("rejected", "fail") if rejected else ("published", "pass")
                 versions.commit(held, manifest_of(held, files, status=status, verdict=verdict))  # type: ignore[arg-type]
         elif step == "withdraw" and published:
-            withdrawal.withdraw(self.root, DATASET, published[which % len(published)], "wrong", "anna")
+            versions.withdraw(self.root, DATASET, published[which % len(published)], "wrong", "anna")
         elif step == "publish again" and committed.withdrawals:
             number = list(committed.withdrawals)[which % len(committed.withdrawals)]
-            storage.delete(withdrawal.withdrawal_uri(self.root, DATASET, number))
+            storage.delete(reading.withdrawal_uri(self.root, DATASET, number))
         elif step == "prune":
             retention.prune(self.root, retention.prunable(self.root, DATASET, keep=1 + which % 2))
         elif step == "kill the pruning":
@@ -230,25 +232,27 @@ STEPS = (
 )
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 9)), max_size=14))
-def test_readers_see_what_a_scan_of_all_manifests_sees(steps: list[tuple[str, int]]) -> None:
+def followed(steps: list[tuple[str, int]]) -> list[int]:
+    """Take some steps and compare what readers see after each; return the numbers given to versions."""
     with tempfile.TemporaryDirectory() as root:
         store = Store(root)
         for step, which in steps:
             store.do(step, which)
             assert seen(root) == scanned(root), step
-        assert len(set(store.given)) == len(store.given), "no number is given twice"
+        return store.given
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 9)), max_size=14))
+def test_readers_see_what_a_scan_of_all_manifests_sees(steps: list[tuple[str, int]]) -> None:
+    given = followed(steps)
+    assert len(set(given)) == len(given), "no number is given twice"
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from((*STEPS[:-1], "delete the index")), st.integers(0, 9)), max_size=12))
 def test_nothing_is_lost_with_the_index(steps: list[tuple[str, int]]) -> None:
-    with tempfile.TemporaryDirectory() as root:
-        store = Store(root)
-        for step, which in steps:
-            store.do(step, which)
-            assert seen(root) == scanned(root), step
+    followed(steps)
 
 
 def test_an_index_is_made_again_where_it_is_missing_damaged_or_behind(root: str) -> None:

@@ -23,8 +23,20 @@ from torch import nn
 from tasks.delivery.config import TrainingConfig
 from tasks.io.errors import ConfigError
 from tasks.loader.shards import open_version
-from tasks.training.loops import Meter, Progress, TrainingRun, open_run, train, train_epoch, validate
-from tasks.training.models import Target, auc, build_model, class_metrics, number_metrics
+from tasks.training.loops import (
+    Meter,
+    Progress,
+    Target,
+    TrainingRun,
+    auc,
+    build_model,
+    class_metrics,
+    number_metrics,
+    open_run,
+    train,
+    train_epoch,
+    validate,
+)
 from tests.delivery import making
 from tests.delivery.toys import ToyStream
 
@@ -175,7 +187,7 @@ def test_a_published_version_of_images_is_learned_without_ray(tmp_path: Path) ->
 def test_balanced_classes_come_equally_often(tmp_path: Path) -> None:
     drawn = making.table_samples(203, seed=1)
     drawn["label"] = (np.arange(203) < 30).astype(np.int64)
-    uri = making.publish(str(tmp_path), {"train": [drawn]}, block_size=10)
+    uri = making.publish(str(tmp_path), {"train": [drawn]}, batch_size=10)
     with open_run(uri, open_version(uri).definition, settings(balance="class"), send=lambda *_: None) as run:
         labels = torch.cat([batch["label"][batch["mask"]] for batch in run.train])
     assert sorted(np.bincount(labels.numpy()).tolist()) == [101, 102]

@@ -14,7 +14,7 @@ from tasks.training.monitoring import (
     WAIT_BOUND,
     TrainingResult,
     WorkerEpoch,
-    class_table,
+    drawn_table,
     epoch_table,
     headline,
     judge_bound,
@@ -188,12 +188,12 @@ def test_samples_are_counted_only_where_each_epoch_is_whole() -> None:
 
 
 def test_balanced_classes_are_shown_beside_those_of_the_split() -> None:
-    classes = {"natural": {"no": 90, "yes": 10}, "epoch": {"no": 50, "yes": 50}}
-    assert class_table(classes).rows == (("no", 90, 50), ("yes", 10, 50))
+    drawn = {"natural": {"no": 90, "yes": 10}, "epoch": {"no": 50, "yes": 50}}
+    assert drawn_table(drawn, mixed=False).rows == (("no", 90, 50), ("yes", 10, 50))
     [check] = [
-        one for one in judge_training(result(classes=classes), DEFINITION, 2, "pad").checks if one.name == "consumed"
+        one for one in judge_training(result(drawn=drawn), DEFINITION, 2, "pad").checks if one.name == "consumed"
     ]
-    assert check.message == "Each epoch had 100 samples, drawn by class."
+    assert check.message == "Each epoch had 100 samples, drawn by weight."
 
 
 def test_the_headline_has_the_last_epoch_the_limit_and_the_model() -> None:

@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import ray
 
-from tasks.delivery.config import TrainingConfig
+from tasks.delivery.config import DeliveryConfig, TrainingConfig
 from tasks.io.errors import ConfigError, CorruptVersion
 from tasks.loader.shards import open_version
-from tasks.training.loops import train
-from tasks.training.models import build_model
+from tasks.training.loops import build_model, train
 from tasks.training.monitoring import TrainingResult
-from tasks.training.trainer import check_resources, load_function, read_records, read_state, train_version
+from tasks.training.trainer import Records, check_resources, load_function, read_records, read_state, train_version
 from tests.conftest import new_bucket
 from tests.delivery import making, toys
 
@@ -39,7 +38,7 @@ def published(root: str) -> str:
     for samples in splits.values():
         samples["label"] = (samples["features"][:, 0] > samples["features"][:, 1]).astype(np.int64)
     train_files = making.cut(splits["train"], 120, TRAIN - 120)
-    return making.publish(root, {"train": train_files, "validation": [splits["validation"]]}, block_size=10)
+    return making.publish(root, {"train": train_files, "validation": [splits["validation"]]}, batch_size=10)
 
 
 SAMPLE_IDS = Counter(making.table_samples(TRAIN, seed=1)["sample_id"].tolist())
@@ -141,6 +140,40 @@ def test_its_last_checkpoint_can_be_read_without_ray(undisturbed: TrainingResult
     assert state["stream"]["epoch"] == 2
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_mix_keeps_its_versions_for_the_whole_run(tmp_path: Path) -> None:
+    own, runs = published(str(tmp_path)), str(tmp_path / "runs")
+    others = [making.table_samples(90, seed=seed) for seed in (4, 5)]
+    dataset = making.DATASET.rpartition("/")[0] + "/hard"
+    hard = making.publish(str(tmp_path), {"train": others[:1]}, batch_size=10, dataset=dataset)
+    name = making.DATASET.rpartition("/")[2]
+    config = settings(mix={"hard": 1, name: 3}, epochs=1, workers=1)
+    first = train_version(own, config, runs, "run")
+    assert first.drawn == {"natural": {own: TRAIN, hard: 90}, "epoch": {own: 203, hard: 67}}
+    assert [one.samples for one in first.workers] == [270]
+
+    making.publish(str(tmp_path), {"train": others[1:]}, batch_size=10, dataset=dataset)
+    again = train_version(own, settings(mix={"hard": 1, name: 3}, epochs=2, workers=1), runs, "run")
+    assert hard in again.drawn["natural"]
+    assert [one.samples for one in again.workers] == [270, 270]
+    with pytest.raises(ConfigError, match=r"mix = .*: this run has begun with .*hard.*; give these, or"):
+        train_version(own, settings(mix={name: 3}, workers=1), runs, "run")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"training": {"mix": {"hard": 1}}}, r"leaves out 'customer-features', which this run makes"),
+        ({"training": {"mix": {"customer-features": 1}, "balance": "class"}}, "both choose samples; give one of them"),
+        ({"training": {"mix": {"customer-features": -1}}}, "greater than or equal to 0"),
+        ({"training": {"mix": {"Hard Ones": 1}}}, "can't name a dataset"),
+    ],
+)
+def test_a_mix_that_cannot_be_is_refused_at_once(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DeliveryConfig.model_validate(config)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_worker_costs_neither_a_sample_nor_a_digit(undisturbed: TrainingResult, tmp_path: Path) -> None:
@@ -164,7 +197,7 @@ def test_a_run_of_two_workers_goes_on_with_one(tmp_path: Path) -> None:
     with pytest.raises(CorruptVersion, match="is no good"):  # the worker's error, not Ray's
         train_version(version, config, runs, "run")
     assert signal.getsignal(signal.SIGINT) is before
-    assert read_records(f"{runs}/run") == ((), (), 1)
+    assert read_records(f"{runs}/run") == Records(restarts=1)
 
     result = train_version(version, config.model_copy(update={"workers": 1}), runs, "run")
     attempts = consumed(result.run_uri)

@@ -13,7 +13,7 @@ from tasks.io.errors import CorruptVersion, DefinitionError, VersionNotFound
 from tasks.io.hashing import stable_hash
 from tasks.store import layout
 from tasks.store.manifest import Manifest
-from tasks.store.withdrawal import withdraw
+from tasks.store.versions import withdraw
 from tasks.training_sets.history import read_bucket, resolve_history
 from tests.serving.feature_versions import DAY, ENTITY, GROUP, customers, days, publish_features
 

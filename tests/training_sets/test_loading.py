@@ -12,8 +12,15 @@ import pytest
 from tasks.io import storage
 from tasks.io.errors import DefinitionError
 from tasks.io.notation import expand
-from tasks.training_sets.definition import FeatureReference, Label, Model, SpineSource, column_names
-from tasks.training_sets.loading import load_models, select
+from tasks.training_sets.definition import (
+    FeatureReference,
+    Label,
+    Model,
+    SpineSource,
+    column_names,
+    load_models,
+    select,
+)
 from tests.features.test_loading import written
 
 PYTHON = """

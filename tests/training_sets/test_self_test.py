@@ -16,54 +16,44 @@ from tasks.quality import rules
 from tasks.quality.faults import Trial
 from tasks.quality.profile import profile_table
 from tasks.store.manifest import FaultResult, FileEntry, Manifest, RowBalance
-from tasks.training_sets import self_test as module
-from tasks.training_sets.self_test import trial
-from tests.gates import by_fault
+from tasks.training_sets import gate
+from tasks.training_sets.gate import trial
+from tests.gates import RULES, by_fault, lax, made_by, outcomes
 from tests.manifests import manifest
 
 START = dt.datetime(2024, 4, 30, tzinfo=dt.UTC)
 ROWS = 2_000
 FEATURES = ("feature_spent", "feature_trend", "feature_age")
-EXPECTED = {
-    "no rows": ("refused", "rows"),
-    "duplicates": ("warned", "repeated rows of customer_id"),
-    "lost rows": ("refused", "balance of churn"),
-    "bad rows": ("refused", "rejected of spine"),
-    "late features": ("refused", "unmatched of customer-features"),
-    "future features": ("refused", "canary"),
-    "no keys": ("refused", "canary"),
-    "null keys": ("warned", "nulls of customer_id"),
-    "null labels": ("refused", "nulls of target"),
-    "one label": ("refused", "target of target"),
-    "label copy": ("refused", "leakage of feature_spent"),
-    "schema": ("refused", "schema of feature_spent"),
-    "nulls": ("warned", "nulls of feature_spent"),
-    "not finite": ("refused", "finite of feature_spent"),
-    "shift": ("warned", "drift of feature_spent"),
-    "late shift": ("warned", "drift over time of feature_spent"),
-}
+EXPECTED = outcomes("""
+    no rows          refused  rows
+    duplicates       warned  repeated rows of customer_id
+    lost rows        refused  balance of churn
+    bad rows         refused  rejected of spine
+    late features    refused  unmatched of customer-features
+    future features  refused  canary
+    no keys          refused  canary
+    null keys        warned  nulls of customer_id
+    null labels      refused  nulls of target
+    one label        refused  target of target
+    label copy       refused  leakage of feature_spent
+    schema           refused  schema of feature_spent
+    nulls            warned  nulls of feature_spent
+    not finite       refused  finite of feature_spent
+    shift            warned  drift of feature_spent
+    late shift       warned  drift over time of feature_spent
+""")
 SAID = {
     "label copy": ("The label was copied into feature_spent.", "area under the ROC curve 1.0000"),
     "future features": ("The join was made to take", "got features from its far future"),
 }
-LAXEST: dict[str, dict[str, Any]] = {
-    "bad rows": {"rejected_warn": 1, "rejected_fail": 1},
-    "late features": {"unmatched_warn": 1, "unmatched_fail": 1},
-    "label copy": {"leak_warn": 1, "leak_fail": 1},
-    "nulls": {"null_warn": 1, "null_fail": 1},
+LAXEST = lax(bad_rows="rejected", late_features="unmatched", label_copy="leak", nulls="null") | {
     "shift": {"drift_warn": 1e9},
     "late shift": {"later_drift_warn": 1e9},
 }
-CHECKS: dict[str, tuple[Any, str]] = {
-    "no rows": (rules, "check_rows"),
-    "duplicates": (rules, "at_most"),
-    "lost rows": (rules, "check_balance"),
-    "null labels": (rules, "check_nulls"),
-    "one label": (rules, "check_target"),
-    "no keys": (rules, "check_canary"),
-    "null keys": (rules, "check_nulls"),
-    "schema": (rules, "check_schema"),
-    "not finite": (rules, "check_finite"),
+CHECKS = {
+    **{fault: RULES[fault] for fault in ("no rows", "lost rows", "schema", "not finite")},
+    **made_by(rules, duplicates="at_most", null_labels="check_nulls", one_label="check_target"),
+    **made_by(rules, no_keys="check_canary", null_keys="check_nulls"),
 }
 
 
@@ -119,7 +109,7 @@ def outcomes(root: Path, table: pa.Table | None = None) -> dict[str, FaultResult
 
 
 def test_a_canary_that_never_sings_makes_the_gate_blind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "plant", lambda *_args, **_more: 1)
+    monkeypatch.setattr(gate, "plant", lambda *_args, **_more: 1)
     results = outcomes(tmp_path)
     assert (results["future features"].outcome, results["no keys"].outcome) == ("blind", "blind")
 

@@ -12,7 +12,7 @@ import pytest
 from tasks.io.errors import DefinitionError
 from tasks.store.layout import EVENT_TIME, TARGET
 from tasks.training_sets.definition import Label
-from tasks.training_sets.spine import label_rows
+from tasks.training_sets.plan import label_rows
 from tests.serving.feature_versions import DAY, days
 
 TIMES = days(0, 30, 60)

@@ -1,0 +1,438 @@
+"""Samples of a streaming-ready copy: explained, from the raw row to the step of a training, and made again.
+
+A replay checks order, ids, labels and values. All rows of the source are read for their ids and splits, since these
+decide the place of each sample: about thirty bytes a row are held. Only the rows of the requested samples are encoded.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.audit.explanation import (
+    Explanation,
+    Section,
+    absent,
+    closest_keys,
+    pick_time,
+    read_rows,
+    refuse,
+    rejected_rows,
+    rejected_sections,
+    typed_key,
+)
+from tasks.audit.holders import (
+    EntitySamples,
+    Sample,
+    closing_sections,
+    feature_columns,
+    find_samples,
+    source_version,
+    split_row,
+)
+from tasks.audit.inputs import input_version, why_not
+from tasks.audit.replay_rows import (
+    ABSENT,
+    Again,
+    Difference,
+    Replayed,
+    StoredFiles,
+    Unreadable,
+    by_file,
+    differences,
+    missing,
+)
+from tasks.delivery.config import DeliveryConfig
+from tasks.delivery.definition import encoder_of, label_of
+from tasks.delivery.encoding import Encoder
+from tasks.delivery.shuffle import encode, keys_of, load, plan_buckets
+from tasks.delivery.source import (
+    SPLITS,
+    TIMES,
+    Repeats,
+    bucket_of,
+    find_repeats,
+    random_keys,
+    read_units,
+    sample_ids,
+    source_of,
+)
+from tasks.io import storage
+from tasks.io.errors import ConfigError, PipelineError, SourceError
+from tasks.io.tensors import Float32Array, Int8Array, Int64Array, UInt8Array, to_numpy
+from tasks.io.text import plural
+from tasks.loader.order import EpochOrder, Share, Sizes, batch_count, step_count
+from tasks.loader.samples import BATCH_ID, FEATURES, IMAGE, LABEL, SampleFormat, batch_ids, noted_ids, pick
+from tasks.loader.version_files import Version
+from tasks.store import layout
+from tasks.store.lineage import trace
+from tasks.store.manifest import FileEntry, Manifest
+from tasks.store.reading import data_files, explained
+from tasks.store.settings import config_of
+
+
+class CopyAgain(Again):
+    """The samples of one copy, to be made again."""
+
+    unit = "sample"
+
+    def __init__(self, root: str, manifest: Manifest) -> None:
+        super().__init__(root, manifest)
+        self._form, self._encoder = SampleFormat.of(manifest.definition), encoder_of(manifest)
+
+    def replay(self, chosen: Int64Array) -> list[Replayed]:
+        """Make some samples again, and compare them; and compare their batches with the checksums."""
+        files = by_file([(entry, entry.rows) for entry in self.manifest.files], chosen)
+        made: dict[str, pa.Table] = {}
+        try:
+            made = self._made({entry.path: numbers for entry, numbers in files})
+        except (PipelineError, OSError) as fault:
+            self.causes.append(why_not(fault))
+        return [one for entry, numbers in files for one in self._compare(entry, numbers, made.get(entry.path))]
+
+    def _made(self, wanted: Mapping[str, Int64Array]) -> dict[str, pa.Table]:
+        """Make the samples of some ascending numbers of each file, as far as there are as many."""
+        [record] = self.manifest.inputs
+        version = input_version(self.root, record, self.causes)
+        if version is None:
+            raise SourceError(f"the version that it was made from, {record.name} v{record.version}, can't be read")
+        self._config = config_of(DeliveryConfig, self.manifest, root=self.root)
+        self._source = source_of(self._config, self.root, version)
+        self._units = tuple(read_units(self._source))
+        keys, splits = [], []
+        for unit in self._units:
+            loaded = load(unit, self._source, self._config, self._source.columns)
+            keys.append(keys_of(loaded.rows, self._source))
+            splits.append(loaded.splits)
+        units = np.repeat(np.arange(len(keys)), [len(own) for own in keys])
+        repeats = find_repeats(np.concatenate(keys), units, np.concatenate([np.arange(len(own)) for own in keys]))
+        ids = [sample_ids(own, repeats.get(unit, Repeats())) for unit, own in enumerate(keys)]
+        order = self._order(np.concatenate(ids), np.concatenate(splits))
+        rows: dict[str, Int64Array] = {}
+        for path, numbers in wanted.items():
+            own = order.get(_place_of(path), np.empty(0, np.int64))
+            rows[path] = own[numbers[numbers < len(own)]]
+        needed = np.unique(np.concatenate(list(rows.values())))
+        samples = [self._form.schema.empty_table(), *self._encoded(needed, ids)]
+        return {path: pick(samples, np.searchsorted(needed, own)) for path, own in rows.items()}
+
+    def _order(self, ids: Int64Array, splits: Int8Array) -> dict[tuple[str, int], Int64Array]:
+        """Return rows of the source that become samples, by split and file, in the order of their samples.
+
+        Rows are numbered through all units, counting only kept ones.
+        """
+        drawn = random_keys(ids, self._config.seed)
+        counts = np.bincount(splits, minlength=len(SPLITS))
+        order = {}
+        for bucket in plan_buckets(counts, self._form, self._config.file_megabytes * (1 << 20)):
+            members = np.flatnonzero(splits == bucket.split)
+            members = members[bucket_of(drawn[members], bucket.parts) == bucket.part]
+            order[SPLITS[bucket.split], bucket.part] = members[np.argsort(drawn[members], kind="stable")]
+        return order
+
+    def _encoded(self, rows: Int64Array, ids: list[Int64Array]) -> list[pa.Table]:
+        """Make samples of some rows, ascending, from their units."""
+        starts = np.cumsum([0, *(len(own) for own in ids)])
+        unit_of = np.searchsorted(starts, rows, side="right") - 1
+        columns = self._source.columns + ([IMAGE] if self._source.image else [])
+        version = self._source.manifest
+        files = StoredFiles(self.root, version, f"of the input {version.dataset} v{version.version}, ")
+        entries = {layout.join(files.base, entry.path): entry for entry in version.files}
+        label = label_of(self.manifest, numbered=self._source.classes is not None)
+        parts = []
+        for number in np.unique(unit_of).tolist():
+            for file, _ in self._units[number].pieces:
+                found = files.check(entries[file.uri])
+                self.causes += [cause for cause in found if cause not in self.causes]
+            loaded = load(self._units[number], self._source, self._config, columns)
+            own = rows[unit_of == number] - starts[number]
+            parts.append(encode(loaded.rows.take(pa.array(own)), ids[number][own], self._form, self._encoder, label))
+        return parts
+
+    def _compare(self, entry: FileEntry, numbers: Int64Array, made: pa.Table | None) -> list[Replayed]:
+        """Compare some samples of a file with those made again, the first ones of them, and with their checksums."""
+        names = [f"{entry.path} sample {number}" for number in numbers.tolist()]
+        size = self._form.batch_size
+        batches, batch_of = np.unique(numbers // size, return_inverse=True)
+        rows = (batches[:, None] * size + np.arange(size)).ravel()
+        try:
+            table = self.stored.read(entry, rows[rows < entry.rows])
+        except Unreadable as fault:
+            return [missing(name, entry, fault.cause) for name in names]
+        noted = _noted(layout.join(self.stored.base, entry.path), batches)
+        of_batch = [
+            () if stored == batch_id else (Difference(BATCH_ID, stored, batch_id),)
+            for stored, batch_id in zip(noted, batch_ids(table, size), strict=True)
+        ]
+        before = table.take(pa.array(np.searchsorted(rows, numbers)))
+        now = before.slice(0, 0) if made is None else made
+        differing = differences(before, now, [row if row < now.num_rows else None for row in range(len(names))])
+        return [
+            Replayed(name=name, file=entry.path, differences=(*own, *of_batch[batch]), causes=self.stored.check(entry))
+            for name, own, batch in zip(names, differing, batch_of.tolist(), strict=True)
+        ]
+
+
+def _noted(uri: str, batches: Int64Array) -> list[str]:
+    """Return the stored checksums of some batches of a file."""
+    with explained(uri), storage.open_input(uri) as source:
+        noted = noted_ids(pq.read_metadata(source))
+    return [noted[batch] if batch < len(noted) else ABSENT for batch in batches.tolist()]
+
+
+def _place_of(path: str) -> tuple[str, int]:
+    """Return split and number of a data file."""
+    number = layout.part_number(path)
+    assert number is not None, f"{path} isn't named as a part"
+    return path.partition("/")[0].removeprefix("split="), number
+
+
+MOST_ORDERED = 20_000_000
+"""Maximum samples of a split for which their order in an epoch is computed."""
+
+
+def explain_sample(root: str, manifest: Manifest, key: str, at: str | None) -> Explanation:
+    """Explain the origin of samples of a copy, their encoding, and their use in training."""
+    definition, config = manifest.definition, config_of(DeliveryConfig, manifest)
+    entity: str = definition["entity"]
+    names = {entity, definition["keys"][0]}
+    rejected = rejected_rows(root, manifest, names, {key})
+    if not rejected:
+        data_files(root, manifest)  # raises if the gate rejected the version
+    try:
+        samples = find_samples(root, manifest, config, key)
+    except ConfigError:
+        if not rejected:
+            raise
+        samples = None
+    if samples is None or not (samples.held or samples.left_out):
+        if samples is not None and not rejected:
+            close = closest_keys(root, samples.source, entity, typed_key(samples.source, entity, key))
+            refuse(manifest, entity, key, close)
+        return absent(root, manifest, (entity, key), "all that it had was rejected", rejected_sections(rejected))
+    times = [name for name in definition["keys"][1:] if name in TIMES]
+    held = _at(manifest, samples.held, times, key, at)
+    if not held:
+        reasons = ", ".join(sorted({reason for _, reason in samples.left_out}))
+        return absent(
+            root,
+            manifest,
+            (entity, key),
+            f"left out of the copy: {reasons}",
+            [_left_out(samples), *rejected_sections(rejected)],
+            answer="rejected" if rejected else "left out",
+        )
+    value = held[0].source[entity]
+    sections = [
+        _source(samples, held, times),
+        _split(manifest, config, held, value),
+        _position(root, manifest, held),
+        *(_encoded(root, manifest, sample, several=len(held) > 1) for sample in held),
+        *([_left_out(samples)] if samples.left_out else []),
+        *closing_sections(root, manifest, (entity, value), _concerned(manifest), rejected),
+    ]
+    what = f"{plural(len(held), 'sample')} of {entity} {value}"
+    return Explanation(manifest, key, "held", f"{what} in {manifest.dataset} v{manifest.version}", sections)
+
+
+def _at(manifest: Manifest, held: Sequence[Sample], times: Sequence[str], key: str, at: str | None) -> list[Sample]:
+    """Return the samples of one time, if the rows have times."""
+    if not times or not held:
+        if at is not None and not times:
+            raise ConfigError(f"--at names a time, and the rows of {manifest.dataset} have none; leave it out")
+        return list(held)
+    moments = [sample.source[times[0]].astimezone(dt.UTC) for sample in held]
+    wanted = pick_time(manifest, key, moments, at)
+    return [sample for sample, moment in zip(held, moments, strict=True) if moment == wanted]
+
+
+def _source(samples: EntitySamples, held: Sequence[Sample], times: Sequence[str]) -> Section:
+    source = samples.source
+    rows = [
+        {
+            **{name: sample.source[name] for name in times},
+            **({"image": sample.source["image_id"]} if "image_id" in sample.source else {}),
+            "file": sample.source_file,
+            "row": sample.source_row,
+            "sample id": str(sample.sample_id),
+        }
+        for sample in held
+    ]
+    others = len(samples.held) - len(held)
+    notes = [f"{others} samples of other times are in the copy, too: name one with --at."] if others else []
+    notes.append(f"What is known of the row itself: explain {source.dataset} v{source.version}.")
+    facts = {"source": f"{source.dataset} v{source.version}", "read": samples.read}
+    return Section(title="source", facts=facts, rows=rows, notes=notes)
+
+
+def _split(manifest: Manifest, config: DeliveryConfig, held: Sequence[Sample], value: int | str) -> Section:
+    definition = manifest.definition
+    splits = sorted({sample.split for sample in held})
+    if definition["kind"] == "images" or "/" in held[0].source_file:
+        why = f"kept from the source, whose file is in {held[0].source_file.rpartition('/')[0]}"
+        return Section(title="split", facts={"split": ", ".join(splits), "why": why})
+    drawn = split_row(config, definition["entity"], value, "this copy")
+    return Section(title="split", facts={name: drawn[name] for name in ("split", "draw", "why")})
+
+
+def _position(root: str, manifest: Manifest, held: Sequence[Sample]) -> Section:
+    """Return file and row of each sample, and its step in the first epoch."""
+    trainings = _trainings(root, manifest)
+    rows, notes = [], []
+    for sample in held:
+        row: dict[str, Any] = {
+            "sample id": str(sample.sample_id),
+            "split": sample.split,
+            "file": sample.file,
+            "row": sample.row,
+            "position": sample.position,
+        }
+        if sample.file is None:
+            notes.append(f"Sample {sample.sample_id} isn't in its split's files: the copy isn't what its source says.")
+        elif sample.split == "train":
+            row |= _first_epoch(root, manifest, sample, trainings[0][1])
+        rows.append(row)
+    facts = {"samples in split": manifest.definition["samples"].get(held[0].split)}
+    if any("step" in row for row in rows):
+        settings = ", ".join(f"{name} {trainings[0][1][name]}" for name in ("seed", "batch_size", "workers"))
+        facts |= {"epoch 0 as of": f"{trainings[0][0]}: {settings}"}
+    return Section(title="position", facts=facts, rows=rows, notes=notes)
+
+
+def _trainings(root: str, manifest: Manifest) -> list[tuple[str, dict[str, Any]]]:
+    """Return trainings on the copy with their settings, the last first; without one, the settings of its flow run."""
+    trainings = []
+    for training in reversed(trace(root, manifest.dataset, manifest.version).trainings):
+        report = json.loads(storage.read_bytes(layout.join(training.uri, layout.REPORT_JSON)))
+        trainings.append((training.uri, report["config"]))
+    return [*trainings, ("the flow's settings", manifest.config["training"])]
+
+
+def _first_epoch(root: str, manifest: Manifest, sample: Sample, training: Mapping[str, Any]) -> dict[str, int | str]:
+    """Return step, worker and place in the batch of a sample's delivery in epoch 0."""
+    count = int(manifest.definition["samples"]["train"])
+    if count > MOST_ORDERED:
+        return {}
+    batch_size, workers, remainder = int(training["batch_size"]), int(training["workers"]), training["remainder"]
+    files = len(Version(root, manifest).files("train"))
+    sizes = Sizes.of(SampleFormat.of(manifest.definition).sample_bytes, count, files)
+    order = EpochOrder(count, sizes, int(training["seed"]), 0)
+    position = int(np.flatnonzero(order.take(0, count) == sample.position)[0])
+    step = position // (workers * batch_size)
+    if step >= step_count(batch_count(count, batch_size, remainder), workers, remainder):
+        return {"step": "none: it is in the remainder, which is dropped"}
+    for rank in range(workers):
+        share = Share(rank, workers, batch_size)
+        batch, real = order.part(step * share.step, share)
+        if sample.position in batch[:real]:
+            place = int(np.flatnonzero(batch == sample.position)[0])
+            return {"step": step, "worker": rank, "in batch": place}
+    raise AssertionError("a step's samples are in its workers' batches")
+
+
+def _encoded(root: str, manifest: Manifest, sample: Sample, *, several: bool) -> Section:
+    """Compare stored values of a sample with its source row, and its batch with the checksum."""
+    name = f"values of {sample.source.get('image_id', sample.sample_id)}" if several else "values"
+    if sample.file is None:
+        return Section(title=name, notes=["It isn't there."])
+    number, place = divmod(sample.row, size := SampleFormat.of(manifest.definition).batch_size)
+    [end] = [min((number + 1) * size, entry.rows) for entry in manifest.files if entry.path == sample.file]
+    batch = read_rows(root, manifest, sample.file, np.arange(number * size, end))
+    [found] = batch_ids(batch, size)
+    [noted] = _noted(
+        layout.join(layout.version_uri(root, manifest.dataset, manifest.version), sample.file), np.array([number])
+    )
+    stored = batch.slice(place, 1)
+    facts = _label(manifest, sample, stored)
+    facts["checksum of its batch"] = f"{'matches' if found == noted else 'DOES NOT match'} ({noted})"
+    if manifest.definition["kind"] == "images":
+        return Section(title=name, facts=facts | _image_facts(root, manifest, sample, to_numpy(stored, IMAGE)[0]))
+    return Section(
+        title=name,
+        facts=facts,
+        rows=_feature_rows(manifest, sample, to_numpy(stored, FEATURES)[0]),
+        shown=("feature", "encoding", "raw", "stored", "normalised", "check"),
+    )
+
+
+def _label(manifest: Manifest, sample: Sample, row: pa.Table) -> dict[str, Any]:
+    described = manifest.definition.get("label")
+    if described is None:
+        return {}
+    stored = to_numpy(row, LABEL)[0].item()
+    classes = described.get("classes")
+    label = f"{stored} ({classes[stored]})" if classes else f"{stored}"
+    return {"label": f"{label}, of {described['column']} = {sample.source[described['column']]}"}
+
+
+def _feature_rows(manifest: Manifest, sample: Sample, stored: Float32Array) -> list[dict[str, Any]]:
+    """Return each feature: raw value, stored value, the model's input, and the result of encoding again."""
+    encoder = encoder_of(manifest)
+    assert encoder is not None, "tables are encoded"
+    raw = {name: sample.source[name] for name in feature_columns(manifest)}
+    again = encoder.encode(_table(raw, encoder))[0]
+    mean, std = (manifest.definition["normalise"][name] for name in ("mean", "std"))
+    return [
+        {
+            "feature": feature.name,
+            "encoding": feature.encoding,
+            "raw": raw[feature.column],
+            "stored": float(stored[number]),
+            "mean": mean[number],
+            "std": std[number],
+            "normalised": round((float(stored[number]) - mean[number]) / std[number], 6),
+            "check": "as encoded" if again[number] == stored[number] else "DIFFERS from its encoding",
+        }
+        for number, feature in enumerate(encoder.features)
+    ]
+
+
+def _table(raw: Mapping[str, Any], encoder: Encoder) -> pa.Table:
+    """Return a raw row as a table for the encoder: a column without a value has no type of its own."""
+    texts = {feature.column for feature in encoder.features if feature.encoding == "category"}
+    return pa.table(
+        {
+            name: pa.chunked_array(
+                [pa.array([value], (pa.string() if name in texts else pa.float64()) if value is None else None)]
+            )
+            for name, value in raw.items()
+        }
+    )
+
+
+def _image_facts(root: str, manifest: Manifest, sample: Sample, image: UInt8Array) -> dict[str, Any]:
+    """Compare the picture with that of the source; return this and the constants for normalising."""
+    constants = manifest.definition["normalise"]
+    facts = {
+        "shape": " × ".join(map(str, image.shape)),
+        "stored as": f"{image.dtype}, as in the source",
+        "mean of the channels": [round(float(mean), 3) for mean in image.mean(axis=(1, 2))],
+        "normalised by": f"(x / {constants['scale']} - {constants['mean']}) / {constants['std']}",
+    }
+    source = manifest.definition["source"]
+    try:
+        version, place = source_version(root, manifest), np.array([sample.source_row])
+        row = read_rows(root, version, sample.source_file, place, [IMAGE])
+        same = np.array_equal(to_numpy(row, IMAGE)[0], image)
+        facts["check"] = "the same pixels as in the source" if same else "OTHER pixels than in the source"
+    except PipelineError as fault:
+        facts["check"] = f"can't be compared with {source['dataset']} v{source['version']}: {fault}"
+    return facts
+
+
+def _left_out(samples: EntitySamples) -> Section:
+    rows = [{"reason": reason, "values": row} for row, reason in samples.left_out]
+    note = ["Rows that aren't marked as training-ready are left out by ready_only; others are rejected, and counted."]
+    return Section(title="left out", rows=rows, notes=note)
+
+
+def _concerned(manifest: Manifest) -> dict[str, str]:
+    label = manifest.definition.get("label")
+    concerned = dict.fromkeys(feature_columns(manifest), "a column of this row")
+    return concerned | ({label["column"]: "its label"} if label else {})

@@ -1,0 +1,465 @@
+"""From what a worker takes in each step to its batches, in one thread; and single samples, checked in the same way.
+
+order of each source ─ takes of a step ─ samples, gathered from their files ─ transformed, mixed ─ batch
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tasks.io.errors import ConfigError, CorruptVersion, InputError
+from tasks.io.tensors import AnyArray, Int64Array, TensorSpec, UInt64Array
+from tasks.loader.arguments import LIMIT, whole_number
+from tasks.loader.kernel import mix_samples, sample_keys
+from tasks.loader.mixing import Mixing, alpha_of
+from tasks.loader.order import MIXES, TRANSFORMS, EpochOrder, Reading
+from tasks.loader.placement import INPUTS, Placement
+from tasks.loader.shards import Shards
+from tasks.loader.transforms import Change, change_of, described
+from tasks.loader.version_files import CURE, Version, stored_column
+
+MASK = "mask"
+SOURCE = "source"
+LABEL, SAMPLE_ID = "label", "sample_id"
+_MASK_SPEC, _SOURCE_SPEC = TensorSpec((), "bool"), TensorSpec((), "int64")
+
+
+class Take(NamedTuple):
+    """A worker's samples of one source in a step: a part of some consecutive samples of the source's order.
+
+    Attributes:
+        source: number of the source.
+        lap: epoch of the source's own order.
+        start: position of the step's first sample in it.
+        size: samples of the step.
+        low: start of the worker's part of them, when they are sorted by stream.
+        high: end of the part.
+        step: size, low and high of the whole step, of which this may be the part in one lap; they tell which streams
+            the worker reads.
+        real: False for samples that only fill a batch.
+    """
+
+    source: int
+    lap: int
+    start: int
+    size: int
+    low: int
+    high: int
+    step: tuple[int, int, int]
+    real: bool = True
+
+
+class Source:
+    """The samples of a source, step by step.
+
+    Args:
+        shards: Its samples.
+        order_of: Returns the order of a lap.
+        seed: Seed of its orders, and of the draws of its samples.
+
+    """
+
+    def __init__(self, shards: Shards, order_of: Callable[[int], EpochOrder], seed: int) -> None:
+        self.shards, self._order_of, self.seed = shards, order_of, seed
+        self._lap, self._named = -1, 0
+
+    def samples(self, take: Take) -> tuple[Int64Array, int]:
+        """Return a worker's samples, (high - low,), and the number of real ones, which come first.
+
+        Chunks that are needed soon are announced to the shards.
+        """
+        index, found = self._order_for(take).cut(take.start, take.size, take.low, take.high)
+        return index, found if take.real else 0
+
+    def reading(self, take: Take, paired: bool) -> Reading:
+        """Return a worker's samples as `samples` does, with what they need to be transformed, and mixed if `paired`."""
+        reading = self._order_for(take).reading(take.start, take.size, take.low, take.high, paired)
+        return reading if take.real else reading._replace(real=0)
+
+    def _order_for(self, take: Take) -> EpochOrder:
+        if take.lap != self._lap:
+            self._lap, self._named, self._order = take.lap, 0, self._order_of(take.lap)
+            self._streams = self._order.streams_cut(take.start, *take.step)
+        if take.real:
+            self._announce(take.start, take.size)
+        return self._order
+
+    def _announce(self, start: int, count: int) -> None:
+        order, sizes, named = self._order, self._order.sizes, self._named
+        first, last = order.round_at(start), order.round_at(start + count - 1)
+        if last + 2 <= named:  # a stream may be a round ahead
+            return
+        if self.shards.remote:
+            chunks = order.chunks_of(self._streams, first, max(sizes.ahead, (last + 1 - first) * sizes.window))
+        else:
+            begin = max(first, named)
+            chunks = order.chunks_of(self._streams, begin, (last + 2 - begin) * sizes.window)
+        self.shards.soon(*chunks, sizes.chunk)
+        self._named = last + 2
+
+
+class Made(NamedTuple):
+    """A batch on its way from the producing thread to the consumer."""
+
+    placed: Any
+    samples: tuple[int, ...]
+    bytes: int
+    skipped: int
+
+
+def make_batches(
+    sources: Sequence[Source],
+    place: Placement,
+    steps: Iterator[list[Take]],
+    *,
+    columns: Sequence[str],
+    masked: bool,
+    numbered: bool,
+    delivery: Delivery | None,
+) -> Iterator[Made]:
+    """Yield a worker's batches of some steps.
+
+    Args:
+        sources: The sources at their beginning.
+        place: Maker of batches.
+        steps: What the worker takes in each step; real samples come first.
+        columns: Columns to deliver.
+        masked: True to add a column that tells which samples are real.
+        numbered: True to add a column of the samples' sources.
+        delivery: What changes the samples; None: they are delivered as they are stored.
+    """
+    for takes in steps:
+        if delivery is not None:
+            gathered, picked, real, size, skipped = delivery.batch(sources, place, takes)
+        else:
+            picked, real, skipped = _picked(sources, takes)
+            count = sum(len(index) for _, index in picked)
+            gathered = {name: place.buffer(sources[0].shards.columns[name], count) for name in columns}
+            _gather(sources, picked, gathered)
+            size = sum(values.nbytes for values in gathered.values())
+        count = sum(len(index) for _, index in picked)
+        if masked:
+            mask = gathered[MASK] = place.buffer(_MASK_SPEC, count)
+            mask[: sum(real)], mask[sum(real) :] = True, False
+        if numbered:
+            numbers = gathered[SOURCE] = place.buffer(_SOURCE_SPEC, count)
+            numbers[:] = np.repeat([number for number, _ in picked], [len(index) for _, index in picked])
+        yield Made(place.place(gathered), tuple(real), size, skipped)
+
+
+def _picked(sources: Sequence[Source], takes: Sequence[Take]) -> tuple[list[tuple[int, Int64Array]], list[int], int]:
+    """Return the usable samples of each take with its source, the real ones of each source, and the damaged ones."""
+    picked, real, skipped = [], [0] * len(sources), 0
+    for take in takes:
+        source = sources[take.source]
+        index, kept = source.samples(take)
+        good = source.shards.usable(index)
+        if good is not None:
+            before, kept = kept, int(np.count_nonzero(good[:kept]))
+            index, skipped = index[good], skipped + before - kept
+        real[take.source] += kept
+        picked.append((take.source, index))
+    return picked, real, skipped
+
+
+def _gather(sources: Sequence[Source], picked: Sequence[tuple[int, Int64Array]], out: Mapping[str, AnyArray]) -> None:
+    """Copy the columns of the picked samples of some sources, one after the other."""
+    done = 0
+    for number, index in picked:
+        own = slice(done, done + len(index))
+        sources[number].shards.gather(index, {name: values[own] for name, values in out.items()})
+        done = own.stop
+
+
+def _keys(level: int, parts: Iterable[tuple[int, int, Int64Array, Int64Array]]) -> UInt64Array:
+    """Return the keys of samples, (n,), by the seed, the epoch, the numbers and the copies of each part."""
+    keys = []
+    for seed, epoch, numbers, copies in parts:
+        keys.append(np.empty(len(numbers), np.uint64))
+        sample_keys(seed, epoch, level, numbers, copies, keys[-1])
+    return np.concatenate(keys)
+
+
+class Delivery:
+    """Makes the transformed and mixed columns of batches; for one thread at a time.
+
+    Args:
+        transform: The transform; None for none.
+        mixup: Parameter alpha of MixUp; None or 0 for none.
+        cutmix: Parameter alpha of CutMix; None or 0 for none.
+        threads: Threads that transform; None: for an Augmentation the CPUs of this process, shared among the workers of
+            this node, else 1.
+        definition: `manifest.definition` of the version.
+        specs: Columns of a sample, as they are stored.
+        columns: Those to deliver.
+        normalise: True if inputs are normalised afterwards.
+
+    Attributes:
+        identity: what a state says of it.
+        columns: columns to gather.
+
+    Raises:
+        ConfigError: an argument is invalid, or doesn't fit the version.
+
+    """
+
+    def __init__(
+        self,
+        *,
+        transform: Any,
+        mixup: Any,
+        cutmix: Any,
+        threads: Any,
+        definition: Mapping[str, Any],
+        specs: Mapping[str, TensorSpec],
+        columns: Sequence[str],
+        normalise: bool,
+    ) -> None:
+        alphas = {"mixup": alpha_of("mixup", mixup), "cutmix": alpha_of("cutmix", cutmix)}
+        self.identity: dict[str, Any] = {name: alpha for name, alpha in alphas.items() if alpha}
+        self._mixing = Mixing(**alphas) if self.identity else None
+        self._pictures = definition["kind"] == "images"
+        self._input = INPUTS[1] if self._pictures else INPUTS[0]
+        self._specs, self._delivered = specs, tuple(columns)
+        self._classes = len((definition["label"] or {}).get("classes") or ())
+        self._means = len(definition["normalise"]["mean"]) if normalise else None
+        self._refuse_misfits(alphas, definition)
+        self.columns = tuple(dict.fromkeys((*columns, SAMPLE_ID)))
+        self._memory: dict[str, AnyArray] = {}
+        self._change: Change | None = None
+        if transform is not None:
+            self._change, digest = change_of(transform, specs[self._input], threads, pictures=self._pictures)
+            self.identity |= digest
+
+    def _refuse_misfits(self, alphas: Mapping[str, float], definition: Mapping[str, Any]) -> None:
+        if self._input not in self._delivered:
+            raise ConfigError(
+                f"columns = {list(self._delivered)} leave out {self._input!r}, which is to be transformed: add it"
+            )
+        for name, alpha in alphas.items():
+            if not alpha:
+                continue
+            if not self._classes:
+                kind = "no label" if definition["label"] is None else "labels that are numbers"
+                raise ConfigError(f"{name} = {alpha}: it mixes classes, and the version has {kind}; leave it out")
+            if LABEL not in self._delivered:
+                raise ConfigError(f"{name} = {alpha}: columns = {list(self._delivered)} leave out 'label', add it")
+        if alphas["cutmix"] and not self._pictures:
+            raise ConfigError(f"cutmix = {alphas['cutmix']}: it is for pictures; use mixup for rows of a table")
+
+    def batch(
+        self, sources: Sequence[Source], place: Placement, takes: Sequence[Take]
+    ) -> tuple[dict[str, AnyArray], list[tuple[int, Int64Array]], list[int], int, int]:
+        """Return a worker's batch of a step.
+
+        Returns:
+            Its columns; the number of each source and its samples in the batch; the real ones of each source; the bytes
+            read; and the number of damaged ones.
+
+        """
+        real, skipped = [0] * len(sources), 0
+        parts: list[tuple[Take, Reading]] = []
+        for take in takes:
+            reading = sources[take.source].reading(take, self._mixing is not None)
+            good = sources[take.source].shards.usable(reading.samples)
+            if good is not None:
+                before, reading = reading, reading.without(good)
+                skipped += before.real - reading.real
+            real[take.source] += reading.real
+            parts.append((take, reading))
+        ends = np.cumsum([len(reading.samples) for _, reading in parts])
+        raw = self._raw(int(ends[-1]), place)
+        _gather(sources, [(take.source, reading.samples) for take, reading in parts], raw)
+        size = sum(raw[name].nbytes for name in self._delivered)
+        ids = np.split(raw[SAMPLE_ID], ends[:-1])
+        keys = _keys(
+            TRANSFORMS,
+            (
+                (sources[take.source].seed, take.lap, own, reading.copies)
+                for (take, reading), own in zip(parts, ids, strict=True)
+            ),
+        )
+        made = self._changed(raw, keys, place)
+        if self._mixing is not None:
+            made = self._mixed(self._mixing, made, sources, parts, place)
+        picked = [(take.source, reading.samples[reading.own]) for take, reading in parts]
+        return made, picked, real, size, skipped
+
+    def single(
+        self, raw: dict[str, AnyArray], place: Placement, *, seed: int, epoch: int, copy: int
+    ) -> dict[str, AnyArray]:
+        """Return the columns of one sample, transformed as in an epoch, but not mixed.
+
+        Args:
+            raw: `columns` of the sample, (1, …) each.
+            place: Maker of batches.
+            seed: Seed of its source.
+            epoch: Epoch of its source.
+            copy: Which of its copies in the epoch.
+        """
+        keys = _keys(TRANSFORMS, [(seed, epoch, raw[SAMPLE_ID], np.array([copy], np.int64))])
+        return self._changed(raw, keys, place, fresh=True)
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._change is not None:
+            self._change.team.close()
+
+    def _raw(self, count: int, place: Placement) -> dict[str, AnyArray]:
+        """Return memory to gather the columns in: what goes on as it is into that of a batch."""
+        return {
+            name: place.buffer(spec, count)
+            if self._mixing is None and name in self._delivered and not (name == self._input and self._change)
+            else self._scratch(f"raw {name}", spec, count)
+            for name, spec in ((name, self._specs[name]) for name in self.columns)
+        }
+
+    def _changed(
+        self, raw: dict[str, AnyArray], keys: UInt64Array, place: Placement, *, fresh: bool = False
+    ) -> dict[str, AnyArray]:
+        """Return the columns with the transformed inputs, in memory of a batch unless they are to be mixed."""
+        ids = raw[SAMPLE_ID]
+        made = raw if self._mixing is not None and not fresh else {name: raw[name] for name in self._delivered}
+        if self._change is not None and len(keys):
+
+            def new(spec: TensorSpec) -> AnyArray:
+                self._refuse_form(spec)
+                if self._mixing is not None and not fresh:
+                    return self._scratch("transformed", spec, len(keys))
+                return place.buffer(spec, len(keys))
+
+            made = {**made, self._input: self._change.apply(raw[self._input], keys, ids, new)}
+        return made
+
+    def _refuse_form(self, spec: TensorSpec) -> None:
+        """Refuse transformed inputs that can't be normalised or cut."""
+        shape = described(spec)
+        if self._means is not None and (spec.dtype == "uint8") == self._pictures:
+            if len(spec.shape) != (3 if self._pictures else 1) or spec.shape[0] != self._means:
+                what = f"{self._means} channels" if self._pictures else f"{self._means} features"
+                raise ConfigError(
+                    f"the transform gives {shape}, and what is normalised has {what}: use normalise=False"
+                )
+        elif self._means is not None and not self._pictures:
+            raise ConfigError(f"the transform gives {shape}, and features are normalised as floats: give floats")
+        if "cutmix" in self.identity and len(spec.shape) != 3:
+            raise ConfigError(f"cutmix = {self.identity['cutmix']}: the transform gives {shape}, not pictures")
+
+    def _mixed(
+        self,
+        mixing: Mixing,
+        made: dict[str, AnyArray],
+        sources: Sequence[Source],
+        parts: Sequence[tuple[Take, Reading]],
+        place: Placement,
+    ) -> dict[str, AnyArray]:
+        firsts = np.cumsum([0, *(len(reading.samples) for _, reading in parts)])
+        own = np.concatenate([reading.own + first for (_, reading), first in zip(parts, firsts, strict=False)])
+        partner = np.concatenate([reading.partner + first for (_, reading), first in zip(parts, firsts, strict=False)])
+        count = len(own)
+        keys = _keys(
+            MIXES,
+            (
+                (sources[take.source].seed, take.lap, reading.pair, np.zeros(len(reading.pair), np.int64))
+                for take, reading in parts
+            ),
+        )
+        values = made[self._input]
+        shape = values.shape[1:] if values.ndim == 4 else (1, 1, math.prod(values.shape[1:]))
+        weights, boxes = mixing.draw(keys, *shape[1:])
+        weights[own == partner] = 1
+        out = place.buffer(TensorSpec(values.shape[1:], values.dtype.name), count)
+        pictures, target = values.reshape(len(values), *shape), out.reshape(count, *shape)
+        rounding = np.float32(0.5 if values.dtype == np.uint8 else 0)
+        mix_samples(pictures, own, partner, weights, boxes, rounding, target)
+        soft = place.buffer(TensorSpec((self._classes,), "float32"), count)
+        soft[...] = 0
+        rows = np.arange(count)
+        soft[rows, made[LABEL][own]] = weights
+        soft[rows, made[LABEL][partner]] += 1 - weights
+        mixed = {self._input: out, LABEL: soft}
+        for name in self._delivered:
+            if name not in mixed:
+                mixed[name] = place.buffer(self._specs[name], count)
+                np.take(made[name], own, axis=0, out=mixed[name])
+        return {name: mixed[name] for name in self._delivered}
+
+    def _scratch(self, name: str, spec: TensorSpec, count: int) -> AnyArray:
+        """Return memory that isn't handed out, (count, *shape)."""
+        held = self._memory.get(name)
+        if held is None or len(held) < count or held.shape[1:] != spec.shape or held.dtype.name != spec.dtype:
+            held = self._memory[name] = np.empty((count + count // 4, *spec.shape), spec.dtype)
+        return held[:count]
+
+
+class Lookup:
+    """Samples of a split, one by one.
+
+    The first look-up by id reads all ids of the split, which then take 16 bytes each.
+
+    Args:
+        version: The version.
+        split: The split.
+        shards: Its samples, for this object alone, whose picked columns are returned.
+        place: Maker of batches, for this object alone.
+
+    Attributes:
+        shards: as given.
+
+    """
+
+    def __init__(self, version: Version, split: str, shards: Shards, place: Placement) -> None:
+        self._version, self._split, self.shards, self._place = version, split, shards, place
+        self._ids = self._order = np.empty(0, np.int64)
+
+    def sample(
+        self, sample_id: Any, index: Any, change: Callable[[dict[str, Any], Placement], dict[str, Any]] | None = None
+    ) -> dict[str, Any]:
+        """Return the picked columns of one sample, by its id or by its number.
+
+        Args:
+            sample_id: Its id, or None.
+            index: Its number, or None.
+            change: Makes the columns to return of the picked ones, (1, …) each.
+
+        Raises:
+            InputError: there is no such sample, or not exactly one of the arguments is given.
+            CorruptVersion: it is damaged or missing.
+        """
+        if (sample_id is None) == (index is None):
+            raise InputError("sample: give either an id or index=, the number of the sample in the split")
+        if index is None:
+            index = self._index_of(whole_number("sample_id", sample_id, "ids are of int64", least=-LIMIT))
+        last = self.shards.samples - 1
+        cure = f"split {self._split!r} of {self._version.uri} has samples 0 to {last}"
+        number = np.array([whole_number("index", index, cure, below=last + 1)], np.int64)
+        good = self.shards.usable(number)
+        if good is not None and not good[0]:
+            raise CorruptVersion(f"sample {number[0]} of {self._version.uri} is damaged or missing: {CURE}")
+        names = self.shards.picked
+        gathered = {name: self._place.buffer(self.shards.columns[name], 1) for name in names}
+        self.shards.gather(number, gathered)
+        if change is not None:
+            gathered = change(gathered, self._place)
+        return {name: values[0] for name, values in self._place.receive(self._place.place(gathered)).items()}
+
+    def _index_of(self, sample_id: int) -> int:
+        if not len(self._ids):
+            ids = stored_column(self._version, self._split, "sample_id")
+            self._order = np.argsort(ids, kind="stable")
+            self._ids = ids[self._order]
+        place = int(np.searchsorted(self._ids, sample_id))
+        if place == len(self._ids) or self._ids[place] != sample_id:
+            raise InputError(
+                f"sample_id = {sample_id}: split {self._split!r} of {self._version.uri} has no such sample; "
+                "give one from its column 'sample_id', or its number as index="
+            )
+        return int(self._order[place])
+
+    def close(self) -> None:
+        """Stop downloads."""
+        self.shards.close()

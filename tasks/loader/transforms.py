@@ -1,0 +1,316 @@
+"""Transforms of samples on their way into a batch, keyed by the sample.
+
+| transform | gets | draws from |
+|---|---|---|
+| `Augmentation` | a picture | the counter-based draws of the augmentation flow; its compiled kernel makes the pixels |
+| one of torchvision, a function of one argument | a tensor | torch, in its own generator |
+| a function of two arguments | an array, and a numpy Generator | that one |
+
+The key of a sample's draws is a hash of (seed, epoch, sample id, which of its copies in the epoch it is). So its pixels
+are the same for any number of workers, batch size and prefetch, and after resuming, and others in the next epoch.
+
+Transforms run in the thread that makes batches ahead, or in several. The generators of the process belong to the
+training: neither its dropout nor a transform may take draws from the other. So torch's random operations are given the
+sample's generator while they are dispatched, which concerns one thread only, and torchvision draws as it would after
+`torch.manual_seed` of the same seed.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import xxhash
+
+from tasks.io.errors import ConfigError
+from tasks.io.tensors import AnyArray, Int64Array, TensorSpec, UInt64Array
+from tasks.loader.arguments import whole_number
+from tasks.loader.kernel import interleave
+
+if TYPE_CHECKING:
+    from tasks.images.config import Augmentation
+
+New = Callable[[TensorSpec], AnyArray]
+"""Returns memory for a sample's values of this shape and type, one for each sample."""
+
+_MOST_THREADS = 1024
+_TRIED = 8  # samples that are transformed twice, once a stream
+_KINDS = (
+    "give an Augmentation (tasks.images.config), a transform of torchvision.transforms.v2, a function of one sample, "
+    "or a function of a sample and a numpy Generator"
+)
+
+
+class _Team:
+    """Threads that share the samples of a batch."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._pool = ThreadPoolExecutor(count, "transform") if count > 1 else None
+
+    def run(self, count: int, work: Callable[[int, range], None]) -> None:
+        """Call a function with the number of a thread and its range of samples, in each thread."""
+        bounds = np.linspace(0, count, self.count + 1).astype(int).tolist()
+        shares = [range(low, high) for low, high in itertools.pairwise(bounds)]
+        if self._pool is None:
+            work(0, shares[0])
+        else:
+            list(self._pool.map(work, range(self.count), shares))
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Change(Protocol):
+    """Change of the inputs of some samples."""
+
+    team: _Team
+
+    def apply(self, values: AnyArray, keys: UInt64Array, ids: Int64Array, new: New) -> AnyArray:
+        """Return the changed inputs of n samples.
+
+        Args:
+            values: (n, *shape) inputs as stored, which may be written to.
+            keys: (n,) keys of their draws.
+            ids: (n,) ids, for messages.
+            new: Memory for the result.
+
+        Raises:
+            ConfigError: a transform gave something that can't be delivered.
+        """
+        ...
+
+
+class _Augmented:
+    """Pictures augmented by the compiled kernel of the augmentation flow."""
+
+    def __init__(self, augmentation: Augmentation, spec: TensorSpec, team: _Team) -> None:
+        from tasks.images.kernel import FusedEngine
+
+        self.team, self._augmentation = team, augmentation
+        self._made = TensorSpec((3, augmentation.size, augmentation.size), "uint8")
+        _, height, width = spec.shape
+        self._engines = [FusedEngine(augmentation) for _ in range(team.count)]
+        self._pixels = [np.empty((height, width, 4), np.uint8) for _ in range(team.count)]
+
+    def apply(self, values: AnyArray, keys: UInt64Array, ids: Int64Array, new: New) -> AnyArray:  # noqa: ARG002
+        from tasks.images.draws import draw
+
+        count, _, height, width = values.shape
+        heights, widths = np.full((2, count), [[height], [width]], np.int64)
+        draws = draw(keys, heights, widths, self._augmentation)
+        out = new(self._made)
+
+        def work(worker: int, rows: range) -> None:
+            engine, pixels = self._engines[worker], self._pixels[worker]
+            flat, figures = pixels.reshape(-1).view(np.uint32), np.empty((1, 2), np.float32)
+            for row in rows:
+                interleave(values[row].reshape(3, -1), flat)
+                engine.augment(pixels, draws, row, out[row : row + 1], figures)
+
+        self.team.run(count, work)
+        return out
+
+
+class _Called:
+    """Samples transformed by a caller's function, or by torchvision.
+
+    Args:
+        function: Of a tensor; or of an array and a numpy Generator.
+        team: Threads.
+        numpy: True for a function of an array and a Generator.
+
+    """
+
+    def __init__(self, function: Callable[..., Any], team: _Team, *, numpy: bool) -> None:
+        self.team, self._function = team, function
+        self._calls = [_with_generator(function) if numpy else _with_torch(function) for _ in range(team.count)]
+        self._first: tuple[TensorSpec, int] | None = None
+
+    def apply(self, values: AnyArray, keys: UInt64Array, ids: Int64Array, new: New) -> AnyArray:
+        from tasks.images.draws import policy_seeds
+
+        seeds = policy_seeds(keys, 1).tolist()
+        if self._first is None:
+            first = self._tried(values, seeds, ids)
+            self._first = TensorSpec(first.shape, first.dtype.name), int(ids[0])
+        spec, number = self._first
+        out = new(spec)
+
+        def work(worker: int, rows: range) -> None:
+            for row in rows:
+                made = self._call(worker, values[row], seeds[row], int(ids[row]))
+                found = TensorSpec(made.shape, made.dtype.name)
+                if found != spec:
+                    raise ConfigError(
+                        f"the transform gives {described(found)} for sample {ids[row]}, and {described(spec)} for "
+                        f"sample {number}: all must have one shape and type; end it with a resize or a conversion"
+                    )
+                out[row] = made
+
+        self.team.run(len(values), work)
+        return out
+
+    def _tried(self, values: AnyArray, seeds: list[int], ids: Int64Array) -> AnyArray:
+        """Return the first sample transformed; refuse a function that draws from elsewhere, as some samples show."""
+        tried = []
+        for row in range(min(_TRIED, len(values))):
+            one, other = (self._call(0, values[row].copy(), seeds[row], int(ids[row])) for _ in range(2))
+            if one.shape == other.shape and not np.array_equal(one, other, equal_nan=one.dtype != np.uint8):
+                raise ConfigError(
+                    f"the transform gives two different results for sample {ids[row]} and the same draws, so it draws "
+                    "from Python's or numpy's own generator, or remembers: draw from torch, or from the numpy "
+                    "Generator that is the second argument of a function of two"
+                )
+            tried.append(one)
+        return tried[0]
+
+    def _call(self, worker: int, values: AnyArray, seed: int, sample: int) -> AnyArray:
+        try:
+            made = self._calls[worker](values, seed)
+        except Exception as error:
+            error.add_note(f"in the transform {self._function!r}, of sample {sample}")
+            raise
+        return self._made(made, sample)
+
+    def _made(self, made: Any, sample: int) -> AnyArray:
+        """Return a transformed sample as uint8 or float32."""
+        if type(made).__module__.partition(".")[0] in ("torch", "torchvision") and hasattr(made, "detach"):
+            floats, plain = made.is_floating_point(), made.detach().cpu()
+            made = (plain.float() if floats else plain).numpy()
+        if not isinstance(made, np.ndarray) or not (made.dtype == np.uint8 or made.dtype.kind == "f"):
+            kind = f"{made.dtype}" if isinstance(made, np.ndarray) else type(made).__name__
+            raise ConfigError(
+                f"the transform gives {kind} for sample {sample}: return a tensor or an array of uint8 or floats"
+            )
+        return made if made.dtype == np.uint8 else made.astype(np.float32, copy=False)
+
+
+def _with_generator(function: Callable[..., Any]) -> Callable[[AnyArray, int], Any]:
+    return lambda values, seed: function(values, np.random.Generator(np.random.Philox(key=seed)))
+
+
+def _with_torch(function: Callable[..., Any]) -> Callable[[AnyArray, int], Any]:
+    """Return the function of an array that gives torch's random operations a generator of the seed."""
+    import torch
+
+    drawing = _torch_draws()
+
+    def call(values: AnyArray, seed: int) -> Any:
+        with drawing(seed), torch.no_grad():
+            return function(torch.from_numpy(values))
+
+    return call
+
+
+def _torch_draws() -> Callable[[int], Any]:
+    """Return a context in which random operations of torch in this thread draw from a generator of a seed."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    generator = torch.Generator()
+    known: dict[Any, Callable[..., Any]] = {}
+
+    class Drawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            call = known.get(func)
+            if call is None:
+                call = known[func] = _drawing_from(generator, func)
+            return call(*args, **(kwargs or {}))
+
+    mode: Any = Drawing()  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def drawing(seed: int) -> Iterator[None]:
+        generator.manual_seed(seed)
+        with mode:
+            yield
+
+    return drawing
+
+
+def _drawing_from(generator: Any, operation: Any) -> Callable[..., Any]:
+    """Return an operation of torch that draws from a generator, unless it is given another or doesn't draw."""
+    import torch
+
+    if torch.Tag.nondeterministic_seeded not in operation.tags:
+        return operation  # type: ignore[no-any-return]
+    packet, overload = operation.overloadpacket, operation._overloadname
+    if any(argument.name == "generator" for argument in operation._schema.arguments):
+        return lambda *args, **kwargs: operation(*args, **{**kwargs, "generator": kwargs.get("generator") or generator})
+    other = getattr(packet, "generator" if overload == "default" else f"{overload}_generator", None)
+    if other is None:
+        raise ConfigError(
+            f"the transform draws by torch's {packet.__name__}, which takes no generator: draw by another one, or give "
+            "a function of a sample and a numpy Generator"
+        )
+    return functools.partial(other, generator=generator)
+
+
+def change_of(transform: Any, spec: TensorSpec, threads: Any, *, pictures: bool) -> tuple[Change, dict[str, str]]:
+    """Return the change that a transform is, and what a state says of it."""
+    from tasks.images.config import Augmentation
+
+    if isinstance(transform, Augmentation):
+        if not pictures:
+            raise ConfigError("transform is an Augmentation, which is for pictures, and these samples are rows")
+        if spec.shape[0] != 3:
+            raise ConfigError(
+                f"transform is an Augmentation, which takes 3 channels, and pictures are {described(spec)}"
+            )
+        one = transform.model_copy(update={"variants": 1})
+        # The other settings don't affect pixels.
+        kept = {"kind": type(one).__name__, **one.model_dump(mode="json", exclude={"variants", "mean", "std"})}
+        told = {"augmentation": xxhash.xxh3_128_hexdigest(json.dumps(kept, sort_keys=True).encode())}
+        if one.policy is None:
+            return _Augmented(one, spec, _Team(_threads(threads, _cpus()))), told
+        from tasks.images.transforms import load_policy
+
+        return _Called(load_policy(one.policy), _Team(_threads(threads, 1)), numpy=False), told
+    if not callable(transform) or inspect.isclass(transform):
+        hint = " (a class: give an instance)" if inspect.isclass(transform) else ""
+        raise ConfigError(f"transform = {transform!r}{hint}: {_KINDS}")
+    return _Called(transform, _Team(_threads(threads, 1)), numpy=_takes_generator(transform)), {}
+
+
+def _takes_generator(function: Callable[..., Any]) -> bool:
+    """Return True for a function of two arguments, False for one of one."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # compiled functions may have no signature
+        return False
+    for count in (1, 2):
+        try:
+            signature.bind(*[None] * count)
+        except TypeError:
+            continue
+        return count == 2
+    raise ConfigError(f"transform takes the arguments {signature}: {_KINDS}")
+
+
+def _threads(threads: Any, default: int) -> int:
+    if threads is None:
+        return default
+    cure = f"give the number of threads that transform, 1 to {_MOST_THREADS - 1}"
+    return whole_number("transform_threads", threads, cure, least=1, below=_MOST_THREADS)
+
+
+def _cpus() -> int:
+    """Return the CPUs of this process, shared among the workers of this node that a launcher tells of."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(there // max(int(local) if local.isdecimal() else 1, 1), 1)
+
+
+def described(spec: TensorSpec) -> str:
+    """Return type and shape in words."""
+    return f"{spec.dtype} of {' × '.join(map(str, spec.shape)) or 'no axis'}"
