@@ -27,11 +27,15 @@ from pathlib import Path
 
 import pytest
 import s3fs
+from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler.loadfile import LoadFileScheduling
 
 from tests.s3 import ENVIRONMENT, s3_endpoint
 from tests.tables import proven, pytest_addoption, pytest_configure  # noqa: F401 - a fixture and hooks
+
+settings.register_profile("untimed", parent=settings(), deadline=None)  # a busy machine would fail tests by the clock
+settings.load_profile("untimed")
 
 _LONGEST = ("tests/faults", "tests/test_readme.py", "tests/test_operations.py")
 """Tests that are dealt out first where they run side by side: begun last, one file would run alone at the end."""

@@ -58,7 +58,7 @@ def test_a_manifest_lists_no_file_outside_of_its_version(path: str) -> None:
         layout.version_uri("/root", path, 1)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(st.sampled_from("ab./\\:%~\0\n ") | st.characters(), max_size=12))
 def test_what_a_name_may_be_stays_inside(path: str) -> None:
     if layout.escape_of(path) is None:

@@ -172,7 +172,7 @@ def test_what_is_missing_is_filled_marked_or_rejected(tmp_path: Path, proven: Pr
     proven("NaN and infinities", "training-delivery", f"nulls={nulls}: filled, and marked in a column")
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     spent=st.lists(st.none() | st.floats(), min_size=ROWS, max_size=ROWS),
     cities=st.lists(st.none() | st.text(st.characters(codec="utf-8"), max_size=4), min_size=ROWS, max_size=ROWS),

@@ -59,7 +59,7 @@ json_values = st.recursive(
 def quick(examples: int = QUICK) -> Callable[[Any], Any]:
     checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
     times = int(os.environ.get("FUZZ_TIMES", "1"))
-    return settings(max_examples=examples * times, deadline=None, suppress_health_check=checks)
+    return settings(max_examples=examples * times, suppress_health_check=checks)
 
 
 def mutated(data: st.DataObject, seed: bytes) -> bytes:

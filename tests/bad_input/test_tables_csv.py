@@ -155,7 +155,7 @@ def read_all(place: Path) -> tuple[list[tuple[Any, ...]], list[str]]:
     return [row for piece in pieces for row in piece.frame.rows()], [t for piece in pieces for t in piece.malformed]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=table, block=st.sampled_from([1, 2, 3, 7, 1 << 20]))
 def test_a_table_written_by_the_rules_is_read_as_it_was(
     tmp_path: Path, rows: list[tuple[str, ...]], block: int
@@ -180,7 +180,7 @@ def pieces(text: bytes, size: int) -> bytes:
     return whole
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.text('",\nab', max_size=40).map(str.encode))
 def test_the_check_says_the_same_in_whatever_pieces_text_comes(text: bytes) -> None:
     def verdict(size: int) -> str:
@@ -218,7 +218,7 @@ def _fault_by_hand(text: str) -> str | None:
     return None
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=st.binary(max_size=60) | st.text('",\n\r1a ', max_size=60).map(str.encode))
 def test_any_bytes_are_read_or_refused_by_our_own_errors(tmp_path: Path, body: bytes) -> None:
     put(tmp_path, {"t.csv": b"a,b,c\n" + body})

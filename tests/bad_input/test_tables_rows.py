@@ -33,7 +33,7 @@ from tests.features import oracle
 from tests.tables import Proven
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-FRESH_PLACE = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FRESH_PLACE = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 NAN, INF = float("nan"), float("inf")
 GOOD = transactions()
 

@@ -98,7 +98,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data(), compression=st.sampled_from([None, "zstd", "zstd:3"]))
 def test_every_value_is_read_as_it_was_written(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, compression: str | None

@@ -43,7 +43,7 @@ def form(head: pa.Table, **settings: Any) -> Form:
     return form_of(head, DatasetConfig(name="toys", **settings))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows=ROWS, data=st.data())
 def test_ids_and_digest_are_those_of_the_rows_whatever_their_order_and_blocks(
     rows: list[Any], data: st.DataObject
@@ -60,7 +60,7 @@ def test_ids_and_digest_are_those_of_the_rows_whatever_their_order_and_blocks(
     assert added_up([content_of(part["row_id"]) for part in made]) == content_of(wanted["row_id"])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows=ROWS, place=st.integers(0, 29))
 def test_another_value_or_another_number_of_a_row_is_another_content(rows: list[Any], place: int) -> None:
     own = form(table(rows))

@@ -101,7 +101,7 @@ def test_the_fit_is_the_same_to_the_bit_however_the_rows_are_cut(size: int) -> N
     assert fitted(table.take(np.random.default_rng(0).permutation(500)), COLUMNS, size) == fitted(table, COLUMNS)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.none() | st.floats(width=64) | st.floats(-5, 5), min_size=1, max_size=30),
     st.integers(1, 10),

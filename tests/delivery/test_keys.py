@@ -46,7 +46,7 @@ def test_rows_that_share_a_key_get_ids_of_their_own_in_the_sources_order() -> No
     assert len(set(ids.tolist())) == 6
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=40), st.integers(1, 10), st.integers(1, 4))
 def test_ids_are_the_same_however_rows_are_cut_into_units_and_parts(keys: list[int], size: int, parts: int) -> None:
     column = np.array(keys, np.uint64)

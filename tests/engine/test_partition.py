@@ -7,7 +7,7 @@ import datetime as dt
 import polars as pl
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.engine.partition import pack, split_by_key, unpack
@@ -27,7 +27,6 @@ frames = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(frame=frames, buckets=st.integers(1, 12))
 def test_the_buckets_are_the_rows(frame: pl.DataFrame, buckets: int) -> None:
     parts = split_by_key(frame, "key", buckets)
@@ -41,7 +40,6 @@ def test_the_buckets_are_the_rows(frame: pl.DataFrame, buckets: int) -> None:
             assert homes.setdefault(key, number) == number  # all rows of a key are in one bucket
 
 
-@settings(deadline=None)
 @given(keys=texts, buckets=st.integers(1, 12), data=st.data())
 def test_a_key_has_its_bucket_wherever_it_comes(keys: list[str], buckets: int, data: st.DataObject) -> None:
     """Neither the other rows nor the column's encoding decide: files and dimension tables meet in one bucket."""
@@ -108,7 +106,6 @@ def test_small_whole_numbers_travel_light() -> None:
     assert pack([small]).nbytes < pack([large]).nbytes - 60_000
 
 
-@settings(deadline=None)
 @given(frame=frames, buckets=st.integers(1, 5))
 def test_split_packed_and_unpacked(frame: pl.DataFrame, buckets: int) -> None:
     packed = pack(split_by_key(frame, "key", buckets))

@@ -37,7 +37,7 @@ def all_rows(units: list[ReadUnit]) -> tuple[list[tuple[int, tuple[str | None, .
     return rows, malformed
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=TEXTS, piece=st.integers(1, 60), block=st.integers(1, 50))
 def test_pieces_give_the_rows_of_the_whole(
     tmp_path_factory: pytest.TempPathFactory, text: tuple[list[str], str, bool, bool], piece: int, block: int

@@ -74,7 +74,7 @@ def assert_agrees(found: pl.DataFrame, expected: pd.DataFrame) -> None:
 
 
 @pytest.mark.parametrize(("group", "brute_force"), GROUPS)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(rows=any_transactions)
 @example(rows=[(1, 1, AS_OF, 5.0, "books")])  # one transaction: no spread, no days
 @example(rows=[(1, 1, AS_OF, 5.0, None), (1, 2, AS_OF, -5.0, None)])  # a refund cancels out, no category is known
@@ -85,7 +85,7 @@ def test_features_mean_what_they_say(group: FeatureGroup, brute_force: Oracle, r
 
 
 @pytest.mark.parametrize(("group", "brute_force"), GROUPS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(rows=any_transactions, data=st.data())
 def test_the_order_of_rows_makes_no_difference(
     group: FeatureGroup, brute_force: Oracle, rows: list[Transaction], data: st.DataObject
@@ -97,7 +97,7 @@ def test_the_order_of_rows_makes_no_difference(
 
 @pytest.mark.parametrize("buckets", [1, 3, 8])
 @pytest.mark.parametrize("group", [CUSTOMER_FEATURES, PRODUCT_FEATURES], ids=lambda group: group.name)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rows=any_transactions)
 def test_features_are_the_same_bits_however_entities_are_split(
     group: FeatureGroup, buckets: int, rows: list[Transaction]
@@ -313,7 +313,7 @@ def bits(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 @pytest.mark.parametrize("group", HISTORY_GROUPS, ids=lambda group: group.name)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     rows=st.integers(1, 300),
     seed=st.integers(0, 1000),
@@ -477,7 +477,7 @@ KINDS = st.sampled_from(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(key=st.sampled_from([pl.Int64(), pl.String(), pl.Categorical()]), kinds=st.lists(KINDS, max_size=8))
 def test_rows_are_made_up_of_any_types(key: pl.DataType, kinds: list[pl.DataType]) -> None:
     schema = pl.Schema({**{f"c{number}": kind for number, kind in enumerate(kinds)}, "key": key})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.engine import jobs
@@ -74,7 +74,6 @@ def test_many_small_files_are_read_by_few_tasks_and_give_the_same_bytes(ray_clus
         assert sum(entry.rows for entry in other.rejected_files) == sum(entry.rows for entry in one.rejected_files)
 
 
-@settings(deadline=None)
 @given(
     sizes=st.lists(st.tuples(st.integers(0, 30), st.booleans()), max_size=40),
     rows=st.integers(1, 40),

@@ -260,7 +260,7 @@ mixed_rows = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(rows=mixed_rows)
 def test_no_row_vanishes(rows: list[tuple[str | None, ...]]) -> None:
     raw = pl.DataFrame(rows, schema=dict.fromkeys(["cust", "when", "sales", "disc"], pl.String), orient="row")
@@ -275,7 +275,7 @@ def test_no_row_vanishes(rows: list[tuple[str | None, ...]]) -> None:
     assert (judged.kept["timestamp"] <= AS_OF).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(rows=mixed_rows, cut=st.integers(0, 30))
 def test_a_row_is_judged_alike_in_whatever_part_it_comes(rows: list[tuple[str | None, ...]], cut: int) -> None:
     raw = pl.DataFrame(rows, schema=dict.fromkeys(["cust", "when", "sales", "disc"], pl.String), orient="row")

@@ -37,7 +37,7 @@ def kind(*values: str) -> str:
     return kind_of(pl.Series(values, dtype=pl.String), DEFAULT.typed)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(values=st.lists(text, max_size=8), cut=st.integers(0, 8))
 def test_order_and_cut_make_no_difference(values: list[str], cut: int) -> None:
     whole = kind(*values)
@@ -47,7 +47,7 @@ def test_order_and_cut_make_no_difference(values: list[str], cut: int) -> None:
     assert kind_of(parts[1], DEFAULT.typed, kind_of(parts[0], DEFAULT.typed)) == whole
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(values=st.lists(text, max_size=8))
 def test_every_value_is_read_and_whole_numbers_keep_their_digits(values: list[str]) -> None:
     found = kind_of(pl.Series(values, dtype=pl.String), DEFAULT.typed)

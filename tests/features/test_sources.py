@@ -261,7 +261,7 @@ def test_a_header_without_rows_among_others(tmp_path: Path) -> None:
     assert rows_of(table, ("id",)) == [("1",), ("2",)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     files=st.lists(st.tuples(st.integers(0, 25), st.integers(1, 9)), min_size=1, max_size=4),
     rows_per_unit=st.integers(1, 40),

@@ -11,7 +11,7 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.features.writer import Fences, fences, score_rows
@@ -115,7 +115,6 @@ maybe = st.none() | st.just(NAN) | st.floats(-30, 30) | st.just(math.inf)
 tables = st.lists(st.tuples(maybe, maybe, st.none() | st.integers(-30, 30), st.none() | st.text()), max_size=20)
 
 
-@settings(deadline=None)
 @given(rows=tables)
 def test_quality_by_pandas(rows: list[tuple[float | None, float | None, int | None, str | None]]) -> None:
     schema = {"x": pl.Float64, "y": pl.Float64, "n": pl.Int64, "s": pl.String}

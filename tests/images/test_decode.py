@@ -615,7 +615,7 @@ def holds(data: bytes) -> None:
     assert np.array_equal(again.pixels[..., :3], before)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(data=st.binary(max_size=300))
 def test_random_bytes_never_raise(data: bytes) -> None:
     holds(data)
@@ -624,13 +624,13 @@ def test_random_bytes_never_raise(data: bytes) -> None:
 BEGINNINGS = sorted({data[:12] for data in SEEDS})
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(beginning=st.sampled_from(BEGINNINGS), data=st.binary(max_size=300))
 def test_random_bytes_after_a_known_beginning_never_raise(beginning: bytes, data: bytes) -> None:
     holds(beginning + data)
 
 
-@settings(deadline=None, max_examples=600)
+@settings(max_examples=600)
 @given(seed=st.sampled_from(SEEDS), data=st.data())
 def test_mutilated_files_never_raise(seed: bytes, data: st.DataObject) -> None:
     image = bytearray(seed)

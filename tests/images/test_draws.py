@@ -76,7 +76,7 @@ def test_types_and_shapes() -> None:
         assert column.flags.c_contiguous, name
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_a_draw_depends_on_nothing_else_in_its_batch(data: st.DataObject) -> None:
     ids = data.draw(st.lists(st.text(max_size=8), min_size=1, max_size=12, unique=True))
@@ -94,7 +94,7 @@ def test_a_draw_depends_on_nothing_else_in_its_batch(data: st.DataObject) -> Non
         assert alone == [together[i * variants + v] for i in batch for v in range(fewer)]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     size=sizes_of_images,
     scale=st.tuples(st.floats(1e-9, 1), st.floats(1e-9, 1)).map(sorted),

@@ -70,7 +70,7 @@ def assert_fingerprint(pixels: UInt8Array, seen: UInt8Array) -> None:
 sides = st.integers(1, 70) | st.sampled_from([127, 255, 256, 257, 511, 512])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(height=sides, width=sides, channels=st.sampled_from([3, 4]), seed=st.integers(0, 2**32), top=st.integers(0, 255))
 def test_the_fingerprint_is_the_plain_one(height: int, width: int, channels: int, seed: int, top: int) -> None:
     draw = np.random.default_rng(seed)
@@ -280,7 +280,7 @@ def crowds(draw: st.DrawFn) -> tuple[UInt64Array, UInt8Array]:
     return hashes, signatures.astype(np.uint8)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     crowd=crowds(),
     max_bits=st.integers(0, 16) | st.sampled_from([40, 60, 63, 64]),
@@ -310,7 +310,7 @@ def test_the_pairs_connect_what_all_similar_pairs_connect(
     assert group_images(count, found).tolist() == walked_groups(count, similar)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(places=npst.arrays(np.uint8, st.tuples(st.integers(0, 60), st.just(2)), elements=st.integers(0, 70)))
 def test_chains_of_colours_are_followed(places: UInt8Array) -> None:
     """Equal hashes, and colours in a plane: whether two images belong together hangs on those between."""
@@ -417,7 +417,6 @@ def test_columns_of_a_table_will_do() -> None:
 links = st.lists(st.tuples(st.integers(0, 29), st.integers(0, 29)), max_size=40)
 
 
-@settings(deadline=None)
 @given(links=links, cuts=st.lists(st.integers(0, 40), max_size=4), seed=st.integers(0, 2**32))
 def test_groups_are_what_can_be_reached(links: list[tuple[int, int]], cuts: list[int], seed: int) -> None:
     expected = walked_groups(30, links)
@@ -428,7 +427,6 @@ def test_groups_are_what_can_be_reached(links: list[tuple[int, int]], cuts: list
     assert group_images(30, (part for part in [shuffled])).tolist() == expected
 
 
-@settings(deadline=None)
 @given(links=links, contents=npst.arrays(np.int64, 30, elements=st.integers(0, 12)))
 def test_equal_bytes_are_links_too(links: list[tuple[int, int]], contents: Int64Array) -> None:
     exact = np.array([int(np.flatnonzero(contents == content)[0]) for content in contents])

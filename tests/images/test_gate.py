@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.images.config import Augmentation, ImageAugmentationConfig, ImageThresholds
@@ -422,7 +422,6 @@ images = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(found=st.lists(images, max_size=20), order=st.randoms())
 def test_the_order_of_images_leaves_no_trace(found: list[Image], order: Any) -> None:
     table = summary(found)

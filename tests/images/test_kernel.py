@@ -235,7 +235,7 @@ def test_whole_variants_equal_torchvisions(size: int) -> None:
     assert np.median(found) > 50
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     height=st.integers(1, 90),
     width=st.integers(1, 90),

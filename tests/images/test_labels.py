@@ -601,7 +601,7 @@ ROWS = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(PATHS, ROWS, st.sampled_from([[], ["cat"], ["cat", "dog"]]))
 def test_the_join_is_that_of_a_plain_loop(paths: list[str], rows: list[Row], allowed: list[str]) -> None:
     images, image_reasons, label_reasons = oracle(paths, rows, allowed)
@@ -618,7 +618,7 @@ def test_the_join_is_that_of_a_plain_loop(paths: list[str], rows: list[Row], all
     assert label_faults(joined) == label_reasons
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(PATHS, ROWS, st.randoms())
 def test_the_order_of_the_labels_changes_no_image(paths: list[str], rows: list[Row], random) -> None:
     listing = listing_of(*paths)

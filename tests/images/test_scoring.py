@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -92,7 +92,6 @@ def test_a_bound_of_zero_takes_all_but_the_invalid() -> None:
 odd = st.sampled_from([np.nan, np.inf, 0.0, 1.0, 2.5, 12.0, 128.0, 250.0, 1e30])
 
 
-@settings(deadline=None)
 @given(rows=st.lists(st.tuples(odd, odd, odd, st.integers(-2, 5)), max_size=12), cut=st.integers(0, 12))
 def test_each_variant_is_judged_alone(rows: list[tuple[float, float, float, int]], cut: int) -> None:
     def judged(part: list[tuple[float, float, float, int]]) -> list[tuple[Any, ...]]:
@@ -117,7 +116,6 @@ uint8 = hnp.arrays(np.uint8, st.tuples(st.integers(0, 3), st.just(3), st.integer
 floats = hnp.arrays(np.float32, (2, 3, 3, 4), elements=st.floats(-1e6, 1e6, width=32))
 
 
-@settings(deadline=None)
 @given(images=uint8)
 def test_figures_of_levels_agree_with_numpy(images: np.ndarray) -> None:
     found = measure(images)
@@ -128,7 +126,6 @@ def test_figures_of_levels_agree_with_numpy(images: np.ndarray) -> None:
     assert found.levels
 
 
-@settings(deadline=None)
 @given(images=floats)
 def test_figures_of_floats_agree_with_numpy(images: np.ndarray) -> None:
     found = measure(images)

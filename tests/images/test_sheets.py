@@ -218,7 +218,7 @@ def test_charts_are_the_same_every_time() -> None:
     assert class_balance_chart({"a": {"train": 2}}) == class_balance_chart({"a": {"train": 2}})
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.lists(st.tuples(st.integers(1, 100_000), st.integers(1, 100_000)), max_size=40))
 def test_any_sizes_can_be_drawn(sizes: list[tuple[int, int]]) -> None:
     data = size_chart([height for height, _ in sizes], [width for _, width in sizes])

@@ -127,13 +127,13 @@ def plain_split(rows: list[Row], shares: Shares) -> list[int]:
     return [home[group] for _, _, group in rows]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(rows=grouped_rows(), shares=some_shares)
 def test_the_split_follows_its_rules(rows: list[Row], shares: Shares) -> None:
     assert splits_of(rows, shares) == plain_split(rows, shares)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(rows=single_rows(), shares=some_shares)
 def test_the_split_of_single_images_follows_its_rules(rows: list[Row], shares: Shares) -> None:
     assert splits_of(rows, shares) == plain_split(rows, shares)
@@ -142,7 +142,7 @@ def test_the_split_of_single_images_follows_its_rules(rows: list[Row], shares: S
 # What they promise
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(rows=grouped_rows(), shares=some_shares, data=st.data())
 def test_neither_order_nor_labels_matter(rows: list[Row], shares: Shares, data: st.DataObject) -> None:
     order = data.draw(st.permutations(range(len(rows))))
@@ -154,7 +154,7 @@ def test_neither_order_nor_labels_matter(rows: list[Row], shares: Shares, data: 
     assert splits_of(renamed, shares) == [whole[i] for i in order]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(rows=grouped_rows(), shares=some_shares)
 def test_no_group_is_in_two_splits(rows: list[Row], shares: Shares) -> None:
     homes: dict[int, int] = {}
@@ -162,7 +162,7 @@ def test_no_group_is_in_two_splits(rows: list[Row], shares: Shares) -> None:
         assert homes.setdefault(group, s) == s
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(rows=grouped_rows(), shares=some_shares)
 def test_every_class_is_in_train_and_a_split_without_a_share_is_empty(rows: list[Row], shares: Shares) -> None:
     splits = splits_of(rows, shares)
@@ -170,7 +170,7 @@ def test_every_class_is_in_train_and_a_split_without_a_share_is_empty(rows: list
     assert all(share or s not in splits for s, share in ((VALIDATION, shares[0]), (TEST, shares[1])))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(rows=single_rows(), shares=some_shares)
 def test_each_class_is_within_one_image_of_its_shares(rows: list[Row], shares: Shares) -> None:
     splits = splits_of(rows, shares)
@@ -183,7 +183,7 @@ def test_each_class_is_within_one_image_of_its_shares(rows: list[Row], shares: S
                 assert counts[c, s] == (s == TRAIN)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(rows=single_rows(), shares=some_shares.filter(lambda shares: sum(shares) <= 0.5))
 def test_all_classes_together_are_within_one_image_of_their_shares(rows: list[Row], shares: Shares) -> None:
     images = Counter(c for _, c, _ in rows)
@@ -193,7 +193,7 @@ def test_all_classes_together_are_within_one_image_of_their_shares(rows: list[Ro
     assert abs(splits.count(TRAIN) - len(splits) * (1 - sum(shares))) <= 0.5 + 1e-9
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(sizes=st.lists(st.integers(2, 8), max_size=5), seed=st.integers(0, 2**32), shares=some_shares)
 def test_single_images_fill_the_gaps_that_groups_leave(sizes: list[int], seed: int, shares: Shares) -> None:
     """The groups of each class are few enough to fit into any split; counts are then those without groups."""
@@ -209,7 +209,7 @@ def test_single_images_fill_the_gaps_that_groups_leave(sizes: list[int], seed: i
             assert abs(np.count_nonzero(grouped[classes == c] == s) - images * share) < 1 + 1e-9
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(rows=single_rows(), shares=some_shares, data=st.data())
 def test_an_image_more_or_less_moves_few_others(rows: list[Row], shares: Shares, data: st.DataObject) -> None:
     whole = splits_of(rows, shares)

@@ -97,7 +97,7 @@ def test_many_at_once_equal_torchvision_one_by_one(size: int, bounds: dict[str, 
     np.testing.assert_array_equal(made, one_by_one(IMAGES, draws, augmentation))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_draws_equal_torchvision(data: st.DataObject) -> None:
     size = data.draw(st.integers(8, 40))

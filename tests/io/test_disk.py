@@ -42,7 +42,7 @@ def test_a_file_has_the_bytes_that_were_given(tmp_path: Path, size: int) -> None
     assert written(tmp_path / "x", [data]) == data
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(cuts=st.lists(st.integers(0, 3 * PIECE), max_size=6))
 def test_pieces_make_no_difference(tmp_path_factory: pytest.TempPathFactory, cuts: list[int]) -> None:
     data = some_bytes(2 * PIECE + 12_345)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from blake3 import blake3
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -132,7 +132,6 @@ def test_nulls_have_one_constant_in_every_type(column: pa.Array) -> None:
 texts = st.lists(st.one_of(st.none(), st.text(max_size=30)), max_size=30)
 
 
-@settings(deadline=None)
 @given(values=texts, seed=st.integers(0, 3), cut=st.integers(0, 30))
 def test_position_and_neighbours_make_no_difference(values: list[str | None], seed: int, cut: int) -> None:
     """A slice, a chunk or a lone value hashes as it does in the whole column."""
@@ -145,7 +144,6 @@ def test_position_and_neighbours_make_no_difference(values: list[str | None], se
     assert [one(value, pa.string(), seed) for value in values] == whole.tolist()
 
 
-@settings(deadline=None)
 @given(values=st.lists(st.integers(-(2**63), 2**63 - 1), unique=True, min_size=2), seed=st.integers())
 def test_distinct_integers_never_collide(values: list[int], seed: int) -> None:
     assert len(set(stable_hash(pa.array(values, pa.int64()), seed).tolist())) == len(values)

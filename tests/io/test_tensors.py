@@ -73,7 +73,7 @@ def same(found: AnyArray, wanted: AnyArray) -> None:
     assert found.tobytes() == wanted.astype(wanted.dtype.newbyteorder("<")).tobytes()  # also the bits of NaN
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(values=tensors(), start=st.integers(0, 4), cuts=st.lists(st.integers(0, 6), max_size=3))
 def test_every_array_comes_back(values: AnyArray, start: int, cuts: list[int]) -> None:
     table = rechunked(column(values).slice(start), cuts)
@@ -83,7 +83,7 @@ def test_every_array_comes_back(values: AnyArray, start: int, cuts: list[int]) -
     same(to_torch(table, "x").numpy(), values[start:])
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(values=tensors(), cuts=st.lists(st.integers(0, 6), max_size=3))
 def test_every_array_survives_parquet(values: AnyArray, cuts: list[int]) -> None:
     table = rechunked(column(values), cuts)
@@ -94,7 +94,7 @@ def test_every_array_survives_parquet(values: AnyArray, cuts: list[int]) -> None
     same(to_numpy(read, "x"), values)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(values=tensors(), start=st.integers(0, 4), cuts=st.lists(st.integers(0, 6), max_size=3))
 def test_arrows_own_tensors_hold_the_same(values: AnyArray, start: int, cuts: list[int]) -> None:
     table = as_fixed_shape_tensors(rechunked(column(values).slice(start), cuts))

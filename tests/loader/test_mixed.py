@@ -77,7 +77,6 @@ def steps_of(batches: Sequence[Delivered], size: int) -> list[Delivered]:
 QUOTAS = st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any)
 
 
-@settings(deadline=None)
 @given(quotas=QUOTAS, laps=st.integers(1, 3), places=st.lists(st.integers(0, 300), min_size=1, max_size=5))
 def test_a_stratified_order_has_each_source_s_share_of_any_number_of_first_samples(quotas, laps, places) -> None:
     quotas = [quota * laps for quota in quotas]
@@ -93,7 +92,6 @@ def test_a_stratified_order_has_each_source_s_share_of_any_number_of_first_sampl
     assert [order.before([place])[0].tolist() for place in places] == found[places].tolist()
 
 
-@settings(deadline=None)
 @given(quotas=QUOTAS, key=st.integers(0, 2**64 - 1), place=st.integers(0, 300))
 def test_a_proportional_order_is_a_permutation_of_the_quotas(quotas, key, place) -> None:
     size = sum(quotas)
@@ -114,7 +112,6 @@ def test_every_permutation_of_the_quotas_is_as_likely() -> None:
     assert max(abs(count - 500) for count in seen.values()) < 5 * 500**0.5
 
 
-@settings(deadline=None)
 @given(
     size=st.integers(0, 10**9),
     shares=st.lists(st.fractions(0, 100, max_denominator=1000), min_size=1, max_size=6).filter(any),
@@ -150,7 +147,7 @@ CASES = st.builds(
     epoch_size=st.one_of(st.none(), st.integers(1, 220)),
     seed=st.integers(0, 2**63 - 1),
 )
-QUICK = settings(deadline=None, max_examples=25)
+QUICK = settings(max_examples=25)
 
 
 @QUICK

@@ -64,7 +64,6 @@ def test_sizes_follow_the_bytes_of_a_sample_and_the_number_of_files(sample_bytes
     assert Sizes.of(sample_bytes, samples, files) == sizes
 
 
-@settings(deadline=None)  # the first example compiles
 @given(samples=st.integers(1, 500), sizes=SIZES, seed=SEEDS, epoch=st.integers(0, 2**40), shuffled=st.booleans())
 def test_an_epoch_has_each_sample_once_and_chunks_are_named_before_they_are_needed(
     samples, sizes, seed, epoch, shuffled
@@ -86,7 +85,6 @@ def test_an_epoch_has_each_sample_once_and_chunks_are_named_before_they_are_need
         assert set(found[here].tolist()) <= named
 
 
-@settings(deadline=None)
 @given(samples=st.integers(1, 300), sizes=SIZES, seed=SEEDS, start=st.integers(0, 900), count=st.integers(0, 700))
 def test_any_piece_is_the_same_as_in_the_whole_and_begins_anew_at_the_end(samples, sizes, seed, start, count) -> None:
     whole = EpochOrder(samples, sizes, seed, 3).take(0, samples)
@@ -94,7 +92,6 @@ def test_any_piece_is_the_same_as_in_the_whole_and_begins_anew_at_the_end(sample
     assert np.array_equal(piece, whole[(start + np.arange(count)) % samples])
 
 
-@settings(deadline=None)
 @given(samples=st.integers(64, 2000), sizes=SIZES, seed=SEEDS)
 def test_samples_that_follow_one_another_come_from_all_streams(samples, sizes, seed) -> None:
     streams = sizes.streams
@@ -180,7 +177,7 @@ def test_displacement_and_runs_are_one_for_a_full_permutation_and_tell_what_is_n
     assert class_runs(labels) > 10_000
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     samples=st.integers(1, 400),
     sizes=SIZES,
@@ -212,7 +209,7 @@ def test_the_batches_of_a_step_are_its_samples_whoever_takes_them(
         assert np.array_equal(np.concatenate([batch for batch, _ in parts]), alone)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     samples=st.integers(1, 300),
     sizes=SIZES,

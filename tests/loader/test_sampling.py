@@ -70,7 +70,7 @@ GROUPS = st.integers(1, 60).flatmap(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(groups=GROUPS, size=st.integers(1, 200), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 2**40))
 def test_samples_and_groups_come_as_often_as_their_weights_say(groups, size, seed, epoch) -> None:
     members, weights = np.array(groups[0]), np.array(groups[1], float)
@@ -86,7 +86,7 @@ def test_samples_and_groups_come_as_often_as_their_weights_say(groups, size, see
     assert (np.abs(np.subtract(*by_group)) < 1 + 1e-6).all()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(groups=GROUPS, seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 1000))
 def test_without_replacement_no_sample_comes_twice_and_more_would_bend_the_proportions(groups, seed, epoch) -> None:
     members, weights = np.array(groups[0]), np.array(groups[1], float)
@@ -99,7 +99,7 @@ def test_without_replacement_no_sample_comes_twice_and_more_would_bend_the_propo
         Draws(members, weights, draws.size + 1, replacement=False)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(samples=st.integers(1, 80), size=st.integers(1, 200), seed=st.integers(0, 2**40), epochs=st.integers(1, 12))
 def test_epochs_go_on_through_the_samples(samples: int, size: int, seed: int, epochs: int) -> None:
     draws = Draws(np.zeros(samples, np.int64), np.ones(1), size)
@@ -114,7 +114,7 @@ def test_random_points_draw_each_sample_with_its_weight() -> None:
     assert np.abs(counts - epochs * 3 * np.arange(1, 5) / 10).max() < 5 * (epochs / 4) ** 0.5
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     counts=st.lists(st.integers(0, 5), min_size=1, max_size=80).filter(any),
     streams=st.sampled_from([1, 2, 4]),

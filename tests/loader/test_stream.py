@@ -96,7 +96,7 @@ def digest(samples: list[int]) -> str:
 EVERY = sorted(table_samples(SAMPLES)["sample_id"].tolist())
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     stored=st.sampled_from([1, 3, 10]),

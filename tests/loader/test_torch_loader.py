@@ -85,7 +85,7 @@ class Processes:
             return use(self.datasets[number])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     processes=st.integers(1, 5),
     world=st.integers(1, 3),

@@ -110,7 +110,7 @@ def by_kernel(picture: np.ndarray, key: int, augmentation: Augmentation = AUGMEN
 # --- the same pixels whatever delivers them ---
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     count=st.integers(1, 4),
     batch_size=st.integers(1, 40),
@@ -290,7 +290,7 @@ def partners(uri: str, seed: int) -> dict[int, int]:
     return {sample: order[at ^ 2] if at ^ 2 < len(order) else sample for at, sample in enumerate(order)}
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     mixup=st.sampled_from([0, 0.2, 1, 8]),
     cutmix=st.sampled_from([0, 0.3, 1]),

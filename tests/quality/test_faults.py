@@ -179,7 +179,7 @@ def test_a_version_without_rows_gives_a_sample_with_its_columns(tmp_path: Path) 
 
 
 @given(rows=st.integers(0, 50), share=st.floats(0.001, 1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_fault_hits_as_many_rows_as_it_says(rows: int, share: float) -> None:
     hit = faults.some(rows, share)
     assert hit.sum() == min(rows, max(1, int(np.ceil(round(share * rows, 6)))))

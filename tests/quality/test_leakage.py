@@ -128,7 +128,7 @@ def test_what_an_entity_always_does_is_no_leak_of_its_name() -> None:
     assert judged(names, target).verdict == "fail"  # as a table's of which nobody knows whose rows these are
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(2, 60), st.integers(0, 2**32 - 1), st.sampled_from(["class", "number", "text", "few", "rare"]))
 def test_noise_in_few_rows_is_no_leak(rows: int, seed: int, kind: str) -> None:
     rng = np.random.default_rng(seed)
@@ -142,7 +142,7 @@ def test_noise_in_few_rows_is_no_leak(rows: int, seed: int, kind: str) -> None:
     assert judged(feature.get(kind, lambda: rng.random(rows))(), target).verdict == "pass"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=10, max_size=200))
 def test_the_area_is_that_of_all_pairs(rows: list[tuple[int, bool]]) -> None:
     """At least the share of pairs of one row of either class that the order of values gets right, ties by half."""

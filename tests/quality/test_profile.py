@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.io.errors import InputError
@@ -45,7 +45,6 @@ def profile_of(values: Sequence[object], kind: pa.DataType | None = None) -> Col
     return profile_table(pa.table({"x": pa.array(values, kind)})).columns()["x"]
 
 
-@settings(deadline=None)
 @given(records=st.lists(rows, max_size=20), cuts=st.lists(st.integers(0, 20), max_size=4), order=st.randoms())
 def test_blocks_and_their_order_leave_no_trace(
     records: list[dict[str, object]], cuts: list[int], order: object

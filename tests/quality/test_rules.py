@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.io.errors import InputError
@@ -313,7 +313,6 @@ def test_the_index_by_hand() -> None:
 counts = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1).map(np.array)
 
 
-@settings(deadline=None)
 @given(pairs=counts.filter(lambda pairs: bool(pairs.sum(axis=0).all())))
 def test_the_index_is_symmetric_and_never_negative(pairs: "np.ndarray[tuple[int, int], np.dtype[np.int64]]") -> None:
     forth = population_stability_index(pairs[:, 0], pairs[:, 1])

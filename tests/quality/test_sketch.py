@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
@@ -34,7 +34,6 @@ def partitions(draw: st.DrawFn) -> tuple[Float64Array, list[Float64Array]]:
     return values, np.split(shuffled, cuts)
 
 
-@settings(deadline=None)
 @given(case=partitions(), capacity=st.sampled_from([2, 3, 7, 16384]), chain=st.booleans())
 def test_partition_and_order_leave_no_trace(
     case: tuple[Float64Array, list[Float64Array]], capacity: int, chain: bool
@@ -52,7 +51,6 @@ def test_partition_and_order_leave_no_trace(
     assert merged.count == np.count_nonzero(np.isfinite(values))
 
 
-@settings(deadline=None)
 @given(arrays=st.tuples(any_floats, any_floats, any_floats), capacity=st.sampled_from([2, 5, 16384]))
 def test_merging_is_associative_and_commutative(arrays: tuple[Float64Array, ...], capacity: int) -> None:
     a, b, c = (QuantileSketch.of(array, capacity) for array in arrays)
@@ -66,7 +64,6 @@ def test_merging_many_blocks_in_groups_changes_nothing() -> None:
     assert QuantileSketch.merge_all(reversed(parts)) == QuantileSketch.of(values, 100)
 
 
-@settings(deadline=None)
 @given(values=finite_floats, levels=st.lists(unit, max_size=9))
 def test_exact_quantiles_are_numpys(values: Float64Array, levels: list[float]) -> None:
     sketch = QuantileSketch.of(values)
@@ -81,7 +78,6 @@ def test_exact_quantiles_are_numpys(values: Float64Array, levels: list[float]) -
     assert np.all(np.isfinite(ours))
 
 
-@settings(deadline=None)
 @given(values=ordinary, capacity=st.sampled_from([150, 16384]), rank=st.integers(0, 199))
 def test_order_statistics_stay_within_the_stated_bound(values: Float64Array, capacity: int, rank: int) -> None:
     sketch = QuantileSketch.of(values, capacity)
@@ -108,13 +104,11 @@ def test_frequent_values_stay_exact_when_others_are_coarsened() -> None:
     assert sketch.histogram([0, 12.34, 12.34, 20, 21]).tolist() == [5000, 0, 3000, 50_000]
 
 
-@settings(deadline=None)
 @given(values=finite_floats, edges=st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=8).map(sorted))
 def test_exact_histogram_is_numpys(values: Float64Array, edges: list[float]) -> None:
     assert np.array_equal(QuantileSketch.of(values).histogram(edges), np.histogram(values, edges)[0])
 
 
-@settings(deadline=None)
 @given(values=finite_floats, edges=st.lists(st.floats(allow_nan=False), max_size=6, unique=True).map(sorted))
 def test_open_bins_lose_no_value_even_when_coarse(values: Float64Array, edges: list[float]) -> None:
     inner = [edge for edge in edges if math.isfinite(edge)]
@@ -163,7 +157,6 @@ def test_sketches_compare_by_content(make: Callable[[Any], Any]) -> None:
     assert make(np.array([1.0])) != 1
 
 
-@settings(deadline=None)
 @given(values=st.lists(st.integers(0, 300)), cut=st.integers(0, 50), k=st.sampled_from([8, 64, 2048]))
 def test_distinct_partition_leaves_no_trace(values: list[int], cut: int, k: int) -> None:
     hashes = stable_hash(pa.array(values, pa.int64()))
@@ -206,7 +199,6 @@ def test_top_values(values: list[str], counts: dict[str, int] | None) -> None:
     assert top(values).counts == counts
 
 
-@settings(deadline=None)
 @given(values=st.lists(st.sampled_from("abcdefg")), cut=st.integers(0, 20))
 def test_top_values_partition_leaves_no_trace(values: list[str], cut: int) -> None:
     parts = [top(values[:cut], 5), top(values[cut:], 5)]
@@ -217,7 +209,6 @@ def test_top_ties_are_ordered_by_value() -> None:
     assert top(["b", "a", "c", "c"]).top(2) == (("c", 2), ("a", 1))
 
 
-@settings(deadline=None)
 @given(case=partitions())
 def test_moments_partition_leaves_no_trace(case: tuple[Float64Array, list[Float64Array]]) -> None:
     values, blocks = case
@@ -225,7 +216,6 @@ def test_moments_partition_leaves_no_trace(case: tuple[Float64Array, list[Float6
     assert Moments.merge_all(Moments.of(block[np.isfinite(block)]) for block in blocks) == whole
 
 
-@settings(deadline=None)
 @given(values=finite_floats)
 def test_moments_are_exact(values: Float64Array) -> None:
     exact = [Fraction(value) for value in values.tolist()]

@@ -42,7 +42,7 @@ def test_the_last_row_counts_also_where_an_entity_spans_row_groups(tmp_path: Pat
     assert found["total_spent"].to_pylist() == [number * 1000.0 + 4]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     held=st.lists(st.integers(-5, 60), min_size=1, max_size=60, unique=True),
     asked=st.lists(st.one_of(st.none(), st.integers(-8, 70)), max_size=40),

@@ -48,7 +48,7 @@ ROWS = [
 ]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     order=st.randoms(use_true_random=False),
     flags=st.fixed_dictionaries({"strict": st.booleans(), "known_at": st.booleans()}),

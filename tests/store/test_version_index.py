@@ -242,14 +242,14 @@ def followed(steps: list[tuple[str, int]]) -> list[int]:
         return store.given
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 9)), max_size=14))
 def test_readers_see_what_a_scan_of_all_manifests_sees(steps: list[tuple[str, int]]) -> None:
     given = followed(steps)
     assert len(set(given)) == len(given), "no number is given twice"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.tuples(st.sampled_from((*STEPS[:-1], "delete the index")), st.integers(0, 9)), max_size=12))
 def test_nothing_is_lost_with_the_index(steps: list[tuple[str, int]]) -> None:
     followed(steps)

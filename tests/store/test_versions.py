@@ -389,7 +389,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(steps=STEPS)
 def test_any_order_of_steps_publishes_each_run_once_and_leaves_no_holes(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int]]
@@ -665,7 +665,7 @@ def test_a_changed_report_is_found(root: str) -> None:
 
 
 @given(st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_manifest_cut_anywhere_is_corrupt(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     root = str(tmp_path_factory.mktemp("root"))
     publish(root, "run")

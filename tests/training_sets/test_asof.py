@@ -38,7 +38,7 @@ def join(spine: list, history: list, **options) -> list[int]:
     return join_asof(left, right, entity="key", event_time="time", **options).tolist()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     spine=spines,
     history=histories,
