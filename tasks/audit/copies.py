@@ -49,7 +49,7 @@ from tasks.audit.replay_rows import (
     missing,
 )
 from tasks.delivery.config import DeliveryConfig
-from tasks.delivery.definition import encoder_of, label_of
+from tasks.delivery.definition import encoder_of, label_of, weight_column
 from tasks.delivery.encoding import Encoder
 from tasks.delivery.shuffle import encode, keys_of, load, plan_buckets
 from tasks.delivery.source import (
@@ -68,7 +68,7 @@ from tasks.io.errors import ConfigError, PipelineError, SourceError
 from tasks.io.tensors import Float32Array, Int8Array, Int64Array, UInt8Array, to_numpy
 from tasks.io.text import plural
 from tasks.loader.order import EpochOrder, Share, Sizes, batch_count, step_count
-from tasks.loader.samples import BATCH_ID, FEATURES, IMAGE, LABEL, SampleFormat, batch_ids, noted_ids, pick
+from tasks.loader.samples import BATCH_ID, FEATURES, IMAGE, LABEL, WEIGHT, SampleFormat, batch_ids, noted_ids, pick
 from tasks.loader.version_files import Version
 from tasks.store import layout
 from tasks.store.lineage import trace
@@ -152,7 +152,8 @@ class CopyAgain(Again):
                 self.causes += [cause for cause in found if cause not in self.causes]
             loaded = load(self._units[number], self._source, self._config, columns)
             own = rows[unit_of == number] - starts[number]
-            parts.append(encode(loaded.rows.take(pa.array(own)), ids[number][own], self._form, self._encoder, label))
+            rows_again = loaded.rows.take(pa.array(own))
+            parts.append(encode(rows_again, ids[number][own], self._form, self._encoder, label, self._source.weight))
         return parts
 
     def _compare(self, entry: FileEntry, numbers: Int64Array, made: pa.Table | None) -> list[Replayed]:
@@ -349,7 +350,7 @@ def _encoded(root: str, manifest: Manifest, sample: Sample, *, several: bool) ->
         layout.join(layout.version_uri(root, manifest.dataset, manifest.version), sample.file), np.array([number])
     )
     stored = batch.slice(place, 1)
-    facts = _label(manifest, sample, stored)
+    facts = _label(manifest, sample, stored) | _weight(manifest, sample, stored)
     facts["checksum of its batch"] = f"{'matches' if found == noted else 'DOES NOT match'} ({noted})"
     if manifest.definition["kind"] == "images":
         return Section(title=name, facts=facts | _image_facts(root, manifest, sample, to_numpy(stored, IMAGE)[0]))
@@ -369,6 +370,13 @@ def _label(manifest: Manifest, sample: Sample, row: pa.Table) -> dict[str, Any]:
     classes = described.get("classes")
     label = f"{stored} ({classes[stored]})" if classes else f"{stored}"
     return {"label": f"{label}, of {described['column']} = {sample.source[described['column']]}"}
+
+
+def _weight(manifest: Manifest, sample: Sample, row: pa.Table) -> dict[str, Any]:
+    column = weight_column(manifest.definition)
+    if column is None:
+        return {}
+    return {"weight": f"{to_numpy(row, WEIGHT)[0]}, of {column} = {sample.source[column]}"}
 
 
 def _feature_rows(manifest: Manifest, sample: Sample, stored: Float32Array) -> list[dict[str, Any]]:
@@ -435,4 +443,6 @@ def _left_out(samples: EntitySamples) -> Section:
 def _concerned(manifest: Manifest) -> dict[str, str]:
     label = manifest.definition.get("label")
     concerned = dict.fromkeys(feature_columns(manifest), "a column of this row")
+    weight = weight_column(manifest.definition)
+    concerned |= {weight: "its weight"} if weight else {}
     return concerned | ({label["column"]: "its label"} if label else {})

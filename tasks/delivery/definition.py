@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,7 @@ def fit(look: Look, notes: Sequence[UnitNote], profile: TableProfile) -> Shuffle
         kind=source.kind,
         shape=shape,
         label=label.dtype if label else None,
+        weight=source.weight is not None,
         batch_size=config.batch_size if source.kind == "table" else 1,
     )
     return Shuffle(
@@ -95,6 +96,7 @@ def describe(shuffle: Shuffle, samples: dict[str, int]) -> dict[str, Any]:
         "keys": list(source.keys),
         "label": shuffle.label.describe() if shuffle.label else None,
         "source": {"dataset": source.manifest.dataset, "version": source.manifest.version},
+        **({"weight": {"column": source.weight}} if source.weight is not None else {}),
     }
     if shuffle.encoder is None:
         image = {"shape": list(form.shape), "dtype": form.columns[IMAGE].dtype}
@@ -126,6 +128,12 @@ def label_of(manifest: Manifest, numbered: bool = False) -> Label | None:
     classes = tuple(described["classes"])
     values = tuple(map(str, range(len(classes)))) if numbered else classes
     return Label(column=described["column"], kind="class", values=values, classes=classes)
+
+
+def weight_column(definition: Mapping[str, Any]) -> str | None:
+    """Return the column of the source that has the samples' weights, from `manifest.definition`; None without."""
+    weight = definition.get("weight")
+    return None if weight is None else str(weight["column"])
 
 
 def named_profile(profile: TableProfile, label: Label | None, notes: Sequence[UnitNote]) -> TableProfile:

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks.delivery.config import DeliveryConfig
-from tasks.delivery.encoding import Encoder, Label, is_missing, label_counts, profile_features
+from tasks.delivery.encoding import Encoder, Label, is_missing, label_counts, numbers, profile_features
 from tasks.delivery.source import (
     SPLITS,
     Repeats,
@@ -67,7 +67,8 @@ class UnitNote:
         rejected_file: File of the rejected rows.
         samples: Rows that became samples, by split.
         labels: Values of a target that may be classes, by split; none without such a target.
-        profile: Profile of the features, and of the target's numbers, in the train split, until it is merged.
+        profile: Profile of the features, of the target's numbers and of the weights, in the train split, until it is
+            merged.
     """
 
     unit: int
@@ -219,7 +220,7 @@ class Shuffle:
         columns = self.source.columns + ([IMAGE] if self.source.image else [])
         loaded = load(self.units[index], self.source, self.config, columns)
         ids = sample_ids(keys_of(loaded.rows, self.source), repeats.get(index, Repeats()))
-        samples = encode(loaded.rows, ids, self.form, self.encoder, self.label)
+        samples = encode(loaded.rows, ids, self.form, self.encoder, self.label, self.source.weight)
         number = self._bucket_numbers(loaded.splits, random_keys(ids, self.config.seed))
         order = np.argsort(number, kind="stable")
         bounds = np.searchsorted(number[order], np.arange(len(self.buckets) + 1))
@@ -258,13 +259,19 @@ class Shuffle:
         return made, pa.table({})
 
 
-def encode(
-    rows: pa.Table, ids: Int64Array, form: SampleFormat, encoder: Encoder | None, label: Label | None
+def encode(  # noqa: PLR0917 - what a sample is made of, in the order of its columns
+    rows: pa.Table,
+    ids: Int64Array,
+    form: SampleFormat,
+    encoder: Encoder | None,
+    label: Label | None,
+    weight: str | None = None,
 ) -> pa.Table:
     """Make samples of rows, a row each; without an encoder, of their images."""
     values = to_numpy(rows, IMAGE) if encoder is None else encoder.encode(rows)
     labels = [] if label is None else [pa.array(label.encode(rows[label.column]))]
-    return pa.Table.from_arrays([tensor_array(values), *labels, pa.array(ids)], schema=form.schema)
+    weights = [] if weight is None else [pa.array(numbers(rows[weight]))]
+    return pa.Table.from_arrays([tensor_array(values), *labels, *weights, pa.array(ids)], schema=form.schema)
 
 
 def note_of(unit: int, loaded: Loaded, source: Source, config: DeliveryConfig) -> UnitNote:
@@ -279,6 +286,8 @@ def note_of(unit: int, loaded: Loaded, source: Source, config: DeliveryConfig) -
         ]
         labels = [found for found in counts if found is not None] or None
         profiled = list(dict.fromkeys([*profiled, target]))
+    if source.weight is not None:
+        profiled = list(dict.fromkeys([*profiled, source.weight]))
     return UnitNote(
         unit=unit,
         rows=loaded.read,
@@ -365,6 +374,9 @@ def judge(rows: pa.Table, source: Source, config: DeliveryConfig) -> tuple[npt.N
         mark(rows[name].is_null(nan_is_null=True).to_numpy(), f"null_{name}")
     if source.target is not None:
         mark(is_missing(rows[source.target]), f"null_{source.target}")
+    if source.weight is not None:
+        mark(is_missing(rows[source.weight]), f"null_{source.weight}")
+        mark(numbers(rows[source.weight]) < 0, f"negative_{source.weight}")
     if config.nulls == "reject":
         for name in source.features:
             mark(is_missing(rows[name]), f"null_{name}")

@@ -185,6 +185,7 @@ class Source:
         entity: Column whose equal values share a split.
         keys: Columns that identify a sample; the first is hashed, the others are mixed in.
         ready: Column that marks the usable rows, if used.
+        weight: Column of the samples' weights, if any.
         image: Shape and element type of the images.
         classes: Names of the classes by id, if the version has them.
     """
@@ -199,13 +200,14 @@ class Source:
     entity: str
     keys: tuple[str, ...]
     ready: str | None
+    weight: str | None = None
     image: TensorSpec | None = None
     classes: tuple[str, ...] | None = None
 
     @property
     def columns(self) -> list[str]:
         """Columns that are read, without the images."""
-        names = [*self.keys, self.entity, self.ready, self.target, *self.features]
+        names = [*self.keys, self.entity, self.ready, self.target, *self.features, self.weight]
         return list(dict.fromkeys(name for name in names if name is not None))
 
     @property
@@ -274,19 +276,26 @@ def source_of(config: DeliveryConfig, root: str, manifest: Manifest) -> Source:
             f"{name}: column '{READY}' is {schema.field(READY).type}, no boolean: publish it as one, or take all rows "
             f"with --no-ready-only"
         )
+    if config.weight is not None:
+        _check_column(config.weight, schema, name, "weight")
+        if not _is_number(kind := schema.field(config.weight).type):
+            raise ConfigError(f"weight = '{config.weight}' is {kind}: weights are numbers of 0 or more; derive one")
     usual = manifest.definition.get("target") or (CLASS_ID if images else TARGET)
     target = _target(config, schema, name, usual)
+    if target is not None and target == config.weight:
+        raise ConfigError(f"weight = '{target}' is also the target; derive a column of weights from it")
     return Source(
         root=root,
         manifest=manifest,
         kind="images" if images else "table",
         files=files,
         schema=schema,
-        features=() if images else _features(config, schema, name, {entity, *keys[1:]}, target),
+        features=() if images else _features(config, schema, name, {entity, *keys[1:], config.weight}, target),
         target=target,
         entity=entity,
         keys=tuple(keys),
         ready=READY if config.ready_only and READY in schema.names else None,
+        weight=config.weight,
         image=image,
         classes=_classes(manifest) if images and target == CLASS_ID else None,
     )
@@ -416,7 +425,7 @@ def _target(config: DeliveryConfig, schema: pa.Schema, name: str, usual: str) ->
 
 
 def _features(
-    config: DeliveryConfig, schema: pa.Schema, name: str, taken: set[str], target: str | None
+    config: DeliveryConfig, schema: pa.Schema, name: str, taken: set[str | None], target: str | None
 ) -> tuple[str, ...]:
     """Return the names of the columns that become features, in the schema's order."""
     usable = {field.name for field in schema if _is_feature(field.type)} - {target}

@@ -19,7 +19,7 @@ from tasks.io.errors import ConfigError
 from tasks.io.storage import ParquetStream, WrittenFile
 from tasks.io.tensors import Int64Array, TensorSpec, parquet_settings, tensor_array, tensor_field, tensor_spec, to_numpy
 
-FEATURES, IMAGE, LABEL, SAMPLE_ID = "features", "image", "label", "sample_id"
+FEATURES, IMAGE, LABEL, WEIGHT, SAMPLE_ID = "features", "image", "label", "weight", "sample_id"
 BATCH_SIZE, FEATURE_COUNT, BATCH_ID = "batch_size", "feature_count", "batch_id"
 DIMENSIONS = ("channel", "height", "width")
 
@@ -33,12 +33,14 @@ class SampleFormat:
         shape: of a sample's values: (features,), or (3, height, width).
         label: element type of the labels; None without labels.
         batch_size: samples of a batch, which has a checksum; images are checked one by one.
+        weight: True if they have weights to be drawn by.
     """
 
     kind: Literal["table", "images"]
     shape: tuple[int, ...]
     label: Literal["int64", "float32"] | None
     batch_size: int
+    weight: bool = False
 
     @classmethod
     def of(cls, definition: Mapping[str, Any]) -> Self:
@@ -68,6 +70,7 @@ class SampleFormat:
             shape=(int(definition[FEATURE_COUNT]),) if table else tuple(map(int, definition[IMAGE]["shape"])),
             label=None if label is None else "int64" if label["kind"] == "class" else "float32",
             batch_size=size,
+            weight=definition.get(WEIGHT) is not None,
         )
 
     @property
@@ -79,6 +82,8 @@ class SampleFormat:
             columns = {IMAGE: TensorSpec(self.shape, "uint8", DIMENSIONS)}
         if self.label is not None:
             columns[LABEL] = TensorSpec((), self.label)
+        if self.weight:
+            columns[WEIGHT] = TensorSpec((), "float32")
         return {**columns, SAMPLE_ID: TensorSpec((), "int64")}
 
     @property

@@ -43,7 +43,8 @@ from tasks.loader.cache import FileCache, limit_of, local_directory
 from tasks.loader.order import ORDER, EpochOrder, Remainder, Share, Sizes, batch_count, step_count
 from tasks.loader.placement import Constants, placement
 from tasks.loader.prefetch import Prefetch
-from tasks.loader.sampling import Draws, class_labels, weights_of
+from tasks.loader.samples import WEIGHT
+from tasks.loader.sampling import Draws, class_labels, weight_groups, weights_of
 from tasks.loader.shards import OnCorrupt, Shards, memory_bytes
 from tasks.loader.version_files import open_version, refuse_misfits
 
@@ -131,7 +132,7 @@ class BatchStream(abc.ABC):
         remainder: Treatment of an epoch's rest: 'pad' repeats the epoch's first samples to fill all workers'
             last batches, and adds a boolean column 'mask' to each batch, False for the repeated ones; 'drop' leaves
             out an incomplete batch of each worker.
-        columns: Some of 'features' or 'image', 'label', 'sample_id'; None: all available ones.
+        columns: Some of 'features' or 'image', 'label', 'weight', 'sample_id'; None: all available ones but the weight.
         normalise: True for inputs as (x - mean) / std with the version's constants, and pixels as x / 255 before.
         dtype: Element type of the inputs, of torch, of numpy or by its name: float32, float16, bfloat16, float64. None:
             float32 if they are normalised, else as stored.
@@ -213,7 +214,9 @@ class BatchStream(abc.ABC):
         self._cache_limits = cache_dir, cache_bytes
         self._open_files()
         first = self._opened[0]
-        self._columns = picked_columns(columns, list(first.columns))
+        there = [name for name in first.columns if all(name in shards.columns for shards in self._opened)]
+        usual = [name for name in there if name != WEIGHT]
+        self._columns = usual if columns is None else picked_columns(columns, there)
         if transform is None and transform_threads is not None:
             raise ConfigError(f"transform_threads = {transform_threads!r} without a transform: leave it out")
         self._new_delivery: Callable[..., Delivery] | None = None
@@ -576,7 +579,8 @@ class TrainingStream(BatchStream):
         batch_size: Samples of a batch of each worker.
         balance: 'class' to draw each class equally often.
         weights: Weights by which samples are drawn: a mapping of classes, by name or number, to the weight of each of
-            their samples, or a pair of arrays (ids, weights), int64 and float64. Others have weight 1.
+            their samples, or a pair of arrays (ids, weights), int64 and float64, others having weight 1; or 'weight'
+            for those that are stored beside the samples.
         replacement: False: no sample comes twice in an epoch. Then an epoch of weighted samples is as long as the
             proportions allow; balanced, each class comes as often as the smallest one.
         epoch_size: Samples of an epoch over all workers; None: as many as the split has. Epochs smaller than the split
@@ -584,13 +588,13 @@ class TrainingStream(BatchStream):
         repeat: Samples of an epoch as a multiple of the split's.
         options: Those of `BatchStream`.
 
-    Drawn samples come as often as their weight says, rounded down or up in each epoch; so does each class, of which
+    Drawn samples come as often as their weight says, rounded down or up in each epoch; so does each class.
     `distribution` tells more.
 
     Raises:
         ConfigError: an argument is invalid, or it isn't a streaming-ready version.
         VersionNotFound: there is no such published version.
-        CorruptVersion: as for `BatchStream`; or the labels or ids that weights need can't be read.
+        CorruptVersion: as for `BatchStream`; or the labels, weights or ids that are drawn by can't be read.
 
     """
 
@@ -600,7 +604,7 @@ class TrainingStream(BatchStream):
         *,
         batch_size: int,
         balance: Literal["class"] | None = None,
-        weights: Mapping[Any, float] | tuple[Any, Any] | None = None,
+        weights: Mapping[Any, float] | tuple[Any, Any] | Literal["weight"] | None = None,
         replacement: bool = True,
         epoch_size: int | None = None,
         repeat: int = 1,
@@ -659,16 +663,20 @@ class TrainingStream(BatchStream):
         """
         return self._sample(0, sample_id, index, epoch, copy)
 
-    def distribution(self) -> dict[str, dict[str, int]]:
+    def distribution(self, by: Literal["class", "weight"] = "class") -> dict[str, dict[str, int]]:
         """Return the samples of each class: 'natural' in the split, and 'epoch' in the current epoch over all workers.
 
-        The labels are read anew.
+        The labels, or weights, are read anew.
+
+        Args:
+            by: 'weight' for the samples of each stored weight, or of ranges of them if there are more than ten.
 
         Raises:
-            ConfigError: the version has no classes.
-            CorruptVersion: the labels can't be read.
+            ConfigError: the version has no classes, or no weights.
+            CorruptVersion: they can't be read.
         """
-        labels, names = class_labels(self._version, self._split)
+        one_of("by", by, ("class", "weight"))
+        labels, names = (class_labels if by == "class" else weight_groups)(self._version, self._split)
         drawn = labels if self._draws is None else labels[self._draws.of_epoch(self._seed, self._epoch)]
         counts = {"natural": labels, "epoch": drawn}
         return {

@@ -21,7 +21,7 @@ import xxhash
 
 from tasks.io import storage
 from tasks.io.errors import ConfigError, CorruptVersion
-from tasks.io.tensors import Int64Array, TensorSpec, tensor_spec, to_numpy
+from tasks.io.tensors import AnyArray, Int64Array, TensorSpec, tensor_spec, to_numpy
 from tasks.loader.arguments import place
 from tasks.loader.samples import BATCH_SIZE, SampleFormat, noted_ids
 from tasks.store import layout, versions
@@ -285,8 +285,8 @@ def missing_file(uri: str) -> CorruptVersion:
     return CorruptVersion(f"{uri} is missing, but its manifest lists it: {CURE}")
 
 
-def stored_column(version: Version, split: str, name: str) -> Int64Array:
-    """Return the labels or ids of all samples of a split, (n,) int64, in the order of the files.
+def stored_column(version: Version, split: str, name: str) -> AnyArray:
+    """Return the labels, weights or ids of all samples of a split, (n,), in the order of the files.
 
     Only this column is read, also from S3. It isn't compared with checksums.
 
@@ -294,7 +294,7 @@ def stored_column(version: Version, split: str, name: str) -> Int64Array:
         ConfigError: there is no such split, or it has no samples.
         CorruptVersion: a file is missing, or can't be read.
     """
-    found = []
+    found, dtype = [], SampleFormat.of(version.definition).columns[name].dtype
     for entry in version.files(split):
         uri = layout.join(version.uri, entry.path)
         try:
@@ -302,8 +302,8 @@ def stored_column(version: Version, split: str, name: str) -> Int64Array:
                 values = to_numpy(pq.read_table(file, columns=[name]), name)
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise CorruptVersion(f"{uri}: its column {name!r} can't be read ({error}): {CURE}") from error
-        if len(values) != entry.rows or values.dtype != np.int64:
-            what = f"{len(values)} {values.dtype} in {name!r} instead of {entry.rows} int64"
+        if len(values) != entry.rows or values.dtype != dtype:
+            what = f"{len(values)} {values.dtype} in {name!r} instead of {entry.rows} {dtype}"
             raise CorruptVersion(f"{uri}: {what}: {CURE}")
         found.append(values)
     return np.concatenate(found)

@@ -198,5 +198,5 @@ def make_store(root: str) -> Store:
     )
     plain = {"root": root, "training": TrainingConfig(enabled=False)}
     make_copy(root, DeliveryConfig(dataset=CHURN, batch_size=16, file_megabytes=0.02, ready_only=False, **plain))
-    make_copy(root, DeliveryConfig(dataset=IMAGES, file_megabytes=0.01, **plain))
+    make_copy(root, DeliveryConfig(dataset=IMAGES, file_megabytes=0.01, weight="data_quality_score", **plain))
     return store

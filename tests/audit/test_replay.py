@@ -83,6 +83,7 @@ STORED = [
     (COPY, "sample_id"),
     (PICTURES, "image"),
     (PICTURES, "label"),
+    (PICTURES, "weight"),
 ]
 
 

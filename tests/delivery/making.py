@@ -130,6 +130,7 @@ def publish(
             if "label" in first
             else None,
             "normalise": _normalise(first),
+            **({"weight": {"column": "w"}} if "weight" in first else {}),
             **(
                 {"feature_count": first["features"].shape[1], "features": []}
                 if kind == "table"

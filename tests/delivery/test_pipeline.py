@@ -204,6 +204,21 @@ def test_rows_of_one_entity_share_a_split_and_those_of_one_key_are_told_apart(tm
     assert digests(deliver(root)) == digests(made)
 
 
+def test_weights_lie_beside_the_samples_that_have_them(tmp_path: Any) -> None:
+    root = str(tmp_path)
+    kept = kept_rows(publish_customers(root))
+    made = deliver(root, weight="visits")
+    assert made.definition["weight"] == {"column": "visits"}
+    assert made.schema.names == ["features", "label", "weight", "sample_id"]
+    assert made.balances[0].rejected["null_visits"] == kept["visits"].null_count
+    weights = dict(zip(ids_of(kept).tolist(), kept["visits"].to_pylist(), strict=True))
+    for split in ("train", "validation"):
+        samples = read_samples(made.reservation.uri, made.files, split)
+        assert samples["weight"].dtype == np.float32
+        assert samples["weight"].tolist() == [weights[sample] for sample in samples["sample_id"].tolist()]
+    assert judge_copy(configured(root), made, None).verdict == "pass"
+
+
 @pytest.mark.parametrize("nulls", ["reject", "zero"])
 def test_missing_features_are_rejected_or_filled(tmp_path: Any, nulls: str) -> None:
     root = str(tmp_path)

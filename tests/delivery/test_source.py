@@ -94,11 +94,22 @@ def test_images_are_known_by_their_tensors_and_keep_their_classes_and_splits(sho
         ({"target_kind": "number"}, "no number"),
         ({"target": "spent", "target_kind": "class"}, "can be classes"),
         ({"exclude": "*"}, "has no features"),
+        ({"weight": "visit"}, "weight: .* has no column 'visit'; did you mean 'visits'"),
+        ({"weight": "city"}, "weight = 'city' is string: weights are numbers of 0 or more; derive one"),
+        ({"weight": "spent", "target": "spent"}, "weight = 'spent' is also the target; derive a column of weights"),
     ],
 )
 def test_a_column_that_cannot_be_used_is_named_with_the_cure(shop: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         find_source(configured(shop, **settings))
+
+
+def test_a_weight_is_no_feature_unless_it_is_named_as_one(shop: str) -> None:
+    source = find_source(configured(shop, weight="visits"))
+    assert (source.weight, "visits" in source.columns) == ("visits", True)
+    assert set(source.features) == {"spent", "member", "city"}
+    assert find_source(configured(shop, weight="visits", features="visits,city")).features == ("visits", "city")
+    assert find_source(configured(shop, dataset=IMAGES, weight="class_id", target="image_id")).weight == "class_id"
 
 
 def test_without_a_target_there_is_nothing_to_train_on(tmp_path: Path) -> None:

@@ -193,6 +193,17 @@ def test_balanced_classes_come_equally_often(tmp_path: Path) -> None:
     assert sorted(np.bincount(labels.numpy()).tolist()) == [101, 102]
 
 
+def test_samples_are_drawn_by_their_stored_weights_and_told_by_them(tmp_path: Path) -> None:
+    drawn = making.table_samples(100, seed=1)
+    ids = drawn.pop("sample_id")
+    drawn |= {"weight": np.repeat(np.float32([1, 3]), 50), "sample_id": ids}
+    uri = making.publish(str(tmp_path), {"train": [drawn]}, batch_size=10)
+    with open_run(uri, open_version(uri).definition, settings(balance="weight"), send=lambda *_: None) as run:
+        found = torch.cat([batch["sample_id"][batch["mask"]] for batch in run.train])
+    assert int(np.isin(found.numpy(), ids[50:]).sum()) == 75
+    assert run.drawn == {"natural": {"1": 50, "3": 50}, "epoch": {"1": 25, "3": 75}}
+
+
 def test_the_same_seed_gives_the_same_model_and_another_one_another() -> None:
     states = []
     for seed in (3, 3, 4):
