@@ -342,8 +342,7 @@ class _Trial(Trial[_Rows]):
         none = "Images have no features."
         yield self.nulls(*more, why_not=none)
         yield self.values("constant", "constant", self.number, 1, why_not=ALIKE if first else none)
-        weight = source.weight
-        yield self.values("weights", "weights", weight, 0, why_not="Samples have no weights.")
+        yield self.values("weights", "weights", source.weight or "", 0, why_not="Samples have no weights.")
         aims = ("schema", "schema of Source columns", "schema of Label columns")
         why_not = "" if first or target else "There is neither a feature nor a label."
         fewer = {"features": tuple(column for column in source.features if column != first)}

@@ -29,8 +29,8 @@ _BITS = 20  # of u, which keeps away from whole numbers: sums of floats are as g
 _NEARLY = 1e-6  # of a sample: whole numbers of draws add up to whole numbers, whatever the rounding
 _NUMBERS = "use finite numbers, 0 or more"
 _FORMS = (
-    "give a mapping of classes to weights, or (ids, weights), two arrays of the same length, or 'weight' for the stored "
-    "weights"
+    "give a mapping of classes to weights, or (ids, weights), two arrays of the same length, or 'weight' for the "
+    "stored weights"
 )
 _RANGES = 10  # of weights that are told apart
 

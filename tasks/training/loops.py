@@ -356,8 +356,8 @@ def open_run(
         mix: Directories of versions to train on, each with its weight, the one of `uri` first; that one alone if None.
 
     Raises:
-        ConfigError: classes are to be balanced, or samples drawn by weight, and the version has none; or versions to mix
-            don't fit together.
+        ConfigError: classes are to be balanced, or samples drawn by weight, and the version has none; or versions to
+            mix don't fit together.
         CorruptVersion: a file is missing or differs from the manifest.
     """
     from tasks.loader.mixed import MixedStream
@@ -382,7 +382,7 @@ def open_run(
             train = MixedStream(mix, remainder=config.remainder, **settings)
         stack.enter_context(train)
         drawn: Mapping[str, Mapping[str, int]] = {}
-        if rank == 0 and isinstance(train, MixedStream):
+        if isinstance(train, MixedStream):
             drawn = train.distribution()
         elif rank == 0 and config.balance is not None:
             drawn = train.distribution(config.balance)
