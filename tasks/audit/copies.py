@@ -51,14 +51,17 @@ from tasks.audit.replay_rows import (
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.definition import encoder_of, label_of, weight_column
 from tasks.delivery.encoding import Encoder
-from tasks.delivery.shuffle import encode, keys_of, load, plan_buckets
+from tasks.delivery.shuffle import encode, judge, keys_of, load, places_of, plan_buckets
 from tasks.delivery.source import (
     SPLITS,
     TIMES,
     Repeats,
+    Source,
+    Unit,
     bucket_of,
     find_repeats,
     random_keys,
+    read_pieces,
     read_units,
     sample_ids,
     source_of,
@@ -105,14 +108,7 @@ class CopyAgain(Again):
         self._config = config_of(DeliveryConfig, self.manifest, root=self.root)
         self._source = source_of(self._config, self.root, version)
         self._units = tuple(read_units(self._source))
-        keys, splits = [], []
-        for unit in self._units:
-            loaded = load(unit, self._source, self._config, self._source.columns)
-            keys.append(keys_of(loaded.rows, self._source))
-            splits.append(loaded.splits)
-        units = np.repeat(np.arange(len(keys)), [len(own) for own in keys])
-        repeats = find_repeats(np.concatenate(keys), units, np.concatenate([np.arange(len(own)) for own in keys]))
-        ids = [sample_ids(own, repeats.get(unit, Repeats())) for unit, own in enumerate(keys)]
+        ids, splits = _identified(self._units, self._source, self._config)
         order = self._order(np.concatenate(ids), np.concatenate(splits))
         rows: dict[str, Int64Array] = {}
         for path, numbers in wanted.items():
@@ -178,6 +174,45 @@ class CopyAgain(Again):
             Replayed(name=name, file=entry.path, differences=(*own, *of_batch[batch]), causes=self.stored.check(entry))
             for name, own, batch in zip(names, differing, batch_of.tolist(), strict=True)
         ]
+
+
+def _identified(
+    units: Sequence[Unit], source: Source, config: DeliveryConfig
+) -> tuple[list[Int64Array], list[Int8Array]]:
+    """Return the sample ids and the splits of the kept rows of each unit."""
+    keys, splits = [], []
+    for unit in units:
+        loaded = load(unit, source, config, source.columns)
+        keys.append(keys_of(loaded.rows, source))
+        splits.append(loaded.splits)
+    owners = np.repeat(np.arange(len(keys)), [len(own) for own in keys])
+    repeats = find_repeats(np.concatenate(keys), owners, np.concatenate([np.arange(len(own)) for own in keys]))
+    return [sample_ids(own, repeats.get(unit, Repeats())) for unit, own in enumerate(keys)], splits
+
+
+def source_rows(root: str, copy: Manifest, ids: Int64Array) -> dict[int, dict[str, Any]]:
+    """Return the rows of the source that samples were made of: key columns, file and number there, by sample id.
+
+    All rows of the source are read for their ids.
+
+    Raises:
+        VersionNotFound: the source version was deleted.
+        CorruptVersion: one of its files is missing or can't be read.
+    """
+    config, version = config_of(DeliveryConfig, copy, root=root), source_version(root, copy)
+    source = source_of(config, root, version)
+    base, units = layout.version_uri(root, version.dataset, version.version), read_units(source)
+    found: dict[int, dict[str, Any]] = {}
+    for unit, own in zip(units, _identified(units, source, config)[0], strict=True):
+        rows = np.flatnonzero(np.isin(own, ids))
+        if not len(rows):
+            continue
+        read = pa.concat_tables([table for _, table in read_pieces(unit, source.columns)])
+        places = np.flatnonzero(judge(read, source, config)[0] == 0)[rows]
+        keys = read.select(list(dict.fromkeys([source.entity, *source.keys]))).take(pa.array(places)).to_pylist()
+        for row, key, file, number in zip(rows, keys, *places_of(unit, places), strict=True):
+            found[int(own[row])] = {**key, "file": file.removeprefix(base + "/"), "row": int(number)}
+    return found
 
 
 def _noted(uri: str, batches: Int64Array) -> list[str]:
@@ -284,7 +319,7 @@ def _split(manifest: Manifest, config: DeliveryConfig, held: Sequence[Sample], v
 
 def _position(root: str, manifest: Manifest, held: Sequence[Sample]) -> Section:
     """Return file and row of each sample, and its step in the first epoch."""
-    trainings = _trainings(root, manifest)
+    trainings = trainings_on(root, manifest)
     rows, notes = [], []
     for sample in held:
         row: dict[str, Any] = {
@@ -306,7 +341,7 @@ def _position(root: str, manifest: Manifest, held: Sequence[Sample]) -> Section:
     return Section(title="position", facts=facts, rows=rows, notes=notes)
 
 
-def _trainings(root: str, manifest: Manifest) -> list[tuple[str, dict[str, Any]]]:
+def trainings_on(root: str, manifest: Manifest) -> list[tuple[str, dict[str, Any]]]:
     """Return trainings on the copy with their settings, the last first; without one, the settings of its flow run."""
     trainings = []
     for training in reversed(trace(root, manifest.dataset, manifest.version).trainings):

@@ -390,7 +390,7 @@ def _rejected_rows(
     filtered = reasons.index(NOT_READY) if NOT_READY in reasons else 0
     rejected = np.flatnonzero((codes > 0) & (codes != filtered))
     table = rows.select(source.columns).take(pa.array(rejected))
-    files, numbers = _places(unit, rejected)
+    files, numbers = places_of(unit, rejected)
     added = {
         REASON: pa.array([reasons[code] for code in codes[rejected]], pa.string()),
         FILE: pa.array(files, pa.string()),
@@ -401,7 +401,7 @@ def _rejected_rows(
     return table
 
 
-def _places(unit: Unit, rows: Int64Array) -> tuple[list[str], Int64Array]:
+def places_of(unit: Unit, rows: Int64Array) -> tuple[list[str], Int64Array]:
     """Return the file of some rows of a unit, and their numbers in it."""
     counts = [sum(file.row_groups[group] for group in groups) for file, groups in unit.pieces]
     before = [sum(file.row_groups[: groups[0]]) for file, groups in unit.pieces]
