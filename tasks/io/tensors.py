@@ -116,8 +116,8 @@ def tensor_field(
         )
     if spec.dimensions and len(spec.dimensions) != len(spec.shape):
         raise InputError(f"column {name!r}: {len(spec.dimensions)} names for {len(spec.shape)} dimensions; name each")
-    shape: list[int | None] = [None] if spec.variable else [*spec.shape]
-    described = {"shape": shape, "dtype": spec.dtype, "byteorder": "little", "dimensions": spec.dimensions}
+    stated: list[int | None] = [None] if spec.variable else [*spec.shape]
+    described = {"shape": stated, "dtype": spec.dtype, "byteorder": "little", "dimensions": spec.dimensions}
     text = json.dumps(described, separators=(",", ":")).encode()
     kind = pa.large_binary() if spec.variable else pa.binary(spec.width)
     return pa.field(name, kind, nullable=nullable, metadata={TENSOR: text})
