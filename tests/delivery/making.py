@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
+import struct
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import xxhash
 from tasks.io import storage
 from tasks.io.hashing import stable_hash
 from tasks.io.storage import ParquetStream
-from tasks.io.tensors import parquet_settings, tensor_array, tensor_field
+from tasks.io.tensors import parquet_settings, ragged_array, tensor_array, tensor_field
 from tasks.store import versions
 from tasks.store.layout import join, split_directory
 from tasks.store.manifest import ColumnSpec, GateResult, Manifest, RowBalance, RunRecord
@@ -48,6 +49,23 @@ def image_samples(count: int, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> 
     }
 
 
+def sequence_samples(
+    count: int, seed: int = 0, longest: int = 20, dtype: str = "uint8", lengths: Sequence[int] | None = None
+) -> Columns:
+    """Sequences of numbers, of given or of drawn lengths, some of them 0, with two classes."""
+    draw = np.random.default_rng(seed)
+    sizes = draw.integers(0, longest + 1, count) if lengths is None else np.array(lengths, np.int64)
+    values = np.empty(count, object)
+    for number, size in enumerate(sizes.tolist()):
+        values[number] = draw.integers(0, 256, size).astype(dtype)
+    return {
+        "sequence": values,
+        "length": sizes,
+        "label": draw.integers(0, 2, count),
+        "sample_id": _ids(count, seed),
+    }
+
+
 def _ids(count: int, seed: int) -> npt.NDArray[np.int64]:
     return stable_hash(pa.array(range(count)), seed).view(np.int64)
 
@@ -56,6 +74,11 @@ def rows_of(samples: Columns) -> pa.Table:
     """Samples as rows of a file."""
     fields, arrays = [], []
     for name, values in samples.items():
+        if values.dtype == object:
+            lengths = [len(value) for value in values]
+            arrays.append(ragged_array(np.concatenate(values), np.cumsum([0, *lengths])))
+            fields.append(tensor_field(name, (-1,), values[0].dtype))
+            continue
         plain = values.ndim == 1
         arrays.append(pa.array(values) if plain else tensor_array(values))
         made = pa.field(name, arrays[-1].type, nullable=False)
@@ -67,9 +90,15 @@ def ids_of(samples: Columns, batch_size: int) -> list[str]:
     """Checksums of the batches of a file."""
     starts = range(0, len(samples["sample_id"]), batch_size)
     return [
-        xxhash.xxh3_128_hexdigest(b"".join(values[start : start + batch_size].tobytes() for values in samples.values()))
+        xxhash.xxh3_128_hexdigest(b"".join(_bytes(values[start : start + batch_size]) for values in samples.values()))
         for start in starts
     ]
+
+
+def _bytes(values: npt.NDArray[Any]) -> bytes:
+    if values.dtype != object:
+        return values.tobytes()
+    return b"".join(struct.pack("<I", value.nbytes) + value.tobytes() for value in values)
 
 
 def publish(
@@ -94,12 +123,13 @@ def publish(
     run_id = uuid.uuid4().hex
     reservation = versions.reserve(root, dataset, run_id)
     entries = []
-    kind = "table" if any("features" in file for files in splits.values() for file in files) else "images"
+    columns = {name for files in splits.values() for file in files for name in file}
+    kind = "table" if "features" in columns else "sequences" if "sequence" in columns else "images"
     for split, files in splits.items():
         for index, samples in enumerate(files):
             table = rows_of(samples)
             uri = reservation.data_uri(index, split_directory(split))
-            options = {**parquet_settings(table.schema, batch_size=batch_size), **settings}
+            options = {**parquet_settings(table.schema, value_bytes=1, batch_size=batch_size), **settings}
             with ParquetStream(uri, table.schema, **options) as stream:
                 step = (group_batches or table.num_rows) * batch_size
                 for start in range(0, table.num_rows, step):
@@ -134,6 +164,8 @@ def publish(
             **(
                 {"feature_count": first["features"].shape[1], "features": []}
                 if kind == "table"
+                else {"sequence": {"dtype": first["sequence"][0].dtype.name, **_lengths(first)}}
+                if kind == "sequences"
                 else {"image": {"shape": list(first["image"].shape[1:]), "dtype": "uint8"}}
             ),
         },
@@ -145,8 +177,15 @@ def publish(
     return reservation.uri
 
 
+def _lengths(first: Columns) -> dict[str, Any]:
+    """Lengths of the first file, as stand-ins for those of a whole split."""
+    return {"mean_length": float(first["length"].mean()), "longest": int(first["length"].max())}
+
+
 def _normalise(first: Columns) -> dict[str, Any]:
     """Constants of the first file, as stand-ins for those of a whole split."""
+    if "sequence" in first:
+        return {"mean": [], "std": []}
     if "features" in first:
         values, axes, scale = first["features"].astype(np.float64), (0,), {}
     else:
@@ -172,6 +211,14 @@ def image_version(root: str, *sizes: int, seed: int = 0, **options: Any) -> str:
     """Images whose train split has files of so many samples."""
     files = cut(image_samples(sum(sizes), seed), *sizes)
     return publish(root, {"train": files}, **{"group_batches": 7, **options})
+
+
+def sequence_version(
+    root: str, *sizes: int, seed: int = 0, batch_size: int = 10, samples: Columns | None = None, **options: Any
+) -> str:
+    """Sequences whose train split has files of so many samples: these, or drawn ones."""
+    files = cut(sequence_samples(sum(sizes), seed) if samples is None else samples, *sizes)
+    return publish(root, {"train": files}, batch_size=batch_size, **{"group_batches": 3, **options})
 
 
 def damage(version: str, path: str, at: int, by: bytes = b"\xff") -> None:

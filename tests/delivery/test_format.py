@@ -16,7 +16,7 @@ from tasks.delivery.pipeline import write_streaming_ready
 from tasks.delivery.source import find_source
 from tasks.loader.stream import TrainingStream
 from tasks.store import layout, versions
-from tests.delivery.making import damage, table_version
+from tests.delivery.making import damage, sequence_samples, sequence_version, table_version
 from tests.delivery.sources import IMAGES, configured, publish_customers, publish_pictures
 from tests.manifests import manifest
 
@@ -71,6 +71,19 @@ def published(config: DeliveryConfig) -> str:
 
 def test_a_long_list_of_files_is_read(tmp_path: Path) -> None:
     check(table_version(str(tmp_path), *[1] * 501), "train", tmp_path / "train.npz")
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int64"])
+def test_sequences_are_read(tmp_path: Path, dtype: str) -> None:
+    samples = sequence_samples(47, dtype=dtype)
+    version = sequence_version(str(tmp_path), 30, 17, samples=samples)
+    done = read_alone(version, "train", tmp_path / "train.npz")
+    assert not done.returncode, done.stderr
+    found = np.load(tmp_path / "train.npz", allow_pickle=True)
+    assert {*found} == {*samples}
+    for name, values in samples.items():
+        assert [one.tolist() for one in found[name]] == [one.tolist() for one in values]
+    assert {one.dtype for one in found["sequence"]} == {np.dtype(dtype)}
 
 
 def test_a_changed_byte_is_noticed(tmp_path: Path) -> None:
