@@ -68,10 +68,21 @@ from tasks.delivery.source import (
 )
 from tasks.io import storage
 from tasks.io.errors import ConfigError, PipelineError, SourceError
-from tasks.io.tensors import Float32Array, Int8Array, Int64Array, UInt8Array, to_numpy
+from tasks.io.tensors import Float32Array, Int8Array, Int64Array, to_numpy
 from tasks.io.text import plural
 from tasks.loader.order import EpochOrder, Share, Sizes, batch_count, step_count
-from tasks.loader.samples import BATCH_ID, FEATURES, IMAGE, LABEL, WEIGHT, SampleFormat, batch_ids, noted_ids, pick
+from tasks.loader.samples import (
+    BATCH_ID,
+    FEATURES,
+    IMAGE,
+    LABEL,
+    LENGTH,
+    WEIGHT,
+    SampleFormat,
+    batch_ids,
+    noted_ids,
+    pick,
+)
 from tasks.loader.version_files import Version
 from tasks.store import layout
 from tasks.store.lineage import trace
@@ -388,7 +399,7 @@ def _encoded(root: str, manifest: Manifest, sample: Sample, *, several: bool) ->
     facts = _label(manifest, sample, stored) | _weight(manifest, sample, stored)
     facts["checksum of its batch"] = f"{'matches' if found == noted else 'DOES NOT match'} ({noted})"
     if manifest.definition["kind"] == "images":
-        return Section(title=name, facts=facts | _image_facts(root, manifest, sample, to_numpy(stored, IMAGE)[0]))
+        return Section(title=name, facts=facts | _image_facts(root, manifest, sample, stored))
     return Section(
         title=name,
         facts=facts,
@@ -449,21 +460,26 @@ def _table(raw: Mapping[str, Any], encoder: Encoder) -> pa.Table:
     )
 
 
-def _image_facts(root: str, manifest: Manifest, sample: Sample, image: UInt8Array) -> dict[str, Any]:
+def _image_facts(root: str, manifest: Manifest, sample: Sample, stored: pa.Table) -> dict[str, Any]:
     """Compare the picture with that of the source; return this and the constants for normalising."""
-    constants = manifest.definition["normalise"]
+    constants, form = manifest.definition["normalise"], SampleFormat.of(manifest.definition)
     facts = {
-        "shape": " × ".join(map(str, image.shape)),
-        "stored as": f"{image.dtype}, as in the source",
-        "mean of the channels": [round(float(mean), 3) for mean in image.mean(axis=(1, 2))],
+        "shape": " × ".join(map(str, form.shape)),
+        "stored as": f"{form.encoding or form.dtype}, as in the source",
         "normalised by": f"(x / {constants['scale']} - {constants['mean']}) / {constants['std']}",
     }
+    if form.encoding is None:
+        means = to_numpy(stored, IMAGE)[0].mean(axis=(1, 2))
+        facts["mean of the channels"] = [round(float(mean), 3) for mean in means]
+    else:
+        facts["bytes"] = to_numpy(stored, LENGTH)[0].item()
     source = manifest.definition["source"]
     try:
         version, place = source_version(root, manifest), np.array([sample.source_row])
         row = read_rows(root, version, sample.source_file, place, [IMAGE])
-        same = np.array_equal(to_numpy(row, IMAGE)[0], image)
-        facts["check"] = "the same pixels as in the source" if same else "OTHER pixels than in the source"
+        same = row[IMAGE][0].as_py() == stored[IMAGE][0].as_py()
+        what = "pixels" if form.encoding is None else "bytes"
+        facts["check"] = f"the same {what} as in the source" if same else f"OTHER {what} than in the source"
     except PipelineError as fault:
         facts["check"] = f"can't be compared with {source['dataset']} v{source['version']}: {fault}"
     return facts

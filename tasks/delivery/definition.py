@@ -42,6 +42,8 @@ def fit(look: Look, notes: Sequence[UnitNote], profile: TableProfile) -> Shuffle
         label=label.dtype if label else None,
         weight=source.weight is not None,
         batch_size=config.batch_size if source.kind == "table" else 1,
+        encoding=source.encoding,
+        mean_length=-(-sum(note.value_bytes for note in notes) // max(int(samples_of(notes).sum()), 1)),
     )
     return Shuffle(
         config=config,
@@ -51,6 +53,7 @@ def fit(look: Look, notes: Sequence[UnitNote], profile: TableProfile) -> Shuffle
         form=form,
         encoder=encoder,
         label=label,
+        longest=max(note.longest for note in notes),
         buckets=plan_buckets(samples_of(notes), form, config.file_megabytes * (1 << 20)),
     )
 
@@ -99,7 +102,9 @@ def describe(shuffle: Shuffle, samples: dict[str, int]) -> dict[str, Any]:
         **({"weight": {"column": source.weight}} if source.weight is not None else {}),
     }
     if shuffle.encoder is None:
-        image = {"shape": list(form.shape), "dtype": form.columns[IMAGE].dtype}
+        image: dict[str, Any] = {"shape": list(form.shape), "dtype": form.columns[IMAGE].dtype}
+        if form.encoding is not None:
+            image |= {"encoding": form.encoding, "mean_length": form.mean_length, "longest": shuffle.longest}
         return described | {"image": image, "normalise": _image_constants(shuffle)}
     features = [feature.describe() for feature in shuffle.encoder.features]
     return described | {

@@ -208,6 +208,7 @@ _ESSENTIALS: dict[str, Any] = {
 _DETAILS: dict[str, Any] = {
     "Features": _feature_part("name"),
     "Classes": lambda definition: tuple((definition.get("label") or {}).get("classes") or ()),
+    "Encodings": lambda definition: (definition.get("image") or {}).get("encoding"),
     "Batch sizes": lambda definition: definition.get("batch_size"),
     "Weight columns": weight_column,
 }

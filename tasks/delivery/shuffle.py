@@ -66,6 +66,8 @@ class UnitNote:
         rejected: Rows rejected, by reason.
         rejected_file: File of the rejected rows.
         samples: Rows that became samples, by split.
+        value_bytes: Bytes of the samples' encoded images, together.
+        longest: Bytes of the longest one.
         labels: Values of a target that may be classes, by split; none without such a target.
         profile: Profile of the features, of the target's numbers and of the weights, in the train split, until it is
             merged.
@@ -77,6 +79,8 @@ class UnitNote:
     rejected: Counter[str] = field(default_factory=Counter)
     rejected_file: FileEntry | None = None
     samples: Int64Array
+    value_bytes: int = 0
+    longest: int = 0
     labels: list[TopValues] | None
     profile: TableProfile | None
 
@@ -165,8 +169,13 @@ class Look:
     def scatter(self, index: int) -> tuple[UnitNote, list[pl.DataFrame]]:
         """Verify, read and judge a unit; return its note, and its keys and its entities in parts."""
         check_digests(self.units[index])
-        loaded = load(self.units[index], self.source, self.config, self.source.columns)
+        # How long encoded images are decides how many samples a file has.
+        columns = self.source.columns + ([IMAGE] if self.source.encoding else [])
+        loaded = load(self.units[index], self.source, self.config, columns)
         note = note_of(index, loaded, self.source, self.config)
+        if self.source.encoding:
+            lengths = pc.binary_length(loaded.rows[IMAGE])
+            note.value_bytes, note.longest = pc.sum(lengths).as_py() or 0, pc.max(lengths).as_py() or 0
         if loaded.rejected.num_rows:
             uri = self.reservation.rejected_uri("rows", index)
             note.rejected_file = self.reservation.entry(storage.write_parquet(loaded.rejected, uri))
@@ -207,6 +216,8 @@ class Shuffle:
     form: SampleFormat
     encoder: Encoder | None
     label: Label | None
+    longest: int
+    """Bytes of the longest encoded image."""
     buckets: tuple[Bucket, ...]
     """Buckets by split, then part."""
 
@@ -268,10 +279,14 @@ def encode(  # noqa: PLR0917 - what a sample is made of, in the order of its col
     weight: str | None = None,
 ) -> pa.Table:
     """Make samples of rows, a row each; without an encoder, of their images."""
-    values = to_numpy(rows, IMAGE) if encoder is None else encoder.encode(rows)
+    if form.encoding is not None:
+        encoded = rows[IMAGE].cast(pa.large_binary())
+        values = [encoded, pc.binary_length(encoded)]
+    else:
+        values = [tensor_array(to_numpy(rows, IMAGE) if encoder is None else encoder.encode(rows))]
     labels = [] if label is None else [pa.array(label.encode(rows[label.column]))]
     weights = [] if weight is None else [pa.array(numbers(rows[weight]))]
-    return pa.Table.from_arrays([tensor_array(values), *labels, *weights, pa.array(ids)], schema=form.schema)
+    return pa.Table.from_arrays([*values, *labels, *weights, pa.array(ids)], schema=form.schema)
 
 
 def note_of(unit: int, loaded: Loaded, source: Source, config: DeliveryConfig) -> UnitNote:

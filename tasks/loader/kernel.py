@@ -521,6 +521,14 @@ def interleave(planes: UInt8Array, out: npt.NDArray[np.uint32]) -> None:
 
 
 @jit
+def separate(pixels: npt.NDArray[np.uint32], out: UInt8Array) -> None:
+    """Write pixels of 32 bits, red first, as the planes of a picture: (P,) → (3, P)."""
+    red, green, blue = out[0], out[1], out[2]
+    for p in range(len(pixels)):
+        red[p], green[p], blue[p] = pixels[p] & 255, pixels[p] >> np.uint32(8) & 255, pixels[p] >> np.uint32(16) & 255
+
+
+@jit
 def mix_samples(  # noqa: PLR0917 - compiled functions take arrays one by one
     values: Any, own: Int64Array, partner: Int64Array, weights: Float32Array, boxes: Int64Array, rounding: Any, out: Any
 ) -> None:

@@ -49,10 +49,11 @@ class SampleFormat:
 
     Attributes:
         kind: 'table', 'images' or 'sequences'.
-        shape: of a sample's values: (features,), (3, height, width), or (-1,) for values of any length.
+        shape: of a sample's values: (features,), (3, height, width), or (-1,) for sequences of any length.
         label: element type of the labels; None without labels.
         batch_size: samples of a batch, which has a checksum; images are checked one by one.
         dtype: element type of sequences.
+        encoding: of images that are stored encoded, as bytes of any length; None for pixels.
         mean_length: of values of any length the mean number of elements, rounded up.
         weight: True if they have weights to be drawn by.
     """
@@ -62,6 +63,7 @@ class SampleFormat:
     label: Literal["int64", "float32"] | None
     batch_size: int
     dtype: str = "uint8"
+    encoding: Literal["jpeg"] | None = None
     mean_length: int = 0
     weight: bool = False
 
@@ -85,11 +87,15 @@ class SampleFormat:
         kind, label, size = definition["kind"], definition["label"], int(definition[BATCH_SIZE])
         if size < 1 or kind not in ("table", "images", "sequences"):
             raise ValueError(f"kind {kind!r} in batches of {size}")
-        dtype, mean_length = "uint8", 0
+        dtype, mean_length, encoding = "uint8", 0, None
         if kind == "table":
             shape: tuple[int, ...] = (int(definition[FEATURE_COUNT]),)
         elif kind == "images":
-            shape, dtype = tuple(map(int, definition[IMAGE]["shape"])), definition[IMAGE]["dtype"]
+            told = definition[IMAGE]
+            shape, dtype, encoding = tuple(map(int, told["shape"])), told["dtype"], told.get("encoding")
+            if encoding not in (None, "jpeg"):
+                raise ValueError(f"images encoded as {encoding}")
+            mean_length = 0 if encoding is None else math.ceil(told["mean_length"])
         else:
             told = definition[SEQUENCE]
             shape, dtype, mean_length = ANY_LENGTH, told["dtype"], math.ceil(told["mean_length"])
@@ -101,9 +107,20 @@ class SampleFormat:
             label=None if label is None else "int64" if label["kind"] == "class" else "float32",
             batch_size=size,
             dtype=dtype,
+            encoding=encoding,
             mean_length=mean_length,
             weight=definition.get(WEIGHT) is not None,
         )
+
+    @property
+    def ragged(self) -> bool:
+        """True if a sample's values have any length."""
+        return self.shape == ANY_LENGTH or self.encoding is not None
+
+    @property
+    def decoded(self) -> TensorSpec | None:
+        """Pictures that are stored encoded, when they are decoded; None for other samples."""
+        return None if self.encoding is None else TensorSpec(self.shape, "uint8", DIMENSIONS)
 
     @property
     def columns(self) -> dict[str, TensorSpec]:
@@ -114,7 +131,9 @@ class SampleFormat:
             columns = {SEQUENCE: TensorSpec(self.shape, self.dtype)}
         else:
             columns = {IMAGE: TensorSpec(self.shape, "uint8", DIMENSIONS)}
-        if self.shape == ANY_LENGTH:
+        if self.encoding is not None:
+            columns[IMAGE] = TensorSpec(ANY_LENGTH, "uint8")
+        if self.ragged:
             columns[LENGTH] = TensorSpec((), "int64")
         if self.label is not None:
             columns[LABEL] = TensorSpec((), self.label)
@@ -150,7 +169,7 @@ class SampleFormat:
             InputError: a batch is too large for a page of Parquet.
         """
         settings = parquet_settings(self.schema, value_bytes=PREFIX_BYTES, batch_size=self.batch_size)
-        if self.shape == ANY_LENGTH:  # a row group, which is cut by its bytes, is a page however large it is
+        if self.ragged:  # a row group, which is cut by its bytes, is a page however large it is
             settings["data_page_size"] = _PAGE_BYTES
         return settings
 
@@ -161,7 +180,7 @@ class SampleFormat:
             InputError: a batch is too large for a page of Parquet.
         """
         step = self.settings["row_group_size"]
-        if self.shape != ANY_LENGTH:
+        if not self.ragged:
             yield from (order[start : start + step] for start in range(0, len(order), step))
             return
         name, spec = next(iter(self.columns.items()))

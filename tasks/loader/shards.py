@@ -74,6 +74,7 @@ class Shards:
         samples: number of samples, including damaged ones.
         columns: columns of a sample, by name.
         ragged: name of the column of values of any length; None if there is none.
+        decoded: pictures that are stored encoded, when they are decoded; None for other samples.
         sample_bytes: bytes of all columns of a sample, of a mean one if its values have any length.
         files: number of files, including skipped ones.
         remote: True if its files come through the cache.
@@ -100,6 +101,7 @@ class Shards:
         self._batch_size = form.batch_size
         self.remote = storage.is_s3(version.uri)
         self.columns, self.sample_bytes = form.columns, form.sample_bytes
+        self.decoded = form.decoded
         self.ragged = next((name for name, spec in self.columns.items() if spec.variable), None)
         counts = np.array([entry.rows for entry in self._files], np.int64)
         self.samples, self.files = int(counts.sum()), len(self._files)
@@ -192,6 +194,30 @@ class Shards:
         data = np.empty(starts[-1] // spec.width, spec.dtype)
         copy_values(addresses, sizes, data.ctypes.data + starts[:-1])
         return data, starts // spec.width
+
+    def fault(self, sample: int, what: str) -> CorruptVersion:
+        """Return the error of a sample that can't be decoded."""
+        file = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        uri = layout.join(self._version.uri, self._files[file].path)
+        return CorruptVersion(f"{uri}: sample {sample - self._starts[file]} can't be decoded: {what}: {CURE}")
+
+    def leave_out(self, faults: Mapping[int, str]) -> None:
+        """Skip samples that can't be decoded from now on, or raise the error of the first one.
+
+        Args:
+            faults: Why not, by the sample's number.
+
+        Raises:
+            CorruptVersion: `on_corrupt` is 'raise'; or all samples are damaged.
+        """
+        for sample, what in faults.items():
+            error = self.fault(sample, what)
+            if not self._skip:
+                raise error
+            batch = np.empty(1, np.int64)
+            batches_of(self._places, np.array([sample]), batch)
+            self._mark(int(batch[0]), BAD)
+            self._refuse_if_nothing_is_left(error)
 
     def pick(self, names: tuple[str, ...]) -> None:
         """Choose the columns to gather."""

@@ -43,7 +43,7 @@ from tasks.loader.cache import FileCache, limit_of, local_directory
 from tasks.loader.order import ORDER, EpochOrder, Remainder, Share, Sizes, batch_count, step_count
 from tasks.loader.placement import Constants, placement
 from tasks.loader.prefetch import Prefetch
-from tasks.loader.samples import WEIGHT
+from tasks.loader.samples import IMAGE, LENGTH, WEIGHT
 from tasks.loader.sampling import Draws, class_labels, weight_groups, weights_of
 from tasks.loader.shards import OnCorrupt, Shards, memory_bytes
 from tasks.loader.version_files import open_version, refuse_misfits
@@ -150,7 +150,8 @@ class BatchStream(abc.ABC):
             are floats then aren't normalised.
         mixup: Parameter alpha of MixUp with another sample of the epoch, such as 0.2. Labels are float32 (n, classes).
         cutmix: Likewise of CutMix; with both, each is for half of the samples.
-        transform_threads: Threads that transform; None: for an `Augmentation` this worker's share of the CPUs, else 1.
+        transform_threads: Threads that transform, and decode; None: for an `Augmentation`, and for decoding, this
+            worker's share of the CPUs, else 1.
 
     Raises:
         ConfigError: an argument is invalid, or it isn't a streaming-ready version.
@@ -215,12 +216,16 @@ class BatchStream(abc.ABC):
         self._open_files()
         first = self._opened[0]
         there = [name for name in first.columns if all(name in shards.columns for shards in self._opened)]
+        if first.decoded is not None:
+            there.remove(LENGTH)  # of the encoded picture
         usual = [name for name in there if name != WEIGHT]
         self._columns = usual if columns is None else picked_columns(columns, there)
-        if transform is None and transform_threads is not None:
+        self._alters = bool(transform is not None or mixup or cutmix)
+        decodes = first.decoded is not None and IMAGE in self._columns
+        if transform is None and transform_threads is not None and not decodes:
             raise ConfigError(f"transform_threads = {transform_threads!r} without a transform: leave it out")
         self._new_delivery: Callable[..., Delivery] | None = None
-        if transform is not None or mixup or cutmix:
+        if self._alters or decodes:
             self._new_delivery = functools.partial(
                 Delivery,
                 transform=transform,
@@ -229,13 +234,15 @@ class BatchStream(abc.ABC):
                 threads=transform_threads,
                 definition=self.definition,
                 specs=first.columns,
+                decoded=first.decoded,
                 columns=self._columns,
                 normalise=normalise,
             )
         self._begin_delivery()
-        if batch_size * first.sample_bytes > memory_bytes():
+        width = first.sample_bytes + (first.decoded.width if first.decoded is not None else 0)
+        if batch_size * width > memory_bytes():
             raise ConfigError(
-                f"batch_size = {batch_size}: a batch of samples of {first.sample_bytes:,} bytes is more than "
+                f"batch_size = {batch_size}: a batch of samples of {width:,} bytes is more than "
                 "this machine's memory; use smaller ones"
             )
         self._epoch = self._consumed = self._moves = self._changes = 0
@@ -452,10 +459,10 @@ class BatchStream(abc.ABC):
             placed = placement(self._constants, self._device, self._as_numpy, buffers=0)
             self._lookups[source] = Lookup(version, self._split, shards, placed)
         lookup, shards = self._lookups[source], self._lookups[source].shards
-        if epoch is None:
+        if epoch is None and (self._new_delivery is None or shards.decoded is None):
             shards.pick(tuple(self._columns))
             return lookup.sample(sample_id, index)
-        if self._new_delivery is None:
+        if self._new_delivery is None or (epoch is not None and not self._alters):
             raise ConfigError(f"epoch = {epoch!r}: without a transform a sample is the same in each; leave it out")
         if self._shown is None:  # beside the one of the producing thread
             self._shown = self._new_delivery(threads=1)
@@ -463,7 +470,7 @@ class BatchStream(abc.ABC):
         change = functools.partial(
             self._shown.single,
             seed=self._sources()[source].seed,
-            epoch=whole_number("epoch", epoch, "epochs are counted from 0"),
+            epoch=None if epoch is None else whole_number("epoch", epoch, "epochs are counted from 0"),
             copy=whole_number("copy", copy, "copies are counted from 0"),
         )
         return lookup.sample(sample_id, index, change)

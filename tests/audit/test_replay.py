@@ -25,6 +25,7 @@ from tests.audit.replay_store import (
     DEMAND,
     EVERY,
     IMAGES,
+    JPEGS,
     PICTURES,
     PRODUCTS,
     Store,
@@ -84,6 +85,7 @@ STORED = [
     (PICTURES, "image"),
     (PICTURES, "label"),
     (PICTURES, "weight"),
+    (JPEGS, "image"),
 ]
 
 

@@ -17,6 +17,8 @@ from tasks.loader.mixed import MixedStream
 from tasks.loader.stream import TrainingStream
 from tasks.store import versions
 from tests.audit.explained_store import Store, explained, facts, refused, rows
+from tests.audit.replay_store import JPEGS
+from tests.audit.replay_store import Store as Made
 
 IMAGES, CHURN = "training-datasets/streaming-ready/images", "training-datasets/streaming-ready/churn"
 RAW: dict[str, Any] = {"as_numpy": True, "normalise": False, "prefetch": 0}
@@ -93,6 +95,28 @@ def test_samples_of_a_table_come_with_their_source_rows_and_inputs(
     assert (position["step"], position["worker"], position["in batch"]) == (0, 1, row["place"])
     assert commands.run(["explain", CHURN, "v1", "--step", "0", "--root", store.root]) == 0
     assert "features" not in capsys.readouterr().out.partition("VERSION")[0].lower()
+
+
+def test_a_jpeg_of_a_copy_and_a_step_on_it_are_explained(
+    made: Made, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    here = Store(made.root, tmp_path, "")
+    answer = explained(here, capsys, f"{JPEGS} v1 1-3_aug_1")
+    told = facts(answer, "values")
+    assert (told["shape"], told["stored as"]) == ("3 × 4 × 5", "jpeg, as in the source")
+    assert told["check"] == "the same bytes as in the source"
+    assert told["checksum of its batch"].startswith("matches")
+    [position] = rows(answer, "position")
+    step = explained(here, capsys, f"{JPEGS} v1 --step {position['step']} --rank {position['worker']}")
+    row = rows(step, "samples")[position["in batch"]]
+    assert (row["image_id"], row["sample id"]) == ("1-3_aug_1", position["sample id"])
+    sheet = tmp_path / "sheet.png"
+    explained(here, capsys, f"{JPEGS} v1 --epoch 1 --batch-size 4 --world-size 1 --picture {sheet}")
+    with TrainingStream(f"{made.root}/{JPEGS}/v1", batch_size=4, **RAW) as stream:
+        stream.set_epoch(1)
+        [first, *_] = next(iter(stream))["image"]
+    with Image.open(sheet) as opened:
+        assert np.array_equal(np.asarray(opened)[8:12, 8:13], first.transpose(1, 2, 0))
 
 
 @pytest.mark.parametrize("drawn", [{"balance": "class"}, {"weights": "weight", "replacement": False}, {"repeat": 2}])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tasks.delivery import gate
 from tasks.delivery.config import DeliveryThresholds
 from tasks.delivery.gate import trial
@@ -68,8 +70,9 @@ def tried(root: Path, dataset: str = FEATURES, **changes: Any) -> Trial[Any]:
     return trial(source, source.manifest, config, None)
 
 
-def test_images_have_their_faults_too(tmp_path: Path) -> None:
-    publish_pictures(str(tmp_path), 200, 60)
+@pytest.mark.parametrize("encoding", [None, "jpeg"])
+def test_images_have_their_faults_too(tmp_path: Path, encoding: str | None) -> None:
+    publish_pictures(str(tmp_path), 200, 60, encoding=encoding)
     results = by_fault(tried(tmp_path, IMAGES))
     assert noticed(results) == OF_IMAGES
     assert results["nulls"].message == "Images have no features."

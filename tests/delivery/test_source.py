@@ -132,8 +132,21 @@ def test_images_that_are_stored_otherwise_are_refused_with_the_cure(tmp_path: Pa
         find_source(configured(str(tmp_path / "a"), dataset=IMAGES))
     table = pa.table({"image_id": ["x"], "original_image_id": ["x"], "image": [b"jpeg"], "class_id": [0]})
     publish(str(tmp_path / "b"), IMAGES, [("split=train", table)], {"image": {"format": "jpeg"}})
-    with pytest.raises(ConfigError, match=r"compressed.*--format uint8"):
+    with pytest.raises(
+        ConfigError, match=r"images as binary; only uint8 tensors .* and JPEGs .*--format uint8` or jpeg"
+    ):
         find_source(configured(str(tmp_path / "b"), dataset=IMAGES))
+    publish_pictures(str(tmp_path / "c"), encoding="webp")
+    with pytest.raises(ConfigError, match=r"images as webp; only"):
+        find_source(configured(str(tmp_path / "c"), dataset=IMAGES))
+
+
+def test_jpegs_are_known_by_what_they_are_decoded_to(tmp_path: Path) -> None:
+    publish_pictures(str(tmp_path), encoding="jpeg")
+    source = find_source(configured(str(tmp_path), dataset=IMAGES))
+    assert source.image is not None
+    assert (source.kind, source.encoding, source.image.shape) == ("images", "jpeg", (3, 4, 5))
+    assert 600 < source.image_bytes < 1500
 
 
 def test_a_version_that_is_not_there_is_named(shop: str) -> None:
