@@ -463,7 +463,7 @@ def _table(raw: Mapping[str, Any], encoder: Encoder) -> pa.Table:
 def _image_facts(root: str, manifest: Manifest, sample: Sample, stored: pa.Table) -> dict[str, Any]:
     """Compare the picture with that of the source; return this and the constants for normalising."""
     constants, form = manifest.definition["normalise"], SampleFormat.of(manifest.definition)
-    facts = {
+    facts: dict[str, Any] = {
         "shape": " × ".join(map(str, form.shape)),
         "stored as": f"{form.encoding or form.dtype}, as in the source",
         "normalised by": f"(x / {constants['scale']} - {constants['mean']}) / {constants['std']}",

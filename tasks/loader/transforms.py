@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -53,20 +52,19 @@ _KINDS = (
 
 
 class _Team:
-    """Threads that share the samples of a batch."""
+    """Threads that share the samples of a batch: each takes the next one when it is done with one."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._pool = ThreadPoolExecutor(count, "transform") if count > 1 else None
 
-    def run(self, count: int, work: Callable[[int, range], None]) -> None:
-        """Call a function with the number of a thread and its range of samples, in each thread."""
-        bounds = np.linspace(0, count, self.count + 1).astype(int).tolist()
-        shares = [range(low, high) for low, high in itertools.pairwise(bounds)]
+    def run(self, count: int, work: Callable[[int, Iterator[int]], None]) -> None:
+        """Call a function with the number of a thread and an iterator over its samples, in each thread."""
+        rows = iter(range(count))  # of which each number comes once, whoever asks for it
         if self._pool is None:
-            work(0, shares[0])
+            work(0, rows)
         else:
-            list(self._pool.map(work, range(self.count), shares))
+            list(self._pool.map(work, range(self.count), [rows] * self.count))
 
     def close(self) -> None:
         if self._pool is not None:
@@ -147,7 +145,7 @@ class Encoded:
         """
         faults: dict[int, str] = {}
 
-        def share(worker: int, rows: range) -> None:
+        def share(worker: int, rows: Iterator[int]) -> None:
             for row in rows:
                 pixels = self._decoding.pixels(worker, self._data[self._starts[row] : self._starts[row + 1]])
                 if isinstance(pixels, str):
@@ -221,7 +219,7 @@ class _Augmented:
         def augment(worker: int, row: int, pixels: UInt8Array) -> None:
             self._engines[worker].augment(pixels, draws, row, out[row : row + 1], self._figures[worker])
 
-        def share(worker: int, rows: range) -> None:
+        def share(worker: int, rows: Iterator[int]) -> None:
             pixels = self._pixels[worker]
             flat = pixels.reshape(-1).view(np.uint32)
             for row in rows:
@@ -262,7 +260,7 @@ class _Called:
         spec, number = self._first
         out = new(spec)
 
-        def work(worker: int, rows: range) -> None:
+        def work(worker: int, rows: Iterator[int]) -> None:
             for row in rows:
                 made = self._call(worker, values[row], seeds[row], int(ids[row]))
                 found = TensorSpec(made.shape, made.dtype.name)

@@ -48,10 +48,10 @@ def check(version: str, split: str, out: Path) -> None:
     with TrainingStream(version, batch_size=7, split=split, shuffle=False, normalise=False, as_numpy=True) as stream:
         batches = [{name: values[batch["mask"]] for name, values in batch.items()} for batch in stream]
     assert set(found) == {*batches[0]} - {"mask"}
-    for name in found:
+    for name, values in found.items():
         delivered = np.concatenate([batch[name] for batch in batches])
-        assert (found[name].dtype, found[name].shape) == (delivered.dtype, delivered.shape)
-        assert found[name].tobytes() == delivered.tobytes(), name
+        assert (values.dtype, values.shape) == (delivered.dtype, delivered.shape)
+        assert values.tobytes() == delivered.tobytes(), name
 
 
 @pytest.mark.parametrize("kind", ["table", "pixels", "jpegs"])
