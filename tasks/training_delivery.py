@@ -140,7 +140,7 @@ def _report_training(
         tables=(
             epoch_table(result.epochs, result.workers),
             workers,
-            *([drawn_table(result.drawn, mixed=bool(training.mix))] if result.drawn else []),
+            *([drawn_table(result.drawn, training.balance or "version")] if result.drawn else []),
         ),
     )
     html = layout.join(result.run_uri, layout.REPORT_HTML)

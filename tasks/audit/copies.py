@@ -49,26 +49,40 @@ from tasks.audit.replay_rows import (
     missing,
 )
 from tasks.delivery.config import DeliveryConfig
-from tasks.delivery.definition import encoder_of, label_of
+from tasks.delivery.definition import encoder_of, label_of, weight_column
 from tasks.delivery.encoding import Encoder
-from tasks.delivery.shuffle import encode, keys_of, load, plan_buckets
+from tasks.delivery.shuffle import encode, judge, keys_of, load, places_of, plan_buckets
 from tasks.delivery.source import (
     SPLITS,
     TIMES,
     Repeats,
+    Source,
+    Unit,
     bucket_of,
     find_repeats,
     random_keys,
+    read_pieces,
     read_units,
     sample_ids,
     source_of,
 )
 from tasks.io import storage
 from tasks.io.errors import ConfigError, PipelineError, SourceError
-from tasks.io.tensors import Float32Array, Int8Array, Int64Array, UInt8Array, to_numpy
+from tasks.io.tensors import Float32Array, Int8Array, Int64Array, to_numpy
 from tasks.io.text import plural
 from tasks.loader.order import EpochOrder, Share, Sizes, batch_count, step_count
-from tasks.loader.samples import BATCH_ID, FEATURES, IMAGE, LABEL, SampleFormat, batch_ids, noted_ids, pick
+from tasks.loader.samples import (
+    BATCH_ID,
+    FEATURES,
+    IMAGE,
+    LABEL,
+    LENGTH,
+    WEIGHT,
+    SampleFormat,
+    batch_ids,
+    noted_ids,
+    pick,
+)
 from tasks.loader.version_files import Version
 from tasks.store import layout
 from tasks.store.lineage import trace
@@ -105,14 +119,7 @@ class CopyAgain(Again):
         self._config = config_of(DeliveryConfig, self.manifest, root=self.root)
         self._source = source_of(self._config, self.root, version)
         self._units = tuple(read_units(self._source))
-        keys, splits = [], []
-        for unit in self._units:
-            loaded = load(unit, self._source, self._config, self._source.columns)
-            keys.append(keys_of(loaded.rows, self._source))
-            splits.append(loaded.splits)
-        units = np.repeat(np.arange(len(keys)), [len(own) for own in keys])
-        repeats = find_repeats(np.concatenate(keys), units, np.concatenate([np.arange(len(own)) for own in keys]))
-        ids = [sample_ids(own, repeats.get(unit, Repeats())) for unit, own in enumerate(keys)]
+        ids, splits = _identified(self._units, self._source, self._config)
         order = self._order(np.concatenate(ids), np.concatenate(splits))
         rows: dict[str, Int64Array] = {}
         for path, numbers in wanted.items():
@@ -152,7 +159,8 @@ class CopyAgain(Again):
                 self.causes += [cause for cause in found if cause not in self.causes]
             loaded = load(self._units[number], self._source, self._config, columns)
             own = rows[unit_of == number] - starts[number]
-            parts.append(encode(loaded.rows.take(pa.array(own)), ids[number][own], self._form, self._encoder, label))
+            rows_again = loaded.rows.take(pa.array(own))
+            parts.append(encode(rows_again, ids[number][own], self._form, self._encoder, label, self._source.weight))
         return parts
 
     def _compare(self, entry: FileEntry, numbers: Int64Array, made: pa.Table | None) -> list[Replayed]:
@@ -177,6 +185,45 @@ class CopyAgain(Again):
             Replayed(name=name, file=entry.path, differences=(*own, *of_batch[batch]), causes=self.stored.check(entry))
             for name, own, batch in zip(names, differing, batch_of.tolist(), strict=True)
         ]
+
+
+def _identified(
+    units: Sequence[Unit], source: Source, config: DeliveryConfig
+) -> tuple[list[Int64Array], list[Int8Array]]:
+    """Return the sample ids and the splits of the kept rows of each unit."""
+    keys, splits = [], []
+    for unit in units:
+        loaded = load(unit, source, config, source.columns)
+        keys.append(keys_of(loaded.rows, source))
+        splits.append(loaded.splits)
+    owners = np.repeat(np.arange(len(keys)), [len(own) for own in keys])
+    repeats = find_repeats(np.concatenate(keys), owners, np.concatenate([np.arange(len(own)) for own in keys]))
+    return [sample_ids(own, repeats.get(unit, Repeats())) for unit, own in enumerate(keys)], splits
+
+
+def source_rows(root: str, copy: Manifest, ids: Int64Array) -> dict[int, dict[str, Any]]:
+    """Return the rows of the source that samples were made of: key columns, file and number there, by sample id.
+
+    All rows of the source are read for their ids.
+
+    Raises:
+        VersionNotFound: the source version was deleted.
+        CorruptVersion: one of its files is missing or can't be read.
+    """
+    config, version = config_of(DeliveryConfig, copy, root=root), source_version(root, copy)
+    source = source_of(config, root, version)
+    base, units = layout.version_uri(root, version.dataset, version.version), read_units(source)
+    found: dict[int, dict[str, Any]] = {}
+    for unit, own in zip(units, _identified(units, source, config)[0], strict=True):
+        rows = np.flatnonzero(np.isin(own, ids))
+        if not len(rows):
+            continue
+        read = pa.concat_tables([table for _, table in read_pieces(unit, source.columns)])
+        places = np.flatnonzero(judge(read, source, config)[0] == 0)[rows]
+        keys = read.select(list(dict.fromkeys([source.entity, *source.keys]))).take(pa.array(places)).to_pylist()
+        for row, key, file, number in zip(rows, keys, *places_of(unit, places), strict=True):
+            found[int(own[row])] = {**key, "file": file.removeprefix(base + "/"), "row": int(number)}
+    return found
 
 
 def _noted(uri: str, batches: Int64Array) -> list[str]:
@@ -283,7 +330,7 @@ def _split(manifest: Manifest, config: DeliveryConfig, held: Sequence[Sample], v
 
 def _position(root: str, manifest: Manifest, held: Sequence[Sample]) -> Section:
     """Return file and row of each sample, and its step in the first epoch."""
-    trainings = _trainings(root, manifest)
+    trainings = trainings_on(root, manifest)
     rows, notes = [], []
     for sample in held:
         row: dict[str, Any] = {
@@ -305,7 +352,7 @@ def _position(root: str, manifest: Manifest, held: Sequence[Sample]) -> Section:
     return Section(title="position", facts=facts, rows=rows, notes=notes)
 
 
-def _trainings(root: str, manifest: Manifest) -> list[tuple[str, dict[str, Any]]]:
+def trainings_on(root: str, manifest: Manifest) -> list[tuple[str, dict[str, Any]]]:
     """Return trainings on the copy with their settings, the last first; without one, the settings of its flow run."""
     trainings = []
     for training in reversed(trace(root, manifest.dataset, manifest.version).trainings):
@@ -349,10 +396,10 @@ def _encoded(root: str, manifest: Manifest, sample: Sample, *, several: bool) ->
         layout.join(layout.version_uri(root, manifest.dataset, manifest.version), sample.file), np.array([number])
     )
     stored = batch.slice(place, 1)
-    facts = _label(manifest, sample, stored)
+    facts = _label(manifest, sample, stored) | _weight(manifest, sample, stored)
     facts["checksum of its batch"] = f"{'matches' if found == noted else 'DOES NOT match'} ({noted})"
     if manifest.definition["kind"] == "images":
-        return Section(title=name, facts=facts | _image_facts(root, manifest, sample, to_numpy(stored, IMAGE)[0]))
+        return Section(title=name, facts=facts | _image_facts(root, manifest, sample, stored))
     return Section(
         title=name,
         facts=facts,
@@ -369,6 +416,13 @@ def _label(manifest: Manifest, sample: Sample, row: pa.Table) -> dict[str, Any]:
     classes = described.get("classes")
     label = f"{stored} ({classes[stored]})" if classes else f"{stored}"
     return {"label": f"{label}, of {described['column']} = {sample.source[described['column']]}"}
+
+
+def _weight(manifest: Manifest, sample: Sample, row: pa.Table) -> dict[str, Any]:
+    column = weight_column(manifest.definition)
+    if column is None:
+        return {}
+    return {"weight": f"{to_numpy(row, WEIGHT)[0]}, of {column} = {sample.source[column]}"}
 
 
 def _feature_rows(manifest: Manifest, sample: Sample, stored: Float32Array) -> list[dict[str, Any]]:
@@ -406,21 +460,26 @@ def _table(raw: Mapping[str, Any], encoder: Encoder) -> pa.Table:
     )
 
 
-def _image_facts(root: str, manifest: Manifest, sample: Sample, image: UInt8Array) -> dict[str, Any]:
+def _image_facts(root: str, manifest: Manifest, sample: Sample, stored: pa.Table) -> dict[str, Any]:
     """Compare the picture with that of the source; return this and the constants for normalising."""
-    constants = manifest.definition["normalise"]
-    facts = {
-        "shape": " × ".join(map(str, image.shape)),
-        "stored as": f"{image.dtype}, as in the source",
-        "mean of the channels": [round(float(mean), 3) for mean in image.mean(axis=(1, 2))],
+    constants, form = manifest.definition["normalise"], SampleFormat.of(manifest.definition)
+    facts: dict[str, Any] = {
+        "shape": " × ".join(map(str, form.shape)),
+        "stored as": f"{form.encoding or form.dtype}, as in the source",
         "normalised by": f"(x / {constants['scale']} - {constants['mean']}) / {constants['std']}",
     }
+    if form.encoding is None:
+        means = to_numpy(stored, IMAGE)[0].mean(axis=(1, 2))
+        facts["mean of the channels"] = [round(float(mean), 3) for mean in means]
+    else:
+        facts["bytes"] = to_numpy(stored, LENGTH)[0].item()
     source = manifest.definition["source"]
     try:
         version, place = source_version(root, manifest), np.array([sample.source_row])
         row = read_rows(root, version, sample.source_file, place, [IMAGE])
-        same = np.array_equal(to_numpy(row, IMAGE)[0], image)
-        facts["check"] = "the same pixels as in the source" if same else "OTHER pixels than in the source"
+        same = row[IMAGE][0].as_py() == stored[IMAGE][0].as_py()
+        what = "pixels" if form.encoding is None else "bytes"
+        facts["check"] = f"the same {what} as in the source" if same else f"OTHER {what} than in the source"
     except PipelineError as fault:
         facts["check"] = f"can't be compared with {source['dataset']} v{source['version']}: {fault}"
     return facts
@@ -435,4 +494,6 @@ def _left_out(samples: EntitySamples) -> Section:
 def _concerned(manifest: Manifest) -> dict[str, str]:
     label = manifest.definition.get("label")
     concerned = dict.fromkeys(feature_columns(manifest), "a column of this row")
+    weight = weight_column(manifest.definition)
+    concerned |= {weight: "its weight"} if weight else {}
     return concerned | ({label["column"]: "its label"} if label else {})

@@ -26,6 +26,7 @@ from tasks.audit.explanation import (
     version_section,
 )
 from tasks.delivery.config import DeliveryConfig
+from tasks.delivery.definition import weight_column
 from tasks.delivery.shuffle import admit, judge, keys_of, plan_buckets
 from tasks.delivery.source import (
     SPLITS,
@@ -168,6 +169,7 @@ def _taken(root: str, copy: Manifest, version: Manifest, config: DeliveryConfig)
         entity=definition["entity"],
         keys=tuple(definition["keys"]),
         ready=READY if config.ready_only and READY in known else None,
+        weight=weight_column(definition),
     )
 
 

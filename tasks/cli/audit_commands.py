@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tasks.audit.explanation import Explanation
 from tasks.audit.inputs import Cause
 from tasks.audit.replay_rows import Again, Replayed, choose
 from tasks.io import storage
@@ -35,21 +36,33 @@ from tasks.store.reading import data_files, first_live, read_manifest, resolve
 from tasks.store.reservation import version_numbers
 
 PICTURES = (".png", ".webp")
+STEP_OPTIONS = (
+    *("state", "epoch", "step", "rank", "world_size", "seed", "batch_size", "transform", "mixup", "cutmix"),
+)
 
 
 def explain(arguments: argparse.Namespace) -> int:
     """Run the command `explain`.
 
     Args:
-        arguments: name, version, key, at, picture, json, root.
+        arguments: name, version, key, at, picture, json, root; and, for what a step saw, those of `Asked`.
 
     Raises:
         ConfigError: the arguments contradict each other, or the key is invalid.
-        InputError: the version neither has nor rejected such a row.
+        InputError: the version neither has nor rejected such a row, or there is no such step.
         VersionNotFound: there is no such version.
     """
     root, picture = storage.normalise(arguments.root), arguments.picture
     manifest = read_manifest(root, find_dataset(root, arguments.name), arguments.version)
+    if picture is not None and not picture.lower().endswith(PICTURES):
+        raise ConfigError(f"--picture {picture}: give a name that ends with {' or '.join(PICTURES)}")
+    if arguments.key is None:
+        return _shown(_step(root, manifest, arguments), arguments)
+    for name in STEP_OPTIONS:
+        if getattr(arguments, name) is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for what a step saw, not for the row of a key; leave it out"
+            )
     kind = kind_of(manifest.dataset)
     if picture is not None and kind.option != "picture":
         rows = layout.kind(manifest.dataset).replace("-", " ")
@@ -57,11 +70,30 @@ def explain(arguments: argparse.Namespace) -> int:
             f"--picture shows images, and {manifest.dataset} holds {rows} rows; leave it out, or name a dataset of "
             "images"
         )
-    if picture is not None and not picture.lower().endswith(PICTURES):
-        raise ConfigError(f"--picture {picture}: give a name that ends with {' or '.join(PICTURES)}")
     if arguments.at is not None and kind.option != "at":
         raise ConfigError("--at names a time, and images have none; leave it out")
-    found = kind.explain(root, manifest, arguments.key, getattr(arguments, kind.option))
+    return _shown(kind.explain(root, manifest, arguments.key, getattr(arguments, kind.option)), arguments)
+
+
+def _step(root: str, manifest: Manifest, arguments: argparse.Namespace) -> Explanation:
+    """Explain what a step of a training saw."""
+    asked = {name: value for name in STEP_OPTIONS if (value := getattr(arguments, name)) is not None}
+    if layout.kind(manifest.dataset) != "streaming-copy":
+        rows = layout.kind(manifest.dataset).replace("-", " ")
+        if asked:
+            raise ConfigError(f"{manifest.dataset} holds {rows} rows, and trainings take steps of streaming copies")
+        raise ConfigError(f"name the KEY of a row of {manifest.dataset}, such as the entity's")
+    if not asked.keys() & {"state", "epoch", "step"}:
+        raise ConfigError("name the KEY of a row, or the place of a step with --state FILE, or with --epoch and --step")
+    if arguments.at is not None:
+        raise ConfigError("--at names a time of a row, and a step has none; leave it out")
+    from tasks.audit.steps import Asked, explain_step
+
+    data_files(root, manifest)  # raises if the gate rejected the version
+    return explain_step(root, manifest, Asked(picture=arguments.picture, **asked))
+
+
+def _shown(found: Explanation, arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(found.to_json())
     else:

@@ -127,11 +127,32 @@ def _auditing(command: Added) -> None:
     explain = command("explain", _explain, "Where a row comes from, what was done to it, and who has it now.")
     _name(explain)
     _version(explain, "version", help="Version that has the row, such as v3.")
-    explain.add_argument("key", metavar="KEY", help="Image id, or key of the row's entity.")
+    explain.add_argument("key", metavar="KEY", nargs="?", help="Image id, or key of the row's entity.")
     explain.add_argument("--at", metavar="TIME", help="Time of the row, where an entity has several (ISO 8601, UTC).")
     explain.add_argument(
-        "--picture", metavar="FILE", help="Write an image before and after as a picture, .png or .webp."
+        "--picture",
+        metavar="FILE",
+        help="Write an image before and after, or the images of a step, as a picture, .png or .webp.",
     )
+    step = explain.add_argument_group("what a step of a training on a streaming copy saw, instead of a row")
+    step.add_argument(
+        "--state", metavar="FILE", help="Saved state_dict() of the stream, JSON: the batch that follows it."
+    )
+    step.add_argument("--epoch", type=int, metavar="N", help="Epoch, from 0 (default: of the state, else 0).")
+    step.add_argument(
+        "--step", type=int, metavar="N", help="Step in the epoch, from 0 (default: after the state, else 0)."
+    )
+    step.add_argument("--rank", type=int, metavar="N", help="Worker whose batch is shown (default: 0).")
+    step.add_argument("--world-size", type=int, metavar="N", help="Workers (default: of the training; with a state 1).")
+    step.add_argument("--seed", type=int, metavar="N", help="Seed of the order (default: of the last training).")
+    step.add_argument("--batch-size", type=int, metavar="N", help="Samples of a batch (default: of the last training).")
+    step.add_argument(
+        "--transform", metavar="T", help="The stream's transform: package.module:name, or an Augmentation as JSON."
+    )
+    for name in ("mixup", "cutmix"):
+        step.add_argument(
+            f"--{name}", type=float, metavar="A", help="The stream's alpha (default: of the state, else none)."
+        )
     test = command("self-test", _self_test, "Inject faults into a sample of a version: which does the gate notice?")
     _name(test)
     _version(test, "version", nargs="?", help="Version (default: the latest).")

@@ -69,9 +69,10 @@ class TrainingConfig(Settings):
     remainder: Literal["pad", "drop"] = Field(
         default="pad", description="The last, incomplete step of an epoch: pad it with masked samples, or drop it."
     )
-    balance: Literal["class"] | None = Field(
+    balance: Literal["class", "weight"] | None = Field(
         default=None,
-        description="'class' to draw each class equally often in each epoch (each sample once, by default).",
+        description="'class' to draw each class equally often in each epoch, 'weight' to draw each sample as often as "
+        "its stored weight says (each sample once, by default).",
     )
     mix: dict[DatasetName, Annotated[float, Field(ge=0)]] = Field(
         default_factory=dict,
@@ -129,6 +130,11 @@ class DeliveryConfig(FlowSettings):
         description="Whether the target is a class or a number; auto takes text, booleans and whole numbers of at "
         "most 50 different values for classes.",
     )
+    weight: str | None = Field(
+        default=None,
+        description="Column of the samples' weights, numbers of 0 or more, which are stored beside them to draw by; it "
+        "is no feature unless it is named as one (no weights, by default).",
+    )
     entity: str | None = Field(
         default=None,
         description="Column whose equal values share a split (the feature group's entity, or an image's original).",
@@ -179,6 +185,8 @@ class DeliveryConfig(FlowSettings):
         check_shares(self.validation_share, self.test_share)
         if self.target is not None and self.target in (*self.features, self.entity):
             raise ValueError(f"target = '{self.target}' is also a feature or the entity; a model would only copy it")
+        if self.training.balance == "weight" and self.weight is None:
+            raise ValueError("training.balance = 'weight' draws by stored weights; name their column with weight")
         if self.training.mix and self.dataset_name not in self.training.mix:
             raise ValueError(
                 f"training.mix = {self.training.mix} leaves out '{self.dataset_name}', which this run makes; give it a "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,10 @@ def fit(look: Look, notes: Sequence[UnitNote], profile: TableProfile) -> Shuffle
         kind=source.kind,
         shape=shape,
         label=label.dtype if label else None,
+        weight=source.weight is not None,
         batch_size=config.batch_size if source.kind == "table" else 1,
+        encoding=source.encoding,
+        mean_length=-(-sum(note.value_bytes for note in notes) // max(int(samples_of(notes).sum()), 1)),
     )
     return Shuffle(
         config=config,
@@ -50,6 +53,7 @@ def fit(look: Look, notes: Sequence[UnitNote], profile: TableProfile) -> Shuffle
         form=form,
         encoder=encoder,
         label=label,
+        longest=max(note.longest for note in notes),
         buckets=plan_buckets(samples_of(notes), form, config.file_megabytes * (1 << 20)),
     )
 
@@ -95,9 +99,12 @@ def describe(shuffle: Shuffle, samples: dict[str, int]) -> dict[str, Any]:
         "keys": list(source.keys),
         "label": shuffle.label.describe() if shuffle.label else None,
         "source": {"dataset": source.manifest.dataset, "version": source.manifest.version},
+        **({"weight": {"column": source.weight}} if source.weight is not None else {}),
     }
     if shuffle.encoder is None:
-        image = {"shape": list(form.shape), "dtype": form.columns[IMAGE].dtype}
+        image: dict[str, Any] = {"shape": list(form.shape), "dtype": form.columns[IMAGE].dtype}
+        if form.encoding is not None:
+            image |= {"encoding": form.encoding, "mean_length": form.mean_length, "longest": shuffle.longest}
         return described | {"image": image, "normalise": _image_constants(shuffle)}
     features = [feature.describe() for feature in shuffle.encoder.features]
     return described | {
@@ -126,6 +133,12 @@ def label_of(manifest: Manifest, numbered: bool = False) -> Label | None:
     classes = tuple(described["classes"])
     values = tuple(map(str, range(len(classes)))) if numbered else classes
     return Label(column=described["column"], kind="class", values=values, classes=classes)
+
+
+def weight_column(definition: Mapping[str, Any]) -> str | None:
+    """Return the column of the source that has the samples' weights, from `manifest.definition`; None without."""
+    weight = definition.get("weight")
+    return None if weight is None else str(weight["column"])
 
 
 def named_profile(profile: TableProfile, label: Label | None, notes: Sequence[UnitNote]) -> TableProfile:

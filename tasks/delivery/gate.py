@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks.delivery.config import DeliveryConfig
-from tasks.delivery.definition import class_counts, describe, fit, named_profile
-from tasks.delivery.encoding import text_of
+from tasks.delivery.definition import class_counts, describe, fit, named_profile, weight_column
+from tasks.delivery.encoding import bounds_of, text_of
 from tasks.delivery.shuffle import (
     NOT_READY,
     CopyFigures,
@@ -80,13 +80,16 @@ def judge_copy(config: DeliveryConfig, copy: CopyFigures, previous: Manifest | N
     elif label_column is not None and columns[label_column].std == 0:
         message = f"{label_column} is {number(columns[label_column].mean or 0.0)} in every row: nothing can be learned."
         checks.append(_check("target", label_column, ("fail", 0.0, "> 0"), message))
+    weight = weight_column(copy.definition)
+    if weight is not None:
+        checks.append(_weights(weight, bounds_of(copy.profile.partial(weight))[1]))
     if previous is not None:
         checks += _against(previous.version, previous.definition, copy.definition, config.allow_schema_change)
         checks += [
             rules.check_drift(
                 name, copy.profile, previous.profile[name], warn_above=bounds.drift_warn, fail_above=bounds.drift_fail
             )
-            for name in dict.fromkeys([*features, *([label_column] if label_column else [])])
+            for name in dict.fromkeys([*features, *filter(None, (label_column, weight))])
             if name in previous.profile
         ]
     return rules.gate(checks)
@@ -140,6 +143,14 @@ def _constants(features: Iterable[Mapping[str, Any]]) -> CheckResult:
     message = f"{_listed(constant)} never differ in the train split: they teach nothing."
     message = message if constant else "Every feature differs between samples."
     return _check("constant", None, _none(len(constant)), message)
+
+
+def _weights(column: str, largest: float) -> CheckResult:
+    """Check that some samples can be drawn by their weights."""
+    message = f"{column} is {number(largest)} at most: samples can be drawn by it."
+    if largest == 0:
+        message = f"{column} is 0 in every row of the train split: nothing can be drawn by it."
+    return _check("weights", column, ("fail" if largest == 0 else "pass", largest, "> 0"), message)
 
 
 def _classes(config: DeliveryConfig, copy: CopyFigures) -> list[CheckResult]:
@@ -197,7 +208,9 @@ _ESSENTIALS: dict[str, Any] = {
 _DETAILS: dict[str, Any] = {
     "Features": _feature_part("name"),
     "Classes": lambda definition: tuple((definition.get("label") or {}).get("classes") or ()),
+    "Encodings": lambda definition: (definition.get("image") or {}).get("encoding"),
     "Batch sizes": lambda definition: definition.get("batch_size"),
+    "Weight columns": weight_column,
 }
 
 
@@ -330,6 +343,7 @@ class _Trial(Trial[_Rows]):
         none = "Images have no features."
         yield self.nulls(*more, why_not=none)
         yield self.values("constant", "constant", self.number, 1, why_not=ALIKE if first else none)
+        yield self.values("weights", "weights", source.weight or "", 0, why_not="Samples have no weights.")
         aims = ("schema", "schema of Source columns", "schema of Label columns")
         why_not = "" if first or target else "There is neither a feature nor a label."
         fewer = {"features": tuple(column for column in source.features if column != first)}

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks.delivery.config import DeliveryConfig
-from tasks.delivery.encoding import Encoder, Label, is_missing, label_counts, profile_features
+from tasks.delivery.encoding import Encoder, Label, is_missing, label_counts, numbers, profile_features
 from tasks.delivery.source import (
     SPLITS,
     Repeats,
@@ -66,8 +66,11 @@ class UnitNote:
         rejected: Rows rejected, by reason.
         rejected_file: File of the rejected rows.
         samples: Rows that became samples, by split.
+        value_bytes: Bytes of the samples' encoded images, together.
+        longest: Bytes of the longest one.
         labels: Values of a target that may be classes, by split; none without such a target.
-        profile: Profile of the features, and of the target's numbers, in the train split, until it is merged.
+        profile: Profile of the features, of the target's numbers and of the weights, in the train split, until it is
+            merged.
     """
 
     unit: int
@@ -76,6 +79,8 @@ class UnitNote:
     rejected: Counter[str] = field(default_factory=Counter)
     rejected_file: FileEntry | None = None
     samples: Int64Array
+    value_bytes: int = 0
+    longest: int = 0
     labels: list[TopValues] | None
     profile: TableProfile | None
 
@@ -164,8 +169,13 @@ class Look:
     def scatter(self, index: int) -> tuple[UnitNote, list[pl.DataFrame]]:
         """Verify, read and judge a unit; return its note, and its keys and its entities in parts."""
         check_digests(self.units[index])
-        loaded = load(self.units[index], self.source, self.config, self.source.columns)
+        # How long encoded images are decides how many samples a file has.
+        columns = self.source.columns + ([IMAGE] if self.source.encoding else [])
+        loaded = load(self.units[index], self.source, self.config, columns)
         note = note_of(index, loaded, self.source, self.config)
+        if self.source.encoding:
+            lengths = pc.binary_length(loaded.rows[IMAGE])
+            note.value_bytes, note.longest = pc.sum(lengths).as_py() or 0, pc.max(lengths).as_py() or 0
         if loaded.rejected.num_rows:
             uri = self.reservation.rejected_uri("rows", index)
             note.rejected_file = self.reservation.entry(storage.write_parquet(loaded.rejected, uri))
@@ -206,6 +216,8 @@ class Shuffle:
     form: SampleFormat
     encoder: Encoder | None
     label: Label | None
+    longest: int
+    """Bytes of the longest encoded image."""
     buckets: tuple[Bucket, ...]
     """Buckets by split, then part."""
 
@@ -219,7 +231,7 @@ class Shuffle:
         columns = self.source.columns + ([IMAGE] if self.source.image else [])
         loaded = load(self.units[index], self.source, self.config, columns)
         ids = sample_ids(keys_of(loaded.rows, self.source), repeats.get(index, Repeats()))
-        samples = encode(loaded.rows, ids, self.form, self.encoder, self.label)
+        samples = encode(loaded.rows, ids, self.form, self.encoder, self.label, self.source.weight)
         number = self._bucket_numbers(loaded.splits, random_keys(ids, self.config.seed))
         order = np.argsort(number, kind="stable")
         bounds = np.searchsorted(number[order], np.arange(len(self.buckets) + 1))
@@ -258,13 +270,23 @@ class Shuffle:
         return made, pa.table({})
 
 
-def encode(
-    rows: pa.Table, ids: Int64Array, form: SampleFormat, encoder: Encoder | None, label: Label | None
+def encode(  # noqa: PLR0917 - what a sample is made of, in the order of its columns
+    rows: pa.Table,
+    ids: Int64Array,
+    form: SampleFormat,
+    encoder: Encoder | None,
+    label: Label | None,
+    weight: str | None = None,
 ) -> pa.Table:
     """Make samples of rows, a row each; without an encoder, of their images."""
-    values = to_numpy(rows, IMAGE) if encoder is None else encoder.encode(rows)
+    if form.encoding is not None:
+        encoded = rows[IMAGE].cast(pa.large_binary())
+        values = [encoded, pc.binary_length(encoded)]
+    else:
+        values = [tensor_array(to_numpy(rows, IMAGE) if encoder is None else encoder.encode(rows))]
     labels = [] if label is None else [pa.array(label.encode(rows[label.column]))]
-    return pa.Table.from_arrays([tensor_array(values), *labels, pa.array(ids)], schema=form.schema)
+    weights = [] if weight is None else [pa.array(numbers(rows[weight]))]
+    return pa.Table.from_arrays([*values, *labels, *weights, pa.array(ids)], schema=form.schema)
 
 
 def note_of(unit: int, loaded: Loaded, source: Source, config: DeliveryConfig) -> UnitNote:
@@ -279,6 +301,8 @@ def note_of(unit: int, loaded: Loaded, source: Source, config: DeliveryConfig) -
         ]
         labels = [found for found in counts if found is not None] or None
         profiled = list(dict.fromkeys([*profiled, target]))
+    if source.weight is not None:
+        profiled = list(dict.fromkeys([*profiled, source.weight]))
     return UnitNote(
         unit=unit,
         rows=loaded.read,
@@ -365,6 +389,9 @@ def judge(rows: pa.Table, source: Source, config: DeliveryConfig) -> tuple[npt.N
         mark(rows[name].is_null(nan_is_null=True).to_numpy(), f"null_{name}")
     if source.target is not None:
         mark(is_missing(rows[source.target]), f"null_{source.target}")
+    if source.weight is not None:
+        mark(is_missing(rows[source.weight]), f"null_{source.weight}")
+        mark(numbers(rows[source.weight]) < 0, f"negative_{source.weight}")
     if config.nulls == "reject":
         for name in source.features:
             mark(is_missing(rows[name]), f"null_{name}")
@@ -378,7 +405,7 @@ def _rejected_rows(
     filtered = reasons.index(NOT_READY) if NOT_READY in reasons else 0
     rejected = np.flatnonzero((codes > 0) & (codes != filtered))
     table = rows.select(source.columns).take(pa.array(rejected))
-    files, numbers = _places(unit, rejected)
+    files, numbers = places_of(unit, rejected)
     added = {
         REASON: pa.array([reasons[code] for code in codes[rejected]], pa.string()),
         FILE: pa.array(files, pa.string()),
@@ -389,7 +416,7 @@ def _rejected_rows(
     return table
 
 
-def _places(unit: Unit, rows: Int64Array) -> tuple[list[str], Int64Array]:
+def places_of(unit: Unit, rows: Int64Array) -> tuple[list[str], Int64Array]:
     """Return the file of some rows of a unit, and their numbers in it."""
     counts = [sum(file.row_groups[group] for group in groups) for file, groups in unit.pieces]
     before = [sum(file.row_groups[: groups[0]]) for file, groups in unit.pieces]

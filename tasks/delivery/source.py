@@ -30,7 +30,16 @@ from tasks.delivery.config import DeliveryConfig
 from tasks.io import storage
 from tasks.io.errors import ConfigError
 from tasks.io.hashing import stable_hash
-from tasks.io.tensors import Float64Array, Int8Array, Int64Array, TensorSpec, UInt64Array, is_tensor, tensor_spec
+from tasks.io.tensors import (
+    Float64Array,
+    Int8Array,
+    Int64Array,
+    TensorSpec,
+    UInt64Array,
+    encoded_spec,
+    is_tensor,
+    tensor_spec,
+)
 from tasks.io.text import closest
 from tasks.loader.samples import IMAGE
 from tasks.store import layout, versions
@@ -185,7 +194,10 @@ class Source:
         entity: Column whose equal values share a split.
         keys: Columns that identify a sample; the first is hashed, the others are mixed in.
         ready: Column that marks the usable rows, if used.
-        image: Shape and element type of the images.
+        weight: Column of the samples' weights, if any.
+        image: Shape and element type of the images, when they are decoded.
+        encoding: Encoding of images that are stored encoded.
+        image_bytes: Bytes of a stored image, about.
         classes: Names of the classes by id, if the version has them.
     """
 
@@ -199,19 +211,22 @@ class Source:
     entity: str
     keys: tuple[str, ...]
     ready: str | None
+    weight: str | None = None
     image: TensorSpec | None = None
+    encoding: Literal["jpeg"] | None = None
+    image_bytes: int = 0
     classes: tuple[str, ...] | None = None
 
     @property
     def columns(self) -> list[str]:
         """Columns that are read, without the images."""
-        names = [*self.keys, self.entity, self.ready, self.target, *self.features]
+        names = [*self.keys, self.entity, self.ready, self.target, *self.features, self.weight]
         return list(dict.fromkeys(name for name in names if name is not None))
 
     @property
     def row_bytes(self) -> int:
         """Approximate bytes of a row in memory."""
-        return 16 * len(self.columns) + (self.image.width if self.image else 0)
+        return 16 * len(self.columns) + self.image_bytes
 
     def record(self) -> InputRecord:
         """Return the manifest's record of this input."""
@@ -252,7 +267,7 @@ def source_of(config: DeliveryConfig, root: str, manifest: Manifest) -> Source:
     files, schema = _look(root, manifest)
     name = f"{manifest.dataset} v{manifest.version}"
     images = "image" in manifest.definition or (IMAGE in schema.names and is_tensor(schema.field(IMAGE)))
-    image = _image(schema, name) if images else None
+    image, encoding = _image(schema, name) if images else (None, None)
     entity = config.entity or manifest.definition.get("entity", ORIGINAL_ID if images else None)
     if entity is None:
         raise ConfigError(
@@ -274,20 +289,29 @@ def source_of(config: DeliveryConfig, root: str, manifest: Manifest) -> Source:
             f"{name}: column '{READY}' is {schema.field(READY).type}, no boolean: publish it as one, or take all rows "
             f"with --no-ready-only"
         )
+    if config.weight is not None:
+        _check_column(config.weight, schema, name, "weight")
+        if not _is_number(kind := schema.field(config.weight).type):
+            raise ConfigError(f"weight = '{config.weight}' is {kind}: weights are numbers of 0 or more; derive one")
     usual = manifest.definition.get("target") or (CLASS_ID if images else TARGET)
     target = _target(config, schema, name, usual)
+    if target is not None and target == config.weight:
+        raise ConfigError(f"weight = '{target}' is also the target; derive a column of weights from it")
     return Source(
         root=root,
         manifest=manifest,
         kind="images" if images else "table",
         files=files,
         schema=schema,
-        features=() if images else _features(config, schema, name, {entity, *keys[1:]}, target),
+        features=() if images else _features(config, schema, name, {entity, *keys[1:], config.weight}, target),
         target=target,
         entity=entity,
         keys=tuple(keys),
         ready=READY if config.ready_only and READY in schema.names else None,
+        weight=config.weight,
         image=image,
+        encoding=encoding,
+        image_bytes=_image_bytes(manifest, image, encoding),
         classes=_classes(manifest) if images and target == CLASS_ID else None,
     )
 
@@ -368,17 +392,27 @@ def split_of(uri: str) -> int | None:
     return names.get(directory)
 
 
-def _image(schema: pa.Schema, name: str) -> TensorSpec:
+def _image(schema: pa.Schema, name: str) -> tuple[TensorSpec, Literal["jpeg"] | None]:
+    """Return shape and element type of the images, and the encoding of those that are stored encoded."""
     _check_column(IMAGE, schema, name, "image")
     field = schema.field(IMAGE)
     spec = tensor_spec(field) if is_tensor(field) else None
-    if spec is None or spec.dtype != "uint8" or len(spec.shape) != 3:
-        stored = f"{spec.dtype} tensors of shape {spec.shape}" if spec else f"{field.type} (compressed)"
-        raise ConfigError(
-            f"{name} holds its images as {stored}; only uint8 tensors of (channel, height, width) can be delivered: "
-            "publish them anew with `python -m flows.image_augmentation --format uint8`"
-        )
-    return spec
+    if spec is not None and spec.dtype == "uint8" and len(spec.shape) == 3:
+        return spec, None
+    encoded = encoded_spec(field)
+    if encoded is not None and encoded[0] == "jpeg":
+        return encoded[1], "jpeg"
+    stored = f"{spec.dtype} tensors of shape {spec.shape}" if spec else f"{encoded[0] if encoded else field.type}"
+    raise ConfigError(
+        f"{name} holds its images as {stored}; only uint8 tensors of (channel, height, width) and JPEGs can be "
+        "delivered: publish them anew with `python -m flows.image_augmentation --format uint8` or jpeg"
+    )
+
+
+def _image_bytes(manifest: Manifest, image: TensorSpec | None, encoding: str | None) -> int:
+    if image is None or encoding is None:
+        return 0 if image is None else image.width
+    return sum(file.bytes for file in manifest.files) // max(manifest.rows, 1)
 
 
 def _classes(manifest: Manifest) -> tuple[str, ...] | None:
@@ -416,7 +450,7 @@ def _target(config: DeliveryConfig, schema: pa.Schema, name: str, usual: str) ->
 
 
 def _features(
-    config: DeliveryConfig, schema: pa.Schema, name: str, taken: set[str], target: str | None
+    config: DeliveryConfig, schema: pa.Schema, name: str, taken: set[str | None], target: str | None
 ) -> tuple[str, ...]:
     """Return the names of the columns that become features, in the schema's order."""
     usable = {field.name for field in schema if _is_feature(field.type)} - {target}

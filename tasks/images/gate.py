@@ -29,12 +29,12 @@ from tasks.images.config import ImageAugmentationConfig
 from tasks.images.decode import Decoder, Rejection
 from tasks.images.engines import Measured, score
 from tasks.images.outcomes import grouped, leaking_groups, profile_variants, repeated_keys
-from tasks.images.rows import ENCODED, IMAGE, LABEL, rows_schema
+from tasks.images.rows import IMAGE, LABEL, rows_schema
 from tasks.images.split import SPLITS
 from tasks.io import storage
 from tasks.io.errors import InputError
 from tasks.io.hashing import stable_hash
-from tasks.io.tensors import TENSOR, AnyArray, Float64Array, Int64Array
+from tasks.io.tensors import ENCODED, TENSOR, AnyArray, Float64Array, Int64Array
 from tasks.io.text import plural
 from tasks.quality import faults, rules
 from tasks.quality.faults import BAD, DOUBLED, Fault, Faults, Sample, Trial, rarest, sample_rows

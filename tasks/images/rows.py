@@ -10,7 +10,6 @@ The storage format of the picture is the configuration's choice, recorded in its
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +22,13 @@ from tasks.images.config import ImageAugmentationConfig
 from tasks.images.engines import ISSUES_TYPE, Scored
 from tasks.io.errors import ConfigError, InputError
 from tasks.io.tensors import (
+    ENCODED,
     AnyArray,
     Float32Array,
     Int32Array,
     UInt8Array,
+    encoded_field,
+    encoded_spec,
     is_tensor,
     tensor_array,
     tensor_field,
@@ -37,7 +39,6 @@ IMAGE = "image"
 LABEL = "one_hot_label"
 DIMENSIONS = ("channel", "height", "width")
 
-ENCODED = b"encoded_image"
 # On photographs of 224 × 224, method 0 takes 2.5 ms an image, method 4 (Pillow's usual) 5.9 ms for 6 % less.
 _WEBP_METHOD = 0
 
@@ -136,22 +137,21 @@ def decode_images(rows: pa.Table | pa.RecordBatch, column: str = IMAGE) -> AnyAr
     if position < 0 or is_tensor(rows.schema.field(position)):
         return to_numpy(rows, column)
     field = rows.schema.field(position)
-    text = (field.metadata or {}).get(ENCODED)
-    if text is None:
+    found = encoded_spec(field)
+    if found is None:
         raise InputError(
             f"column {column!r} ({field.type}) holds no images: it has neither {ENCODED.decode()!r} nor 'tensor' in "
             "the field's metadata; if it was lost on the way, take the schema of the file"
         )
-    described = json.loads(text)
-    decode = _decode_jpeg if described["encoding"] == "jpeg" else _decode_webp
-    shape = tuple(described["shape"])
+    encoding, shape = found[0], found[1].shape
+    decode = _decode_jpeg if encoding == "jpeg" else _decode_webp
     images = np.empty((rows.num_rows, *shape), dtype=np.uint8)
     for row, value in enumerate(_values(rows.column(column))):
         try:
             image = decode(value).transpose(2, 0, 1)
         except (ValueError, OSError) as error:
             raise InputError(
-                f"row {row} of column {column!r} is no {described['encoding']} image ({error}); "
+                f"row {row} of column {column!r} is no {encoding} image ({error}); "
                 "the file is damaged: verify the version"
             ) from error
         if image.shape != shape:
@@ -187,9 +187,7 @@ def _image_field(config: ImageAugmentationConfig) -> pa.Field:
     shape = (3, config.augmentation.size, config.augmentation.size)
     if config.format in ("uint8", "float32"):
         return tensor_field(IMAGE, shape, config.format, DIMENSIONS)
-    described = {"encoding": config.format, "shape": shape, "dtype": "uint8", "dimensions": DIMENSIONS}
-    text = json.dumps(described, separators=(",", ":")).encode()
-    return pa.field(IMAGE, pa.binary(), nullable=False, metadata={ENCODED: text})
+    return encoded_field(IMAGE, config.format, shape, DIMENSIONS)
 
 
 def _check_lengths(originals: Originals, scored: Scored, count: int) -> None:

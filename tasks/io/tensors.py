@@ -7,6 +7,9 @@ The field's metadata describes them, under the key `tensor`:
 
 Single numbers need none of this: a plain column of them, without nulls, is read as tensors of shape ().
 
+Vectors of any length are a `large_binary` column in the same way, of shape [null]; here it is (-1,). Encoded pictures
+are a binary column with the key `encoded_image`, which has their encoding, and the shape that they are decoded to.
+
 Arrow's fixed-shape tensors, and Ray Data's, are lists in Parquet, which has no integer below 32 bits: an image of
 224 × 224 × 3 bytes takes 602 KB in a file instead of 151 KB. Libraries without tensors (pandas, Polars, DuckDB) read
 binary values. For Ray Data and others there is `as_fixed_shape_tensors`.
@@ -43,7 +46,9 @@ UInt64Array = npt.NDArray[np.uint64]
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 
-TENSOR = b"tensor"
+TENSOR, ENCODED = b"tensor", b"encoded_image"
+ANY_LENGTH = (-1,)
+"""Shape of vectors of any length."""
 _INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 DTYPES = ("bool", *_INTEGERS, "float16", "float32", "float64")
 _MAX_WIDTH = 2**31 - 1  # Arrow's limit for a fixed_size_binary
@@ -61,18 +66,23 @@ _PAGES_END_BY_ROWS = "max_rows_per_page" in inspect.signature(pq.write_table).pa
 class TensorSpec:
     """Shape and element type of a column's tensors."""
 
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # (-1,) for vectors of any length
     dtype: str  # numpy's name, one of DTYPES
     dimensions: tuple[str, ...] = ()  # a name for each dimension, or none at all
 
     @property
+    def variable(self) -> bool:
+        """True for vectors of any length."""
+        return self.shape == ANY_LENGTH
+
+    @property
     def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
+        """Number of elements; 1 for vectors of any length."""
+        return 1 if self.variable else math.prod(self.shape)
 
     @property
     def width(self) -> int:
-        """Bytes of one tensor."""
+        """Bytes of one tensor; of an element of vectors of any length."""
         return self.size * self.stored.itemsize
 
     @property
@@ -88,7 +98,7 @@ def tensor_field(
 
     Args:
         name: Column name.
-        shape: Length of each dimension, at least 1; () for single numbers.
+        shape: Length of each dimension, at least 1; () for single numbers, (-1,) for vectors of any length, even 0.
         dtype: Booleans (a byte each), integers of 8 to 64 bits, or floats of 16 to 64 bits; stored little-endian.
         dimensions: Name of each dimension, such as 'channel', 'height', 'width'.
         nullable: Whether values may be missing. If not, a page of a Parquet file holds nothing but the tensors.
@@ -98,7 +108,7 @@ def tensor_field(
             from that of dimensions.
     """
     spec = TensorSpec(tuple(int(length) for length in shape), _dtype_name(dtype), tuple(dimensions))
-    if any(length < 1 for length in spec.shape):
+    if not spec.variable and any(length < 1 for length in spec.shape):
         raise InputError(f"column {name!r}: shape {spec.shape} is empty; every dimension must be at least 1")
     if spec.width > _MAX_WIDTH:
         raise InputError(
@@ -107,9 +117,11 @@ def tensor_field(
         )
     if spec.dimensions and len(spec.dimensions) != len(spec.shape):
         raise InputError(f"column {name!r}: {len(spec.dimensions)} names for {len(spec.shape)} dimensions; name each")
-    described = {"shape": spec.shape, "dtype": spec.dtype, "byteorder": "little", "dimensions": spec.dimensions}
+    stated: list[int | None] = [None] if spec.variable else [*spec.shape]
+    described = {"shape": stated, "dtype": spec.dtype, "byteorder": "little", "dimensions": spec.dimensions}
     text = json.dumps(described, separators=(",", ":")).encode()
-    return pa.field(name, pa.binary(spec.width), nullable=nullable, metadata={TENSOR: text})
+    kind = pa.large_binary() if spec.variable else pa.binary(spec.width)
+    return pa.field(name, kind, nullable=nullable, metadata={TENSOR: text})
 
 
 def tensor_array(values: AnyArray) -> pa.FixedSizeBinaryArray:
@@ -128,9 +140,24 @@ def tensor_array(values: AnyArray) -> pa.FixedSizeBinaryArray:
     return pa.FixedSizeBinaryArray.from_buffers(field.type, len(values), [None, pa.py_buffer(stored)])
 
 
+def ragged_array(values: AnyArray, offsets: Int64Array) -> pa.LargeBinaryArray:
+    """Return vectors of any length as a column, over the same memory if that is C-contiguous and little-endian.
+
+    Args:
+        values: Elements of all vectors, one after the other, shape (m,).
+        offsets: Start of each vector's elements, and the end, shape (n + 1,).
+    """
+    spec = TensorSpec(ANY_LENGTH, _dtype_name(values.dtype))
+    stored = np.ascontiguousarray(values, dtype=spec.stored)
+    bounds = np.ascontiguousarray(offsets * spec.width, dtype="<i8")
+    buffers = [None, pa.py_buffer(bounds), pa.py_buffer(stored)]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(offsets) - 1, buffers)
+
+
 def is_tensor(field: pa.Field) -> bool:
     """Return True if a field was made by `tensor_field`."""
-    return pt.is_fixed_size_binary(field.type) and TENSOR in (field.metadata or {})
+    kind = field.type
+    return (pt.is_fixed_size_binary(kind) or pt.is_large_binary(kind)) and TENSOR in (field.metadata or {})
 
 
 def tensor_spec(field: pa.Field) -> TensorSpec:
@@ -151,18 +178,40 @@ def tensor_spec(field: pa.Field) -> TensorSpec:
     try:
         described = json.loads(text)
         names = tuple(map(str, described.get("dimensions", ())))
-        spec = TensorSpec(tuple(map(int, described["shape"])), _dtype_name(described["dtype"]), names)
+        shape = ANY_LENGTH if described["shape"] == [None] else tuple(map(int, described["shape"]))
+        spec = TensorSpec(shape, _dtype_name(described["dtype"]), names)
         order = described.get("byteorder", "little")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"column {field.name!r}: {text!r} doesn't describe a tensor; write the column anew") from error
     if order != "little":
         raise InputError(f"column {field.name!r}: byte order {order!r} is unknown here; write it little-endian")
-    if spec.width != field.type.byte_width:
+    if spec.variable != pt.is_large_binary(field.type):
+        raise InputError(
+            f"column {field.name!r}: shape {described['shape']} doesn't fit values of {field.type}; the metadata "
+            "belongs to another column"
+        )
+    if not spec.variable and spec.width != field.type.byte_width:
         raise InputError(
             f"column {field.name!r}: tensors of shape {spec.shape} of {spec.dtype} take {spec.width:,} bytes, but its "
             f"values have {field.type.byte_width:,}; the metadata belongs to another column"
         )
     return spec
+
+
+def encoded_field(name: str, encoding: str, shape: Iterable[int], dimensions: Iterable[str]) -> pa.Field:
+    """Return the field of a column of encoded uint8 pictures, of the shape that they have when they are decoded."""
+    described = {"encoding": encoding, "shape": [*shape], "dtype": "uint8", "dimensions": [*dimensions]}
+    text = json.dumps(described, separators=(",", ":")).encode()
+    return pa.field(name, pa.binary(), nullable=False, metadata={ENCODED: text})
+
+
+def encoded_spec(field: pa.Field) -> tuple[str, TensorSpec] | None:
+    """Return the encoding of a column made by `encoded_field`, and its decoded pictures; None for other columns."""
+    text = (field.metadata or {}).get(ENCODED)
+    if text is None:
+        return None
+    described = json.loads(text)
+    return str(described["encoding"]), TensorSpec(tuple(described["shape"]), described["dtype"])
 
 
 def to_numpy(rows: pa.Table | pa.RecordBatch, column: str) -> AnyArray:
@@ -171,16 +220,40 @@ def to_numpy(rows: pa.Table | pa.RecordBatch, column: str) -> AnyArray:
     One chunk gives a view of Arrow's memory; several are copied together once.
 
     Raises:
-        InputError: there is no such column, it holds no tensors, or a null.
+        InputError: there is no such column, it holds no tensors or vectors of any length, or a null.
     """
     field = _field(rows.schema, column)
     spec = tensor_spec(field)
+    if spec.variable:
+        raise InputError(f"column {column!r} holds vectors of any length, which are no array: take to_ragged")
     parts = [_view(chunk, spec, column) for chunk in _chunks(rows.column(column)) if len(chunk)]
     if len(parts) == 1:
         return parts[0]
     joined = np.concatenate(parts) if parts else np.empty((0, *spec.shape), spec.stored)
     joined.flags.writeable = False
     return joined
+
+
+def to_ragged(rows: pa.Table | pa.RecordBatch, column: str) -> tuple[AnyArray, Int64Array]:
+    """Return the vectors of any length of a column: all elements, (m,), read-only, and where each starts, (n + 1,).
+
+    Raises:
+        InputError: there is no such column, it holds no such vectors, a null, or bytes that are no whole elements.
+    """
+    field = _field(rows.schema, column)
+    spec = tensor_spec(field)
+    if not spec.variable:
+        raise InputError(f"column {column!r} holds {spec.dtype} of shape {spec.shape}, no vectors of any length")
+    chunks = [chunk for chunk in _chunks(rows.column(column)) if len(chunk)]
+    values: pa.LargeBinaryArray = pa.concat_arrays(chunks) if chunks else pa.array([], field.type)
+    _refuse_nulls(values, column)
+    bounds = np.frombuffer(values.buffers()[1], np.int64, len(values) + 1, values.offset * 8)
+    data = np.frombuffer(values.buffers()[2] or b"", np.uint8)[bounds[0] : bounds[-1]]
+    bounds = bounds - bounds[0]
+    if (odd := bounds % spec.width).any():
+        first = int(np.flatnonzero(odd)[0]) - 1
+        raise InputError(f"column {column!r}: the value in row {first:,} isn't whole {spec.dtype}; write it anew")
+    return data.view(spec.stored), bounds // spec.width
 
 
 def to_torch(rows: pa.Table | pa.RecordBatch, column: str) -> torch.Tensor:
@@ -213,9 +286,8 @@ def as_fixed_shape_tensors(table: pa.Table) -> pa.Table:
         InputError: a tensor column holds a null.
     """
     for position, field in enumerate(table.schema):
-        if not is_tensor(field):
+        if not is_tensor(field) or (spec := tensor_spec(field)).variable:
             continue
-        spec = tensor_spec(field)
         element = pa.uint8() if spec.dtype == "bool" else pa.from_numpy_dtype(np.dtype(spec.dtype))
         kind = pa.fixed_shape_tensor(element, spec.shape, dim_names=spec.dimensions or None)
         chunks = [_extension(chunk, spec, kind, field.name) for chunk in _chunks(table.column(position))]
@@ -292,13 +364,17 @@ def _chunks(column: pa.Array | pa.ChunkedArray) -> list[pa.Array]:
 
 def _payload(chunk: pa.Array, spec: TensorSpec, column: str) -> pa.Buffer:
     """Return the bytes of exactly these tensors, read-only as every slice of a buffer is."""
+    _refuse_nulls(chunk, column)
+    return chunk.buffers()[1].slice(chunk.offset * spec.width, len(chunk) * spec.width)
+
+
+def _refuse_nulls(chunk: pa.Array, column: str) -> None:
     if chunk.null_count:
         first = chunk.is_null().index(True).as_py()
         raise InputError(
             f"column {column!r} holds {chunk.null_count:,} null (the first in row {first:,} of its chunk), and a "
             "tensor can't be missing; leave these rows out"
         )
-    return chunk.buffers()[1].slice(chunk.offset * spec.width, len(chunk) * spec.width)
 
 
 def _view(chunk: pa.Array, spec: TensorSpec, column: str) -> AnyArray:

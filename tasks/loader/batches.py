@@ -19,7 +19,7 @@ from tasks.loader.mixing import Mixing, alpha_of
 from tasks.loader.order import MIXES, TRANSFORMS, EpochOrder, Reading
 from tasks.loader.placement import INPUTS, Placement
 from tasks.loader.shards import Shards
-from tasks.loader.transforms import Change, change_of, described
+from tasks.loader.transforms import Change, Decoding, Encoded, Undecodable, change_of, decoding_of, described
 from tasks.loader.version_files import CURE, Version, stored_column
 
 MASK = "mask"
@@ -166,6 +166,13 @@ def _picked(sources: Sequence[Source], takes: Sequence[Take]) -> tuple[list[tupl
     return picked, real, skipped
 
 
+def _gather_encoded(sources: Sequence[Source], picked: Sequence[tuple[int, Int64Array]], decoding: Decoding) -> Encoded:
+    """Return the encoded pictures of the picked samples of some sources, one after the other."""
+    parts = [sources[number].shards.gather_ragged(index) for number, index in picked]
+    sizes = np.concatenate([np.diff(starts) for _, starts in parts])
+    return Encoded(np.concatenate([data for data, _ in parts]), np.concatenate([[0], np.cumsum(sizes)]), decoding)
+
+
 def _gather(sources: Sequence[Source], picked: Sequence[tuple[int, Int64Array]], out: Mapping[str, AnyArray]) -> None:
     """Copy the columns of the picked samples of some sources, one after the other."""
     done = 0
@@ -185,16 +192,17 @@ def _keys(level: int, parts: Iterable[tuple[int, int, Int64Array, Int64Array]]) 
 
 
 class Delivery:
-    """Makes the transformed and mixed columns of batches; for one thread at a time.
+    """Makes the decoded, transformed and mixed columns of batches; for one thread at a time.
 
     Args:
         transform: The transform; None for none.
         mixup: Parameter alpha of MixUp; None or 0 for none.
         cutmix: Parameter alpha of CutMix; None or 0 for none.
-        threads: Threads that transform; None: for an Augmentation the CPUs of this process, shared among the workers of
-            this node, else 1.
+        threads: Threads that transform and decode; None: for an Augmentation and for decoding the CPUs of this process,
+            shared among the workers of this node, else 1.
         definition: `manifest.definition` of the version.
         specs: Columns of a sample, as they are stored.
+        decoded: Pictures that are stored encoded, when they are decoded; None for other samples.
         columns: Those to deliver.
         normalise: True if inputs are normalised afterwards.
 
@@ -216,6 +224,7 @@ class Delivery:
         threads: Any,
         definition: Mapping[str, Any],
         specs: Mapping[str, TensorSpec],
+        decoded: TensorSpec | None,
         columns: Sequence[str],
         normalise: bool,
     ) -> None:
@@ -224,7 +233,9 @@ class Delivery:
         self._mixing = Mixing(**alphas) if self.identity else None
         self._pictures = definition["kind"] == "images"
         self._input = INPUTS[1] if self._pictures else INPUTS[0]
-        self._specs, self._delivered = specs, tuple(columns)
+        self._specs, self._delivered = dict(specs), tuple(columns)
+        if decoded is not None:
+            self._specs[self._input] = decoded
         self._classes = len((definition["label"] or {}).get("classes") or ())
         self._means = len(definition["normalise"]["mean"]) if normalise else None
         self._refuse_misfits(alphas, definition)
@@ -232,8 +243,12 @@ class Delivery:
         self._memory: dict[str, AnyArray] = {}
         self._change: Change | None = None
         if transform is not None:
-            self._change, digest = change_of(transform, specs[self._input], threads, pictures=self._pictures)
+            self._change, digest = change_of(transform, self._specs[self._input], threads, pictures=self._pictures)
             self.identity |= digest
+        self._decoding: Decoding | None = None
+        if decoded is not None:
+            shared = self._change if self._change is not None and self._change.decodes else None
+            self._decoding = decoding_of(decoded, threads) if shared is None else Decoding(decoded, shared.team)
 
     def _refuse_misfits(self, alphas: Mapping[str, float], definition: Mapping[str, Any]) -> None:
         if self._input not in self._delivered:
@@ -272,8 +287,11 @@ class Delivery:
             real[take.source] += reading.real
             parts.append((take, reading))
         ends = np.cumsum([len(reading.samples) for _, reading in parts])
-        raw = self._raw(int(ends[-1]), place)
-        _gather(sources, [(take.source, reading.samples) for take, reading in parts], raw)
+        read = [(take.source, reading.samples) for take, reading in parts]
+        raw: dict[str, Any] = self._raw(int(ends[-1]), place)
+        _gather(sources, read, raw)
+        if self._decoding is not None:
+            raw[self._input] = _gather_encoded(sources, read, self._decoding)
         size = sum(raw[name].nbytes for name in self._delivered)
         ids = np.split(raw[SAMPLE_ID], ends[:-1])
         keys = _keys(
@@ -283,24 +301,40 @@ class Delivery:
                 for (take, reading), own in zip(parts, ids, strict=True)
             ),
         )
-        made = self._changed(raw, keys, place)
+        try:
+            made = self._changed(raw, keys, place)
+        except Undecodable as error:
+            for row, what in error.faults.items():
+                part = int(np.searchsorted(ends, row, side="right"))
+                number, samples = read[part]
+                sources[number].shards.leave_out({int(samples[row - ends[part]]): what})
+            return self.batch(sources, place, takes)  # without them
         if self._mixing is not None:
             made = self._mixed(self._mixing, made, sources, parts, place)
         picked = [(take.source, reading.samples[reading.own]) for take, reading in parts]
         return made, picked, real, size, skipped
 
     def single(
-        self, raw: dict[str, AnyArray], place: Placement, *, seed: int, epoch: int, copy: int
+        self, raw: dict[str, Any], place: Placement, *, seed: int, epoch: int | None, copy: int
     ) -> dict[str, AnyArray]:
         """Return the columns of one sample, transformed as in an epoch, but not mixed.
 
         Args:
-            raw: `columns` of the sample, (1, …) each.
+            raw: `columns` of the sample, (1, …) each; of an encoded picture its bytes, and where it starts.
             place: Maker of batches.
             seed: Seed of its source.
-            epoch: Epoch of its source.
+            epoch: Epoch of its source; None: not transformed.
             copy: Which of its copies in the epoch.
+
+        Raises:
+            Undecodable: it can't be decoded.
         """
+        if self._decoding is not None:
+            data, starts = raw[self._input]
+            raw = {**raw, self._input: Encoded(data, starts, self._decoding)}
+        if epoch is None:
+            raw = {name: raw[name] for name in self._delivered}
+            return self._decoded(raw, place.buffer)
         keys = _keys(TRANSFORMS, [(seed, epoch, raw[SAMPLE_ID], np.array([copy], np.int64))])
         return self._changed(raw, keys, place, fresh=True)
 
@@ -308,21 +342,35 @@ class Delivery:
         """End the threads."""
         if self._change is not None:
             self._change.team.close()
+        if self._decoding is not None:
+            self._decoding.team.close()
 
-    def _raw(self, count: int, place: Placement) -> dict[str, AnyArray]:
-        """Return memory to gather the columns in: what goes on as it is into that of a batch."""
+    def _raw(self, count: int, place: Placement) -> dict[str, Any]:
+        """Return memory to gather the columns of one length in: what goes on as it is into that of a batch."""
         return {
             name: place.buffer(spec, count)
             if self._mixing is None and name in self._delivered and not (name == self._input and self._change)
             else self._scratch(f"raw {name}", spec, count)
             for name, spec in ((name, self._specs[name]) for name in self.columns)
+            if name != self._input or self._decoding is None
         }
 
+    def _decoded(self, raw: dict[str, Any], new: Callable[[TensorSpec, int], AnyArray]) -> dict[str, Any]:
+        """Return the columns with decoded pictures, in new memory, if they are encoded."""
+        if self._decoding is None:
+            return raw
+        encoded: Encoded = raw[self._input]
+        return {**raw, self._input: encoded.planes(new(self._decoding.spec, len(encoded)))}
+
     def _changed(
-        self, raw: dict[str, AnyArray], keys: UInt64Array, place: Placement, *, fresh: bool = False
+        self, raw: dict[str, Any], keys: UInt64Array, place: Placement, *, fresh: bool = False
     ) -> dict[str, AnyArray]:
         """Return the columns with the transformed inputs, in memory of a batch unless they are to be mixed."""
         ids = raw[SAMPLE_ID]
+        if self._change is None and (self._mixing is None or fresh):
+            raw = self._decoded(raw, place.buffer)
+        elif self._change is None or not self._change.decodes or not len(keys):
+            raw = self._decoded(raw, lambda spec, count: self._scratch("decoded", spec, count))
         made = raw if self._mixing is not None and not fresh else {name: raw[name] for name in self._delivered}
         if self._change is not None and len(keys):
 
@@ -424,7 +472,8 @@ class Lookup:
         Args:
             sample_id: Its id, or None.
             index: Its number, or None.
-            change: Makes the columns to return of the picked ones, (1, …) each.
+            change: Makes the columns to return of the picked ones, (1, …) each; values of any length come as they do
+                from `Shards.gather_ragged`.
 
         Raises:
             InputError: there is no such sample, or not exactly one of the arguments is given.
@@ -440,11 +489,18 @@ class Lookup:
         good = self.shards.usable(number)
         if good is not None and not good[0]:
             raise CorruptVersion(f"sample {number[0]} of {self._version.uri} is damaged or missing: {CURE}")
-        names = self.shards.picked
-        gathered = {name: self._place.buffer(self.shards.columns[name], 1) for name in names}
+        columns, ragged = self.shards.columns, self.shards.ragged
+        names = [name for name in self.shards.picked if name != ragged]
+        gathered: dict[str, Any] = {name: self._place.buffer(columns[name], 1) for name in names}
+        found = self.shards.gather_ragged(number) if ragged in self.shards.picked else None
         self.shards.gather(number, gathered)
+        if found is not None:
+            gathered[str(ragged)] = found
         if change is not None:
-            gathered = change(gathered, self._place)
+            try:
+                gathered = change(gathered, self._place)
+            except Undecodable as error:
+                raise self.shards.fault(int(number[0]), error.faults[0]) from error
         return {name: values[0] for name, values in self._place.receive(self._place.place(gathered)).items()}
 
     def _index_of(self, sample_id: int) -> int:

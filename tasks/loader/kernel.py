@@ -51,6 +51,20 @@ class Places(NamedTuple):
     batch_size: int
 
 
+class Values(NamedTuple):
+    """Places of values of any length.
+
+    Attributes:
+        located: (F,) address of the array of places of each file's values; 0 for files that weren't located.
+        addresses: (F,) address of each file's first byte.
+        ends: (F,) address of its end.
+    """
+
+    located: Int64Array
+    addresses: Int64Array
+    ends: Int64Array
+
+
 def _code_of_copy(_context: Any, _to: Any, _origin: Any, _count: Any) -> Any:
     """Generate a call of the C library's memcpy between two addresses, given as numbers."""
     from llvmlite import ir
@@ -348,6 +362,65 @@ def gather(places: Places, index: Int64Array, addresses: Int64Array, widths: Int
 
 
 @jit
+def unlocated_files(places: Places, index: Int64Array, values: Values, out: Int64Array) -> int:
+    """Write the files of some samples whose values of any length have no known place to `out`; return their number."""
+    count = 0
+    for sample in index:
+        file = _file(places, sample)
+        if not values.located[file]:
+            new = True
+            for i in range(count):
+                new = new and out[i] != file
+            if new:
+                out[count] = file
+                count += 1
+    return count
+
+
+@jit
+def find_values(places: Places, index: Int64Array, values: Values, out: Int64Array) -> int:
+    """Write address and bytes of each sample's value of any length to `out`, (2, n).
+
+    The bytes are those before the value. Return the first sample whose value would go beyond its file, -1 if none does.
+    """
+    count, address, size = len(index), out[0], out[1]
+    to = out.ctypes.data
+    size[:] = 0
+    for i in range(count):
+        file = _file(places, index[i])
+        _copy(to + 8 * i, values.located[file] + 8 * (index[i] - places.files[file]), 8)
+        address[i] += values.addresses[file]
+        _prefetch(address[i] - 4)
+    odd = -1
+    for i in range(count):
+        _copy(to + 8 * (count + i), address[i] - 4, 4)
+        if address[i] + size[i] > values.ends[_file(places, index[i])]:
+            odd = i if odd < 0 else odd
+    return odd
+
+
+@jit
+def copy_values(addresses: Int64Array, sizes: Int64Array, to: Int64Array) -> None:
+    """Copy values of any length: (n,) addresses, bytes, and addresses to copy them to."""
+    count = len(addresses)
+    for i in range(min(_AHEAD, count)):
+        _prefetch(addresses[i])
+    for i in range(count):
+        if i + _AHEAD < count:
+            _prefetch(addresses[i + _AHEAD])
+        _copy(to[i], addresses[i], sizes[i])
+
+
+@jit
+def fetch_values(addresses: Int64Array, ends: Int64Array, stop: UInt8Array) -> None:
+    """Read some ranges of memory from the disk; see `fetch`."""
+    for i in range(len(addresses)):
+        if not stop[0]:
+            page = addresses[i] // _PAGE * _PAGE
+            _populate(page, ends[i] - page)
+
+
+@jit
 def fetch(  # noqa: PLR0917 - compiled functions take arrays one by one
     places: Places, firsts: Int64Array, ends: Int64Array, addresses: Int64Array, widths: Int64Array, stop: UInt8Array
 ) -> None:
@@ -445,6 +518,14 @@ def interleave(planes: UInt8Array, out: npt.NDArray[np.uint32]) -> None:
     for p in range(len(out)):
         high = np.uint32(blue[p]) << np.uint32(16)
         out[p] = np.uint32(red[p]) | np.uint32(green[p]) << np.uint32(8) | high
+
+
+@jit
+def separate(pixels: npt.NDArray[np.uint32], out: UInt8Array) -> None:
+    """Write pixels of 32 bits, red first, as the planes of a picture: (P,) → (3, P)."""
+    red, green, blue = out[0], out[1], out[2]
+    for p in range(len(pixels)):
+        red[p], green[p], blue[p] = pixels[p] & 255, pixels[p] >> np.uint32(8) & 255, pixels[p] >> np.uint32(16) & 255
 
 
 @jit

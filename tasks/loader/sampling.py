@@ -22,12 +22,17 @@ from tasks.io.errors import ConfigError, CorruptVersion
 from tasks.io.tensors import Float64Array, Int64Array
 from tasks.loader.kernel import draw_key
 from tasks.loader.order import DRAWS
+from tasks.loader.samples import WEIGHT, SampleFormat
 from tasks.loader.version_files import CURE, Version, stored_column
 
 _BITS = 20  # of u, which keeps away from whole numbers: sums of floats are as good as exact
 _NEARLY = 1e-6  # of a sample: whole numbers of draws add up to whole numbers, whatever the rounding
 _NUMBERS = "use finite numbers, 0 or more"
-_FORMS = "give a mapping of classes to weights, or (ids, weights), two arrays of the same length"
+_FORMS = (
+    "give a mapping of classes to weights, or (ids, weights), two arrays of the same length, or 'weight' for the "
+    "stored weights"
+)
+_RANGES = 10  # of weights that are told apart
 
 
 class Draws:
@@ -107,6 +112,45 @@ def class_labels(version: Version, split: str) -> tuple[Int64Array, list[str]]:
     return labels, names
 
 
+def stored_weights(version: Version, split: str) -> Float64Array:
+    """Return the stored weight of each sample of a split, (n,).
+
+    Raises:
+        ConfigError: the version has no weights.
+        CorruptVersion: they can't be read, or aren't finite numbers of 0 or more.
+    """
+    if not SampleFormat.of(version.definition).weight:
+        raise ConfigError(
+            f"{version.uri} has no weights: make the copy with --weight COLUMN, or give weights by class or id"
+        )
+    values = stored_column(version, split, WEIGHT).astype(np.float64)
+    wrong = values[~((values >= 0) & np.isfinite(values))]
+    if len(wrong):
+        raise CorruptVersion(f"{version.uri}: weight {wrong[0]} of a sample is no finite number of 0 or more: {CURE}")
+    return values
+
+
+def weight_groups(version: Version, split: str) -> tuple[Int64Array, list[str]]:
+    """Return a group of samples of like weights for each sample of a split, (n,), and the names of all groups.
+
+    A group is a weight, or, if there are many, one of ten ranges of about equally many samples.
+
+    Raises:
+        ConfigError, CorruptVersion: as `stored_weights`.
+    """
+    weights = stored_weights(version, split)
+    values, groups, counts = np.unique(weights, return_inverse=True, return_counts=True)
+    if len(values) <= _RANGES:
+        return groups.astype(np.int64), [f"{value:.6g}" for value in values]
+    before = np.cumsum(counts) - counts
+    ranges = np.unique(before * _RANGES // len(weights), return_inverse=True)[1]
+    firsts = np.flatnonzero(np.diff(ranges, prepend=-1))
+    lasts = np.append(firsts[1:], len(values)) - 1
+    pairs = zip(values[firsts], values[lasts], strict=True)
+    names = [f"{low:.6g}" if low == high else f"{low:.6g} – {high:.6g}" for low, high in pairs]
+    return ranges[groups].astype(np.int64), names
+
+
 def weights_of(version: Version, split: str, weights: Any, balance: str | None) -> tuple[Int64Array, Float64Array]:
     """Return the group of each sample, (n,), and the weight of each group's samples, (G,).
 
@@ -114,13 +158,13 @@ def weights_of(version: Version, split: str, weights: Any, balance: str | None) 
         version: The version.
         split: The split.
         weights: Mapping of classes, by name or number, to weights of their samples; or a pair of arrays, ids and
-            weights; or None. Other samples have weight 1.
+            weights; or 'weight' for the stored ones; or None. Other samples have weight 1.
         balance: 'class' for weights by which each class is drawn equally often, or None.
 
     Raises:
         ConfigError: weights are of an unknown class or id, below zero, infinite, not a number, or all zero; both
-            arguments are given; or the version has no classes.
-        CorruptVersion: the labels or ids can't be read.
+            arguments are given; or the version has no classes, or no weights.
+        CorruptVersion: the labels, weights or ids can't be read.
     """
     if balance is not None and weights is not None:
         raise ConfigError("balance and weights: give one of them")
@@ -131,9 +175,11 @@ def weights_of(version: Version, split: str, weights: Any, balance: str | None) 
     if isinstance(weights, Mapping):
         labels, names = class_labels(version, split)
         return labels, _nonzero(_by_class(weights, names), labels)
-    if not isinstance(weights, tuple | list) or len(weights) != 2:
+    stored = isinstance(weights, str) and weights == WEIGHT
+    if not stored and (not isinstance(weights, tuple | list) or len(weights) != 2):
         raise ConfigError(f"weights = {weights!r:.80}: {_FORMS}")
-    values, groups = np.unique(_by_id(version, split, *weights), return_inverse=True)
+    found = stored_weights(version, split) if stored else _by_id(version, split, *weights)
+    values, groups = np.unique(found, return_inverse=True)
     return groups.astype(np.int64), _nonzero(values, groups)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -25,8 +25,23 @@ from tasks.io import storage
 from tasks.io.errors import CorruptVersion
 from tasks.io.tensors import AnyArray, BoolArray, Int32Array, Int64Array
 from tasks.loader.cache import FileCache
-from tasks.loader.kernel import BAD, GOOD, UNKNOWN, Places, batches_of, fetch, files_of, gather, unknown_batches
-from tasks.loader.samples import SampleFormat
+from tasks.loader.kernel import (
+    BAD,
+    GOOD,
+    UNKNOWN,
+    Places,
+    Values,
+    batches_of,
+    copy_values,
+    fetch,
+    fetch_values,
+    files_of,
+    find_values,
+    gather,
+    unknown_batches,
+    unlocated_files,
+)
+from tasks.loader.samples import PREFIX_BYTES, SampleFormat
 from tasks.loader.version_files import CURE, MappedFile, Version, misfits, missing_file, open_version
 from tasks.store import layout
 from tasks.store.manifest import FileEntry
@@ -58,7 +73,9 @@ class Shards:
     Attributes:
         samples: number of samples, including damaged ones.
         columns: columns of a sample, by name.
-        sample_bytes: bytes of all columns of a sample.
+        ragged: name of the column of values of any length; None if there is none.
+        decoded: pictures that are stored encoded, when they are decoded; None for other samples.
+        sample_bytes: bytes of all columns of a sample, of a mean one if its values have any length.
         files: number of files, including skipped ones.
         remote: True if its files come through the cache.
         skipped_files: number of skipped files.
@@ -84,6 +101,8 @@ class Shards:
         self._batch_size = form.batch_size
         self.remote = storage.is_s3(version.uri)
         self.columns, self.sample_bytes = form.columns, form.sample_bytes
+        self.decoded = form.decoded
+        self.ragged = next((name for name, spec in self.columns.items() if spec.variable), None)
         counts = np.array([entry.rows for entry in self._files], np.int64)
         self.samples, self.files = int(counts.sum()), len(self._files)
         self.skipped_files = 0
@@ -95,6 +114,7 @@ class Shards:
         self._read = np.empty(0, np.bool_)  # chunks that were fetched, once and for all
         self._stays = sum(entry.bytes for entry in self._files) < memory_bytes() // 2
         self.picked: tuple[str, ...] = ()
+        self._fixed: tuple[str, ...] = ()  # those of the picked columns whose values have one length
         self._widths = np.empty(0, np.int64)
         self._mapped: dict[int, MappedFile] = {}
         self._bad: set[int] = set()
@@ -128,6 +148,8 @@ class Shards:
             self._require(self._files_of(index, index + 1))
         if time.monotonic() >= self._next_look:
             self._look()
+        if self.ragged is not None:
+            self._locate(index)
         if self._unchecked or self._damaged:
             batches = np.empty(len(index), np.int64)
             batches_of(self._places, index, batches)
@@ -139,21 +161,71 @@ class Shards:
         return None
 
     def gather(self, index: Int64Array, out: Mapping[str, AnyArray]) -> None:
-        """Copy the values of some columns of usable samples.
+        """Copy the values of some columns of usable samples, each of one length.
 
         Args:
             index: (n,) samples that are usable.
             out: Target arrays by column: C-contiguous, (n, *shape).
         """
-        self.pick(tuple(out))
+        if (names := tuple(out)) != self._fixed:
+            self.pick(names)
         to = np.array([values.__array_interface__["data"][0] for values in out.values()], np.int64)
         gather(self._places, index, self._addresses, self._widths, to)
 
+    def find(self, index: Int64Array) -> tuple[Int64Array, Int64Array]:
+        """Return address and bytes of the values of any length of usable samples, (n,) each.
+
+        They are valid until the next call of another method. `kernel.copy_values` copies them.
+
+        Raises:
+            CorruptVersion: lengths were changed since they were checked.
+        """
+        found = np.empty((2, len(index)), np.int64)
+        if (odd := find_values(self._places, index, self._values, found)) >= 0:
+            [file] = self._files_of(index[odd : odd + 1], index[odd : odd + 1] + 1)
+            raise CorruptVersion(f"{self._mapped[file].name}: its lengths were changed while it was read: {CURE}")
+        return found[0], found[1]
+
+    def gather_ragged(self, index: Int64Array) -> tuple[AnyArray, Int64Array]:
+        """Return the values of any length of usable samples: elements, (m,), and where each one starts, (n + 1,)."""
+        assert self.ragged is not None, "its values have one length"
+        spec, (addresses, sizes) = self.columns[self.ragged], self.find(index)
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        data = np.empty(starts[-1] // spec.width, spec.dtype)
+        copy_values(addresses, sizes, data.ctypes.data + starts[:-1])
+        return data, starts // spec.width
+
+    def fault(self, sample: int, what: str) -> CorruptVersion:
+        """Return the error of a sample that can't be decoded."""
+        file = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        uri = layout.join(self._version.uri, self._files[file].path)
+        return CorruptVersion(f"{uri}: sample {sample - self._starts[file]} can't be decoded: {what}: {CURE}")
+
+    def leave_out(self, faults: Mapping[int, str]) -> None:
+        """Skip samples that can't be decoded from now on, or raise the error of the first one.
+
+        Args:
+            faults: Why not, by the sample's number.
+
+        Raises:
+            CorruptVersion: `on_corrupt` is 'raise'; or all samples are damaged.
+        """
+        for sample, what in faults.items():
+            error = self.fault(sample, what)
+            if not self._skip:
+                raise error
+            batch = np.empty(1, np.int64)
+            batches_of(self._places, np.array([sample]), batch)
+            self._mark(int(batch[0]), BAD)
+            self._refuse_if_nothing_is_left(error)
+
     def pick(self, names: tuple[str, ...]) -> None:
         """Choose the columns to gather."""
-        if names != self.picked:
-            self.picked = names
-            self._widths = np.array([self.columns[name].width for name in names], np.int64)
+        self.picked = names
+        fixed = tuple(name for name in names if not self.columns[name].variable)
+        if fixed != self._fixed:
+            self._fixed = fixed
+            self._widths = np.array([self.columns[name].width for name in fixed], np.int64)
             self._pick()
 
     def soon(self, firsts: Int64Array, ends: Int64Array, chunk: int) -> None:
@@ -196,6 +268,21 @@ class Shards:
         self._read[firsts // chunk] = self._stays
         addresses, widths = self._addresses, self._widths
         self._pool.submit(fetch, self._places, firsts[fresh], ends[fresh], addresses, widths, self._halt)
+        if self.ragged in self.picked:
+            self._locate(np.stack([firsts, ends - 1]).ravel())
+            ranges = [one for pair in zip(firsts[fresh], ends[fresh], strict=True) for one in self._ranges(*pair)]
+            if ranges:
+                starts, stops = np.array(ranges, np.int64).T.copy()
+                self._pool.submit(fetch_values, starts, stops, self._halt)
+
+    def _ranges(self, first: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield address and end of the values of any length of a chunk in each of its files, but for the last one."""
+        for file in self._files_of(np.array([first]), np.array([end])):
+            mapped = self._mapped[file]
+            if mapped.places is not None:
+                own = mapped.places[max(first - self._starts[file], 0) : end - self._starts[file]]
+                if len(own) and own.min() >= 0:
+                    yield mapped.address + int(own[0]) - PREFIX_BYTES, mapped.address + int(own[-1])
 
     def _files_of(self, firsts: Int64Array, ends: Int64Array) -> list[int]:
         """Return the files of some ranges of samples, in their order."""
@@ -253,6 +340,7 @@ class Shards:
             if times and mapped.was_written():
                 own = self._status[self._batch_starts[file] : self._batch_starts[file + 1]]
                 own[own == GOOD] = UNKNOWN
+                mapped.places, self._values.located[file] = None, 0
                 self._unchecked = int(np.count_nonzero(self._status == UNKNOWN)) if self._verify else 0
         now = time.monotonic()
         if times:
@@ -287,6 +375,30 @@ class Shards:
         for file, fault in misfits(self._version, self._files):
             self._leave_out(file, fault)
 
+    def _locate(self, index: Int64Array) -> None:
+        """Find the places of the values of any length in the files of some samples."""
+        found = np.empty(len(index), np.int64)
+        for file in found[: unlocated_files(self._places, index, self._values, found)].tolist():
+            mapped = self._mapped.get(file)
+            if mapped is None or file in self._bad:
+                continue
+            for group in mapped.locate():
+                fault = CorruptVersion(
+                    f"{mapped.name}: the lengths in row group {group} aren't those of its {self.ragged}s: {CURE}"
+                )
+                self._discard(file)
+                if not self._skip:
+                    raise fault
+                first, end = (self._batch_starts[file] - -mapped.starts[group : group + 2] // self._batch_size).tolist()
+                self._mark(slice(first, end), BAD)
+                self._refuse_if_nothing_is_left(fault)
+            self._values.located[file] = mapped.places.ctypes.data if mapped.places is not None else 0
+
+    def _discard(self, file: int) -> None:
+        """Drop a damaged file from the cache, so that it's downloaded anew next time."""
+        if self._cache is not None and self.remote:
+            self._cache.discard(self._files[file])
+
     def _check_batches(self, batches: Int64Array) -> None:
         if len(self._unknown) < len(batches):
             self._unknown = np.empty(len(batches), np.int64)
@@ -301,8 +413,7 @@ class Shards:
                 self._status[batch] = GOOD
                 self._unchecked -= 1
             except CorruptVersion as error:
-                if self._cache is not None and self.remote:
-                    self._cache.discard(self._files[file])
+                self._discard(file)
                 if not self._skip:
                     raise
                 self._mark(int(batch), BAD)
@@ -327,12 +438,17 @@ class Shards:
             batches=self._batch_starts,
             batch_size=self._batch_size,
         )
+        located, addresses, ends = np.zeros((3, len(self._files)), np.int64)
+        for file, mapped in self._mapped.items():
+            located[file] = mapped.places.ctypes.data if mapped.places is not None else 0
+            addresses[file], ends[file] = mapped.address, mapped.address + mapped.bytes
+        self._values = Values(located, addresses, ends)
         self._pick()
 
     def _pick(self) -> None:
         """Build the table of the picked columns' addresses, (columns, row groups)."""
-        self._addresses = np.empty((len(self.picked), len(self._places.starts)), np.int64)
-        for row, name in zip(self._addresses, self.picked, strict=True):
+        self._addresses = np.empty((len(self._fixed), len(self._places.starts)), np.int64)
+        for row, name in zip(self._addresses, self._fixed, strict=True):
             for file, mapped in self._mapped.items():
                 first, end = self._places.groups[file : file + 2]
                 row[first:end] = mapped.address + mapped.columns[name].offsets

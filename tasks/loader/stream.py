@@ -43,7 +43,8 @@ from tasks.loader.cache import FileCache, limit_of, local_directory
 from tasks.loader.order import ORDER, EpochOrder, Remainder, Share, Sizes, batch_count, step_count
 from tasks.loader.placement import Constants, placement
 from tasks.loader.prefetch import Prefetch
-from tasks.loader.sampling import Draws, class_labels, weights_of
+from tasks.loader.samples import IMAGE, LENGTH, WEIGHT
+from tasks.loader.sampling import Draws, class_labels, weight_groups, weights_of
 from tasks.loader.shards import OnCorrupt, Shards, memory_bytes
 from tasks.loader.version_files import open_version, refuse_misfits
 
@@ -131,7 +132,7 @@ class BatchStream(abc.ABC):
         remainder: Treatment of an epoch's rest: 'pad' repeats the epoch's first samples to fill all workers'
             last batches, and adds a boolean column 'mask' to each batch, False for the repeated ones; 'drop' leaves
             out an incomplete batch of each worker.
-        columns: Some of 'features' or 'image', 'label', 'sample_id'; None: all available ones.
+        columns: Some of 'features' or 'image', 'label', 'weight', 'sample_id'; None: all available ones but the weight.
         normalise: True for inputs as (x - mean) / std with the version's constants, and pixels as x / 255 before.
         dtype: Element type of the inputs, of torch, of numpy or by its name: float32, float16, bfloat16, float64. None:
             float32 if they are normalised, else as stored.
@@ -149,7 +150,8 @@ class BatchStream(abc.ABC):
             are floats then aren't normalised.
         mixup: Parameter alpha of MixUp with another sample of the epoch, such as 0.2. Labels are float32 (n, classes).
         cutmix: Likewise of CutMix; with both, each is for half of the samples.
-        transform_threads: Threads that transform; None: for an `Augmentation` this worker's share of the CPUs, else 1.
+        transform_threads: Threads that transform, and decode; None: for an `Augmentation`, and for decoding, this
+            worker's share of the CPUs, else 1.
 
     Raises:
         ConfigError: an argument is invalid, or it isn't a streaming-ready version.
@@ -213,11 +215,17 @@ class BatchStream(abc.ABC):
         self._cache_limits = cache_dir, cache_bytes
         self._open_files()
         first = self._opened[0]
-        self._columns = picked_columns(columns, list(first.columns))
-        if transform is None and transform_threads is not None:
+        there = [name for name in first.columns if all(name in shards.columns for shards in self._opened)]
+        if first.decoded is not None:
+            there.remove(LENGTH)  # of the encoded picture
+        usual = [name for name in there if name != WEIGHT]
+        self._columns = usual if columns is None else picked_columns(columns, there)
+        self._alters = bool(transform is not None or mixup or cutmix)
+        decodes = first.decoded is not None and IMAGE in self._columns
+        if transform is None and transform_threads is not None and not decodes:
             raise ConfigError(f"transform_threads = {transform_threads!r} without a transform: leave it out")
         self._new_delivery: Callable[..., Delivery] | None = None
-        if transform is not None or mixup or cutmix:
+        if self._alters or decodes:
             self._new_delivery = functools.partial(
                 Delivery,
                 transform=transform,
@@ -226,13 +234,15 @@ class BatchStream(abc.ABC):
                 threads=transform_threads,
                 definition=self.definition,
                 specs=first.columns,
+                decoded=first.decoded,
                 columns=self._columns,
                 normalise=normalise,
             )
         self._begin_delivery()
-        if batch_size * first.sample_bytes > memory_bytes():
+        width = first.sample_bytes + (first.decoded.width if first.decoded is not None else 0)
+        if batch_size * width > memory_bytes():
             raise ConfigError(
-                f"batch_size = {batch_size}: a batch of samples of {first.sample_bytes:,} bytes is more than "
+                f"batch_size = {batch_size}: a batch of samples of {width:,} bytes is more than "
                 "this machine's memory; use smaller ones"
             )
         self._epoch = self._consumed = self._moves = self._changes = 0
@@ -449,10 +459,10 @@ class BatchStream(abc.ABC):
             placed = placement(self._constants, self._device, self._as_numpy, buffers=0)
             self._lookups[source] = Lookup(version, self._split, shards, placed)
         lookup, shards = self._lookups[source], self._lookups[source].shards
-        if epoch is None:
+        if epoch is None and (self._new_delivery is None or shards.decoded is None):
             shards.pick(tuple(self._columns))
             return lookup.sample(sample_id, index)
-        if self._new_delivery is None:
+        if self._new_delivery is None or (epoch is not None and not self._alters):
             raise ConfigError(f"epoch = {epoch!r}: without a transform a sample is the same in each; leave it out")
         if self._shown is None:  # beside the one of the producing thread
             self._shown = self._new_delivery(threads=1)
@@ -460,7 +470,7 @@ class BatchStream(abc.ABC):
         change = functools.partial(
             self._shown.single,
             seed=self._sources()[source].seed,
-            epoch=whole_number("epoch", epoch, "epochs are counted from 0"),
+            epoch=None if epoch is None else whole_number("epoch", epoch, "epochs are counted from 0"),
             copy=whole_number("copy", copy, "copies are counted from 0"),
         )
         return lookup.sample(sample_id, index, change)
@@ -576,7 +586,8 @@ class TrainingStream(BatchStream):
         batch_size: Samples of a batch of each worker.
         balance: 'class' to draw each class equally often.
         weights: Weights by which samples are drawn: a mapping of classes, by name or number, to the weight of each of
-            their samples, or a pair of arrays (ids, weights), int64 and float64. Others have weight 1.
+            their samples, or a pair of arrays (ids, weights), int64 and float64, others having weight 1; or 'weight'
+            for those that are stored beside the samples.
         replacement: False: no sample comes twice in an epoch. Then an epoch of weighted samples is as long as the
             proportions allow; balanced, each class comes as often as the smallest one.
         epoch_size: Samples of an epoch over all workers; None: as many as the split has. Epochs smaller than the split
@@ -584,13 +595,13 @@ class TrainingStream(BatchStream):
         repeat: Samples of an epoch as a multiple of the split's.
         options: Those of `BatchStream`.
 
-    Drawn samples come as often as their weight says, rounded down or up in each epoch; so does each class, of which
+    Drawn samples come as often as their weight says, rounded down or up in each epoch; so does each class.
     `distribution` tells more.
 
     Raises:
         ConfigError: an argument is invalid, or it isn't a streaming-ready version.
         VersionNotFound: there is no such published version.
-        CorruptVersion: as for `BatchStream`; or the labels or ids that weights need can't be read.
+        CorruptVersion: as for `BatchStream`; or the labels, weights or ids that are drawn by can't be read.
 
     """
 
@@ -600,7 +611,7 @@ class TrainingStream(BatchStream):
         *,
         batch_size: int,
         balance: Literal["class"] | None = None,
-        weights: Mapping[Any, float] | tuple[Any, Any] | None = None,
+        weights: Mapping[Any, float] | tuple[Any, Any] | Literal["weight"] | None = None,
         replacement: bool = True,
         epoch_size: int | None = None,
         repeat: int = 1,
@@ -659,16 +670,20 @@ class TrainingStream(BatchStream):
         """
         return self._sample(0, sample_id, index, epoch, copy)
 
-    def distribution(self) -> dict[str, dict[str, int]]:
+    def distribution(self, by: Literal["class", "weight"] = "class") -> dict[str, dict[str, int]]:
         """Return the samples of each class: 'natural' in the split, and 'epoch' in the current epoch over all workers.
 
-        The labels are read anew.
+        The labels, or weights, are read anew.
+
+        Args:
+            by: 'weight' for the samples of each stored weight, or of ranges of them if there are more than ten.
 
         Raises:
-            ConfigError: the version has no classes.
-            CorruptVersion: the labels can't be read.
+            ConfigError: the version has no classes, or no weights.
+            CorruptVersion: they can't be read.
         """
-        labels, names = class_labels(self._version, self._split)
+        one_of("by", by, ("class", "weight"))
+        labels, names = (class_labels if by == "class" else weight_groups)(self._version, self._split)
         drawn = labels if self._draws is None else labels[self._draws.of_epoch(self._seed, self._epoch)]
         counts = {"natural": labels, "epoch": drawn}
         return {

@@ -9,6 +9,9 @@
 The key of a sample's draws is a hash of (seed, epoch, sample id, which of its copies in the epoch it is). So its pixels
 are the same for any number of workers, batch size and prefetch, and after resuming, and others in the next epoch.
 
+Pictures that are stored encoded are decoded by the same threads, each just before it is transformed: by the decoder of
+the augmentation flow, so that they are the pixels that the flow stores otherwise.
+
 Transforms run in the thread that makes batches ahead, or in several. The generators of the process belong to the
 training: neither its dropout nor a transform may take draws from the other. So torch's random operations are given the
 sample's generator while they are dispatched, which concerns one thread only, and torchvision draws as it would after
@@ -19,10 +22,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -31,9 +33,9 @@ import numpy as np
 import xxhash
 
 from tasks.io.errors import ConfigError
-from tasks.io.tensors import AnyArray, Int64Array, TensorSpec, UInt64Array
+from tasks.io.tensors import AnyArray, Int64Array, TensorSpec, UInt8Array, UInt64Array
 from tasks.loader.arguments import whole_number
-from tasks.loader.kernel import interleave
+from tasks.loader.kernel import interleave, separate
 
 if TYPE_CHECKING:
     from tasks.images.config import Augmentation
@@ -50,42 +52,144 @@ _KINDS = (
 
 
 class _Team:
-    """Threads that share the samples of a batch."""
+    """Threads that share the samples of a batch: each takes the next one when it is done with one."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._pool = ThreadPoolExecutor(count, "transform") if count > 1 else None
 
-    def run(self, count: int, work: Callable[[int, range], None]) -> None:
-        """Call a function with the number of a thread and its range of samples, in each thread."""
-        bounds = np.linspace(0, count, self.count + 1).astype(int).tolist()
-        shares = [range(low, high) for low, high in itertools.pairwise(bounds)]
+    def run(self, count: int, work: Callable[[int, Iterator[int]], None]) -> None:
+        """Call a function with the number of a thread and an iterator over its samples, in each thread."""
+        rows = iter(range(count))  # of which each number comes once, whoever asks for it
         if self._pool is None:
-            work(0, shares[0])
+            work(0, rows)
         else:
-            list(self._pool.map(work, range(self.count), shares))
+            list(self._pool.map(work, range(self.count), [rows] * self.count))
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
 
+class Undecodable(Exception):
+    """Some encoded pictures can't be decoded.
+
+    Attributes:
+        faults: why not, by the number of the sample.
+    """
+
+    def __init__(self, faults: Mapping[int, str]) -> None:
+        super().__init__(f"{len(faults)} pictures can't be decoded")
+        self.faults = faults
+
+
+class Decoding:
+    """Decoder of encoded pictures in threads.
+
+    Args:
+        spec: Shape and element type of a decoded picture: (3, height, width), uint8.
+        team: The threads.
+
+    """
+
+    def __init__(self, spec: TensorSpec, team: _Team) -> None:
+        from tasks.images.decode import Decoded, Decoder
+
+        self.spec, self.team, self._kind = spec, team, Decoded
+        _, self._height, self._width = spec.shape
+        self._decoders = [Decoder(self._height * self._width, (255, 255, 255)) for _ in range(team.count)]
+
+    def pixels(self, worker: int, data: UInt8Array) -> UInt8Array | str:
+        """Decode a picture in a thread: (height, width, 4), red, green, blue and any; or why not.
+
+        They are valid until the thread's next call.
+        """
+        found = self._decoders[worker].decode(data.data)
+        wanted = f"a picture of {self._width} × {self._height} pixels"
+        if isinstance(found, self._kind):
+            height, width, _ = found.pixels.shape
+            if (height, width) == (self._height, self._width):
+                return found.pixels
+            return f"it has {width} × {height} pixels, and the manifest says {wanted}"
+        if found.reason == "too_many_pixels":
+            return f"it has more pixels than {wanted}, as the manifest says"
+        return f"{found.reason}: {found.detail}"
+
+
+class Encoded:
+    """Encoded pictures of some samples, which are decoded when they are used.
+
+    Args:
+        data: Their bytes, one after the other.
+        starts: (n + 1,) where each starts.
+        decoding: The decoder.
+
+    """
+
+    def __init__(self, data: UInt8Array, starts: Int64Array, decoding: Decoding) -> None:
+        self._data, self._starts, self._decoding = data, starts, decoding
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return int(self._data.nbytes)
+
+    def each(self, work: Callable[[int, int, UInt8Array], None]) -> None:
+        """Call a function with each decoded picture, in the threads: their number, the sample's, and its pixels.
+
+        Raises:
+            Undecodable: some can't be decoded; the function was called with the others.
+        """
+        faults: dict[int, str] = {}
+
+        def share(worker: int, rows: Iterator[int]) -> None:
+            for row in rows:
+                pixels = self._decoding.pixels(worker, self._data[self._starts[row] : self._starts[row + 1]])
+                if isinstance(pixels, str):
+                    faults[row] = pixels
+                else:
+                    work(worker, row, pixels)
+
+        self._decoding.team.run(len(self), share)
+        if faults:
+            raise Undecodable(faults)
+
+    def planes(self, out: AnyArray) -> AnyArray:
+        """Write the decoded pictures, (n, 3, height, width); return the array.
+
+        Raises:
+            Undecodable: some can't be decoded.
+        """
+        self.each(lambda _, row, pixels: separate(pixels.reshape(-1).view(np.uint32), out[row].reshape(3, -1)))
+        return out
+
+
 class Change(Protocol):
-    """Change of the inputs of some samples."""
+    """Change of the inputs of some samples.
+
+    Attributes:
+        team: threads that change them.
+        decodes: True if it takes encoded pictures as they are.
+    """
 
     team: _Team
+    decodes: bool
 
-    def apply(self, values: AnyArray, keys: UInt64Array, ids: Int64Array, new: New) -> AnyArray:
+    def apply(self, values: Any, keys: UInt64Array, ids: Int64Array, new: New) -> AnyArray:
         """Return the changed inputs of n samples.
 
         Args:
-            values: (n, *shape) inputs as stored, which may be written to.
+            values: (n, *shape) inputs as stored, which may be written to; or `Encoded` ones.
             keys: (n,) keys of their draws.
             ids: (n,) ids, for messages.
             new: Memory for the result.
 
         Raises:
             ConfigError: a transform gave something that can't be delivered.
+            Undecodable: some pictures can't be decoded.
         """
         ...
 
@@ -93,36 +197,44 @@ class Change(Protocol):
 class _Augmented:
     """Pictures augmented by the compiled kernel of the augmentation flow."""
 
+    decodes = True
+
     def __init__(self, augmentation: Augmentation, spec: TensorSpec, team: _Team) -> None:
         from tasks.images.kernel import FusedEngine
 
         self.team, self._augmentation = team, augmentation
         self._made = TensorSpec((3, augmentation.size, augmentation.size), "uint8")
-        _, height, width = spec.shape
+        _, self._height, self._width = spec.shape
         self._engines = [FusedEngine(augmentation) for _ in range(team.count)]
-        self._pixels = [np.empty((height, width, 4), np.uint8) for _ in range(team.count)]
+        self._pixels = [np.empty((self._height, self._width, 4), np.uint8) for _ in range(team.count)]
+        self._figures = [np.empty((1, 2), np.float32) for _ in range(team.count)]
 
-    def apply(self, values: AnyArray, keys: UInt64Array, ids: Int64Array, new: New) -> AnyArray:  # noqa: ARG002
+    def apply(self, values: Any, keys: UInt64Array, ids: Int64Array, new: New) -> AnyArray:  # noqa: ARG002
         from tasks.images.draws import draw
 
-        count, _, height, width = values.shape
-        heights, widths = np.full((2, count), [[height], [width]], np.int64)
+        heights, widths = np.full((2, len(keys)), [[self._height], [self._width]], np.int64)
         draws = draw(keys, heights, widths, self._augmentation)
         out = new(self._made)
 
-        def work(worker: int, rows: range) -> None:
-            engine, pixels = self._engines[worker], self._pixels[worker]
-            flat, figures = pixels.reshape(-1).view(np.uint32), np.empty((1, 2), np.float32)
+        def augment(worker: int, row: int, pixels: UInt8Array) -> None:
+            self._engines[worker].augment(pixels, draws, row, out[row : row + 1], self._figures[worker])
+
+        def share(worker: int, rows: Iterator[int]) -> None:
+            pixels = self._pixels[worker]
+            flat = pixels.reshape(-1).view(np.uint32)
             for row in rows:
                 interleave(values[row].reshape(3, -1), flat)
-                engine.augment(pixels, draws, row, out[row : row + 1], figures)
+                augment(worker, row, pixels)
 
-        self.team.run(count, work)
+        if isinstance(values, Encoded):
+            values.each(augment)
+        else:
+            self.team.run(len(values), share)
         return out
 
 
 class _Called:
-    """Samples transformed by a caller's function, or by torchvision.
+    """Samples transformed by a caller's function, or by torchvision; decoded before.
 
     Args:
         function: Of a tensor; or of an array and a numpy Generator.
@@ -131,12 +243,14 @@ class _Called:
 
     """
 
+    decodes = False
+
     def __init__(self, function: Callable[..., Any], team: _Team, *, numpy: bool) -> None:
         self.team, self._function = team, function
         self._calls = [_with_generator(function) if numpy else _with_torch(function) for _ in range(team.count)]
         self._first: tuple[TensorSpec, int] | None = None
 
-    def apply(self, values: AnyArray, keys: UInt64Array, ids: Int64Array, new: New) -> AnyArray:
+    def apply(self, values: Any, keys: UInt64Array, ids: Int64Array, new: New) -> AnyArray:
         from tasks.images.draws import policy_seeds
 
         seeds = policy_seeds(keys, 1).tolist()
@@ -146,7 +260,7 @@ class _Called:
         spec, number = self._first
         out = new(spec)
 
-        def work(worker: int, rows: range) -> None:
+        def work(worker: int, rows: Iterator[int]) -> None:
             for row in rows:
                 made = self._call(worker, values[row], seeds[row], int(ids[row]))
                 found = TensorSpec(made.shape, made.dtype.name)
@@ -254,6 +368,11 @@ def _drawing_from(generator: Any, operation: Any) -> Callable[..., Any]:
             "a function of a sample and a numpy Generator"
         )
     return functools.partial(other, generator=generator)
+
+
+def decoding_of(spec: TensorSpec, threads: Any) -> Decoding:
+    """Return a decoder of pictures in threads of its own."""
+    return Decoding(spec, _Team(_threads(threads, _cpus())))
 
 
 def change_of(transform: Any, spec: TensorSpec, threads: Any, *, pictures: bool) -> tuple[Change, dict[str, str]]:

@@ -21,9 +21,9 @@ import xxhash
 
 from tasks.io import storage
 from tasks.io.errors import ConfigError, CorruptVersion
-from tasks.io.tensors import Int64Array, TensorSpec, tensor_spec, to_numpy
+from tasks.io.tensors import AnyArray, Int64Array, TensorSpec, tensor_spec, to_numpy
 from tasks.loader.arguments import place
-from tasks.loader.samples import BATCH_SIZE, SampleFormat, noted_ids
+from tasks.loader.samples import BATCH_SIZE, LENGTH, PREFIX_BYTES, SampleFormat, noted_ids
 from tasks.store import layout, versions
 from tasks.store.manifest import FileEntry, Manifest
 
@@ -40,10 +40,12 @@ class RawColumn:
     Attributes:
         spec: Shape and element type of a value.
         offsets: int64 (row groups,), start of each row group's values in the file.
+        sizes: int64 (row groups,), bytes of each row group's values, with the prefixes of values of any length.
     """
 
     spec: TensorSpec
     offsets: Int64Array
+    sizes: Int64Array
 
 
 class MappedFile:
@@ -55,9 +57,13 @@ class MappedFile:
 
     Attributes:
         columns: Columns by name, in the schema's order.
+        ragged: The column of values of any length; None if there is none.
         starts: int64 (row groups + 1,), first sample of each row group, and the end.
         batch_size: Samples of a batch.
         address: Address of the file's first byte; valid as long as this object exists.
+        bytes: Length of the file.
+        places: int64 (samples,), start of each value of any length in the file, after `locate`; −1 where the lengths
+            contradict the page. None before.
 
     Raises:
         CorruptVersion: it isn't a Parquet file of samples, or its values aren't contiguous.
@@ -76,10 +82,15 @@ class MappedFile:
         except (pa.ArrowInvalid, ValueError) as error:
             raise CorruptVersion(f"{name} can't be read as Parquet ({error}): {CURE}") from error
         self.address: int = self._bytes.ctypes.data
+        self.bytes = len(self._bytes)
+        self.places: Int64Array | None = None
         footer = self._parquet.metadata
         rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
         self.starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
         self.columns = {name: self._raw_column(spec, place) for place, (name, spec) in enumerate(specs.items())}
+        self.ragged = next((column for column in self.columns.values() if column.spec.variable), None)
+        if self.ragged is not None and self.columns.get(LENGTH, self.ragged).spec != TensorSpec((), "int64"):
+            raise CorruptVersion(f"{name}: values of any length have no int64 column {LENGTH!r} beside them: {CURE}")
         size = (footer.metadata or {}).get(BATCH_SIZE.encode(), b"")
         self.batch_size = int(size) if size.isdigit() else 0
         if not self.batch_size or (self.starts[:-1] % self.batch_size).any():
@@ -127,6 +138,12 @@ class MappedFile:
         group = int(np.searchsorted(self.starts, first, side="right")) - 1
         hasher = xxhash.xxh3_128()
         for column in self.columns.values():
+            if column is self.ragged:
+                page = self._page(group, first, count)
+                if page is None:
+                    return False
+                hasher.update(page)
+                continue
             start = int(column.offsets[group]) + (first - int(self.starts[group])) * column.spec.width
             hasher.update(self._view[start : start + count * column.spec.width])
         if not self._checksums:
@@ -135,23 +152,66 @@ class MappedFile:
                 raise CorruptVersion(f"{self.name} has {len(self._checksums)} checksums of {batches} batches: {CURE}")
         return hasher.hexdigest() == self._checksums[batch]
 
+    def locate(self) -> list[int]:
+        """Find the places of values of any length by their lengths; return the row groups where those can't be right.
+
+        The first call reads the column of lengths, and keeps 8 bytes a sample.
+        """
+        assert self.ragged is not None, "values of one length are found without their places"
+        width = self.ragged.spec.width
+        places, odd = np.empty(self.samples, np.int64), []
+        for group, (start, end) in enumerate(itertools.pairwise(self.starts.tolist())):
+            lengths, own = self._lengths(group, start, end - start), places[start:end]
+            most = int(self.ragged.sizes[group])
+            # Sums of lengths below this can't overflow: a page has at most 2**31 bytes and values.
+            if end > start and lengths.min() >= 0 and lengths.max() <= most:
+                ends = np.cumsum(lengths * width + PREFIX_BYTES)
+                if ends[-1] == most:
+                    own[:] = self.ragged.offsets[group] + ends - lengths * width
+                    continue
+            own[:] = -1
+            odd.append(group)
+        self.places = places
+        return odd
+
+    def _lengths(self, group: int, first: int, count: int) -> Int64Array:
+        """Return the lengths of some samples of a row group, as the file has them now."""
+        place = int(self.columns[LENGTH].offsets[group]) + (first - int(self.starts[group])) * 8
+        return np.frombuffer(self._map, "<i8", count, place)
+
+    def _page(self, group: int, first: int, count: int) -> memoryview | None:
+        """Return the part of a page with values of any length; None if it has other lengths than their column."""
+        assert self.ragged is not None, "there are such values"
+        if self.places is None:
+            self.locate()
+        assert self.places is not None, "they were located"
+        places = self.places[first : first + count]
+        sizes = self._lengths(group, first, count) * self.ragged.spec.width
+        start, end = int(places[0]) - PREFIX_BYTES, int(places[-1] + sizes[-1])
+        if start < 0 or end > self.ragged.offsets[group] + self.ragged.sizes[group]:
+            return None
+        prefixes = self._bytes[places[:, None] - PREFIX_BYTES + np.arange(PREFIX_BYTES)].view("<u4").ravel()
+        return self._view[start:end] if np.array_equal(prefixes, sizes) else None
+
     def _raw_column(self, spec: TensorSpec, position: int) -> RawColumn:
         footer, column = self._parquet.metadata, self._parquet.schema.column(position)
         if column.path != column.name or column.max_definition_level:
             raise CorruptVersion(f"{self.name}: column {column.path!r} may hold nulls, which samples mustn't: {CURE}")
-        offsets = np.empty(footer.num_row_groups, np.int64)
+        offsets, sizes = np.empty((2, footer.num_row_groups), np.int64)
         for group in range(footer.num_row_groups):
             chunk = footer.row_group(group).column(position)
-            size = footer.row_group(group).num_rows * spec.width
-            end = chunk.data_page_offset + chunk.total_compressed_size
-            offsets[group] = end - size
             header = bytes(self._bytes[chunk.data_page_offset : chunk.data_page_offset + _HEADER_BYTES])
-            if chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page or _page_bytes(header) != size:
+            found, size = _page_bytes(header), footer.row_group(group).num_rows * spec.width
+            if spec.variable and found is not None:
+                size = found if found <= chunk.total_compressed_size else -1
+            end = chunk.data_page_offset + chunk.total_compressed_size
+            offsets[group], sizes[group] = end - size, size
+            if chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page or found != size:
                 raise CorruptVersion(
                     f"{self.name}: the values of column {column.name!r} don't lie one after the other in row group "
                     f"{group}; write the file as tasks/delivery/FORMAT.md says, and publish it anew"
                 )
-        return RawColumn(spec, offsets)
+        return RawColumn(spec, offsets, sizes)
 
 
 def _page_bytes(header: bytes) -> int | None:
@@ -285,8 +345,8 @@ def missing_file(uri: str) -> CorruptVersion:
     return CorruptVersion(f"{uri} is missing, but its manifest lists it: {CURE}")
 
 
-def stored_column(version: Version, split: str, name: str) -> Int64Array:
-    """Return the labels or ids of all samples of a split, (n,) int64, in the order of the files.
+def stored_column(version: Version, split: str, name: str) -> AnyArray:
+    """Return the labels, weights or ids of all samples of a split, (n,), in the order of the files.
 
     Only this column is read, also from S3. It isn't compared with checksums.
 
@@ -294,7 +354,7 @@ def stored_column(version: Version, split: str, name: str) -> Int64Array:
         ConfigError: there is no such split, or it has no samples.
         CorruptVersion: a file is missing, or can't be read.
     """
-    found = []
+    found, dtype = [], SampleFormat.of(version.definition).columns[name].dtype
     for entry in version.files(split):
         uri = layout.join(version.uri, entry.path)
         try:
@@ -302,8 +362,8 @@ def stored_column(version: Version, split: str, name: str) -> Int64Array:
                 values = to_numpy(pq.read_table(file, columns=[name]), name)
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise CorruptVersion(f"{uri}: its column {name!r} can't be read ({error}): {CURE}") from error
-        if len(values) != entry.rows or values.dtype != np.int64:
-            what = f"{len(values)} {values.dtype} in {name!r} instead of {entry.rows} int64"
+        if len(values) != entry.rows or values.dtype != dtype:
+            what = f"{len(values)} {values.dtype} in {name!r} instead of {entry.rows} {dtype}"
             raise CorruptVersion(f"{uri}: {what}: {CURE}")
         found.append(values)
     return np.concatenate(found)
@@ -336,6 +396,7 @@ _MEANINGS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "kind": lambda definition: definition["kind"],
     "shape": lambda definition: SampleFormat.of(definition).shape,
     "feature": lambda definition: [feature["name"] for feature in definition.get("features", ())],
+    "encoding": lambda definition: SampleFormat.of(definition).encoding,
     "kind of label": lambda definition: (definition["label"] or {}).get("kind"),
     "class": lambda definition: list((definition["label"] or {}).get("classes") or ()),
 }

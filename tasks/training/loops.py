@@ -291,8 +291,8 @@ class TrainingRun:
         send: takes a message and, with a checkpoint, the state to keep; used by `report` and `save`.
         meter: counts what `train` delivers.
         on_batch: called for each batch that was trained on, with the epoch, the number of the step and the batch.
-        drawn: samples of each class or source, 'natural' in the split and 'epoch' in an epoch; empty if each sample of
-            one version comes once.
+        drawn: samples of each class, weight or source, 'natural' in the split and 'epoch' in an epoch; empty if each
+            sample of one version comes once.
     """
 
     definition: Mapping[str, Any]
@@ -356,7 +356,8 @@ def open_run(
         mix: Directories of versions to train on, each with its weight, the one of `uri` first; that one alone if None.
 
     Raises:
-        ConfigError: classes are to be balanced, and the version has none; or versions to mix don't fit together.
+        ConfigError: classes are to be balanced, or samples drawn by weight, and the version has none; or versions to
+            mix don't fit together.
         CorruptVersion: a file is missing or differs from the manifest.
     """
     from tasks.loader.mixed import MixedStream
@@ -375,11 +376,16 @@ def open_run(
     with contextlib.ExitStack() as stack:
         train: TrainingStream | MixedStream
         if mix is None:
-            train = TrainingStream(uri, remainder=config.remainder, balance=config.balance, **settings)
+            draw: dict[str, Any] = {"weights" if config.balance == "weight" else "balance": config.balance}
+            train = TrainingStream(uri, remainder=config.remainder, **draw, **settings)
         else:
             train = MixedStream(mix, remainder=config.remainder, **settings)
         stack.enter_context(train)
-        chosen = rank == 0 and (mix is not None or config.balance is not None)
+        drawn: Mapping[str, Mapping[str, int]] = {}
+        if isinstance(train, MixedStream):
+            drawn = train.distribution()
+        elif rank == 0 and config.balance is not None:
+            drawn = train.distribution(config.balance)
         validation = None
         if definition["samples"].get("validation"):
             fixed: dict[str, Any] = {"split": "validation", "shuffle": False, "remainder": "pad"}
@@ -396,7 +402,7 @@ def open_run(
             world_size=world_size,
             resumed=resumed,
             run_uri=run_uri,
-            drawn=train.distribution() if chosen else {},
+            drawn=drawn,
         )
 
 

@@ -86,8 +86,8 @@ class TrainingResult:
         restarts: number of times that workers died or failed and all of them were restarted.
         checkpoint_uri: directory of the last checkpoint; None if none was kept.
         seconds: wall time of this call, including the start of the workers.
-        drawn: samples of each class or version, 'natural' in the split and 'epoch' in the first epoch; empty if each
-            sample of one version comes once.
+        drawn: samples of each class, weight or version, 'natural' in the split and 'epoch' in the first epoch; empty if
+            each sample of one version comes once.
     """
 
     version_uri: str
@@ -191,16 +191,22 @@ def epoch_table(epochs: Sequence[Mapping[str, Any]], workers: Sequence[WorkerEpo
     return DataTable(title="Epochs", columns=columns, rows=rows)
 
 
-def drawn_table(drawn: Mapping[str, Mapping[str, int]], *, mixed: bool) -> DataTable:
-    """Return a row for each class, or each version of a mix: its samples in the split, and in an epoch.
+_DRAWN = {
+    "class": "Balanced classes",
+    "weight": "Samples drawn by weight",
+    "version": "Mixed versions",
+}
+
+
+def drawn_table(drawn: Mapping[str, Mapping[str, int]], what: str) -> DataTable:
+    """Return a row for each class, weight, or version of a mix: its samples in the split, and in an epoch.
 
     Args:
         drawn: As `TrainingResult.drawn`.
-        mixed: True for versions.
+        what: 'class', 'weight' or 'version'.
     """
     rows = tuple((name, count, drawn["epoch"][name]) for name, count in drawn["natural"].items())
-    title, what = ("Mixed versions", "version") if mixed else ("Balanced classes", "class")
-    return DataTable(title=title, columns=(what, "in the split", "in an epoch"), rows=rows)
+    return DataTable(title=_DRAWN[what], columns=(what, "in the split", "in an epoch"), rows=rows)
 
 
 def training_pictures(epochs: Sequence[Mapping[str, Any]], workers: Sequence[WorkerEpoch]) -> list[Picture]:

@@ -125,7 +125,8 @@ def make_store(place: Path) -> Store:
         )
     )
     deliver = {"root": root, "training": TrainingConfig(enabled=False), "batch_size": 16}
-    training_delivery(DeliveryConfig(dataset="training-datasets/images", file_megabytes=0.02, **deliver))
+    weighted = {"dataset": "training-datasets/images", "weight": "data_quality_score"}
+    training_delivery(DeliveryConfig(file_megabytes=0.02, **weighted, **deliver))
     training_delivery(DeliveryConfig(dataset="feature-store/training-ready/churn", **deliver | {"seed": 4}))
     return Store(root, place, sample["images"])
 

@@ -34,13 +34,14 @@ from tasks.store.reservation import reserve
 from tasks.training_sets.definition import load_models
 from tasks.training_sets.pipeline import build_training_set
 from tasks.training_sets.plan import plan_training_set
+from tests.delivery.sources import publish_pictures
 from tests.training_sets.declared import churn_and
 
 CUSTOMERS, PRODUCTS = "feature-store/customer-features", "feature-store/product-features"
 CHURN, DEMAND = (layout.training_ready_dataset(model) for model in ("churn", "demand"))
 IMAGES = "training-datasets/images"
-COPY, PICTURES = (layout.streaming_dataset(name) for name in ("churn", "images"))
-EVERY = (CUSTOMERS, PRODUCTS, CHURN, DEMAND, IMAGES, COPY, PICTURES)
+COPY, PICTURES, JPEGS = (layout.streaming_dataset(name) for name in ("churn", "images", "jpegs"))
+EVERY = (CUSTOMERS, PRODUCTS, CHURN, DEMAND, IMAGES, COPY, PICTURES, JPEGS)
 
 MONTHS = "2024-09-30/2024-12-31/1mo"
 PASSED = GateResult(verdict="pass", checks=())
@@ -198,5 +199,8 @@ def make_store(root: str) -> Store:
     )
     plain = {"root": root, "training": TrainingConfig(enabled=False)}
     make_copy(root, DeliveryConfig(dataset=CHURN, batch_size=16, file_megabytes=0.02, ready_only=False, **plain))
-    make_copy(root, DeliveryConfig(dataset=IMAGES, file_megabytes=0.01, **plain))
+    make_copy(root, DeliveryConfig(dataset=IMAGES, file_megabytes=0.01, weight="data_quality_score", **plain))
+    encoded = "training-datasets/jpegs"
+    publish_pictures(root, 20, 5, dataset=encoded, encoding="jpeg")
+    make_copy(root, DeliveryConfig(dataset=encoded, file_megabytes=0.01, **plain))
     return store

@@ -345,6 +345,8 @@ def test_samples_stand_where_the_stream_delivers_them(
                 assert section["facts"]["checksum of its batch"].startswith("matches")
                 if name == "images":
                     assert section["facts"]["check"] == "the same pixels as in the source"
+                    stored, _, score = section["facts"]["weight"].partition(", of data_quality_score = ")
+                    assert float(stored) == pytest.approx(float(score), rel=1e-6)
     assert seen > 2
 
 

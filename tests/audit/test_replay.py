@@ -25,6 +25,7 @@ from tests.audit.replay_store import (
     DEMAND,
     EVERY,
     IMAGES,
+    JPEGS,
     PICTURES,
     PRODUCTS,
     Store,
@@ -83,6 +84,8 @@ STORED = [
     (COPY, "sample_id"),
     (PICTURES, "image"),
     (PICTURES, "label"),
+    (PICTURES, "weight"),
+    (JPEGS, "image"),
 ]
 
 

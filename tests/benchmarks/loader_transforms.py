@@ -1,6 +1,6 @@
 """Speed of augmentation in the loader, against the bare kernel and a torch DataLoader with the same operations.
 
-    python -m tests.benchmarks.loader_transforms [--samples 4000] [--rounds 3]
+    python -m tests.benchmarks.loader_transforms [--samples 4000] [--rounds 3] [--jpeg]
 
 | side | does |
 |---|---|
@@ -8,8 +8,11 @@
 | ours | `TrainingStream(transform=Augmentation())`, bytes delivered |
 | ours-float | the same, normalised |
 | torch | a DataLoader with torchvision's operations of the same bounds, on the same mapped files |
+| kernel-jpeg | as kernel, of JPEGs in memory, each decoded by simplejpeg just before |
+| ours-jpeg | as ours, of a version of the same JPEGs |
 
-All use two cores: two threads, or two loader processes, which are kept. The sides take turns.
+All use two cores: two threads, or two loader processes, which are kept. The sides take turns. `--jpeg` leaves out those
+of pixels.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import simplejpeg
 
 from tasks.images.config import Augmentation
 from tasks.images.draws import draw
@@ -31,6 +35,7 @@ from tasks.loader.stream import TrainingStream
 from tests.benchmarks.delivery_data import IMAGES, SHAPE, Source, pictures, write
 from tests.benchmarks.loaders import LOADER_PROCESSES, Batch, Task, torch_loader
 from tests.benchmarks.turns import machine, median, ratio, take_turns
+from tests.delivery.making import publish
 
 BATCH = 64
 SETTINGS = Augmentation(variants=1)
@@ -60,10 +65,52 @@ def kernel(samples: int) -> Callable[[Path], object]:
     return run
 
 
-def ours(source: Source, *, normalise: bool) -> Callable[[Path], object]:
+def encoded() -> list[bytes]:
+    """The pictures as the augmentation flow writes JPEGs."""
+    return [
+        simplejpeg.encode_jpeg(np.ascontiguousarray(picture.transpose(1, 2, 0)), 95, "RGB", "444")
+        for picture in pictures(None)
+    ]
+
+
+def kernel_of_jpegs(samples: int) -> Callable[[Path], object]:
+    """The decoder and the kernel alone."""
+    files = encoded()
+    keys = np.random.default_rng(5).integers(0, 1 << 63, samples, np.uint64)
+    side = np.full(samples, SHAPE[1])
+    engines = [FusedEngine(SETTINGS) for _ in range(LOADER_PROCESSES)]
+    room = np.empty((LOADER_PROCESSES, *SHAPE[1:], 4), np.uint8)
+    out = np.empty((LOADER_PROCESSES, 1, *SHAPE), np.uint8)
+    figures = np.empty((LOADER_PROCESSES, 1, 2), np.float32)
+
+    def run(_: Path) -> None:
+        draws = draw(keys, side, side, SETTINGS)
+
+        def work(worker: int) -> None:
+            for number in range(worker, samples, LOADER_PROCESSES):
+                pixels = simplejpeg.decode_jpeg(files[number % len(files)], "RGBX", buffer=room[worker].reshape(-1))
+                engines[worker].augment(pixels, draws, number, out[worker], figures[worker])
+
+        with ThreadPoolExecutor(LOADER_PROCESSES) as pool:
+            list(pool.map(work, range(LOADER_PROCESSES)))
+
+    return run
+
+
+def version_of_jpegs(samples: int, root: str) -> str:
+    """A streaming-ready version of the JPEGs."""
+    files, numbers = encoded(), np.arange(samples)
+    images = np.empty(samples, object)
+    images[:] = [np.frombuffer(files[number % len(files)], np.uint8) for number in numbers]
+    lengths = np.array([len(image) for image in images])
+    columns = {"image": images, "length": lengths, "label": numbers % 4, "sample_id": numbers}
+    return publish(root, {"train": [columns]}, shape=SHAPE, group_batches=256)
+
+
+def ours(version: Path | str, samples: int, *, normalise: bool) -> Callable[[Path], object]:
     """An epoch of the stream."""
     stream = TrainingStream(
-        source.version,
+        version,
         batch_size=BATCH,
         rank=0,
         world_size=1,
@@ -72,7 +119,7 @@ def ours(source: Source, *, normalise: bool) -> Callable[[Path], object]:
         transform=SETTINGS,
         transform_threads=LOADER_PROCESSES,
     )
-    return lambda _: consume(stream, lambda batch: (batch["image"], batch["label"]), source.samples, stream)
+    return lambda _: consume(stream, lambda batch: (batch["image"], batch["label"]), samples, stream)
 
 
 def torch(source: Source) -> Callable[[Path], object]:
@@ -109,24 +156,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--jpeg", action="store_true", help="only the sides of JPEGs")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     print(f"{arguments.samples:,} pictures of {' × '.join(map(str, SHAPE))}, batches of {BATCH}; {machine()}")
     with tempfile.TemporaryDirectory(prefix="transforms-") as directory:
-        source = Source(IMAGES, arguments.samples, Path(directory))
-        write(source, "version")
-        sides = {
-            "torch": torch(source),  # first: its processes are forks, and threads don't survive that
-            "kernel": kernel(arguments.samples),
-            "ours": ours(source, normalise=False),
-            "ours-float": ours(source, normalise=True),
+        source, samples = Source(IMAGES, arguments.samples, Path(directory)), arguments.samples
+        sides: dict[str, Callable[[Path], object]] = {}
+        if not arguments.jpeg:
+            write(source, "version")
+            sides = {
+                "torch": torch(source),  # first: its processes are forks, and threads don't survive that
+                "kernel": kernel(samples),
+                "ours": ours(source.version, samples, normalise=False),
+                "ours-float": ours(source.version, samples, normalise=True),
+            }
+        sides |= {
+            "kernel-jpeg": kernel_of_jpegs(samples),
+            "ours-jpeg": ours(version_of_jpegs(samples, f"{directory}/jpegs"), samples, normalise=False),
         }
         seconds = take_turns(sides, arguments.rounds, prefix="transforms-")
     for name, taken in seconds.items():
         print(f"{name:12s} {median(taken, lambda one: f'{arguments.samples / one:,.0f} images/s')}")
-    print(f"ours / kernel, images/s: {ratio(seconds['kernel'], seconds['ours'])}")
-    print(f"ours-float / kernel:     {ratio(seconds['kernel'], seconds['ours-float'])}")
-    print(f"ours / torch:            {ratio(seconds['torch'], seconds['ours'])}")
+    for side, other in (("ours", "kernel"), ("ours-float", "kernel"), ("ours", "torch"), ("ours-jpeg", "kernel-jpeg")):
+        if side in seconds:
+            print(f"{side} / {other}, images/s: {ratio(seconds[other], seconds[side])}")
 
 
 if __name__ == "__main__":

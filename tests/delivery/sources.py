@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import simplejpeg
 
 from tasks.delivery.config import DeliveryConfig
 from tasks.io import storage
-from tasks.io.tensors import parquet_settings, tensor_array, tensor_field, to_numpy
+from tasks.io.tensors import encoded_field, parquet_settings, tensor_array, tensor_field, to_numpy
 from tasks.loader.samples import LABEL
 from tasks.store import layout, versions
 from tasks.store.manifest import FileEntry, Manifest, RowBalance
@@ -78,8 +79,10 @@ def publish_customers(root: str, rows: int = 900, files: int = 3, seed: int = 0,
     return table
 
 
-def pictures(count: int, variants: int = 2, seed: int = 0, dtype: str = "uint8") -> pa.Table:
-    """Variants of images of noise; the first pixel is the image's number."""
+def pictures(
+    count: int, variants: int = 2, seed: int = 0, dtype: str = "uint8", encoding: str | None = None
+) -> pa.Table:
+    """Variants of images of noise; the first pixel is the image's number. Of JPEGs each has a quality of its own."""
     draw = np.random.default_rng(seed)
     values = draw.integers(0, 256, (count * variants, 3, 4, 5)).astype(dtype)
     originals = np.repeat(np.arange(count), variants)
@@ -88,22 +91,38 @@ def pictures(count: int, variants: int = 2, seed: int = 0, dtype: str = "uint8")
         [
             pa.field("image_id", pa.string()),
             pa.field("original_image_id", pa.string()),
-            tensor_field("image", (3, 4, 5), dtype, ("channel", "height", "width")),
+            tensor_field("image", (3, 4, 5), dtype, ("channel", "height", "width"))
+            if encoding is None
+            else encoded_field("image", encoding, (3, 4, 5), ("channel", "height", "width")),
             pa.field("class_id", pa.int32()),
             pa.field("is_training_ready", pa.bool_()),
+            pa.field("quality_issues", pa.list_(pa.string())),
+            pa.field("data_quality_score", pa.float32()),
         ]
     )
     arrays = [
         pa.array([f"{seed}-{image}_aug_{number % variants}" for number, image in enumerate(originals)]),
         pa.array([f"{seed}-{image}" for image in originals]),
-        tensor_array(values),
+        tensor_array(values)
+        if encoding is None
+        else pa.array(list(map(_jpeg, values, range(len(values)))), pa.binary()),
         pa.array(originals % 3, pa.int32()),
         pa.array(originals % 10 != 9),
+        pa.array([[]] * len(originals), pa.list_(pa.string())),
+        pa.array(draw.random(len(originals)), pa.float32()),
     ]
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def publish_pictures(root: str, train: int = 60, validation: int = 20, **options: Any) -> dict[str, pa.Table]:
+def _jpeg(values: npt.NDArray[np.uint8], number: int) -> bytes:
+    pixels = np.ascontiguousarray(values.transpose(1, 2, 0))
+    data: bytes = simplejpeg.encode_jpeg(pixels, 50 + number % 50, "RGB", "444")
+    return data
+
+
+def publish_pictures(
+    root: str, train: int = 60, validation: int = 20, dataset: str = IMAGES, row_group: int = 16, **options: Any
+) -> dict[str, pa.Table]:
     """Publish images in two splits; their rows by split."""
     tables = {"train": pictures(train, seed=1, **options), "validation": pictures(validation, seed=2, **options)}
     files = []
@@ -115,7 +134,7 @@ def publish_pictures(root: str, train: int = 60, validation: int = 20, **options
         "image": {"format": "uint8", "shape": [3, 4, 5]},
         "normalise": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2], "scale": 255},
     }
-    publish(root, IMAGES, files, definition, 16)
+    publish(root, dataset, files, definition, row_group)
     return tables
 
 

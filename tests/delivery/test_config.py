@@ -14,6 +14,7 @@ from tasks.delivery.config import DeliveryConfig, DeliveryThresholds, TrainingCo
         (DeliveryConfig, {"validation_share": 0.6, "test_share": 0.4}, "nothing is left to train on"),
         (DeliveryConfig, {"target": "age", "features": "age,city"}, "also a feature or the entity"),
         (DeliveryConfig, {"target": "age", "entity": "age"}, "also a feature or the entity"),
+        (DeliveryConfig, {"training": {"balance": "weight"}}, "draws by stored weights; name their column with weight"),
         (DeliveryConfig, {"name": "v3"}, "can't name a dataset; .* such as 'my-v3'"),
         (DeliveryConfig, {"name": "streaming-ready"}, "such as 'my-streaming-ready'"),
         (DeliveryConfig, {"name": ""}, "such as 'my-images'"),

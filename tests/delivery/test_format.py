@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.pipeline import write_streaming_ready
 from tasks.delivery.source import find_source
 from tasks.loader.stream import TrainingStream
 from tasks.store import layout, versions
-from tests.delivery.making import damage, table_version
+from tests.delivery.making import damage, sequence_samples, sequence_version, table_version
 from tests.delivery.sources import IMAGES, configured, publish_customers, publish_pictures
 from tests.manifests import manifest
 
@@ -39,22 +40,29 @@ def check(version: str, split: str, out: Path) -> None:
     """Compare what the page's code reads with what a stream delivers."""
     done = read_alone(version, split, out)
     assert not done.returncode, done.stderr
-    found = np.load(out)
+    found = dict(np.load(out, allow_pickle=True))
+    if found.get("image", np.empty(0)).dtype == object:
+        lengths = found.pop("length").tolist()
+        assert lengths == [len(value) for value in found["image"]]
+        found["image"] = np.stack([simplejpeg.decode_jpeg(value).transpose(2, 0, 1) for value in found["image"]])
     with TrainingStream(version, batch_size=7, split=split, shuffle=False, normalise=False, as_numpy=True) as stream:
         batches = [{name: values[batch["mask"]] for name, values in batch.items()} for batch in stream]
     assert set(found) == {*batches[0]} - {"mask"}
-    for name in found:
+    for name, values in found.items():
         delivered = np.concatenate([batch[name] for batch in batches])
-        assert (found[name].dtype, found[name].shape) == (delivered.dtype, delivered.shape)
-        assert found[name].tobytes() == delivered.tobytes(), name
+        assert (values.dtype, values.shape) == (delivered.dtype, delivered.shape)
+        assert values.tobytes() == delivered.tobytes(), name
 
 
-@pytest.mark.parametrize("dataset", [None, IMAGES])
+@pytest.mark.parametrize("kind", ["table", "pixels", "jpegs"])
 @pytest.mark.usefixtures("ray_cluster")
-def test_what_the_flow_writes_is_read_by_the_pages_code(dataset: str | None, tmp_path: Path) -> None:
+def test_what_the_flow_writes_is_read_by_the_pages_code(kind: str, tmp_path: Path) -> None:
     root = str(tmp_path)
-    (publish_customers if dataset is None else publish_pictures)(root)
-    options = {} if dataset is None else {"dataset": dataset}
+    if kind == "table":
+        publish_customers(root)
+    else:
+        publish_pictures(root, encoding="jpeg" if kind == "jpegs" else None)
+    options = {} if kind == "table" else {"dataset": IMAGES}
     version = published(configured(root, batch_size=32, file_megabytes=0.02, **options))
     for split in ("train", "validation"):
         check(version, split, tmp_path / f"{split}.npz")
@@ -71,6 +79,19 @@ def published(config: DeliveryConfig) -> str:
 
 def test_a_long_list_of_files_is_read(tmp_path: Path) -> None:
     check(table_version(str(tmp_path), *[1] * 501), "train", tmp_path / "train.npz")
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int64"])
+def test_sequences_are_read(tmp_path: Path, dtype: str) -> None:
+    samples = sequence_samples(47, dtype=dtype)
+    version = sequence_version(str(tmp_path), 30, 17, samples=samples)
+    done = read_alone(version, "train", tmp_path / "train.npz")
+    assert not done.returncode, done.stderr
+    found = np.load(tmp_path / "train.npz", allow_pickle=True)
+    assert {*found} == {*samples}
+    for name, values in samples.items():
+        assert [one.tolist() for one in found[name]] == [one.tolist() for one in values]
+    assert {one.dtype for one in found["sequence"]} == {np.dtype(dtype)}
 
 
 def test_a_changed_byte_is_noticed(tmp_path: Path) -> None:

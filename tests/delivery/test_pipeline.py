@@ -99,7 +99,17 @@ def test_every_row_is_accounted_for_and_every_sample_is_what_it_was(root: str) -
     assert (made.leaking_entities, made.repeated_keys, made.duplicate_ids) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("settings", [{"file_megabytes": 0.005}, {"file_megabytes": 0.001, "dataset": IMAGES}])
+JPEGS = "training-datasets/jpegs"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"file_megabytes": 0.005},
+        {"file_megabytes": 0.001, "dataset": IMAGES},
+        {"file_megabytes": 0.008, "dataset": JPEGS},
+    ],
+)
 def test_the_bytes_are_the_same_however_the_work_is_divided(
     tmp_path: Any, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +117,7 @@ def test_the_bytes_are_the_same_however_the_work_is_divided(
     for root, groups in zip(roots, (50, 1000, 17), strict=True):
         publish_customers(root, files=1 if groups == 1000 else 3, row_group=groups)
         publish_pictures(root)
+        publish_pictures(root, dataset=JPEGS, row_group=groups, encoding="jpeg")
     first = deliver(roots[0], **settings)
     assert len(first.files) > 5
     few = deliver(roots[1], unit_bytes=1, **settings)
@@ -164,6 +175,35 @@ def test_images_keep_their_split_pixels_and_classes(root: str) -> None:
     assert judge_copy(configured(root, dataset=IMAGES), made, None).verdict == "pass"
 
 
+def test_jpegs_are_copied_byte_by_byte(tmp_path: Any) -> None:
+    root = str(tmp_path)
+    tables = publish_pictures(root, dataset=JPEGS, encoding="jpeg")
+    made = deliver(root, dataset=JPEGS)
+    lengths, told = [], made.definition["image"]
+    for split, table in tables.items():
+        kept = table.filter(table["is_training_ready"])
+        values = dict(
+            zip(stable_hash(kept["image_id"]).view(np.int64).tolist(), kept["image"].to_pylist(), strict=True)
+        )
+        rows = pa.concat_tables(
+            pq.read_table(f"{made.reservation.uri}/{entry.path}")
+            for entry in made.files
+            if entry.path.startswith(f"split={split}/")
+        )
+        assert rows.column_names == ["image", "length", "label", "sample_id"]
+        assert rows["image"].to_pylist() == [values[sample] for sample in rows["sample_id"].to_pylist()]
+        assert rows["length"].to_pylist() == [len(value) for value in rows["image"].to_pylist()]
+        lengths += rows["length"].to_pylist()
+    assert told == {
+        "shape": [3, 4, 5],
+        "dtype": "uint8",
+        "encoding": "jpeg",
+        "mean_length": -(-sum(lengths) // len(lengths)),
+        "longest": max(lengths),
+    }
+    assert judge_copy(configured(root, dataset=JPEGS), made, None).verdict == "pass"
+
+
 def test_an_image_whose_variants_are_in_two_splits_is_found(tmp_path: Any) -> None:
     tables = publish_pictures(str(tmp_path / "first"), train=12, validation=0)
     table = tables["train"]
@@ -202,6 +242,22 @@ def test_rows_of_one_entity_share_a_split_and_those_of_one_key_are_told_apart(tm
     assert not entities["train"] & entities["validation"]
     assert len(set(ids)) == rows
     assert digests(deliver(root)) == digests(made)
+
+
+def test_weights_lie_beside_the_samples_that_have_them(tmp_path: Any) -> None:
+    root = str(tmp_path)
+    kept = kept_rows(publish_customers(root))
+    made = deliver(root, weight="visits")
+    assert made.definition["weight"] == {"column": "visits"}
+    assert made.schema.names == ["features", "label", "weight", "sample_id"]
+    assert made.balances[0].rejected["null_visits"] == kept["visits"].null_count
+    weights = dict(zip(ids_of(kept).tolist(), kept["visits"].to_pylist(), strict=True))
+    for split in ("train", "validation"):
+        samples = read_samples(made.reservation.uri, made.files, split)
+        assert samples["weight"].dtype == np.float32
+        assert samples["weight"].tolist() == [weights[sample] for sample in samples["sample_id"].tolist()]
+    [check] = [check for check in judge_copy(configured(root), made, None).checks if check.name == "weights"]
+    assert (check.verdict, check.figure) == ("pass", 39)
 
 
 @pytest.mark.parametrize("nulls", ["reject", "zero"])

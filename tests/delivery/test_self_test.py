@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tasks.delivery import gate
 from tasks.delivery.config import DeliveryThresholds
 from tasks.delivery.gate import trial
 from tasks.delivery.source import find_source
 from tasks.quality import rules
-from tasks.quality.faults import Trial
+from tasks.quality.faults import Trial, unproven
 from tests.delivery.sources import FEATURES, IMAGES, configured, publish_customers, publish_pictures
 from tests.gates import RULES, by_fault, lax, made_by, noticed
 
@@ -28,6 +30,7 @@ def expected(dataset: str, key: str, entity: str, label: str, **of: str) -> dict
         "rare class": ("warned", f"class balance of {label}"),
         "missing class": ("warned", "classes of validation"),
         "schema": ("refused", f"schema of {of['schema']} columns"),
+        "weights": ("not applicable", ""),
         "shift": ("refused", f"drift of {of['drift']}"),
     }
 
@@ -67,8 +70,9 @@ def tried(root: Path, dataset: str = FEATURES, **changes: Any) -> Trial[Any]:
     return trial(source, source.manifest, config, None)
 
 
-def test_images_have_their_faults_too(tmp_path: Path) -> None:
-    publish_pictures(str(tmp_path), 200, 60)
+@pytest.mark.parametrize("encoding", [None, "jpeg"])
+def test_images_have_their_faults_too(tmp_path: Path, encoding: str | None) -> None:
+    publish_pictures(str(tmp_path), 200, 60, encoding=encoding)
     results = by_fault(tried(tmp_path, IMAGES))
     assert noticed(results) == OF_IMAGES
     assert results["nulls"].message == "Images have no features."
@@ -79,6 +83,14 @@ def test_where_rows_with_nulls_are_rejected_the_rejections_are_what_must_notice(
     assert (result.outcome, result.caught_by[0]) == ("refused", f"rejected of {FEATURES}")
 
 
+def test_weights_of_zero_alone_are_noticed(tmp_path: Path) -> None:
+    made = tried(tmp_path, weight="visits")
+    results = by_fault(made)
+    assert noticed(results)["weights"] == ("refused", "weights of visits")
+    assert results["weights"].message == "visits is 0 in every row of the train split: nothing can be drawn by it."
+    assert unproven(made.judge(made.sample), tuple(results.values())) == ()
+
+
 def test_more_samples_asked_for_than_a_sample_has_are_no_fault_of_the_sample(tmp_path: Path) -> None:
     results = by_fault(tried(tmp_path, minimum_samples=1_000_000))
     assert results["no rows"].outcome == "refused"
@@ -87,5 +99,5 @@ def test_more_samples_asked_for_than_a_sample_has_are_no_fault_of_the_sample(tmp
 def test_features_of_one_kind_and_no_target_leave_some_faults_without_a_place(tmp_path: Path) -> None:
     results = by_fault(tried(tmp_path, features=("city",), target="spent"))
     without = {name for name, result in results.items() if result.outcome == "not applicable"}
-    assert without == {"rare class", "missing class", "constant", "shift"}
+    assert without == {"rare class", "missing class", "constant", "shift", "weights"}
     assert results["schema"].outcome == "refused"

@@ -61,6 +61,17 @@ def test_each_row_that_is_left_out_has_its_first_reason(
     assert loaded.rejected["_reason"].to_pylist() == [reasons[row] for row in rejected]
 
 
+def test_rows_whose_weight_cant_be_drawn_by_are_rejected_with_the_reason(tmp_path: Path) -> None:
+    weights = [1.5, 0.0, -0.25, None, float("nan"), float("inf"), -0.0, 1e300]
+    table = pa.table({"k": range(8), "x": range(8), "w": weights, "target": [0, 1] * 4})
+    publish(str(tmp_path), FEATURES, [("", table)], {"entity": "k"})
+    config, source, unit = first_unit(str(tmp_path), weight="w")
+    assert source.features == ("x",)
+    loaded = load(unit, source, config, source.columns)
+    assert loaded.rows["k"].to_pylist() == [0, 1, 6]
+    assert loaded.rejected["_reason"].to_pylist() == ["negative_w", "null_w", "null_w", "null_w", "null_w"]
+
+
 def test_rejected_rows_say_where_they_stood(tmp_path: Path) -> None:
     table = publish_customers(str(tmp_path), rows=300, files=3, row_group=20)
     config = configured(str(tmp_path), ready_only=False)

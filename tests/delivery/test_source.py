@@ -94,11 +94,22 @@ def test_images_are_known_by_their_tensors_and_keep_their_classes_and_splits(sho
         ({"target_kind": "number"}, "no number"),
         ({"target": "spent", "target_kind": "class"}, "can be classes"),
         ({"exclude": "*"}, "has no features"),
+        ({"weight": "visit"}, "weight: .* has no column 'visit'; did you mean 'visits'"),
+        ({"weight": "city"}, "weight = 'city' is string: weights are numbers of 0 or more; derive one"),
+        ({"weight": "spent", "target": "spent"}, "weight = 'spent' is also the target; derive a column of weights"),
     ],
 )
 def test_a_column_that_cannot_be_used_is_named_with_the_cure(shop: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         find_source(configured(shop, **settings))
+
+
+def test_a_weight_is_no_feature_unless_it_is_named_as_one(shop: str) -> None:
+    source = find_source(configured(shop, weight="visits"))
+    assert (source.weight, "visits" in source.columns) == ("visits", True)
+    assert set(source.features) == {"spent", "member", "city"}
+    assert find_source(configured(shop, weight="visits", features="visits,city")).features == ("visits", "city")
+    assert find_source(configured(shop, dataset=IMAGES, weight="class_id", target="image_id")).weight == "class_id"
 
 
 def test_without_a_target_there_is_nothing_to_train_on(tmp_path: Path) -> None:
@@ -121,8 +132,21 @@ def test_images_that_are_stored_otherwise_are_refused_with_the_cure(tmp_path: Pa
         find_source(configured(str(tmp_path / "a"), dataset=IMAGES))
     table = pa.table({"image_id": ["x"], "original_image_id": ["x"], "image": [b"jpeg"], "class_id": [0]})
     publish(str(tmp_path / "b"), IMAGES, [("split=train", table)], {"image": {"format": "jpeg"}})
-    with pytest.raises(ConfigError, match=r"compressed.*--format uint8"):
+    with pytest.raises(
+        ConfigError, match=r"images as binary; only uint8 tensors .* and JPEGs .*--format uint8` or jpeg"
+    ):
         find_source(configured(str(tmp_path / "b"), dataset=IMAGES))
+    publish_pictures(str(tmp_path / "c"), encoding="webp")
+    with pytest.raises(ConfigError, match=r"images as webp; only"):
+        find_source(configured(str(tmp_path / "c"), dataset=IMAGES))
+
+
+def test_jpegs_are_known_by_what_they_are_decoded_to(tmp_path: Path) -> None:
+    publish_pictures(str(tmp_path), encoding="jpeg")
+    source = find_source(configured(str(tmp_path), dataset=IMAGES))
+    assert source.image is not None
+    assert (source.kind, source.encoding, source.image.shape) == ("images", "jpeg", (3, 4, 5))
+    assert 600 < source.image_bytes < 1500
 
 
 def test_a_version_that_is_not_there_is_named(shop: str) -> None:

@@ -31,10 +31,12 @@ from tasks.io.tensors import (
     as_fixed_shape_tensors,
     is_tensor,
     parquet_settings,
+    ragged_array,
     tensor_array,
     tensor_field,
     tensor_spec,
     to_numpy,
+    to_ragged,
     to_torch,
 )
 
@@ -389,3 +391,39 @@ def test_arrows_own_tensors_become_arrays_in_one_go() -> None:
     combined = own["x"].combine_chunks()
     combined = combined.chunk(0) if isinstance(combined, pa.ChunkedArray) else combined
     same(combined.to_numpy_ndarray(), values)
+
+
+def test_vectors_of_any_length_come_back_from_any_slice_and_chunk() -> None:
+    values = [np.arange(size, dtype=np.int32) - 3 for size in (0, 5, 1, 0, 7)]
+    field = tensor_field("x", (-1,), np.int32)
+    assert tensor_spec(field) == TensorSpec((-1,), "int32")
+    assert (tensor_spec(field).variable, tensor_spec(field).width) == (True, 4)
+    column = ragged_array(np.concatenate(values), np.cumsum([0, *map(len, values)]))
+    table = pa.Table.from_arrays([column], schema=pa.schema([field]))
+    for rows in (table, pa.concat_tables([table.slice(0, 2), table.slice(2)]), table.slice(1, 3), table.slice(5)):
+        found, starts = to_ragged(rows, "x")
+        assert found.dtype == np.int32
+        texts = rows["x"].to_pylist()
+        assert [found[a:b].tobytes() for a, b in itertools.pairwise(starts.tolist())] == texts
+    assert as_fixed_shape_tensors(table).equals(table)
+    with pytest.raises(InputError, match="column 'x' holds vectors of any length, which are no array"):
+        to_numpy(table, "x")
+
+
+def test_what_are_no_vectors_of_any_length_is_refused() -> None:
+    field = tensor_field("x", (-1,), np.int32, nullable=True)
+    for values, message in (
+        ([b"1234", b"12345"], "the value in row 1 isn't whole int32"),
+        ([b"1234", None], "column 'x' holds 1 null"),
+    ):
+        table = pa.Table.from_arrays([pa.array(values, pa.large_binary())], schema=pa.schema([field]))
+        with pytest.raises(InputError, match=message):
+            to_ragged(table, "x")
+    with pytest.raises(InputError, match=r"column 'y' holds int64 of shape \(\), no vectors of any length"):
+        to_ragged(pa.table({"y": [1]}), "y")
+    for metadata, kind in (
+        (field.metadata, pa.binary(4)),
+        (tensor_field("x", (4,), np.uint8).metadata, pa.large_binary()),
+    ):
+        with pytest.raises(InputError, match=r"column 'x': shape .* doesn't fit values of"):
+            tensor_spec(pa.field("x", kind, metadata=metadata))

@@ -22,9 +22,10 @@ SAMPLES = sum(FILES)
 
 
 def columns() -> Columns:
-    samples = table_samples(SAMPLES)
-    samples["label"] = np.random.default_rng(1).choice(3, SAMPLES, p=[0.7, 0.25, 0.05])
-    return samples
+    samples, draw = table_samples(SAMPLES), np.random.default_rng(1)
+    samples["label"] = draw.choice(3, SAMPLES, p=[0.7, 0.25, 0.05])
+    ids = samples.pop("sample_id")
+    return {**samples, "weight": np.round(draw.exponential(2, SAMPLES), 1).astype(np.float32), "sample_id": ids}
 
 
 STORED = columns()
@@ -149,6 +150,8 @@ CASES: list[dict[str, Any]] = [
     {"balance": "class"},
     {"balance": "class", "replacement": False},
     {"weights": {"a": 1, "c": 5.5}},
+    {"weights": "weight"},
+    {"weights": "weight", "replacement": False},
     {"weights": {0: 0, 2: 3}, "epoch_size": 100},
     {"weights": (STORED["sample_id"][::3], np.linspace(0, 4, len(STORED["sample_id"][::3])))},
     {"epoch_size": 50},
@@ -205,6 +208,60 @@ def test_weights_of_ids_are_those_of_samples(version) -> None:
     assert abs(counts.sum() - counts[[3, 77]].sum() - (SAMPLES - 3) * scale) <= 2
 
 
+def test_stored_weights_draw_as_the_same_ones_given_by_id(version) -> None:
+    ids, weights = STORED["sample_id"], STORED["weight"]
+    (stored,), (given_by_id,) = workers(version, 1, weights="weight"), workers(version, 1, weights=(ids, weights))
+    assert stored.state_dict() == given_by_id.state_dict()
+    assert run([stored]) == run([given_by_id])
+
+
+def test_weights_are_delivered_where_they_are_named(version) -> None:
+    (usual,), (named,) = workers(version, 1, columns=None), workers(version, 1, columns=["weight", "sample_id"])
+    assert set(next(iter(usual))) == {"features", "label", "sample_id", "mask"}
+    place = {int(sample): at for at, sample in enumerate(STORED["sample_id"])}
+    for batch in named:
+        assert batch["weight"].dtype == np.float32
+        assert batch["weight"].tolist() == STORED["weight"][[place[i] for i in batch["sample_id"].tolist()]].tolist()
+
+
+def test_the_distribution_by_weight_has_each_weight_or_ten_ranges_of_them(version, tmp_path: Path) -> None:
+    (stream,) = workers(version, 1, weights="weight", epoch_size=500)
+    told, counts = stream.distribution("weight"), times(run([stream]))
+    assert len(told["natural"]) == 10
+    assert sum(told["natural"].values()) == SAMPLES
+    for name, natural in told["natural"].items():
+        low, _, high = name.partition(" – ")
+        own = (STORED["weight"] >= np.float32(low)) & (STORED["weight"] <= np.float32(high or low))
+        assert (natural, told["epoch"][name]) == (own.sum(), counts[own].sum())
+    few = {**STORED, "weight": np.arange(SAMPLES, dtype=np.float32) % 3}
+    (stream,) = workers(publish(str(tmp_path), {"train": [few]}, batch_size=10), 1, weights="weight")
+    assert list(stream.distribution("weight")["natural"]) == ["0", "1", "2"]
+    assert stream.distribution("weight")["epoch"]["0"] == 0
+
+
+def test_stored_weights_that_are_missing_or_wrong_are_refused(tmp_path: Path) -> None:
+    bare = {name: values for name, values in STORED.items() if name != "weight"}
+    uri = publish(str(tmp_path / "bare"), {"train": [bare]}, batch_size=10)
+    with pytest.raises(ConfigError, match="has no weights: make the copy with --weight COLUMN, or give weights by"):
+        workers(uri, 1, weights="weight")
+    with pytest.raises(ConfigError, match=r"columns = \['weight'\]: give a list of some of 'features', 'label', 's"):
+        workers(uri, 1, columns=["weight"])
+    (stream,) = workers(uri, 1)
+    with pytest.raises(ConfigError, match="has no weights"):
+        stream.distribution("weight")
+    for number, (value, error, message) in enumerate(
+        [
+            (0, ConfigError, "weights of all 220 samples are 0"),
+            (-1, CorruptVersion, "weight -1.0 of a sample is no finite number of 0 or more: publish"),
+            (float("nan"), CorruptVersion, "weight nan of a sample is no finite number"),
+        ]
+    ):
+        odd = {**STORED, "weight": np.full(SAMPLES, value, np.float32)}
+        uri = publish(str(tmp_path / f"{number}"), {"train": [odd]}, batch_size=10)
+        with pytest.raises(error, match=message):
+            workers(uri, 1, weights="weight")
+
+
 def test_without_weights_nothing_changes(version) -> None:
     (plain,), (same,) = workers(version, 1), workers(version, 1, replacement=False)
     assert plain.state_dict() == same.state_dict()
@@ -256,6 +313,8 @@ UNKNOWN = int(STORED["sample_id"].max()) + 1
         ({"weights": ([1, 1], [1, 1])}, "weights of id 1: it is there twice"),
         ({"weights": ([UNKNOWN], [1])}, rf"weights of id {UNKNOWN}: split 'train' of .* \(1 of 1 ids are unknown\)"),
         ({"weights": (STORED["sample_id"], np.zeros(SAMPLES))}, "weights of all 220 samples are 0"),
+        ({"weights": "w"}, r"weights = 'w': give a mapping .* or 'weight' for the stored weights"),
+        ({"weights": "weight", "balance": "class"}, "balance and weights: give one of them"),
         ({"balance": "label"}, "balance = 'label': use 'class'"),
         ({"balance": "class", "weights": {"a": 1}}, "balance and weights: give one of them"),
         ({"replacement": 1}, "replacement = 1: use True or False"),
@@ -305,7 +364,7 @@ def test_a_sample_is_looked_up_by_id_and_by_number(version) -> None:
     next(iteration)
     for at in (0, 99, SAMPLES - 1):
         for found in (stream.sample(int(STORED["sample_id"][at])), stream.sample(index=np.int64(at))):
-            assert found.keys() == STORED.keys()
+            assert found.keys() == STORED.keys() - {"weight"}
             assert np.array_equal(found["features"], STORED["features"][at])
             assert (found["label"], found["sample_id"]) == (STORED["label"][at], STORED["sample_id"][at])
     assert len(list(iteration)) == len(stream) - 1  # the iteration goes on

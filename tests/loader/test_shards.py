@@ -18,6 +18,8 @@ from tests.delivery.making import (
     image_samples,
     image_version,
     publish,
+    sequence_samples,
+    sequence_version,
     table_samples,
     table_version,
 )
@@ -35,6 +37,124 @@ def gathered(shards: Shards, index, names=None) -> dict[str, np.ndarray]:
     }
     shards.gather(index, out)
     return out
+
+
+def check_ragged(shards: Shards, samples, index) -> None:
+    """Compare values of any length, and their lengths, with those that were written."""
+    index = np.asarray(index, np.int64)
+    good = shards.usable(index)
+    index = index if good is None else index[good]
+    values, starts = shards.gather_ragged(index)
+    assert values.dtype == samples["sequence"][0].dtype
+    assert [one.tolist() for one in np.split(values, starts[1:-1])] == [
+        one.tolist() for one in samples["sequence"][index]
+    ]
+    lengths = gathered(shards, index, ["length"])["length"]
+    assert lengths.tolist() == np.diff(starts).tolist() == samples["length"][index].tolist()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "int64", "float32"])
+@pytest.mark.parametrize("group_batches", [1, 3, None])
+def test_values_of_any_length_are_gathered_from_wherever_they_are(
+    tmp_path: Path, group_batches: int | None, dtype: str
+) -> None:
+    sizes = (95, 1, 40, 7)
+    samples = sequence_samples(sum(sizes), dtype=dtype)
+    version = open_version(sequence_version(str(tmp_path), *sizes, samples=samples, group_batches=group_batches))
+    shards = Shards(version, "train")
+    check_ragged(shards, samples, [100])
+    assert [file for file, mapped in shards._mapped.items() if mapped.places is not None] == [2]
+    check_ragged(shards, samples, np.random.default_rng(1).permutation(np.tile(np.arange(sum(sizes)), 3)))
+    for name in ("label", "sample_id"):
+        assert np.array_equal(gathered(shards, range(143), [name])[name], samples[name])
+
+
+def test_values_that_are_all_empty_or_one_alone_are_gathered(tmp_path: Path) -> None:
+    for number, lengths in enumerate(([0] * 12, [3], [0])):
+        samples = sequence_samples(len(lengths), lengths=lengths)
+        version = sequence_version(str(tmp_path / f"{number}"), len(lengths), samples=samples)
+        check_ragged(Shards(open_version(version), "train"), samples, range(len(lengths)))
+
+
+@pytest.mark.parametrize(
+    ("place", "message", "lost"),
+    [
+        ("value", "batch 1 has not the checksum in the footer", range(60, 70)),
+        ("prefix", "batch 1 has not the checksum in the footer", range(60, 70)),
+        # A row group has three batches.
+        ("length", "the lengths in row group 0 aren't those of its sequences", range(50, 80)),
+        ("sign", "the lengths in row group 0 aren't those of its sequences", range(50, 80)),
+        ("swapped", "batch 1 has not the checksum in the footer", range(60, 70)),
+    ],
+)
+def test_a_changed_byte_of_a_value_or_of_its_length_is_noticed(
+    tmp_path: Path, place: str, message: str, lost: range
+) -> None:
+    samples = sequence_samples(100, lengths=[2, 3] * 50)
+    version = sequence_version(str(tmp_path), 50, 50, samples=samples)
+    with (Path(version) / PART).open("rb") as file:
+        mapped = MappedFile(file, PART)
+    assert mapped.locate() == []
+    value, length = int(mapped.places[10]), int(mapped.columns["length"].offsets[0]) + 80
+    places = {"value": [value], "prefix": [value - 4], "length": [length], "sign": [length + 7]}
+    # Lengths of 2 and 3 become 3 and 2: their sum stays.
+    for at in places.get(place, [length, length + 8]):
+        damage(version, PART, at, b"\x80" if place == "sign" else b"\x01")
+    shards = Shards(open_version(version), "train")
+    check_ragged(shards, samples, range(50))
+    with pytest.raises(CorruptVersion, match=f"{PART}: {message}"):
+        shards.usable(np.array([5, 65]))
+    skipping = Shards(open_version(version), "train", on_corrupt="skip")
+    good = skipping.usable(np.arange(100))
+    assert good is not None
+    assert np.flatnonzero(~good).tolist() == list(lost)
+    check_ragged(skipping, samples, range(100))
+
+
+def test_lengths_that_are_all_wrong_leave_nothing(tmp_path: Path) -> None:
+    samples = sequence_samples(10)
+    samples["length"] = samples["length"] + 1
+    version = open_version(sequence_version(str(tmp_path), 10, samples=samples))
+    with pytest.raises(CorruptVersion, match="all 10 samples are damaged or missing"):
+        Shards(version, "train", on_corrupt="skip").usable(np.arange(10))
+
+
+def test_a_length_that_is_written_while_it_is_used_is_noticed(tmp_path: Path) -> None:
+    samples = sequence_samples(20, lengths=[4] * 20)
+    version = sequence_version(str(tmp_path), 20, samples=samples)
+    shards = Shards(open_version(version), "train", verify=False)
+    check_ragged(shards, samples, range(20))
+    place = int(shards._mapped[0].places[19])
+    with (Path(version) / FIRST).open("r+b") as file:
+        file.seek(place - 4)
+        file.write(b"\xff\xff\xff\x7f")
+    with pytest.raises(CorruptVersion, match=f"{FIRST}: its lengths were changed while it was read"):
+        shards.find(np.array([19]))
+    shards._next_look = shards._next_times = 0.0
+    checking = Shards(open_version(version), "train")
+    with pytest.raises(CorruptVersion, match=f"{FIRST}: batch 1 has not the checksum"):
+        checking.usable(np.array([19]))
+
+
+def test_a_file_without_lengths_or_with_a_page_too_many_is_refused(tmp_path: Path) -> None:
+    samples = sequence_samples(20)
+    version = sequence_version(
+        str(tmp_path / "a"),
+        20,
+        samples={n: v for n, v in samples.items() if n != "length"} | {"length": samples["length"].astype(np.int32)},
+    )
+    with pytest.raises(CorruptVersion, match="have no int64 column 'length' beside them"):
+        Shards(open_version(version), "train")
+    version = sequence_version(
+        str(tmp_path / "b"),
+        200,
+        samples=sequence_samples(200),
+        group_batches=None,
+        data_page_size=64,
+        write_batch_size=1,
+    )
+    with pytest.raises(CorruptVersion, match=r"don't lie one after the other in row group 0|aren't those of its"):
+        Shards(open_version(version), "train").usable(np.arange(200))
 
 
 @pytest.mark.parametrize("group_batches", [1, 3, None])
@@ -312,6 +432,33 @@ def resident(name: str) -> int:
     lines = Path("/proc/self/smaps").read_text().splitlines()
     at = next(number for number, line in enumerate(lines) if line.endswith(name))
     return next(int(line.split()[1]) for line in lines[at:] if line.startswith("Rss:"))
+
+
+def test_values_of_any_length_are_fetched_ahead_and_come_from_s3(
+    s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks.loader.cache import FileCache
+
+    samples = sequence_samples(60, lengths=np.random.default_rng(0).integers(0, 9000, 60), dtype="int32")
+    version = open_version(sequence_version(str(tmp_path / "root"), 25, 30, 5, samples=samples))
+    monkeypatch.setattr("tasks.loader.shards._FETCH_BYTES", 0)
+    shards = Shards(version, "train")
+    shards.pick(("sequence", "length", "label"))
+    calls: list[int] = []
+    real = shards._pool.submit
+    monkeypatch.setattr(
+        shards._pool, "submit", lambda call, *args: (calls.append(len(args[0])), real(call, *args))[1].result(60)
+    )
+    before = resident(FIRST)
+    shards.soon(np.array([0, 16]), np.array([16, 32]), 16)
+    assert calls[1] == 3  # ranges: of the second chunk one in each of two files
+    assert resident(FIRST) > before + 300
+    check_ragged(shards, samples, range(60))
+    away = Shards(open_version(sequence_version(s3_root, 25, 30, 5, samples=samples)), "train", FileCache(tmp_path))
+    check_ragged(away, samples, [50, 3, 59])
+    away.soon(np.array([30]), np.array([38]), 8)
+    check_ragged(away, samples, range(60))
+    away.close()
 
 
 def test_a_cached_file_with_a_changed_byte_is_downloaded_anew_next_time(s3_root: str, tmp_path: Path) -> None:

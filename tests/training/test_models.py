@@ -184,6 +184,20 @@ def test_a_published_version_of_images_is_learned_without_ray(tmp_path: Path) ->
         assert 0 <= worker["wait_seconds"] <= worker["seconds"]
 
 
+def test_a_version_of_jpegs_is_trained_on(tmp_path: Path) -> None:
+    splits = {
+        name: [making.jpegs(making.image_samples(24, seed, (3, 16, 16)))]
+        for seed, name in enumerate(("train", "validation"))
+    }
+    uri = making.publish(str(tmp_path), splits, shape=(3, 16, 16))
+    sent: list[dict[str, Any]] = []
+    config = settings(epochs=2)
+    with open_run(uri, open_version(uri).definition, config, send=lambda message, _: sent.append(message)) as run:
+        train(run)
+    assert [message["worker"]["samples"] for message in sent] == [24] * 2
+    assert all(math.isfinite(value) for message in sent for value in message["metrics"].values())
+
+
 def test_balanced_classes_come_equally_often(tmp_path: Path) -> None:
     drawn = making.table_samples(203, seed=1)
     drawn["label"] = (np.arange(203) < 30).astype(np.int64)
@@ -191,6 +205,17 @@ def test_balanced_classes_come_equally_often(tmp_path: Path) -> None:
     with open_run(uri, open_version(uri).definition, settings(balance="class"), send=lambda *_: None) as run:
         labels = torch.cat([batch["label"][batch["mask"]] for batch in run.train])
     assert sorted(np.bincount(labels.numpy()).tolist()) == [101, 102]
+
+
+def test_samples_are_drawn_by_their_stored_weights_and_told_by_them(tmp_path: Path) -> None:
+    drawn = making.table_samples(100, seed=1)
+    ids = drawn.pop("sample_id")
+    drawn |= {"weight": np.repeat(np.float32([1, 3]), 50), "sample_id": ids}
+    uri = making.publish(str(tmp_path), {"train": [drawn]}, batch_size=10)
+    with open_run(uri, open_version(uri).definition, settings(balance="weight"), send=lambda *_: None) as run:
+        found = torch.cat([batch["sample_id"][batch["mask"]] for batch in run.train])
+    assert int(np.isin(found.numpy(), ids[50:]).sum()) == 75
+    assert run.drawn == {"natural": {"1": 50, "3": 50}, "epoch": {"1": 25, "3": 75}}
 
 
 def test_the_same_seed_gives_the_same_model_and_another_one_another() -> None:

@@ -189,7 +189,7 @@ def test_samples_are_counted_only_where_each_epoch_is_whole() -> None:
 
 def test_balanced_classes_are_shown_beside_those_of_the_split() -> None:
     drawn = {"natural": {"no": 90, "yes": 10}, "epoch": {"no": 50, "yes": 50}}
-    assert drawn_table(drawn, mixed=False).rows == (("no", 90, 50), ("yes", 10, 50))
+    assert drawn_table(drawn, "class").rows == (("no", 90, 50), ("yes", 10, 50))
     [check] = [
         one for one in judge_training(result(drawn=drawn), DEFINITION, 2, "pad").checks if one.name == "consumed"
     ]
