@@ -6,7 +6,9 @@ order of each source ─ takes of a step ─ samples, gathered from their files 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,6 +111,46 @@ class Made(NamedTuple):
     samples: tuple[int, ...]
     bytes: int
     skipped: int
+
+
+@dataclass(slots=True)
+class StreamStats:
+    """Statistics of a stream since it was opened.
+
+    Attributes:
+        batches: batches of this worker.
+        samples: real samples in them.
+        bytes_read: bytes gathered for them, as stored.
+        wait_seconds: time in which the consumer waited for a batch.
+        seconds: time of iterations, including waiting, up to the last request or delivery of a batch.
+        cache_hits: files of S3 that were in the cache.
+        cache_misses: files that were downloaded.
+        cache_bytes_read: their bytes.
+        skipped_samples: damaged samples of this worker that were skipped.
+        skipped_files: files skipped as a whole.
+        source_samples: real samples of each source, in the order of the sources.
+    """
+
+    batches: int = 0
+    samples: int = 0
+    bytes_read: int = 0
+    wait_seconds: float = 0.0
+    seconds: float = 0.0
+    cache_hits: int = 0
+    cache_misses: int = 0
+    cache_bytes_read: int = 0
+    skipped_samples: int = 0
+    skipped_files: int = 0
+    source_samples: tuple[int, ...] = ()
+
+    def count(self, made: Made, waited: float) -> None:
+        """Add a delivered batch, for which the consumer waited so many seconds."""
+        self.batches += 1
+        self.samples += sum(made.samples)
+        self.source_samples = tuple(map(operator.add, self.source_samples, made.samples))
+        self.bytes_read += made.bytes
+        self.wait_seconds += waited
+        self.skipped_samples += made.skipped
 
 
 def make_batches(

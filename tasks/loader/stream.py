@@ -26,11 +26,10 @@ from __future__ import annotations
 
 import abc
 import functools
-import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self, TypedDict, Unpack
 
@@ -38,7 +37,7 @@ import numpy as np
 
 from tasks.io.errors import ConfigError, CorruptVersion, InputError, PipelineError
 from tasks.loader.arguments import LIMIT, one_of, picked_columns, place_in_world, truth_values, whole_number
-from tasks.loader.batches import Delivery, Lookup, Made, Source, Take, make_batches
+from tasks.loader.batches import Delivery, Lookup, Source, StreamStats, Take, make_batches
 from tasks.loader.cache import FileCache, limit_of, local_directory
 from tasks.loader.order import ORDER, EpochOrder, Remainder, Share, Sizes, batch_count, step_count
 from tasks.loader.placement import Constants, placement
@@ -55,37 +54,6 @@ _OF_A_PROCESS = {
     *("_process", "_placement", "_cache", "_opened", "_lookups", "_counts", "_making", "_closed", "_begun"),
     *("_delivery", "_shown"),
 }
-
-
-@dataclass(slots=True)
-class StreamStats:
-    """Statistics of a stream since it was opened.
-
-    Attributes:
-        batches: batches of this worker.
-        samples: real samples in them.
-        bytes_read: bytes gathered for them, as stored.
-        wait_seconds: time in which the consumer waited for a batch.
-        seconds: time of iterations, including waiting, up to the last request or delivery of a batch.
-        cache_hits: files of S3 that were in the cache.
-        cache_misses: files that were downloaded.
-        cache_bytes_read: their bytes.
-        skipped_samples: damaged samples of this worker that were skipped.
-        skipped_files: files skipped as a whole.
-        source_samples: real samples of each source, in the order of the sources.
-    """
-
-    batches: int = 0
-    samples: int = 0
-    bytes_read: int = 0
-    wait_seconds: float = 0.0
-    seconds: float = 0.0
-    cache_hits: int = 0
-    cache_misses: int = 0
-    cache_bytes_read: int = 0
-    skipped_samples: int = 0
-    skipped_files: int = 0
-    source_samples: tuple[int, ...] = ()
 
 
 class Options(TypedDict, total=False):
@@ -426,7 +394,7 @@ class BatchStream(abc.ABC):
                     self._consumed = first + step * self.world_size
                 else:  # loops over len(stream) batches never ask for more
                     self._next_epoch()
-                _count(counts, one, clock() - asked)
+                counts.count(one, clock() - asked)
                 counts.seconds = before + clock() - started
                 if step == steps and not first and counts.samples == given and counts.skipped_samples > lost:
                     raise CorruptVersion(
@@ -567,15 +535,6 @@ class BatchStream(abc.ABC):
         if self._making is not None:
             self._making.close()
             self._making = None
-
-
-def _count(counts: StreamStats, made: Made, waited: float) -> None:
-    counts.batches += 1
-    counts.samples += sum(made.samples)
-    counts.source_samples = tuple(map(operator.add, counts.source_samples, made.samples))
-    counts.bytes_read += made.bytes
-    counts.wait_seconds += waited
-    counts.skipped_samples += made.skipped
 
 
 class TrainingStream(BatchStream):
