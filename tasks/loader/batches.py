@@ -201,8 +201,8 @@ class Delivery:
         threads: Threads that transform and decode; None: for an Augmentation and for decoding the CPUs of this process,
             shared among the workers of this node, else 1.
         definition: `manifest.definition` of the version.
-        specs: Columns of a sample, as they are stored.
-        decoded: Pictures that are stored encoded, when they are decoded; None for other samples.
+        specs: Columns of a sample that a batch may have.
+        encoded: True for images that are to be decoded.
         columns: Those to deliver.
         normalise: True if inputs are normalised afterwards.
 
@@ -224,7 +224,7 @@ class Delivery:
         threads: Any,
         definition: Mapping[str, Any],
         specs: Mapping[str, TensorSpec],
-        decoded: TensorSpec | None,
+        encoded: bool,
         columns: Sequence[str],
         normalise: bool,
     ) -> None:
@@ -233,9 +233,7 @@ class Delivery:
         self._mixing = Mixing(**alphas) if self.identity else None
         self._pictures = definition["kind"] == "images"
         self._input = INPUTS[1] if self._pictures else INPUTS[0]
-        self._specs, self._delivered = dict(specs), tuple(columns)
-        if decoded is not None:
-            self._specs[self._input] = decoded
+        self._specs, self._delivered = specs, tuple(columns)
         self._classes = len((definition["label"] or {}).get("classes") or ())
         self._means = len(definition["normalise"]["mean"]) if normalise else None
         self._refuse_misfits(alphas, definition)
@@ -243,12 +241,15 @@ class Delivery:
         self._memory: dict[str, AnyArray] = {}
         self._change: Change | None = None
         if transform is not None:
-            self._change, digest = change_of(transform, self._specs[self._input], threads, pictures=self._pictures)
+            self._change, digest = change_of(transform, specs[self._input], threads, pictures=self._pictures)
             self.identity |= digest
         self._decoding: Decoding | None = None
-        if decoded is not None:
-            shared = self._change if self._change is not None and self._change.decodes else None
-            self._decoding = decoding_of(decoded, threads) if shared is None else Decoding(decoded, shared.team)
+        if encoded:
+            spec = specs[self._input]
+            if self._change is not None and self._change.decodes:
+                self._decoding = Decoding(spec, self._change.team)
+            else:
+                self._decoding = decoding_of(spec, threads)
 
     def _refuse_misfits(self, alphas: Mapping[str, float], definition: Mapping[str, Any]) -> None:
         if self._input not in self._delivered:

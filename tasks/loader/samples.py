@@ -118,11 +118,6 @@ class SampleFormat:
         return self.shape == ANY_LENGTH or self.encoding is not None
 
     @property
-    def decoded(self) -> TensorSpec | None:
-        """Pictures that are stored encoded, when they are decoded; None for other samples."""
-        return None if self.encoding is None else TensorSpec(self.shape, "uint8", DIMENSIONS)
-
-    @property
     def columns(self) -> dict[str, TensorSpec]:
         """Columns of a sample, in the files' order; the first has its values, of any length with their lengths."""
         if self.kind == "table":
@@ -140,6 +135,19 @@ class SampleFormat:
         if self.weight:
             columns[WEIGHT] = TensorSpec((), "float32")
         return {**columns, SAMPLE_ID: TensorSpec((), "int64")}
+
+    @property
+    def delivered(self) -> dict[str, TensorSpec]:
+        """Columns of a sample that a batch may have: encoded images are decoded."""
+        if self.encoding is None:
+            return self.columns
+        others = {name: spec for name, spec in self.columns.items() if name != LENGTH}
+        return {**others, IMAGE: TensorSpec(self.shape, "uint8", DIMENSIONS)}
+
+    @property
+    def delivered_bytes(self) -> int:
+        """Bytes of a sample in a batch."""
+        return self.sample_bytes if self.encoding is None else sum(spec.width for spec in self.delivered.values())
 
     @property
     def sample_bytes(self) -> int:

@@ -74,7 +74,9 @@ class Shards:
         samples: number of samples, including damaged ones.
         columns: columns of a sample, by name.
         ragged: name of the column of values of any length; None if there is none.
-        decoded: pictures that are stored encoded, when they are decoded; None for other samples.
+        encoded: True for encoded images, which are decoded for a batch.
+        delivered: columns that a batch may have, by name.
+        delivered_bytes: bytes of a sample in a batch.
         sample_bytes: bytes of all columns of a sample, of a mean one if its values have any length.
         files: number of files, including skipped ones.
         remote: True if its files come through the cache.
@@ -101,7 +103,11 @@ class Shards:
         self._batch_size = form.batch_size
         self.remote = storage.is_s3(version.uri)
         self.columns, self.sample_bytes = form.columns, form.sample_bytes
-        self.decoded = form.decoded
+        self.encoded, self.delivered, self.delivered_bytes = (
+            form.encoding is not None,
+            form.delivered,
+            form.delivered_bytes,
+        )
         self.ragged = next((name for name, spec in self.columns.items() if spec.variable), None)
         counts = np.array([entry.rows for entry in self._files], np.int64)
         self.samples, self.files = int(counts.sum()), len(self._files)
