@@ -156,9 +156,7 @@ def publish(
             "batch_size": batch_size,
             "seed": 0,
             "samples": {name: sum(len(file["sample_id"]) for file in files) for name, files in splits.items()},
-            "label": {"column": "label", "kind": "class", "classes": ["a", "b", "c", "d"]}
-            if "label" in first
-            else None,
+            "label": _label(first),
             "normalise": _normalise(first),
             **(
                 {"feature_count": first["features"].shape[1], "features": []}
@@ -174,6 +172,18 @@ def publish(
     )
     versions.commit(reservation, manifest)
     return reservation.uri
+
+
+def _label(first: Columns) -> dict[str, Any] | None:
+    if "label" not in first:
+        return None
+    values = first["label"]
+    if values.ndim == 1:
+        return {"column": "label", "kind": "class", "classes": ["a", "b", "c", "d"]}
+    columns = [f"label {number}" for number in range(values.shape[1])]
+    if values.dtype == np.int64:
+        return {"columns": columns, "kind": "classes", "classes": [["a", "b", "c", "d"]] * len(columns)}
+    return {"columns": columns, "kind": "numbers", "mean": [0.0] * len(columns), "std": [1.0] * len(columns)}
 
 
 def _lengths(first: Columns) -> dict[str, Any]:
