@@ -234,7 +234,8 @@ class Delivery:
         self._pictures = definition["kind"] == "images"
         self._input = INPUTS[1] if self._pictures else INPUTS[0]
         self._specs, self._delivered = specs, tuple(columns)
-        self._classes = len((definition["label"] or {}).get("classes") or ())
+        label = definition["label"] or {}
+        self._classes = len(label["classes"]) if label.get("kind") == "class" else 0
         self._means = len(definition["normalise"]["mean"]) if normalise else None
         self._refuse_misfits(alphas, definition)
         self.columns = tuple(dict.fromkeys((*columns, SAMPLE_ID)))
@@ -260,7 +261,8 @@ class Delivery:
             if not alpha:
                 continue
             if not self._classes:
-                kind = "no label" if definition["label"] is None else "labels that are numbers"
+                kinds = {"number": "labels that are numbers", "classes": "several labels", "numbers": "several labels"}
+                kind = "no label" if definition["label"] is None else kinds[definition["label"]["kind"]]
                 raise ConfigError(f"{name} = {alpha}: it mixes classes, and the version has {kind}; leave it out")
             if LABEL not in self._delivered:
                 raise ConfigError(f"{name} = {alpha}: columns = {list(self._delivered)} leave out 'label', add it")

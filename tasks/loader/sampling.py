@@ -103,7 +103,8 @@ def class_labels(version: Version, split: str) -> tuple[Int64Array, list[str]]:
     """
     label = version.definition["label"]
     if label is None or label["kind"] != "class":
-        kind = "no labels" if label is None else "numbers as labels"
+        kinds = {"number": "numbers as labels", "classes": "several labels each", "numbers": "several labels each"}
+        kind = "no labels" if label is None else kinds[label["kind"]]
         raise ConfigError(f"{version.uri} has {kind}, not classes: give weights by id")
     names = [str(name) for name in label["classes"]]
     labels = stored_column(version, split, "label")
