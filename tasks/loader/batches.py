@@ -18,7 +18,7 @@ from tasks.loader.kernel import mix_samples, sample_keys
 from tasks.loader.mixing import Mixing, alpha_of
 from tasks.loader.order import MIXES, TRANSFORMS, EpochOrder, Reading
 from tasks.loader.placement import INPUTS, Placement
-from tasks.loader.shards import Shards
+from tasks.loader.shards import Shards, address_of
 from tasks.loader.transforms import Change, Decoding, Encoded, Undecodable, change_of, decoding_of, described
 from tasks.loader.version_files import CURE, Version, stored_column
 
@@ -147,7 +147,10 @@ def make_batches(
             mask[: sum(real)], mask[sum(real) :] = True, False
         if numbered:
             numbers = gathered[SOURCE] = place.buffer(_SOURCE_SPEC, count)
-            numbers[:] = np.repeat([number for number, _ in picked], [len(index) for _, index in picked])
+            done = 0
+            for number, index in picked:
+                numbers[done : done + len(index)] = number
+                done += len(index)
         yield Made(place.place(gathered), tuple(real), size, skipped)
 
 
@@ -174,12 +177,12 @@ def _gather_encoded(sources: Sequence[Source], picked: Sequence[tuple[int, Int64
 
 
 def _gather(sources: Sequence[Source], picked: Sequence[tuple[int, Int64Array]], out: Mapping[str, AnyArray]) -> None:
-    """Copy the columns of the picked samples of some sources, one after the other."""
-    done = 0
+    """Copy the columns of the picked samples of some sources, one after the other; `out` is C-contiguous."""
+    names, widths = tuple(out), np.array([values.strides[0] for values in out.values()], np.int64)
+    to = np.array(list(map(address_of, out.values())), np.int64)
     for number, index in picked:
-        own = slice(done, done + len(index))
-        sources[number].shards.gather(index, {name: values[own] for name, values in out.items()})
-        done = own.stop
+        sources[number].shards.gather_to(index, names, to)
+        to += len(index) * widths
 
 
 def _keys(level: int, parts: Iterable[tuple[int, int, Int64Array, Int64Array]]) -> UInt64Array:

@@ -173,9 +173,18 @@ class Shards:
             index: (n,) samples that are usable.
             out: Target arrays by column: C-contiguous, (n, *shape).
         """
-        if (names := tuple(out)) != self._fixed:
+        self.gather_to(index, tuple(out), np.array(list(map(address_of, out.values())), np.int64))
+
+    def gather_to(self, index: Int64Array, names: tuple[str, ...], to: Int64Array) -> None:
+        """Copy the values of some columns of usable samples, each of one length, to addresses of memory for them.
+
+        Args:
+            index: (n,) samples that are usable.
+            names: The columns.
+            to: (columns,) address of memory for the n values of each.
+        """
+        if names != self._fixed:
             self.pick(names)
-        to = np.array([values.__array_interface__["data"][0] for values in out.values()], np.int64)
         gather(self._places, index, self._addresses, self._widths, to)
 
     def find(self, index: Int64Array) -> tuple[Int64Array, Int64Array]:
@@ -458,6 +467,12 @@ class Shards:
             for file, mapped in self._mapped.items():
                 first, end = self._places.groups[file : file + 2]
                 row[first:end] = mapped.address + mapped.columns[name].offsets
+
+
+def address_of(values: AnyArray) -> int:
+    """Return the address of an array's first byte."""
+    address: int = values.__array_interface__["data"][0]
+    return address
 
 
 def memory_bytes() -> int:
