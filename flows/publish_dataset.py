@@ -7,7 +7,7 @@ It is called from Python, in the process that made the dataset:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import ray.data
@@ -45,7 +45,7 @@ def publish(
     name: str,
     *,
     root: str = "data",
-    label: str | None = None,
+    label: str | Sequence[str] | None = None,
     entity: str | None = None,
     image: str | None = None,
     image_size: tuple[int, int] | None = None,
@@ -61,7 +61,7 @@ def publish(
             beginning twice: the columns and types of the first rows are those of the version.
         name: Name of the dataset in the store.
         root: Root of the store: a directory or s3://bucket/prefix.
-        label: Column to learn; rows without a value in it are rejected, counted and kept apart.
+        label: Column to learn, or several; rows without a value in it are rejected, counted and kept apart.
         entity: Column whose equal values share a split in streaming-ready copies; likewise. None: each row by itself.
         image: Column of images: uint8 tensors, height × width × channels or channels first, or encoded files.
         image_size: Height and width that images are resized to, pixels.
@@ -91,7 +91,7 @@ def stream_of(
     *,
     batch_size: int,
     root: str = "data",
-    label: str | None = None,
+    label: str | Sequence[str] | None = None,
     entity: str | None = None,
     image: str | None = None,
     image_size: tuple[int, int] | None = None,
@@ -132,7 +132,8 @@ def stream_of(
     chosen = {"name": name, "root": root, "label": label, "entity": entity, "image": image, "image_size": image_size}
     config = _config(DatasetConfig, {**chosen, **(settings or {})})
     source = layout.ray_dataset(config.name)
-    asked = {"root": config.root, "dataset": source, "target": label, "validation_share": 0.0, **(delivery or {})}
+    target = ",".join(config.labels) or None
+    asked = {"root": config.root, "dataset": source, "target": target, "validation_share": 0.0, **(delivery or {})}
     asked |= {"training": TrainingConfig(enabled=False)}
     wanted = _config(DeliveryConfig, asked)
     storage.check_root(config.root)

@@ -48,7 +48,7 @@ def find_source(config: DeliveryConfig) -> Source:
         source.manifest.version,
         f"{source.manifest.rows:,}",
         "images" if source.kind == "images" else f"{len(source.features)} features",
-        source.target or "none",
+        ", ".join(source.targets) or "none",
     )
     return source
 

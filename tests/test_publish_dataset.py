@@ -154,6 +154,19 @@ def test_a_stream_delivers_each_row_once_and_goes_on_in_mid_epoch(root: str) -> 
     assert sorted(np.concatenate(rest).tolist()) == sorted(ids[5 * 32 :].tolist())
 
 
+def test_several_labels_are_a_vector(root: str) -> None:
+    frame = visits()[["number", "member"]].dropna().astype({"number": float})
+    frame["half"] = frame["number"] / 2
+    options: dict[str, Any] = {"root": root, "batch_size": 32, "as_numpy": True, "normalise": False}
+    with stream_of(dataset_of(frame), "two-labels", label=("half", "number"), **options) as stream:
+        labels = np.concatenate([batch["label"] for batch in streamed(stream)])
+    assert (labels.dtype, labels.shape) == (np.float32, (len(frame), 2))
+    assert np.array_equal(labels[:, 0] * 2, labels[:, 1])
+    assert sorted(labels[:, 1].tolist()) == sorted(frame["number"].tolist())
+    with pytest.raises(ConfigError, match=r"label = .*names a column twice; name each label once"):
+        publish(dataset_of(frame), "two-labels", root=root, label=("half", "half"))
+
+
 def test_the_same_rows_are_not_written_again_and_others_are(root: str) -> None:
     def counts() -> list[int]:
         return [len(versions.version_numbers(root, name)) for name in (NAME, COPY)]

@@ -412,10 +412,14 @@ def _label(manifest: Manifest, sample: Sample, row: pa.Table) -> dict[str, Any]:
     described = manifest.definition.get("label")
     if described is None:
         return {}
-    stored = to_numpy(row, LABEL)[0].item()
-    classes = described.get("classes")
-    label = f"{stored} ({classes[stored]})" if classes else f"{stored}"
-    return {"label": f"{label}, of {described['column']} = {sample.source[described['column']]}"}
+    stored = np.atleast_1d(to_numpy(row, LABEL)[0]).tolist()
+    classes = described.get("classes") or [None] * len(stored)
+    if described["kind"] == "class":
+        classes = [classes]
+    named = [f"{one} ({names[one]})" if names else f"{one}" for one, names in zip(stored, classes, strict=True)]
+    columns = described.get("columns") or [described["column"]]
+    made_of = ", ".join(f"{column} = {sample.source[column]}" for column in columns)
+    return {"label": f"{', '.join(named)}, of {made_of}"}
 
 
 def _weight(manifest: Manifest, sample: Sample, row: pa.Table) -> dict[str, Any]:
@@ -496,4 +500,4 @@ def _concerned(manifest: Manifest) -> dict[str, str]:
     concerned = dict.fromkeys(feature_columns(manifest), "a column of this row")
     weight = weight_column(manifest.definition)
     concerned |= {weight: "its weight"} if weight else {}
-    return concerned | ({label["column"]: "its label"} if label else {})
+    return concerned | (dict.fromkeys(label.get("columns") or [label["column"]], "its label") if label else {})

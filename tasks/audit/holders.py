@@ -165,7 +165,7 @@ def _taken(root: str, copy: Manifest, version: Manifest, config: DeliveryConfig)
         files=(),
         schema=pa.schema([]),
         features=tuple(feature_columns(copy)),
-        target=None if label is None else label["column"],
+        targets=() if label is None else tuple(label.get("columns") or [label["column"]]),
         entity=definition["entity"],
         keys=tuple(definition["keys"]),
         ready=READY if config.ready_only and READY in known else None,

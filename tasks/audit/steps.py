@@ -307,11 +307,16 @@ def _samples(root: str, versions: Sequence[Manifest], batch: Batch) -> Section:
 
 
 def _label(manifest: Manifest, label: Any) -> Any:
-    """Return a class by its name, a mixture as the share of each class, or the number."""
-    classes: list[str] = manifest.definition["label"].get("classes", [])
+    """Return a class by its name, a mixture as the share of each class, or the number; a list of several labels."""
+    described = manifest.definition["label"]
+    classes, kind = described.get("classes", []), described["kind"]
+    if kind == "classes":
+        return [names[one] for one, names in zip(label.tolist(), classes, strict=True)]
+    if kind != "class":
+        return label.tolist()
     if np.ndim(label):
         return {classes[number]: float(label[number]) for number in np.flatnonzero(label).tolist()}
-    return classes[int(label)] if classes else float(label)
+    return classes[int(label)]
 
 
 def _picture(path: str, batch: Batch, rows: Sequence[Mapping[str, object]]) -> Section:

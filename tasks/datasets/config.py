@@ -26,8 +26,8 @@ class DatasetConfig(FlowSettings):
     model_config = ConfigDict(title="Published dataset")
 
     name: DatasetName = Field(default="dataset", description="Name of the dataset under datasets/.")
-    label: str | None = Field(
-        default=None, min_length=1, description="Column to learn; rows without a value in it are rejected."
+    label: Annotated[str, Field(min_length=1)] | Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        default=None, description="Column to learn, or several; rows without a value in one of them are rejected."
     )
     entity: str | None = Field(
         default=None,
@@ -55,9 +55,11 @@ class DatasetConfig(FlowSettings):
 
     @model_validator(mode="after")
     def _columns_differ(self) -> DatasetConfig:
-        if self.label is not None and self.label == self.entity:
-            raise ValueError(f"label = '{self.label}' is also the entity; a split would hold all rows of a class")
-        if self.image is not None and self.image in (self.label, self.entity):
+        if self.entity is not None and self.entity in self.labels:
+            raise ValueError(f"label = '{self.entity}' is also the entity; a split would hold all rows of a class")
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"label = {self.label} names a column twice; name each label once")
+        if self.image is not None and self.image in (*self.labels, self.entity):
             raise ValueError(f"image = '{self.image}' is also the label or the entity; name another column")
         if self.image_size is not None and self.image is None:
             raise ValueError(f"image_size = {self.image_size} needs a column of images: name it with image")
@@ -71,4 +73,11 @@ class DatasetConfig(FlowSettings):
     @property
     def required(self) -> tuple[str, ...]:
         """Columns without which a row is rejected."""
-        return tuple(name for name in (self.entity, self.label, self.image) if name is not None)
+        return tuple(name for name in (self.entity, *self.labels, self.image) if name is not None)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Columns to learn."""
+        if self.label is None:
+            return ()
+        return (self.label,) if isinstance(self.label, str) else self.label

@@ -39,8 +39,11 @@ def judge_dataset(config: DatasetConfig, written: Figures, previous: Manifest | 
         for name, profile in columns.items()
         if name not in config.required
     ]
-    if config.label in columns:
-        checks.append(rules.check_target(config.label, written.profile.partial(config.label), bounds.class_warn))
+    checks += [
+        rules.check_target(label, written.profile.partial(label), bounds.class_warn)
+        for label in config.labels
+        if label in columns
+    ]
     if previous is not None:
         checks += [
             rules.check_drift(
@@ -72,7 +75,7 @@ class _Trial(Trial[Sample]):
         return Figures(schema=written.schema, profile=profile_table(written), balances=(balance,))
 
     def faults(self) -> Faults:
-        name, label = self.config.name, self.config.label or ""
+        name, label = self.config.name, next(iter(self.config.labels), "")
         yield self.no_rows()
         yield self.lost_rows(name)
         why_not = "" if self.required else "No column is required, so that no row is rejected."

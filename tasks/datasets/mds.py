@@ -296,8 +296,7 @@ def export_mds(
     place = layout.join(storage.normalise(out), INDEX)
     if storage.exists(place):
         raise ConfigError(f"{out!r} has an {INDEX} already: name a directory without one, or remove it first")
-    form = SampleFormat.of(open_version(uri).definition)
-    width = form.sample_bytes + (form.decoded.width if form.decoded is not None else 0)
+    width = SampleFormat.of(open_version(uri).definition).delivered_bytes
     limit = max(1, shard_bytes // (width + 4))
     batch = max(1, min(limit, _BATCH_BYTES // width))
     shards: list[dict[str, Any]] = []

@@ -82,7 +82,7 @@ class Form:
         defined: dict[str, Any] = {
             "entity": self.config.entity or self.key,
             "key": self.key,
-            "target": self.config.label,
+            "target": ",".join(self.config.labels) or None,
             "content": f"{content[1]:016x}{content[2]:016x}",
         }
         if self.image is not None:
@@ -114,8 +114,8 @@ def form_of(head: pa.Table, config: DatasetConfig) -> Form:
     if len(set(names)) != len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
         raise SourceError(f"{dataset} has two columns '{twice}': rename one of them")
-    for option in ("label", "entity", "image"):
-        name = getattr(config, option)
+    asked = [*(("label", name) for name in config.labels), ("entity", config.entity), ("image", config.image)]
+    for option, name in asked:
         if name is not None and name not in names:
             raise ConfigError(f"{option}: {dataset} has no column '{name}'{closest(name, names)}")
     own = {ROW_ID} if config.image is None else {IMAGE_ID, IMAGE} - {config.image}
@@ -128,8 +128,9 @@ def form_of(head: pa.Table, config: DatasetConfig) -> Form:
         if field.name != config.image:
             fields.append(pa.field(field.name, _stored_type(field, dataset)))
     given = pa.schema(fields)
-    if config.label is not None and (pt.is_date(kind := given.field(config.label).type) or pt.is_timestamp(kind)):
-        raise ConfigError(f"label = '{config.label}' is {kind}: only text, booleans and numbers can be learned")
+    for label in config.labels:
+        if pt.is_date(kind := given.field(label).type) or pt.is_timestamp(kind):
+            raise ConfigError(f"label = '{label}' is {kind}: only text, booleans and numbers can be learned")
     image = None if config.image is None else _image_spec(head.schema.field(config.image), config)
     if image is None and not fields:
         raise SourceError(f"{dataset} has no column")

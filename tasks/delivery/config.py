@@ -123,7 +123,8 @@ class DeliveryConfig(FlowSettings):
     )
     target: str | None = Field(
         default=None,
-        description="Column to learn (column 'target' if there is one, or the class of images).",
+        description="Column to learn (column 'target' if there is one, or the class of images); a list of numbers of "
+        "one size, or several columns of one kind separated by commas, such as height,weight, are several labels.",
     )
     target_kind: Literal["auto", "class", "number"] = Field(
         default="auto",
@@ -183,8 +184,11 @@ class DeliveryConfig(FlowSettings):
     @model_validator(mode="after")
     def _choices_agree(self) -> DeliveryConfig:
         check_shares(self.validation_share, self.test_share)
-        if self.target is not None and self.target in (*self.features, self.entity):
-            raise ValueError(f"target = '{self.target}' is also a feature or the entity; a model would only copy it")
+        for target in self.targets:
+            if target in (*self.features, self.entity):
+                raise ValueError(f"target = '{target}' is also a feature or the entity; a model would only copy it")
+        if len(set(self.targets)) < len(self.targets) or not all(self.targets):
+            raise ValueError(f"target = '{self.target}' names a column twice, or none; name each label once")
         if self.training.balance == "weight" and self.weight is None:
             raise ValueError("training.balance = 'weight' draws by stored weights; name their column with weight")
         if self.training.mix and self.dataset_name not in self.training.mix:
@@ -193,6 +197,11 @@ class DeliveryConfig(FlowSettings):
                 "share"
             )
         return self
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Columns to learn, in the order of their labels; none if the source says which."""
+        return () if self.target is None else tuple(name.strip() for name in self.target.split(","))
 
     @property
     def dataset_name(self) -> str:

@@ -9,9 +9,18 @@ import numpy as np
 import pyarrow as pa
 
 from tasks.delivery.config import DeliveryConfig
-from tasks.delivery.encoding import Encoder, Feature, Label, fit_encoder, fit_label
+from tasks.delivery.encoding import (
+    Encoder,
+    Feature,
+    Label,
+    LabelVector,
+    fit_encoder,
+    fit_label,
+    label_names,
+)
 from tasks.delivery.shuffle import Look, Shuffle, UnitNote, WrittenBucket, plan_buckets
-from tasks.delivery.source import SPLITS, Source
+from tasks.delivery.source import CLASS_ID, SPLITS, Source
+from tasks.io.errors import ConfigError
 from tasks.io.hashing import stable_hash
 from tasks.io.tensors import Int64Array
 from tasks.loader.samples import IMAGE, SampleFormat
@@ -42,8 +51,9 @@ def fit(look: Look, notes: Sequence[UnitNote], profile: TableProfile) -> Shuffle
         label=label.dtype if label else None,
         weight=source.weight is not None,
         batch_size=config.batch_size if source.kind == "table" else 1,
+        labels=len(label.parts) if isinstance(label, LabelVector) else None,
         encoding=source.encoding,
-        mean_length=-(-sum(note.value_bytes for note in notes) // max(int(samples_of(notes).sum()), 1)),
+        mean_length=-(-sum(note.elements for note in notes) // max(int(samples_of(notes).sum()), 1)),
     )
     return Shuffle(
         config=config,
@@ -58,22 +68,29 @@ def fit(look: Look, notes: Sequence[UnitNote], profile: TableProfile) -> Shuffle
     )
 
 
-def _label(config: DeliveryConfig, source: Source, notes: Sequence[UnitNote], profile: TableProfile) -> Label | None:
-    if source.target is None:
-        return None
-    counts = [found for note in notes for found in note.labels or ()]
-    return fit_label(
-        source.target,
-        TopValues.merge_all(counts) if counts else None,
-        profile.partial(source.target),
-        source.classes,
-        config.target_kind,
-    )
+def _label(
+    config: DeliveryConfig, source: Source, notes: Sequence[UnitNote], profile: TableProfile
+) -> Label | LabelVector | None:
+    parts = []
+    for name in notes[0].label_columns:
+        counts = [found for note in notes for found in note.labels.get(name, ())]
+        classes = source.classes if name == CLASS_ID else None
+        found = TopValues.merge_all(counts) if counts else None
+        parts.append(fit_label(name, found, profile.partial(name), classes, config.target_kind))
+    if not parts or tuple(part.column for part in parts) == source.targets[:1]:
+        return parts[0] if parts else None
+    if len({part.kind for part in parts}) > 1:
+        kinds = ", ".join(f"{part.column} ({part.kind})" for part in parts)
+        raise ConfigError(
+            f"target = '{','.join(source.targets)}' mixes classes and numbers: {kinds}; name columns of one kind, or "
+            "make whole numbers of either with target_kind"
+        )
+    return LabelVector(source.targets, tuple(parts))
 
 
-def class_counts(label: Label | None, written: Sequence[WrittenBucket]) -> dict[str, dict[str, int]]:
+def class_counts(label: Label | LabelVector | None, written: Sequence[WrittenBucket]) -> dict[str, dict[str, int]]:
     """Return the samples by split, then class; empty without classes."""
-    if label is None or label.kind != "class":
+    if not isinstance(label, Label) or label.kind != "class":
         return {}
     counts = {}
     for split, name in enumerate(SPLITS):
@@ -120,7 +137,7 @@ def encoder_of(manifest: Manifest) -> Encoder | None:
     return None if features is None else Encoder(tuple(Feature(**described) for described in features))
 
 
-def label_of(manifest: Manifest, numbered: bool = False) -> Label | None:
+def label_of(manifest: Manifest, numbered: bool = False) -> Label | LabelVector | None:
     """Return the label of a version's samples; None without one.
 
     Args:
@@ -130,9 +147,22 @@ def label_of(manifest: Manifest, numbered: bool = False) -> Label | None:
     described = manifest.definition.get("label")
     if described is None or described["kind"] == "number":
         return None if described is None else Label(**described)
-    classes = tuple(described["classes"])
+    names = label_names(described)
+    if described["kind"] == "class":
+        return _classes_of(names[0], described["classes"], numbered)
+    if described["kind"] == "classes":
+        known = zip(names, described["classes"], strict=True)
+        parts = [_classes_of(name, classes, numbered and name == CLASS_ID) for name, classes in known]
+    else:
+        scales = zip(names, described["mean"], described["std"], strict=True)
+        parts = [Label(column=name, kind="number", mean=mean, std=std) for name, mean, std in scales]
+    return LabelVector(tuple(described["columns"]), tuple(parts))
+
+
+def _classes_of(column: str, names: Sequence[str], numbered: bool) -> Label:
+    classes = tuple(names)
     values = tuple(map(str, range(len(classes)))) if numbered else classes
-    return Label(column=described["column"], kind="class", values=values, classes=classes)
+    return Label(column=column, kind="class", values=values, classes=classes)
 
 
 def weight_column(definition: Mapping[str, Any]) -> str | None:
@@ -141,11 +171,15 @@ def weight_column(definition: Mapping[str, Any]) -> str | None:
     return None if weight is None else str(weight["column"])
 
 
-def named_profile(profile: TableProfile, label: Label | None, notes: Sequence[UnitNote]) -> TableProfile:
+def named_profile(profile: TableProfile, label: Label | LabelVector | None, notes: Sequence[UnitNote]) -> TableProfile:
     """Return the profile of the train split's features and target, with classes by name, of any type."""
+    if isinstance(label, LabelVector):
+        for part in label.parts:
+            profile = named_profile(profile, part, notes)
+        return profile
     if label is None or label.kind != "class":
         return profile
-    counts = TopValues.merge_all([note.labels[0] for note in notes if note.labels])  # of the train split
+    counts = TopValues.merge_all([note.labels[label.column][0] for note in notes])  # of the train split
     named = dict(zip(label.values, label.classes, strict=True))
     classes = {named[value]: rows for value, rows in (counts.counts or {}).items()}
     rows = sum(classes.values())

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from tasks.delivery.config import DeliveryConfig
-from tasks.delivery.source import is_text
+from tasks.delivery.source import is_text, list_size
 from tasks.io.errors import ConfigError, InputError
 from tasks.io.tensors import AnyArray, BoolArray, Float32Array
 from tasks.quality.profile import ColumnPartial, TableProfile, profile_table
@@ -48,7 +48,10 @@ def numbers(column: pa.ChunkedArray) -> Float32Array:
 
 
 def is_missing(column: pa.ChunkedArray) -> BoolArray:
-    """Return a mask of missing or unusable values of a feature or a target, shape (n,)."""
+    """Return a mask of missing or unusable values of a feature or a target, shape (n,); of lists, if any element is."""
+    if (size := list_size(column.type)) is not None:
+        absent: BoolArray = np.isnan(_elements(column, size)).max(axis=1)
+        return absent
     if pt.is_floating(column.type) or pt.is_decimal(column.type):
         return np.isnan(numbers(column))
     missing: BoolArray = column.is_null().to_numpy()
@@ -330,6 +333,10 @@ class Label:
             return described | {"classes": list(self.classes)}
         return described | {"mean": self.mean, "std": self.std}
 
+    def encode_rows(self, rows: pa.Table) -> AnyArray:
+        """Return the labels of rows without missing values: see `encode`."""
+        return self.encode(rows[self.column])
+
     def encode(self, column: pa.ChunkedArray) -> AnyArray:
         """Return class ids or numbers of a column without missing values, shape (n,), of `dtype`.
 
@@ -345,6 +352,85 @@ class Label:
             raise InputError(f"column {self.column!r} holds {odd!r}, which is none of the version's classes")
         encoded: AnyArray = ids.to_numpy().astype(np.int64)
         return encoded
+
+
+@dataclass(frozen=True, slots=True)
+class LabelVector:
+    """Several labels of a sample, all of one kind: of a column each, or of one column of lists of numbers.
+
+    Attributes:
+        columns: columns of the source.
+        parts: each label; those of a list are of the columns 'name[0]', 'name[1]', ….
+    """
+
+    columns: tuple[str, ...]
+    parts: tuple[Label, ...]
+
+    @property
+    def kind(self) -> Literal["classes", "numbers"]:
+        """What the labels are."""
+        return "classes" if self.parts[0].kind == "class" else "numbers"
+
+    @property
+    def dtype(self) -> Literal["int64", "float32"]:
+        """Element type of the labels."""
+        return self.parts[0].dtype
+
+    def describe(self) -> dict[str, Any]:
+        """Return the manifest's form."""
+        described: dict[str, Any] = {"columns": list(self.columns), "kind": self.kind}
+        if self.kind == "classes":
+            return described | {"classes": [list(part.classes) for part in self.parts]}
+        return described | {"mean": [part.mean for part in self.parts], "std": [part.std for part in self.parts]}
+
+    def encode_rows(self, rows: pa.Table) -> AnyArray:
+        """Return the labels of rows without missing values, shape (n, labels), of `dtype`.
+
+        Raises:
+            InputError: a class is unknown.
+        """
+        columns = label_columns(rows, self.columns)
+        return np.stack([part.encode(columns[part.column]) for part in self.parts], axis=1)
+
+
+def label_columns(rows: pa.Table, targets: Sequence[str]) -> dict[str, pa.ChunkedArray]:
+    """Return the columns that labels are made of: the targets, or of lists a column for each of their elements."""
+    columns = {}
+    for name in targets:
+        if (size := list_size(rows.schema.field(name).type)) is None:
+            columns[name] = rows[name]
+        else:
+            values = _elements(rows[name], size)
+            columns |= {part: pa.chunked_array([values[:, n]]) for n, part in enumerate(element_names(name, size))}
+    return columns
+
+
+def element_names(column: str, size: int) -> list[str]:
+    """Return the name of each element of a column of lists."""
+    return [f"{column}[{number}]" for number in range(size)]
+
+
+def label_names(described: Mapping[str, Any] | None) -> list[str]:
+    """Return the column of each label of a version, by the manifest's form; of a list the names of its elements."""
+    if described is None:
+        return []
+    if described["kind"] in ("class", "number"):
+        return [described["column"]]
+    columns: list[str] = described["columns"]
+    size = len(described["classes" if described["kind"] == "classes" else "mean"])
+    return columns if len(columns) == size else element_names(columns[0], size)
+
+
+def _elements(column: pa.ChunkedArray, size: int) -> Float32Array:
+    """Return lists of one size as float32, (n, size); NaN where the list or an element is missing."""
+    parts = [np.empty((0, size), np.float32)]
+    for chunk in column.chunks:
+        lists = chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk
+        flat = lists.values.slice(lists.offset * size, len(lists) * size)
+        values = numbers(pa.chunked_array([flat])).reshape(-1, size).copy()
+        values[lists.is_null().to_numpy(zero_copy_only=False)] = math.nan
+        parts.append(values)
+    return np.concatenate(parts)
 
 
 def label_counts(column: pa.ChunkedArray, target_kind: TargetKind) -> TopValues | None:

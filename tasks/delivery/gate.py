@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.definition import class_counts, describe, fit, named_profile, weight_column
-from tasks.delivery.encoding import bounds_of, text_of
+from tasks.delivery.encoding import Label, bounds_of, label_names, text_of
 from tasks.delivery.shuffle import (
     NOT_READY,
     CopyFigures,
@@ -63,7 +63,7 @@ def judge_copy(config: DeliveryConfig, copy: CopyFigures, previous: Manifest | N
     bounds = config.thresholds
     columns = copy.profile.columns()
     label = copy.definition["label"]
-    label_column = None if label is None else label["column"]
+    labels = label_names(label)
     features = dict.fromkeys(feature["column"] for feature in copy.definition.get("features", ()))
     checks: list[CheckResult] = [_rows(copy, bounds.minimum_samples)]
     checks += _splits(config, copy)
@@ -77,9 +77,13 @@ def judge_copy(config: DeliveryConfig, copy: CopyFigures, previous: Manifest | N
         checks.append(_constants(copy.definition["features"]))
     if copy.class_counts:
         checks += _classes(config, copy)
-    elif label_column is not None and columns[label_column].std == 0:
-        message = f"{label_column} is {number(columns[label_column].mean or 0.0)} in every row: nothing can be learned."
-        checks.append(_check("target", label_column, ("fail", 0.0, "> 0"), message))
+    elif label is not None and label["kind"] == "number":
+        [name] = labels
+        if columns[name].std == 0:
+            message = f"{name} is {number(columns[name].mean or 0.0)} in every row: nothing can be learned."
+            checks.append(_check("target", name, ("fail", 0.0, "> 0"), message))
+    elif label is not None and label["kind"] != "class":
+        checks += [rules.check_target(name, copy.profile.partial(name), bounds.balance_warn / 2) for name in labels]
     weight = weight_column(copy.definition)
     if weight is not None:
         checks.append(_weights(weight, bounds_of(copy.profile.partial(weight))[1]))
@@ -89,7 +93,7 @@ def judge_copy(config: DeliveryConfig, copy: CopyFigures, previous: Manifest | N
             rules.check_drift(
                 name, copy.profile, previous.profile[name], warn_above=bounds.drift_warn, fail_above=bounds.drift_fail
             )
-            for name in dict.fromkeys([*features, *filter(None, (label_column, weight))])
+            for name in dict.fromkeys([*features, *labels, *([weight] if weight else [])])
             if name in previous.profile
         ]
     return rules.gate(checks)
@@ -202,7 +206,9 @@ _ESSENTIALS: dict[str, Any] = {
     "Kinds": lambda definition: definition.get("kind"),
     "Source columns": _feature_part("column"),
     "Images": lambda definition: (definition.get("image") or {}).get("shape"),
-    "Label columns": _label_part("column"),
+    "Label columns": lambda definition: (
+        _label_part("column")(definition) or (*label_names(definition.get("label")),) or None
+    ),
     "Label kinds": _label_part("kind"),
 }
 _DETAILS: dict[str, Any] = {
@@ -302,8 +308,8 @@ class _Trial(Trial[_Rows]):
     def _written(self, shuffle: Shuffle, loaded: Loaded, ids: Int64Array, rows: _Rows) -> list[WrittenBucket]:
         """Return the rows that would be written for each split."""
         label, labels, classes = shuffle.label, None, 0
-        if label is not None and label.kind == "class":
-            labels, classes = label.encode(loaded.rows[label.column]), len(label.classes)
+        if isinstance(label, Label) and label.kind == "class":
+            labels, classes = label.encode_rows(loaded.rows), len(label.classes)
         kept, again = ~faults.some(len(ids), rows.lost), faults.some(len(ids), rows.twice)
         places = np.concatenate([np.flatnonzero(kept), np.flatnonzero(again)])
         written = []
@@ -319,7 +325,8 @@ class _Trial(Trial[_Rows]):
         return written
 
     def faults(self) -> Faults:
-        source, first, target = self.sample.source, self.first, self.sample.source.target or ""
+        source, first = self.sample.source, self.first
+        target = source.targets[0] if len(source.targets) == 1 else ""  # of several none has classes to take away
         name, entity = source.manifest.dataset, source.entity
         yield replace(self.no_rows(), raises=(ConfigError,))
         yield self.duplicates(f"repeated keys of {', '.join(source.keys)}")
@@ -345,10 +352,11 @@ class _Trial(Trial[_Rows]):
         yield self.values("constant", "constant", self.number, 1, why_not=ALIKE if first else none)
         yield self.values("weights", "weights", source.weight or "", 0, why_not="Samples have no weights.")
         aims = ("schema", "schema of Source columns", "schema of Label columns")
-        why_not = "" if first or target else "There is neither a feature nor a label."
+        why_not = "" if first or source.targets else "There is neither a feature nor a label."
         fewer = {"features": tuple(column for column in source.features if column != first)}
-        left = replace(source, **(fewer if first else {"target": None}))
-        schema = self.fault("schema", f"Column {first or target} was left out.", aims, why_not, source=left)
+        left = replace(source, **(fewer if first else {"targets": ()}))
+        lost = first or ",".join(source.targets)
+        schema = self.fault("schema", f"Column {lost} was left out.", aims, why_not, source=left)
         yield replace(schema, raises=(ConfigError,))
         value = self.table[target].drop_null()[0].as_py() if rare else None
         why_not = "There is no number and no class that differs between rows."
@@ -363,7 +371,7 @@ class _Trial(Trial[_Rows]):
         if not name:
             return np.zeros(len(good), np.bool_), splits
         value = str(source.classes.index(name)) if source.classes is not None else name
-        return pc.equal(text_of(table[str(source.target)]), value).fill_null(False).to_numpy(), splits
+        return pc.equal(text_of(table[source.targets[0]]), value).fill_null(False).to_numpy(), splits
 
 
 def trial(source: Source, manifest: Manifest, config: DeliveryConfig, previous: Manifest | None) -> Trial[_Rows]:

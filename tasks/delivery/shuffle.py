@@ -22,7 +22,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks.delivery.config import DeliveryConfig
-from tasks.delivery.encoding import Encoder, Label, is_missing, label_counts, numbers, profile_features
+from tasks.delivery.encoding import (
+    Encoder,
+    Label,
+    LabelVector,
+    is_missing,
+    label_columns,
+    label_counts,
+    numbers,
+    profile_features,
+)
 from tasks.delivery.source import (
     SPLITS,
     Repeats,
@@ -66,11 +75,11 @@ class UnitNote:
         rejected: Rows rejected, by reason.
         rejected_file: File of the rejected rows.
         samples: Rows that became samples, by split.
-        value_bytes: Bytes of the samples' encoded images, together.
+        elements: Bytes of the samples' encoded images, together.
         longest: Bytes of the longest one.
-        labels: Values of a target that may be classes, by split; none without such a target.
-        profile: Profile of the features, of the target's numbers and of the weights, in the train split, until it is
-            merged.
+        label_columns: Columns that labels are made of.
+        labels: Values of each of those that may be classes, by split.
+        profile: Profile of the features, of those columns and of the weights, in the train split, until it is merged.
     """
 
     unit: int
@@ -79,9 +88,10 @@ class UnitNote:
     rejected: Counter[str] = field(default_factory=Counter)
     rejected_file: FileEntry | None = None
     samples: Int64Array
-    value_bytes: int = 0
+    elements: int = 0
     longest: int = 0
-    labels: list[TopValues] | None
+    label_columns: tuple[str, ...]
+    labels: dict[str, list[TopValues]]
     profile: TableProfile | None
 
     @property
@@ -175,7 +185,7 @@ class Look:
         note = note_of(index, loaded, self.source, self.config)
         if self.source.encoding:
             lengths = pc.binary_length(loaded.rows[IMAGE])
-            note.value_bytes, note.longest = pc.sum(lengths).as_py() or 0, pc.max(lengths).as_py() or 0
+            note.elements, note.longest = pc.sum(lengths).as_py() or 0, pc.max(lengths).as_py() or 0
         if loaded.rejected.num_rows:
             uri = self.reservation.rejected_uri("rows", index)
             note.rejected_file = self.reservation.entry(storage.write_parquet(loaded.rejected, uri))
@@ -215,7 +225,7 @@ class Shuffle:
     units: tuple[Unit, ...]
     form: SampleFormat
     encoder: Encoder | None
-    label: Label | None
+    label: Label | LabelVector | None
     longest: int
     """Bytes of the longest encoded image."""
     buckets: tuple[Bucket, ...]
@@ -258,7 +268,7 @@ class Shuffle:
         uri = self.reservation.data_uri(bucket.part, layout.split_directory(SPLITS[bucket.split]))
         written = write_samples(uri, parts, order, self.form)
         counts = None
-        if self.label is not None and self.label.kind == "class":
+        if isinstance(self.label, Label) and self.label.kind == "class":
             labels = np.concatenate([to_numpy(part, LABEL) for part in parts])
             counts = np.bincount(labels, minlength=len(self.label.classes))
         made = WrittenBucket(
@@ -275,42 +285,45 @@ def encode(  # noqa: PLR0917 - what a sample is made of, in the order of its col
     ids: Int64Array,
     form: SampleFormat,
     encoder: Encoder | None,
-    label: Label | None,
+    label: Label | LabelVector | None,
     weight: str | None = None,
 ) -> pa.Table:
     """Make samples of rows, a row each; without an encoder, of their images."""
     if form.encoding is not None:
         encoded = rows[IMAGE].cast(pa.large_binary())
-        values = [encoded, pc.binary_length(encoded)]
+        columns = [encoded, pc.binary_length(encoded)]
     else:
-        values = [tensor_array(to_numpy(rows, IMAGE) if encoder is None else encoder.encode(rows))]
-    labels = [] if label is None else [pa.array(label.encode(rows[label.column]))]
-    weights = [] if weight is None else [pa.array(numbers(rows[weight]))]
-    return pa.Table.from_arrays([*values, *labels, *weights, pa.array(ids)], schema=form.schema)
+        columns = [tensor_array(to_numpy(rows, IMAGE) if encoder is None else encoder.encode(rows))]
+    if label is not None:
+        found = label.encode_rows(rows)
+        columns.append(tensor_array(found) if found.ndim > 1 else pa.array(found))
+    if weight is not None:
+        columns.append(pa.array(numbers(rows[weight])))
+    return pa.Table.from_arrays([*columns, pa.array(ids)], schema=form.schema)
 
 
 def note_of(unit: int, loaded: Loaded, source: Source, config: DeliveryConfig) -> UnitNote:
     """Return the note on a unit's rows after the first look."""
-    target = source.target
-    labels, profiled = None, list(source.features)
-    if target is not None:
-        column = loaded.rows[target]
+    columns = label_columns(loaded.rows, source.targets)
+    labels = {}
+    for name, column in columns.items():
         counts = [
             label_counts(column.filter(pa.array(loaded.splits == split)), config.target_kind)
             for split in range(len(SPLITS))
         ]
-        labels = [found for found in counts if found is not None] or None
-        profiled = list(dict.fromkeys([*profiled, target]))
-    if source.weight is not None:
-        profiled = list(dict.fromkeys([*profiled, source.weight]))
+        if found := [values for values in counts if values is not None]:
+            labels[name] = found
+    weights = {} if source.weight is None else {source.weight: loaded.rows[source.weight]}
+    profiled = pa.table({**{name: loaded.rows[name] for name in source.features}, **columns, **weights})
     return UnitNote(
         unit=unit,
         rows=loaded.read,
         filtered=Counter({NOT_READY: loaded.reasons[NOT_READY]} if loaded.reasons[NOT_READY] else {}),
         rejected=Counter({reason: rows for reason, rows in loaded.reasons.items() if reason != NOT_READY}),
         samples=np.bincount(loaded.splits, minlength=len(SPLITS)),
+        label_columns=tuple(columns),
         labels=labels,
-        profile=profile_features(loaded.rows, profiled, loaded.splits == 0),
+        profile=profile_features(profiled, profiled.column_names, loaded.splits == 0),
     )
 
 
@@ -387,8 +400,8 @@ def judge(rows: pa.Table, source: Source, config: DeliveryConfig) -> tuple[npt.N
         mark(~pc.fill_null(rows[source.ready], False).to_numpy(), NOT_READY)
     for name in dict.fromkeys([source.entity, source.keys[0]]):
         mark(rows[name].is_null(nan_is_null=True).to_numpy(), f"null_{name}")
-    if source.target is not None:
-        mark(is_missing(rows[source.target]), f"null_{source.target}")
+    for name in source.targets:
+        mark(is_missing(rows[name]), f"null_{name}")
     if source.weight is not None:
         mark(is_missing(rows[source.weight]), f"null_{source.weight}")
         mark(numbers(rows[source.weight]) < 0, f"negative_{source.weight}")

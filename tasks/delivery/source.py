@@ -190,7 +190,7 @@ class Source:
         files: Its data files.
         schema: Arrow schema of the data files.
         features: Columns that become features; none for images.
-        target: Column that becomes the label, if any.
+        targets: Columns that become the label, if any: one of numbers, classes or lists, or several.
         entity: Column whose equal values share a split.
         keys: Columns that identify a sample; the first is hashed, the others are mixed in.
         ready: Column that marks the usable rows, if used.
@@ -207,7 +207,7 @@ class Source:
     files: tuple[SourceFile, ...]
     schema: pa.Schema
     features: tuple[str, ...]
-    target: str | None
+    targets: tuple[str, ...]
     entity: str
     keys: tuple[str, ...]
     ready: str | None
@@ -220,13 +220,14 @@ class Source:
     @property
     def columns(self) -> list[str]:
         """Columns that are read, without the images."""
-        names = [*self.keys, self.entity, self.ready, self.target, *self.features, self.weight]
+        names = [*self.keys, self.entity, self.ready, *self.targets, *self.features, self.weight]
         return list(dict.fromkeys(name for name in names if name is not None))
 
     @property
     def row_bytes(self) -> int:
         """Approximate bytes of a row in memory."""
-        return 16 * len(self.columns) + self.image_bytes
+        lists = sum(8 * (list_size(self.schema.field(name).type) or 0) for name in self.targets)
+        return 16 * len(self.columns) + lists + self.image_bytes
 
     def record(self) -> InputRecord:
         """Return the manifest's record of this input."""
@@ -294,17 +295,17 @@ def source_of(config: DeliveryConfig, root: str, manifest: Manifest) -> Source:
         if not _is_number(kind := schema.field(config.weight).type):
             raise ConfigError(f"weight = '{config.weight}' is {kind}: weights are numbers of 0 or more; derive one")
     usual = manifest.definition.get("target") or (CLASS_ID if images else TARGET)
-    target = _target(config, schema, name, usual)
-    if target is not None and target == config.weight:
-        raise ConfigError(f"weight = '{target}' is also the target; derive a column of weights from it")
+    targets = _targets(config, schema, name, usual)
+    if config.weight in targets:
+        raise ConfigError(f"weight = '{config.weight}' is also the target; derive a column of weights from it")
     return Source(
         root=root,
         manifest=manifest,
         kind="images" if images else "table",
         files=files,
         schema=schema,
-        features=() if images else _features(config, schema, name, {entity, *keys[1:], config.weight}, target),
-        target=target,
+        features=() if images else _features(config, schema, name, {entity, *keys[1:], config.weight}, targets),
+        targets=targets,
         entity=entity,
         keys=tuple(keys),
         ready=READY if config.ready_only and READY in schema.names else None,
@@ -312,7 +313,7 @@ def source_of(config: DeliveryConfig, root: str, manifest: Manifest) -> Source:
         image=image,
         encoding=encoding,
         image_bytes=_image_bytes(manifest, image, encoding),
-        classes=_classes(manifest) if images and target == CLASS_ID else None,
+        classes=_classes(manifest) if images and CLASS_ID in targets else None,
     )
 
 
@@ -423,37 +424,54 @@ def _classes(manifest: Manifest) -> tuple[str, ...] | None:
     return tuple(names.get(number, str(number)) for number in range(max(names) + 1))
 
 
-def _target(config: DeliveryConfig, schema: pa.Schema, name: str, usual: str) -> str | None:
-    target = config.target or (usual if usual in schema.names else None)
-    if target is None and config.training.enabled:
+def _targets(config: DeliveryConfig, schema: pa.Schema, name: str, usual: str) -> tuple[str, ...]:
+    found = config.targets
+    if config.target is not None and config.target in schema.names:
+        found = (config.target,)
+    if not found:
+        several = tuple(usual.split(","))
+        found = (usual,) if usual in schema.names else several if set(several) <= set(schema.names) else ()
+    if not found and config.training.enabled:
         example = USUAL_TARGETS.get(config.dataset.rpartition("/")[2])
-        target = example if example in schema.names else None
-    if target is not None:
+        found = (example,) if example is not None and example in schema.names else ()
+    for target in found:
         _check_column(target, schema, name, "target")
-        kind = schema.field(target).type
-        if not (_is_number(kind) or pt.is_boolean(kind) or is_text(kind)):
-            raise ConfigError(
-                f"target = '{target}' is {kind}: only text, booleans and numbers can be learned; derive one of them"
-            )
-        if config.target_kind == "number" and is_text(kind):
-            raise ConfigError(f"target = '{target}' is {kind}, no number: leave target_kind = auto, or convert it")
-        if config.target_kind == "class" and not (is_text(kind) or pt.is_boolean(kind) or pt.is_integer(kind)):
-            raise ConfigError(f"target = '{target}' is {kind}: only text, booleans and whole numbers can be classes")
-    elif config.training.enabled:
+        _check_target(target, schema.field(target).type, config, alone=len(found) == 1)
+    if not found and config.training.enabled:
         likely = [field.name for field in schema if is_text(field.type) and field.name not in RECORDS]
         names = ", ".join(likely or [field.name for field in schema if _is_feature(field.type)])
         raise ConfigError(
             f"{name} has no column '{usual}' to learn: name one with --target, such as {names}; or make the copy "
             "alone with --no-training.enabled"
         )
-    return target
+    return found
+
+
+def _check_target(target: str, kind: pa.DataType, config: DeliveryConfig, *, alone: bool) -> None:
+    if list_size(kind) is not None:
+        if not alone:
+            raise ConfigError(
+                f"target = '{config.target}': column '{target}' is {kind}, several labels by itself; name it alone"
+            )
+        if config.target_kind == "class":
+            raise ConfigError(f"target = '{target}' is {kind}: only text, booleans and whole numbers can be classes")
+        return
+    if not (_is_number(kind) or pt.is_boolean(kind) or is_text(kind)):
+        raise ConfigError(
+            f"target = '{target}' is {kind}: only text, booleans, numbers and lists of numbers of one size can be "
+            "learned; derive one of them"
+        )
+    if config.target_kind == "number" and is_text(kind):
+        raise ConfigError(f"target = '{target}' is {kind}, no number: leave target_kind = auto, or convert it")
+    if config.target_kind == "class" and not (is_text(kind) or pt.is_boolean(kind) or pt.is_integer(kind)):
+        raise ConfigError(f"target = '{target}' is {kind}: only text, booleans and whole numbers can be classes")
 
 
 def _features(
-    config: DeliveryConfig, schema: pa.Schema, name: str, taken: set[str | None], target: str | None
+    config: DeliveryConfig, schema: pa.Schema, name: str, taken: set[str | None], targets: Sequence[str]
 ) -> tuple[str, ...]:
     """Return the names of the columns that become features, in the schema's order."""
-    usable = {field.name for field in schema if _is_feature(field.type)} - {target}
+    usable = {field.name for field in schema if _is_feature(field.type)} - set(targets)
     excluded = _matching(config.exclude, schema.names, schema, name, "exclude")
     if config.features:
         chosen = _matching(config.features, sorted(usable - taken), schema, name, "features")
@@ -497,6 +515,14 @@ def is_text(kind: pa.DataType) -> bool:
     if pt.is_dictionary(kind):
         kind = kind.value_type
     return bool(pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind))
+
+
+def list_size(kind: pa.DataType) -> int | None:
+    """Return the elements of lists, or tensors, of numbers that all have one size; None for other types."""
+    if isinstance(kind, pa.FixedShapeTensorType):
+        kind = kind.storage_type
+    fits = pt.is_fixed_size_list(kind) and _is_number(kind.value_type) and kind.list_size
+    return kind.list_size if fits else None
 
 
 def _is_number(kind: pa.DataType) -> bool:

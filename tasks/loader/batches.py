@@ -20,7 +20,7 @@ from tasks.loader.kernel import mix_samples, sample_keys
 from tasks.loader.mixing import Mixing, alpha_of
 from tasks.loader.order import MIXES, TRANSFORMS, EpochOrder, Reading
 from tasks.loader.placement import INPUTS, Placement
-from tasks.loader.shards import Shards
+from tasks.loader.shards import Shards, address_of
 from tasks.loader.transforms import Change, Decoding, Encoded, Undecodable, change_of, decoding_of, described
 from tasks.loader.version_files import CURE, Version, stored_column
 
@@ -189,7 +189,10 @@ def make_batches(
             mask[: sum(real)], mask[sum(real) :] = True, False
         if numbered:
             numbers = gathered[SOURCE] = place.buffer(_SOURCE_SPEC, count)
-            numbers[:] = np.repeat([number for number, _ in picked], [len(index) for _, index in picked])
+            done = 0
+            for number, index in picked:
+                numbers[done : done + len(index)] = number
+                done += len(index)
         yield Made(place.place(gathered), tuple(real), size, skipped)
 
 
@@ -216,12 +219,12 @@ def _gather_encoded(sources: Sequence[Source], picked: Sequence[tuple[int, Int64
 
 
 def _gather(sources: Sequence[Source], picked: Sequence[tuple[int, Int64Array]], out: Mapping[str, AnyArray]) -> None:
-    """Copy the columns of the picked samples of some sources, one after the other."""
-    done = 0
+    """Copy the columns of the picked samples of some sources, one after the other; `out` is C-contiguous."""
+    names, widths = tuple(out), np.array([values.strides[0] for values in out.values()], np.int64)
+    to = np.array(list(map(address_of, out.values())), np.int64)
     for number, index in picked:
-        own = slice(done, done + len(index))
-        sources[number].shards.gather(index, {name: values[own] for name, values in out.items()})
-        done = own.stop
+        sources[number].shards.gather_to(index, names, to)
+        to += len(index) * widths
 
 
 def _keys(level: int, parts: Iterable[tuple[int, int, Int64Array, Int64Array]]) -> UInt64Array:
@@ -243,8 +246,8 @@ class Delivery:
         threads: Threads that transform and decode; None: for an Augmentation and for decoding the CPUs of this process,
             shared among the workers of this node, else 1.
         definition: `manifest.definition` of the version.
-        specs: Columns of a sample, as they are stored.
-        decoded: Pictures that are stored encoded, when they are decoded; None for other samples.
+        specs: Columns of a sample that a batch may have.
+        encoded: True for images that are to be decoded.
         columns: Those to deliver.
         normalise: True if inputs are normalised afterwards.
 
@@ -266,7 +269,7 @@ class Delivery:
         threads: Any,
         definition: Mapping[str, Any],
         specs: Mapping[str, TensorSpec],
-        decoded: TensorSpec | None,
+        encoded: bool,
         columns: Sequence[str],
         normalise: bool,
     ) -> None:
@@ -275,22 +278,24 @@ class Delivery:
         self._mixing = Mixing(**alphas) if self.identity else None
         self._pictures = definition["kind"] == "images"
         self._input = INPUTS[1] if self._pictures else INPUTS[0]
-        self._specs, self._delivered = dict(specs), tuple(columns)
-        if decoded is not None:
-            self._specs[self._input] = decoded
-        self._classes = len((definition["label"] or {}).get("classes") or ())
+        self._specs, self._delivered = specs, tuple(columns)
+        label = definition["label"] or {}
+        self._classes = len(label["classes"]) if label.get("kind") == "class" else 0
         self._means = len(definition["normalise"]["mean"]) if normalise else None
         self._refuse_misfits(alphas, definition)
         self.columns = tuple(dict.fromkeys((*columns, SAMPLE_ID)))
         self._memory: dict[str, AnyArray] = {}
         self._change: Change | None = None
         if transform is not None:
-            self._change, digest = change_of(transform, self._specs[self._input], threads, pictures=self._pictures)
+            self._change, digest = change_of(transform, specs[self._input], threads, pictures=self._pictures)
             self.identity |= digest
         self._decoding: Decoding | None = None
-        if decoded is not None:
-            shared = self._change if self._change is not None and self._change.decodes else None
-            self._decoding = decoding_of(decoded, threads) if shared is None else Decoding(decoded, shared.team)
+        if encoded:
+            spec = specs[self._input]
+            if self._change is not None and self._change.decodes:
+                self._decoding = Decoding(spec, self._change.team)
+            else:
+                self._decoding = decoding_of(spec, threads)
 
     def _refuse_misfits(self, alphas: Mapping[str, float], definition: Mapping[str, Any]) -> None:
         if self._input not in self._delivered:
@@ -301,7 +306,8 @@ class Delivery:
             if not alpha:
                 continue
             if not self._classes:
-                kind = "no label" if definition["label"] is None else "labels that are numbers"
+                kinds = {"number": "labels that are numbers", "classes": "several labels", "numbers": "several labels"}
+                kind = "no label" if definition["label"] is None else kinds[definition["label"]["kind"]]
                 raise ConfigError(f"{name} = {alpha}: it mixes classes, and the version has {kind}; leave it out")
             if LABEL not in self._delivered:
                 raise ConfigError(f"{name} = {alpha}: columns = {list(self._delivered)} leave out 'label', add it")

@@ -45,7 +45,7 @@ Mix = Literal["stratified", "proportional", "alternating"]
 By = Literal["proportion", "repeat", "choose"]
 Stop = Literal["first", "all"]
 
-_STEPS = 16  # that are planned at a time
+_STEPS = 64  # that are planned at a time
 _NEARLY = Fraction(1, 10**6)  # of a sample: weights such as 1/3 are rounded
 
 
@@ -96,6 +96,15 @@ class SourceOrder:
             places: In ascending order, none before the last ones asked for. After an epoch another one begins.
         """
         ends = np.asarray(places, np.int64) // self._unit
+        if self._key is None and self._period <= ends[-1] - ends[0]:
+            # Periods are the same, so that a walk through one of them tells all.
+            laps = ends // self._period
+            asked, back = np.unique(ends - laps * self._period, return_inverse=True)
+            counts = np.empty((len(asked), len(self._quotas)), np.int64)
+            spread_sources(self._quotas, 0, np.zeros(len(self._quotas), np.int64), asked, counts)
+            found = counts[back] + laps[:, None] * self._quotas
+            self._lap, self._position, self._counts = int(laps[-1]), int(ends[-1]), found[-1].copy()
+            return found * self._unit
         if self._key is None and (lap := int(ends[0]) // self._period) > self._lap:
             self._lap, self._position = lap, lap * self._period
             self._counts[:] = lap * self._quotas
@@ -390,14 +399,18 @@ def _steps(
         # The real ones of a step, and of them the worker's; and how many more it takes to fill its batch.
         bounds = (np.clip(part, begin, last) - begin for part in (part_low, part_high))
         fillers = np.maximum(part_high, last) - np.maximum(part_low, last)
-        plan = np.stack([begin, last - begin, *bounds, fillers], axis=2).tolist()
-        for parts in plan:
+        laps = begin // samples
+        plan = np.stack([begin, last - begin, *bounds, fillers, laps, begin - laps * samples], axis=2).tolist()
+        for parts, filled in zip(plan, fillers.any(axis=1).tolist(), strict=True):
             takes: list[Take] = []
-            for source, (first, size, low_in, high_in, _) in enumerate(parts):
+            for source, (first, size, low_in, high_in, _, lap, at) in enumerate(parts):
                 if low_in < high_in:
                     step = (size, low_in, high_in)
-                    _add(takes, Take(source, 0, first, *step, step), samples[source])
-            for source, (first, size, _, _, count) in enumerate(parts):
+                    if at + size <= samples[source]:
+                        takes.append(Take(source, lap, at, size, low_in, high_in, step))
+                    else:
+                        _add(takes, Take(source, 0, first, *step, step), samples[source])
+            for source, (first, size, _, _, count, _, _) in enumerate(parts if filled else ()):
                 if count:
                     # Those with which the lap began: the files that the worker reads have them.
                     step = (count * share.world_size, count * share.rank, count * (share.rank + 1))

@@ -51,6 +51,7 @@ class SampleFormat:
         kind: 'table', 'images' or 'sequences'.
         shape: of a sample's values: (features,), (3, height, width), or (-1,) for sequences of any length.
         label: element type of the labels; None without labels.
+        labels: labels of a sample; None for one, which is a plain number.
         batch_size: samples of a batch, which has a checksum; images are checked one by one.
         dtype: element type of sequences.
         encoding: of images that are stored encoded, as bytes of any length; None for pixels.
@@ -62,6 +63,7 @@ class SampleFormat:
     shape: tuple[int, ...]
     label: Literal["int64", "float32"] | None
     batch_size: int
+    labels: int | None = None
     dtype: str = "uint8"
     encoding: Literal["jpeg"] | None = None
     mean_length: int = 0
@@ -104,7 +106,8 @@ class SampleFormat:
         return cls(
             kind=kind,
             shape=shape,
-            label=None if label is None else "int64" if label["kind"] == "class" else "float32",
+            label=None if label is None else "int64" if label["kind"] in ("class", "classes") else "float32",
+            labels=_labels(label),
             batch_size=size,
             dtype=dtype,
             encoding=encoding,
@@ -116,11 +119,6 @@ class SampleFormat:
     def ragged(self) -> bool:
         """True if a sample's values have any length."""
         return self.shape == ANY_LENGTH or self.encoding is not None
-
-    @property
-    def decoded(self) -> TensorSpec | None:
-        """Pictures that are stored encoded, when they are decoded; None for other samples."""
-        return None if self.encoding is None else TensorSpec(self.shape, "uint8", DIMENSIONS)
 
     @property
     def columns(self) -> dict[str, TensorSpec]:
@@ -136,10 +134,23 @@ class SampleFormat:
         if self.ragged:
             columns[LENGTH] = TensorSpec((), "int64")
         if self.label is not None:
-            columns[LABEL] = TensorSpec((), self.label)
+            columns[LABEL] = TensorSpec(() if self.labels is None else (self.labels,), self.label)
         if self.weight:
             columns[WEIGHT] = TensorSpec((), "float32")
         return {**columns, SAMPLE_ID: TensorSpec((), "int64")}
+
+    @property
+    def delivered(self) -> dict[str, TensorSpec]:
+        """Columns of a sample that a batch may have: encoded images are decoded."""
+        if self.encoding is None:
+            return self.columns
+        others = {name: spec for name, spec in self.columns.items() if name != LENGTH}
+        return {**others, IMAGE: TensorSpec(self.shape, "uint8", DIMENSIONS)}
+
+    @property
+    def delivered_bytes(self) -> int:
+        """Bytes of a sample in a batch."""
+        return self.sample_bytes if self.encoding is None else sum(spec.width for spec in self.delivered.values())
 
     @property
     def sample_bytes(self) -> int:
@@ -198,6 +209,13 @@ class SampleFormat:
             fitting = np.searchsorted(after[ends], after[start] + _GROUP_BYTES, side="right") - 1
             batch = min(max(int(fitting), batch + 1), batch + max(step // self.batch_size, 1))
             yield order[start : ends[batch]]
+
+
+def _labels(label: Mapping[str, Any] | None) -> int | None:
+    """Return how many labels a sample has; None for one, or none."""
+    if label is None or label["kind"] in ("class", "number"):
+        return None
+    return len(label["mean" if label["kind"] == "numbers" else "classes"])
 
 
 def pick(parts: Sequence[pa.Table], index: Int64Array) -> pa.Table:

@@ -20,6 +20,7 @@ import xxhash
 
 from tasks.io.errors import ConfigError, CorruptVersion
 from tasks.io.tensors import Float64Array, Int64Array
+from tasks.loader.arguments import one_of
 from tasks.loader.kernel import draw_key
 from tasks.loader.order import DRAWS
 from tasks.loader.samples import WEIGHT, SampleFormat
@@ -102,7 +103,8 @@ def class_labels(version: Version, split: str) -> tuple[Int64Array, list[str]]:
     """
     label = version.definition["label"]
     if label is None or label["kind"] != "class":
-        kind = "no labels" if label is None else "numbers as labels"
+        kinds = {"number": "numbers as labels", "classes": "several labels each", "numbers": "several labels each"}
+        kind = "no labels" if label is None else kinds[label["kind"]]
         raise ConfigError(f"{version.uri} has {kind}, not classes: give weights by id")
     names = [str(name) for name in label["classes"]]
     labels = stored_column(version, split, "label")
@@ -149,6 +151,28 @@ def weight_groups(version: Version, split: str) -> tuple[Int64Array, list[str]]:
     pairs = zip(values[firsts], values[lasts], strict=True)
     names = [f"{low:.6g}" if low == high else f"{low:.6g} – {high:.6g}" for low, high in pairs]
     return ranges[groups].astype(np.int64), names
+
+
+def distribution(version: Version, split: str, by: str, drawn: Int64Array | None) -> dict[str, dict[str, int]]:
+    """Return the samples of each group: 'natural' in the split, and 'epoch' among the drawn ones; None for all.
+
+    Args:
+        version: The version.
+        split: The split.
+        by: 'class', or 'weight' for `weight_groups`.
+        drawn: Samples of an epoch.
+
+    Raises:
+        ConfigError: the version has no classes, or no weights.
+        CorruptVersion: they can't be read.
+    """
+    one_of("by", by, ("class", "weight"))
+    groups, names = (class_labels if by == "class" else weight_groups)(version, split)
+    counts = {"natural": groups, "epoch": groups if drawn is None else groups[drawn]}
+    return {
+        kind: dict(zip(names, np.bincount(found, minlength=len(names)).tolist(), strict=True))
+        for kind, found in counts.items()
+    }
 
 
 def weights_of(version: Version, split: str, weights: Any, balance: str | None) -> tuple[Int64Array, Float64Array]:

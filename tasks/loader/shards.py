@@ -74,7 +74,9 @@ class Shards:
         samples: number of samples, including damaged ones.
         columns: columns of a sample, by name.
         ragged: name of the column of values of any length; None if there is none.
-        decoded: pictures that are stored encoded, when they are decoded; None for other samples.
+        encoded: True for encoded images, which are decoded for a batch.
+        delivered: columns that a batch may have, by name.
+        delivered_bytes: bytes of a sample in a batch.
         sample_bytes: bytes of all columns of a sample, of a mean one if its values have any length.
         files: number of files, including skipped ones.
         remote: True if its files come through the cache.
@@ -101,7 +103,11 @@ class Shards:
         self._batch_size = form.batch_size
         self.remote = storage.is_s3(version.uri)
         self.columns, self.sample_bytes = form.columns, form.sample_bytes
-        self.decoded = form.decoded
+        self.encoded, self.delivered, self.delivered_bytes = (
+            form.encoding is not None,
+            form.delivered,
+            form.delivered_bytes,
+        )
         self.ragged = next((name for name, spec in self.columns.items() if spec.variable), None)
         counts = np.array([entry.rows for entry in self._files], np.int64)
         self.samples, self.files = int(counts.sum()), len(self._files)
@@ -167,9 +173,18 @@ class Shards:
             index: (n,) samples that are usable.
             out: Target arrays by column: C-contiguous, (n, *shape).
         """
-        if (names := tuple(out)) != self._fixed:
+        self.gather_to(index, tuple(out), np.array(list(map(address_of, out.values())), np.int64))
+
+    def gather_to(self, index: Int64Array, names: tuple[str, ...], to: Int64Array) -> None:
+        """Copy the values of some columns of usable samples, each of one length, to addresses of memory for them.
+
+        Args:
+            index: (n,) samples that are usable.
+            names: The columns.
+            to: (columns,) address of memory for the n values of each.
+        """
+        if names != self._fixed:
             self.pick(names)
-        to = np.array([values.__array_interface__["data"][0] for values in out.values()], np.int64)
         gather(self._places, index, self._addresses, self._widths, to)
 
     def find(self, index: Int64Array) -> tuple[Int64Array, Int64Array]:
@@ -452,6 +467,12 @@ class Shards:
             for file, mapped in self._mapped.items():
                 first, end = self._places.groups[file : file + 2]
                 row[first:end] = mapped.address + mapped.columns[name].offsets
+
+
+def address_of(values: AnyArray) -> int:
+    """Return the address of an array's first byte."""
+    address: int = values.__array_interface__["data"][0]
+    return address
 
 
 def memory_bytes() -> int:

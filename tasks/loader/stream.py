@@ -42,8 +42,8 @@ from tasks.loader.cache import FileCache, limit_of, local_directory
 from tasks.loader.order import ORDER, EpochOrder, Remainder, Share, Sizes, batch_count, step_count
 from tasks.loader.placement import Constants, placement
 from tasks.loader.prefetch import Prefetch
-from tasks.loader.samples import IMAGE, LENGTH, WEIGHT
-from tasks.loader.sampling import Draws, class_labels, weight_groups, weights_of
+from tasks.loader.samples import IMAGE, WEIGHT
+from tasks.loader.sampling import Draws, distribution, weights_of
 from tasks.loader.shards import OnCorrupt, Shards, memory_bytes
 from tasks.loader.version_files import open_version, refuse_misfits
 
@@ -183,13 +183,11 @@ class BatchStream(abc.ABC):
         self._cache_limits = cache_dir, cache_bytes
         self._open_files()
         first = self._opened[0]
-        there = [name for name in first.columns if all(name in shards.columns for shards in self._opened)]
-        if first.decoded is not None:
-            there.remove(LENGTH)  # of the encoded picture
+        there = [name for name in first.delivered if all(name in shards.delivered for shards in self._opened)]
         usual = [name for name in there if name != WEIGHT]
         self._columns = usual if columns is None else picked_columns(columns, there)
         self._alters = bool(transform is not None or mixup or cutmix)
-        decodes = first.decoded is not None and IMAGE in self._columns
+        decodes = first.encoded and IMAGE in self._columns
         if transform is None and transform_threads is not None and not decodes:
             raise ConfigError(f"transform_threads = {transform_threads!r} without a transform: leave it out")
         self._new_delivery: Callable[..., Delivery] | None = None
@@ -201,16 +199,15 @@ class BatchStream(abc.ABC):
                 cutmix=cutmix,
                 threads=transform_threads,
                 definition=self.definition,
-                specs=first.columns,
-                decoded=first.decoded,
+                specs=first.delivered,
+                encoded=first.encoded,
                 columns=self._columns,
                 normalise=normalise,
             )
         self._begin_delivery()
-        width = first.sample_bytes + (first.decoded.width if first.decoded is not None else 0)
-        if batch_size * width > memory_bytes():
+        if batch_size * first.delivered_bytes > memory_bytes():
             raise ConfigError(
-                f"batch_size = {batch_size}: a batch of samples of {width:,} bytes is more than "
+                f"batch_size = {batch_size}: a batch of samples of {first.delivered_bytes:,} bytes is more than "
                 "this machine's memory; use smaller ones"
             )
         self._epoch = self._consumed = self._moves = self._changes = 0
@@ -427,7 +424,7 @@ class BatchStream(abc.ABC):
             placed = placement(self._constants, self._device, self._as_numpy, buffers=0)
             self._lookups[source] = Lookup(version, self._split, shards, placed)
         lookup, shards = self._lookups[source], self._lookups[source].shards
-        if epoch is None and (self._new_delivery is None or shards.decoded is None):
+        if epoch is None and (self._new_delivery is None or not shards.encoded):
             shards.pick(tuple(self._columns))
             return lookup.sample(sample_id, index)
         if self._new_delivery is None or (epoch is not None and not self._alters):
@@ -641,14 +638,8 @@ class TrainingStream(BatchStream):
             ConfigError: the version has no classes, or no weights.
             CorruptVersion: they can't be read.
         """
-        one_of("by", by, ("class", "weight"))
-        labels, names = (class_labels if by == "class" else weight_groups)(self._version, self._split)
-        drawn = labels if self._draws is None else labels[self._draws.of_epoch(self._seed, self._epoch)]
-        counts = {"natural": labels, "epoch": drawn}
-        return {
-            kind: dict(zip(names, np.bincount(found, minlength=len(names)).tolist(), strict=True))
-            for kind, found in counts.items()
-        }
+        drawn = None if self._draws is None else self._draws.of_epoch(self._seed, self._epoch)
+        return distribution(self._version, self._split, by, drawn)
 
     def _sources(self) -> list[Source]:
         samples, sizes, seed, shuffle, draws = self._samples, self._sizes, self._seed, self._shuffle, self._draws

@@ -103,23 +103,25 @@ class Target:
     """The target that a version's label defines for a model.
 
     Attributes:
-        kind: 'class' or 'number'.
+        kind: 'class' or 'number'; of several labels 'classes' or 'numbers'.
         classes: names of the classes, by class id; none for a number.
         mean: mean of the train split's numbers.
         std: standard deviation of the train split's numbers; never 0.
+        parts: each of several labels.
     """
 
-    kind: Literal["class", "number"]
+    kind: Literal["class", "number", "classes", "numbers"]
     classes: tuple[str, ...] = ()
     mean: float = 0.0
     std: float = 1.0
+    parts: tuple[Target, ...] = ()
 
     @classmethod
     def of(cls, definition: Mapping[str, Any]) -> Target:
         """Return the target of a streaming-ready version, from its definition.
 
         Raises:
-            ConfigError: the version has no label, or fewer than two classes.
+            ConfigError: the version has no label, or fewer than two classes of one.
         """
         label = definition.get("label")
         if label is None:
@@ -128,6 +130,15 @@ class Target:
             )
         if label["kind"] == "number":
             return cls(kind="number", mean=float(label["mean"]), std=float(label["std"]) or 1.0)
+        if label["kind"] in ("classes", "numbers"):
+            one = {"classes": "class", "numbers": "number"}[label["kind"]]
+            names = ("classes",) if one == "class" else ("mean", "std")
+            columns = label["columns"] if len(label["columns"]) > 1 else label["columns"] * len(label[names[0]])
+            each = [
+                {"kind": one, "column": column, **dict(zip(names, values, strict=True))}
+                for column, *values in zip(columns, *(label[name] for name in names), strict=True)
+            ]
+            return cls(kind=label["kind"], parts=tuple(cls.of({"label": part}) for part in each))
         classes = tuple(map(str, label["classes"]))
         if len(classes) < 2:
             raise ConfigError(
@@ -138,23 +149,53 @@ class Target:
 
     @property
     def outputs(self) -> int:
-        """Number of outputs of a model: one for each class, or one."""
+        """Number of outputs of a model: one for each class, or one; of several labels one after the other."""
+        if self.parts:
+            return sum(part.outputs for part in self.parts)
         return len(self.classes) if self.kind == "class" else 1
+
+    def split(self, outputs: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return the outputs of each of several labels, shape (B, …)."""
+        return torch.split(outputs, [part.outputs for part in self.parts], dim=1)
 
     def losses(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the loss of each sample, shape (B,): cross entropy, or squared error of the standardised number.
 
+        Of several labels it is the sum of their cross entropies, or the mean of their squared errors.
+
         Args:
             outputs: Outputs of the model, shape (B, `outputs`).
-            labels: int64 class ids, or float32 numbers in their original unit, shape (B,).
+            labels: int64 class ids, or float32 numbers in their original unit, shape (B,) or (B, labels).
         """
+        if self.parts:
+            pairs = zip(self.parts, self.split(outputs), labels.unbind(1), strict=True)
+            each = torch.stack([part.losses(own, label) for part, own, label in pairs])
+            return each.sum(0) if self.kind == "classes" else each.mean(0)
         if self.kind == "class":
             return functional.cross_entropy(outputs.float(), labels, reduction="none")
         return (outputs.float().squeeze(1) - (labels - self.mean) / self.std).square()
 
     def scores(self, outputs: torch.Tensor) -> torch.Tensor:
         """Return the input of the metrics, shape (B, `outputs`): probabilities, or the number in its original unit."""
+        if self.parts:
+            pairs = zip(self.parts, self.split(outputs), strict=True)
+            return torch.cat([part.scores(own) for part, own in pairs], dim=1)
         return outputs.float().softmax(1) if self.kind == "class" else outputs.float() * self.std + self.mean
+
+    def metrics(self, scores: FloatArray, labels: npt.NDArray[Any]) -> dict[str, float]:
+        """Return `class_metrics` or `number_metrics`; of several labels the mean of those that all have.
+
+        Args:
+            scores: Result of `scores`, shape (n, `outputs`).
+            labels: Labels, shape (n,) or (n, labels).
+        """
+        if not self.parts:
+            return class_metrics(scores, labels) if self.kind == "class" else number_metrics(scores[:, 0], labels)
+        bounds = np.cumsum([part.outputs for part in self.parts])[:-1]
+        pairs = zip(self.parts, np.split(scores, bounds, axis=1), labels.T, strict=True)
+        each = [part.metrics(own, label) for part, own, label in pairs]
+        names = [name for name in each[0] if all(name in one for one in each)]
+        return {name: math.fsum(one[name] for one in each) / len(each) for name in names}
 
 
 def input_name(definition: Mapping[str, Any]) -> Literal["features", "image"]:
@@ -532,7 +573,7 @@ def validate(run: TrainingRun, model: nn.Module, target: Target) -> dict[str, fl
     if not parts:
         return {}
     scores, each, labels = (_gathered(run, torch.cat(column)) for column in zip(*parts, strict=True))
-    figures = class_metrics(scores, labels) if target.kind == "class" else number_metrics(scores[:, 0], labels)
+    figures = target.metrics(scores, labels)
     return ({"validation_loss": float(each.mean(dtype=np.float64))} if len(each) else {}) | figures
 
 

@@ -181,9 +181,7 @@ def publish(
             "batch_size": batch_size,
             "seed": 0,
             "samples": {name: sum(len(file["sample_id"]) for file in files) for name, files in splits.items()},
-            "label": {"column": "label", "kind": "class", "classes": ["a", "b", "c", "d"]}
-            if "label" in first
-            else None,
+            "label": _label(first),
             "normalise": _normalise(first),
             **({"weight": {"column": "w"}} if "weight" in first else {}),
             **(
@@ -207,6 +205,18 @@ def _pictures(first: Columns, shape: tuple[int, ...]) -> dict[str, Any]:
     if "length" not in first:
         return {"shape": list(first["image"].shape[1:])}
     return {"shape": list(shape), "encoding": "jpeg", **_lengths(first)}
+
+
+def _label(first: Columns) -> dict[str, Any] | None:
+    if "label" not in first:
+        return None
+    values = first["label"]
+    if values.ndim == 1:
+        return {"column": "label", "kind": "class", "classes": ["a", "b", "c", "d"]}
+    columns = [f"label {number}" for number in range(values.shape[1])]
+    if values.dtype == np.int64:
+        return {"columns": columns, "kind": "classes", "classes": [["a", "b", "c", "d"]] * len(columns)}
+    return {"columns": columns, "kind": "numbers", "mean": [0.0] * len(columns), "std": [1.0] * len(columns)}
 
 
 def _lengths(first: Columns) -> dict[str, Any]:

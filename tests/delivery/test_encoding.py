@@ -17,10 +17,13 @@ from tasks.delivery.encoding import (
     MOST_VALUES,
     Encoder,
     Label,
+    LabelVector,
     fit_encoder,
     fit_label,
     is_missing,
+    label_columns,
     label_counts,
+    label_names,
     numbers,
     profile_features,
 )
@@ -251,3 +254,43 @@ def test_names_of_classes_come_from_the_source_where_it_has_them() -> None:
 def test_too_many_classes_are_refused() -> None:
     with pytest.raises(ConfigError, match="that is no class"):
         fit_label("x", TopValues(None), TEXT, None, "auto")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data(), st.integers(1, 3), st.booleans())
+def test_lists_of_one_size_are_a_column_for_each_element(data: st.DataObject, size: int, tensors: bool) -> None:
+    number = st.none() | st.floats(width=32)
+    rows = data.draw(st.lists(st.none() | st.lists(number, min_size=size, max_size=size), max_size=8))
+    lists = pa.array(rows, pa.list_(pa.float32(), size))
+    if tensors:
+        lists = pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.float32(), [size]), lists)
+    cut = data.draw(st.integers(0, len(rows)))
+    table = pa.concat_tables([pa.table({"y": lists}).slice(0, cut), pa.table({"y": lists}).slice(cut)])
+    columns = label_columns(table, ("y",))
+    assert list(columns) == [f"y[{number}]" for number in range(size)]
+    wanted = [[math.nan] * size if row is None else [math.nan if v is None else v for v in row] for row in rows]
+    expected = np.array(wanted, np.float32).reshape(-1, size)
+    expected[~np.isfinite(expected)] = math.nan
+    found = np.stack([numbers(part) for part in columns.values()], axis=1)
+    np.testing.assert_array_equal(found, expected)
+    assert is_missing(table["y"]).tolist() == np.isnan(expected).any(axis=1).tolist()
+
+
+def test_several_labels_are_those_of_each_column() -> None:
+    table = pa.table({"a": ["x", "y", "x"], "b": [True, False, True], "c": [1.0, 2.5, 3.0], "d": [4, 5, 6]})
+    colours = Label(column="a", kind="class", values=("x", "y"), classes=("x", "y"))
+    flags = Label(column="b", kind="class", values=("false", "true"), classes=("false", "true"))
+    classes = LabelVector(("a", "b"), (colours, flags))
+    made = classes.encode_rows(table)
+    assert (made.dtype, made.tolist()) == (np.int64, [[0, 1], [1, 0], [0, 1]])
+    described = classes.describe()
+    assert described == {"columns": ["a", "b"], "kind": "classes", "classes": [["x", "y"], ["false", "true"]]}
+    scales = LabelVector(("d", "c"), (Label(column="d", kind="number"), Label(column="c", kind="number", mean=2)))
+    made = scales.encode_rows(table)
+    assert (made.dtype, made.tolist()) == (np.float32, [[4, 1], [5, 2.5], [6, 3]])
+    assert scales.describe() == {"columns": ["d", "c"], "kind": "numbers", "mean": [0.0, 2], "std": [1.0, 1.0]}
+    assert [label_names(one) for one in (described, {"columns": ["v"], "kind": "numbers", "mean": [0, 0]}, None)] == [
+        ["a", "b"],
+        ["v[0]", "v[1]"],
+        [],
+    ]

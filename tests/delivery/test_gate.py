@@ -58,6 +58,33 @@ def odd(result: GateResult) -> dict[tuple[str, str | None], str]:
     return {(check.name, check.column): check.verdict for check in result.checks if check.verdict != "pass"}
 
 
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        ({"columns": ["c", "y"], "kind": "classes", "classes": [["a", "b"], ["no", "yes"]]}, {}),
+        ({"columns": ["x"], "kind": "numbers", "mean": [0.0, 0.0], "std": [1.0, 1.0]}, {("target", "x[1]"): "fail"}),
+        ({"columns": ["c", "one"], "kind": "classes", "classes": [["a", "b"], ["z"]]}, {("target", "one"): "fail"}),
+    ],
+)
+def test_each_of_several_labels_must_differ(label: dict[str, Any], expected: dict[tuple[str, str], str]) -> None:
+    rows = pa.table(
+        {
+            "x": [float(n % 6) for n in range(300)],
+            "c": ["a", "b"] * 150,
+            "y": ["no", "yes"] * 150,
+            "one": ["z"] * 300,
+            "x[0]": [float(n % 7) for n in range(300)],
+            "x[1]": [2.0] * 300,
+        }
+    )
+    made = copy(profile=profile_features(rows, rows.column_names), definition=definition(label=label), class_counts={})
+    assert odd(judge_copy(DeliveryConfig(), made, None)) == expected
+    assert odd(judge_copy(DeliveryConfig(), made, published(copy()))) == expected | {
+        ("schema", "Label columns"): "fail",
+        ("schema", "Label kinds"): "fail",
+    }
+
+
 def test_a_good_copy_passes_alone_and_after_itself() -> None:
     assert odd(judge_copy(DeliveryConfig(), copy(), None)) == {}
     assert odd(judge_copy(DeliveryConfig(), copy(), published(copy()))) == {}

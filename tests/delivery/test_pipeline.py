@@ -295,6 +295,47 @@ def test_a_copy_without_a_label_and_one_with_numbers(tmp_path: Any) -> None:
     assert judge_copy(configured(root), made, None).verdict == "pass"
 
 
+def test_several_labels_are_a_vector_of_one_kind(tmp_path: Any) -> None:
+    root = str(tmp_path)
+    table = publish_customers(root)
+    made = deliver(root, target="spent,visits", target_kind="number", batch_size=64)
+    label = made.definition["label"]
+    samples = read_samples(made.reservation.uri, made.files, "train")
+    assert (samples["label"].dtype, samples["label"].shape[1:]) == (np.float32, (2,))
+    assert (label["columns"], label["kind"]) == (["spent", "visits"], "numbers")
+    assert label["mean"] == pytest.approx(samples["label"].mean(axis=0, dtype=np.float64).tolist(), rel=1e-5)
+    rows = dict(zip(ids_of(table).tolist(), table.select(["spent", "visits"]).to_pylist(), strict=True))
+    for sample, found in zip(samples["sample_id"].tolist(), samples["label"].tolist(), strict=True):
+        assert found == [np.float32(rows[sample]["spent"]), rows[sample]["visits"]]
+    assert set(made.balances[0].rejected) == {"null_spent", "null_visits"}
+    assert judge_copy(configured(root), made, None).verdict != "fail"
+    made = deliver(root, target="city,member", exclude="target")
+    assert made.definition["label"]["classes"] == [["Bonn", "Lima", "Oslo", "Rome"], ["false", "true"]]
+    classes = read_samples(made.reservation.uri, made.files, "train")["label"]
+    assert (classes.dtype, classes.max(axis=0).tolist()) == (np.int64, [3, 1])
+    checks = {(check.name, check.column): check for check in judge_copy(configured(root), made, None).checks}
+    assert f"of {len(classes)} rows" in checks["target", "city"].message
+    with pytest.raises(ConfigError, match=r"'spent,city' mixes classes and numbers: spent \(number\), city \(c"):
+        deliver(root, target="spent,city")
+
+
+def test_a_list_is_several_labels(tmp_path: Any) -> None:
+    root, draw = str(tmp_path), np.random.default_rng(0)
+    values = draw.normal(size=(50, 3)).astype(np.float32)
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), 3)
+    lists = pa.concat_arrays([lists, pa.array([None, [1, None, 2]], lists.type)])
+    table = pa.table({"k": np.arange(52), "x": draw.normal(size=52), "place": lists})
+    publish(root, FEATURES, [("", table)], {"entity": "k"}, row_group=20)
+    made = deliver(root, target="place", validation_share=0.0)
+    assert made.definition["label"]["columns"] == ["place"]
+    assert made.balances[0].rejected == {"null_place": 2}
+    samples = read_samples(made.reservation.uri, made.files, "train")
+    rows = {sample: row for row, sample in enumerate(stable_hash(table["k"]).view(np.int64).tolist())}
+    order = [rows[sample] for sample in samples["sample_id"].tolist()]
+    assert np.array_equal(samples["label"], values[order])
+    assert {"place[0]", "place[1]", "place[2]"} <= set(made.profile.columns())
+
+
 def test_only_the_last_batch_of_a_file_is_shorter(tmp_path: Any) -> None:
     root = str(tmp_path)
     publish_customers(root)

@@ -56,7 +56,7 @@ def test_features_are_chosen(shop: str, settings: dict[str, Any], features: tupl
     source = find_source(configured(shop, **settings))
     assert set(source.features) == set(features)
     assert (source.kind, source.entity, source.keys) == ("table", "customer_id", ("customer_id", "as_of"))
-    assert source.target == settings.get("target", "target")
+    assert source.targets == (settings.get("target", "target"),)
     assert source.ready == "is_training_ready"
 
 
@@ -68,9 +68,9 @@ def test_columns_that_begin_with_feature_are_all_there_is_if_there_are_some(tmp_
 
 def test_images_are_known_by_their_tensors_and_keep_their_classes_and_splits(shop: str) -> None:
     source = find_source(configured(shop, dataset=IMAGES))
-    assert (source.kind, source.target, source.entity, source.keys, source.features) == (
+    assert (source.kind, source.targets, source.entity, source.keys, source.features) == (
         "images",
-        "class_id",
+        ("class_id",),
         "original_image_id",
         ("image_id",),
         (),
@@ -90,7 +90,13 @@ def test_images_are_known_by_their_tensors_and_keep_their_classes_and_splits(sho
         ({"target": "targt"}, "did you mean 'target'"),
         ({"entity": "customer"}, "did you mean 'customer_id'"),
         ({"features": "since"}, "'since' is date32.*derive one"),
-        ({"target": "since"}, "only text, booleans and numbers can be learned"),
+        (
+            {"target": "since"},
+            "'since' is date32.*only text, booleans, numbers and lists of numbers of one size can",
+        ),
+        ({"target": "spent,targt"}, "did you mean 'target'"),
+        ({"target": "visits,since"}, "target = 'since' is date32"),
+        ({"target": "city,spent", "target_kind": "number"}, "target = 'city' is string, no number"),
         ({"target_kind": "number"}, "no number"),
         ({"target": "spent", "target_kind": "class"}, "can be classes"),
         ({"exclude": "*"}, "has no features"),
@@ -116,7 +122,7 @@ def test_without_a_target_there_is_nothing_to_train_on(tmp_path: Path) -> None:
     publish(str(tmp_path), FEATURES, [("", customers(10).drop_columns("target"))], {"entity": "customer_id"})
     with pytest.raises(ConfigError, match="--target, such as city; or make the copy alone"):
         find_source(configured(str(tmp_path)))
-    assert find_source(configured(str(tmp_path), **ALONE)).target is None
+    assert find_source(configured(str(tmp_path), **ALONE)).targets == ()
 
 
 def test_a_table_that_does_not_say_its_entity_needs_one(tmp_path: Path) -> None:
@@ -177,3 +183,19 @@ def test_a_file_that_is_damaged_is_named(tmp_path: Path, damage: str) -> None:
         path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(CorruptVersion, match=r"part-00001-a1.parquet"):
         find_source(sources.configured(str(tmp_path)))
+
+
+def test_a_list_of_numbers_is_several_labels_and_stands_alone(tmp_path: Path) -> None:
+    lists = pa.array([[1.0, 2.0], [3.0, 4.0]], pa.list_(pa.float32(), 2))
+    table = pa.table({"k": [1, 2], "x": [1.0, 2.0], "y": [3.0, 4.0], "z": [1, 0], "place": lists, "odd": [[1.0], []]})
+    publish(str(tmp_path), FEATURES, [("", table)], {"entity": "k"})
+    source = find_source(configured(str(tmp_path), target="place"))
+    assert (source.targets, source.features) == (("place",), ("x", "y", "z"))
+    assert find_source(configured(str(tmp_path), target="y, x")).targets == ("y", "x")
+    for target, kind, message in (
+        ("place,x", "auto", "column 'place' is fixed_size_list.*, several labels by itself; name it alone"),
+        ("place", "class", "target = 'place' is fixed_size_list.*can be classes"),
+        ("odd", "auto", "target = 'odd' is list.*lists of numbers of one size can be learned"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            find_source(configured(str(tmp_path), target=target, target_kind=kind))

@@ -90,6 +90,9 @@ def test_a_stratified_order_has_each_source_s_share_of_any_number_of_first_sampl
     places = sorted(place % (2 * size + 1) for place in places)
     order = SourceOrder(quotas, "stratified", 1, 0)
     assert [order.before([place])[0].tolist() for place in places] == found[places].tolist()
+    order = SourceOrder(quotas, "stratified", 1, 0)
+    parts = [part for part in (places[: len(places) // 2], places[len(places) // 2 :]) if part]
+    assert [row for part in parts for row in order.before(part).tolist()] == found[places].tolist()
 
 
 @given(quotas=QUOTAS, key=st.integers(0, 2**64 - 1), place=st.integers(0, 300))

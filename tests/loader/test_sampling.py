@@ -349,6 +349,26 @@ def test_labels_that_are_none_or_wrong_are_refused(tmp_path: Path) -> None:
             stream.distribution()
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.float32])
+def test_several_labels_are_delivered_and_are_no_classes_to_balance(tmp_path: Path, dtype: type) -> None:
+    samples = table_samples(30)
+    samples["label"] = np.random.default_rng(0).integers(0, 4, (30, 3)).astype(dtype)
+    uri = publish(str(tmp_path), {"train": cut(samples, 20, 10)}, batch_size=5)
+    with TrainingStream(uri, batch_size=8, as_numpy=True) as stream:
+        batches = [{name: values[batch["mask"]] for name, values in batch.items()} for batch in stream]
+    place = {number: row for row, number in enumerate(samples["sample_id"].tolist())}
+    order = [place[number] for batch in batches for number in batch["sample_id"].tolist()]
+    found = np.concatenate([batch["label"] for batch in batches])
+    assert (sorted(order), found.dtype) == (list(range(30)), dtype)
+    assert np.array_equal(found, samples["label"][order])
+    options: list[dict[str, Any]] = [{"balance": "class"}, {"weights": {"a": 2}}]
+    for option in options:
+        with pytest.raises(ConfigError, match="has several labels each, not classes: give weights by id"):
+            TrainingStream(uri, batch_size=8, **option)
+    with pytest.raises(ConfigError, match=r"mixup = 0\.2: it mixes classes, and the version has several labels"):
+        TrainingStream(uri, batch_size=8, mixup=0.2)
+
+
 def test_weights_of_a_version_on_s3_read_its_labels_only(s3_root: str, tmp_path: Path) -> None:
     uri = publish(s3_root, {"train": cut(STORED, *FILES)}, batch_size=10)
     (stream,) = workers(uri, 1, balance="class", cache_dir=tmp_path)

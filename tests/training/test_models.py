@@ -353,3 +353,35 @@ def test_errors_of_numbers_are_in_their_unit() -> None:
     assert found == {"rmse": pytest.approx(math.sqrt(4 / 3)), "r2": pytest.approx(1 - 4 / 2)}
     assert number_metrics(np.ones(2), np.ones(2)) == {"rmse": 0.0}  # R² has no meaning for a constant
     assert number_metrics(np.ones(0), np.ones(0)) == {}
+
+
+def test_several_numbers_are_learned_by_the_mean_of_their_squared_errors() -> None:
+    label = {"columns": ["a", "b"], "kind": "numbers", "mean": [10.0, -1.0], "std": [2.0, 0.5]}
+    target = Target.of(table(label))
+    assert (target.kind, target.outputs) == ("numbers", 2)
+    outputs, labels = torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([[12.0, -1.0], [10.0, 0.0]])
+    assert target.losses(outputs, labels).tolist() == [(1 + 1) / 2, (4 + 4) / 2]
+    scores = target.scores(outputs)
+    assert scores.tolist() == [[10.0, -0.5], [14.0, -1.0]]
+    each = [number_metrics(scores[:, n].numpy(), labels[:, n].numpy()) for n in range(2)]
+    found = target.metrics(scores.numpy(), labels.numpy())
+    assert found == {name: pytest.approx((each[0][name] + each[1][name]) / 2) for name in ("rmse", "r2")}
+    assert Target.of(table({**label, "columns": ["v"]})).outputs == 2
+
+
+def test_several_classes_are_learned_by_the_sum_of_their_cross_entropies() -> None:
+    label = {"columns": ["a", "b"], "kind": "classes", "classes": [["x", "y", "z"], ["no", "yes"]]}
+    target = Target.of(table(label))
+    assert build_model(table(label), settings())(torch.zeros(2, 4)).shape == (2, 5)
+    outputs, labels = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), torch.arange(12).reshape(6, 2) % 2
+    expected = [
+        nn.functional.cross_entropy(outputs[:, :3], labels[:, 0], reduction="none"),
+        nn.functional.cross_entropy(outputs[:, 3:], labels[:, 1], reduction="none"),
+    ]
+    assert torch.allclose(target.losses(outputs, labels), sum(expected))
+    scores = target.scores(outputs)
+    assert torch.allclose(scores.sum(1), torch.full((6,), 2.0))
+    hits = (scores[:, :3].argmax(1) == labels[:, 0]).float() + (scores[:, 3:].argmax(1) == labels[:, 1]).float()
+    assert target.metrics(scores.numpy(), labels.numpy())["accuracy"] == pytest.approx(float(hits.mean()) / 2)
+    with pytest.raises(ConfigError, match="label 'b' has 1 class: a model needs two"):
+        Target.of(table({**label, "classes": [["x", "y"], ["no"]]}))
