@@ -208,24 +208,24 @@ def albumentations(paths: Sequence[str], antialias: bool) -> Work:
     return work
 
 
-def dali(paths: Sequence[str]) -> Work:
+def dali(paths: Sequence[str], settings: Augmentation = SETTINGS, batch: int = BATCH) -> Work:
     """A DALI pipeline without a GPU: one process, two threads, batches made ahead of their use, as is its default."""
     from nvidia.dali import fn, pipeline_def, types
 
     count = len(paths)
-    assert not count % BATCH, f"DALI would fill the last batch up: {count} pictures are no multiple of {BATCH}"
-    uniform, degrees = fn.random.uniform, SETTINGS.degrees
+    assert not count % batch, f"DALI would fill the last batch up: {count} pictures are no multiple of {batch}"
+    uniform, degrees = fn.random.uniform, settings.degrees
 
-    @pipeline_def(batch_size=BATCH, num_threads=PROCESSES, device_id=None, seed=0)
+    @pipeline_def(batch_size=batch, num_threads=PROCESSES, device_id=None, seed=0)
     def pipeline() -> Any:
         files, _ = fn.readers.file(files=list(paths))
         images = fn.decoders.image(files, device="cpu", output_type=types.RGB)
         made = []
-        for _ in range(SETTINGS.variants):
+        for _ in range(settings.variants):
             variants = fn.random_resized_crop(
-                images, size=SETTINGS.size, random_area=SETTINGS.scale, random_aspect_ratio=SETTINGS.ratio
+                images, size=settings.size, random_area=settings.scale, random_aspect_ratio=settings.ratio
             )
-            variants = fn.flip(variants, horizontal=fn.random.coin_flip(probability=SETTINGS.flip))
+            variants = fn.flip(variants, horizontal=fn.random.coin_flip(probability=settings.flip))
             variants = fn.rotate(
                 variants,
                 angle=uniform(range=(-degrees, degrees)),
@@ -233,9 +233,9 @@ def dali(paths: Sequence[str]) -> Work:
                 fill_value=0.0,
                 interp_type=types.INTERP_NN,
             )
-            spreads = {name: getattr(SETTINGS, name) for name in ("brightness", "contrast", "saturation")}
+            spreads = {name: getattr(settings, name) for name in ("brightness", "contrast", "saturation")}
             factors = {name: uniform(range=(1 - spread, 1 + spread)) for name, spread in spreads.items()}
-            turn = 360 * SETTINGS.hue
+            turn = 360 * settings.hue
             made.append(fn.color_twist(variants, hue=uniform(range=(-turn, turn)), **factors))
         return tuple(made)
 
@@ -245,10 +245,10 @@ def dali(paths: Sequence[str]) -> Work:
 
     def work(_: Path | None) -> int:
         made = 0
-        for _ in range(count // BATCH):
+        for _ in range(count // batch):
             for variants in built.run():
                 shape = variants.shape()
-                assert shape[0] == (SETTINGS.size, SETTINGS.size, 3)
+                assert shape[0] == (settings.size, settings.size, 3)
                 made += len(shape)
         return made
 

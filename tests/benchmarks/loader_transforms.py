@@ -10,6 +10,7 @@
 | torch | a DataLoader with torchvision's operations of the same bounds, on the same mapped files |
 | kernel-jpeg | as kernel, of JPEGs in memory, each decoded by simplejpeg just before |
 | ours-jpeg | as ours, of a version of the same JPEGs |
+| dali-jpeg | DALI on the CPU, of the same JPEGs as files in batches, in their order |
 
 All use two cores: two threads, or two loader processes, which are kept. The sides take turns. `--jpeg` leaves out those
 of pixels.
@@ -32,6 +33,7 @@ from tasks.images.config import Augmentation
 from tasks.images.draws import draw
 from tasks.images.kernel import FusedEngine
 from tasks.loader.stream import TrainingStream
+from tests.benchmarks.augmenters import dali
 from tests.benchmarks.delivery_data import IMAGES, SHAPE, Source, pictures, write
 from tests.benchmarks.loaders import LOADER_PROCESSES, Batch, Task, torch_loader
 from tests.benchmarks.turns import machine, median, ratio, take_turns
@@ -41,9 +43,9 @@ BATCH = 64
 SETTINGS = Augmentation(variants=1)
 
 
-def kernel(samples: int) -> Callable[[Path], object]:
+def kernel(samples: int, photographs: Path | None) -> Callable[[Path], object]:
     """The kernel alone."""
-    shown = pictures(None)
+    shown = pictures(photographs)
     pixels = np.zeros((len(shown), *SHAPE[1:], 4), np.uint8)
     pixels[..., :3] = shown.transpose(0, 2, 3, 1)
     keys = np.random.default_rng(5).integers(0, 1 << 63, samples, np.uint64)
@@ -65,17 +67,16 @@ def kernel(samples: int) -> Callable[[Path], object]:
     return run
 
 
-def encoded() -> list[bytes]:
+def encoded(photographs: Path | None) -> list[bytes]:
     """The pictures as the augmentation flow writes JPEGs."""
     return [
         simplejpeg.encode_jpeg(np.ascontiguousarray(picture.transpose(1, 2, 0)), 95, "RGB", "444")
-        for picture in pictures(None)
+        for picture in pictures(photographs)
     ]
 
 
-def kernel_of_jpegs(samples: int) -> Callable[[Path], object]:
+def kernel_of_jpegs(samples: int, files: list[bytes]) -> Callable[[Path], object]:
     """The decoder and the kernel alone."""
-    files = encoded()
     keys = np.random.default_rng(5).integers(0, 1 << 63, samples, np.uint64)
     side = np.full(samples, SHAPE[1])
     engines = [FusedEngine(SETTINGS) for _ in range(LOADER_PROCESSES)]
@@ -97,9 +98,21 @@ def kernel_of_jpegs(samples: int) -> Callable[[Path], object]:
     return run
 
 
-def version_of_jpegs(samples: int, root: str) -> str:
+def dali_of_jpegs(samples: int, files: list[bytes], directory: Path) -> Callable[[Path], object]:
+    """DALI on the CPU."""
+    directory.mkdir()
+    paths = []
+    for number, data in enumerate(files):
+        path = directory / f"{number}.jpg"
+        path.write_bytes(data)
+        paths.append(str(path))
+    work = dali([paths[number % len(paths)] for number in range(samples)], SETTINGS, BATCH)
+    return lambda _: work(None)
+
+
+def version_of_jpegs(samples: int, files: list[bytes], root: str) -> str:
     """A streaming-ready version of the JPEGs."""
-    files, numbers = encoded(), np.arange(samples)
+    numbers = np.arange(samples)
     images = np.empty(samples, object)
     images[:] = [np.frombuffer(files[number % len(files)], np.uint8) for number in numbers]
     lengths = np.array([len(image) for image in images])
@@ -154,7 +167,8 @@ def consume(batches: Any, parts: Callable[[Any], Batch], samples: int, stream: T
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=4000)
+    parser.add_argument("--samples", type=int, default=4096, help="a multiple of the batch")
+    parser.add_argument("--photographs", type=Path, default=None, help="directory of photographs (synthetic ones)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jpeg", action="store_true", help="only the sides of JPEGs")
     arguments = parser.parse_args()
@@ -164,22 +178,28 @@ def main() -> None:
         source, samples = Source(IMAGES, arguments.samples, Path(directory)), arguments.samples
         sides: dict[str, Callable[[Path], object]] = {}
         if not arguments.jpeg:
-            write(source, "version")
+            write(source, "version", arguments.photographs)
             sides = {
                 "torch": torch(source),  # first: its processes are forks, and threads don't survive that
-                "kernel": kernel(samples),
+                "kernel": kernel(samples, arguments.photographs),
                 "ours": ours(source.version, samples, normalise=False),
                 "ours-float": ours(source.version, samples, normalise=True),
             }
+        files = encoded(arguments.photographs)
         sides |= {
-            "kernel-jpeg": kernel_of_jpegs(samples),
-            "ours-jpeg": ours(version_of_jpegs(samples, f"{directory}/jpegs"), samples, normalise=False),
+            "kernel-jpeg": kernel_of_jpegs(samples, files),
+            "ours-jpeg": ours(version_of_jpegs(samples, files, f"{directory}/jpegs"), samples, normalise=False),
         }
+        try:
+            sides["dali-jpeg"] = dali_of_jpegs(samples, files, Path(directory, "files"))
+        except ModuleNotFoundError as error:
+            print(f"dali-jpeg is left out: {error.name} isn't installed")
         seconds = take_turns(sides, arguments.rounds, prefix="transforms-")
     for name, taken in seconds.items():
         print(f"{name:12s} {median(taken, lambda one: f'{arguments.samples / one:,.0f} images/s')}")
-    for side, other in (("ours", "kernel"), ("ours-float", "kernel"), ("ours", "torch"), ("ours-jpeg", "kernel-jpeg")):
-        if side in seconds:
+    pairs = [("ours", "kernel"), ("ours-float", "kernel"), ("ours", "torch")]
+    for side, other in (*pairs, ("ours-jpeg", "kernel-jpeg"), ("ours-jpeg", "dali-jpeg")):
+        if side in seconds and other in seconds:
             print(f"{side} / {other}, images/s: {ratio(seconds[other], seconds[side])}")
 
 
