@@ -320,7 +320,10 @@ def _label(manifest: Manifest, label: Any) -> Any:
 
 
 def _picture(path: str, batch: Batch, rows: Sequence[Mapping[str, object]]) -> Section:
-    """Draw the pictures of a batch side by side, each with its pixels as they are, and its place and label below."""
+    """Draw the pictures of a batch side by side, each with its pixels as they are, and its place and label below.
+
+    Of a mixture it is the larger part.
+    """
     from PIL import Image, ImageDraw
 
     values: AnyArray = batch[IMAGE][:_MOST_PICTURES]
@@ -338,7 +341,11 @@ def _picture(path: str, batch: Batch, rows: Sequence[Mapping[str, object]]) -> S
         left, top = _GAP + place % across * right, _GAP + place // across * down
         sheet.paste(Image.fromarray(pixels[place]), (left, top))
         label = rows[place].get(LABEL, "")
-        words = ", ".join(f"{name} {share:.2g}" for name, share in label.items()) if isinstance(label, dict) else label
+        words = (
+            max((share, f"{share:.0%} {name}") for name, share in label.items())[1]
+            if isinstance(label, dict)
+            else label
+        )
         text = one_line(f"{place} {words}", (right - _GAP) // _LETTER_WIDTH)
         pen.text((left, top + height + 2), text, fill="black", font=letters)
     try:
