@@ -23,7 +23,7 @@ from tasks.io.errors import ConfigError, InputError, PipelineError
 from tasks.io.tensors import AnyArray, UInt8Array
 from tasks.io.text import plural
 from tasks.loader.mixed import MixedStream
-from tasks.loader.samples import FEATURES, IMAGE, LABEL, SAMPLE_ID, WEIGHT
+from tasks.loader.samples import FEATURES, IMAGE, LABEL, SAMPLE_ID, WEIGHT, SampleFormat
 from tasks.loader.stream import Batch, TrainingStream
 from tasks.report.plots import font, one_line
 from tasks.store import layout
@@ -224,14 +224,7 @@ def _of_draws(uri: str, state: Mapping[str, Any], options: dict[str, Any]) -> St
 
 def _columns(manifest: Manifest) -> list[str]:
     """Return all columns of a copy's samples that there are."""
-    definition = manifest.definition
-    there = {
-        IMAGE if definition["kind"] == "images" else FEATURES: True,
-        LABEL: definition["label"] is not None,
-        WEIGHT: definition.get(WEIGHT) is not None,
-        SAMPLE_ID: True,
-    }
-    return [name for name, exists in there.items() if exists]
+    return list(SampleFormat.of(manifest.definition).delivered)
 
 
 def _transform(text: str) -> Any:
@@ -320,7 +313,10 @@ def _label(manifest: Manifest, label: Any) -> Any:
 
 
 def _picture(path: str, batch: Batch, rows: Sequence[Mapping[str, object]]) -> Section:
-    """Draw the pictures of a batch side by side, each with its pixels as they are, and its place and label below."""
+    """Draw the pictures of a batch side by side, each with its pixels as they are, and its place and label below.
+
+    Of a mixture it is the larger part.
+    """
     from PIL import Image, ImageDraw
 
     values: AnyArray = batch[IMAGE][:_MOST_PICTURES]
@@ -338,7 +334,11 @@ def _picture(path: str, batch: Batch, rows: Sequence[Mapping[str, object]]) -> S
         left, top = _GAP + place % across * right, _GAP + place // across * down
         sheet.paste(Image.fromarray(pixels[place]), (left, top))
         label = rows[place].get(LABEL, "")
-        words = ", ".join(f"{name} {share:.2g}" for name, share in label.items()) if isinstance(label, dict) else label
+        words = (
+            max((share, f"{share:.0%} {name}") for name, share in label.items())[1]
+            if isinstance(label, dict)
+            else label
+        )
         text = one_line(f"{place} {words}", (right - _GAP) // _LETTER_WIDTH)
         pen.text((left, top + height + 2), text, fill="black", font=letters)
     try:

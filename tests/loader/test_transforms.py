@@ -332,13 +332,13 @@ def test_a_mixture_is_of_a_sample_and_its_partner(images: str, *, mixup, cutmix,
 
 def test_a_worker_reads_few_samples_more_for_its_partners(images: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    gather = Shards.gather
+    gather = Shards.gather_to
 
-    def counted(shards: Shards, index: np.ndarray, out: Any) -> None:
+    def counted(shards: Shards, index: np.ndarray, names: tuple[str, ...], to: np.ndarray) -> None:
         read.append(len(index))
-        gather(shards, index, out)
+        gather(shards, index, names, to)
 
-    monkeypatch.setattr(Shards, "gather", counted)
+    monkeypatch.setattr(Shards, "gather_to", counted)
     for batch_size in (16, 17):
         read.clear()
         delivered(opened(images, 2, batch_size, mixup=1.0))
