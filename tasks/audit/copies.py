@@ -65,10 +65,10 @@ from tasks.delivery.source import (
 )
 from tasks.io import storage
 from tasks.io.errors import ConfigError, PipelineError, SourceError
-from tasks.io.tensors import Float32Array, Int8Array, Int64Array, UInt8Array, to_numpy
+from tasks.io.tensors import AnyArray, Float32Array, Int8Array, Int64Array, UInt8Array, to_numpy, to_ragged
 from tasks.io.text import plural
 from tasks.loader.order import EpochOrder, Share, Sizes, batch_count, step_count
-from tasks.loader.samples import BATCH_ID, FEATURES, IMAGE, LABEL, SampleFormat, batch_ids, noted_ids, pick
+from tasks.loader.samples import BATCH_ID, FEATURES, IMAGE, LABEL, SEQUENCE, SampleFormat, batch_ids, noted_ids, pick
 from tasks.loader.version_files import Version
 from tasks.store import layout
 from tasks.store.lineage import trace
@@ -152,7 +152,8 @@ class CopyAgain(Again):
                 self.causes += [cause for cause in found if cause not in self.causes]
             loaded = load(self._units[number], self._source, self._config, columns)
             own = rows[unit_of == number] - starts[number]
-            parts.append(encode(loaded.rows.take(pa.array(own)), ids[number][own], self._form, self._encoder, label))
+            rows_of = loaded.rows.take(pa.array(own)), ids[number][own]
+            parts.append(encode(*rows_of, self._form, self._encoder, label, self._source.sequence))
         return parts
 
     def _compare(self, entry: FileEntry, numbers: Int64Array, made: pa.Table | None) -> list[Replayed]:
@@ -351,6 +352,8 @@ def _encoded(root: str, manifest: Manifest, sample: Sample, *, several: bool) ->
     stored = batch.slice(place, 1)
     facts = _label(manifest, sample, stored)
     facts["checksum of its batch"] = f"{'matches' if found == noted else 'DOES NOT match'} ({noted})"
+    if manifest.definition["kind"] == "sequences":
+        return Section(title=name, facts=facts | _sequence_facts(manifest, sample, to_ragged(stored, SEQUENCE)[0]))
     if manifest.definition["kind"] == "images":
         return Section(title=name, facts=facts | _image_facts(root, manifest, sample, to_numpy(stored, IMAGE)[0]))
     return Section(
@@ -428,6 +431,21 @@ def _image_facts(root: str, manifest: Manifest, sample: Sample, image: UInt8Arra
     except PipelineError as fault:
         facts["check"] = f"can't be compared with {source['dataset']} v{source['version']}: {fault}"
     return facts
+
+
+def _sequence_facts(manifest: Manifest, sample: Sample, stored: AnyArray) -> dict[str, Any]:
+    """Compare the sequence with that of the source."""
+    column = manifest.definition["sequence"]["column"]
+    value = sample.source[column]
+    raw = value.encode() if isinstance(value, str) else value
+    again = np.frombuffer(raw, np.uint8) if isinstance(raw, bytes) else np.array(raw, stored.dtype)
+    same = np.array_equal(again, stored)
+    return {
+        "length": len(stored),
+        "stored as": f"{stored.dtype}, of {column}",
+        "begins with": repr(value[:40]),
+        "check": "the same elements as in the source" if same else "OTHER elements than in the source",
+    }
 
 
 def _left_out(samples: EntitySamples) -> Section:

@@ -168,6 +168,7 @@ def _taken(root: str, copy: Manifest, version: Manifest, config: DeliveryConfig)
         entity=definition["entity"],
         keys=tuple(definition["keys"]),
         ready=READY if config.ready_only and READY in known else None,
+        sequence=(definition.get("sequence") or {}).get("column"),
     )
 
 

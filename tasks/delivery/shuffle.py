@@ -29,7 +29,9 @@ from tasks.delivery.encoding import (
     is_missing,
     label_columns,
     label_counts,
+    length_name,
     profile_features,
+    sequences,
 )
 from tasks.delivery.source import (
     SPLITS,
@@ -50,7 +52,7 @@ from tasks.delivery.source import (
 from tasks.engine.partition import split_by_key
 from tasks.io import storage
 from tasks.io.hashing import stable_hash
-from tasks.io.tensors import BoolArray, Int8Array, Int64Array, UInt64Array, tensor_array, to_numpy
+from tasks.io.tensors import BoolArray, Int8Array, Int64Array, UInt64Array, ragged_array, tensor_array, to_numpy
 from tasks.loader.samples import IMAGE, LABEL, SAMPLE_ID, SampleFormat, pick, write_samples
 from tasks.quality.profile import TableProfile
 from tasks.quality.rules import Figures, Written
@@ -76,7 +78,10 @@ class UnitNote:
         samples: Rows that became samples, by split.
         label_columns: Columns that labels are made of.
         labels: Values of each of those that may be classes, by split.
-        profile: Profile of the features, and of those columns, in the train split, until it is merged.
+        profile: Profile of the features, and of those columns, in the train split, until it is merged; of sequences of
+            their lengths.
+        elements: Elements of all sequences that became samples.
+        longest: Elements of the longest one.
     """
 
     unit: int
@@ -88,6 +93,8 @@ class UnitNote:
     label_columns: tuple[str, ...]
     labels: dict[str, list[TopValues]]
     profile: TableProfile | None
+    elements: int = 0
+    longest: int = 0
 
     @property
     def left_out(self) -> int:
@@ -218,6 +225,8 @@ class Shuffle:
     label: Label | LabelVector | None
     buckets: tuple[Bucket, ...]
     """Buckets by split, then part."""
+    longest: int = 0
+    """Elements of the longest sequence."""
 
     def scatter(self, repeats: Mapping[int, Repeats], index: int) -> tuple[int, list[pa.Table]]:
         """Return the number of a unit's samples, and the samples for each bucket.
@@ -229,7 +238,7 @@ class Shuffle:
         columns = self.source.columns + ([IMAGE] if self.source.image else [])
         loaded = load(self.units[index], self.source, self.config, columns)
         ids = sample_ids(keys_of(loaded.rows, self.source), repeats.get(index, Repeats()))
-        samples = encode(loaded.rows, ids, self.form, self.encoder, self.label)
+        samples = encode(loaded.rows, ids, self.form, self.encoder, self.label, self.source.sequence)
         number = self._bucket_numbers(loaded.splits, random_keys(ids, self.config.seed))
         order = np.argsort(number, kind="stable")
         bounds = np.searchsorted(number[order], np.arange(len(self.buckets) + 1))
@@ -268,22 +277,31 @@ class Shuffle:
         return made, pa.table({})
 
 
-def encode(
-    rows: pa.Table, ids: Int64Array, form: SampleFormat, encoder: Encoder | None, label: Label | LabelVector | None
+def encode(  # noqa: PLR0917 - rows, and what is known of their samples
+    rows: pa.Table,
+    ids: Int64Array,
+    form: SampleFormat,
+    encoder: Encoder | None,
+    label: Label | LabelVector | None,
+    sequence: str | None = None,
 ) -> pa.Table:
-    """Make samples of rows, a row each; without an encoder, of their images."""
-    values = to_numpy(rows, IMAGE) if encoder is None else encoder.encode(rows)
+    """Make samples of rows, a row each; of a column of sequences, or without an encoder of their images."""
+    if sequence is not None:
+        found = sequences(rows[sequence])
+        columns = [ragged_array(found.values, np.cumsum([0, *found.lengths])), pa.array(found.lengths)]
+    else:
+        columns = [tensor_array(to_numpy(rows, IMAGE) if encoder is None else encoder.encode(rows))]
     labels = []
     if label is not None:
-        found = label.encode_rows(rows)
-        labels.append(tensor_array(found) if found.ndim > 1 else pa.array(found))
-    return pa.Table.from_arrays([tensor_array(values), *labels, pa.array(ids)], schema=form.schema)
+        made = label.encode_rows(rows)
+        labels.append(tensor_array(made) if made.ndim > 1 else pa.array(made))
+    return pa.Table.from_arrays([*columns, *labels, pa.array(ids)], schema=form.schema)
 
 
 def note_of(unit: int, loaded: Loaded, source: Source, config: DeliveryConfig) -> UnitNote:
     """Return the note on a unit's rows after the first look."""
     columns = label_columns(loaded.rows, source.targets)
-    labels = {}
+    labels, labelled = {}, tuple(columns)
     for name, column in columns.items():
         counts = [
             label_counts(column.filter(pa.array(loaded.splits == split)), config.target_kind)
@@ -291,6 +309,10 @@ def note_of(unit: int, loaded: Loaded, source: Source, config: DeliveryConfig) -
         ]
         if found := [values for values in counts if values is not None]:
             labels[name] = found
+    lengths = np.zeros(loaded.rows.num_rows, np.int64)
+    if source.sequence is not None:
+        lengths = sequences(loaded.rows[source.sequence]).lengths
+        columns[length_name(source.sequence)] = pa.chunked_array([lengths])
     profiled = pa.table({**{name: loaded.rows[name] for name in source.features}, **columns})
     return UnitNote(
         unit=unit,
@@ -298,9 +320,11 @@ def note_of(unit: int, loaded: Loaded, source: Source, config: DeliveryConfig) -
         filtered=Counter({NOT_READY: loaded.reasons[NOT_READY]} if loaded.reasons[NOT_READY] else {}),
         rejected=Counter({reason: rows for reason, rows in loaded.reasons.items() if reason != NOT_READY}),
         samples=np.bincount(loaded.splits, minlength=len(SPLITS)),
-        label_columns=tuple(columns),
+        label_columns=labelled,
         labels=labels,
         profile=profile_features(profiled, profiled.column_names, loaded.splits == 0),
+        elements=int(lengths.sum()),
+        longest=int(lengths.max(initial=0)),
     )
 
 
@@ -379,6 +403,10 @@ def judge(rows: pa.Table, source: Source, config: DeliveryConfig) -> tuple[npt.N
         mark(rows[name].is_null(nan_is_null=True).to_numpy(), f"null_{name}")
     for name in source.targets:
         mark(is_missing(rows[name]), f"null_{name}")
+    if source.sequence is not None:
+        found = sequences(rows[source.sequence])
+        mark(found.missing, f"null_{source.sequence}")
+        mark(found.lengths == 0, f"empty_{source.sequence}")
     if config.nulls == "reject":
         for name in source.features:
             mark(is_missing(rows[name]), f"null_{name}")

@@ -18,13 +18,14 @@ from tasks.loader.kernel import mix_samples, sample_keys
 from tasks.loader.mixing import Mixing, alpha_of
 from tasks.loader.order import MIXES, TRANSFORMS, EpochOrder, Reading
 from tasks.loader.placement import INPUTS, Placement
+from tasks.loader.samples import LABEL, LENGTH, SAMPLE_ID, SEQUENCE
+from tasks.loader.sequences import Padding
 from tasks.loader.shards import Shards
 from tasks.loader.transforms import Change, change_of, described
 from tasks.loader.version_files import CURE, Version, stored_column
 
 MASK = "mask"
 SOURCE = "source"
-LABEL, SAMPLE_ID = "label", "sample_id"
 _MASK_SPEC, _SOURCE_SPEC = TensorSpec((), "bool"), TensorSpec((), "int64")
 
 
@@ -109,6 +110,7 @@ class Made(NamedTuple):
     samples: tuple[int, ...]
     bytes: int
     skipped: int
+    cut: int = 0
 
 
 def make_batches(
@@ -120,6 +122,7 @@ def make_batches(
     masked: bool,
     numbered: bool,
     delivery: Delivery | None,
+    padding: Padding | None,
 ) -> Iterator[Made]:
     """Yield a worker's batches of some steps.
 
@@ -131,16 +134,25 @@ def make_batches(
         masked: True to add a column that tells which samples are real.
         numbered: True to add a column of the samples' sources.
         delivery: What changes the samples; None: they are delivered as they are stored.
+        padding: What makes arrays of sequences; None without any.
     """
+    specs = sources[0].shards.columns
+    plain = [name for name in columns if padding is None or name not in (SEQUENCE, LENGTH)]
     for takes in steps:
+        cut = 0
         if delivery is not None:
             gathered, picked, real, size, skipped = delivery.batch(sources, place, takes)
         else:
             picked, real, skipped = _picked(sources, takes)
             count = sum(len(index) for _, index in picked)
-            gathered = {name: place.buffer(sources[0].shards.columns[name], count) for name in columns}
+            gathered = {name: place.buffer(specs[name], count) for name in plain}
             _gather(sources, picked, gathered)
             size = sum(values.nbytes for values in gathered.values())
+            if padding is not None:
+                made, lengths, read = padding.fill(sources, picked, place, columns)
+                lengths = lengths[: sum(real)]
+                cut, size = int(np.count_nonzero(padding.cut(lengths) < lengths)), size + read
+                gathered = {name: made[name] if name in made else gathered[name] for name in columns}
         count = sum(len(index) for _, index in picked)
         if masked:
             mask = gathered[MASK] = place.buffer(_MASK_SPEC, count)
@@ -148,7 +160,7 @@ def make_batches(
         if numbered:
             numbers = gathered[SOURCE] = place.buffer(_SOURCE_SPEC, count)
             numbers[:] = np.repeat([number for number, _ in picked], [len(index) for _, index in picked])
-        yield Made(place.place(gathered), tuple(real), size, skipped)
+        yield Made(place.place(gathered), tuple(real), size, skipped, cut)
 
 
 def _picked(sources: Sequence[Source], takes: Sequence[Take]) -> tuple[list[tuple[int, Int64Array]], list[int], int]:
@@ -408,14 +420,17 @@ class Lookup:
         split: The split.
         shards: Its samples, for this object alone, whose picked columns are returned.
         place: Maker of batches, for this object alone.
+        padding: What makes arrays of sequences; None without any.
 
     Attributes:
         shards: as given.
 
     """
 
-    def __init__(self, version: Version, split: str, shards: Shards, place: Placement) -> None:
-        self._version, self._split, self.shards, self._place = version, split, shards, place
+    def __init__(
+        self, version: Version, split: str, shards: Shards, place: Placement, padding: Padding | None = None
+    ) -> None:
+        self._version, self._split, self.shards, self._place, self._padding = version, split, shards, place, padding
         self._ids = self._order = np.empty(0, np.int64)
 
     def sample(
@@ -443,8 +458,12 @@ class Lookup:
         if good is not None and not good[0]:
             raise CorruptVersion(f"sample {number[0]} of {self._version.uri} is damaged or missing: {CURE}")
         names = self.shards.picked
-        gathered = {name: self._place.buffer(self.shards.columns[name], 1) for name in names}
+        plain = [name for name in names if self._padding is None or name not in (SEQUENCE, LENGTH)]
+        gathered = {name: self._place.buffer(self.shards.columns[name], 1) for name in plain}
         self.shards.gather(number, gathered)
+        if self._padding is not None:
+            made = self._padding.fill([self], [(0, number)], self._place, names)[0]
+            gathered = {name: made[name] if name in made else gathered[name] for name in names}
         if change is not None:
             gathered = change(gathered, self._place)
         return {name: values[0] for name, values in self._place.receive(self._place.place(gathered)).items()}

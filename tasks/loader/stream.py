@@ -44,6 +44,7 @@ from tasks.loader.order import ORDER, EpochOrder, Remainder, Share, Sizes, batch
 from tasks.loader.placement import Constants, placement
 from tasks.loader.prefetch import Prefetch
 from tasks.loader.sampling import Draws, class_labels, weights_of
+from tasks.loader.sequences import padding_of
 from tasks.loader.shards import OnCorrupt, Shards, memory_bytes
 from tasks.loader.version_files import open_version, refuse_misfits
 
@@ -71,6 +72,7 @@ class StreamStats:
         cache_bytes_read: their bytes.
         skipped_samples: damaged samples of this worker that were skipped.
         skipped_files: files skipped as a whole.
+        cut_samples: sequences of this worker that were cut to `max_length`.
         source_samples: real samples of each source, in the order of the sources.
     """
 
@@ -84,6 +86,7 @@ class StreamStats:
     cache_bytes_read: int = 0
     skipped_samples: int = 0
     skipped_files: int = 0
+    cut_samples: int = 0
     source_samples: tuple[int, ...] = ()
 
 
@@ -111,6 +114,8 @@ class Options(TypedDict, total=False):
     mixup: float | None
     cutmix: float | None
     transform_threads: int | None
+    max_length: int | None
+    pad_value: float
 
 
 class BatchStream(abc.ABC):
@@ -131,7 +136,7 @@ class BatchStream(abc.ABC):
         remainder: Treatment of an epoch's rest: 'pad' repeats the epoch's first samples to fill all workers'
             last batches, and adds a boolean column 'mask' to each batch, False for the repeated ones; 'drop' leaves
             out an incomplete batch of each worker.
-        columns: Some of 'features' or 'image', 'label', 'sample_id'; None: all available ones.
+        columns: Some of 'features', 'image', or 'sequence' and 'length'; 'label', 'sample_id'; None: all there are.
         normalise: True for inputs as (x - mean) / std with the version's constants, and pixels as x / 255 before.
         dtype: Element type of the inputs, of torch, of numpy or by its name: float32, float16, bfloat16, float64. None:
             float32 if they are normalised, else as stored.
@@ -150,6 +155,9 @@ class BatchStream(abc.ABC):
         mixup: Parameter alpha of MixUp with another sample of the epoch, such as 0.2. Labels are float32 (n, classes).
         cutmix: Likewise of CutMix; with both, each is for half of the samples.
         transform_threads: Threads that transform; None: for an `Augmentation` this worker's share of the CPUs, else 1.
+        max_length: Elements after which sequences are cut; None: nowhere.
+        pad_value: What follows a sequence in its row: 'sequence' is (n, longest of the batch), of the stored type, and
+            'length' int64 (n,).
 
     Raises:
         ConfigError: an argument is invalid, or it isn't a streaming-ready version.
@@ -185,6 +193,8 @@ class BatchStream(abc.ABC):
         mixup: float | None = None,
         cutmix: float | None = None,
         transform_threads: int | None = None,
+        max_length: int | None = None,
+        pad_value: float = 0,
     ) -> None:
         batch_size = whole_number("batch_size", batch_size, "a batch has at least one sample", least=1)
         seed = whole_number("seed", seed, "use one from 0 to 2**63 - 1")
@@ -208,6 +218,8 @@ class BatchStream(abc.ABC):
         self._split, self._batch_size, self._seed = split, batch_size, seed
         self._shuffle, self._remainder = shuffle, remainder
         self._prefetch = prefetch
+        changes = {"transform": transform, "mixup": mixup, "cutmix": cutmix, "dtype": dtype}
+        self._padding = padding_of(self.definition, max_length, pad_value, **changes)
         self._constants = Constants(self.definition, normalise, dtype, channels_last)
         self._device, self._as_numpy, self._on_corrupt, self._verify = device, as_numpy, on_corrupt, verify
         self._cache_limits = cache_dir, cache_bytes
@@ -447,7 +459,7 @@ class BatchStream(abc.ABC):
             version = self._versions[source]
             shards = Shards(version, self._split, self._cache, self._on_corrupt)
             placed = placement(self._constants, self._device, self._as_numpy, buffers=0)
-            self._lookups[source] = Lookup(version, self._split, shards, placed)
+            self._lookups[source] = Lookup(version, self._split, shards, placed, self._padding)
         lookup, shards = self._lookups[source], self._lookups[source].shards
         if epoch is None:
             shards.pick(tuple(self._columns))
@@ -531,6 +543,7 @@ class BatchStream(abc.ABC):
             masked=self._remainder == "pad",
             numbered=self._numbered,
             delivery=self._delivery,
+            padding=self._padding,
         )
         self._making = Prefetch(items, self._prefetch) if self._prefetch else items
         return self._making
@@ -566,6 +579,7 @@ def _count(counts: StreamStats, made: Made, waited: float) -> None:
     counts.bytes_read += made.bytes
     counts.wait_seconds += waited
     counts.skipped_samples += made.skipped
+    counts.cut_samples += made.cut
 
 
 class TrainingStream(BatchStream):
