@@ -18,8 +18,8 @@ from tasks.loader.kernel import mix_samples, sample_keys
 from tasks.loader.mixing import Mixing, alpha_of
 from tasks.loader.order import MIXES, TRANSFORMS, EpochOrder, Reading
 from tasks.loader.placement import INPUTS, Placement
-from tasks.loader.samples import LABEL, LENGTH, SAMPLE_ID, SEQUENCE
-from tasks.loader.sequences import Padding
+from tasks.loader.samples import LABEL, SAMPLE_ID
+from tasks.loader.sequences import OWN, Padding
 from tasks.loader.shards import Shards
 from tasks.loader.transforms import Change, change_of, described
 from tasks.loader.version_files import CURE, Version, stored_column
@@ -64,6 +64,9 @@ class Source:
 
     """
 
+    row = 0
+    """Elements of a row of several samples; 0 where each sample has a row of its own."""
+
     def __init__(self, shards: Shards, order_of: Callable[[int], EpochOrder], seed: int) -> None:
         self.shards, self._order_of, self.seed = shards, order_of, seed
         self._lap, self._named = -1, 0
@@ -80,6 +83,15 @@ class Source:
         """Return a worker's samples as `samples` does, with what they need to be transformed, and mixed if `paired`."""
         reading = self._order_for(take).reading(take.start, take.size, take.low, take.high, paired)
         return reading if take.real else reading._replace(real=0)
+
+    def rows(self, take: Take) -> tuple[Int64Array, Int64Array, int]:
+        """Return the samples of a worker's rows of a step, how many each row has, and the number of real rows."""
+        index, real = self.samples(take)
+        return index, np.ones(len(index), np.int64), real
+
+    def bound(self, take: Take) -> int | None:  # noqa: ARG002 - that of groups depends on the step
+        """Return the elements of a row of sequences, if the step says it; None: the longest one of a batch says it."""
+        return None
 
     def _order_for(self, take: Take) -> EpochOrder:
         if take.lap != self._lap:
@@ -137,10 +149,12 @@ def make_batches(
         padding: What makes arrays of sequences; None without any.
     """
     specs = sources[0].shards.columns
-    plain = [name for name in columns if padding is None or name not in (SEQUENCE, LENGTH)]
+    plain = [name for name in columns if padding is None or name not in OWN]
     for takes in steps:
-        cut = 0
-        if delivery is not None:
+        cut, packed = 0, padding is not None and sources[0].row > 0
+        if padding is not None and packed:
+            gathered, real, (count, shown), size, skipped, cut = _packed(sources[0], takes[0], place, columns, padding)
+        elif delivery is not None:
             gathered, picked, real, size, skipped = delivery.batch(sources, place, takes)
         else:
             picked, real, skipped = _picked(sources, takes)
@@ -149,18 +163,41 @@ def make_batches(
             _gather(sources, picked, gathered)
             size = sum(values.nbytes for values in gathered.values())
             if padding is not None:
-                made, lengths, read = padding.fill(sources, picked, place, columns)
+                bound = sources[0].bound(takes[0]) if len(sources) == 1 else None
+                made, lengths, read = padding.fill(sources, picked, place, columns, bound)
                 lengths = lengths[: sum(real)]
                 cut, size = int(np.count_nonzero(padding.cut(lengths) < lengths)), size + read
                 gathered = {name: made[name] if name in made else gathered[name] for name in columns}
-        count = sum(len(index) for _, index in picked)
+        if not packed:
+            count, shown = sum(len(index) for _, index in picked), sum(real)
         if masked:
             mask = gathered[MASK] = place.buffer(_MASK_SPEC, count)
-            mask[: sum(real)], mask[sum(real) :] = True, False
+            mask[:shown], mask[shown:] = True, False
         if numbered:
             numbers = gathered[SOURCE] = place.buffer(_SOURCE_SPEC, count)
             numbers[:] = np.repeat([number for number, _ in picked], [len(index) for _, index in picked])
         yield Made(place.place(gathered), tuple(real), size, skipped, cut)
+
+
+def _packed(
+    source: Source, take: Take, place: Placement, columns: Sequence[str], padding: Padding
+) -> tuple[dict[str, AnyArray], list[int], tuple[int, int], int, int, int]:
+    """Return a worker's batch of rows of several samples.
+
+    Returns:
+        Its columns; the real samples; the rows, and the real ones; the bytes read; the damaged samples; and those cut.
+
+    """
+    index, counts, shown = source.rows(take)
+    row_of = np.repeat(np.arange(len(counts)), counts)
+    real = before = int(counts[:shown].sum())
+    good = source.shards.usable(index)
+    if good is not None:
+        real = int(np.count_nonzero(good[:before]))
+        index, row_of = index[good], row_of[good]
+    gathered, lengths, size = padding.pack(source, (index, row_of), place, columns, (len(counts), source.row))
+    cut = int(np.count_nonzero(padding.cut(lengths[:real]) < lengths[:real]))
+    return gathered, [real], (len(counts), shown), size, before - real, cut
 
 
 def _picked(sources: Sequence[Source], takes: Sequence[Take]) -> tuple[list[tuple[int, Int64Array]], list[int], int]:
@@ -458,7 +495,7 @@ class Lookup:
         if good is not None and not good[0]:
             raise CorruptVersion(f"sample {number[0]} of {self._version.uri} is damaged or missing: {CURE}")
         names = self.shards.picked
-        plain = [name for name in names if self._padding is None or name not in (SEQUENCE, LENGTH)]
+        plain = [name for name in names if self._padding is None or name not in OWN]
         gathered = {name: self._place.buffer(self.shards.columns[name], 1) for name in plain}
         self.shards.gather(number, gathered)
         if self._padding is not None:

@@ -5,20 +5,25 @@ files ─ address and length of each sample's value ─ cut to max_length ─ co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from tasks.io.errors import ConfigError
+from tasks.io.errors import ConfigError, CorruptVersion
 from tasks.io.tensors import AnyArray, Int64Array, TensorSpec
 from tasks.loader.arguments import whole_number
 from tasks.loader.kernel import copy_values
 from tasks.loader.placement import Placement
 from tasks.loader.samples import LENGTH, SEQUENCE, SampleFormat
 from tasks.loader.shards import Shards
+from tasks.loader.version_files import CURE
 
+SEGMENT, POSITION = "segment", "position"
+OWN = (SEQUENCE, LENGTH)
+"""Columns that are made here, and not gathered."""
 _LENGTH = TensorSpec((), "int64")
 
 
@@ -76,18 +81,85 @@ class Padding:
         if SEQUENCE not in columns:
             return made, stored, 0
         longest = int(lengths.max(initial=0)) if bound is None else bound
+        if (lengths > longest).any():
+            raise other_lengths()
         rows = made[SEQUENCE] = self.rows(place, count, longest)
         copy_values(addresses, lengths * width, rows.ctypes.data + np.arange(count) * longest * width)
         return made, stored, int(lengths.sum()) * width
 
     def rows(self, place: Placement, count: int, longest: int) -> AnyArray:
         """Return rows of padding, (count, longest), in memory of a batch."""
-        # Memory is reused by its size: few sizes, whatever the lengths.
-        size = count * longest
-        memory = place.buffer(TensorSpec((), self.spec.dtype), 1 << max(size - 1, 0).bit_length())
-        rows = memory[:size].reshape(count, longest)
-        rows[...] = self.value
+        rows = _zeros(place, self.spec.dtype, count, longest)
+        if self.value:
+            rows[...] = self.value
         return rows
+
+    def pack(
+        self,
+        source: _Source,
+        picked: tuple[Int64Array, Int64Array],
+        place: Placement,
+        columns: Sequence[str],
+        shape: tuple[int, int],
+    ) -> tuple[dict[str, AnyArray], Int64Array, int]:
+        """Return the columns of packed rows: 'sequence' with 'segment' and 'position', and others by segment.
+
+        Args:
+            source: The source.
+            picked: Its usable samples, (m,), and the row of each, ascending.
+            place: Maker of batches.
+            columns: Columns of the batch.
+            shape: Rows, and elements of each.
+
+        Returns:
+            The columns; the lengths as stored, (m,); and the bytes that were read.
+
+        """
+        (index, row_of), (count, longest) = picked, shape
+        addresses, sizes = source.shards.find(index)
+        width = self.spec.width
+        stored = sizes // width
+        lengths, made, read = self.cut(stored), dict[str, AnyArray](), 0
+        before = np.cumsum(lengths) - lengths
+        first = np.searchsorted(row_of, row_of)  # sample of the row
+        number, offset = np.arange(len(index)) - first, before - before[first]
+        if (offset + lengths > longest).any():
+            raise other_lengths()
+        if SEQUENCE in columns:
+            made[SEQUENCE] = self.rows(place, count, longest)
+            start = row_of * longest + offset
+            copy_values(addresses, lengths * width, made[SEQUENCE].ctypes.data + start * width)
+            read = int(lengths.sum()) * width
+            within = np.arange(lengths.sum()) - np.repeat(before, lengths)
+            places = np.repeat(start, lengths) + within
+            for name, values in ((SEGMENT, np.repeat(number + 1, lengths)), (POSITION, within)):
+                made[name] = _zeros(place, "int32", count, longest)
+                made[name].reshape(-1)[places] = values
+        most = int(number.max(initial=-1)) + 1
+        specs = source.shards.columns
+        plain = {
+            name: np.empty((len(index), *specs[name].shape), specs[name].dtype) for name in columns if name not in OWN
+        }
+        source.shards.gather(index, plain)
+        for name, values in (({LENGTH: lengths} if LENGTH in columns else {}) | plain).items():
+            made[name] = _zeros(place, specs[name].dtype, count, most, *specs[name].shape)
+            made[name][row_of, number] = values
+            read += values.nbytes
+        return made, stored, read
+
+
+def other_lengths() -> CorruptVersion:
+    """Return the error for sequences longer than their column of lengths said when the stream was opened."""
+    return CorruptVersion(f"sequences are longer than their lengths said when the stream was opened: {CURE}")
+
+
+def _zeros(place: Placement, dtype: str, *shape: int) -> AnyArray:
+    """Return an array of zeros in memory of a batch, which is reused by its size: few sizes, whatever the shape."""
+    size = math.prod(shape)
+    memory = place.buffer(TensorSpec((), dtype), 1 << max(size - 1, 0).bit_length())
+    values = memory[:size].reshape(shape)
+    values[...] = 0
+    return values
 
 
 def padding_of(definition: Mapping[str, Any], max_length: Any, pad_value: Any, **others: Any) -> Padding | None:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import itertools
 import operator
 import os
 import time
@@ -40,13 +41,15 @@ from tasks.io.errors import ConfigError, CorruptVersion, InputError, PipelineErr
 from tasks.loader.arguments import LIMIT, one_of, picked_columns, place_in_world, truth_values, whole_number
 from tasks.loader.batches import Delivery, Lookup, Made, Source, Take, make_batches
 from tasks.loader.cache import FileCache, limit_of, local_directory
+from tasks.loader.grouping import GroupedSource, Grouping, Plan, Stretches, grouping_of
 from tasks.loader.order import ORDER, EpochOrder, Remainder, Share, Sizes, batch_count, step_count
 from tasks.loader.placement import Constants, placement
 from tasks.loader.prefetch import Prefetch
+from tasks.loader.samples import LENGTH
 from tasks.loader.sampling import Draws, class_labels, weights_of
 from tasks.loader.sequences import padding_of
 from tasks.loader.shards import OnCorrupt, Shards, memory_bytes
-from tasks.loader.version_files import open_version, refuse_misfits
+from tasks.loader.version_files import CURE, open_version, refuse_misfits, stored_column
 
 Batch = dict[str, Any]
 
@@ -375,17 +378,21 @@ class BatchStream(abc.ABC):
                 f"the state belongs to another stream: {', '.join(differences)}; open the stream as it was when the "
                 "state was saved (rank, world_size, prefetch and device may differ)"
             )
-        epoch, consumed = state["epoch"], state["batches"]
-        for name, value, most in (("epoch", epoch, LIMIT - 2), ("batches", consumed, self._batches)):
-            if type(value) is not int or not 0 <= value <= most:
-                raise InputError(
-                    f"the state's {name} = {value!r} is no place in an epoch of {self._batches} batches: {cure}"
-                )
+        epoch, consumed, batches = state["epoch"], state["batches"], self._batches
+        for name, value in (("epoch", epoch), ("batches", consumed)):
+            if type(value) is not int or not 0 <= value <= (LIMIT - 2 if name == "epoch" else batches):
+                raise InputError(f"the state's {name} = {value!r} is no place in an epoch of {batches} batches: {cure}")
+            if name == "epoch":
+                batches = self._batches_of(epoch)
         self._restore(state, cure)
         self._move(epoch, consumed)
         # The rest may be too small for a step of this number of workers, if a remainder is dropped.
         if not step_count(self._batches, self.world_size, self._remainder, consumed):
             self._next_epoch()
+
+    def _batches_of(self, epoch: int) -> int:  # noqa: ARG002 - that of packed rows depends on it
+        """Return the batches of an epoch over all workers."""
+        return self._batches
 
     def _restore(self, state: Mapping[str, Any], cure: str) -> None:  # noqa: B027 - most have nothing more
         """Take what `_place` adds to a place, checked; `cure` ends the text of errors."""
@@ -393,6 +400,7 @@ class BatchStream(abc.ABC):
     def _next_epoch(self) -> None:
         """Go to the beginning of the next epoch, as an iteration does with its last batch."""
         self._epoch, self._consumed = self._epoch + 1, 0
+        self._batches = self._batches_of(self._epoch)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the current epoch."""
@@ -529,6 +537,7 @@ class BatchStream(abc.ABC):
 
     def _move(self, epoch: int, consumed: int) -> None:
         self._epoch, self._consumed = epoch, consumed
+        self._batches = self._batches_of(epoch)
         self._moves += 1
 
     def _made(self, epoch: int, first: int, steps: int, part: slice = slice(None)) -> Any:
@@ -596,6 +605,12 @@ class TrainingStream(BatchStream):
         epoch_size: Samples of an epoch over all workers; None: as many as the split has. Epochs smaller than the split
             go on where the last one has ended.
         repeat: Samples of an epoch as a multiple of the split's.
+        length_buckets: Longest length of each bucket, ascending: the sequences of a step, of all workers, are of one
+            bucket, in rows as long as its bound. Those that are left at the end of an epoch fill its last steps, of
+            several buckets. The order depends on world_size * batch_size, too.
+        pack: Elements of a row that whole sequences fill: a batch has `batch_size` rows, 'segment' with the number of
+            the sequence at each element, from 1 (0: padding), and 'position' in it, int32 (n, pack); 'length', 'label'
+            and 'sample_id' are (n, most segments), 0 where a row has fewer. Epochs differ in length.
         options: Those of `BatchStream`.
 
     Drawn samples come as often as their weight says, rounded down or up in each epoch; so does each class, of which
@@ -618,6 +633,8 @@ class TrainingStream(BatchStream):
         replacement: bool = True,
         epoch_size: int | None = None,
         repeat: int = 1,
+        length_buckets: Sequence[int] | None = None,
+        pack: int | None = None,
         **options: Unpack[Options],
     ) -> None:
         truth_values(replacement=replacement)
@@ -644,6 +661,18 @@ class TrainingStream(BatchStream):
             size = self._draws.size
             further = {"epoch_size": size, "replacement": replacement, "weights": self._draws.digest}
         self._sizes = self._sizes_of(shards, size)
+        self._grouping: Grouping | None = None
+        if length_buckets is not None or pack is not None:
+            if self._draws is not None:
+                raise ConfigError(
+                    "length_buckets and pack deliver each sample once: leave out weights, balance, epoch_size, repeat"
+                )
+            self._grouping = self._grouped(length_buckets, pack)
+            grouped = {"pack": pack} if pack is not None else {"length_buckets": list(self._grouping.buckets)}
+            further = {**grouped, "max_length": options.get("max_length")}
+            size = self._grouping.plan(0).rows if pack is not None else size
+        step = self.world_size * self._batch_size
+        self._stretches: tuple[int, Stretches] = 0, ((0, step),)
         manifest = self._version.manifest
         told = {
             "dataset": manifest.dataset,
@@ -652,6 +681,68 @@ class TrainingStream(BatchStream):
             "samples": shards.samples,
         }
         self._set_order(size, told, **further)
+
+    def _grouped(self, length_buckets: Any, pack: Any) -> Grouping:
+        """Read the lengths of all samples, and return how they are grouped.
+
+        Raises:
+            ConfigError: the version has no sequences, or one of them is too long.
+        """
+        buckets, row = grouping_of(length_buckets, pack)
+        name = f"length_buckets = {length_buckets!r}" if buckets else f"pack = {pack!r}"
+        if self._padding is None:
+            raise ConfigError(f"{name}: the version has no sequences; leave it out")
+        lengths = self._padding.cut(stored_column(self._version, self._split, LENGTH))
+        most = row or buckets[-1]
+        if long := int(np.count_nonzero(lengths > most)):
+            cure = "a larger row" if row else "a further bucket"
+            raise ConfigError(
+                f"{name}: {long} of {len(lengths)} sequences are longer, up to {lengths.max()}; give {cure}, or cut "
+                f"them with max_length={most}"
+            )
+        if lengths.min() < 0:
+            raise CorruptVersion(f"{self._version.uri}: a length is {lengths.min()}: {CURE}")
+        return Grouping(lengths, self._sizes, self._seed, self._shuffle, buckets, row)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch."""
+        super().set_epoch(epoch)
+        self._stretches = self._whole(epoch)
+
+    def _whole(self, epoch: int) -> tuple[int, Stretches]:
+        """Return an epoch that is planned as a whole for steps of this number of workers."""
+        return epoch, ((0, self.world_size * self._batch_size),)
+
+    def _batches_of(self, epoch: int) -> int:
+        if self._grouping is None or not self._grouping.row:
+            return self._batches
+        return batch_count(self._grouping.plan(epoch).rows, self._batch_size, self._remainder)
+
+    def _next_epoch(self) -> None:
+        super()._next_epoch()
+        self._stretches = self._whole(self._epoch)
+
+    def _place(self) -> dict[str, Any]:
+        if self._grouping is None or self._grouping.row:
+            return super()._place()
+        return {**super()._place(), "stretches": [list(one) for one in self._stretches[1]]}
+
+    def _restore(self, state: Mapping[str, Any], cure: str) -> None:
+        if self._grouping is None or self._grouping.row:
+            return
+        stretches, since, size = state["stretches"], state["batches"], self._batch_size
+        sound = isinstance(stretches, list) and all(
+            isinstance(one, list) and len(one) == 2 and all(type(value) is int for value in one) for one in stretches
+        )
+        begins = [begin for begin, _ in stretches] if sound else []
+        sound = sound and begins[:1] == [0] and all(a < b for a, b in itertools.pairwise([*begins, since + 1]))
+        if not sound or any(step < 1 or step % size for _, step in stretches):
+            raise InputError(f"the state's stretches = {stretches!r} are no parts of {since} batches: {cure}")
+        own = self.world_size * size
+        kept = [(begin, step) for begin, step in stretches if begin < since]
+        if not kept or kept[-1][1] != own or kept[-1][0] % (own // size) != since % (own // size):
+            kept.append((since, own))
+        self._stretches = state["epoch"], tuple(kept)
 
     def sample(
         self, sample_id: int | None = None, *, index: int | None = None, epoch: int | None = None, copy: int = 0
@@ -692,6 +783,14 @@ class TrainingStream(BatchStream):
 
     def _sources(self) -> list[Source]:
         samples, sizes, seed, shuffle, draws = self._samples, self._sizes, self._seed, self._shuffle, self._draws
+        if self._grouping is not None:
+            grouping, (known, stretches), size = self._grouping, self._stretches, self._batch_size
+            whole = self._whole(known)[1]
+
+            def plan_of(epoch: int) -> Plan:
+                return grouping.plan(epoch, () if grouping.row else stretches if epoch == known else whole, size)
+
+            return [GroupedSource(self._opened[0], grouping, plan_of)]
 
         def order_of(epoch: int) -> EpochOrder:
             drawn = None if draws is None else draws.of_epoch(seed, epoch)
