@@ -21,13 +21,16 @@ from typing import Any
 
 import numpy as np
 
-from tasks.io.errors import ConfigError
+from tasks.io.errors import ConfigError, CorruptVersion
 from tasks.io.tensors import Int64Array
 from tasks.loader.arguments import whole_number
 from tasks.loader.batches import Source, Take
 from tasks.loader.kernel import fill_buckets, fill_rows
 from tasks.loader.order import EpochOrder, Sizes
+from tasks.loader.samples import LENGTH
+from tasks.loader.sequences import Padding
 from tasks.loader.shards import Shards
+from tasks.loader.version_files import CURE, Version, stored_column
 
 OPEN_ROWS = 64
 """Rows of a stream that are filled at the same time."""
@@ -154,23 +157,78 @@ class Grouping:
         return samples[members], np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=rows))])
 
 
-def grouping_of(length_buckets: Any, pack: Any) -> tuple[tuple[int, ...], int]:
-    """Return the bounds of buckets, or none, and the elements of a row, or 0.
+def grouping_of(
+    version: Version, split: str, padding: Padding | None, length_buckets: Any, pack: Any
+) -> Callable[[Sizes, int, bool], Grouping]:
+    """Read the lengths of a split's samples; return a function that makes their grouping, given the order's arguments.
+
+    Args:
+        version: The version.
+        split: The split.
+        padding: What makes arrays of its sequences; None if it has none.
+        length_buckets: As of `TrainingStream`.
+        pack: Likewise.
 
     Raises:
-        ConfigError: an argument is invalid, or both are given.
+        ConfigError: an argument is invalid, both are given, the version has no sequences, or one of them is too long.
+        CorruptVersion: the lengths can't be read, or are below 0.
     """
     if length_buckets is not None and pack is not None:
         raise ConfigError(f"length_buckets = {length_buckets!r} and pack = {pack!r}: give one of them")
+    name = f"length_buckets = {length_buckets!r}" if pack is None else f"pack = {pack!r}"
+    buckets, row = _bounds(length_buckets), 0
     if pack is not None:
-        return (), whole_number("pack", pack, "give the elements of a row, at least 1", least=1, below=1 << 31)
+        row = whole_number("pack", pack, "give the elements of a row, at least 1", least=1, below=1 << 31)
+    if padding is None:
+        raise ConfigError(f"{name}: the version has no sequences; leave it out")
+    lengths = padding.cut(stored_column(version, split, LENGTH))
+    most = row or buckets[-1]
+    if long := int(np.count_nonzero(lengths > most)):
+        cure = "a larger row" if row else "a further bucket"
+        raise ConfigError(
+            f"{name}: {long} of {len(lengths)} sequences are longer, up to {lengths.max()}; give {cure}, or cut them "
+            f"with max_length={most}"
+        )
+    if lengths.min() < 0:
+        raise CorruptVersion(f"{version.uri}: a length is {lengths.min()}: {CURE}")
+    return lambda sizes, seed, shuffled: Grouping(lengths, sizes, seed, shuffled, buckets, row)
+
+
+def _bounds(length_buckets: Any) -> tuple[int, ...]:
+    """Return the bounds of buckets, ascending; none for None."""
+    if length_buckets is None:
+        return ()
     cure = "give the longest length of each bucket, ascending, such as (64, 256, 1024)"
     if not isinstance(length_buckets, Sequence) or isinstance(length_buckets, str | bytes) or not length_buckets:
         raise ConfigError(f"length_buckets = {length_buckets!r}: {cure}")
     bounds = tuple(whole_number("length_buckets", bound, cure, least=1, below=1 << 31) for bound in length_buckets)
     if any(after <= before for before, after in itertools.pairwise(bounds)):
         raise ConfigError(f"length_buckets = {length_buckets!r}: {cure}")
-    return bounds, 0
+    return bounds
+
+
+def continued(stretches: Any, since: int, batch_size: int, step: int) -> Stretches | None:
+    """Return the parts of an epoch that goes on after some batches; None if the earlier ones can't be.
+
+    Args:
+        stretches: The parts up to there, as a state has them.
+        since: Batches up to there.
+        batch_size: Samples of a worker's batch.
+        step: Samples of a step from there on.
+    """
+    if not isinstance(stretches, list) or not all(isinstance(one, list) and len(one) == 2 for one in stretches):
+        return None
+    if not all(type(value) is int for one in stretches for value in one):
+        return None
+    begins = [begin for begin, _ in stretches]
+    if begins[:1] != [0] or any(a >= b for a, b in itertools.pairwise([*begins, since + 1])):
+        return None
+    if any(size < 1 or size % batch_size for _, size in stretches):
+        return None
+    kept = [(begin, size) for begin, size in stretches if begin < since]
+    if not kept or kept[-1][1] != step or (since - kept[-1][0]) * batch_size % step:
+        kept.append((since, step))
+    return tuple(kept)
 
 
 class GroupedSource(Source):

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import abc
 import functools
-import itertools
 import operator
 import os
 import time
@@ -41,15 +40,14 @@ from tasks.io.errors import ConfigError, CorruptVersion, InputError, PipelineErr
 from tasks.loader.arguments import LIMIT, one_of, picked_columns, place_in_world, truth_values, whole_number
 from tasks.loader.batches import Delivery, Lookup, Made, Source, Take, make_batches
 from tasks.loader.cache import FileCache, limit_of, local_directory
-from tasks.loader.grouping import GroupedSource, Grouping, Plan, Stretches, grouping_of
+from tasks.loader.grouping import GroupedSource, Grouping, Plan, Stretches, continued, grouping_of
 from tasks.loader.order import ORDER, EpochOrder, Remainder, Share, Sizes, batch_count, step_count
 from tasks.loader.placement import Constants, placement
 from tasks.loader.prefetch import Prefetch
-from tasks.loader.samples import LENGTH
 from tasks.loader.sampling import Draws, class_labels, weights_of
 from tasks.loader.sequences import padding_of
 from tasks.loader.shards import OnCorrupt, Shards, memory_bytes
-from tasks.loader.version_files import CURE, open_version, refuse_misfits, stored_column
+from tasks.loader.version_files import open_version, refuse_misfits
 
 Batch = dict[str, Any]
 
@@ -667,7 +665,8 @@ class TrainingStream(BatchStream):
                 raise ConfigError(
                     "length_buckets and pack deliver each sample once: leave out weights, balance, epoch_size, repeat"
                 )
-            self._grouping = self._grouped(length_buckets, pack)
+            order = (self._sizes, self._seed, self._shuffle)
+            self._grouping = grouping_of(self._version, self._split, self._padding, length_buckets, pack)(*order)
             grouped = {"pack": pack} if pack is not None else {"length_buckets": list(self._grouping.buckets)}
             further = {**grouped, "max_length": options.get("max_length")}
             size = self._grouping.plan(0).rows if pack is not None else size
@@ -681,28 +680,6 @@ class TrainingStream(BatchStream):
             "samples": shards.samples,
         }
         self._set_order(size, told, **further)
-
-    def _grouped(self, length_buckets: Any, pack: Any) -> Grouping:
-        """Read the lengths of all samples, and return how they are grouped.
-
-        Raises:
-            ConfigError: the version has no sequences, or one of them is too long.
-        """
-        buckets, row = grouping_of(length_buckets, pack)
-        name = f"length_buckets = {length_buckets!r}" if buckets else f"pack = {pack!r}"
-        if self._padding is None:
-            raise ConfigError(f"{name}: the version has no sequences; leave it out")
-        lengths = self._padding.cut(stored_column(self._version, self._split, LENGTH))
-        most = row or buckets[-1]
-        if long := int(np.count_nonzero(lengths > most)):
-            cure = "a larger row" if row else "a further bucket"
-            raise ConfigError(
-                f"{name}: {long} of {len(lengths)} sequences are longer, up to {lengths.max()}; give {cure}, or cut "
-                f"them with max_length={most}"
-            )
-        if lengths.min() < 0:
-            raise CorruptVersion(f"{self._version.uri}: a length is {lengths.min()}: {CURE}")
-        return Grouping(lengths, self._sizes, self._seed, self._shuffle, buckets, row)
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch."""
@@ -730,19 +707,13 @@ class TrainingStream(BatchStream):
     def _restore(self, state: Mapping[str, Any], cure: str) -> None:
         if self._grouping is None or self._grouping.row:
             return
-        stretches, since, size = state["stretches"], state["batches"], self._batch_size
-        sound = isinstance(stretches, list) and all(
-            isinstance(one, list) and len(one) == 2 and all(type(value) is int for value in one) for one in stretches
-        )
-        begins = [begin for begin, _ in stretches] if sound else []
-        sound = sound and begins[:1] == [0] and all(a < b for a, b in itertools.pairwise([*begins, since + 1]))
-        if not sound or any(step < 1 or step % size for _, step in stretches):
-            raise InputError(f"the state's stretches = {stretches!r} are no parts of {since} batches: {cure}")
-        own = self.world_size * size
-        kept = [(begin, step) for begin, step in stretches if begin < since]
-        if not kept or kept[-1][1] != own or kept[-1][0] % (own // size) != since % (own // size):
-            kept.append((since, own))
-        self._stretches = state["epoch"], tuple(kept)
+        step = self.world_size * self._batch_size
+        kept = continued(state["stretches"], state["batches"], self._batch_size, step)
+        if kept is None:
+            raise InputError(
+                f"the state's stretches = {state['stretches']!r} are no parts of {state['batches']} batches: {cure}"
+            )
+        self._stretches = state["epoch"], kept
 
     def sample(
         self, sample_id: int | None = None, *, index: int | None = None, epoch: int | None = None, copy: int = 0

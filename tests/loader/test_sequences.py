@@ -240,8 +240,9 @@ def test_an_epoch_goes_on_exactly_with_any_number_of_workers(
     state: dict[str, Any] | None = None
     for part in range(data.draw(st.integers(1, 4))):
         world, most = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4)) if part < 3 else None
-        for batches, state in itertools.islice(steps(filled, world, 3, state, **options), most):  # noqa: B020
-            seen += packed_ids(batches)
+        for one in itertools.islice(steps(filled, world, 3, state, **options), most):
+            state = one[1]
+            seen += packed_ids(one[0])
         assert state is not None
         if state["epoch"]:
             break
@@ -394,6 +395,7 @@ def test_a_table_has_nothing_to_group(tmp_path: Path) -> None:
 def test_groups_come_from_the_processes_of_a_data_loader(filled: str) -> None:
     for options in ({"pack": 24}, {"length_buckets": (10, 20)}):
         with TrainingStream(filled, batch_size=5, device="cpu", **options) as stream:
-            whole = [packed_ids([batch]) for batch in stream]
+            whole = [[packed_ids([batch]) for batch in stream] for _ in range(2)]
         with TrainingStream(filled, batch_size=5, device="cpu", **options) as stream:
-            assert [packed_ids([batch]) for batch in StreamLoader(stream, num_workers=2)] == whole
+            loader = StreamLoader(stream, num_workers=2)
+            assert [[packed_ids([batch]) for batch in loader] for _ in range(2)] == whole
