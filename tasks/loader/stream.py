@@ -40,11 +40,13 @@ from tasks.io.errors import ConfigError, CorruptVersion, InputError, PipelineErr
 from tasks.loader.arguments import LIMIT, one_of, picked_columns, place_in_world, truth_values, whole_number
 from tasks.loader.batches import Delivery, Lookup, Made, Source, Take, make_batches
 from tasks.loader.cache import FileCache, limit_of, local_directory
+from tasks.loader.grouping import GroupedSource, Grouping, Plan, Stretches, continued, grouping_of
 from tasks.loader.order import ORDER, EpochOrder, Remainder, Share, Sizes, batch_count, step_count
 from tasks.loader.placement import Constants, placement
 from tasks.loader.prefetch import Prefetch
 from tasks.loader.samples import IMAGE, WEIGHT
 from tasks.loader.sampling import Draws, distribution, weights_of
+from tasks.loader.sequences import padding_of
 from tasks.loader.shards import OnCorrupt, Shards, memory_bytes
 from tasks.loader.version_files import open_version, refuse_misfits
 
@@ -72,6 +74,7 @@ class StreamStats:
         cache_bytes_read: their bytes.
         skipped_samples: damaged samples of this worker that were skipped.
         skipped_files: files skipped as a whole.
+        cut_samples: sequences of this worker that were cut to `max_length`.
         source_samples: real samples of each source, in the order of the sources.
     """
 
@@ -85,6 +88,7 @@ class StreamStats:
     cache_bytes_read: int = 0
     skipped_samples: int = 0
     skipped_files: int = 0
+    cut_samples: int = 0
     source_samples: tuple[int, ...] = ()
 
 
@@ -112,6 +116,8 @@ class Options(TypedDict, total=False):
     mixup: float | None
     cutmix: float | None
     transform_threads: int | None
+    max_length: int | None
+    pad_value: float
 
 
 class BatchStream(abc.ABC):
@@ -132,7 +138,8 @@ class BatchStream(abc.ABC):
         remainder: Treatment of an epoch's rest: 'pad' repeats the epoch's first samples to fill all workers'
             last batches, and adds a boolean column 'mask' to each batch, False for the repeated ones; 'drop' leaves
             out an incomplete batch of each worker.
-        columns: Some of 'features' or 'image', 'label', 'weight', 'sample_id'; None: all available ones but the weight.
+        columns: Some of 'features', 'image', or 'sequence' and 'length'; 'label', 'weight', 'sample_id'; None: all
+            there are but the weight.
         normalise: True for inputs as (x - mean) / std with the version's constants, and pixels as x / 255 before.
         dtype: Element type of the inputs, of torch, of numpy or by its name: float32, float16, bfloat16, float64. None:
             float32 if they are normalised, else as stored.
@@ -152,6 +159,9 @@ class BatchStream(abc.ABC):
         cutmix: Likewise of CutMix; with both, each is for half of the samples.
         transform_threads: Threads that transform, and decode; None: for an `Augmentation`, and for decoding, this
             worker's share of the CPUs, else 1.
+        max_length: Elements after which sequences are cut; None: nowhere.
+        pad_value: What follows a sequence in its row: 'sequence' is (n, longest of the batch), of the stored type, and
+            'length' int64 (n,).
 
     Raises:
         ConfigError: an argument is invalid, or it isn't a streaming-ready version.
@@ -187,6 +197,8 @@ class BatchStream(abc.ABC):
         mixup: float | None = None,
         cutmix: float | None = None,
         transform_threads: int | None = None,
+        max_length: int | None = None,
+        pad_value: float = 0,
     ) -> None:
         batch_size = whole_number("batch_size", batch_size, "a batch has at least one sample", least=1)
         seed = whole_number("seed", seed, "use one from 0 to 2**63 - 1")
@@ -210,6 +222,8 @@ class BatchStream(abc.ABC):
         self._split, self._batch_size, self._seed = split, batch_size, seed
         self._shuffle, self._remainder = shuffle, remainder
         self._prefetch = prefetch
+        changes = {"transform": transform, "mixup": mixup, "cutmix": cutmix, "dtype": dtype}
+        self._padding = padding_of(self.definition, max_length, pad_value, **changes)
         self._constants = Constants(self.definition, normalise, dtype, channels_last)
         self._device, self._as_numpy, self._on_corrupt, self._verify = device, as_numpy, on_corrupt, verify
         self._cache_limits = cache_dir, cache_bytes
@@ -370,17 +384,21 @@ class BatchStream(abc.ABC):
                 f"the state belongs to another stream: {', '.join(differences)}; open the stream as it was when the "
                 "state was saved (rank, world_size, prefetch and device may differ)"
             )
-        epoch, consumed = state["epoch"], state["batches"]
-        for name, value, most in (("epoch", epoch, LIMIT - 2), ("batches", consumed, self._batches)):
-            if type(value) is not int or not 0 <= value <= most:
-                raise InputError(
-                    f"the state's {name} = {value!r} is no place in an epoch of {self._batches} batches: {cure}"
-                )
+        epoch, consumed, batches = state["epoch"], state["batches"], self._batches
+        for name, value in (("epoch", epoch), ("batches", consumed)):
+            if type(value) is not int or not 0 <= value <= (LIMIT - 2 if name == "epoch" else batches):
+                raise InputError(f"the state's {name} = {value!r} is no place in an epoch of {batches} batches: {cure}")
+            if name == "epoch":
+                batches = self._batches_of(epoch)
         self._restore(state, cure)
         self._move(epoch, consumed)
         # The rest may be too small for a step of this number of workers, if a remainder is dropped.
         if not step_count(self._batches, self.world_size, self._remainder, consumed):
             self._next_epoch()
+
+    def _batches_of(self, epoch: int) -> int:  # noqa: ARG002 - that of packed rows depends on it
+        """Return the batches of an epoch over all workers."""
+        return self._batches
 
     def _restore(self, state: Mapping[str, Any], cure: str) -> None:  # noqa: B027 - most have nothing more
         """Take what `_place` adds to a place, checked; `cure` ends the text of errors."""
@@ -388,6 +406,7 @@ class BatchStream(abc.ABC):
     def _next_epoch(self) -> None:
         """Go to the beginning of the next epoch, as an iteration does with its last batch."""
         self._epoch, self._consumed = self._epoch + 1, 0
+        self._batches = self._batches_of(self._epoch)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the current epoch."""
@@ -454,7 +473,7 @@ class BatchStream(abc.ABC):
             version = self._versions[source]
             shards = Shards(version, self._split, self._cache, self._on_corrupt)
             placed = placement(self._constants, self._device, self._as_numpy, buffers=0)
-            self._lookups[source] = Lookup(version, self._split, shards, placed)
+            self._lookups[source] = Lookup(version, self._split, shards, placed, self._padding)
         lookup, shards = self._lookups[source], self._lookups[source].shards
         if epoch is None and (self._new_delivery is None or not shards.encoded):
             shards.pick(tuple(self._columns))
@@ -524,6 +543,7 @@ class BatchStream(abc.ABC):
 
     def _move(self, epoch: int, consumed: int) -> None:
         self._epoch, self._consumed = epoch, consumed
+        self._batches = self._batches_of(epoch)
         self._moves += 1
 
     def _made(self, epoch: int, first: int, steps: int, part: slice = slice(None)) -> Any:
@@ -538,6 +558,7 @@ class BatchStream(abc.ABC):
             masked=self._remainder == "pad",
             numbered=self._numbered,
             delivery=self._delivery,
+            padding=self._padding,
         )
         self._making = Prefetch(items, self._prefetch) if self._prefetch else items
         return self._making
@@ -573,6 +594,7 @@ def _count(counts: StreamStats, made: Made, waited: float) -> None:
     counts.bytes_read += made.bytes
     counts.wait_seconds += waited
     counts.skipped_samples += made.skipped
+    counts.cut_samples += made.cut
 
 
 class TrainingStream(BatchStream):
@@ -590,6 +612,12 @@ class TrainingStream(BatchStream):
         epoch_size: Samples of an epoch over all workers; None: as many as the split has. Epochs smaller than the split
             go on where the last one has ended.
         repeat: Samples of an epoch as a multiple of the split's.
+        length_buckets: Longest length of each bucket, ascending: the sequences of a step, of all workers, are of one
+            bucket, in rows as long as its bound. Those that are left at the end of an epoch fill its last steps, of
+            several buckets. The order depends on world_size * batch_size, too.
+        pack: Elements of a row that whole sequences fill: a batch has `batch_size` rows, 'segment' with the number of
+            the sequence at each element, from 1 (0: padding), and 'position' in it, int32 (n, pack); 'length', 'label'
+            and 'sample_id' are (n, most segments), 0 where a row has fewer. Epochs differ in length.
         options: Those of `BatchStream`.
 
     Drawn samples come as often as their weight says, rounded down or up in each epoch; so does each class.
@@ -612,6 +640,8 @@ class TrainingStream(BatchStream):
         replacement: bool = True,
         epoch_size: int | None = None,
         repeat: int = 1,
+        length_buckets: Sequence[int] | None = None,
+        pack: int | None = None,
         **options: Unpack[Options],
     ) -> None:
         truth_values(replacement=replacement)
@@ -638,6 +668,19 @@ class TrainingStream(BatchStream):
             size = self._draws.size
             further = {"epoch_size": size, "replacement": replacement, "weights": self._draws.digest}
         self._sizes = self._sizes_of(shards, size)
+        self._grouping: Grouping | None = None
+        if length_buckets is not None or pack is not None:
+            if self._draws is not None:
+                raise ConfigError(
+                    "length_buckets and pack deliver each sample once: leave out weights, balance, epoch_size, repeat"
+                )
+            order = (self._sizes, self._seed, self._shuffle)
+            self._grouping = grouping_of(self._version, self._split, self._padding, length_buckets, pack)(*order)
+            grouped = {"pack": pack} if pack is not None else {"length_buckets": list(self._grouping.buckets)}
+            further = {**grouped, "max_length": options.get("max_length")}
+            size = self._grouping.plan(0).rows if pack is not None else size
+        step = self.world_size * self._batch_size
+        self._stretches: tuple[int, Stretches] = 0, ((0, step),)
         manifest = self._version.manifest
         told = {
             "dataset": manifest.dataset,
@@ -646,6 +689,40 @@ class TrainingStream(BatchStream):
             "samples": shards.samples,
         }
         self._set_order(size, told, **further)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch."""
+        super().set_epoch(epoch)
+        self._stretches = self._whole(epoch)
+
+    def _whole(self, epoch: int) -> tuple[int, Stretches]:
+        """Return an epoch that is planned as a whole for steps of this number of workers."""
+        return epoch, ((0, self.world_size * self._batch_size),)
+
+    def _batches_of(self, epoch: int) -> int:
+        if self._grouping is None or not self._grouping.row:
+            return self._batches
+        return batch_count(self._grouping.plan(epoch).rows, self._batch_size, self._remainder)
+
+    def _next_epoch(self) -> None:
+        super()._next_epoch()
+        self._stretches = self._whole(self._epoch)
+
+    def _place(self) -> dict[str, Any]:
+        if self._grouping is None or self._grouping.row:
+            return super()._place()
+        return {**super()._place(), "stretches": [list(one) for one in self._stretches[1]]}
+
+    def _restore(self, state: Mapping[str, Any], cure: str) -> None:
+        if self._grouping is None or self._grouping.row:
+            return
+        step = self.world_size * self._batch_size
+        kept = continued(state["stretches"], state["batches"], self._batch_size, step)
+        if kept is None:
+            raise InputError(
+                f"the state's stretches = {state['stretches']!r} are no parts of {state['batches']} batches: {cure}"
+            )
+        self._stretches = state["epoch"], kept
 
     def sample(
         self, sample_id: int | None = None, *, index: int | None = None, epoch: int | None = None, copy: int = 0
@@ -684,6 +761,14 @@ class TrainingStream(BatchStream):
 
     def _sources(self) -> list[Source]:
         samples, sizes, seed, shuffle, draws = self._samples, self._sizes, self._seed, self._shuffle, self._draws
+        if self._grouping is not None:
+            grouping, (known, stretches), size = self._grouping, self._stretches, self._batch_size
+            whole = self._whole(known)[1]
+
+            def plan_of(epoch: int) -> Plan:
+                return grouping.plan(epoch, () if grouping.row else stretches if epoch == known else whole, size)
+
+            return [GroupedSource(self._opened[0], grouping, plan_of)]
 
         def order_of(epoch: int) -> EpochOrder:
             drawn = None if draws is None else draws.of_epoch(seed, epoch)

@@ -369,6 +369,11 @@ def test_several_numbers_are_learned_by_the_mean_of_their_squared_errors() -> No
     assert Target.of(table({**label, "columns": ["v"]})).outputs == 2
 
 
+def test_sequences_have_no_default_model() -> None:
+    with pytest.raises(ConfigError, match="sequences have no default model: train by a function of your own"):
+        build_model({"kind": "sequences", "label": CLASSES}, settings())
+
+
 def test_several_classes_are_learned_by_the_sum_of_their_cross_entropies() -> None:
     label = {"columns": ["a", "b"], "kind": "classes", "classes": [["x", "y", "z"], ["no", "yes"]]}
     target = Target.of(table(label))
