@@ -23,7 +23,7 @@ from tasks.io.errors import ConfigError, InputError, PipelineError
 from tasks.io.tensors import AnyArray, UInt8Array
 from tasks.io.text import plural
 from tasks.loader.mixed import MixedStream
-from tasks.loader.samples import FEATURES, IMAGE, LABEL, SAMPLE_ID, WEIGHT
+from tasks.loader.samples import FEATURES, IMAGE, LABEL, SAMPLE_ID, WEIGHT, SampleFormat
 from tasks.loader.stream import Batch, TrainingStream
 from tasks.report.plots import font, one_line
 from tasks.store import layout
@@ -224,14 +224,7 @@ def _of_draws(uri: str, state: Mapping[str, Any], options: dict[str, Any]) -> St
 
 def _columns(manifest: Manifest) -> list[str]:
     """Return all columns of a copy's samples that there are."""
-    definition = manifest.definition
-    there = {
-        IMAGE if definition["kind"] == "images" else FEATURES: True,
-        LABEL: definition["label"] is not None,
-        WEIGHT: definition.get(WEIGHT) is not None,
-        SAMPLE_ID: True,
-    }
-    return [name for name, exists in there.items() if exists]
+    return list(SampleFormat.of(manifest.definition).delivered)
 
 
 def _transform(text: str) -> Any:
