@@ -92,6 +92,7 @@ class Grouping:
         sizes: sizes of the stream's parts.
         seed: seed of its orders.
         shuffled: False: samples come as they are stored.
+        max_length: elements after which they are cut; None: nowhere.
         buckets: upper bounds of the buckets; none for rows.
         row: elements of a row; 0 for buckets.
     """
@@ -100,9 +101,16 @@ class Grouping:
     sizes: Sizes
     seed: int
     shuffled: bool
-    buckets: tuple[int, ...] = ()
-    row: int = 0
+    max_length: int | None
+    buckets: tuple[int, ...]
+    row: int
     _last: tuple[Any, Plan] | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a state says of it."""
+        how = {"pack": self.row} if self.row else {"length_buckets": list(self.buckets)}
+        return {**how, "max_length": self.max_length}
 
     def plan(self, epoch: int, stretches: Stretches = (), batch_size: int = 1) -> Plan:
         """Return the plan of an epoch; the last one is kept.
@@ -191,7 +199,7 @@ def grouping_of(
         )
     if lengths.min() < 0:
         raise CorruptVersion(f"{version.uri}: a length is {lengths.min()}: {CURE}")
-    return lambda sizes, seed, shuffled: Grouping(lengths, sizes, seed, shuffled, buckets, row)
+    return lambda sizes, seed, shuffled: Grouping(lengths, sizes, seed, shuffled, padding.max_length, buckets, row)
 
 
 def _bounds(length_buckets: Any) -> tuple[int, ...]:

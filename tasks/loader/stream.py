@@ -26,28 +26,28 @@ from __future__ import annotations
 
 import abc
 import functools
-import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, Literal, Self, TypedDict, Unpack
+from typing import Any, Literal, Self, Unpack
 
 import numpy as np
 
 from tasks.io.errors import ConfigError, CorruptVersion, InputError, PipelineError
 from tasks.loader.arguments import LIMIT, one_of, picked_columns, place_in_world, truth_values, whole_number
-from tasks.loader.batches import Delivery, Lookup, Made, Source, Take, make_batches
+from tasks.loader.batches import Delivery, Lookup, Source, Take, make_batches
 from tasks.loader.cache import FileCache, limit_of, local_directory
 from tasks.loader.grouping import GroupedSource, Grouping, Plan, Stretches, continued, grouping_of
+from tasks.loader.options import Options, StreamStats
 from tasks.loader.order import ORDER, EpochOrder, Remainder, Share, Sizes, batch_count, step_count
 from tasks.loader.placement import Constants, placement
 from tasks.loader.prefetch import Prefetch
 from tasks.loader.samples import IMAGE, WEIGHT
 from tasks.loader.sampling import Draws, distribution, weights_of
 from tasks.loader.sequences import padding_of
-from tasks.loader.shards import OnCorrupt, Shards, memory_bytes
+from tasks.loader.shards import OnCorrupt, Shards, common_columns, memory_bytes
 from tasks.loader.version_files import open_version, refuse_misfits
 
 Batch = dict[str, Any]
@@ -57,67 +57,6 @@ _OF_A_PROCESS = {
     *("_process", "_placement", "_cache", "_opened", "_lookups", "_counts", "_making", "_closed", "_begun"),
     *("_delivery", "_shown"),
 }
-
-
-@dataclass(slots=True)
-class StreamStats:
-    """Statistics of a stream since it was opened.
-
-    Attributes:
-        batches: batches of this worker.
-        samples: real samples in them.
-        bytes_read: bytes gathered for them, as stored.
-        wait_seconds: time in which the consumer waited for a batch.
-        seconds: time of iterations, including waiting, up to the last request or delivery of a batch.
-        cache_hits: files of S3 that were in the cache.
-        cache_misses: files that were downloaded.
-        cache_bytes_read: their bytes.
-        skipped_samples: damaged samples of this worker that were skipped.
-        skipped_files: files skipped as a whole.
-        cut_samples: sequences of this worker that were cut to `max_length`.
-        source_samples: real samples of each source, in the order of the sources.
-    """
-
-    batches: int = 0
-    samples: int = 0
-    bytes_read: int = 0
-    wait_seconds: float = 0.0
-    seconds: float = 0.0
-    cache_hits: int = 0
-    cache_misses: int = 0
-    cache_bytes_read: int = 0
-    skipped_samples: int = 0
-    skipped_files: int = 0
-    cut_samples: int = 0
-    source_samples: tuple[int, ...] = ()
-
-
-class Options(TypedDict, total=False):
-    """Options of every stream: arguments of `BatchStream`."""
-
-    split: str
-    seed: int
-    rank: int | None
-    world_size: int | None
-    shuffle: bool
-    remainder: Remainder
-    columns: Sequence[str] | None
-    normalise: bool
-    dtype: Any
-    channels_last: bool
-    device: Any
-    on_corrupt: OnCorrupt
-    verify: bool
-    prefetch: int
-    cache_dir: str | os.PathLike[str] | None
-    cache_bytes: int | None
-    as_numpy: bool
-    transform: Any
-    mixup: float | None
-    cutmix: float | None
-    transform_threads: int | None
-    max_length: int | None
-    pad_value: float
 
 
 class BatchStream(abc.ABC):
@@ -138,8 +77,7 @@ class BatchStream(abc.ABC):
         remainder: Treatment of an epoch's rest: 'pad' repeats the epoch's first samples to fill all workers'
             last batches, and adds a boolean column 'mask' to each batch, False for the repeated ones; 'drop' leaves
             out an incomplete batch of each worker.
-        columns: Some of 'features', 'image', or 'sequence' and 'length'; 'label', 'weight', 'sample_id'; None: all
-            there are but the weight.
+        columns: Some of features, image, sequence, length, label, weight and sample_id; None: all but the weight.
         normalise: True for inputs as (x - mean) / std with the version's constants, and pixels as x / 255 before.
         dtype: Element type of the inputs, of torch, of numpy or by its name: float32, float16, bfloat16, float64. None:
             float32 if they are normalised, else as stored.
@@ -157,8 +95,7 @@ class BatchStream(abc.ABC):
             are floats then aren't normalised.
         mixup: Parameter alpha of MixUp with another sample of the epoch, such as 0.2. Labels are float32 (n, classes).
         cutmix: Likewise of CutMix; with both, each is for half of the samples.
-        transform_threads: Threads that transform, and decode; None: for an `Augmentation`, and for decoding, this
-            worker's share of the CPUs, else 1.
+        transform_threads: Threads that transform or decode; None: the CPUs for an `Augmentation` or JPEGs, else 1.
         max_length: Elements after which sequences are cut; None: nowhere.
         pad_value: What follows a sequence in its row: 'sequence' is (n, longest of the batch), of the stored type, and
             'length' int64 (n,).
@@ -229,9 +166,7 @@ class BatchStream(abc.ABC):
         self._cache_limits = cache_dir, cache_bytes
         self._open_files()
         first = self._opened[0]
-        there = [name for name in first.delivered if all(name in shards.delivered for shards in self._opened)]
-        usual = [name for name in there if name != WEIGHT]
-        self._columns = usual if columns is None else picked_columns(columns, there)
+        self._columns = picked_columns(columns, common_columns(self._opened), on_request=(WEIGHT,))
         self._alters = bool(transform is not None or mixup or cutmix)
         decodes = first.encoded and IMAGE in self._columns
         if transform is None and transform_threads is not None and not decodes:
@@ -442,7 +377,7 @@ class BatchStream(abc.ABC):
                     self._consumed = first + step * self.world_size
                 else:  # loops over len(stream) batches never ask for more
                     self._next_epoch()
-                _count(counts, one, clock() - asked)
+                counts.add(one, clock() - asked)
                 counts.seconds = before + clock() - started
                 if step == steps and not first and counts.samples == given and counts.skipped_samples > lost:
                     raise CorruptVersion(
@@ -587,16 +522,6 @@ class BatchStream(abc.ABC):
             self._making = None
 
 
-def _count(counts: StreamStats, made: Made, waited: float) -> None:
-    counts.batches += 1
-    counts.samples += sum(made.samples)
-    counts.source_samples = tuple(map(operator.add, counts.source_samples, made.samples))
-    counts.bytes_read += made.bytes
-    counts.wait_seconds += waited
-    counts.skipped_samples += made.skipped
-    counts.cut_samples += made.cut
-
-
 class TrainingStream(BatchStream):
     """Batches of one split of a streaming-ready version for one worker.
 
@@ -605,8 +530,7 @@ class TrainingStream(BatchStream):
         batch_size: Samples of a batch of each worker.
         balance: 'class' to draw each class equally often.
         weights: Weights by which samples are drawn: a mapping of classes, by name or number, to the weight of each of
-            their samples, or a pair of arrays (ids, weights), int64 and float64, others having weight 1; or 'weight'
-            for those that are stored beside the samples.
+            their samples; a pair of arrays (ids, weights), int64 and float64 (others have 1); 'weight': stored ones.
         replacement: False: no sample comes twice in an epoch. Then an epoch of weighted samples is as long as the
             proportions allow; balanced, each class comes as often as the smallest one.
         epoch_size: Samples of an epoch over all workers; None: as many as the split has. Epochs smaller than the split
@@ -676,11 +600,9 @@ class TrainingStream(BatchStream):
                 )
             order = (self._sizes, self._seed, self._shuffle)
             self._grouping = grouping_of(self._version, self._split, self._padding, length_buckets, pack)(*order)
-            grouped = {"pack": pack} if pack is not None else {"length_buckets": list(self._grouping.buckets)}
-            further = {**grouped, "max_length": options.get("max_length")}
-            size = self._grouping.plan(0).rows if pack is not None else size
-        step = self.world_size * self._batch_size
-        self._stretches: tuple[int, Stretches] = 0, ((0, step),)
+            further = self._grouping.identity
+            size = self._grouping.plan(0).rows if self._grouping.row else size
+        self._stretches = self._whole(0)
         manifest = self._version.manifest
         told = {
             "dataset": manifest.dataset,
@@ -709,19 +631,17 @@ class TrainingStream(BatchStream):
         self._stretches = self._whole(self._epoch)
 
     def _place(self) -> dict[str, Any]:
-        if self._grouping is None or self._grouping.row:
-            return super()._place()
-        return {**super()._place(), "stretches": [list(one) for one in self._stretches[1]]}
+        parts = self._grouping is not None and not self._grouping.row
+        further = {"stretches": [list(one) for one in self._stretches[1]]} if parts else {}
+        return {**super()._place(), **further}
 
     def _restore(self, state: Mapping[str, Any], cure: str) -> None:
         if self._grouping is None or self._grouping.row:
             return
-        step = self.world_size * self._batch_size
-        kept = continued(state["stretches"], state["batches"], self._batch_size, step)
+        parts, batches = state["stretches"], state["batches"]
+        kept = continued(parts, batches, self._batch_size, self.world_size * self._batch_size)
         if kept is None:
-            raise InputError(
-                f"the state's stretches = {state['stretches']!r} are no parts of {state['batches']} batches: {cure}"
-            )
+            raise InputError(f"the state's stretches = {parts!r} are no parts of {batches} batches: {cure}")
         self._stretches = state["epoch"], kept
 
     def sample(
@@ -746,8 +666,6 @@ class TrainingStream(BatchStream):
 
     def distribution(self, by: Literal["class", "weight"] = "class") -> dict[str, dict[str, int]]:
         """Return the samples of each class: 'natural' in the split, and 'epoch' in the current epoch over all workers.
-
-        The labels, or weights, are read anew.
 
         Args:
             by: 'weight' for the samples of each stored weight, or of ranges of them if there are more than ten.

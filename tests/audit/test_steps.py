@@ -210,4 +210,4 @@ def test_what_cant_be_shown_is_said_in_one_line(
 def test_only_streaming_copies_have_steps(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert "trainings take steps of streaming copies" in refused(store, capsys, "churn v1 --step 1")[1]
     assert "name the KEY of a row of training-datasets/images" in refused(store, capsys, "images v1")[1]
-    assert "holds rows of a table" in refused(store, capsys, f"{CHURN} v1 --step 0 --picture x.png")[1]
+    assert "holds table; leave it out" in refused(store, capsys, f"{CHURN} v1 --step 0 --picture x.png")[1]

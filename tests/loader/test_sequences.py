@@ -242,6 +242,8 @@ def test_an_epoch_goes_on_exactly_with_any_number_of_workers(
         world, most = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4)) if part < 3 else None
         for one in itertools.islice(steps(filled, world, 3, state, **options), most):
             state = one[1]
+            if state["epoch"] and (state["epoch"], state["batches"]) != (1, 0):
+                break  # what was left of the first epoch was too small for a step of these workers
             seen += packed_ids(one[0])
         assert state is not None
         if state["epoch"]:
