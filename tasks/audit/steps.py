@@ -90,9 +90,7 @@ def explain_step(root: str, manifest: Manifest, asked: Asked) -> Explanation:
         CorruptVersion: a file is missing or damaged.
     """
     if asked.picture is not None and manifest.definition["kind"] != "images":
-        raise ConfigError(
-            f"--picture shows images, and {manifest.dataset} holds {manifest.definition['kind']}; leave it out"
-        )
+        raise ConfigError(f"--picture shows images, and {manifest.dataset} holds none; leave it out")
     state = None if asked.state is None else _read_state(asked.state)
     versions = [manifest] if state is None else _versions(root, manifest, state)
     with _opened(root, versions, state, asked) as stream:
