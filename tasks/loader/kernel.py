@@ -311,6 +311,17 @@ def fill_rows(lengths: Int64Array, size: int, limit: int, out: Int64Array) -> in
 
 
 @jit
+def number_elements(
+    starts: Int64Array, lengths: Int64Array, numbers: Int64Array, segment: Int32Array, position: Int32Array
+) -> None:
+    """Write the number of each sample, and the places in it, at its elements, from its start on."""
+    for i in range(len(starts)):
+        for j in range(lengths[i]):
+            segment[starts[i] + j] = numbers[i]
+            position[starts[i] + j] = j
+
+
+@jit
 def samples_of(firsts: Int64Array, chunk: int, end: int, out: Int64Array) -> int:
     """Write the samples of chunks below an end to `out`; return their number."""
     count = 0

@@ -15,7 +15,7 @@ import numpy as np
 from tasks.io.errors import ConfigError, CorruptVersion
 from tasks.io.tensors import AnyArray, Int64Array, TensorSpec
 from tasks.loader.arguments import whole_number
-from tasks.loader.kernel import copy_values
+from tasks.loader.kernel import copy_values, number_elements
 from tasks.loader.placement import Placement
 from tasks.loader.samples import LENGTH, SEQUENCE, SampleFormat
 from tasks.loader.shards import Shards
@@ -130,11 +130,9 @@ class Padding:
             start = row_of * longest + offset
             copy_values(addresses, lengths * width, made[SEQUENCE].ctypes.data + start * width)
             read = int(lengths.sum()) * width
-            within = np.arange(lengths.sum()) - np.repeat(before, lengths)
-            places = np.repeat(start, lengths) + within
-            for name, values in ((SEGMENT, np.repeat(number + 1, lengths)), (POSITION, within)):
-                made[name] = _zeros(place, "int32", count, longest)
-                made[name].reshape(-1)[places] = values
+            segment, position = (_zeros(place, "int32", count, longest) for _ in range(2))
+            number_elements(start, lengths, number + 1, segment.reshape(-1), position.reshape(-1))
+            made |= {SEGMENT: segment, POSITION: position}
         most = int(number.max(initial=-1)) + 1
         specs = source.shards.columns
         plain = {

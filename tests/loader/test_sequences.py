@@ -253,6 +253,14 @@ def test_an_epoch_goes_on_exactly_with_any_number_of_workers(
         assert sorted(seen) == sorted(FILLED)
 
 
+@pytest.mark.parametrize("options", [{"length_buckets": (4, 9, 20)}, {"pack": 24}])
+def test_the_same_workers_go_on_as_if_nothing_had_been(filled: str, options: dict[str, Any]) -> None:
+    whole = [([packed_ids([batch]) for batch in batches], state) for batches, state in steps(filled, 2, 3, **options)]
+    for done in (1, 4, len(whole) - 1):
+        rest = steps(filled, 2, 3, whole[done - 1][1], **options)
+        assert [([packed_ids([batch]) for batch in batches], state) for batches, state in rest] == whole[done:]
+
+
 TEXTS = sequence_samples(80, seed=5, lengths=np.random.default_rng(5).integers(1, 21, 80).tolist())
 FILLED = {int(number): value.tolist() for number, value in zip(TEXTS["sample_id"], TEXTS["sequence"], strict=True)}
 
