@@ -24,7 +24,8 @@ from tasks.features.loading import first_mistake
 from tasks.io import storage
 from tasks.io.errors import ConfigError
 from tasks.kinds import kind_of
-from tasks.loader.stream import Options, TrainingStream
+from tasks.loader.options import Options
+from tasks.loader.stream import TrainingStream
 from tasks.publication import (
     PublishedVersion,
     committed_version,

@@ -47,7 +47,7 @@ def find_source(config: DeliveryConfig) -> Source:
         source.manifest.dataset,
         source.manifest.version,
         f"{source.manifest.rows:,}",
-        "images" if source.kind == "images" else f"{len(source.features)} features",
+        source.kind if source.kind != "table" else f"{len(source.features)} features",
         ", ".join(source.targets) or "none",
     )
     return source

@@ -167,6 +167,40 @@ def test_several_labels_are_a_vector(root: str) -> None:
         publish(dataset_of(frame), "two-labels", root=root, label=("half", "half"))
 
 
+def test_texts_go_through_the_programs_of_copies(root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    frame = visits()[["number", "city"]].assign(text=lambda rows: "é" * 3 + rows["city"].str.slice(1) * 2)
+    frame["half"] = frame["number"] / 2
+    options: dict[str, Any] = {"root": root, "label": ("half", "number"), "batch_size": 32, "as_numpy": True}
+    with stream_of(dataset_of(frame), "texts", delivery={"sequence": "text"}, **options) as stream:
+        batches = streamed(stream)
+    found = [
+        (bytes(text[:length]).decode(), *label.tolist())
+        for batch in batches
+        for text, length, label in zip(batch["sequence"], batch["length"], batch["label"], strict=True)
+    ]
+    assert sorted(found) == sorted(frame[["text", "half", "number"]].itertuples(index=False, name=None))
+    copy = COPY.replace("visits", "texts")
+    tested = run(f"self-test {copy}", root, capsys)
+    assert tested["blind"] == []
+    assert run(f"replay {copy} v1", root, capsys)["outcome"] == "ok"
+    key = int(stored(root, "datasets/texts")["row_id"][5])
+    explained = run(f"explain {copy} v1 {key}", root, capsys)["sections"]["values"]["facts"]
+    assert explained["check"] == "the same elements as in the source"
+    assert explained["label"].endswith(
+        f"of half = {stored(root, 'datasets/texts')['half'][5]}, number = {stored(root, 'datasets/texts')['number'][5]}"
+    )
+    [entry] = versions.resolve(root, copy).files
+    uri = layout.join(layout.dataset_uri(root, copy), "v1", entry.path)
+    data = bytearray(storage.read_bytes(uri))
+    data[data.index(b"slo")] += 1  # a byte of a text
+    storage.write_bytes(uri, bytes(data))
+    capsys.readouterr()
+    assert commands.run(["replay", copy, "v1", "--sample", "1000", "--root", root, "--json"]) == 1
+    shown = capsys.readouterr().out
+    assert '"sequence"' in shown
+    assert '"batch_id"' in shown
+
+
 def test_the_same_rows_are_not_written_again_and_others_are(root: str) -> None:
     def counts() -> list[int]:
         return [len(versions.version_numbers(root, name)) for name in (NAME, COPY)]

@@ -68,7 +68,7 @@ from tasks.delivery.source import (
 )
 from tasks.io import storage
 from tasks.io.errors import ConfigError, PipelineError, SourceError
-from tasks.io.tensors import Float32Array, Int8Array, Int64Array, to_numpy
+from tasks.io.tensors import AnyArray, Float32Array, Int8Array, Int64Array, to_numpy, to_ragged
 from tasks.io.text import plural
 from tasks.loader.order import EpochOrder, Share, Sizes, batch_count, step_count
 from tasks.loader.samples import (
@@ -77,6 +77,7 @@ from tasks.loader.samples import (
     IMAGE,
     LABEL,
     LENGTH,
+    SEQUENCE,
     WEIGHT,
     SampleFormat,
     batch_ids,
@@ -160,7 +161,7 @@ class CopyAgain(Again):
             loaded = load(self._units[number], self._source, self._config, columns)
             own = rows[unit_of == number] - starts[number]
             rows_again = loaded.rows.take(pa.array(own))
-            parts.append(encode(rows_again, ids[number][own], self._form, self._encoder, label, self._source.weight))
+            parts.append(encode(rows_again, ids[number][own], self._form, self._encoder, label, self._source))
         return parts
 
     def _compare(self, entry: FileEntry, numbers: Int64Array, made: pa.Table | None) -> list[Replayed]:
@@ -398,6 +399,8 @@ def _encoded(root: str, manifest: Manifest, sample: Sample, *, several: bool) ->
     stored = batch.slice(place, 1)
     facts = _label(manifest, sample, stored) | _weight(manifest, sample, stored)
     facts["checksum of its batch"] = f"{'matches' if found == noted else 'DOES NOT match'} ({noted})"
+    if manifest.definition["kind"] == "sequences":
+        return Section(title=name, facts=facts | _sequence_facts(manifest, sample, to_ragged(stored, SEQUENCE)[0]))
     if manifest.definition["kind"] == "images":
         return Section(title=name, facts=facts | _image_facts(root, manifest, sample, stored))
     return Section(
@@ -487,6 +490,21 @@ def _image_facts(root: str, manifest: Manifest, sample: Sample, stored: pa.Table
     except PipelineError as fault:
         facts["check"] = f"can't be compared with {source['dataset']} v{source['version']}: {fault}"
     return facts
+
+
+def _sequence_facts(manifest: Manifest, sample: Sample, stored: AnyArray) -> dict[str, Any]:
+    """Compare the sequence with that of the source."""
+    column = manifest.definition["sequence"]["column"]
+    value = sample.source[column]
+    raw = value.encode() if isinstance(value, str) else value
+    again = np.frombuffer(raw, np.uint8) if isinstance(raw, bytes) else np.array(raw, stored.dtype)
+    same = np.array_equal(again, stored)
+    return {
+        "length": len(stored),
+        "stored as": f"{stored.dtype}, of {column}",
+        "begins with": repr(value[:40]),
+        "check": "the same elements as in the source" if same else "OTHER elements than in the source",
+    }
 
 
 def _left_out(samples: EntitySamples) -> Section:

@@ -170,6 +170,7 @@ def _taken(root: str, copy: Manifest, version: Manifest, config: DeliveryConfig)
         keys=tuple(definition["keys"]),
         ready=READY if config.ready_only and READY in known else None,
         weight=weight_column(definition),
+        sequence=(definition.get("sequence") or {}).get("column"),
     )
 
 

@@ -23,7 +23,7 @@ from tasks.io.errors import ConfigError, InputError, PipelineError
 from tasks.io.tensors import AnyArray, UInt8Array
 from tasks.io.text import plural
 from tasks.loader.mixed import MixedStream
-from tasks.loader.samples import FEATURES, IMAGE, LABEL, SAMPLE_ID, WEIGHT, SampleFormat
+from tasks.loader.samples import FEATURES, IMAGE, LABEL, LENGTH, SAMPLE_ID, SEQUENCE, WEIGHT, SampleFormat
 from tasks.loader.stream import Batch, TrainingStream
 from tasks.report.plots import font, one_line
 from tasks.store import layout
@@ -90,7 +90,7 @@ def explain_step(root: str, manifest: Manifest, asked: Asked) -> Explanation:
         CorruptVersion: a file is missing or damaged.
     """
     if asked.picture is not None and manifest.definition["kind"] != "images":
-        raise ConfigError(f"--picture shows images, and {manifest.dataset} holds rows of a table; leave it out")
+        raise ConfigError(f"--picture shows images, and {manifest.dataset} holds none; leave it out")
     state = None if asked.state is None else _read_state(asked.state)
     versions = [manifest] if state is None else _versions(root, manifest, state)
     with _opened(root, versions, state, asked) as stream:
@@ -163,6 +163,12 @@ def _opened(root: str, versions: Sequence[Manifest], state: Mapping[str, Any] | 
     if "datasets" in state:
         return _of_mix(uris, state, options)
     options["columns"] = _columns(versions[0])
+    if "pack" in state:
+        raise ConfigError(
+            "the state is of rows that several sequences fill, which aren't shown one by one: open the stream with "
+            f"pack={state['pack']!r} in Python, load the state, and take one batch"
+        )
+    options |= {field: state[field] for field in ("length_buckets", "max_length") if field in state}
     if "weights" not in state:
         return TrainingStream(uris[0], **options)
     return _of_draws(uris[0], state, options)
@@ -294,8 +300,11 @@ def _samples(root: str, versions: Sequence[Manifest], batch: Batch) -> Section:
         row |= {WEIGHT: float(batch[WEIGHT][place])} if WEIGHT in batch else {}
         row |= {} if real.all() else {"real": "yes" if real[place] else "fills the batch"}
         row |= {FEATURES: batch[FEATURES][place].tolist()} if FEATURES in batch else {}
+        if SEQUENCE in batch:
+            row |= {LENGTH: int(batch[LENGTH][place])}
+            row |= {SEQUENCE: batch[SEQUENCE][place][: row[LENGTH]].tolist()}
         rows.append(row)
-    shown = tuple(name for name in rows[0] if name != FEATURES)
+    shown = tuple(name for name in rows[0] if name not in (FEATURES, SEQUENCE))
     return Section(title="samples", facts={"real": int(real.sum())}, rows=rows, shown=shown, notes=notes)
 
 

@@ -296,7 +296,10 @@ def export_mds(
     place = layout.join(storage.normalise(out), INDEX)
     if storage.exists(place):
         raise ConfigError(f"{out!r} has an {INDEX} already: name a directory without one, or remove it first")
-    width = SampleFormat.of(open_version(uri).definition).delivered_bytes
+    form = SampleFormat.of(open_version(uri).definition)
+    if form.kind == "sequences":
+        raise ConfigError(f"{uri} has sequences of any length, and only samples of one size can be exported as MDS")
+    width = form.delivered_bytes
     limit = max(1, shard_bytes // (width + 4))
     batch = max(1, min(limit, _BATCH_BYTES // width))
     shards: list[dict[str, Any]] = []

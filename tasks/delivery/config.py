@@ -136,6 +136,12 @@ class DeliveryConfig(FlowSettings):
         description="Column of the samples' weights, numbers of 0 or more, which are stored beside them to draw by; it "
         "is no feature unless it is named as one (no weights, by default).",
     )
+    sequence: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Column whose values are the samples, of any length each: text (its bytes in UTF-8), bytes, or "
+        "lists of numbers (the features of a row, or its image, by default).",
+    )
     entity: str | None = Field(
         default=None,
         description="Column whose equal values share a split (the feature group's entity, or an image's original).",
@@ -167,7 +173,7 @@ class DeliveryConfig(FlowSettings):
         default=1000,
         ge=1,
         le=1_000_000,
-        description="Rows of a table that share a checksum; images have one each.",
+        description="Rows of a table, or sequences, that share a checksum; images have one each.",
     )
     file_megabytes: float = Field(
         default=128.0, gt=0, le=2000, description="Size that a file has about, MiB; a task needs some times its memory."
@@ -187,6 +193,17 @@ class DeliveryConfig(FlowSettings):
         for target in self.targets:
             if target in (*self.features, self.entity):
                 raise ValueError(f"target = '{target}' is also a feature or the entity; a model would only copy it")
+        if self.sequence is not None:
+            if self.features or self.sequence in (*self.targets, self.entity):
+                raise ValueError(
+                    f"sequence = '{self.sequence}' is all that a sample has, beside its label: leave out features, and "
+                    "name another target and entity"
+                )
+            if self.training.enabled and self.training.function is None:
+                raise ValueError(
+                    f"sequence = '{self.sequence}' has no default model: name a function of your own with "
+                    "--training.function, or make the copy alone with --no-training.enabled"
+                )
         if len(set(self.targets)) < len(self.targets) or not all(self.targets):
             raise ValueError(f"target = '{self.target}' names a column twice, or none; name each label once")
         if self.training.balance == "weight" and self.weight is None:

@@ -19,10 +19,10 @@ from tasks.delivery.encoding import (
     label_names,
 )
 from tasks.delivery.shuffle import Look, Shuffle, UnitNote, WrittenBucket, plan_buckets
-from tasks.delivery.source import CLASS_ID, SPLITS, Source
+from tasks.delivery.source import CLASS_ID, SPLITS, Source, sequence_dtype
 from tasks.io.errors import ConfigError
 from tasks.io.hashing import stable_hash
-from tasks.io.tensors import Int64Array
+from tasks.io.tensors import ANY_LENGTH, Int64Array
 from tasks.loader.samples import IMAGE, SampleFormat
 from tasks.quality.profile import ColumnPartial, TableProfile
 from tasks.quality.sketch import DistinctSketch, TopValues
@@ -40,8 +40,13 @@ def fit(look: Look, notes: Sequence[UnitNote], profile: TableProfile) -> Shuffle
     config, source = look.config, look.source
     encoder = fit_encoder(profile, source.features, config) if source.kind == "table" else None
     label = _label(config, source, notes, profile)
+    samples, elements = int(samples_of(notes).sum()), sum(note.elements for note in notes)
+    dtype = "uint8"
+    shape: tuple[int, ...] = ANY_LENGTH
     if encoder is not None:
-        shape: tuple[int, ...] = (len(encoder.features),)
+        shape = (len(encoder.features),)
+    elif source.sequence is not None:
+        dtype = str(sequence_dtype(source.schema.field(source.sequence).type))
     else:
         assert source.image is not None, "images have a shape"
         shape = source.image.shape
@@ -50,10 +55,11 @@ def fit(look: Look, notes: Sequence[UnitNote], profile: TableProfile) -> Shuffle
         shape=shape,
         label=label.dtype if label else None,
         weight=source.weight is not None,
-        batch_size=config.batch_size if source.kind == "table" else 1,
+        batch_size=1 if source.kind == "images" else config.batch_size,
         labels=len(label.parts) if isinstance(label, LabelVector) else None,
+        dtype=dtype,
         encoding=source.encoding,
-        mean_length=-(-sum(note.elements for note in notes) // max(int(samples_of(notes).sum()), 1)),
+        mean_length=-(-elements // max(samples, 1)),
     )
     return Shuffle(
         config=config,
@@ -63,8 +69,8 @@ def fit(look: Look, notes: Sequence[UnitNote], profile: TableProfile) -> Shuffle
         form=form,
         encoder=encoder,
         label=label,
-        longest=max(note.longest for note in notes),
         buckets=plan_buckets(samples_of(notes), form, config.file_megabytes * (1 << 20)),
+        longest=max(note.longest for note in notes),
     )
 
 
@@ -118,6 +124,10 @@ def describe(shuffle: Shuffle, samples: dict[str, int]) -> dict[str, Any]:
         "source": {"dataset": source.manifest.dataset, "version": source.manifest.version},
         **({"weight": {"column": source.weight}} if source.weight is not None else {}),
     }
+    if source.sequence is not None:
+        lengths = {"mean_length": form.mean_length, "longest": shuffle.longest}
+        sequence = {"column": source.sequence, "dtype": form.dtype, **lengths}
+        return described | {"sequence": sequence, "normalise": {"mean": [], "std": []}}
     if shuffle.encoder is None:
         image: dict[str, Any] = {"shape": list(form.shape), "dtype": form.columns[IMAGE].dtype}
         if form.encoding is not None:
@@ -132,7 +142,7 @@ def describe(shuffle: Shuffle, samples: dict[str, int]) -> dict[str, Any]:
 
 
 def encoder_of(manifest: Manifest) -> Encoder | None:
-    """Return the encoder of a version's features; None for images."""
+    """Return the encoder of a version's features; None for images and sequences."""
     features = manifest.definition.get("features")
     return None if features is None else Encoder(tuple(Feature(**described) for described in features))
 

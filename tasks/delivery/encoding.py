@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +23,9 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from tasks.delivery.config import DeliveryConfig
-from tasks.delivery.source import is_text, list_size
+from tasks.delivery.source import is_text, list_size, sequence_dtype
 from tasks.io.errors import ConfigError, InputError
-from tasks.io.tensors import AnyArray, BoolArray, Float32Array
+from tasks.io.tensors import AnyArray, BoolArray, Float32Array, Int64Array
 from tasks.quality.profile import ColumnPartial, TableProfile, profile_table
 from tasks.quality.sketch import Moments, TopValues
 
@@ -63,6 +63,49 @@ def text_of(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pt.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     return column.cast(pa.large_string())
+
+
+class Sequences(NamedTuple):
+    """The sequences of a column: elements of all, (m,), the number of each, (n,), and which are missing, (n,).
+
+    A missing one is null, or has an element that is null, NaN or infinite.
+    """
+
+    values: AnyArray
+    lengths: Int64Array
+    missing: BoolArray
+
+
+def sequences(column: pa.ChunkedArray) -> Sequences:
+    """Return the sequences of a column of text, as its bytes in UTF-8, of bytes, or of lists of numbers."""
+    dtype = str(sequence_dtype(column.type))
+    lists = pt.is_nested(column.type)
+    if not lists:
+        column = text_of(column) if is_text(column.type) else column
+        column = column.cast(pa.large_binary())
+    parts = [Sequences(np.empty(0, dtype), np.empty(0, np.int64), np.empty(0, np.bool_))]
+    for chunk in column.chunks:
+        missing = chunk.is_null().to_numpy(zero_copy_only=False).copy()
+        if lists:
+            values, sizes = chunk.flatten(), pc.fill_null(pc.list_value_length(chunk), 0)
+            lengths = sizes.to_numpy(zero_copy_only=False).astype(np.int64)
+            odd = values.is_null(nan_is_null=True).to_numpy(zero_copy_only=False)
+            if pt.is_floating(values.type):
+                odd |= ~np.isfinite(pc.fill_null(values, 0).to_numpy(zero_copy_only=False))
+            missing[np.repeat(np.arange(len(chunk)), lengths)[odd]] = True
+            found = pc.fill_null(values, 0).to_numpy(zero_copy_only=False).astype(dtype)
+        else:
+            whole = pc.fill_null(chunk, b"")
+            bounds = np.frombuffer(whole.buffers()[1], np.int64, len(whole) + 1, whole.offset * 8)
+            lengths = np.diff(bounds)
+            found = np.frombuffer(whole.buffers()[2] or b"", np.uint8)[bounds[0] : bounds[-1]]
+        parts.append(Sequences(found, lengths, missing))
+    return Sequences(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+
+
+def length_name(sequence: str) -> str:
+    """Return the name of the lengths of sequences in a profile."""
+    return f"length of {sequence}"
 
 
 def top_values(texts: pa.ChunkedArray, capacity: int) -> TopValues:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.definition import class_counts, describe, fit, named_profile, weight_column
-from tasks.delivery.encoding import Label, bounds_of, label_names, text_of
+from tasks.delivery.encoding import Label, bounds_of, label_names, length_name, text_of
 from tasks.delivery.shuffle import (
     NOT_READY,
     CopyFigures,
@@ -64,6 +64,7 @@ def judge_copy(config: DeliveryConfig, copy: CopyFigures, previous: Manifest | N
     columns = copy.profile.columns()
     label = copy.definition["label"]
     labels = label_names(label)
+    lengths = [length_name(copy.definition["sequence"]["column"])] if "sequence" in copy.definition else []
     features = dict.fromkeys(feature["column"] for feature in copy.definition.get("features", ()))
     checks: list[CheckResult] = [_rows(copy, bounds.minimum_samples)]
     checks += _splits(config, copy)
@@ -93,7 +94,7 @@ def judge_copy(config: DeliveryConfig, copy: CopyFigures, previous: Manifest | N
             rules.check_drift(
                 name, copy.profile, previous.profile[name], warn_above=bounds.drift_warn, fail_above=bounds.drift_fail
             )
-            for name in dict.fromkeys([*features, *labels, *([weight] if weight else [])])
+            for name in dict.fromkeys([*features, *labels, *lengths, *([weight] if weight else [])])
             if name in previous.profile
         ]
     return rules.gate(checks)
@@ -112,7 +113,7 @@ def _rows(copy: CopyFigures, minimum: int) -> CheckResult:
 
 def _splits(config: DeliveryConfig, copy: CopyFigures) -> list[CheckResult]:
     """Check that each required split has samples; images have the splits of their source, whatever its shares."""
-    if copy.definition["kind"] == "table":
+    if copy.definition["kind"] != "images":
         shares = (1 - config.validation_share - config.test_share, config.validation_share, config.test_share)
         return rules.check_split_sizes(copy.samples, dict(zip(SPLITS, shares, strict=True)), SPLITS[0])
     checks = []
@@ -206,6 +207,7 @@ _ESSENTIALS: dict[str, Any] = {
     "Kinds": lambda definition: definition.get("kind"),
     "Source columns": _feature_part("column"),
     "Images": lambda definition: (definition.get("image") or {}).get("shape"),
+    "Sequences": lambda definition: tuple((definition.get("sequence") or {}).get(name) for name in ("column", "dtype")),
     "Label columns": lambda definition: (
         _label_part("column")(definition) or (*label_names(definition.get("label")),) or None
     ),
@@ -347,7 +349,8 @@ class _Trial(Trial[_Rows]):
         yield self.fault("missing class", words, f"classes of {other}", why_not, table=table)
         # If rows without a value are rejected, none is left to count.
         more = [f"rejected of {name}"] if self.config.nulls == "reject" else []
-        none = "Images have no features."
+        sequence = source.sequence
+        none = "Images have no features." if sequence is None else "Sequences have no features."
         yield self.nulls(*more, why_not=none)
         yield self.values("constant", "constant", self.number, 1, why_not=ALIKE if first else none)
         yield self.values("weights", "weights", source.weight or "", 0, why_not="Samples have no weights.")
@@ -358,9 +361,26 @@ class _Trial(Trial[_Rows]):
         lost = first or ",".join(source.targets)
         schema = self.fault("schema", f"Column {lost} was left out.", aims, why_not, source=left)
         yield replace(schema, raises=(ConfigError,))
+        if sequence is not None:
+            emptied = self._cut(sequence, faults.some(self.table.num_rows, faults.BAD), 0)
+            words = f"{faults.BAD:.0%} of the sequences were emptied."
+            yield self.fault("empty sequences", words, f"rejected of {name}", table=emptied)
+            drift, known = length_name(sequence), self.before.profile
+            why_not = "" if drift in known and known[drift].minimum != known[drift].maximum else "All have one length."
+            words = "Every sequence was cut to its first element."
+            cut = self._cut(sequence, np.ones(self.table.num_rows, np.bool_), 1)
+            yield self.fault("cut sequences", words, f"drift of {drift}", why_not, table=cut)
         value = self.table[target].drop_null()[0].as_py() if rare else None
         why_not = "There is no number and no class that differs between rows."
         yield self.shift() if self.number else self.one_class(target if rare else "", value, why_not)
+
+    def _cut(self, sequence: str, where: BoolArray, length: int) -> pa.Table:
+        """Cut some of the sequences to a length; text to its first characters."""
+        values = [
+            value if value is None or not hit else value[:length]
+            for value, hit in zip(self.table[sequence].to_pylist(), where.tolist(), strict=True)
+        ]
+        return faults.with_column(self.table, sequence, pa.array(values, self.table.schema.field(sequence).type))
 
     def _of_class(self, name: str) -> tuple[BoolArray, Int8Array]:
         """Mark the rows of a class, none for ''; return each row's split, too, −1 for rows that the job leaves out."""

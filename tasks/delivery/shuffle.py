@@ -29,8 +29,10 @@ from tasks.delivery.encoding import (
     is_missing,
     label_columns,
     label_counts,
+    length_name,
     numbers,
     profile_features,
+    sequences,
 )
 from tasks.delivery.source import (
     SPLITS,
@@ -51,7 +53,7 @@ from tasks.delivery.source import (
 from tasks.engine.partition import split_by_key
 from tasks.io import storage
 from tasks.io.hashing import stable_hash
-from tasks.io.tensors import BoolArray, Int8Array, Int64Array, UInt64Array, tensor_array, to_numpy
+from tasks.io.tensors import BoolArray, Int8Array, Int64Array, UInt64Array, ragged_array, tensor_array, to_numpy
 from tasks.loader.samples import IMAGE, LABEL, SAMPLE_ID, SampleFormat, pick, write_samples
 from tasks.quality.profile import TableProfile
 from tasks.quality.rules import Figures, Written
@@ -75,11 +77,12 @@ class UnitNote:
         rejected: Rows rejected, by reason.
         rejected_file: File of the rejected rows.
         samples: Rows that became samples, by split.
-        elements: Bytes of the samples' encoded images, together.
-        longest: Bytes of the longest one.
         label_columns: Columns that labels are made of.
         labels: Values of each of those that may be classes, by split.
-        profile: Profile of the features, of those columns and of the weights, in the train split, until it is merged.
+        profile: Profile of the features, of those columns and of the weights, in the train split, until it is merged;
+            of sequences of their lengths.
+        elements: Elements of all values of any length that became samples: sequences, or bytes of encoded images.
+        longest: Elements of the longest one.
     """
 
     unit: int
@@ -88,11 +91,11 @@ class UnitNote:
     rejected: Counter[str] = field(default_factory=Counter)
     rejected_file: FileEntry | None = None
     samples: Int64Array
-    elements: int = 0
-    longest: int = 0
     label_columns: tuple[str, ...]
     labels: dict[str, list[TopValues]]
     profile: TableProfile | None
+    elements: int = 0
+    longest: int = 0
 
     @property
     def left_out(self) -> int:
@@ -226,10 +229,10 @@ class Shuffle:
     form: SampleFormat
     encoder: Encoder | None
     label: Label | LabelVector | None
-    longest: int
-    """Bytes of the longest encoded image."""
     buckets: tuple[Bucket, ...]
     """Buckets by split, then part."""
+    longest: int = 0
+    """Elements of the longest value of any length: a sequence, or the bytes of an encoded image."""
 
     def scatter(self, repeats: Mapping[int, Repeats], index: int) -> tuple[int, list[pa.Table]]:
         """Return the number of a unit's samples, and the samples for each bucket.
@@ -241,7 +244,7 @@ class Shuffle:
         columns = self.source.columns + ([IMAGE] if self.source.image else [])
         loaded = load(self.units[index], self.source, self.config, columns)
         ids = sample_ids(keys_of(loaded.rows, self.source), repeats.get(index, Repeats()))
-        samples = encode(loaded.rows, ids, self.form, self.encoder, self.label, self.source.weight)
+        samples = encode(loaded.rows, ids, self.form, self.encoder, self.label, self.source)
         number = self._bucket_numbers(loaded.splits, random_keys(ids, self.config.seed))
         order = np.argsort(number, kind="stable")
         bounds = np.searchsorted(number[order], np.arange(len(self.buckets) + 1))
@@ -280,32 +283,35 @@ class Shuffle:
         return made, pa.table({})
 
 
-def encode(  # noqa: PLR0917 - what a sample is made of, in the order of its columns
+def encode(  # noqa: PLR0917 - rows, and what is known of their samples
     rows: pa.Table,
     ids: Int64Array,
     form: SampleFormat,
     encoder: Encoder | None,
     label: Label | LabelVector | None,
-    weight: str | None = None,
+    source: Source,
 ) -> pa.Table:
-    """Make samples of rows, a row each; without an encoder, of their images."""
-    if form.encoding is not None:
+    """Make samples of rows, a row each; of a column of sequences, or without an encoder of their images."""
+    if source.sequence is not None:
+        found = sequences(rows[source.sequence])
+        columns = [ragged_array(found.values, np.cumsum([0, *found.lengths])), pa.array(found.lengths)]
+    elif form.encoding is not None:
         encoded = rows[IMAGE].cast(pa.large_binary())
         columns = [encoded, pc.binary_length(encoded)]
     else:
         columns = [tensor_array(to_numpy(rows, IMAGE) if encoder is None else encoder.encode(rows))]
     if label is not None:
-        found = label.encode_rows(rows)
-        columns.append(tensor_array(found) if found.ndim > 1 else pa.array(found))
-    if weight is not None:
-        columns.append(pa.array(numbers(rows[weight])))
+        made = label.encode_rows(rows)
+        columns.append(tensor_array(made) if made.ndim > 1 else pa.array(made))
+    if source.weight is not None:
+        columns.append(pa.array(numbers(rows[source.weight])))
     return pa.Table.from_arrays([*columns, pa.array(ids)], schema=form.schema)
 
 
 def note_of(unit: int, loaded: Loaded, source: Source, config: DeliveryConfig) -> UnitNote:
     """Return the note on a unit's rows after the first look."""
     columns = label_columns(loaded.rows, source.targets)
-    labels = {}
+    labels, labelled = {}, tuple(columns)
     for name, column in columns.items():
         counts = [
             label_counts(column.filter(pa.array(loaded.splits == split)), config.target_kind)
@@ -313,6 +319,10 @@ def note_of(unit: int, loaded: Loaded, source: Source, config: DeliveryConfig) -
         ]
         if found := [values for values in counts if values is not None]:
             labels[name] = found
+    lengths = np.zeros(loaded.rows.num_rows, np.int64)
+    if source.sequence is not None:
+        lengths = sequences(loaded.rows[source.sequence]).lengths
+        columns[length_name(source.sequence)] = pa.chunked_array([lengths])
     weights = {} if source.weight is None else {source.weight: loaded.rows[source.weight]}
     profiled = pa.table({**{name: loaded.rows[name] for name in source.features}, **columns, **weights})
     return UnitNote(
@@ -321,9 +331,11 @@ def note_of(unit: int, loaded: Loaded, source: Source, config: DeliveryConfig) -
         filtered=Counter({NOT_READY: loaded.reasons[NOT_READY]} if loaded.reasons[NOT_READY] else {}),
         rejected=Counter({reason: rows for reason, rows in loaded.reasons.items() if reason != NOT_READY}),
         samples=np.bincount(loaded.splits, minlength=len(SPLITS)),
-        label_columns=tuple(columns),
+        label_columns=labelled,
         labels=labels,
         profile=profile_features(profiled, profiled.column_names, loaded.splits == 0),
+        elements=int(lengths.sum()),
+        longest=int(lengths.max(initial=0)),
     )
 
 
@@ -405,6 +417,10 @@ def judge(rows: pa.Table, source: Source, config: DeliveryConfig) -> tuple[npt.N
     if source.weight is not None:
         mark(is_missing(rows[source.weight]), f"null_{source.weight}")
         mark(numbers(rows[source.weight]) < 0, f"negative_{source.weight}")
+    if source.sequence is not None:
+        found = sequences(rows[source.sequence])
+        mark(found.missing, f"null_{source.sequence}")
+        mark(found.lengths == 0, f"empty_{source.sequence}")
     if config.nulls == "reject":
         for name in source.features:
             mark(is_missing(rows[name]), f"null_{name}")

@@ -186,7 +186,7 @@ class Source:
     Attributes:
         root: Root of the store.
         manifest: Everything known about the version.
-        kind: 'table' or 'images'.
+        kind: 'table', 'images' or 'sequences'.
         files: Its data files.
         schema: Arrow schema of the data files.
         features: Columns that become features; none for images.
@@ -199,11 +199,12 @@ class Source:
         encoding: Encoding of images that are stored encoded.
         image_bytes: Bytes of a stored image, about.
         classes: Names of the classes by id, if the version has them.
+        sequence: Column of the sequences, if these are the samples.
     """
 
     root: str
     manifest: Manifest
-    kind: Literal["table", "images"]
+    kind: Literal["table", "images", "sequences"]
     files: tuple[SourceFile, ...]
     schema: pa.Schema
     features: tuple[str, ...]
@@ -216,17 +217,20 @@ class Source:
     encoding: Literal["jpeg"] | None = None
     image_bytes: int = 0
     classes: tuple[str, ...] | None = None
+    sequence: str | None = None
 
     @property
     def columns(self) -> list[str]:
         """Columns that are read, without the images."""
-        names = [*self.keys, self.entity, self.ready, *self.targets, *self.features, self.weight]
+        names = [*self.keys, self.entity, self.ready, *self.targets, *self.features, self.weight, self.sequence]
         return list(dict.fromkeys(name for name in names if name is not None))
 
     @property
     def row_bytes(self) -> int:
         """Approximate bytes of a row in memory."""
         lists = sum(8 * (list_size(self.schema.field(name).type) or 0) for name in self.targets)
+        if self.sequence is not None:  # compressed text takes about a third
+            lists += 3 * sum(entry.bytes for entry in self.manifest.files) // max(self.manifest.rows, 1)
         return 16 * len(self.columns) + lists + self.image_bytes
 
     def record(self) -> InputRecord:
@@ -268,6 +272,9 @@ def source_of(config: DeliveryConfig, root: str, manifest: Manifest) -> Source:
     files, schema = _look(root, manifest)
     name = f"{manifest.dataset} v{manifest.version}"
     images = "image" in manifest.definition or (IMAGE in schema.names and is_tensor(schema.field(IMAGE)))
+    images = images and config.sequence is None
+    if config.sequence is not None:
+        _check_sequence(config.sequence, schema, name)
     image, encoding = _image(schema, name) if images else (None, None)
     entity = config.entity or manifest.definition.get("entity", ORIGINAL_ID if images else None)
     if entity is None:
@@ -301,10 +308,12 @@ def source_of(config: DeliveryConfig, root: str, manifest: Manifest) -> Source:
     return Source(
         root=root,
         manifest=manifest,
-        kind="images" if images else "table",
+        kind="images" if images else "table" if config.sequence is None else "sequences",
         files=files,
         schema=schema,
-        features=() if images else _features(config, schema, name, {entity, *keys[1:], config.weight}, targets),
+        features=()
+        if images or config.sequence is not None
+        else _features(config, schema, name, {entity, *keys[1:], config.weight}, targets),
         targets=targets,
         entity=entity,
         keys=tuple(keys),
@@ -314,6 +323,7 @@ def source_of(config: DeliveryConfig, root: str, manifest: Manifest) -> Source:
         encoding=encoding,
         image_bytes=_image_bytes(manifest, image, encoding),
         classes=_classes(manifest) if images and CLASS_ID in targets else None,
+        sequence=config.sequence,
     )
 
 
@@ -515,6 +525,34 @@ def is_text(kind: pa.DataType) -> bool:
     if pt.is_dictionary(kind):
         kind = kind.value_type
     return bool(pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind))
+
+
+def _check_sequence(column: str, schema: pa.Schema, name: str) -> None:
+    _check_column(column, schema, name, "sequence")
+    kind = schema.field(column).type
+    if sequence_dtype(kind) is None:
+        raise ConfigError(
+            f"sequence = '{column}' is {kind}: only text, bytes, and lists of floats or of whole numbers that int64 "
+            "holds can be delivered; convert it"
+        )
+
+
+def sequence_dtype(kind: pa.DataType) -> str | None:
+    """Return the element type of a column's sequences: that of lists, or the smallest stored one that holds it."""
+    if is_text(kind) or pt.is_binary(kind) or pt.is_large_binary(kind):
+        return "uint8"
+    if pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind):
+        return _ELEMENTS.get(str(kind.value_type))
+    return None
+
+
+_ELEMENTS = {
+    "uint8": "uint8",
+    **dict.fromkeys(("int8", "int16", "uint16", "int32"), "int32"),
+    **dict.fromkeys(("uint32", "int64"), "int64"),
+    **dict.fromkeys(("halffloat", "float"), "float32"),
+    "double": "float64",
+}
 
 
 def list_size(kind: pa.DataType) -> int | None:

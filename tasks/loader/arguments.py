@@ -69,14 +69,14 @@ def place(name: str, value: Any, cure: str) -> str:
     return text
 
 
-def picked_columns(columns: Any, there: Sequence[str]) -> list[str]:
-    """Return the chosen columns, each once in the requested order; all for None.
+def picked_columns(columns: Any, there: Sequence[str], on_request: Sequence[str] = ()) -> list[str]:
+    """Return the chosen columns, each once in the requested order; for None all but those on request.
 
     Raises:
         ConfigError: it isn't a list, is empty, or names another column.
     """
     if columns is None:
-        return list(there)
+        return [name for name in there if name not in on_request]
     names = list(columns) if isinstance(columns, list | tuple | set | frozenset) else []
     if not names or not all(isinstance(name, str) and name in there for name in names):
         raise ConfigError(f"columns = {columns!r}: give a list of some of {', '.join(map(repr, there))}")

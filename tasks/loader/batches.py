@@ -6,9 +6,7 @@ order of each source ─ takes of a step ─ samples, gathered from their files 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,13 +18,14 @@ from tasks.loader.kernel import mix_samples, sample_keys
 from tasks.loader.mixing import Mixing, alpha_of
 from tasks.loader.order import MIXES, TRANSFORMS, EpochOrder, Reading
 from tasks.loader.placement import INPUTS, Placement
+from tasks.loader.samples import LABEL, SAMPLE_ID
+from tasks.loader.sequences import OWN, Padding
 from tasks.loader.shards import Shards, address_of
 from tasks.loader.transforms import Change, Decoding, Encoded, Undecodable, change_of, decoding_of, described
 from tasks.loader.version_files import CURE, Version, stored_column
 
 MASK = "mask"
 SOURCE = "source"
-LABEL, SAMPLE_ID = "label", "sample_id"
 _MASK_SPEC, _SOURCE_SPEC = TensorSpec((), "bool"), TensorSpec((), "int64")
 
 
@@ -65,6 +64,9 @@ class Source:
 
     """
 
+    row = 0
+    """Elements of a row of several samples; 0 where each sample has a row of its own."""
+
     def __init__(self, shards: Shards, order_of: Callable[[int], EpochOrder], seed: int) -> None:
         self.shards, self._order_of, self.seed = shards, order_of, seed
         self._lap, self._named = -1, 0
@@ -81,6 +83,15 @@ class Source:
         """Return a worker's samples as `samples` does, with what they need to be transformed, and mixed if `paired`."""
         reading = self._order_for(take).reading(take.start, take.size, take.low, take.high, paired)
         return reading if take.real else reading._replace(real=0)
+
+    def rows(self, take: Take) -> tuple[Int64Array, Int64Array, int]:
+        """Return the samples of a worker's rows of a step, how many each row has, and the number of real rows."""
+        index, real = self.samples(take)
+        return index, np.ones(len(index), np.int64), real
+
+    def bound(self, take: Take) -> int | None:  # noqa: ARG002 - that of groups depends on the step
+        """Return the elements of a row of sequences, if the step says it; None: the longest one of a batch says it."""
+        return None
 
     def _order_for(self, take: Take) -> EpochOrder:
         if take.lap != self._lap:
@@ -111,46 +122,7 @@ class Made(NamedTuple):
     samples: tuple[int, ...]
     bytes: int
     skipped: int
-
-
-@dataclass(slots=True)
-class StreamStats:
-    """Statistics of a stream since it was opened.
-
-    Attributes:
-        batches: batches of this worker.
-        samples: real samples in them.
-        bytes_read: bytes gathered for them, as stored.
-        wait_seconds: time in which the consumer waited for a batch.
-        seconds: time of iterations, including waiting, up to the last request or delivery of a batch.
-        cache_hits: files of S3 that were in the cache.
-        cache_misses: files that were downloaded.
-        cache_bytes_read: their bytes.
-        skipped_samples: damaged samples of this worker that were skipped.
-        skipped_files: files skipped as a whole.
-        source_samples: real samples of each source, in the order of the sources.
-    """
-
-    batches: int = 0
-    samples: int = 0
-    bytes_read: int = 0
-    wait_seconds: float = 0.0
-    seconds: float = 0.0
-    cache_hits: int = 0
-    cache_misses: int = 0
-    cache_bytes_read: int = 0
-    skipped_samples: int = 0
-    skipped_files: int = 0
-    source_samples: tuple[int, ...] = ()
-
-    def count(self, made: Made, waited: float) -> None:
-        """Add a delivered batch, for which the consumer waited so many seconds."""
-        self.batches += 1
-        self.samples += sum(made.samples)
-        self.source_samples = tuple(map(operator.add, self.source_samples, made.samples))
-        self.bytes_read += made.bytes
-        self.wait_seconds += waited
-        self.skipped_samples += made.skipped
+    cut: int = 0
 
 
 def make_batches(
@@ -162,6 +134,7 @@ def make_batches(
     masked: bool,
     numbered: bool,
     delivery: Delivery | None,
+    padding: Padding | None,
 ) -> Iterator[Made]:
     """Yield a worker's batches of some steps.
 
@@ -173,27 +146,61 @@ def make_batches(
         masked: True to add a column that tells which samples are real.
         numbered: True to add a column of the samples' sources.
         delivery: What changes the samples; None: they are delivered as they are stored.
+        padding: What makes arrays of sequences; None without any.
     """
+    specs = sources[0].shards.columns
+    plain = [name for name in columns if padding is None or name not in OWN]
     for takes in steps:
-        if delivery is not None:
+        cut, packed = 0, padding is not None and sources[0].row > 0
+        if padding is not None and packed:
+            gathered, real, (count, shown), size, skipped, cut = _packed(sources[0], takes[0], place, columns, padding)
+        elif delivery is not None:
             gathered, picked, real, size, skipped = delivery.batch(sources, place, takes)
         else:
             picked, real, skipped = _picked(sources, takes)
             count = sum(len(index) for _, index in picked)
-            gathered = {name: place.buffer(sources[0].shards.columns[name], count) for name in columns}
+            gathered = {name: place.buffer(specs[name], count) for name in plain}
             _gather(sources, picked, gathered)
             size = sum(values.nbytes for values in gathered.values())
-        count = sum(len(index) for _, index in picked)
+            if padding is not None:
+                bound = sources[0].bound(takes[0]) if len(sources) == 1 else None
+                made, lengths, read = padding.fill(sources, picked, place, columns, bound)
+                lengths = lengths[: sum(real)]
+                cut, size = int(np.count_nonzero(padding.cut(lengths) < lengths)), size + read
+                gathered = {name: made[name] if name in made else gathered[name] for name in columns}
+        if not packed:
+            count, shown = sum(len(index) for _, index in picked), sum(real)
         if masked:
             mask = gathered[MASK] = place.buffer(_MASK_SPEC, count)
-            mask[: sum(real)], mask[sum(real) :] = True, False
+            mask[:shown], mask[shown:] = True, False
         if numbered:
             numbers = gathered[SOURCE] = place.buffer(_SOURCE_SPEC, count)
             done = 0
             for number, index in picked:
                 numbers[done : done + len(index)] = number
                 done += len(index)
-        yield Made(place.place(gathered), tuple(real), size, skipped)
+        yield Made(place.place(gathered), tuple(real), size, skipped, cut)
+
+
+def _packed(
+    source: Source, take: Take, place: Placement, columns: Sequence[str], padding: Padding
+) -> tuple[dict[str, AnyArray], list[int], tuple[int, int], int, int, int]:
+    """Return a worker's batch of rows of several samples.
+
+    Returns:
+        Its columns; the real samples; the rows, and the real ones; the bytes read; the damaged samples; and those cut.
+
+    """
+    index, counts, shown = source.rows(take)
+    row_of = np.repeat(np.arange(len(counts)), counts)
+    real = before = int(counts[:shown].sum())
+    good = source.shards.usable(index)
+    if good is not None:
+        real = int(np.count_nonzero(good[:before]))
+        index, row_of = index[good], row_of[good]
+    gathered, lengths, size = padding.pack(source, (index, row_of), place, columns, (len(counts), source.row))
+    cut = int(np.count_nonzero(padding.cut(lengths[:real]) < lengths[:real]))
+    return gathered, [real], (len(counts), shown), size, before - real, cut
 
 
 def _picked(sources: Sequence[Source], takes: Sequence[Take]) -> tuple[list[tuple[int, Int64Array]], list[int], int]:
@@ -502,14 +509,17 @@ class Lookup:
         split: The split.
         shards: Its samples, for this object alone, whose picked columns are returned.
         place: Maker of batches, for this object alone.
+        padding: What makes arrays of sequences; None without any.
 
     Attributes:
         shards: as given.
 
     """
 
-    def __init__(self, version: Version, split: str, shards: Shards, place: Placement) -> None:
-        self._version, self._split, self.shards, self._place = version, split, shards, place
+    def __init__(
+        self, version: Version, split: str, shards: Shards, place: Placement, padding: Padding | None = None
+    ) -> None:
+        self._version, self._split, self.shards, self._place, self._padding = version, split, shards, place, padding
         self._ids = self._order = np.empty(0, np.int64)
 
     def sample(
@@ -538,12 +548,16 @@ class Lookup:
         if good is not None and not good[0]:
             raise CorruptVersion(f"sample {number[0]} of {self._version.uri} is damaged or missing: {CURE}")
         columns, ragged = self.shards.columns, self.shards.ragged
-        names = [name for name in self.shards.picked if name != ragged]
-        gathered: dict[str, Any] = {name: self._place.buffer(columns[name], 1) for name in names}
-        found = self.shards.gather_ragged(number) if ragged in self.shards.picked else None
+        names = self.shards.picked
+        plain = [name for name in names if name != ragged and (self._padding is None or name not in OWN)]
+        gathered: dict[str, Any] = {name: self._place.buffer(columns[name], 1) for name in plain}
+        encoded = self.shards.gather_ragged(number) if self.shards.encoded and ragged in names else None
         self.shards.gather(number, gathered)
-        if found is not None:
-            gathered[str(ragged)] = found
+        if encoded is not None:
+            gathered[str(ragged)] = encoded
+        if self._padding is not None:
+            made = self._padding.fill([self], [(0, number)], self._place, names)[0]
+            gathered = {name: made[name] if name in made else gathered[name] for name in names}
         if change is not None:
             try:
                 gathered = change(gathered, self._place)

@@ -17,9 +17,9 @@ import ray.data
 from tasks.engine.jobs import first_blocks
 from tasks.io import storage
 from tasks.io.errors import CorruptVersion
-from tasks.io.tensors import as_fixed_shape_tensors
+from tasks.io.tensors import as_fixed_shape_tensors, to_ragged
 from tasks.loader.arguments import picked_columns, truth_values
-from tasks.loader.samples import SampleFormat, batch_ids, noted_ids
+from tasks.loader.samples import SEQUENCE, SampleFormat, batch_ids, noted_ids
 from tasks.loader.version_files import CURE, misfits, open_version
 from tasks.store import layout
 
@@ -30,7 +30,7 @@ def read_version(
     """Read the samples of a split: only the files that the manifest lists, a row for each sample.
 
     'features' and 'image' are Ray's tensors, as they are stored: not normalised (the constants are in the manifest's
-    definition); 'label' and 'sample_id' are numbers.
+    definition); 'sequence' is a list; 'label' and 'sample_id' are numbers.
 
     Args:
         uri: Directory of a version (…/v3), or of a dataset for its latest version.
@@ -74,4 +74,13 @@ def _samples(uri: str, form: SampleFormat, columns: Sequence[str], verify: bool)
                     if noted[number : number + 1] != [batch_id]:
                         raise CorruptVersion(f"{uri}: batch {number} has not the checksum in the footer: {CURE}")
                 done += len(found)
-            yield as_fixed_shape_tensors(rows.select(list(columns)).replace_schema_metadata(None))
+            yield _lists(as_fixed_shape_tensors(rows.select(list(columns)).replace_schema_metadata(None)))
+
+
+def _lists(rows: pa.Table) -> pa.Table:
+    """Return the table with its sequences as lists of numbers."""
+    if SEQUENCE not in rows.column_names:
+        return rows
+    values, starts = to_ragged(rows, SEQUENCE)
+    lists = pa.LargeListArray.from_arrays(pa.array(starts), pa.array(values))
+    return rows.set_column(rows.column_names.index(SEQUENCE), SEQUENCE, lists)

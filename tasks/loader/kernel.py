@@ -262,6 +262,66 @@ def draw_sources(  # noqa: PLR0917 - compiled functions take arrays one by one
 
 
 @jit
+def fill_buckets(buckets: Int64Array, count: int, size: int, out: Int64Array) -> None:
+    """Write the places of samples as they fill steps: each of one bucket, then of those that are left.
+
+    Args:
+        buckets: (n,) bucket of each sample.
+        count: Number of buckets.
+        size: Samples of a step.
+        out: (n,) the places; those left come bucket by bucket.
+    """
+    size = min(size, len(buckets) + 1)
+    waiting, filled, done = np.empty((count, size), np.int64), np.zeros(count, np.int64), 0
+    for i in range(len(buckets)):
+        bucket = buckets[i]
+        waiting[bucket, filled[bucket]] = i
+        filled[bucket] += 1
+        if filled[bucket] == size:
+            out[done : done + size] = waiting[bucket]
+            done += size
+            filled[bucket] = 0
+    for bucket in range(count):
+        out[done : done + filled[bucket]] = waiting[bucket, : filled[bucket]]
+        done += filled[bucket]
+
+
+@jit
+def fill_rows(lengths: Int64Array, size: int, limit: int, out: Int64Array) -> int:
+    """Lay samples into rows by first fit, and write the row of each; return the number of rows.
+
+    Args:
+        lengths: (n,) elements of each sample, at most `size`.
+        size: Elements of a row.
+        limit: Rows that are open at the same time; the oldest is closed for a new one.
+        out: (n,) the rows.
+    """
+    left, first, end = np.zeros(limit, np.int64), 0, 0  # a ring of open rows
+    for i in range(len(lengths)):
+        row = first
+        while row < end and left[row % limit] < lengths[i]:
+            row += 1
+        if row == end:
+            left[end % limit] = size
+            end += 1
+            first = max(first, end - limit)
+        left[row % limit] -= lengths[i]
+        out[i] = row
+    return end
+
+
+@jit
+def number_elements(
+    starts: Int64Array, lengths: Int64Array, numbers: Int64Array, segment: Int32Array, position: Int32Array
+) -> None:
+    """Write the number of each sample, and the places in it, at its elements, from its start on."""
+    for i in range(len(starts)):
+        for j in range(lengths[i]):
+            segment[starts[i] + j] = numbers[i]
+            position[starts[i] + j] = j
+
+
+@jit
 def samples_of(firsts: Int64Array, chunk: int, end: int, out: Int64Array) -> int:
     """Write the samples of chunks below an end to `out`; return their number."""
     count = 0

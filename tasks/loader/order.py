@@ -156,6 +156,11 @@ class EpochOrder:
         drawn: (samples,) ascending, the stored sample of each sample of the epoch, some repeatedly; None: each once.
             It is used up.
 
+    Attributes:
+        samples: as given.
+        sizes: likewise.
+        bounds: (streams + 1,) first sample of each stream, and the end.
+
     """
 
     def __init__(  # noqa: PLR0917 - the first five are what an order is a function of
@@ -174,7 +179,7 @@ class EpochOrder:
         self._turns = _bit_reversed(min(sizes.streams, _power(samples)) if shuffled else 1)
         # The last turn is incomplete: the streams that it visits have one sample more.
         lengths = samples // len(self._turns) + (self._turns < samples % len(self._turns))
-        self._bounds = np.concatenate([[0], np.cumsum(lengths)])
+        self.bounds = np.concatenate([[0], np.cumsum(lengths)])
         self._streams: dict[int, _Stream] = {}
         # The current window of each stream, and its range of places in the stream.
         window = min(sizes.chunk * sizes.window, int(lengths.max()))
@@ -184,8 +189,8 @@ class EpochOrder:
         self._again: Int64Array | None = None
         if drawn is not None:
             # Copies of a stream's first sample that earlier streams have.
-            self._earlier = self._bounds[:-1] - np.searchsorted(drawn, drawn[self._bounds[:-1]])
-            for first, end in itertools.pairwise(self._bounds):
+            self._earlier = self.bounds[:-1] - np.searchsorted(drawn, drawn[self.bounds[:-1]])
+            for first, end in itertools.pairwise(self.bounds):
                 _part_copies(drawn[first:end])
 
     def take(self, start: int, count: int) -> Int64Array:
@@ -237,7 +242,7 @@ class EpochOrder:
         streams, places, sizes = runs.T.copy()
         within = np.arange(high - low) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         if paired:
-            lengths = np.diff(self._bounds)[streams]
+            lengths = np.diff(self.bounds)[streams]
             runs[:, 1] = places & ~1
             runs[:, 2] = np.minimum((places + sizes + 1) & ~1, lengths) - runs[:, 1]
         begins, counts = runs.T[1:].copy()
@@ -271,7 +276,7 @@ class EpochOrder:
         firsts = np.full((max(map(len, pieces)), len(pieces)), -1, np.int64)
         for column, piece in enumerate(pieces):
             firsts[: len(piece), column] = piece
-        ends = np.minimum(firsts + self.sizes.chunk, self._bounds[streams + 1])
+        ends = np.minimum(firsts + self.sizes.chunk, self.bounds[streams + 1])
         there = firsts >= 0
         firsts, ends = firsts[there], ends[there]
         if self._drawn is None:
@@ -290,8 +295,8 @@ class EpochOrder:
             return np.zeros(len(found), np.int64)
         if self._again is None:  # in a stream the second copies begin where samples descend, then the third ones
             self._again = np.flatnonzero(drawn[1:] <= drawn[:-1]) + 1
-        streams = np.searchsorted(self._bounds, found, side="right") - 1
-        firsts = self._bounds[streams]
+        streams = np.searchsorted(self.bounds, found, side="right") - 1
+        firsts = self.bounds[streams]
         copies: Int64Array = np.searchsorted(self._again, found, side="right")
         copies -= np.searchsorted(self._again, firsts, side="right")
         copies += np.where(drawn[found] == drawn[firsts], self._earlier[streams], 0)
@@ -316,7 +321,7 @@ class EpochOrder:
 
     def _stream(self, number: int) -> _Stream:
         if number not in self._streams:
-            first, end = self._bounds[number : number + 2].tolist()
+            first, end = self.bounds[number : number + 2].tolist()
             key = (self._seed, self._epoch, number) if self._shuffled else None
             self._streams[number] = _Stream(first, end, self.sizes, key)
         return self._streams[number]

@@ -49,6 +49,7 @@ class Constants:
 
     def __init__(self, definition: Mapping[str, Any], normalise: bool, dtype: Any, channels_last: bool) -> None:
         constants = definition["normalise"]
+        normalise = normalise and definition["kind"] != "sequences"
         self.normalise, self.channels_last = normalise, channels_last and definition["kind"] == "images"
         self.mean, self.std = (np.array(constants[name], np.float32) for name in ("mean", "std"))
         self.scale = float(constants.get("scale", 1))

@@ -469,6 +469,11 @@ class Shards:
                 row[first:end] = mapped.address + mapped.columns[name].offsets
 
 
+def common_columns(all_shards: Sequence[Shards]) -> list[str]:
+    """Return the names of the columns that batches of several versions may have."""
+    return [name for name in all_shards[0].delivered if all(name in shards.delivered for shards in all_shards)]
+
+
 def address_of(values: AnyArray) -> int:
     """Return the address of an array's first byte."""
     address: int = values.__array_interface__["data"][0]

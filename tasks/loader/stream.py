@@ -31,20 +31,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Literal, Self, TypedDict, Unpack
+from typing import Any, Literal, Self, Unpack
 
 import numpy as np
 
 from tasks.io.errors import ConfigError, CorruptVersion, InputError, PipelineError
 from tasks.loader.arguments import LIMIT, one_of, picked_columns, place_in_world, truth_values, whole_number
-from tasks.loader.batches import Delivery, Lookup, Source, StreamStats, Take, make_batches
+from tasks.loader.batches import Delivery, Lookup, Source, Take, make_batches
 from tasks.loader.cache import FileCache, limit_of, local_directory
+from tasks.loader.grouping import GroupedSource, Grouping, Plan, Stretches, continued, grouping_of
+from tasks.loader.options import Options, StreamStats
 from tasks.loader.order import ORDER, EpochOrder, Remainder, Share, Sizes, batch_count, step_count
 from tasks.loader.placement import Constants, placement
 from tasks.loader.prefetch import Prefetch
 from tasks.loader.samples import IMAGE, WEIGHT
 from tasks.loader.sampling import Draws, distribution, weights_of
-from tasks.loader.shards import OnCorrupt, Shards, memory_bytes
+from tasks.loader.sequences import padding_of
+from tasks.loader.shards import OnCorrupt, Shards, common_columns, memory_bytes
 from tasks.loader.version_files import open_version, refuse_misfits
 
 Batch = dict[str, Any]
@@ -54,32 +57,6 @@ _OF_A_PROCESS = {
     *("_process", "_placement", "_cache", "_opened", "_lookups", "_counts", "_making", "_closed", "_begun"),
     *("_delivery", "_shown"),
 }
-
-
-class Options(TypedDict, total=False):
-    """Options of every stream: arguments of `BatchStream`."""
-
-    split: str
-    seed: int
-    rank: int | None
-    world_size: int | None
-    shuffle: bool
-    remainder: Remainder
-    columns: Sequence[str] | None
-    normalise: bool
-    dtype: Any
-    channels_last: bool
-    device: Any
-    on_corrupt: OnCorrupt
-    verify: bool
-    prefetch: int
-    cache_dir: str | os.PathLike[str] | None
-    cache_bytes: int | None
-    as_numpy: bool
-    transform: Any
-    mixup: float | None
-    cutmix: float | None
-    transform_threads: int | None
 
 
 class BatchStream(abc.ABC):
@@ -100,7 +77,7 @@ class BatchStream(abc.ABC):
         remainder: Treatment of an epoch's rest: 'pad' repeats the epoch's first samples to fill all workers'
             last batches, and adds a boolean column 'mask' to each batch, False for the repeated ones; 'drop' leaves
             out an incomplete batch of each worker.
-        columns: Some of 'features' or 'image', 'label', 'weight', 'sample_id'; None: all available ones but the weight.
+        columns: Some of features, image, sequence, length, label, weight and sample_id; None: all but the weight.
         normalise: True for inputs as (x - mean) / std with the version's constants, and pixels as x / 255 before.
         dtype: Element type of the inputs, of torch, of numpy or by its name: float32, float16, bfloat16, float64. None:
             float32 if they are normalised, else as stored.
@@ -118,8 +95,10 @@ class BatchStream(abc.ABC):
             are floats then aren't normalised.
         mixup: Parameter alpha of MixUp with another sample of the epoch, such as 0.2. Labels are float32 (n, classes).
         cutmix: Likewise of CutMix; with both, each is for half of the samples.
-        transform_threads: Threads that transform, and decode; None: for an `Augmentation`, and for decoding, this
-            worker's share of the CPUs, else 1.
+        transform_threads: Threads that transform or decode; None: the CPUs for an `Augmentation` or JPEGs, else 1.
+        max_length: Elements after which sequences are cut; None: nowhere.
+        pad_value: What follows a sequence in its row: 'sequence' is (n, longest of the batch), of the stored type, and
+            'length' int64 (n,).
 
     Raises:
         ConfigError: an argument is invalid, or it isn't a streaming-ready version.
@@ -155,6 +134,8 @@ class BatchStream(abc.ABC):
         mixup: float | None = None,
         cutmix: float | None = None,
         transform_threads: int | None = None,
+        max_length: int | None = None,
+        pad_value: float = 0,
     ) -> None:
         batch_size = whole_number("batch_size", batch_size, "a batch has at least one sample", least=1)
         seed = whole_number("seed", seed, "use one from 0 to 2**63 - 1")
@@ -178,14 +159,14 @@ class BatchStream(abc.ABC):
         self._split, self._batch_size, self._seed = split, batch_size, seed
         self._shuffle, self._remainder = shuffle, remainder
         self._prefetch = prefetch
+        changes = {"transform": transform, "mixup": mixup, "cutmix": cutmix, "dtype": dtype}
+        self._padding = padding_of(self.definition, max_length, pad_value, **changes)
         self._constants = Constants(self.definition, normalise, dtype, channels_last)
         self._device, self._as_numpy, self._on_corrupt, self._verify = device, as_numpy, on_corrupt, verify
         self._cache_limits = cache_dir, cache_bytes
         self._open_files()
         first = self._opened[0]
-        there = [name for name in first.delivered if all(name in shards.delivered for shards in self._opened)]
-        usual = [name for name in there if name != WEIGHT]
-        self._columns = usual if columns is None else picked_columns(columns, there)
+        self._columns = picked_columns(columns, common_columns(self._opened), on_request=(WEIGHT,))
         self._alters = bool(transform is not None or mixup or cutmix)
         decodes = first.encoded and IMAGE in self._columns
         if transform is None and transform_threads is not None and not decodes:
@@ -338,17 +319,21 @@ class BatchStream(abc.ABC):
                 f"the state belongs to another stream: {', '.join(differences)}; open the stream as it was when the "
                 "state was saved (rank, world_size, prefetch and device may differ)"
             )
-        epoch, consumed = state["epoch"], state["batches"]
-        for name, value, most in (("epoch", epoch, LIMIT - 2), ("batches", consumed, self._batches)):
-            if type(value) is not int or not 0 <= value <= most:
-                raise InputError(
-                    f"the state's {name} = {value!r} is no place in an epoch of {self._batches} batches: {cure}"
-                )
+        epoch, consumed, batches = state["epoch"], state["batches"], self._batches
+        for name, value in (("epoch", epoch), ("batches", consumed)):
+            if type(value) is not int or not 0 <= value <= (LIMIT - 2 if name == "epoch" else batches):
+                raise InputError(f"the state's {name} = {value!r} is no place in an epoch of {batches} batches: {cure}")
+            if name == "epoch":
+                batches = self._batches_of(epoch)
         self._restore(state, cure)
         self._move(epoch, consumed)
         # The rest may be too small for a step of this number of workers, if a remainder is dropped.
         if not step_count(self._batches, self.world_size, self._remainder, consumed):
             self._next_epoch()
+
+    def _batches_of(self, epoch: int) -> int:  # noqa: ARG002 - that of packed rows depends on it
+        """Return the batches of an epoch over all workers."""
+        return self._batches
 
     def _restore(self, state: Mapping[str, Any], cure: str) -> None:  # noqa: B027 - most have nothing more
         """Take what `_place` adds to a place, checked; `cure` ends the text of errors."""
@@ -356,6 +341,7 @@ class BatchStream(abc.ABC):
     def _next_epoch(self) -> None:
         """Go to the beginning of the next epoch, as an iteration does with its last batch."""
         self._epoch, self._consumed = self._epoch + 1, 0
+        self._batches = self._batches_of(self._epoch)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the current epoch."""
@@ -391,7 +377,7 @@ class BatchStream(abc.ABC):
                     self._consumed = first + step * self.world_size
                 else:  # loops over len(stream) batches never ask for more
                     self._next_epoch()
-                counts.count(one, clock() - asked)
+                counts.add(one, clock() - asked)
                 counts.seconds = before + clock() - started
                 if step == steps and not first and counts.samples == given and counts.skipped_samples > lost:
                     raise CorruptVersion(
@@ -422,7 +408,7 @@ class BatchStream(abc.ABC):
             version = self._versions[source]
             shards = Shards(version, self._split, self._cache, self._on_corrupt)
             placed = placement(self._constants, self._device, self._as_numpy, buffers=0)
-            self._lookups[source] = Lookup(version, self._split, shards, placed)
+            self._lookups[source] = Lookup(version, self._split, shards, placed, self._padding)
         lookup, shards = self._lookups[source], self._lookups[source].shards
         if epoch is None and (self._new_delivery is None or not shards.encoded):
             shards.pick(tuple(self._columns))
@@ -492,6 +478,7 @@ class BatchStream(abc.ABC):
 
     def _move(self, epoch: int, consumed: int) -> None:
         self._epoch, self._consumed = epoch, consumed
+        self._batches = self._batches_of(epoch)
         self._moves += 1
 
     def _made(self, epoch: int, first: int, steps: int, part: slice = slice(None)) -> Any:
@@ -506,6 +493,7 @@ class BatchStream(abc.ABC):
             masked=self._remainder == "pad",
             numbered=self._numbered,
             delivery=self._delivery,
+            padding=self._padding,
         )
         self._making = Prefetch(items, self._prefetch) if self._prefetch else items
         return self._making
@@ -542,13 +530,18 @@ class TrainingStream(BatchStream):
         batch_size: Samples of a batch of each worker.
         balance: 'class' to draw each class equally often.
         weights: Weights by which samples are drawn: a mapping of classes, by name or number, to the weight of each of
-            their samples, or a pair of arrays (ids, weights), int64 and float64, others having weight 1; or 'weight'
-            for those that are stored beside the samples.
+            their samples; a pair of arrays (ids, weights), int64 and float64 (others have 1); 'weight': stored ones.
         replacement: False: no sample comes twice in an epoch. Then an epoch of weighted samples is as long as the
             proportions allow; balanced, each class comes as often as the smallest one.
         epoch_size: Samples of an epoch over all workers; None: as many as the split has. Epochs smaller than the split
             go on where the last one has ended.
         repeat: Samples of an epoch as a multiple of the split's.
+        length_buckets: Longest length of each bucket, ascending: the sequences of a step, of all workers, are of one
+            bucket, in rows as long as its bound. Those that are left at the end of an epoch fill its last steps, of
+            several buckets. The order depends on world_size * batch_size, too.
+        pack: Elements of a row that whole sequences fill: a batch has `batch_size` rows, 'segment' with the number of
+            the sequence at each element, from 1 (0: padding), and 'position' in it, int32 (n, pack); 'length', 'label'
+            and 'sample_id' are (n, most segments), 0 where a row has fewer. Epochs differ in length.
         options: Those of `BatchStream`.
 
     Drawn samples come as often as their weight says, rounded down or up in each epoch; so does each class.
@@ -571,6 +564,8 @@ class TrainingStream(BatchStream):
         replacement: bool = True,
         epoch_size: int | None = None,
         repeat: int = 1,
+        length_buckets: Sequence[int] | None = None,
+        pack: int | None = None,
         **options: Unpack[Options],
     ) -> None:
         truth_values(replacement=replacement)
@@ -597,6 +592,17 @@ class TrainingStream(BatchStream):
             size = self._draws.size
             further = {"epoch_size": size, "replacement": replacement, "weights": self._draws.digest}
         self._sizes = self._sizes_of(shards, size)
+        self._grouping: Grouping | None = None
+        if length_buckets is not None or pack is not None:
+            if self._draws is not None:
+                raise ConfigError(
+                    "length_buckets and pack deliver each sample once: leave out weights, balance, epoch_size, repeat"
+                )
+            order = (self._sizes, self._seed, self._shuffle)
+            self._grouping = grouping_of(self._version, self._split, self._padding, length_buckets, pack)(*order)
+            further = self._grouping.identity
+            size = self._grouping.plan(0).rows if self._grouping.row else size
+        self._stretches = self._whole(0)
         manifest = self._version.manifest
         told = {
             "dataset": manifest.dataset,
@@ -605,6 +611,38 @@ class TrainingStream(BatchStream):
             "samples": shards.samples,
         }
         self._set_order(size, told, **further)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch."""
+        super().set_epoch(epoch)
+        self._stretches = self._whole(epoch)
+
+    def _whole(self, epoch: int) -> tuple[int, Stretches]:
+        """Return an epoch that is planned as a whole for steps of this number of workers."""
+        return epoch, ((0, self.world_size * self._batch_size),)
+
+    def _batches_of(self, epoch: int) -> int:
+        if self._grouping is None or not self._grouping.row:
+            return self._batches
+        return batch_count(self._grouping.plan(epoch).rows, self._batch_size, self._remainder)
+
+    def _next_epoch(self) -> None:
+        super()._next_epoch()
+        self._stretches = self._whole(self._epoch)
+
+    def _place(self) -> dict[str, Any]:
+        parts = self._grouping is not None and not self._grouping.row
+        further = {"stretches": [list(one) for one in self._stretches[1]]} if parts else {}
+        return {**super()._place(), **further}
+
+    def _restore(self, state: Mapping[str, Any], cure: str) -> None:
+        if self._grouping is None or self._grouping.row:
+            return
+        parts, batches = state["stretches"], state["batches"]
+        kept = continued(parts, batches, self._batch_size, self.world_size * self._batch_size)
+        if kept is None:
+            raise InputError(f"the state's stretches = {parts!r} are no parts of {batches} batches: {cure}")
+        self._stretches = state["epoch"], kept
 
     def sample(
         self, sample_id: int | None = None, *, index: int | None = None, epoch: int | None = None, copy: int = 0
@@ -629,8 +667,6 @@ class TrainingStream(BatchStream):
     def distribution(self, by: Literal["class", "weight"] = "class") -> dict[str, dict[str, int]]:
         """Return the samples of each class: 'natural' in the split, and 'epoch' in the current epoch over all workers.
 
-        The labels, or weights, are read anew.
-
         Args:
             by: 'weight' for the samples of each stored weight, or of ranges of them if there are more than ten.
 
@@ -643,6 +679,14 @@ class TrainingStream(BatchStream):
 
     def _sources(self) -> list[Source]:
         samples, sizes, seed, shuffle, draws = self._samples, self._sizes, self._seed, self._shuffle, self._draws
+        if self._grouping is not None:
+            grouping, (known, stretches), size = self._grouping, self._stretches, self._batch_size
+            whole = self._whole(known)[1]
+
+            def plan_of(epoch: int) -> Plan:
+                return grouping.plan(epoch, () if grouping.row else stretches if epoch == known else whole, size)
+
+            return [GroupedSource(self._opened[0], grouping, plan_of)]
 
         def order_of(epoch: int) -> EpochOrder:
             drawn = None if draws is None else draws.of_epoch(seed, epoch)

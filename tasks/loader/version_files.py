@@ -397,6 +397,7 @@ _MEANINGS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "shape": lambda definition: SampleFormat.of(definition).shape,
     "feature": lambda definition: [feature["name"] for feature in definition.get("features", ())],
     "encoding": lambda definition: SampleFormat.of(definition).encoding,
+    "element type": lambda definition: SampleFormat.of(definition).dtype,
     "number of labels": lambda definition: SampleFormat.of(definition).labels,
     "kind of label": lambda definition: (definition["label"] or {}).get("kind"),
     "class": lambda definition: list((definition["label"] or {}).get("classes") or ()),

@@ -198,9 +198,10 @@ class Target:
         return {name: math.fsum(one[name] for one in each) / len(each) for name in names}
 
 
-def input_name(definition: Mapping[str, Any]) -> Literal["features", "image"]:
+def input_name(definition: Mapping[str, Any]) -> Literal["features", "image", "sequence"]:
     """Return the name of the batch's tensor that is the model's input."""
-    return "image" if definition["kind"] == "images" else "features"
+    names: dict[str, Literal["image", "sequence"]] = {"images": "image", "sequences": "sequence"}
+    return names.get(definition["kind"], "features")
 
 
 def build_model(definition: Mapping[str, Any], config: TrainingConfig) -> nn.Module:
@@ -214,9 +215,11 @@ def build_model(definition: Mapping[str, Any], config: TrainingConfig) -> nn.Mod
         A module from float32 (B, F) or (B, 3, H, W) to (B, outputs).
 
     Raises:
-        ConfigError: as `Target.of`.
+        ConfigError: as `Target.of`; or its samples are sequences.
     """
     outputs = Target.of(definition).outputs
+    if input_name(definition) == "sequence":
+        raise ConfigError("sequences have no default model: train by a function of your own")
     if input_name(definition) == "image":
         channels, height, width = (int(side) for side in definition["image"]["shape"])
         return _cnn(channels, min(height, width), config.width, outputs)

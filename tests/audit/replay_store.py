@@ -34,14 +34,14 @@ from tasks.store.reservation import reserve
 from tasks.training_sets.definition import load_models
 from tasks.training_sets.pipeline import build_training_set
 from tasks.training_sets.plan import plan_training_set
-from tests.delivery.sources import publish_pictures
+from tests.delivery.sources import publish, publish_pictures
 from tests.training_sets.declared import churn_and
 
 CUSTOMERS, PRODUCTS = "feature-store/customer-features", "feature-store/product-features"
 CHURN, DEMAND = (layout.training_ready_dataset(model) for model in ("churn", "demand"))
 IMAGES = "training-datasets/images"
-COPY, PICTURES, JPEGS = (layout.streaming_dataset(name) for name in ("churn", "images", "jpegs"))
-EVERY = (CUSTOMERS, PRODUCTS, CHURN, DEMAND, IMAGES, COPY, PICTURES, JPEGS)
+COPY, PICTURES, JPEGS, TEXTS = (layout.streaming_dataset(name) for name in ("churn", "images", "jpegs", "texts"))
+EVERY = (CUSTOMERS, PRODUCTS, CHURN, DEMAND, IMAGES, COPY, PICTURES, JPEGS, TEXTS)
 
 MONTHS = "2024-09-30/2024-12-31/1mo"
 PASSED = GateResult(verdict="pass", checks=())
@@ -203,4 +203,7 @@ def make_store(root: str) -> Store:
     encoded = "training-datasets/jpegs"
     publish_pictures(root, 20, 5, dataset=encoded, encoding="jpeg")
     make_copy(root, DeliveryConfig(dataset=encoded, file_megabytes=0.01, **plain))
+    texts = pa.table({"k": range(40), "text": ["ab" * (1 + k * 7 % 11) for k in range(40)], "target": [0, 1] * 20})
+    publish(root, "feature-store/texts", [("", texts)], {"entity": "k"})
+    make_copy(root, DeliveryConfig(dataset="feature-store/texts", sequence="text", batch_size=8, **plain))
     return store

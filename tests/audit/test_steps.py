@@ -17,7 +17,7 @@ from tasks.loader.mixed import MixedStream
 from tasks.loader.stream import TrainingStream
 from tasks.store import versions
 from tests.audit.explained_store import Store, explained, facts, refused, rows
-from tests.audit.replay_store import JPEGS
+from tests.audit.replay_store import JPEGS, TEXTS
 from tests.audit.replay_store import Store as Made
 
 IMAGES, CHURN = "training-datasets/streaming-ready/images", "training-datasets/streaming-ready/churn"
@@ -119,6 +119,22 @@ def test_a_jpeg_of_a_copy_and_a_step_on_it_are_explained(
         assert np.array_equal(np.asarray(opened)[8:12, 8:13], first.transpose(1, 2, 0))
 
 
+def test_a_step_of_sequences_shows_each_as_it_was_delivered(
+    made: Made, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    here, uri, state = Store(made.root, tmp_path, ""), f"{made.root}/{TEXTS}/v1", tmp_path / "state.json"
+    with TrainingStream(uri, batch_size=4, length_buckets=[8, 22], max_length=9, **RAW) as stream:
+        batch = after(stream, 1, state)
+    answer = explained(here, capsys, f"{TEXTS} v1 --state {state}")
+    assert ids(answer) == [str(sample) for sample in batch["sample_id"]]
+    for row, length, values in zip(rows(answer, "samples"), batch["length"], batch["sequence"], strict=True):
+        assert row["length"] == length == min(9, 2 * (1 + row["k"] * 7 % 11))
+        assert row["sequence"] == values[:length].tolist() == list(("ab" * 11).encode()[:length])
+    with TrainingStream(uri, batch_size=2, pack=30, **RAW) as stream:
+        after(stream, 1, state)
+    assert "several sequences fill" in refused(here, capsys, f"{TEXTS} v1 --state {state}")[1]
+
+
 @pytest.mark.parametrize("drawn", [{"balance": "class"}, {"weights": "weight", "replacement": False}, {"repeat": 2}])
 def test_drawn_samples_are_drawn_as_they_were(
     store: Store, capsys: pytest.CaptureFixture[str], tmp_path: Path, drawn: dict[str, Any]
@@ -210,4 +226,4 @@ def test_what_cant_be_shown_is_said_in_one_line(
 def test_only_streaming_copies_have_steps(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert "trainings take steps of streaming copies" in refused(store, capsys, "churn v1 --step 1")[1]
     assert "name the KEY of a row of training-datasets/images" in refused(store, capsys, "images v1")[1]
-    assert "holds rows of a table" in refused(store, capsys, f"{CHURN} v1 --step 0 --picture x.png")[1]
+    assert "holds none; leave it out" in refused(store, capsys, f"{CHURN} v1 --step 0 --picture x.png")[1]

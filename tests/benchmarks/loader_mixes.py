@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks.loader.mixed import MixedStream
-from tasks.loader.stream import Options, TrainingStream
+from tasks.loader.options import Options
+from tasks.loader.stream import TrainingStream
 from tests.benchmarks.delivery_data import BY_ROW, IMAGES, TABLES, Source, write
 from tests.benchmarks.loaders import LOADER_PROCESSES
 from tests.benchmarks.turns import machine, median, ratio, take_turns

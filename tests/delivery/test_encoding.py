@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -26,7 +27,9 @@ from tasks.delivery.encoding import (
     label_names,
     numbers,
     profile_features,
+    sequences,
 )
+from tasks.delivery.source import sequence_dtype
 from tasks.io.errors import ConfigError, InputError
 from tasks.quality.profile import merge_profiles
 from tasks.quality.sketch import TopValues
@@ -256,7 +259,7 @@ def test_too_many_classes_are_refused() -> None:
         fit_label("x", TopValues(None), TEXT, None, "auto")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.data(), st.integers(1, 3), st.booleans())
 def test_lists_of_one_size_are_a_column_for_each_element(data: st.DataObject, size: int, tensors: bool) -> None:
     number = st.none() | st.floats(width=32)
@@ -294,3 +297,41 @@ def test_several_labels_are_those_of_each_column() -> None:
         ["v[0]", "v[1]"],
         [],
     ]
+
+
+NUMBER = st.none() | st.floats(width=32) | st.floats(-9, 9, width=32)
+COLUMNS_OF_SEQUENCES = {
+    "text": (pa.string(), st.none() | st.text(max_size=5)),
+    "large text": (pa.large_string(), st.none() | st.text(max_size=5)),
+    "categories": (pa.dictionary(pa.int32(), pa.string()), st.none() | st.sampled_from(["", "a", "żółć"])),
+    "bytes": (pa.binary(), st.none() | st.binary(max_size=5)),
+    "tokens": (pa.list_(pa.int16()), st.none() | st.lists(st.none() | st.integers(-9, 9), max_size=4)),
+    "ids": (pa.large_list(pa.uint32()), st.none() | st.lists(st.integers(0, 2**32 - 1), max_size=4)),
+    "numbers": (pa.list_(pa.float32()), st.none() | st.lists(NUMBER, max_size=4)),
+    "pairs": (pa.list_(pa.float64(), 2), st.none() | st.lists(NUMBER, min_size=2, max_size=2)),
+}
+
+
+@settings(max_examples=25)
+@pytest.mark.parametrize(("kind", "values"), COLUMNS_OF_SEQUENCES.values(), ids=COLUMNS_OF_SEQUENCES)
+@given(data=st.data())
+def test_sequences_are_bytes_or_numbers_as_they_were(kind: pa.DataType, values: Any, data: st.DataObject) -> None:
+    rows = data.draw(st.lists(values, max_size=8))
+    places = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=2)))
+    whole = pa.array(rows, kind)
+    column = pa.chunked_array([whole[a:b] for a, b in itertools.pairwise([0, *places, len(rows)])], kind)
+    found = sequences(column)
+    assert found.values.dtype.name == sequence_dtype(kind)
+    bounds = np.cumsum([0, *found.lengths])
+    assert (len(found.lengths), bounds[-1]) == (len(rows), len(found.values))
+    for row, start, end, missing in zip(rows, bounds, bounds[1:], found.missing, strict=False):
+        raw = row.encode() if isinstance(row, str) else row
+        bad = raw is None or any(one is None or not math.isfinite(one) for one in raw)
+        assert missing == bad
+        if not bad:
+            assert found.values[start:end].tolist() == list(raw)
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.list_(pa.uint64()), pa.list_(pa.bool_()), pa.list_(pa.string())])
+def test_other_columns_are_no_sequences(kind: pa.DataType) -> None:
+    assert sequence_dtype(kind) is None

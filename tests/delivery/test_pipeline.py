@@ -19,6 +19,7 @@ from tasks.delivery.source import entity_splits, find_source, random_keys
 from tasks.engine import jobs
 from tasks.io.errors import BalanceError, ConfigError, CorruptVersion
 from tasks.io.hashing import stable_hash
+from tasks.io.tensors import to_ragged
 from tasks.store import layout, versions
 from tasks.store.reservation import reserve
 from tests.delivery.sources import (
@@ -421,3 +422,56 @@ def test_a_reader_of_the_format_finds_every_sample_once(tmp_path: Any) -> None:
     assert sorted(ids.tolist()) == sorted(expected["sample_id"].tolist())
     rows = {sample: row for row, sample in enumerate(expected["sample_id"].tolist())}
     np.testing.assert_array_equal(features, expected["features"][[rows[sample] for sample in ids.tolist()]])
+
+
+def publish_texts(root: str, rows: int = 300) -> pa.Table:
+    """Publish texts and lists of tokens of any length, some of them missing or empty, with a class."""
+    draw = np.random.default_rng(0)
+    texts = ["ż" * int(size) + "ab" for size in draw.integers(0, 40, rows)]
+    tokens = [draw.integers(0, 9, size).tolist() for size in draw.integers(1, 30, rows)]
+    texts[3:5], tokens[7:9], tokens[9] = [None, ""], [None, []], [1, None]
+    table = pa.table(
+        {
+            "k": np.arange(rows),
+            "text": pa.array(texts),
+            "tokens": pa.array(tokens, pa.list_(pa.int32())),
+            "target": draw.choice(["x", "y"], rows),
+        }
+    )
+    publish(root, FEATURES, [("", table.slice(0, 120)), ("", table.slice(120))], {"entity": "k"}, row_group=40)
+    return table
+
+
+@pytest.mark.parametrize(("sequence", "dtype", "bad"), [("text", "uint8", [1, 1]), ("tokens", "int32", [2, 1])])
+def test_sequences_are_samples_and_rows_without_are_rejected(
+    tmp_path: Any, sequence: str, dtype: str, bad: list[int]
+) -> None:
+    root = str(tmp_path)
+    table = publish_texts(root)
+    options: dict[str, Any] = {"sequence": sequence, "training": {"enabled": False}, "batch_size": 16}
+    made = deliver(root, **options, file_megabytes=0.002)
+    assert digests(deliver(root, **options, file_megabytes=0.002, unit_bytes=500)) == digests(made)
+    [balance] = made.balances
+    assert balance.rejected == {f"null_{sequence}": bad[0], f"empty_{sequence}": bad[1]}
+    told = made.definition["sequence"]
+    lengths = []
+    rows = {sample: row for row, sample in enumerate(stable_hash(table["k"]).view(np.int64).tolist())}
+    for split in ("train", "validation"):
+        own = [entry for entry in made.files if entry.path.startswith(f"split={split}/")]
+        assert len(own) > 1
+        for entry in own:
+            samples = pq.read_table(layout.join(made.reservation.uri, entry.path), partitioning=None)
+            values, starts = to_ragged(samples, "sequence")
+            assert values.dtype == dtype
+            parts = np.split(values, starts[1:-1])
+            for sample, part, length in zip(samples["sample_id"].to_pylist(), parts, samples["length"], strict=True):
+                raw = table[sequence][rows[sample]].as_py()
+                assert part.tolist() == list(raw.encode() if isinstance(raw, str) else raw)
+                assert len(part) == length.as_py()
+                lengths.append(len(part))
+    assert len(lengths) == balance.rows_out == table.num_rows - sum(bad)
+    assert (told["column"], told["dtype"], told["longest"]) == (sequence, dtype, max(lengths))
+    assert told["mean_length"] == -(-sum(lengths) // len(lengths))
+    gate = judge_copy(configured(root, **options), made, None)
+    assert {check.name for check in gate.checks if check.verdict == "fail"} == set()
+    assert f"length of {sequence}" in made.profile.columns()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tasks.delivery import gate
-from tasks.delivery.config import DeliveryThresholds
+from tasks.delivery.config import DeliveryThresholds, TrainingConfig
 from tasks.delivery.gate import trial
 from tasks.delivery.source import find_source
 from tasks.quality import rules
@@ -101,3 +101,13 @@ def test_features_of_one_kind_and_no_target_leave_some_faults_without_a_place(tm
     without = {name for name, result in results.items() if result.outcome == "not applicable"}
     assert without == {"rare class", "missing class", "constant", "shift", "weights"}
     assert results["schema"].outcome == "refused"
+
+
+def test_sequences_have_faults_of_their_own(tmp_path: Path) -> None:
+    results = by_fault(tried(tmp_path, sequence="city", training=TrainingConfig(enabled=False)))
+    assert (results["empty sequences"].outcome, results["empty sequences"].caught_by[0]) == (
+        "refused",
+        f"rejected of {FEATURES}",
+    )
+    assert results["nulls"].message == "Sequences have no features."
+    assert [result for result in results.values() if result.outcome == "blind"] == []

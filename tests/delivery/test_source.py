@@ -199,3 +199,31 @@ def test_a_list_of_numbers_is_several_labels_and_stands_alone(tmp_path: Path) ->
     ):
         with pytest.raises(ConfigError, match=message):
             find_source(configured(str(tmp_path), target=target, target_kind=kind))
+
+
+def test_a_column_of_sequences_is_found_or_refused(tmp_path: Path) -> None:
+    table = pa.table({"k": [1], "text": ["a"], "tokens": [[1]], "x": [1.0], "words": [["a"]], "target": [1]})
+    publish(str(tmp_path), FEATURES, [("", table)], {"entity": "k"})
+    source = find_source(configured(str(tmp_path), sequence="tokens", **ALONE))
+    assert (source.kind, source.sequence, source.features, source.targets) == ("sequences", "tokens", (), ("target",))
+    assert set(source.columns) == {"k", "target", "tokens"}
+    for name, message in (
+        ("x", "sequence = 'x' is double: only text"),
+        ("words", "'words' is list"),
+        ("txt", "mean 'text'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            find_source(configured(str(tmp_path), sequence=name, **ALONE))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"features": "x", **ALONE}, "sequence = 's' is all that a sample has, beside its label: leave out features"),
+        ({"target": "a,s", **ALONE}, "name another target and entity"),
+        ({}, "sequence = 's' has no default model: name a function of your own"),
+    ],
+)
+def test_what_does_not_go_with_sequences_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        configured("data", sequence="s", **options)

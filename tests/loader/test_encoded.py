@@ -73,7 +73,7 @@ def same(one: list[dict[str, np.ndarray]], other: list[dict[str, np.ndarray]]) -
     return all(a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a) for a, b in pairs)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     change=st.sampled_from([*CHANGES]),
     count=st.integers(1, 3),

@@ -369,6 +369,26 @@ def test_several_numbers_are_learned_by_the_mean_of_their_squared_errors() -> No
     assert Target.of(table({**label, "columns": ["v"]})).outputs == 2
 
 
+@pytest.mark.parametrize(("dtype", "metric"), [(np.float32, "r2"), (np.int64, "accuracy")])
+def test_several_labels_are_learned_from_a_version(tmp_path: Path, dtype: type, metric: str) -> None:
+    splits = {name: making.table_samples(count, seed=count) for name, count in (("train", 300), ("validation", 60))}
+    for drawn in splits.values():
+        inputs = (drawn["features"][:, :2] - 5) / 3
+        drawn["label"] = (inputs if dtype == np.float32 else inputs > 0).astype(dtype)
+    uri = making.publish(str(tmp_path), {name: [drawn] for name, drawn in splits.items()}, batch_size=10)
+    sent: list[dict[str, Any]] = []
+    config = settings(epochs=8, hidden=(32,))
+    with open_run(uri, open_version(uri).definition, config, send=lambda message, _: sent.append(message)) as run:
+        train(run)
+    assert sent[-1]["metrics"][metric] > 0.85
+    assert sent[-1]["metrics"]["train_loss"] < sent[0]["metrics"]["train_loss"] / 2
+
+
+def test_sequences_have_no_default_model() -> None:
+    with pytest.raises(ConfigError, match="sequences have no default model: train by a function of your own"):
+        build_model({"kind": "sequences", "label": CLASSES}, settings())
+
+
 def test_several_classes_are_learned_by_the_sum_of_their_cross_entropies() -> None:
     label = {"columns": ["a", "b"], "kind": "classes", "classes": [["x", "y", "z"], ["no", "yes"]]}
     target = Target.of(table(label))
