@@ -38,7 +38,7 @@ TERMINATED = 128 + signal.SIGTERM
 START_SECONDS = 120.0  # a first start also migrates a new database: 10 s on an idle machine
 STOP_SECONDS = 10.0
 HURRIED_SECONDS = 3.0
-GARBAGE_SECONDS = 5.0
+GARBAGE_SECONDS, GARBAGE_OBJECTS, GARBAGE_ROUNDS = 5.0, 10_000, 12
 GRACE_SECONDS = 9.0  # ending a run takes 2 to 5 s: it cancels its tasks, informs the API, stops Ray and the API
 LAST_WORDS_SECONDS = 2.0
 
@@ -407,12 +407,16 @@ def _collect_garbage_in_a_thread(seconds: float) -> None:
 
     A failed SQL statement leaves a cursor in its error's traceback. Freed by a collection in the event loop's thread,
     the cursor waits for its connection, which waits up to 60 s for the database's lock, whose holder waits for the
-    event loop: all requests hang (aiosqlite 0.22, Prefect 3.8). In another thread only that thread waits.
+    event loop: all requests hang (aiosqlite 0.22, Prefect 3.8). In another thread only that thread waits. A collection
+    takes some 100 ms, which an idle server needn't spend each time.
     """
 
     def collect() -> None:
         while True:
-            time.sleep(seconds)
+            for _ in range(GARBAGE_ROUNDS):
+                time.sleep(seconds)
+                if gc.get_count()[0] > GARBAGE_OBJECTS:
+                    break
             gc.collect()
 
     gc.disable()

@@ -184,7 +184,8 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("flow", first_by_default(IMAGES, FEATURES, DELIVERY))
+@pytest.mark.nightly
+@pytest.mark.parametrize("flow", [IMAGES, FEATURES, DELIVERY])
 def test_a_deployed_run_killed_after_a_manifest_goes_on_as_the_same_run(
     flow: str, undisturbed: Store, start: Starter, tmp_path: Path, proven: Proven
 ) -> None:

@@ -148,10 +148,10 @@ def next_version(subject: Subject) -> int:
 @pytest.mark.parametrize(
     ("subject", "kind"),
     [
-        ("feature-store", "cut off"),
         *first_by_default(
             ("image-augmentation", "refused"),
             ("image-augmentation", "cut off"),
+            ("feature-store", "cut off"),
             ("feature-store", "refused"),
             ("training-delivery", "refused"),
             ("training-delivery", "cut off"),

@@ -172,12 +172,11 @@ def reserved(endpoint: Forwarder, s3_root: str, start: Starter, undisturbed: Sto
     return run
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("fault", "begin", "end"),
-    [
-        pytest.param("killed (-9)", Forwarder.kill, Forwarder.start, id="killed"),
-        pytest.param("hanging", Forwarder.hang, Forwarder.go_on, id="hanging", marks=pytest.mark.nightly),
-    ],
+    [("killed (-9)", Forwarder.kill, Forwarder.start), ("hanging", Forwarder.hang, Forwarder.go_on)],
+    ids=["killed", "hanging"],
 )
 def test_the_s3_endpoint_is_away_for_some_seconds(
     request: pytest.FixtureRequest, fault: str, begin: Any, end: Any

@@ -43,7 +43,17 @@ def published(root: str, *, files: int = 3, sources: int = MOST_INLINE) -> tuple
     return said, versions.commit(held, said)
 
 
-@pytest.mark.parametrize(("files", "sources"), [(MOST_INLINE + 1, 0), (2, MOST_INLINE), (2, 2 * MOST_INLINE)])
+MANY = [(MOST_INLINE + 1, 0), (2, MOST_INLINE), (2, 2 * MOST_INLINE)]
+
+
+@pytest.mark.parametrize(
+    ("root", "files", "sources"),
+    [
+        *(("local", *lists) for lists in MANY),
+        *(pytest.param("s3", *lists, marks=() if lists[0] == 2 else pytest.mark.nightly) for lists in MANY),
+    ],
+    indirect=["root"],
+)
 def test_a_manifest_of_many_files_stays_small_and_says_as_much(root: str, files: int, sources: int) -> None:
     said, stored = published(root, files=files, sources=sources)
     uri = layout.version_uri(root, DATASET, 1)
