@@ -174,6 +174,7 @@ def test_one_command_deploys_all_of_them_and_again_changes_nothing(site: Site) -
     assert daily.concurrency_options.collision_strategy == "ENQUEUE"
 
 
+@pytest.mark.nightly
 def test_a_published_version_starts_its_delivery(site: Site) -> None:
     started = site.start("image-augmentation/weekly", **SMALL_IMAGES)
     images = site.ended(started.id)

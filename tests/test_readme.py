@@ -195,7 +195,10 @@ def test_options_that_are_named_exist() -> None:
         "--no-compute",
         "--no-self-test",
         "--label-thresholds",
+        "--state",
+        "--step",
+        "--transform",
     }  # the commands', and flags
-    known |= {"--map-groups", "--memory", "--rows"}  # the benchmarks'
+    known |= {"--jpeg", "--map-groups", "--memory", "--rows"}  # the benchmarks'
     prose = BLOCK.sub("", README).replace("ruff format --check", "")
     assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= known

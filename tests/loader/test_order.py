@@ -247,7 +247,7 @@ def test_workers_together_take_each_sample_once_whoever_they_are(
 def test_a_worker_takes_from_few_streams(world_size: int, most: int, batch_size: int) -> None:
     samples = 64 * 1000 + 13
     order = EpochOrder(samples, Sizes(8, 4, 16, 64, 16), 0, 0)
-    homes = np.searchsorted(order._bounds, np.arange(samples), side="right") - 1
+    homes = np.searchsorted(order.bounds, np.arange(samples), side="right") - 1
     for rank in range(world_size):
         share = Share(rank, world_size, batch_size)
         starts = range(0, samples, share.step)
