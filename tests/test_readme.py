@@ -199,6 +199,6 @@ def test_options_that_are_named_exist() -> None:
         "--step",
         "--transform",
     }  # the commands', and flags
-    known |= {"--jpeg", "--map-groups", "--memory", "--rows"}  # the benchmarks'
+    known |= {"--map-groups", "--memory", "--photographs", "--rows"}  # the benchmarks'
     prose = BLOCK.sub("", README).replace("ruff format --check", "")
     assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= known
