@@ -22,6 +22,7 @@ from tasks.io import storage
 from tasks.io.errors import ConfigError, InputError, PipelineError
 from tasks.io.tensors import AnyArray, UInt8Array
 from tasks.io.text import plural
+from tasks.loader.batches import MASK, SOURCE
 from tasks.loader.mixed import MixedStream
 from tasks.loader.samples import FEATURES, IMAGE, LABEL, LENGTH, SAMPLE_ID, SEQUENCE, WEIGHT, SampleFormat
 from tasks.loader.stream import Batch, TrainingStream
@@ -31,7 +32,6 @@ from tasks.store.manifest import Manifest
 from tasks.store.reading import read_manifest
 from tasks.store.settings import load_object
 
-MASK, SOURCE = "mask", "source"
 _CURE = "give what state_dict() of a stream on this version gave, as JSON"
 _OF_ALL = {
     "split": str,
