@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import simplejpeg
 
 from tasks.images.config import Augmentation
@@ -43,30 +44,6 @@ BATCH = 64
 SETTINGS = Augmentation(variants=1)
 
 
-def kernel(samples: int, photographs: Path | None) -> Callable[[Path], object]:
-    """The kernel alone."""
-    shown = pictures(photographs)
-    pixels = np.zeros((len(shown), *SHAPE[1:], 4), np.uint8)
-    pixels[..., :3] = shown.transpose(0, 2, 3, 1)
-    keys = np.random.default_rng(5).integers(0, 1 << 63, samples, np.uint64)
-    side = np.full(samples, SHAPE[1])
-    engines = [FusedEngine(SETTINGS) for _ in range(LOADER_PROCESSES)]
-    out = np.empty((LOADER_PROCESSES, 1, *SHAPE), np.uint8)
-    figures = np.empty((LOADER_PROCESSES, 1, 2), np.float32)
-
-    def run(_: Path) -> None:
-        draws = draw(keys, side, side, SETTINGS)
-
-        def work(worker: int) -> None:
-            for number in range(worker, samples, LOADER_PROCESSES):
-                engines[worker].augment(pixels[number % len(pixels)], draws, number, out[worker], figures[worker])
-
-        with ThreadPoolExecutor(LOADER_PROCESSES) as pool:
-            list(pool.map(work, range(LOADER_PROCESSES)))
-
-    return run
-
-
 def encoded(photographs: Path | None) -> list[bytes]:
     """The pictures as the augmentation flow writes JPEGs."""
     return [
@@ -75,12 +52,11 @@ def encoded(photographs: Path | None) -> list[bytes]:
     ]
 
 
-def kernel_of_jpegs(samples: int, files: list[bytes]) -> Callable[[Path], object]:
-    """The decoder and the kernel alone."""
+def kernel(samples: int, picture: Callable[[int, int], npt.NDArray[np.uint8]]) -> Callable[[Path], object]:
+    """The kernel alone, on pictures (height, width, 4) by number of the worker and of the sample."""
     keys = np.random.default_rng(5).integers(0, 1 << 63, samples, np.uint64)
     side = np.full(samples, SHAPE[1])
     engines = [FusedEngine(SETTINGS) for _ in range(LOADER_PROCESSES)]
-    room = np.empty((LOADER_PROCESSES, *SHAPE[1:], 4), np.uint8)
     out = np.empty((LOADER_PROCESSES, 1, *SHAPE), np.uint8)
     figures = np.empty((LOADER_PROCESSES, 1, 2), np.float32)
 
@@ -89,13 +65,30 @@ def kernel_of_jpegs(samples: int, files: list[bytes]) -> Callable[[Path], object
 
         def work(worker: int) -> None:
             for number in range(worker, samples, LOADER_PROCESSES):
-                pixels = simplejpeg.decode_jpeg(files[number % len(files)], "RGBX", buffer=room[worker].reshape(-1))
-                engines[worker].augment(pixels, draws, number, out[worker], figures[worker])
+                engines[worker].augment(picture(worker, number), draws, number, out[worker], figures[worker])
 
         with ThreadPoolExecutor(LOADER_PROCESSES) as pool:
             list(pool.map(work, range(LOADER_PROCESSES)))
 
     return run
+
+
+def kernel_of_pixels(samples: int, photographs: Path | None) -> Callable[[Path], object]:
+    """The kernel alone, on decoded pictures."""
+    shown = pictures(photographs)
+    pixels = np.zeros((len(shown), *SHAPE[1:], 4), np.uint8)
+    pixels[..., :3] = shown.transpose(0, 2, 3, 1)
+    return kernel(samples, lambda _, number: pixels[number % len(pixels)])
+
+
+def kernel_of_jpegs(samples: int, files: list[bytes]) -> Callable[[Path], object]:
+    """The decoder and the kernel alone."""
+    room = np.empty((LOADER_PROCESSES, *SHAPE[1:], 4), np.uint8)
+
+    def decoded(worker: int, number: int) -> npt.NDArray[np.uint8]:
+        return simplejpeg.decode_jpeg(files[number % len(files)], "RGBX", buffer=room[worker].reshape(-1))
+
+    return kernel(samples, decoded)
 
 
 def dali_of_jpegs(samples: int, files: list[bytes], directory: Path) -> Callable[[Path], object]:
@@ -181,7 +174,7 @@ def main() -> None:
             write(source, "version", arguments.photographs)
             sides = {
                 "torch": torch(source),  # first: its processes are forks, and threads don't survive that
-                "kernel": kernel(samples, arguments.photographs),
+                "kernel": kernel_of_pixels(samples, arguments.photographs),
                 "ours": ours(source.version, samples, normalise=False),
                 "ours-float": ours(source.version, samples, normalise=True),
             }
