@@ -30,6 +30,7 @@ import uuid
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import ray
@@ -102,6 +103,8 @@ _WORKER_ENV = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # their tokens would land in the task's log
     "POLARS_MAX_THREADS": "1",  # a worker holds one CPU; a thread pool per worker would fight over the same cores
     "RAY_USAGE_STATS_ENABLED": "0",
+    # As `worker_process_setup_hook` of a runtime_env, which a local Ray doesn't get.
+    ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.end_if_interrupted_importing",
 }
 _PASSED_ON = ("PREFECT_API_URL", "PIPELINE_API_PATIENCE_SECONDS", "PIPELINE_NODE_PATIENCE_SECONDS")
 _SECRET_MARKS = ("KEY", "SECRET", "TOKEN", "PASSWORD", "AUTH")
@@ -126,6 +129,24 @@ def worker_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:
                 "sees in Ray's dashboard; set it in the environment of the nodes instead"
             )
     return {**_WORKER_ENV, **_retries_for_memory(), **passed_on, **(extra or {})}
+
+
+def end_if_interrupted_importing() -> None:
+    """End this worker, when it is interrupted while it imports a module.
+
+    Ray interrupts the running tasks of a plan that fails or isn't read to its end, and gives their workers the next
+    tasks. Python removes a module whose import failed and keeps the submodules that were imported by then: some
+    packages can't be imported again after that (numba: "partially initialized module"), also by a retry.
+    """
+
+    def interrupted(_: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                raise SystemExit("interrupted while it imported a module")
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupted)
 
 
 def _retries_for_memory() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from tasks.engine.jobs import Parts, mapped, partition_keys, shuffle
 from tasks.io.errors import BalanceError, PipelineError, SourceError
 from tasks.io.location import is_transient
 from tests.benchmarks.growth import References
+from tests.test_runner import eventually
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -287,6 +289,44 @@ def test_what_still_runs_when_another_part_fails_ends(tmp_path: Path) -> None:
     while worker is not None and worker.is_running() and "linger" in " ".join(worker.cmdline()):
         assert time.monotonic() < deadline, "the other part goes on"
         time.sleep(0.1)
+
+
+def test_a_worker_interrupted_while_it_imports_does_not_get_further_tasks(tmp_path: Path) -> None:
+    mark, ended = tmp_path / "importing", tmp_path / "ended"
+    package = tmp_path / "half"
+    package.mkdir()
+    (package / "core.py").touch()
+    (package / "__init__.py").write_text(
+        "import pathlib, time\n"
+        "import half.core\n"
+        f"mark, ended = pathlib.Path({str(mark)!r}), pathlib.Path({str(ended)!r})\n"
+        "if not mark.exists():\n"
+        "    mark.touch()\n"
+        "    try:\n"
+        "        for _ in range(6000):\n"
+        "            time.sleep(0.1)\n"
+        "    finally:\n"
+        "        ended.touch()\n"
+        "half.core\n"  # no attribute, if the submodule was imported before its package
+    )
+
+    def import_it(part: int) -> int:
+        sys.path.insert(0, str(tmp_path))
+        import half  # type: ignore[import-not-found]
+
+        return len(half.core.__name__) and part
+
+    def import_or_fail(part: int) -> int:
+        if part == 0:
+            return import_it(part)
+        while not mark.exists():
+            time.sleep(0.01)
+        raise SourceError("row 7 has no price")
+
+    with pytest.raises(SourceError, match=r"^row 7"):
+        list(mapped(Parts(2), import_or_fail, name="fail"))
+    assert eventually(ended.exists, lambda there: there)
+    assert sorted(mapped(Parts(4), import_it, name="import")) == [0, 1, 2, 3]
 
 
 def test_a_plan_that_lost_a_node_and_comes_no_further_ends(monkeypatch: pytest.MonkeyPatch) -> None:
