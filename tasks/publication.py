@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
-import signal
-import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import FrameType
 from typing import Any
 
 from prefect import get_run_logger, task
@@ -21,6 +17,7 @@ from prefect.flows import Flow
 from prefect.runtime import flow_run
 
 from tasks.artifacts import publish_report
+from tasks.engine.cluster import held
 from tasks.io import storage
 from tasks.io.errors import GateFailed, Superseded
 from tasks.kinds import kind_of
@@ -46,7 +43,6 @@ from tasks.store.reservation import Reservation, find_manifest, reserve
 
 PUBLISHED = "training-data.version.published"
 """Event of a version's publication; automations and deployment triggers start from it."""
-_STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,39 +215,6 @@ def proven(manifest: Manifest, self_test: Callable[[], tuple[FaultResult, ...]])
     unseen = blind(results)
     (log.warning if unseen else log.info)("%s: self-test: %s", manifest.dataset, summary(results))
     return manifest.model_copy(update={"self_test": results})
-
-
-@contextmanager
-def held() -> Generator[None]:
-    """Delay a stop until the block has ended, for work that must not be half done.
-
-    A second stop takes effect at once. Outside the main thread, which alone gets signals, nothing changes.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    waiting: list[int] = []
-    before = {number: signal.getsignal(number) for number in _STOPS}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        waiting.append(number)
-        if len(waiting) > 1:
-            restore()
-            for received in waiting:  # each in turn, as this block may be nested in another held one
-                signal.raise_signal(received)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield
-    finally:
-        restore()
-        if len(waiting) == 1:
-            signal.raise_signal(waiting[0])
 
 
 @task(name="publish-versions", cache_policy=NO_CACHE, **RETRY)

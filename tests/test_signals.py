@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import ray
 
-from tasks.by_hand import stops_unwind
-from tasks.publication import held
+from tasks.by_hand import TERMINATED, stops_unwind
+from tasks.engine import cluster
+from tasks.engine.cluster import held
 
 PROGRAM = """
 import os, signal, time
@@ -41,6 +43,22 @@ def test_a_stop_waits_for_what_must_not_be_done_by_half_and_a_second_one_for_not
         hold(done, times)
     assert done == reached
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_stop_while_ray_starts_waits_and_ends_ray_by_our_handler(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def init(**_: object) -> None:
+        ray._private.utils.set_sigterm_handler(lambda *_: sys.exit(15))  # as Ray's does
+        signal.raise_signal(signal.SIGTERM)
+        done.append("started")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: done.append("ended"))
+    with stops_unwind(str), pytest.raises(SystemExit) as stop:
+        cluster.connect(num_cpus=1)
+    assert (stop.value.code, done) == (TERMINATED, ["started", "ended"])
 
 
 def test_a_stop_is_an_exception_and_remembered() -> None:

@@ -185,8 +185,8 @@ def connect(
 ) -> bool:
     """Join the cluster or start a local Ray; return True if this call did it, False if the process already had one.
 
-    The caller that gets True calls `ray.shutdown()`. The process's SIGTERM handler is kept: `ray.init` replaces it by
-    one that exits at once, so that a cancelled flow run would be recorded as crashed.
+    The caller that gets True calls `ray.shutdown()`. The process's SIGTERM handler is kept: Ray's exits at once, so
+    that a cancelled flow run would be recorded as crashed. A stop waits until a local Ray has started, and ends it.
 
     Raises:
         ConfigError: the cluster runs another version of Ray or Python, or a setting is wrong.
@@ -198,20 +198,25 @@ def connect(
     local = options["address"] == "local"
     if local:
         delete_left_over(Path(get_default_ray_temp_dir()))  # type: ignore[no-untyped-call]
-    with (
-        handler_kept(signal.SIGTERM),
-        environment(worker_env(env) if local else _retries_for_memory()),
-        explained_versions(options["address"]),
-        _bare_services() if local else contextlib.nullcontext(),
-    ):
-        _plain_worker_output(local)
-        try:
-            ray.init(**options)
-        except ConnectionError as error:
-            raise ConnectionError(
-                f"no Ray cluster answers at RAY_ADDRESS={options['address']!r}: {error}; start it, correct the "
-                "address, or unset RAY_ADDRESS to run on a local Ray"
-            ) from error
+    try:
+        with (
+            held() if local else contextlib.nullcontext(),
+            replaced_attributes([(ray._private.utils, "set_sigterm_handler", lambda _: None)]),
+            environment(worker_env(env) if local else _retries_for_memory()),
+            explained_versions(options["address"]),
+            _bare_services() if local else contextlib.nullcontext(),
+        ):
+            _plain_worker_output(local)
+            try:
+                ray.init(**options)
+            except ConnectionError as error:
+                raise ConnectionError(
+                    f"no Ray cluster answers at RAY_ADDRESS={options['address']!r}: {error}; start it, correct the "
+                    "address, or unset RAY_ADDRESS to run on a local Ray"
+                ) from error
+    except BaseException:  # also a stop
+        ray.shutdown()
+        raise
     return True
 
 
@@ -432,6 +437,39 @@ def environment(variables: Mapping[str, str]) -> Generator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def held() -> Generator[None]:
+    """Delay a stop until the block has ended, for work that must not be half done.
+
+    A second stop takes effect at once. Outside the main thread, which alone gets signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        waiting.append(number)
+        if len(waiting) > 1:
+            restore()
+            for received in waiting:  # each in turn, as this block may be nested in another held one
+                signal.raise_signal(received)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        restore()
+        if len(waiting) == 1:
+            signal.raise_signal(waiting[0])
 
 
 @contextlib.contextmanager
