@@ -112,7 +112,7 @@ def images(directory: Path, count: int) -> Work:
     from PIL import Image
 
     from tasks.images.config import Augmentation, ImageAugmentationConfig
-    from tasks.images.pipeline import augment_images
+    from tasks.images.pipeline import augment_images, digest_in_tasks
     from tasks.images.plan import plan_images
     from tasks.store.layout import image_dataset
     from tasks.store.reservation import reserve
@@ -136,7 +136,7 @@ def images(directory: Path, count: int) -> Work:
             near_duplicates=None,
         )
         reservation = reserve(str(target), image_dataset("images"), uuid.uuid4().hex)
-        augment_images(plan_images(config, reservation, None), config)
+        augment_images(plan_images(config, reservation, None, digest_in_tasks), config)
 
     return work
 
