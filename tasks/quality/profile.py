@@ -84,6 +84,7 @@ class TableProfile:
             InputError: the table has no such column, or it isn't numeric.
         """
         partial = self.partial(column)
+        assert partial.settled is None, f"the sketches of {column} were dropped"
         if partial.quantiles is None:
             raise InputError(f"column {column!r} is {partial.kind} ({partial.type}): only a numeric one has quantiles")
         return partial.quantiles
