@@ -159,9 +159,9 @@ def compute_groups(
 
 
 def compared(computed: ComputedGroup, previous: Manifest | None) -> ComputedGroup:
-    """Return a group whose drift can be judged against a version, though another one was the last at its computation.
+    """Return a group whose drift can be judged against a version.
 
-    Only in that case its files are read and profiled again.
+    If another version was the last one when the group was computed, its files are read and profiled again.
     """
     if previous is None or previous.version == computed.compared:
         return computed
@@ -259,9 +259,10 @@ def _results(
 
 @dataclass(slots=True)
 class _Files:
-    """Written files of a group, by their buckets, and what they add up to."""
+    """Written files of a group, by their buckets, and what they add up to; schema: of the first bucket's file."""
 
     entries: dict[int, FileEntry] = field(default_factory=dict)
+    first: int = 0
     schema: pa.Schema | None = None
     profile: TableProfile | None = None
     ready: int = 0
@@ -296,8 +297,8 @@ def _write(job: Job, tables: Parts, results: Sequence[_Result], thresholds: Thre
         if made is not None:
             slot, part = made
             files, bucket = written[slot // buckets], slot % buckets
-            if bucket < min(files.entries, default=buckets):
-                files.schema = part.schema
+            if files.schema is None or bucket < files.first:
+                files.schema, files.first = part.schema, bucket
             files.entries[bucket] = part.entry
             files.profile = added(files.profile, part.profile)
             files.ready += part.ready
