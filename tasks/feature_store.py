@@ -19,7 +19,7 @@ from tasks.features import loading
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Definitions
 from tasks.features.incremental import with_state
-from tasks.features.pipeline import ComputedGroup, bucket_count, compute_groups, pieces_to_read
+from tasks.features.pipeline import ComputedGroup, bucket_count, compared, compute_groups, pieces_to_read
 from tasks.features.plan import FeaturePlan, check_mappings, needs_sample, plan_features, with_uris
 from tasks.features.standard import SAMPLE_AS_OF, write_sample
 from tasks.io.notation import expand
@@ -133,12 +133,13 @@ def validate_features(
 ) -> JudgedVersion:
     """Judge one group against its thresholds and the last version; write its report and show it in Prefect."""
     group, reservation = computed.group, computed.reservation
+    previous = versions.latest(reservation.root, reservation.dataset)
     times = config.as_of or tuple(moment.isoformat() for moment in plan.as_of)
     return judged_version(
-        computed,
+        compared(computed, previous),
         config.model_copy(update={"as_of": times}),
         run,
-        versions.latest(reservation.root, reservation.dataset),
+        previous,
         recorded=group_record(plan, number, computed),
         identifiers=(group.entity, AS_OF, CREATED, VERSION),
     )

@@ -14,7 +14,7 @@ from prefect.cache_policies import NO_CACHE
 from tasks.artifacts import progress, publish_table
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.gate import ImageFigures, class_summary, summary_csv
-from tasks.images.pipeline import AugmentedImages, augment_images
+from tasks.images.pipeline import AugmentedImages, augment_images, digest_in_tasks
 from tasks.images.plan import ImagePlan, plan_images
 from tasks.images.sample import write_sample
 from tasks.images.sheets import charts, contact_picture, reject_picture, reject_table
@@ -41,7 +41,7 @@ def prepare_images(config: ImageAugmentationConfig) -> ImageAugmentationConfig:
 @task(name="plan-images", cache_policy=NO_CACHE, **RETRY)
 def plan_run(config: ImageAugmentationConfig, reservation: Reservation) -> ImagePlan:
     """List and label the images, give each class its id, and divide the work into units."""
-    plan = plan_images(config, reservation, versions.latest(reservation.root, reservation.dataset))
+    plan = plan_images(config, reservation, versions.latest(reservation.root, reservation.dataset), digest_in_tasks)
     get_run_logger().info(
         "%d images of %d classes, in %d units of up to %d",
         plan.images,

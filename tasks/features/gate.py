@@ -12,14 +12,14 @@ from __future__ import annotations
 import datetime as dt
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks.features.config import FeatureStoreConfig
+from tasks.features.config import FeatureStoreConfig, Thresholds
 from tasks.features.definitions import FeatureGroup
 from tasks.features.kernel import join_dimension
 from tasks.features.rows import AFTER_AS_OF, REASON, TIME, ColumnPlan, KeyType, RowPlan
@@ -28,7 +28,7 @@ from tasks.features.shuffle import Tally, unique_dimension_rows
 from tasks.features.writer import fences, repeated_keys, score_rows, to_arrow
 from tasks.quality import faults, rules
 from tasks.quality.faults import MOST_FEATURES, NULLS, Faults, Sample, Trial, sample_rows
-from tasks.quality.profile import profile_table
+from tasks.quality.profile import TableProfile, profile_table
 from tasks.quality.rules import Figures
 from tasks.store import layout
 from tasks.store.layout import AS_OF, CREATED, FEATURES, OUTLYING, READY, VERSION
@@ -53,6 +53,7 @@ class GroupFigures(Figures):
         as_of: Time up to which events count, the last of them.
         times: All times that the version holds.
         suspects: Keys that look like missing values.
+        drift: Drift of the columns of whose profile no sketch is left, against the version `compared`.
     """
 
     group: FeatureGroup
@@ -64,6 +65,8 @@ class GroupFigures(Figures):
     as_of: dt.datetime
     times: tuple[dt.datetime, ...] = ()
     suspects: tuple[str, ...] = ()
+    drift: Mapping[str, CheckResult] = field(default_factory=dict)
+    compared: int | None = None
 
 
 def judge_group(config: FeatureStoreConfig, figures: GroupFigures, previous: Manifest | None) -> GateResult:
@@ -104,14 +107,18 @@ def judge_group(config: FeatureStoreConfig, figures: GroupFigures, previous: Man
     if previous is not None and (other := _incomparable(figures.times, previous)):
         checks.append(other)
     elif previous is not None:
+        assert not figures.drift or figures.compared == previous.version, "drift is against another version"
         checks += [
-            rules.check_drift(
-                name, profile, previous.profile[name], warn_above=bounds.drift_warn, fail_above=bounds.drift_fail
-            )
+            figures.drift.get(name) or check_drift(name, profile, previous.profile[name], bounds)
             for name in features
             if name in previous.profile
         ]
     return rules.gate(checks)
+
+
+def check_drift(name: str, now: TableProfile, before: ColumnProfile, bounds: Thresholds) -> CheckResult:
+    """Check a feature's drift from an earlier version by the configured bounds."""
+    return rules.check_drift(name, now, before, warn_above=bounds.drift_warn, fail_above=bounds.drift_fail)
 
 
 def _event_times(

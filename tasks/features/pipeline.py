@@ -1,8 +1,8 @@
 """The feature-store job as a Ray Data plan: a shuffle computes all groups of a source, then all is scored and written.
 
     read units ─ judge ─ look up ─ split by entity ─┐
-                                                    ├─ shuffle ─ evaluate ─ join ─ profile ─ score ─ write
-    dimension files ─ judge ─ split by key ─────────┘
+                                                    ├─ shuffle ─ evaluate ─ join ─┬───────────── score ─ write
+    dimension files ─ judge ─ split by key ─────────┘                             └─ profile ─ fences ─┘
 
 Nothing here is visible to readers until the versions are committed.
 
@@ -16,17 +16,19 @@ import datetime as dt
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tasks.engine.cluster import losses_explained
 from tasks.engine.jobs import Parts, Shuffled, mapped, shuffle
 from tasks.features.config import FeatureStoreConfig, Thresholds
 from tasks.features.gate import GroupFigures
 from tasks.features.plan import FeaturePlan, GroupPlan
+from tasks.features.profiles import ColumnFigures, GroupProfile, Profiling
 from tasks.features.rows import AFTER_AS_OF
 from tasks.features.shuffle import (
     BucketSummary,
@@ -42,13 +44,15 @@ from tasks.features.shuffle import (
     read_lookup,
 )
 from tasks.features.sources import ReadUnit, together
-from tasks.features.writer import Fences, WrittenPart, feature_columns, fences, fences_of, write_part
+from tasks.features.writer import WrittenPart, feature_columns, write_part
+from tasks.io import storage
 from tasks.io.memory import released
 from tasks.io.tensors import Int64Array
-from tasks.quality.profile import TableProfile, added, merge_profiles
+from tasks.quality.profile import TableProfile, added, profile_table
 from tasks.quality.rules import Written
-from tasks.quality.sketch import QuantileSketch
-from tasks.store.manifest import FileEntry, RowBalance, check_equal
+from tasks.store import layout
+from tasks.store.manifest import FileEntry, Manifest, RowBalance, check_equal
+from tasks.store.reading import latest
 from tasks.store.reservation import Reservation
 
 MAX_BUCKETS = 4096
@@ -59,15 +63,6 @@ PACKED_BYTES = {"key": 5, "time": 8, "number": 8, "category": 3, "any": 16}
 """Approximate bytes of a value of each kind in the shuffle."""
 
 Progress = Callable[[int], None]
-Sketches = dict[str, QuantileSketch]
-
-
-@dataclass(frozen=True, slots=True)
-class GroupPart:
-    """A file of a group, by the group's number."""
-
-    group: int
-    part: WrittenPart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,19 +114,14 @@ def compute_groups(
         ResourceError: memory or disk are too small; it says what to do.
     """
     buckets, groups = bucket_count(plan), len(plan.groups)
+    previous = [latest(reservation.root, reservation.dataset) for reservation in reservations]
     lookups = [read_lookup(lookup, plan.rows_per_bucket) for lookup in plan.lookups]
     tables = tuple(categorised(plan, lookup) for lookup in lookups)
     job = Job(plan, tuple(reservations), tuple(_splits(plan)), buckets, tables, config.join, created)
-    quantiles: list[list[Sketches]] = [[] for _ in plan.groups]
-    numbers: list[TableProfile | None] = [None] * groups
+    columns: list[tuple[str, ...]] = [()] * groups
 
     def on_summary(summary: BucketSummary) -> None:
-        # The profiles of all buckets and as-of times are large: they are merged as they come.
-        assert summary.profile is not None
-        numbers[summary.group] = added(numbers[summary.group], summary.profile)
-        found, summary.quantiles, summary.profile = summary.quantiles, [], None
-        sums = quantiles[summary.group]
-        quantiles[summary.group] = [_merged(*pair) for pair in zip(sums, found, strict=True)] if sums else found
+        columns[summary.group], summary.numeric = summary.numeric, ()
 
     started = time.monotonic()
     with losses_explained(config.less_at_once):
@@ -149,23 +139,54 @@ def compute_groups(
             on_summary=on_summary,
         )
         computed = time.monotonic()
-        results = [_results(job, number, done, numbers[number], quantiles[number]) for number in range(groups)]
+        before = tuple(manifest.profile if manifest is not None else {} for manifest in previous)
+        profiling = Profiling(buckets, tuple(columns), plan.as_of, before, config.thresholds)
+        profiles = _profiles(profiling, done)
+        results = [_results(job, number, done, profiles[number]) for number in range(groups)]
         written = _write(job, done.tables, results, config.thresholds)
     timings = {"read and compute": computed - started, "score and write": time.monotonic() - computed}
     return [
         _finish(
             job,
             result,
-            [part for part in written if part.group == number],
+            written[number],
             [lookup for lookup in lookups if _joins(plan.groups[number], lookup)],
             timings,
+            compared=version.version if version is not None else None,
         )
-        for number, result in enumerate(results)
+        for number, (result, version) in enumerate(zip(results, previous, strict=True))
     ]
 
 
-def _merged(one: Sketches, other: Sketches) -> Sketches:
-    return {name: sketch.merge(other[name]) for name, sketch in one.items()}
+def compared(computed: ComputedGroup, previous: Manifest | None) -> ComputedGroup:
+    """Return a group whose drift can be judged against a version.
+
+    If another version was the last one when the group was computed, its files are read and profiled again.
+    """
+    if previous is None or previous.version == computed.compared:
+        return computed
+    profile: TableProfile | None = None
+    for entry in computed.files:
+        data = storage.read_bytes(layout.join(computed.reservation.uri, entry.path))
+        profile = added(profile, profile_table(pq.read_table(pa.BufferReader(data), columns=list(computed.features))))
+    assert profile is not None, "a group has a file"
+    partials = {**computed.profile.partials, **profile.partials}
+    return replace(computed, profile=TableProfile(profile.rows, partials), drift={}, compared=previous.version)
+
+
+def _profiles(profiling: Profiling, done: Shuffled[UnitNote, BucketSummary]) -> list[GroupProfile]:
+    """Profile the numeric features of all buckets."""
+    groups, figures = range(len(profiling.columns)), list[ColumnFigures]()
+    if profiling.slots:
+        figures = shuffle(
+            done.tables,
+            profiling.slots,
+            profiling.scatter,
+            profiling.gather,
+            names=("profile features", "merge profiles"),
+            volume=profiling.volume(done.rows.tolist()),
+        ).summaries
+    return [profiling.of_group(group, figures) for group in groups]
 
 
 def pieces_to_read(plan: FeaturePlan) -> int:
@@ -206,15 +227,14 @@ def _joins(planned: GroupPlan, lookup: LookedUp) -> bool:
 class _Result:
     """Result of a group before its rows are scored.
 
-    numbers: profile of the numeric features. rows: of each bucket's table.
+    profile: of the numeric features. rows: of each bucket's table.
     """
 
     number: int
     notes: Sequence[UnitNote]
     summaries: Sequence[BucketSummary]
     balances: tuple[RowBalance, ...]
-    numbers: TableProfile
-    fences: Mapping[dt.datetime, Mapping[str, Fences]]
+    profile: GroupProfile
     rows: Int64Array
 
 
@@ -222,26 +242,34 @@ def _results(
     job: Job,
     number: int,
     done: Shuffled[UnitNote, BucketSummary],
-    numbers: TableProfile | None,
-    quantiles: Sequence[Sketches],
+    profile: GroupProfile,
 ) -> _Result:
     """Add up the tasks' reports on a group."""
     members = slice(number * job.buckets, (number + 1) * job.buckets)
     summaries = done.summaries[members]
-    assert numbers is not None, "each group has a bucket"
     return _Result(
         number=number,
         notes=done.notes,
         summaries=summaries,
         balances=_group_balances(job, number, done.notes, summaries, done.carried[:, number]),
-        numbers=numbers,
-        fences=_fences(job.plan.as_of, numbers, quantiles),
+        profile=profile,
         rows=done.rows[members],
     )
 
 
-def _write(job: Job, tables: Parts, results: Sequence[_Result], thresholds: Thresholds) -> list[GroupPart]:
-    """Score the rows of all buckets and write a file for each that has rows; by group, in the buckets' order.
+@dataclass(slots=True)
+class _Files:
+    """Written files of a group, by their buckets, and what they add up to; schema: of the first bucket's file."""
+
+    entries: dict[int, FileEntry] = field(default_factory=dict)
+    first: int = 0
+    schema: pa.Schema | None = None
+    profile: TableProfile | None = None
+    ready: int = 0
+
+
+def _write(job: Job, tables: Parts, results: Sequence[_Result], thresholds: Thresholds) -> list[_Files]:
+    """Score the rows of all buckets and write a file for each that has rows.
 
     A group without any row still has one file: a schema for the gate to judge.
     """
@@ -250,7 +278,7 @@ def _write(job: Job, tables: Parts, results: Sequence[_Result], thresholds: Thre
             write_part,
             planned=job.plan.groups[result.number],
             reservation=job.reservations[result.number],
-            bounds=result.fences,
+            bounds=result.profile.fences,
             thresholds=thresholds,
         )
         for result in results
@@ -258,29 +286,42 @@ def _write(job: Job, tables: Parts, results: Sequence[_Result], thresholds: Thre
     empty = [not result.rows.any() for result in results]
     buckets = job.buckets
 
-    def score_and_write(slot: int, table: pa.Table) -> GroupPart | None:
+    def score_and_write(slot: int, table: pa.Table) -> tuple[int, WrittenPart] | None:
         number, part = divmod(slot, buckets)
         if not table.num_rows and not (empty[number] and part == 0):
             return None
-        return GroupPart(number, writers[number](table, part))
+        return slot, writers[number](table, part)
 
-    scored = mapped(tables, score_and_write, name="score and write")
-    return sorted(filter(None, scored), key=lambda made: (made.group, made.part.entry.path))
+    written = [_Files() for _ in results]
+    for made in mapped(tables, score_and_write, name="score and write"):
+        if made is not None:
+            slot, part = made
+            files, bucket = written[slot // buckets], slot % buckets
+            if files.schema is None or bucket < files.first:
+                files.schema, files.first = part.schema, bucket
+            files.entries[bucket] = part.entry
+            files.profile = added(files.profile, part.profile)
+            files.ready += part.ready
+    return written
 
 
 def _finish(
     job: Job,
     result: _Result,
-    parts_written: Sequence[GroupPart],
+    written: _Files,
     lookups: Sequence[LookedUp],
     timings: Mapping[str, float],
+    *,
+    compared: int | None,
 ) -> ComputedGroup:
     """Return the result of one group."""
     number, notes, summaries, balances = result.number, result.notes, result.summaries, result.balances
     planned, reservation = job.plan.groups[number], job.reservations[number]
-    written = [made.part for made in parts_written]
+    files = tuple(entry for _, entry in sorted(written.entries.items()))
+    assert written.schema is not None, "a group has a file"
+    features = tuple(feature_columns(written.schema.names, planned))
     entities = balances[-1]
-    handed_on, in_files = int(result.rows.sum()), sum(part.entry.rows for part in written)
+    handed_on, in_files = int(result.rows.sum()), sum(entry.rows for entry in files)
     check_equal(reservation.dataset, entities.rows_out, handed_on, "of features were computed, {} were handed on")
     check_equal(reservation.dataset, handed_on, in_files, "of features were handed on, {} were written")
     newest = [summary.events.newest for summary in summaries if summary.events.newest is not None]
@@ -290,42 +331,41 @@ def _finish(
     rejected += [entry for lookup in lookups for entry in lookup.write_rejected(reservation)]
     return ComputedGroup(
         reservation=reservation,
-        files=tuple(part.entry for part in written),
+        files=files,
         rejected_files=tuple(rejected),
         side_files=tuple(summary.events.file for summary in summaries if summary.events.file is not None),
         state=job.plan.states[number].record(by_file, len(job.plan.events.table.files), job.buckets)
         if job.plan.states
         else None,
-        schema=written[0].schema,
-        profile=_whole_profile(written, result.numbers),
+        schema=written.schema,
+        profile=_whole_profile(written, result.profile, features),
         balances=(*balances[:-1], *(lookup.balance for lookup in lookups), entities),
-        features=tuple(feature_columns(written[0].schema.names, planned)),
+        features=features,
         duplicate_keys=sum(summary.duplicate_keys for summary in summaries),
         suspects=tuple(sorted({key for summary in summaries for key in summary.suspects})),
         group=planned.group,
         as_of=job.plan.as_of[-1],
         times=tuple(job.plan.as_of),
         unmatched=sum(summary.unmatched for summary in summaries),
-        ready=sum(part.ready for part in written),
+        ready=written.ready,
         newest_event=max(newest) if newest else None,
+        drift=result.profile.drift,
+        compared=compared,
         timings=dict(timings),
     )
 
 
-def _fences(
-    as_of: Sequence[dt.datetime], numbers: TableProfile, quantiles: Sequence[Sketches]
-) -> dict[dt.datetime, dict[str, Fences]]:
-    """Return the fences of each as-of time, from its rows alone: other times make no difference."""
-    if len(as_of) == 1:
-        return {as_of[0]: fences(list(numbers.partials), numbers.quantiles)}
-    return {moment: fences_of(sketches) for moment, sketches in zip(as_of, quantiles, strict=True)}
+def _whole_profile(written: _Files, numbers: GroupProfile, features: Sequence[str]) -> TableProfile:
+    """Return the data files' profile in their order of columns; the numeric features were profiled for the fences.
 
-
-def _whole_profile(written: Sequence[WrittenPart], numbers: TableProfile) -> TableProfile:
-    """Return the data files' profile in their order of columns; the numeric features were profiled for the fences."""
-    rest = merge_profiles([part.profile for part in written])
-    partials = {**rest.partials, **numbers.partials}
-    return TableProfile(rest.rows, {name: partials[name] for name in written[0].schema.names})
+    Only features that the gate may compare with another version keep their counts of values.
+    """
+    rest = written.profile
+    assert rest is not None, "a group has a file"
+    assert written.schema is not None, "and so it has a schema"
+    others = {name: one if name in features else one.without_sketches() for name, one in rest.partials.items()}
+    partials = {**others, **numbers.partials}
+    return TableProfile(rest.rows, {name: partials[name] for name in written.schema.names})
 
 
 def _group_balances(

@@ -26,18 +26,8 @@ from tasks.features.kernel import evaluate_history, join_dimension
 from tasks.features.plan import FeaturePlan, GroupPlan, LookupPlan, SourcePlan
 from tasks.features.rows import REASON, TIME, JudgedRows, judge
 from tasks.features.sources import RawRows, ReadUnit, read
-from tasks.features.writer import (
-    by_time,
-    numeric_features,
-    repeated_keys,
-    sketches,
-    stamped,
-    to_arrow,
-    write_rejected,
-)
+from tasks.features.writer import numeric_features, repeated_keys, stamped, to_arrow, write_rejected
 from tasks.io.notation import suspects
-from tasks.quality.profile import TableProfile, merge_profiles, profile_table
-from tasks.quality.sketch import QuantileSketch
 from tasks.store.layout import AS_OF
 from tasks.store.manifest import FileEntry, RowBalance, check_equal
 from tasks.store.reservation import Reservation
@@ -111,8 +101,7 @@ class EventTally:
 class BucketSummary:
     """Report of a gather task on its bucket; entities are counted once for each as-of time.
 
-    suspects: keys that look like missing values. profile: of the numeric features, until it is added to the others;
-    quantiles: theirs at each as-of time, where there are several.
+    suspects: keys that look like missing values. numeric: names of the features with quantiles.
     """
 
     group: int
@@ -123,8 +112,7 @@ class BucketSummary:
     suspects: list[str]
     unmatched: int
     rejected_files: list[FileEntry]
-    profile: TableProfile | None
-    quantiles: list[dict[str, QuantileSketch]]
+    numeric: tuple[str, ...]
 
 
 def check_rows_read(source: SourcePlan, units: Sequence[ReadUnit], tally: Tally) -> None:
@@ -238,7 +226,7 @@ class Job:
         return events.select([*planned.columns, *places]).filter(pl.col(planned.group.entity).is_not_null())
 
     def gather(self, slot: int, frames: Mapping[int, pl.DataFrame]) -> tuple[BucketSummary, pa.Table]:
-        """Compute the features of a bucket's entities, join their dimension rows, stamp and profile them."""
+        """Compute the features of a bucket's entities, join their dimension rows and stamp them."""
         number, part = divmod(slot, self.buckets)
         planned, reservation = self.plan.groups[number], self.reservations[number]
         events, counts = self._events(number, part, self._of(frames, None))
@@ -259,9 +247,6 @@ class Job:
                     rejected_files.append(write_rejected(reservation, name, part, rejected))
         entities.rows_out = features.height
         table = to_arrow(stamped(features, self.created, reservation.version))
-        numbers = table.select([*numeric_features(table.schema, planned), AS_OF])
-        profiles = [profile_table(piece.drop_columns([AS_OF])) for piece in by_time(numbers, self.plan.as_of)]
-        several = len(self.plan.as_of) > 1
         summary = BucketSummary(
             group=number,
             events=counts,
@@ -271,8 +256,7 @@ class Job:
             suspects=self._suspects(planned, features),
             unmatched=unmatched,
             rejected_files=rejected_files,
-            profile=merge_profiles(profiles),
-            quantiles=[sketches(profile) for profile in profiles] if several else [],
+            numeric=tuple(numeric_features(table.schema, planned)),
         )
         return summary, table
 

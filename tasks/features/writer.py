@@ -154,7 +154,10 @@ _NUMERIC = (pa.types.is_floating, pa.types.is_integer, pa.types.is_decimal)
 
 @dataclass(frozen=True, slots=True)
 class WrittenPart:
-    """A written data file; profile has the columns that weren't profiled for the fences."""
+    """A written data file; profile has the columns that weren't profiled for the fences.
+
+    schema, profile: until they are added to those of other files.
+    """
 
     entry: FileEntry
     schema: pa.Schema
@@ -223,11 +226,6 @@ def by_time(table: pa.Table, as_of: Sequence[dt.datetime]) -> list[pa.Table]:
 def repeated_keys(frame: pl.DataFrame, entity: str) -> int:
     """Return the number of rows with the entity of another row of the same as-of time, beyond the first."""
     return frame.height - frame.select(entity, AS_OF).n_unique()
-
-
-def sketches(profile: TableProfile) -> dict[str, QuantileSketch]:
-    """Return the quantiles of all columns of a profile, each numeric."""
-    return {name: profile.sketch(name) for name in profile.partials}
 
 
 def feature_columns(names: Sequence[str], planned: GroupPlan) -> list[str]:

@@ -174,6 +174,11 @@ class Gathered:
     height: Int32Array
     width: Int32Array
 
+    def forget_likeness(self) -> None:
+        """Free half of the memory, which only the search for related images needs."""
+        for name in ("linked", "content", "hash", "colours", "structured"):
+            setattr(self, name, getattr(self, name)[:0].copy())
+
 
 def gather(plan: ImagePlan, notes: Sequence[UnitNote], planned: Iterable[pa.Table]) -> Gathered:
     """Gather the facts of all units.

@@ -43,6 +43,7 @@ from tasks.images.outcomes import (
 from tasks.images.plan import ImagePlan, read_unit, read_units
 from tasks.images.rows import rows_schema
 from tasks.images.sheets import Example, choose_examples
+from tasks.images.sources import digest_here, digest_part
 from tasks.images.split import SPLITS
 from tasks.io import storage
 from tasks.io.errors import BalanceError, ConfigError
@@ -96,6 +97,24 @@ class AugmentedImages(Written):
     """Wall time of each stage, summed over all workers."""
 
 
+def digest_in_tasks(parts: Sequence[pa.Array]) -> Iterator[pa.Array]:
+    """Yield the digests of some files, part by part; if there are many, tasks read them.
+
+    Raises:
+        ResourceError: memory or disk are too small; it says what to do.
+    """
+    if len(parts) < 2:
+        yield from digest_here(parts)
+        return
+
+    def digest(number: int, uris: pa.Array) -> tuple[int, pa.Array]:
+        return number, digest_part(uris)
+
+    with losses_explained("give fewer images"):
+        found = dict(mapped(Parts(len(parts), parts), digest, name="look for copies"))
+    yield from (found[number] for number in range(len(parts)))
+
+
 @released()
 def augment_images(
     plan: ImagePlan, config: ImageAugmentationConfig, *, on_images: Progress = lambda _: None
@@ -137,6 +156,7 @@ def augment_images(
     started = time.monotonic()
     found = gather(plan, ordered, read_units(plan.uri, range(plan.units), plan.images_per_unit))
     groups, splits = settle(found, config, lambda images: _near_duplicates(images, config))
+    found.forget_likeness()
     timings["find duplicates and split"] = time.monotonic() - started
 
     started = time.monotonic()

@@ -17,7 +17,7 @@ from tasks.images.config import ImageAugmentationConfig
 from tasks.images.draws import image_keys
 from tasks.images.duplicates import group_images
 from tasks.images.labels import Joined, assign_class_ids, join_labels, labels_record, read_labels
-from tasks.images.sources import content_groups, list_images
+from tasks.images.sources import Digested, content_groups, digest_here, list_images
 from tasks.images.split import SPLITS, split_images
 from tasks.io import storage
 from tasks.io.errors import CorruptVersion
@@ -71,13 +71,19 @@ class ImagePlan:
 
 
 @released()
-def plan_images(config: ImageAugmentationConfig, reservation: Reservation, previous: Manifest | None) -> ImagePlan:
+def plan_images(
+    config: ImageAugmentationConfig,
+    reservation: Reservation,
+    previous: Manifest | None,
+    digested: Digested = digest_here,
+) -> ImagePlan:
     """List and label the images, and write the plan under the reservation.
 
     Args:
         config: Configuration. `images` must be given.
         reservation: The version to be written.
         previous: Manifest of the last published version: its classes keep their ids.
+        digested: Digests files of equal size, as in `content_groups`.
 
     Raises:
         CorruptVersion: the last version gives one id to two classes.
@@ -93,7 +99,7 @@ def plan_images(config: ImageAugmentationConfig, reservation: Reservation, previ
     )
     joined = join_labels(listing, labels, config.classes)
     classes = _class_ids(joined.images["class_name"].unique().to_pylist(), previous, reservation.root)
-    rows = _rows(joined.images, classes, config)
+    rows = _rows(joined.images, classes, config, digested)
     inputs = [listing.record()]
     if config.labels and labels is not None:
         inputs.append(labels_record(config.labels, labels.num_rows))
@@ -161,14 +167,18 @@ def units_together(images_per_unit: int) -> int:
     return -(-PLAN_ROW_GROUP // images_per_unit)
 
 
-def _rows(images: pa.Table, classes: Mapping[str, int], config: ImageAugmentationConfig) -> pa.Table:
-    keys = image_keys(images["image_id"].to_pylist(), config.seed)
-    linked = group_images(len(keys), _group_links(images["group"]), content_groups(images))
+def _rows(
+    images: pa.Table, classes: Mapping[str, int], config: ImageAugmentationConfig, digested: Digested
+) -> pa.Table:
+    ids = images["image_id"]
+    starts = range(0, len(ids), PLAN_ROW_GROUP)
+    keys = np.concatenate([image_keys(ids.slice(start, PLAN_ROW_GROUP).to_pylist(), config.seed) for start in starts])
+    linked = group_images(len(keys), _group_links(images["group"]), content_groups(images, digested))
     names = images["class_name"].combine_chunks().dictionary_encode()
-    ids = np.array([classes[name] for name in names.dictionary.to_pylist()], np.int32)[names.indices.to_numpy()]
-    splits = split_images(keys, ids.astype(np.int64), linked, config.validation_share, config.test_share)
+    of_class = np.array([classes[name] for name in names.dictionary.to_pylist()], np.int32)[names.indices.to_numpy()]
+    splits = split_images(keys, of_class.astype(np.int64), linked, config.validation_share, config.test_share)
     columns = {name: images[name] for name in ("image_id", "uri", "path", "bytes", "stamp", "class_name")}
-    return pa.table({**columns, "class_id": ids, "key": keys, "linked": linked, "split": splits}, schema=PLAN)
+    return pa.table({**columns, "class_id": of_class, "key": keys, "linked": linked, "split": splits}, schema=PLAN)
 
 
 def _group_links(groups: pa.ChunkedArray) -> list[Int64Array]:

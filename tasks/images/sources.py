@@ -19,7 +19,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -68,7 +68,10 @@ SUFFIX = r"([^/])\.[^./]*$"
 _PIECE = 2**20
 _AT_ONCE = 8192
 """Files of a listing that are held as objects; all others are rows of a table."""
+DIGESTED_AT_ONCE = 4096
+"""Files that one task reads to find copies."""
 _FOUND = {"path": pl.String, "bytes": pl.Int64, "stamp": pl.String, "reason": pl.String}
+Digested = Callable[[Sequence[pa.Array]], Iterator[pa.Array]]
 _UNSHOWABLE = re.compile(r"[\ud800-\udfff\x00-\x1f\x7f-\x9f]")
 
 
@@ -276,7 +279,17 @@ def _set_duplicates_apart(frame: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFra
     return frame.filter(unique), rejected.select(REJECTED_IMAGES.names)
 
 
-def content_groups(table: pa.Table) -> Int64Array:
+def digest_part(uris: pa.Array) -> pa.Array:
+    """Return the digests of some files (`digest_files`), binary."""
+    return pa.array(digest_files(uris.to_pylist()), pa.large_binary())
+
+
+def digest_here(parts: Sequence[pa.Array]) -> Iterator[pa.Array]:
+    """Yield the digests of some files, part by part, in this process."""
+    return map(digest_part, parts)
+
+
+def content_groups(table: pa.Table, digested: Digested = digest_here) -> Int64Array:
     """Return for each row of a listing the first row with the same contents (its own number if none is earlier).
 
     On a local disk files are compared by a digest, and only those with the size of another are read. On S3 nothing
@@ -285,12 +298,16 @@ def content_groups(table: pa.Table) -> Int64Array:
 
     Args:
         table: Columns uri, bytes and stamp, as in `LISTING`; its files all on S3 or all local.
+        digested: Returns the digests (`digest_part`) of the parts of the files, given their URIs.
     """
-    uris = table["uri"].to_pylist()
-    if uris and storage.is_s3(uris[0]):
+    uris = table["uri"]
+    if len(uris) and storage.is_s3(uris[0].as_py()):
         return first_alike(frame_of(table).select("bytes", "stamp"))
     rows = same_size_rows(table["bytes"].to_numpy())
-    return group_by_digest(table.num_rows, rows, digest_files(uris[row] for row in rows.tolist()))
+    starts = range(0, len(rows), DIGESTED_AT_ONCE)
+    parts = [uris.take(pa.array(rows[start : start + DIGESTED_AT_ONCE])).combine_chunks() for start in starts]
+    digests = pl.Series(pa.chunked_array(digested(parts), pa.large_binary()))
+    return group_by_digest(table.num_rows, rows, digests)
 
 
 def same_size_rows(sizes: Int64Array) -> Int64Array:
@@ -298,15 +315,15 @@ def same_size_rows(sizes: Int64Array) -> Int64Array:
     return np.flatnonzero(pl.Series(sizes).is_duplicated().to_numpy()).astype(np.int64)
 
 
-def digest_files(uris: Iterable[str]) -> list[str | None]:
-    """Return the blake2b of each file's contents, hexadecimal; None if a file is missing or may not be read.
+def digest_files(uris: Iterable[str]) -> list[bytes | None]:
+    """Return the blake2b of each file's contents; None if a file is missing or may not be read.
 
     The decoder of that file reports its fault; a transient fault is raised, for a retry.
     """
     return [_digest(uri) for uri in uris]
 
 
-def _digest(uri: str) -> str | None:
+def _digest(uri: str) -> bytes | None:
     digest = hashlib.blake2b(digest_size=32)
     try:
         with storage.open_input(uri) as file:
@@ -316,19 +333,19 @@ def _digest(uri: str) -> str | None:
         if is_transient(fault):
             raise
         return None
-    return digest.hexdigest()
+    return digest.digest()
 
 
-def group_by_digest(rows_in_all: int, rows: Int64Array, digests: Sequence[str | None]) -> Int64Array:
+def group_by_digest(rows_in_all: int, rows: Int64Array, digests: pl.Series) -> Int64Array:
     """Return the first row with the same contents, for each of `rows_in_all` rows.
 
     Args:
         rows_in_all: Rows of the listing.
         rows: Rows that were read, ascending; any other equals none.
-        digests: Their digests in the same order; None equals none.
+        digests: Their digests in the same order, binary; null equals none.
     """
     groups = np.arange(rows_in_all, dtype=np.int64)
-    read = pl.DataFrame({"row": rows, "digest": pl.Series(digests, dtype=pl.String)}).drop_nulls()
+    read = pl.DataFrame({"row": rows, "digest": digests}).drop_nulls()
     known = read["row"].to_numpy()
     groups[known] = known[first_alike(read.select("digest"))]
     return groups

@@ -52,6 +52,12 @@ class ColumnPartial:
     distinct: DistinctSketch | None = None
     top: TopValues | None = None
     span: tuple[int, int] | None = None  # first and last tick of a temporal column
+    settled: ColumnProfile | None = None  # the manifest's form, if the sketches that it follows from were dropped
+
+    def without_sketches(self) -> ColumnPartial:
+        """Return a small partial: it has the manifest's form, and can't be merged or searched any more."""
+        known = _column_profile(self)
+        return ColumnPartial(self.kind, self.type, self.count, self.nulls, self.nans, self.infinities, settled=known)
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class TableProfile:
             InputError: the table has no such column, or it isn't numeric.
         """
         partial = self.partial(column)
+        assert partial.settled is None, f"the sketches of {column} were dropped"
         if partial.quantiles is None:
             raise InputError(f"column {column!r} is {partial.kind} ({partial.type}): only a numeric one has quantiles")
         return partial.quantiles
@@ -186,6 +193,7 @@ def _numeric(column: pa.ChunkedArray) -> ColumnPartial:
 
 
 def _merge_partials(name: str, parts: list[ColumnPartial]) -> ColumnPartial:
+    assert all(part.settled is None for part in parts), f"the sketches of {name} were dropped"
     typed = [part for part in parts if part.type != "null"] or parts[:1]
     types = sorted({part.type for part in typed})
     if len(types) > 1:
@@ -208,6 +216,8 @@ def _merge_partials(name: str, parts: list[ColumnPartial]) -> ColumnPartial:
 
 
 def _column_profile(partial: ColumnPartial) -> ColumnProfile:
+    if partial.settled is not None:
+        return partial.settled
     known: dict[str, Any] = {
         "kind": partial.kind,
         "count": partial.count,
@@ -325,6 +335,7 @@ def binned(now: ColumnPartial, before: ColumnProfile) -> tuple[Int64Array, Int64
 
     The caller ensures that both are of one kind, and that counts of values were not dropped.
     """
+    assert now.settled is None, "the sketches were dropped: they had to be compared before"
     missing = [now.nulls + now.nans + now.infinities, before.nulls + before.nans + before.infinities]
     if now.quantiles is not None:
         edges, seen = ((), (0,)) if before.histogram is None else (before.histogram.edges, before.histogram.counts)

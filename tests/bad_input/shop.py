@@ -176,15 +176,16 @@ def here_and_now(patch: Any) -> None:
     """Let the job's tasks run one after another in this process, packed and unpacked as between processes."""
 
     def shuffle(parts: jobs.Parts, buckets: int, scatter: Any, gather: Any, **settings: Any) -> jobs.Shuffled[Any, Any]:
-        keys, typed = [0], settings["typed"]
-        sent = [jobs._sent(unit, *scatter(unit), keys, with_empty=unit in typed) for unit in range(parts.count)]
+        keys, typed = [0], settings.get("typed", (0,))
+        items = ((unit,) for unit in range(parts.count)) if parts.tables is None else jobs._items(parts.tables)
+        sent = [jobs._sent(item[0], *scatter(*item), keys, with_empty=item[0] in typed) for item in items]
         done = pa.concat_tables(jobs._gathered(pa.concat_tables(sent), gather))
         return jobs._added_up(
             iter(jobs._without_data(done).to_pylist()),
             done,
-            (parts.count, buckets, settings["lanes"]),
+            (parts.count, buckets, settings.get("lanes", 1)),
             settings.get("on_note", lambda _: None),
-            settings["on_summary"],
+            settings.get("on_summary", lambda _: None),
         )
 
     def mapped(parts: jobs.Parts, function: Any, **_: Any) -> Iterator[Any]:

@@ -16,12 +16,14 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from tasks.images import sources
 from tasks.images.augment import ImageJob, augment_again
 from tasks.images.config import Augmentation, ImageAugmentationConfig
-from tasks.images.pipeline import AugmentedImages, augment_images, check_policy
+from tasks.images.pipeline import AugmentedImages, augment_images, check_policy, digest_in_tasks
 from tasks.images.plan import ImagePlan, plan_images, read_units
 from tasks.images.rows import decode_images
 from tasks.images.sample import picture, picture_class, write_sample
+from tasks.images.sources import content_groups, list_images
 from tasks.io import storage
 from tasks.io.errors import BalanceError, ConfigError
 from tasks.store import layout
@@ -418,3 +420,15 @@ def test_other_formats_hold_the_same_pictures(
     for name, image in zip(table["image_id"].to_pylist(), images, strict=True):
         gap = np.abs(image.astype(int).ravel() - wanted[name])
         assert gap.max() == 0 if kind == "float32" else gap.mean() < 30  # tiny pictures of bright colours suffer
+
+
+def test_many_files_of_one_size_are_compared_in_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that plans opens none of them, and finds the same copies."""
+    for number in range(40):
+        (tmp_path / f"{number:02d}.png").write_bytes(b"%d" % (number % 9))
+    table = list_images(str(tmp_path)).table
+    here = content_groups(table)
+    assert len(set(here.tolist())) == 9
+    monkeypatch.setattr(sources, "DIGESTED_AT_ONCE", 7)
+    monkeypatch.setattr(sources, "digest_files", None)
+    assert content_groups(table, digest_in_tasks).tolist() == here.tolist()

@@ -226,6 +226,19 @@ def test_profiles_survive_json() -> None:
         assert ColumnProfile.model_validate_json(column.model_dump_json()) == column
 
 
+def test_a_profile_without_sketches_is_small_and_has_the_same_figures() -> None:
+    draw = np.random.default_rng(0)
+    table = pa.table({"x": draw.normal(size=50_000), "s": ["a", None] * 25_000, "day": [dt.date(2024, 1, 1)] * 50_000})
+    whole = profile_table(table)
+    small = TableProfile(whole.rows, {name: one.without_sketches() for name, one in whole.partials.items()})
+    assert small.columns() == whole.columns()
+    assert len(pickle.dumps(small)) < 10_000 < len(pickle.dumps(whole))
+    with pytest.raises(AssertionError, match="sketches of x were dropped"):
+        merge_profiles([small, whole])
+    with pytest.raises(AssertionError, match="sketches of x were dropped"):
+        small.quantiles("x", [0.5])
+
+
 def price(kind: pa.DataType, name: str = "price") -> TableProfile:
     return profile_table(pa.table({name: pa.array([1], kind)}))
 
