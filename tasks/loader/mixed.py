@@ -35,12 +35,12 @@ import numpy as np
 from tasks.io.errors import ConfigError, InputError
 from tasks.io.tensors import Int64Array
 from tasks.loader.arguments import LIMIT, one_of, place, whole_number
+from tasks.loader.batch_stream import Batch, BatchStream
 from tasks.loader.batches import Source, Take
 from tasks.loader.kernel import draw_key, draw_sources, spread_sources
 from tasks.loader.options import Options
 from tasks.loader.order import SEEDS, SOURCES, EpochOrder, Share, Sizes
 from tasks.loader.sampling import weight_of
-from tasks.loader.stream import Batch, BatchStream
 
 Mix = Literal["stratified", "proportional", "alternating"]
 By = Literal["proportion", "repeat", "choose"]

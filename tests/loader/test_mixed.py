@@ -13,9 +13,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tasks.io.errors import ConfigError, CorruptVersion, InputError
+from tasks.loader.batch_stream import BatchStream
 from tasks.loader.mixed import MixedStream, SourceOrder, apportion
 from tasks.loader.order import Sizes
-from tasks.loader.stream import BatchStream, TrainingStream
+from tasks.loader.stream import TrainingStream
 from tests.conftest import new_bucket
 from tests.delivery.making import damage, image_version, publish, table_samples, table_version
 
