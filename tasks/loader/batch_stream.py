@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from tasks.io.errors import ConfigError, CorruptVersion, InputError, PipelineError
 from tasks.loader.arguments import LIMIT, one_of, picked_columns, place_in_world, truth_values, whole_number
-from tasks.loader.batches import Delivery, Lookup, Source, Take, make_batches
+from tasks.loader.batches import Delivery, Lookup, make_batches
 from tasks.loader.cache import FileCache, limit_of, local_directory
 from tasks.loader.options import StreamStats
 from tasks.loader.order import ORDER, Remainder, Share, Sizes, batch_count, step_count
@@ -21,7 +21,8 @@ from tasks.loader.placement import Constants, placement
 from tasks.loader.prefetch import Prefetch
 from tasks.loader.samples import IMAGE, WEIGHT
 from tasks.loader.sequences import padding_of
-from tasks.loader.shards import OnCorrupt, Shards, common_columns, memory_bytes
+from tasks.loader.shards import Joined, OnCorrupt, Shards, common_columns, memory_bytes
+from tasks.loader.sources import Source, Takes
 from tasks.loader.version_files import open_version, refuse_misfits
 
 Batch = dict[str, Any]
@@ -29,7 +30,7 @@ Batch = dict[str, Any]
 _MOST_AHEAD = 10_000
 _OF_A_PROCESS = {
     *("_process", "_placement", "_cache", "_opened", "_lookups", "_counts", "_making", "_closed", "_begun"),
-    *("_delivery", "_shown"),
+    *("_delivery", "_shown", "_joined"),
 }
 
 
@@ -189,6 +190,7 @@ class BatchStream(abc.ABC):
         self._opened = [
             Shards(version, self._split, self._cache, self._on_corrupt, self._verify) for version in self._versions
         ]
+        self._joined = Joined(self._opened)
         # Look-ups have shards and memory of their own: one thread at a time may use them.
         self._lookups: dict[int, Lookup] = {}
         self._shown: Delivery | None = None
@@ -461,6 +463,7 @@ class BatchStream(abc.ABC):
         # Not a method: the thread mustn't keep the stream from being collected.
         items = make_batches(
             self._sources(),
+            self._joined,
             self._placement,
             self._takes(epoch, first, range(0, steps * share.step, share.step)[part], share),
             columns=self._columns,
@@ -477,8 +480,8 @@ class BatchStream(abc.ABC):
         """Return the sources at their beginning; they mustn't refer to this stream."""
 
     @abc.abstractmethod
-    def _takes(self, epoch: int, first: int, starts: range, share: Share) -> Iterator[list[Take]]:
-        """Return what a worker takes from each source in each step; real samples come first.
+    def _takes(self, epoch: int, first: int, starts: range, share: Share) -> Iterator[list[Takes]]:
+        """Return what a worker takes from each source in each group of steps; real samples come first.
 
         The iterator mustn't refer to this stream.
 

@@ -33,12 +33,12 @@ import numpy as np
 from tasks.io.errors import ConfigError, InputError
 from tasks.loader.arguments import one_of, truth_values, whole_number
 from tasks.loader.batch_stream import Batch, BatchStream
-from tasks.loader.batches import Source, Take
 from tasks.loader.grouping import GroupedSource, Grouping, Plan, Stretches, continued, grouping_of
 from tasks.loader.options import Options
 from tasks.loader.order import EpochOrder, Share, batch_count
 from tasks.loader.sampling import Draws, distribution, weights_of
 from tasks.loader.shards import memory_bytes
+from tasks.loader.sources import Source, Takes, steps_at_once
 
 
 class TrainingStream(BatchStream):
@@ -213,6 +213,7 @@ class TrainingStream(BatchStream):
 
         return [Source(self._opened[0], order_of, seed)]
 
-    def _takes(self, epoch: int, first: int, starts: range, share: Share) -> Iterator[list[Take]]:
-        begin, step = first * share.batch_size, (share.step, *share.bounds)
-        return ([Take(0, epoch, begin + start, *step, step)] for start in starts)
+    def _takes(self, epoch: int, first: int, starts: range, share: Share) -> Iterator[list[Takes]]:
+        begin, step, count = first * share.batch_size, (share.step, *share.bounds), steps_at_once(share.batch_size)
+        groups = (starts[at : at + count] for at in range(0, len(starts), count))
+        return ([Takes(0, epoch, np.array([(begin + start, *step) for start in own]), step)] for own in groups)
