@@ -414,7 +414,7 @@ def _steps(
                 continue
             takes: list[Takes] = []
             for source in np.flatnonzero(mine[first:end].any(axis=0)).tolist():
-                own = parts[first:end, source]
+                own = np.ascontiguousarray(parts[first:end, source])  # another layout would be compiled anew
                 size, low, high = own[int(mine[first:end, source].argmax()), 1:].tolist()
                 takes.append(Takes(source, int(laps[first, source]), own, (size, low, high)))
             yield takes
