@@ -22,10 +22,11 @@ from tasks.io import storage
 from tasks.io.errors import ConfigError, InputError, PipelineError
 from tasks.io.tensors import AnyArray, UInt8Array
 from tasks.io.text import plural
+from tasks.loader.batch_stream import Batch
 from tasks.loader.batches import MASK, SOURCE
 from tasks.loader.mixed import MixedStream
 from tasks.loader.samples import FEATURES, IMAGE, LABEL, LENGTH, SAMPLE_ID, SEQUENCE, WEIGHT, SampleFormat
-from tasks.loader.stream import Batch, TrainingStream
+from tasks.loader.stream import TrainingStream
 from tasks.report.plots import font, one_line
 from tasks.store import layout
 from tasks.store.manifest import Manifest

@@ -16,103 +16,18 @@ from tasks.io.tensors import AnyArray, Int64Array, TensorSpec, UInt64Array
 from tasks.loader.arguments import LIMIT, whole_number
 from tasks.loader.kernel import mix_samples, sample_keys
 from tasks.loader.mixing import Mixing, alpha_of
-from tasks.loader.order import MIXES, TRANSFORMS, EpochOrder, Reading
+from tasks.loader.order import MIXES, TRANSFORMS, Reading
 from tasks.loader.placement import INPUTS, Placement
 from tasks.loader.samples import LABEL, SAMPLE_ID
 from tasks.loader.sequences import OWN, Padding
-from tasks.loader.shards import Shards, address_of
+from tasks.loader.shards import Joined, Shards
+from tasks.loader.sources import Picked, Source, Take, Takes, pick
 from tasks.loader.transforms import Change, Decoding, Encoded, Undecodable, change_of, decoding_of, described
 from tasks.loader.version_files import CURE, Version, stored_column
 
 MASK = "mask"
 SOURCE = "source"
 _MASK_SPEC, _SOURCE_SPEC = TensorSpec((), "bool"), TensorSpec((), "int64")
-
-
-class Take(NamedTuple):
-    """A worker's samples of one source in a step: a part of some consecutive samples of the source's order.
-
-    Attributes:
-        source: number of the source.
-        lap: epoch of the source's own order.
-        start: position of the step's first sample in it.
-        size: samples of the step.
-        low: start of the worker's part of them, when they are sorted by stream.
-        high: end of the part.
-        step: size, low and high of the whole step, of which this may be the part in one lap; they tell which streams
-            the worker reads.
-        real: False for samples that only fill a batch.
-    """
-
-    source: int
-    lap: int
-    start: int
-    size: int
-    low: int
-    high: int
-    step: tuple[int, int, int]
-    real: bool = True
-
-
-class Source:
-    """The samples of a source, step by step.
-
-    Args:
-        shards: Its samples.
-        order_of: Returns the order of a lap.
-        seed: Seed of its orders, and of the draws of its samples.
-
-    """
-
-    row = 0
-    """Elements of a row of several samples; 0 where each sample has a row of its own."""
-
-    def __init__(self, shards: Shards, order_of: Callable[[int], EpochOrder], seed: int) -> None:
-        self.shards, self._order_of, self.seed = shards, order_of, seed
-        self._lap, self._named = -1, 0
-
-    def samples(self, take: Take) -> tuple[Int64Array, int]:
-        """Return a worker's samples, (high - low,), and the number of real ones, which come first.
-
-        Chunks that are needed soon are announced to the shards.
-        """
-        index, found = self._order_for(take).cut(take.start, take.size, take.low, take.high)
-        return index, found if take.real else 0
-
-    def reading(self, take: Take, paired: bool) -> Reading:
-        """Return a worker's samples as `samples` does, with what they need to be transformed, and mixed if `paired`."""
-        reading = self._order_for(take).reading(take.start, take.size, take.low, take.high, paired)
-        return reading if take.real else reading._replace(real=0)
-
-    def rows(self, take: Take) -> tuple[Int64Array, Int64Array, int]:
-        """Return the samples of a worker's rows of a step, how many each row has, and the number of real rows."""
-        index, real = self.samples(take)
-        return index, np.ones(len(index), np.int64), real
-
-    def bound(self, take: Take) -> int | None:  # noqa: ARG002 - that of groups depends on the step
-        """Return the elements of a row of sequences, if the step says it; None: the longest one of a batch says it."""
-        return None
-
-    def _order_for(self, take: Take) -> EpochOrder:
-        if take.lap != self._lap:
-            self._lap, self._named, self._order = take.lap, 0, self._order_of(take.lap)
-            self._streams = self._order.streams_cut(take.start, *take.step)
-        if take.real:
-            self._announce(take.start, take.size)
-        return self._order
-
-    def _announce(self, start: int, count: int) -> None:
-        order, sizes, named = self._order, self._order.sizes, self._named
-        first, last = order.round_at(start), order.round_at(start + count - 1)
-        if last + 2 <= named:  # a stream may be a round ahead
-            return
-        if self.shards.remote:
-            chunks = order.chunks_of(self._streams, first, max(sizes.ahead, (last + 1 - first) * sizes.window))
-        else:
-            begin = max(first, named)
-            chunks = order.chunks_of(self._streams, begin, (last + 2 - begin) * sizes.window)
-        self.shards.soon(*chunks, sizes.chunk)
-        self._named = last + 2
 
 
 class Made(NamedTuple):
@@ -127,8 +42,9 @@ class Made(NamedTuple):
 
 def make_batches(
     sources: Sequence[Source],
+    joined: Joined,
     place: Placement,
-    steps: Iterator[list[Take]],
+    steps: Iterator[list[Takes]],
     *,
     columns: Sequence[str],
     masked: bool,
@@ -140,8 +56,9 @@ def make_batches(
 
     Args:
         sources: The sources at their beginning.
+        joined: Their shards as one sequence.
         place: Maker of batches.
-        steps: What the worker takes in each step; real samples come first.
+        steps: What the worker takes in each group of steps; real samples come first.
         columns: Columns to deliver.
         masked: True to add a column that tells which samples are real.
         numbered: True to add a column of the samples' sources.
@@ -150,36 +67,43 @@ def make_batches(
     """
     specs = sources[0].shards.columns
     plain = [name for name in columns if padding is None or name not in OWN]
+    packed = padding is not None and sources[0].row > 0
     for takes in steps:
-        cut, packed = 0, padding is not None and sources[0].row > 0
-        if padding is not None and packed:
-            gathered, real, (count, shown), size, skipped, cut = _packed(sources[0], takes[0], place, columns, padding)
-        elif delivery is not None:
-            gathered, picked, real, size, skipped = delivery.batch(sources, place, takes)
-        else:
-            picked, real, skipped = _picked(sources, takes)
-            count = sum(len(index) for _, index in picked)
-            gathered = {name: place.buffer(specs[name], count) for name in plain}
-            _gather(sources, picked, gathered)
-            size = sum(values.nbytes for values in gathered.values())
-            if padding is not None:
-                bound = sources[0].bound(takes[0]) if len(sources) == 1 else None
-                made, lengths, read = padding.fill(sources, picked, place, columns, bound)
-                lengths = lengths[: sum(real)]
-                cut, size = int(np.count_nonzero(padding.cut(lengths) < lengths)), size + read
-                gathered = {name: made[name] if name in made else gathered[name] for name in columns}
-        if not packed:
-            count, shown = sum(len(index) for _, index in picked), sum(real)
-        if masked:
-            mask = gathered[MASK] = place.buffer(_MASK_SPEC, count)
-            mask[:shown], mask[shown:] = True, False
-        if numbered:
-            numbers = gathered[SOURCE] = place.buffer(_SOURCE_SPEC, count)
-            done = 0
-            for number, index in picked:
-                numbers[done : done + len(index)] = number
-                done += len(index)
-        yield Made(place.place(gathered), tuple(real), size, skipped, cut)
+        picks = pick(sources, takes)
+        for step in range(len(takes[0].parts)):
+            cut = 0
+            if padding is not None and packed:
+                take = takes[0].at(step)
+                gathered, real, (count, shown), size, skipped, cut = _packed(sources[0], take, place, columns, padding)
+            else:
+                if delivery is not None:
+                    own = [taken.at(step) for taken in takes]
+                    gathered, picked, size = delivery.batch(
+                        sources, joined, place, [take for take in own if take.low < take.high]
+                    )
+                else:
+                    picked = next(picks)
+                    gathered = {name: place.buffer(specs[name], picked.size) for name in plain}
+                    joined.gather(picked.samples, picked.parts, gathered)
+                    size = sum([values.nbytes for values in gathered.values()])
+                count, real, skipped = picked[2:]
+                shown = sum(real)
+                if padding is not None:
+                    bound = sources[0].bound(takes[0].at(step)) if len(sources) == 1 else None
+                    made, lengths, read = padding.fill(sources, picked.by_part(), place, columns, bound)
+                    lengths = lengths[:shown]
+                    cut, size = int(np.count_nonzero(padding.cut(lengths) < lengths)), size + read
+                    gathered = {name: made[name] if name in made else gathered[name] for name in columns}
+            if masked:
+                mask = gathered[MASK] = place.buffer(_MASK_SPEC, count)
+                mask[:shown], mask[shown:] = True, False
+            if numbered:
+                numbers = gathered[SOURCE] = place.buffer(_SOURCE_SPEC, count)
+                done = 0
+                for number, _, own in picked.parts.tolist():
+                    numbers[done : done + own] = number
+                    done += own
+            yield Made(place.place(gathered), tuple(real), size, skipped, cut)
 
 
 def _packed(
@@ -192,6 +116,7 @@ def _packed(
 
     """
     index, counts, shown = source.rows(take)
+    source.announce(take)
     row_of = np.repeat(np.arange(len(counts)), counts)
     real = before = int(counts[:shown].sum())
     good = source.shards.usable(index)
@@ -203,35 +128,11 @@ def _packed(
     return gathered, [real], (len(counts), shown), size, before - real, cut
 
 
-def _picked(sources: Sequence[Source], takes: Sequence[Take]) -> tuple[list[tuple[int, Int64Array]], list[int], int]:
-    """Return the usable samples of each take with its source, the real ones of each source, and the damaged ones."""
-    picked, real, skipped = [], [0] * len(sources), 0
-    for take in takes:
-        source = sources[take.source]
-        index, kept = source.samples(take)
-        good = source.shards.usable(index)
-        if good is not None:
-            before, kept = kept, int(np.count_nonzero(good[:kept]))
-            index, skipped = index[good], skipped + before - kept
-        real[take.source] += kept
-        picked.append((take.source, index))
-    return picked, real, skipped
-
-
 def _gather_encoded(sources: Sequence[Source], picked: Sequence[tuple[int, Int64Array]], decoding: Decoding) -> Encoded:
     """Return the encoded pictures of the picked samples of some sources, one after the other."""
     parts = [sources[number].shards.gather_ragged(index) for number, index in picked]
     sizes = np.concatenate([np.diff(starts) for _, starts in parts])
     return Encoded(np.concatenate([data for data, _ in parts]), np.concatenate([[0], np.cumsum(sizes)]), decoding)
-
-
-def _gather(sources: Sequence[Source], picked: Sequence[tuple[int, Int64Array]], out: Mapping[str, AnyArray]) -> None:
-    """Copy the columns of the picked samples of some sources, one after the other; `out` is C-contiguous."""
-    names, widths = tuple(out), np.array([values.strides[0] for values in out.values()], np.int64)
-    to = np.array(list(map(address_of, out.values())), np.int64)
-    for number, index in picked:
-        sources[number].shards.gather_to(index, names, to)
-        to += len(index) * widths
 
 
 def _keys(level: int, parts: Iterable[tuple[int, int, Int64Array, Int64Array]]) -> UInt64Array:
@@ -322,29 +223,24 @@ class Delivery:
             raise ConfigError(f"cutmix = {alphas['cutmix']}: it is for pictures; use mixup for rows of a table")
 
     def batch(
-        self, sources: Sequence[Source], place: Placement, takes: Sequence[Take]
-    ) -> tuple[dict[str, AnyArray], list[tuple[int, Int64Array]], list[int], int, int]:
-        """Return a worker's batch of a step.
-
-        Returns:
-            Its columns; the number of each source and its samples in the batch; the real ones of each source; the bytes
-            read; and the number of damaged ones.
-
-        """
+        self, sources: Sequence[Source], joined: Joined, place: Placement, takes: Sequence[Take]
+    ) -> tuple[dict[str, AnyArray], Picked, int]:
+        """Return a worker's batch of a step: its columns, its samples, and the bytes read."""
         real, skipped = [0] * len(sources), 0
+        wanted = [sources[take.source].reading(take, self._mixing is not None) for take in takes]
+        for take in takes:  # all of them first: a source drops files that it needs in no later lap
+            sources[take.source].announce(take)
         parts: list[tuple[Take, Reading]] = []
-        for take in takes:
-            reading = sources[take.source].reading(take, self._mixing is not None)
-            good = sources[take.source].shards.usable(reading.samples)
-            if good is not None:
-                before, reading = reading, reading.without(good)
-                skipped += before.real - reading.real
+        for take, whole in zip(takes, wanted, strict=True):
+            good = sources[take.source].shards.usable(whole.samples)
+            reading = whole if good is None else whole.without(good)
             real[take.source] += reading.real
+            skipped += whole.real - reading.real
             parts.append((take, reading))
         ends = np.cumsum([len(reading.samples) for _, reading in parts])
         read = [(take.source, reading.samples) for take, reading in parts]
         raw: dict[str, Any] = self._raw(int(ends[-1]), place)
-        _gather(sources, read, raw)
+        joined.gather(*Picked.of(read, real)[:2], raw)
         if self._decoding is not None:
             raw[self._input] = _gather_encoded(sources, read, self._decoding)
         size = sum(raw[name].nbytes for name in self._delivered)
@@ -363,11 +259,11 @@ class Delivery:
                 part = int(np.searchsorted(ends, row, side="right"))
                 number, samples = read[part]
                 sources[number].shards.leave_out({int(samples[row - ends[part]]): what})
-            return self.batch(sources, place, takes)  # without them
+            return self.batch(sources, joined, place, takes)  # without them
         if self._mixing is not None:
             made = self._mixed(self._mixing, made, sources, parts, place)
         picked = [(take.source, reading.samples[reading.own]) for take, reading in parts]
-        return made, picked, real, size, skipped
+        return made, Picked.of(picked, real, skipped), size
 
     def single(
         self, raw: dict[str, Any], place: Placement, *, seed: int, epoch: int | None, copy: int

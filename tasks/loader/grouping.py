@@ -24,12 +24,12 @@ import numpy as np
 from tasks.io.errors import ConfigError, CorruptVersion
 from tasks.io.tensors import Int64Array
 from tasks.loader.arguments import whole_number
-from tasks.loader.batches import Source, Take
 from tasks.loader.kernel import fill_buckets, fill_rows
 from tasks.loader.order import EpochOrder, Sizes
 from tasks.loader.samples import LENGTH
 from tasks.loader.sequences import Padding
 from tasks.loader.shards import Shards
+from tasks.loader.sources import Source, Take, Takes
 from tasks.loader.version_files import CURE, Version, stored_column
 
 OPEN_ROWS = 64
@@ -253,14 +253,15 @@ class GroupedSource(Source):
         super().__init__(shards, _no_order, grouping.seed)
         self.grouping, self._plan_of, self.row = grouping, plan_of, grouping.row
 
-    def samples(self, take: Take) -> tuple[Int64Array, int]:
-        """Return a worker's samples of a step, each in a row of its own, and the number of real ones."""
-        rows, real = self._cut(take)
-        return self._plan.samples[rows], real
+    def deal(self, takes: Takes) -> tuple[Int64Array, Int64Array]:
+        """Return a worker's samples, each in a row of its own, step by step, and the real ones of each, (steps,)."""
+        plan = self._plan_for(takes.lap)
+        rows, real = zip(*(plan.cut(*part) for part in takes.parts.tolist()), strict=True)
+        return plan.samples[np.concatenate(rows)], np.array(real, np.int64)
 
     def rows(self, take: Take) -> tuple[Int64Array, Int64Array, int]:
         """Return the samples of a worker's rows of a step, how many each row has, and the number of real rows."""
-        rows, real = self._cut(take)
+        rows, real = self._plan_for(take.lap).cut(*take[2:6])
         return *self._plan.samples_of(rows), real
 
     def bound(self, take: Take) -> int | None:
@@ -268,9 +269,8 @@ class GroupedSource(Source):
         places = np.arange(take.start, take.start + take.size) % self._plan.rows
         return self.grouping.bound(self._plan.samples[places])
 
-    def _cut(self, take: Take) -> tuple[Int64Array, int]:
-        if take.lap != self._lap:
-            self._lap, self._named, self._plan = take.lap, 0, self._plan_of(take.lap)
+    def announce(self, take: Take) -> None:
+        """Announce the samples that are needed soon to the shards."""
         plan, step = self._plan, take[3:6]
         if take.start + take.size > self._named:
             steps = max(_AHEAD // (take.high - take.low), 1)
@@ -278,7 +278,15 @@ class GroupedSource(Source):
             coming = np.concatenate([plan.samples_of(plan.cut(start, *step)[0])[0] for start in starts])
             self.shards.soon(coming, coming + 1, 1)
             self._named = take.start + max(steps // 2, 1) * take.size
-        return plan.cut(take.start, *step)
+
+    def has_news(self, takes: Takes) -> bool:
+        """Return True if `announce` has something to do in some step."""
+        return int(takes.parts[-1, :2].sum()) > self._named
+
+    def _plan_for(self, lap: int) -> Plan:
+        if lap != self._lap:
+            self._lap, self._named, self._plan = lap, 0, self._plan_of(lap)
+        return self._plan
 
 
 def _no_order(_: int) -> EpochOrder:

@@ -202,6 +202,31 @@ def deal(  # noqa: PLR0917 - compiled functions take numbers one by one
 
 
 @jit
+def deal_parts(turns: Int64Array, samples: int, parts: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """Take parts as `deal` does, one after the other.
+
+    Args:
+        turns: As for `deal`.
+        samples: Likewise.
+        parts: (P, 4) start, count, low and high of each part.
+
+    Returns:
+        (n, 3) runs of all parts; and (P,) the number of samples of each part that aren't repeated.
+
+    """
+    real, most = np.empty(len(parts), np.int64), 0
+    for part in range(len(parts)):
+        most += len(turns) * ((parts[part, 0] + parts[part, 1] - 1) // samples + 1)
+    runs, found = np.empty((most, 3), np.int64), 0
+    for part in range(len(parts)):
+        start, count, low, high = parts[part]
+        own, real[part] = deal(turns, samples, start, count, low, high)
+        runs[found : found + len(own)] = own
+        found += len(own)
+    return runs[:found], real
+
+
+@jit
 def spread_sources(quotas: Int64Array, position: int, counts: Int64Array, ends: Int64Array, out: Int64Array) -> None:
     """Go on through a sequence that spreads each source evenly, and write the counts before some positions.
 
@@ -388,37 +413,60 @@ def _group(places: Places, sample: Any) -> Any:
 
 
 @jit
-def gather(places: Places, index: Int64Array, addresses: Int64Array, widths: Int64Array, to: Int64Array) -> None:
-    """Copy the values of some samples, one after the other, for each column.
+def gather(  # noqa: PLR0917 - compiled functions take arrays one by one
+    places: Places,
+    index: Int64Array,
+    parts: Int64Array,
+    firsts: Int64Array,
+    addresses: Int64Array,
+    widths: Int64Array,
+    to: Int64Array,
+) -> None:
+    """Copy the values of some samples of several sources, one after the other, for each column.
 
     Rows are anywhere in a window of megabytes. Prefetching the next rows while some are copied takes about 50 ns
     a row of 20 numbers, instead of 100.
 
     Args:
-        places: Places of samples.
-        index: (n,) samples, all of them in mapped files.
+        places: Places of the samples of all sources, as one sequence.
+        index: Samples by their numbers in their source, all of them in mapped files.
+        parts: (P, 3) source of each part of the n samples, its place in `index`, and the number of its samples.
+        firsts: (S,) place of each source's first sample in the sequence.
         addresses: (C, G) start of each row group's values, for each column.
         widths: (C,) bytes of a value.
         to: (C,) addresses of memory for n values.
     """
-    count, columns = len(index), len(widths)
-    groups, rows = np.empty(2 * _AHEAD, np.int64), np.empty(2 * _AHEAD, np.int64)
+    count, columns = parts[:, 2].sum(), len(widths)
+    groups, rows = np.empty((2, _AHEAD), np.int64), np.empty((2, _AHEAD), np.int64)
+    part, begin, end = -1, 0, 0
     for start in range(0, count + _AHEAD, _AHEAD):
-        for i in range(start, min(start + _AHEAD, count)):
-            slot = i % (2 * _AHEAD)
-            group = _group(places, index[i])
-            groups[slot], rows[slot] = group, index[i] - places.starts[group]
-            for column in range(columns):
-                address = addresses[column, group] + rows[slot] * widths[column]
+        coming = start // _AHEAD % 2
+        group, row = groups[coming], rows[coming]
+        for i in range(min(_AHEAD, count - start)):
+            while start + i >= end:
+                part += 1
+                begin, end = end, end + parts[part, 2]
+            sample = firsts[parts[part, 0]] + index[parts[part, 1] + start + i - begin]
+            group[i] = _group(places, sample)
+            row[i] = sample - places.starts[group[i]]
+        for column in range(columns):
+            width = widths[column]
+            for i in range(min(_AHEAD, count - start)):
+                address = addresses[column, group[i]] + row[i] * width
                 _prefetch(address)
-                if widths[column] > 8:
-                    _prefetch(address + min(widths[column], 128) - 1)
-        for i in range(max(start - _AHEAD, 0), min(start, count)):
-            slot = i % (2 * _AHEAD)
+                if width > 8:
+                    _prefetch(address + min(width, 128) - 1)
+        if start > 0:
+            group, row = groups[1 - coming], rows[1 - coming]
             for column in range(columns):
                 width = widths[column]
-                address = addresses[column, groups[slot]] + rows[slot] * width
-                _copy(to[column] + i * width, address, width)
+                target = to[column] + (start - _AHEAD) * width
+                for i in range(min(_AHEAD, count - start + _AHEAD)):
+                    address = addresses[column, group[i]] + row[i] * width
+                    if width == 8:  # a constant is no call
+                        _copy(target + i * 8, address, 8)
+                    else:
+                        _copy(target + i * width, address, width)
 
 
 @jit

@@ -24,6 +24,7 @@ All are functions of the quotas, the seed and the epoch, whatever the number of 
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,12 +36,12 @@ import numpy as np
 from tasks.io.errors import ConfigError, InputError
 from tasks.io.tensors import Int64Array
 from tasks.loader.arguments import LIMIT, one_of, place, whole_number
-from tasks.loader.batches import Source, Take
+from tasks.loader.batch_stream import Batch, BatchStream
 from tasks.loader.kernel import draw_key, draw_sources, spread_sources
 from tasks.loader.options import Options
 from tasks.loader.order import SEEDS, SOURCES, EpochOrder, Share, Sizes
 from tasks.loader.sampling import weight_of
-from tasks.loader.stream import Batch, BatchStream
+from tasks.loader.sources import Source, Takes, steps_at_once
 
 Mix = Literal["stratified", "proportional", "alternating"]
 By = Literal["proportion", "repeat", "choose"]
@@ -348,7 +349,7 @@ class MixedStream(BatchStream):
             for shards, sizes, seed in zip(self._opened, self._sizes, seeds, strict=True)
         ]
 
-    def _takes(self, epoch: int, first: int, starts: range, share: Share) -> Iterator[list[Take]]:
+    def _takes(self, epoch: int, first: int, starts: range, share: Share) -> Iterator[list[Takes]]:
         stretch = self._stretch
         assert epoch == self._epoch, "a stretch is one of the current epoch"
         begin = (first - stretch.since) * self._batch_size
@@ -378,8 +379,8 @@ def _steps(
     real: int,
     starts: range,
     share: Share,
-) -> Iterator[list[Take]]:
-    """Yield what a worker takes in each step.
+) -> Iterator[list[Takes]]:
+    """Yield what a worker takes in each group of steps.
 
     Args:
         order: Order of the sources in a stretch.
@@ -389,44 +390,62 @@ def _steps(
         starts: Samples of the stretch before each step.
         share: The worker's part of a step.
     """
-    low, high = share.bounds
+    share_low, share_high = share.bounds
+    most = steps_at_once(share.batch_size)
     for group in range(0, len(starts), _STEPS):
         begins = np.array(starts[group : group + _STEPS], np.int64)
         ends = np.clip(real, begins, begins + share.step)
-        places = np.stack([begins, ends, begins + low, begins + high], axis=1)
+        places = np.stack([begins, ends, begins + share_low, begins + share_high], axis=1)
         asked, back = np.unique(places, return_inverse=True)
         counts = order.before(asked)[back].reshape(*places.shape, len(samples)) + taken
         begin, last, part_low, part_high = counts.transpose(1, 0, 2)
         # The real ones of a step, and of them the worker's; and how many more it takes to fill its batch.
-        bounds = (np.clip(part, begin, last) - begin for part in (part_low, part_high))
+        bounds = [np.clip(part, begin, last) - begin for part in (part_low, part_high)]
         fillers = np.maximum(part_high, last) - np.maximum(part_low, last)
         laps = begin // samples
-        plan = np.stack([begin, last - begin, *bounds, fillers, laps, begin - laps * samples], axis=2).tolist()
-        for parts, filled in zip(plan, fillers.any(axis=1).tolist(), strict=True):
-            takes: list[Take] = []
-            for source, (first, size, low_in, high_in, _, lap, at) in enumerate(parts):
-                if low_in < high_in:
-                    step = (size, low_in, high_in)
-                    if at + size <= samples[source]:
-                        takes.append(Take(source, lap, at, size, low_in, high_in, step))
-                    else:
-                        _add(takes, Take(source, 0, first, *step, step), samples[source])
-            for source, (first, size, _, _, count, _, _) in enumerate(parts if filled else ()):
-                if count:
-                    # Those with which the lap began: the files that the worker reads have them.
-                    step = (count * share.world_size, count * share.rank, count * (share.rank + 1))
-                    lap = max(first + size - 1, 0) // samples[source]
-                    takes.append(Take(source, lap, 0, *step, step, real=False))
+        parts = np.stack([begin - laps * samples, last - begin, *bounds], axis=2)
+        mine = bounds[0] < bounds[1]
+        alone = (fillers > 0).any(axis=1) | (mine & (parts[..., :2].sum(axis=2) > samples)).any(axis=1)
+        apart = alone[1:] | alone[:-1] | (laps[1:] != laps[:-1]).any(axis=1)
+        seams = {*range(0, len(begins), most), *(np.flatnonzero(apart) + 1).tolist(), len(begins)}
+        for first, end in itertools.pairwise(sorted(seams)):
+            if alone[first]:
+                yield _step(begin[first].tolist(), parts[first].tolist(), fillers[first].tolist(), samples, share)
+                continue
+            takes: list[Takes] = []
+            for source in np.flatnonzero(mine[first:end].any(axis=0)).tolist():
+                own = np.ascontiguousarray(parts[first:end, source])  # another layout would be compiled anew
+                size, low, high = own[int(mine[first:end, source].argmax()), 1:].tolist()
+                takes.append(Takes(source, int(laps[first, source]), own, (size, low, high)))
             yield takes
 
 
-def _add(takes: list[Take], take: Take, samples: int) -> None:
-    """Add a take that starts anywhere after a source's beginning as takes of its laps, of so many samples each."""
-    start, size, low, high = take[2:6]
-    while low < high:
-        lap, at = divmod(start, samples)
-        here = min(size, samples - at)
-        if low < here:
-            takes.append(Take(take.source, lap, at, here, low, min(high, here), take.step))
-        start, size = start + here, size - here
-        low, high = max(low - here, 0), high - here
+def _step(
+    begin: Sequence[int], parts: Sequence[Sequence[int]], fillers: Sequence[int], samples: Sequence[int], share: Share
+) -> list[Takes]:
+    """Return what a worker takes in a step, also from several laps of a source, and to fill its batch.
+
+    Args:
+        begin: Samples of each source before the step.
+        parts: Size, low and high of the step in each source, after its start.
+        fillers: Samples of each source that fill the batch.
+        samples: Samples of each source.
+        share: The worker's part of a step.
+    """
+    takes: list[Takes] = []
+    for source, (_, size, first, end) in enumerate(parts):
+        start, low, high, step = begin[source], first, end, (size, first, end)
+        while low < high:
+            lap, at = divmod(start, samples[source])
+            here = min(begin[source] + size - start, samples[source] - at)
+            if low < here:
+                takes.append(Takes(source, lap, np.array([[at, here, low, min(high, here)]]), step))
+            start += here
+            low, high = max(low - here, 0), high - here
+    for source, count in enumerate(fillers):
+        if count:
+            # Those with which the lap began: the files that the worker reads have them.
+            step = (count * share.world_size, count * share.rank, count * (share.rank + 1))
+            lap = max(begin[source] + parts[source][1] - 1, 0) // samples[source]
+            takes.append(Takes(source, lap, np.array([[0, *step]]), step, real=False))
+    return takes

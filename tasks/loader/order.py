@@ -31,7 +31,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from tasks.io.tensors import BoolArray, Int64Array
-from tasks.loader.kernel import collect, deal, draw_key, samples_of, shuffle
+from tasks.loader.kernel import collect, deal, deal_parts, draw_key, samples_of, shuffle
 
 Remainder = Literal["pad", "drop"]
 
@@ -183,6 +183,7 @@ class EpochOrder:
         self._streams: dict[int, _Stream] = {}
         # The current window of each stream, and its range of places in the stream.
         window = min(sizes.chunk * sizes.window, int(lengths.max()))
+        self._round = len(self._turns) * sizes.chunk * sizes.window
         self._windows = np.empty((len(self._turns), window), np.int64)
         self._starts, self._ends = np.zeros((2, len(self._turns)), np.int64)
         self._drawn = drawn
@@ -222,8 +223,17 @@ class EpochOrder:
             low: Start of the part among them.
             high: End of the part.
         """
-        runs, real = deal(self._turns, self.samples, start, count, low, high)
-        return self._stored(self._collect(runs, high - low)), real
+        found, real = self.cuts(np.array([[start, count, low, high]], np.int64))
+        return found, int(real[0])
+
+    def cuts(self, parts: Int64Array) -> tuple[Int64Array, Int64Array]:
+        """Return what `cut` returns for each of some parts, one after the other, and their numbers of real samples.
+
+        Args:
+            parts: (n, 4) arguments of `cut`.
+        """
+        runs, real = deal_parts(self._turns, self.samples, parts)
+        return self._stored(self._collect(runs, int((parts[:, 3] - parts[:, 2]).sum()))), real
 
     def reading(self, start: int, count: int, low: int, high: int, paired: bool) -> Reading:
         """Return the part of some consecutive samples that `cut` returns, in its order, and partners for them.
@@ -265,7 +275,11 @@ class EpochOrder:
 
     def round_at(self, position: int) -> int:
         """Return the round of a position: in round n, streams are about in their n-th window, and not before it."""
-        return position // (len(self._turns) * self.sizes.chunk * self.sizes.window)
+        return position // self._round
+
+    def position_of(self, number: int) -> int:
+        """Return the first position of a round."""
+        return number * self._round
 
     def chunks_of(self, streams: Int64Array, number: int, count: int) -> tuple[Int64Array, Int64Array]:
         """Return first samples and ends of `count` chunks of each of some streams from a round on, in order of use.

@@ -11,6 +11,7 @@ written files are compared with their checksums anew within about a second.
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 import time
@@ -82,6 +83,7 @@ class Shards:
         remote: True if its files come through the cache.
         skipped_files: number of skipped files.
         picked: names of the columns to gather.
+        settled_until: time, of the monotonic clock, up to which all samples are usable without a call of `usable`.
 
     Raises:
         ConfigError: as `Version.files`.
@@ -116,7 +118,7 @@ class Shards:
         self._status = np.zeros(self._batch_starts[-1], np.uint8)
         self._unknown = np.empty(0, np.int64)
         self._verify, self._unchecked = verify, len(self._status) if verify else 0
-        self._next_look = self._next_times = 0.0
+        self._next_look = self._next_times = self.settled_until = 0.0
         self._read = np.empty(0, np.bool_)  # chunks that were fetched, once and for all
         self._stays = sum(entry.bytes for entry in self._files) < memory_bytes() // 2
         self.picked: tuple[str, ...] = ()
@@ -164,6 +166,8 @@ class Shards:
             if self._damaged:
                 good: BoolArray = self._status[batches] != BAD
                 return None if good.all() else good
+        settled = self.ragged is None and not self._unchecked and len(self._mapped) == len(self._files)
+        self.settled_until = self._next_look if settled else 0.0
         return None
 
     def gather(self, index: Int64Array, out: Mapping[str, AnyArray]) -> None:
@@ -173,19 +177,16 @@ class Shards:
             index: (n,) samples that are usable.
             out: Target arrays by column: C-contiguous, (n, *shape).
         """
-        self.gather_to(index, tuple(out), np.array(list(map(address_of, out.values())), np.int64))
+        Joined([self]).gather(index, np.array([[0, 0, len(index)]]), out)
 
-    def gather_to(self, index: Int64Array, names: tuple[str, ...], to: Int64Array) -> None:
-        """Copy the values of some columns of usable samples, each of one length, to addresses of memory for them.
+    def tables(self, names: tuple[str, ...]) -> tuple[Places, Int64Array]:
+        """Return the places of the samples, and the (columns, row groups) addresses of columns of one length.
 
-        Args:
-            index: (n,) samples that are usable.
-            names: The columns.
-            to: (columns,) address of memory for the n values of each.
+        They are valid, and the addresses the same object, until files are mapped or other columns picked.
         """
         if names != self._fixed:
             self.pick(names)
-        gather(self._places, index, self._addresses, self._widths, to)
+        return self._places, self._addresses
 
     def find(self, index: Int64Array) -> tuple[Int64Array, Int64Array]:
         """Return address and bytes of the values of any length of usable samples, (n,) each.
@@ -271,6 +272,7 @@ class Shards:
         for file in dropped:
             del self._mapped[file]
         if dropped:
+            self.settled_until = 0.0
             self._tabulate()
 
     def _read_ahead(self, firsts: Int64Array, ends: Int64Array, chunk: int) -> None:
@@ -334,6 +336,7 @@ class Shards:
         self._status[batches] = status
         self._unchecked = int(np.count_nonzero(self._status == UNKNOWN)) if self._verify else 0
         self._damaged = self._damaged or status == BAD
+        self.settled_until = 0.0
 
     def _refuse_if_nothing_is_left(self, error: CorruptVersion) -> None:
         if self._damaged and (self._status == BAD).all():
@@ -467,6 +470,63 @@ class Shards:
             for file, mapped in self._mapped.items():
                 first, end = self._places.groups[file : file + 2]
                 row[first:end] = mapped.address + mapped.columns[name].offsets
+
+
+class Joined:
+    """The samples of several splits as one sequence, whose values are copied by one call.
+
+    One thread at a time may use it, and the shards.
+
+    Args:
+        all_shards: Samples of each split.
+
+    """
+
+    def __init__(self, all_shards: Sequence[Shards]) -> None:
+        self._all = tuple(all_shards)
+        counts = [shards.samples for shards in self._all]
+        self._firsts = np.cumsum([0, *counts[:-1]])
+        self._near: tuple[Int32Array, int] | None = None
+        self._own: list[Int64Array | None] = [None] * len(self._all)  # the addresses that were joined
+
+    def gather(self, index: Int64Array, parts: Int64Array, out: Mapping[str, AnyArray]) -> None:
+        """Copy the values of some columns of usable samples, each of one length, one part after the other.
+
+        Args:
+            index: Samples by their numbers in their split.
+            parts: (P, 3) number of the split of each part, its place in `index`, and the number of its samples.
+            out: Target arrays by column: C-contiguous, (n, *shape) for the n samples of all parts.
+        """
+        tables = [shards.tables(tuple(out)) for shards in self._all]
+        if not all(map(operator.is_, self._own, (addresses for _, addresses in tables))):
+            self._own = [addresses for _, addresses in tables]
+            self._places = self._join([places for places, _ in tables])
+            self._addresses = np.concatenate([addresses for _, addresses in tables], axis=1)
+        widths = np.array([values.strides[0] for values in out.values()], np.int64)
+        to = np.array(list(map(address_of, out.values())), np.int64)
+        gather(self._places, index, parts, self._firsts, self._addresses, widths, to)
+
+    def _join(self, parts: Sequence[Places]) -> Places:
+        """Return the places of all samples, numbered one split after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        firsts = self._firsts
+        ends = firsts[-1:] + self._all[-1].samples
+        files = np.concatenate([*(own.files[:-1] + first for own, first in zip(parts, firsts, strict=True)), ends])
+        groups = np.cumsum([0, *(len(own.starts) for own in parts)])
+        if self._near is None:
+            self._near = _near(files)
+        return Places(
+            files,
+            *self._near,
+            groups=np.concatenate(
+                [*(own.groups[:-1] + first for own, first in zip(parts, groups, strict=False)), groups[-1:]]
+            ),
+            size=np.concatenate([own.size for own in parts]),
+            starts=np.concatenate([own.starts + first for own, first in zip(parts, firsts, strict=True)]),
+            batches=np.concatenate([own.batches[:-1] for own in parts]),
+            batch_size=parts[0].batch_size,
+        )
 
 
 def common_columns(all_shards: Sequence[Shards]) -> list[str]:

@@ -25,9 +25,9 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tasks.io.errors import ConfigError, InputError, PipelineError
+from tasks.loader.batch_stream import Batch, BatchStream
 from tasks.loader.kernel import jit
 from tasks.loader.order import step_count
-from tasks.loader.stream import Batch, BatchStream
 
 _MOST_PROCESSES = 256
 _SET_BY_STREAM = ("batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "collate_fn", "in_order")

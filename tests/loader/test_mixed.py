@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tasks.io.errors import ConfigError, CorruptVersion, InputError
+from tasks.loader.batch_stream import BatchStream
 from tasks.loader.mixed import MixedStream, SourceOrder, apportion
 from tasks.loader.order import Sizes
-from tasks.loader.stream import BatchStream, TrainingStream
+from tasks.loader.stream import TrainingStream
 from tests.conftest import new_bucket
 from tests.delivery.making import damage, image_version, publish, table_samples, table_version
 
@@ -450,6 +452,47 @@ def test_sources_that_are_none_are_refused(three) -> None:
         with pytest.raises(ConfigError, match=message):
             stream.set_weights(sources)
     assert stream.state_dict() == before
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("count", [1, 3])
+def test_steps_that_are_dealt_together_are_those_dealt_alone_and_any_of_them_can_be_resumed(
+    three, monkeypatch, mix: str, count: int
+) -> None:
+    """A group has steps of several laps of the smaller sources, and those that fill the last batches."""
+    sources = dict(zip(three, (3, 2, 1), strict=True))
+    options = {"mix": mix, "stop": "all", "columns": None, "batch_size": 7}
+
+    def steps(most: int, start: dict[str, Any] | None = None, end: int | None = None) -> list[Any]:
+        monkeypatch.setattr("tasks.loader.sources._STEPS", most)
+        streams = workers(sources, count, start, **options)
+        return [
+            ([{name: values.tolist() for name, values in batch.items()} for batch in step], streams[0].state_dict())
+            for step in itertools.islice(zip(*streams, strict=True), end)
+        ]
+
+    alone = steps(1)
+    assert len(alone) > 64 // count // 3
+    for most in (2, 5, 64):
+        assert steps(most) == alone
+    for at in range(0, len(alone) - 1, 3):
+        assert steps(5, alone[at][1], 3) == alone[at + 1 : at + 4]
+
+
+def test_damage_is_found_in_the_step_that_has_it_also_in_a_group(three, tmp_path: Path, monkeypatch) -> None:
+    bad = table_version(str(tmp_path), 60, seed=9)
+    part = "split=train/part-00000-a1.parquet"
+    damage(bad, part, (Path(bad) / part).read_bytes().index(table_samples(60, 9)["features"][35].tobytes()))
+    reached = []
+    for most in (1, 64):
+        monkeypatch.setattr("tasks.loader.sources._STEPS", most)
+        (stream,) = workers({three[0]: 1, bad: 1}, 1, batch_size=2, shuffle=False)
+        found = []
+        with pytest.raises(CorruptVersion, match=f"{part}: batch 3 has not the checksum"):
+            found.extend(batch["sample_id"].tolist() for batch in stream)
+        reached.append((found, stream.state_dict()))
+    assert reached[0] == reached[1]
+    assert len(reached[0][0]) == 30
 
 
 def test_a_damaged_source_is_named_or_its_samples_are_skipped_and_counted(three, tmp_path: Path) -> None:

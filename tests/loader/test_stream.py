@@ -484,10 +484,10 @@ def test_only_the_later_of_two_iterations_goes_on(version: str) -> None:
 
 def test_what_fails_in_the_thread_is_raised_in_the_loop_with_its_traceback(version: str, monkeypatch) -> None:
     (stream,) = workers(version, 1)
-    monkeypatch.setattr(stream._opened[0], "gather_to", lambda *_: 1 / 0)
+    monkeypatch.setattr(stream._joined, "gather", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError) as caught:
         next(iter(stream))
-    assert "_gather" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert "make_batches" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
     assert threads() == 0
 
 

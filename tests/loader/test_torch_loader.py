@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from tasks.io.errors import ConfigError, InputError, PipelineError
+from tasks.loader.batch_stream import BatchStream
 from tasks.loader.mixed import MixedStream
-from tasks.loader.stream import BatchStream, TrainingStream
+from tasks.loader.stream import TrainingStream
 from tasks.loader.torch_loader import StreamDataset, StreamLoader
 from tests.delivery.making import table_version
 from tests.processes import PROJECT

@@ -18,7 +18,7 @@ from tasks.images.kernel import FusedEngine
 from tasks.io import storage
 from tasks.io.errors import ConfigError, InputError
 from tasks.loader.mixed import MixedStream
-from tasks.loader.shards import Shards
+from tasks.loader.shards import Joined
 from tasks.loader.stream import TrainingStream
 from tests.conftest import new_bucket
 from tests.delivery.making import damage, image_samples, publish, table_samples, table_version
@@ -332,13 +332,13 @@ def test_a_mixture_is_of_a_sample_and_its_partner(images: str, *, mixup, cutmix,
 
 def test_a_worker_reads_few_samples_more_for_its_partners(images: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    gather = Shards.gather_to
+    gather = Joined.gather
 
-    def counted(shards: Shards, index: np.ndarray, names: tuple[str, ...], to: np.ndarray) -> None:
-        read.append(len(index))
-        gather(shards, index, names, to)
+    def counted(joined: Joined, index: np.ndarray, parts: np.ndarray, out: dict[str, np.ndarray]) -> None:
+        read.append(int(parts[:, 2].sum()))
+        gather(joined, index, parts, out)
 
-    monkeypatch.setattr(Shards, "gather_to", counted)
+    monkeypatch.setattr(Joined, "gather", counted)
     for batch_size in (16, 17):
         read.clear()
         delivered(opened(images, 2, batch_size, mixup=1.0))
