@@ -396,10 +396,31 @@ def _serve(listener: socket.socket) -> None:
     import uvicorn
     from prefect.server.api.server import create_app
 
+    _wait_for_other_writers()
     app = create_app(ephemeral=True, final=True)
     _collect_garbage_in_a_thread(GARBAGE_SECONDS)
     config = uvicorn.Config(app, log_level="error", lifespan="on", access_log=False)
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def _wait_for_other_writers() -> None:
+    """Let requests for slots of tags, which each task with tags makes as it starts, wait for the database's lock.
+
+    They read before they write. If another request has written in between, SQLite refuses that at once, Prefect 3.8
+    answers 503, and its client tries again after 2 s. A transaction whose first statement writes, if only nothing,
+    waits for its turn.
+    """
+    from prefect.server.api import concurrency_limits_v2
+    from sqlalchemy import text
+
+    api: Any = concurrency_limits_v2
+    acquire = api._acquire_concurrency_slots
+
+    async def acquire_in_turn(session: Any, **request: Any) -> Any:
+        await session.execute(text("DELETE FROM concurrency_limit_v2 WHERE 0"))
+        return await acquire(session=session, **request)
+
+    api._acquire_concurrency_slots = acquire_in_turn
 
 
 def _collect_garbage_in_a_thread(seconds: float) -> None:

@@ -1,12 +1,15 @@
 """One API for a flow run by hand and its Ray workers; nothing left behind, however it ends."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -160,6 +163,28 @@ def test_cyclic_garbage_is_freed_in_a_thread_of_its_own() -> None:
         assert threading.main_thread() not in freed
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(lines)], check=True, timeout=60)
+
+
+def test_slots_of_tags_are_given_while_others_write(prefect_api: str) -> None:
+    """Prefect's answer 503 costs each task with tags that gets it 2 s."""
+    done = threading.Event()
+
+    def write(number: int) -> None:
+        with httpx.Client(base_url=prefect_api) as client:
+            for turn in itertools.takewhile(lambda _: not done.is_set(), itertools.count()):
+                name = f"writer-{os.getpid()}-{number}-{turn}"
+                client.post("/variables/", json={"name": name, "value": turn}).raise_for_status()
+
+    with ThreadPoolExecutor(4) as pool, httpx.Client(base_url=prefect_api) as client:
+        writers = [pool.submit(write, number) for number in range(4)]
+        try:
+            request = {"slots": 1, "names": ["tag:ray-data"]}
+            answers = [client.post("/v2/concurrency_limits/increment-with-lease", json=request) for _ in range(100)]
+        finally:
+            done.set()
+    for writer in writers:
+        writer.result()
+    assert {answer.status_code for answer in answers} == {200}
 
 
 def test_a_server_that_ends_at_once_is_explained() -> None:
