@@ -27,7 +27,7 @@ AT_ONCE = 16
 """Profiles of a column, one a bucket, that a task holds in memory."""
 
 _PROFILE = "profile"
-_NOTHING = pa.table({_PROFILE: pa.array([], pa.large_binary())})
+_COLUMNS = pa.schema([(_PROFILE, pa.large_binary())])
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +96,19 @@ class Profiling:
         pieces = by_time(table.select([*columns, AS_OF]), self.as_of)
         profiles = [profile_table(piece.drop_columns([AS_OF])) for piece in pieces]
         whole = merge_profiles(profiles)
-        frames = [_NOTHING] * self.slots
+        nothing = _COLUMNS.empty_table()  # imports pandas
+        frames = [nothing] * self.slots
         for name in columns:
             frames[slot] = _packed(TableProfile(whole.rows, {name: whole.partials[name]}))
             if len(profiles) > 1:
                 for place, sketch in enumerate((profile.sketch(name) for profile in profiles), slot + 1):
-                    frames[place] = _packed(sketch) if sketch.count else _NOTHING
+                    frames[place] = _packed(sketch) if sketch.count else nothing
             slot += self._width
         return None, frames
 
     def gather(self, slot: int, frames: Mapping[int, pa.Table]) -> tuple[ColumnFigures, pa.Table]:
         """Merge the profiles of a slot; return their figures, and no rows."""
+        # `scatter` of our own tasks made it a moment ago.
         values = (pickle.loads(value.as_py()) for frame in frames.values() for value in frame[_PROFILE])  # noqa: S301
         group, name, moment = self._meaning(slot)
         if moment is not None:
@@ -155,4 +157,4 @@ class GroupProfile:
 
 
 def _packed(value: object) -> pa.Table:
-    return pa.table({_PROFILE: pa.array([pickle.dumps(value)], pa.large_binary())})
+    return pa.table([pa.array([pickle.dumps(value)], pa.large_binary())], _COLUMNS)
