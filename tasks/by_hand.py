@@ -396,19 +396,19 @@ def _serve(listener: socket.socket) -> None:
     import uvicorn
     from prefect.server.api.server import create_app
 
-    _wait_for_other_writers()
+    _let_requests_for_slots_wait()
     app = create_app(ephemeral=True, final=True)
     _collect_garbage_in_a_thread(GARBAGE_SECONDS)
     config = uvicorn.Config(app, log_level="error", lifespan="on", access_log=False)
     uvicorn.Server(config).run(sockets=[listener])
 
 
-def _wait_for_other_writers() -> None:
-    """Let requests for slots of tags, which each task with tags makes as it starts, wait for the database's lock.
+def _let_requests_for_slots_wait() -> None:
+    """Make requests for slots of tags wait for the database's lock; each task with tags makes one as it starts.
 
-    They read before they write. If another request has written in between, SQLite refuses that at once, Prefect 3.8
-    answers 503, and its client tries again after 2 s. A transaction whose first statement writes, if only nothing,
-    waits for its turn.
+    Prefect's handler is replaced in this process. These requests read before they write. If another request has
+    written in between, SQLite refuses that at once, Prefect 3.8 answers 503, and its client tries again after 2 s. A
+    transaction whose first statement writes, if only nothing, waits for its turn.
     """
     from prefect.server.api import concurrency_limits_v2
     from sqlalchemy import text
