@@ -14,7 +14,7 @@ from prefect.cache_policies import NO_CACHE
 from tasks.artifacts import progress, publish_table
 from tasks.images.config import ImageAugmentationConfig
 from tasks.images.gate import ImageFigures, class_summary, summary_csv
-from tasks.images.pipeline import AugmentedImages, augment_images, digest_in_tasks
+from tasks.images.pipeline import AugmentedImages, augment_images, digest_in_tasks, draw_in_tasks
 from tasks.images.plan import ImagePlan, plan_images
 from tasks.images.sample import write_sample
 from tasks.images.sheets import charts, contact_picture, reject_picture, reject_table
@@ -33,7 +33,7 @@ def prepare_images(config: ImageAugmentationConfig) -> ImageAugmentationConfig:
     """Make the sample if no images are given; return the configuration with every URI normalised."""
     if config.images is not None:
         return config
-    uris = write_sample(config.root, config.sample_images, config.seed)
+    uris = write_sample(config.root, config.sample_images, config.seed, draw_in_tasks)
     get_run_logger().info("No images are given: using the sample in %s", uris["images"])
     return config.model_copy(update=uris)
 

@@ -26,7 +26,7 @@ from tasks.datasets.config import DatasetConfig
 from tasks.datasets.mds import read_index, read_shard
 from tasks.datasets.rows import Content, Form, added_up, content_of, empty, form_of, make_rows
 from tasks.engine.cluster import LOST_WORKER_RETRIES, data_context, losses_explained
-from tasks.engine.jobs import Parts, mapped, original_errors
+from tasks.engine.jobs import Parts, in_blocks, mapped, original_errors
 from tasks.io import storage
 from tasks.io.errors import BalanceError, ConfigError
 from tasks.quality.profile import TableProfile, added, profile_table
@@ -149,10 +149,10 @@ def read_mds(uri: str) -> ray.data.Dataset:
         for number in rows["shard"].to_pylist():
             yield read_shard(uri, shards[number])
 
-    numbers = [pa.table({"shard": [number]}) for number, shard in enumerate(shards) if shard.samples]
+    numbers = pa.table({"shard": [number for number, shard in enumerate(shards) if shard.samples]})
     options: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "max_retries": LOST_WORKER_RETRIES}
     with data_context():
-        return ray.data.from_arrow(numbers).map_batches(read, **options)
+        return in_blocks(numbers).map_batches(read, **options)
 
 
 def check_dataset(dataset: Any) -> None:

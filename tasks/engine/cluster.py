@@ -41,6 +41,7 @@ from ray._private.node import Node
 from ray.experimental.internal_kv import _internal_kv_get
 
 from tasks.io.errors import ConfigError, DiskFull, PipelineError, WorkersKilled, causes
+from tasks.io.memory import collect_seldom
 
 OLDER_THAN = 120.0
 """Seconds. A Ray that is starting has no socket yet."""
@@ -104,7 +105,7 @@ _WORKER_ENV = {
     "POLARS_MAX_THREADS": "1",  # a worker holds one CPU; a thread pool per worker would fight over the same cores
     "RAY_USAGE_STATS_ENABLED": "0",
     # As `worker_process_setup_hook` of a runtime_env, which a local Ray doesn't get.
-    ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.end_if_interrupted_importing",
+    ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.prepare_worker",
 }
 _PASSED_ON = ("PREFECT_API_URL", "PIPELINE_API_PATIENCE_SECONDS", "PIPELINE_NODE_PATIENCE_SECONDS")
 _SECRET_MARKS = ("KEY", "SECRET", "TOKEN", "PASSWORD", "AUTH")
@@ -131,8 +132,8 @@ def worker_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**_WORKER_ENV, **_retries_for_memory(), **passed_on, **(extra or {})}
 
 
-def end_if_interrupted_importing() -> None:
-    """End this worker, when it is interrupted while it imports a module.
+def prepare_worker() -> None:
+    """Make this worker import quickly, and end when it is interrupted while it imports a module.
 
     Ray interrupts the running tasks of a plan that fails or isn't read to its end, and gives their workers the next
     tasks. Python removes a module whose import failed and keeps the submodules that were imported by then: some
@@ -147,6 +148,7 @@ def end_if_interrupted_importing() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupted)
+    collect_seldom()
 
 
 def _retries_for_memory() -> dict[str, str]:

@@ -69,10 +69,16 @@ _NOTE = -1
 """Bucket number of a row that holds a part's report instead of packed rows."""
 
 
-def first_blocks(count: int) -> Iterator[tuple[int, int]]:
-    """Yield first and end of the parts in each block at the start of a plan: few blocks, however many parts."""
+def in_blocks(rows: pa.Table) -> ray.data.Dataset:
+    """Return rows as the start of a plan: few blocks, however many rows, and with the settings at this time."""
+    import ray.data
+
+    count = rows.num_rows
     blocks = min(count, max(MAX_BLOCKS, 4 * cluster_cpus()))
-    return ((count * block // blocks, count * (block + 1) // blocks) for block in range(blocks))
+    ends = [count * block // blocks for block in range(blocks + 1)]
+    tables = [rows.slice(first, end - first) for first, end in itertools.pairwise(ends)]
+    made: ray.data.Dataset = ray.data.from_blocks(tables)  # `from_arrow` would run a task for each, to describe it
+    return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,20 +97,15 @@ class Parts:
 
     def dataset(self, context: Any) -> ray.data.Dataset:
         """Return the parts as a dataset, a few in each block, that is executed with the settings of a DataContext."""
-        import ray.data
-
         if self.tables is not None:
             # A dataset keeps the settings at the time it was made, and so do datasets derived from it.
             vars(self.tables.context).update(vars(context.copy()))
             return self.tables
-        tables = []
-        for first, last in first_blocks(self.count):
-            table = pa.table({_INDEX: pa.array(range(first, last), pa.int32())})
-            if self.values is not None:
-                pickled = [pickle.dumps(value) for value in self.values[first:last]]
-                table = table.append_column(_VALUE, pa.array(pickled, pa.large_binary()))
-            tables.append(table)
-        return ray.data.from_arrow(tables)
+        rows = pa.table({_INDEX: pa.array(range(self.count), pa.int32())})
+        if self.values is not None:
+            pickled = pa.array([pickle.dumps(value) for value in self.values], pa.large_binary())
+            rows = rows.append_column(_VALUE, pickled)
+        return in_blocks(rows)
 
 
 @dataclass(frozen=True, slots=True)

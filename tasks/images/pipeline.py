@@ -15,7 +15,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +42,7 @@ from tasks.images.outcomes import (
 )
 from tasks.images.plan import ImagePlan, read_unit, read_units
 from tasks.images.rows import rows_schema
+from tasks.images.sample import Labels
 from tasks.images.sheets import Example, choose_examples
 from tasks.images.sources import digest_here, digest_part
 from tasks.images.split import SPLITS
@@ -62,6 +63,7 @@ GPU_TOLERANCE = 0.02
 """Share of the values' span: a GPU may sum in another order each time."""
 
 Progress = Callable[[int], None]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,13 +108,24 @@ def digest_in_tasks(parts: Sequence[pa.Array]) -> Iterator[pa.Array]:
     if len(parts) < 2:
         yield from digest_here(parts)
         return
-
-    def digest(number: int, uris: pa.Array) -> tuple[int, pa.Array]:
-        return number, digest_part(uris)
-
     with losses_explained("give fewer images"):
-        found = dict(mapped(Parts(len(parts), parts), digest, name="look for copies"))
-    yield from (found[number] for number in range(len(parts)))
+        yield from _in_order(digest_part, parts, "look for copies")
+
+
+def draw_in_tasks(draw: Callable[[range], Labels], numbers: Sequence[range]) -> Iterator[Labels]:
+    """Draw the pictures of a sample in tasks; see `write_sample`."""
+    with losses_explained("ask for fewer --sample-images"):
+        yield from _in_order(draw, numbers, "draw the sample")
+
+
+def _in_order(function: Callable[[Any], Result], values: Sequence[Any], name: str) -> Iterator[Result]:
+    """Yield the results of a function of each value, run in tasks."""
+
+    def run(number: int, value: Any) -> tuple[int, Result]:
+        return number, function(value)
+
+    found = dict(mapped(Parts(len(values), values), run, name=name))
+    yield from (found[number] for number in range(len(values)))
 
 
 @released()

@@ -8,8 +8,7 @@ undefined order), so they are the same on every machine; the files are too, if t
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +50,12 @@ _CELLS = 32  # a power of two; shapes repeat after so many cells, which no pictu
 _COARSE = 40  # points of the grid that slow variation is made on
 _COPIED = (20, 41, 62)
 _EXTRA = 1 << 62  # numbers of the pictures that aren't counted
-_WRITERS = 8
-_AT_ONCE = 512
+_WRITERS = 4
+_AT_ONCE = 32
+"""Pictures that one task draws."""
+Labels = list[str]
+"""Lines of the labels' file: image_id,class_name."""
+Drawn = Callable[[Callable[[range], Labels], Sequence[range]], Iterator[Labels]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ class SampleFile:
     classes: tuple[str, ...]
 
 
-def write_sample(root: str, count: int, seed: int) -> dict[str, str]:
+def write_sample(root: str, count: int, seed: int, drawn: Drawn = map) -> dict[str, str]:
     """Write the sample under the root, unless it exists; return the URIs of the images and of their labels.
 
     The labels are a CSV file of image_id (the file's name without its suffix) and class_name.
@@ -74,6 +77,8 @@ def write_sample(root: str, count: int, seed: int) -> dict[str, str]:
         root: Root of the datasets.
         count: Number of whole pictures with one label each; from `FLAWS_FROM` on, `FLAWS` are added to them.
         seed: Seed, in [0, 2**63).
+        drawn: Yields the results of a function that draws some pictures, for each of several ranges of numbers, in
+            their order.
 
     Raises:
         InputError: fewer than one picture is requested.
@@ -85,18 +90,16 @@ def write_sample(root: str, count: int, seed: int) -> dict[str, str]:
     done = layout.join(base, "_complete")
     if storage.exists(done):
         return uris
+    images = uris["images"]
+
+    def draw(numbers: range) -> Labels:
+        return _written(images, (picture_file(seed, number) for number in numbers))
+
     labels = ["image_id,class_name"]
-
-    def write(number: int) -> SampleFile:
-        return _write(uris["images"], picture_file(seed, number))
-
-    with ThreadPoolExecutor(_WRITERS) as pool:
-        for start in range(0, count, _AT_ONCE):
-            for file in pool.map(write, range(start, min(start + _AT_ONCE, count))):
-                labels += _labels(file)
+    for some in drawn(draw, [range(start, min(start + _AT_ONCE, count)) for start in range(0, count, _AT_ONCE)]):
+        labels += some
     if count >= FLAWS_FROM:
-        for file in flawed_files(seed):
-            labels += _labels(_write(uris["images"], file))
+        labels += _written(images, flawed_files(seed))
     storage.write_bytes(uris["labels"], ("\n".join(labels) + "\n").encode())
     storage.write_bytes(done, b"")
     return uris
@@ -163,14 +166,15 @@ def flawed_files(seed: int) -> Iterator[SampleFile]:
     yield SampleFile("copy-resized", ".jpg", _saved(smaller, "JPEG", quality=90), (picture_class(resized),))
 
 
-def _write(base: str, file: SampleFile) -> SampleFile:
-    if file.data is not None:
-        storage.write_bytes(layout.join(base, file.image_id + file.suffix), file.data)
-    return file
+def _written(base: str, files: Iterator[SampleFile]) -> Labels:
+    """Write some files, while the next ones are drawn; return their labels."""
 
+    def write(file: SampleFile) -> Labels:
+        if file.data is not None:
+            storage.write_bytes(layout.join(base, file.image_id + file.suffix), file.data)
+        return [f"{file.image_id},{name}" for name in file.classes]
 
-def _labels(file: SampleFile) -> list[str]:
-    return [f"{file.image_id},{name}" for name in file.classes]
+    return [line for lines in storage.in_threads(write, files, threads=_WRITERS) for line in lines]
 
 
 def _encoded(pixels: UInt8Array, form: str, draw: np.random.Generator) -> tuple[str, bytes]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 
 SIDE = 112
-SCALE = 2.0
 SHEET_BYTES = 120_000
 SIDES = (16, 256)
 
@@ -55,7 +54,8 @@ _GAP, _STEP, _LINE = 5, 22, 20  # between variants, from the original to them, a
 _BLOCK_GAP = 28
 _TILE_GAP = 12
 _CAPTION, _SMALL, _SMALL_LINE = 12.5, 11, 15
-_QUALITIES = (85, 76, 67, 58, 49, 40, 31, 22, 13)
+_LOOKS = ((2.0, 60), (1.5, 25), (1.0, 25))
+"""Pixels a CSS pixel, and quality of WebP: the first are for nearly all pictures, the others for much noise."""
 _ALPHA_QUALITY = 30  # a dozen levels are enough for the edges of letters, and save a third of their bytes
 _VARIANTS_SHOWN = 12
 _ROWS_SHOWN, _REJECTS_SHOWN = 60, 40
@@ -107,7 +107,7 @@ def contact_sheet(rows: Sequence[SheetRow], side: int = SIDE, max_bytes: int = S
     """Draw originals with their variants beside them, as WebP; variants with issues have a border and the issue's name.
 
     Everything is drawn for a screen of two pixels a CSS pixel. A result larger than `max_bytes` is drawn again with
-    lower quality, then smaller, and only then without the last rows. A note counts the omitted rows.
+    lower quality and smaller, and then without the last rows. A note counts the omitted rows.
 
     Args:
         rows: Rows to show, in this order: at most 60 originals with 12 variants each.
@@ -115,16 +115,11 @@ def contact_sheet(rows: Sequence[SheetRow], side: int = SIDE, max_bytes: int = S
         max_bytes: Maximum bytes of the result, unless a single row has more.
     """
     assert SIDES[0] <= side <= SIDES[1], f"side = {side} isn't within {SIDES}"
-    shown = min(len(rows), _ROWS_SHOWN)
-    while True:
-        for scale in (SCALE, 1.5, 1.0):
-            canvas = _contacts(rows[:shown], side, scale, left_out=len(rows) - shown)
-            if max(canvas.alpha.size) > _WEBP_SIDE:
-                continue
-            data = _smallest(canvas, max_bytes)
-            if len(data) <= max_bytes or (shown <= 1 and scale == 1):
-                return data
-        shown = shown * 3 // 4
+
+    def draw(shown: int, scale: float) -> _Canvas:
+        return _contacts(rows[:shown], side, scale, left_out=len(rows) - shown)
+
+    return _within(max_bytes, draw, min(len(rows), _ROWS_SHOWN))
 
 
 def tile_sheet(
@@ -142,13 +137,22 @@ def tile_sheet(
         lines: Maximum lines of text.
     """
     assert SIDES[0] <= side <= SIDES[1], f"side = {side} isn't within {SIDES}"
-    shown = min(len(items), _REJECTS_SHOWN)
+
+    def draw(shown: int, scale: float) -> _Canvas:
+        return _tiles(items[:shown], side, scale, len(items) - shown, lines=lines)
+
+    return _within(max_bytes, draw, min(len(items), _REJECTS_SHOWN))
+
+
+def _within(max_bytes: int, draw: Callable[[int, float], _Canvas], shown: int) -> bytes:
+    """Return a sheet in the best look within a bound, of as many items as possible, at least one."""
     while True:
-        for scale in (SCALE, 1.0):
-            canvas = _tiles(items[:shown], side, scale, len(items) - shown, lines=lines)
-            data = _smallest(canvas, max_bytes)
-            if len(data) <= max_bytes or (shown <= 1 and scale == 1):
-                return data
+        for scale, quality in _LOOKS:
+            canvas = draw(shown, scale)
+            if max(canvas.alpha.size) <= _WEBP_SIDE:
+                data = canvas.encoded(quality)
+                if len(data) <= max_bytes or (shown <= 1 and scale == 1):
+                    return data
         shown = shown * 3 // 4
 
 
@@ -218,7 +222,7 @@ class _Canvas:
 
         buffer = io.BytesIO()
         image = Image.merge("RGBA", (*self.colour.split(), self.alpha))
-        image.save(buffer, "WEBP", quality=quality, alpha_quality=_ALPHA_QUALITY, method=5)
+        image.save(buffer, "WEBP", quality=quality, alpha_quality=_ALPHA_QUALITY, method=2)
         return buffer.getvalue()
 
 
@@ -296,22 +300,6 @@ def _tiles(
             canvas.lines(reason, x + 8, y + 8, side - 16, most=max(1, (side - 12) // _SMALL_LINE))
     canvas.text(words, 0, below + 2, 300)
     return canvas
-
-
-def _smallest(canvas: _Canvas, max_bytes: int) -> bytes:
-    """Encode the canvas in the best quality within the bound, or else in the lowest one."""
-    good, bad = len(_QUALITIES) - 1, -1
-    best = canvas.encoded(_QUALITIES[good])
-    if len(best) > max_bytes:
-        return best
-    while good - bad > 1:
-        middle = (good + bad) // 2
-        data = canvas.encoded(_QUALITIES[middle])
-        if len(data) <= max_bytes:
-            good, best = middle, data
-        else:
-            bad = middle
-    return best
 
 
 def _fitted(pixels: UInt8Array, side: int, *, enlarge: bool) -> PIL_Image.Image:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from tasks.engine.jobs import first_blocks
+from tasks.engine.jobs import in_blocks
 from tasks.io import storage
 from tasks.io.errors import CorruptVersion
 from tasks.io.tensors import as_fixed_shape_tensors, to_ragged
@@ -57,8 +57,7 @@ def read_version(
     uris = [layout.join(version.uri, entry.path) for entry in files]
     if not ray.is_initialized():
         ray.init()  # as Ray Data itself does
-    blocks = [pa.table({"file": uris[first:end]}) for first, end in first_blocks(len(uris))]
-    return ray.data.from_arrow(blocks).map_batches(read, batch_size=None, batch_format="pyarrow")
+    return in_blocks(pa.table({"file": uris})).map_batches(read, batch_size=None, batch_format="pyarrow")
 
 
 def _samples(uri: str, form: SampleFormat, columns: Sequence[str], verify: bool) -> Iterator[pa.Table]:
