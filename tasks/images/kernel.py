@@ -15,7 +15,6 @@ operations cost one conversion from and to uint8. The GIL is released.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numba
@@ -26,7 +25,7 @@ from numba.extending import intrinsic
 
 from tasks.images.config import Augmentation
 from tasks.images.draws import Draws, window
-from tasks.io.tensors import Float32Array, UInt8Array
+from tasks.io.tensors import AnyArray, Float32Array, Int64Array, UInt8Array
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
@@ -72,6 +71,19 @@ def _resample_rows(source, top, left, width, starts, counts, weights, row, out, 
         line = out[start + i * step : start + i * step + width]
         for x in range(width):
             line[x] = np.uint8(np.int32(row[x] + _HALF))
+
+
+@_jit
+def _resample_planes(planes, top, left, width, starts, counts, weights, row, out):
+    """Write weighted sums of rows of three planes, rounded to uint8, as rows of 32-bit pixels."""
+    red, green, blue = row[:width], row[width : 2 * width], row[2 * width : 3 * width]
+    for i in range(len(starts)):
+        for channel, sums in enumerate((red, green, blue)):
+            _weighted_row(planes[channel], top + starts[i], left, width, counts[i], weights[i], sums)
+        line = out[i * width : (i + 1) * width]
+        for x in range(width):
+            r, g, b = np.int32(red[x] + _HALF), np.int32(green[x] + _HALF), np.int32(blue[x] + _HALF)
+            line[x] = np.uint32(r | g << np.int32(8) | b << np.int32(16))
 
 
 @_jit
@@ -145,6 +157,27 @@ def _turn_block(_context, source, at, stride, out, out_at, out_stride):
     return types.void(source, types.intp, types.intp, out, types.intp, types.intp), build
 
 
+@intrinsic
+def _pointer(_context, address):
+    """Make a pointer of an address."""
+
+    def build(_context, builder, _signature, arguments):
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(address), build
+
+
+@intrinsic
+def _take_next(_context, taken):
+    """Return the first number of an array, and add 1 to it, in one step among all threads."""
+
+    def build(context, builder, signature, arguments):
+        held = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.atomic_rmw("add", held, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(taken), build
+
+
 @_jit
 def _turn(source, out, height, width):
     """Transpose a picture of 32-bit pixels, block by block."""
@@ -155,19 +188,6 @@ def _turn(source, out, height, width):
     for x in range(width):
         for y in range(whole_height if x < whole_width else 0, height):
             out[x * height + y] = source[y * width + x]
-
-
-@dataclass(slots=True)
-class _Scratch:
-    """Buffers of one worker, large enough for the images seen so far."""
-
-    width: int
-    taps: int
-    row: Float32Array  # one resampled row, RGBX
-    upright: UInt8Array  # resampled along y, (size, width, RGBX)
-    turned: UInt8Array  # the same, (width, size, RGBX)
-    weights_y: Float32Array  # (size, taps)
-    weights_x: Float32Array
 
 
 class FusedEngine:
@@ -189,7 +209,8 @@ class FusedEngine:
         strip = size * max(1, _STRIP // size)
         self._line = np.empty(strip, np.uint32)
         self._rows = np.empty((3, strip), np.float32)
-        self._scratch = self._buffers(width=1024, taps=16)
+        self._figures = np.empty(2, np.float32)
+        self._grow(width=1024, taps=16)
 
     def augment(self, pixels: UInt8Array, draws: Draws, first: int, out: UInt8Array, figures: Float32Array) -> None:
         """Make the variants of one image.
@@ -204,82 +225,108 @@ class FusedEngine:
         height, width, channels = pixels.shape
         assert channels == 4, "the kernel takes RGBX"
         assert out.shape[1:] == (3, self.size, self.size), f"out has the shape {out.shape}"
-        scratch = self._scratch_for(height, width)
-        last = first + len(out)
-        windows = [window(*sides, self._augmentation) for sides in draws.crop[first:last, 2:].tolist()]
-        _augment(
-            pixels.reshape(height, width * 4),
-            draws.crop[first:last],
-            np.array(windows, np.int32),
-            draws.flip[first:last],
-            draws.angle[first:last],
-            draws.jitter[first:last],
-            draws.order[first:last],
-            out,
-            figures,
+        parameters = self.parameters(draws, first, first + len(out))
+        _augment(pixels.reshape(height, width * 4), parameters, out, figures, self._scratch_for(height, width))
+
+    def augment_stored(
+        self, addresses: Int64Array, sides: tuple[int, int], taken: Int64Array, parameters: Any, out: UInt8Array
+    ) -> None:
+        """Make one variant of each of some pictures, together with other engines in other threads.
+
+        Args:
+            addresses: (n,) address of each picture's RGB planes, contiguous uint8 values.
+            sides: Height and width of all of them.
+            taken: (1,) number of pictures that some engine has begun with; 0 at first.
+            parameters: `parameters` of their draws.
+            out: Receives the variants, shape (n, 3, size, size), RGB planes.
+        """
+        assert out.shape == (len(addresses), 3, self.size, self.size), f"out has the shape {out.shape}"
+        _augment_shared(addresses, *sides, taken, parameters, out, self._figures, self._scratch_for(*sides))
+
+    def parameters(self, draws: Draws, first: int, end: int) -> tuple[AnyArray, ...]:
+        """Return rows of draws as the compiled functions take them."""
+        windows = [window(*sides, self._augmentation) for sides in draws.crop[first:end, 2:].tolist()]
+        return (
+            draws.crop[first:end],
+            np.array(windows, np.int32).reshape(-1, 4),
+            draws.flip[first:end],
+            draws.angle[first:end],
+            draws.jitter[first:end],
+            draws.order[first:end],
+        )
+
+    def _scratch_for(self, height: int, width: int) -> tuple[Any, ...]:
+        taps = 2 * math.ceil(max(height, width, self.size) / self.size) + 2
+        most_width, most_taps = self._largest
+        if width > most_width or taps > most_taps:
+            self._grow(max(width, most_width), max(taps, most_taps))
+        return self._scratch
+
+    def _grow(self, width: int, taps: int) -> None:
+        """Make buffers for images up to a width and a number of weights."""
+        self._largest, size = (width, taps), self.size
+        self._scratch = (
             self._padded,
             self._margin,
             self._spans,
             self._line,
             self._rows,
-            scratch.row,
-            scratch.upright,
-            scratch.turned,
-            scratch.weights_y,
-            scratch.weights_x,
-        )
-
-    def _scratch_for(self, height: int, width: int) -> _Scratch:
-        taps = 2 * math.ceil(max(height, width, self.size) / self.size) + 2
-        held = self._scratch
-        if width > held.width or taps > held.taps:
-            self._scratch = self._buffers(max(width, held.width), max(taps, held.taps))
-        return self._scratch
-
-    def _buffers(self, width: int, taps: int) -> _Scratch:
-        pixels = width * self.size * 4
-        return _Scratch(
-            width=width,
-            taps=taps,
-            row=np.empty(max(width, self.size) * 4, np.float32),
-            upright=np.empty(pixels, np.uint8),
-            turned=np.empty(pixels, np.uint8),
-            weights_y=np.empty((self.size, taps), np.float32),
-            weights_x=np.empty((self.size, taps), np.float32),
+            np.empty(max(width, size) * 4, np.float32),  # one resampled row, RGBX
+            np.empty(width * size * 4, np.uint8),  # resampled along y, (size, width, RGBX)
+            np.empty(width * size * 4, np.uint8),  # the same, (width, size, RGBX)
+            np.empty((size, taps), np.float32),  # weights along y
+            np.empty((size, taps), np.float32),  # weights along x
         )
 
 
 @_jit
-def _augment(
-    source, crop, windows, flip, angle, jitter, order, out, figures,
-    padded, margin, spans, line, rows, row, upright, turned, weights_y, weights_x,
-):  # fmt: skip
-    size = out.shape[2]
-    for variant in range(out.shape[0]):
-        top, left, height, width = crop[variant]
-        tall, wide, first_y, first_x = windows[variant]
-        _triangle_weights(height, tall, first_y, spans[0], spans[1], weights_y)
-        _triangle_weights(width, wide, first_x, spans[2], spans[3], weights_x)
-        # Only the columns that are used: all, unless a window is taken.
-        skipped = spans[2, 0]
-        left, width = left + skipped, spans[2, size - 1] + spans[3, size - 1] - skipped
-        for x in range(size):
-            spans[2, x] -= skipped
+def _augment(source, parameters, out, figures, scratch):
+    """Make the variants of one picture of 32-bit pixels, (height, width · 4)."""
+    for variant in range(len(out)):
+        _make_variant(source, parameters, variant, out[variant], figures[variant], scratch)
+
+
+@_jit
+def _augment_shared(addresses, height, width, taken, parameters, out, figures, scratch):
+    """Make one variant of each picture whose number no other thread has taken."""
+    picture: Any = _take_next(taken)
+    while picture < len(addresses):
+        planes = numba.carray(_pointer(addresses[picture]), (3, height, width), np.uint8)
+        _make_variant(planes, parameters, picture, out[picture], figures, scratch)
+        picture = _take_next(taken)
+
+
+@_jit
+def _make_variant(source, parameters, variant, out, figures, scratch):
+    crop, windows, flip, angle, jitter, order = parameters
+    padded, margin, spans, line, rows, row, upright, turned, weights_y, weights_x = scratch
+    size = out.shape[1]
+    top, left, height, width = crop[variant]
+    tall, wide, first_y, first_x = windows[variant]
+    _triangle_weights(height, tall, first_y, spans[0], spans[1], weights_y)
+    _triangle_weights(width, wide, first_x, spans[2], spans[3], weights_x)
+    # Only the columns that are used: all, unless a window is taken.
+    skipped = spans[2, 0]
+    left, width = left + skipped, spans[2, size - 1] + spans[3, size - 1] - skipped
+    for x in range(size):
+        spans[2, x] -= skipped
+    if source.ndim == 2:
         _resample_rows(source, top, left * 4, width * 4, spans[0], spans[1], weights_y, row, upright, 0, width * 4)
-        _turn(upright.view(np.uint32), turned.view(np.uint32), size, width)
-        # The picture is turned in the padded buffer too: one of its rows is a column x.
-        side = size + 2 * margin
-        start, step = margin * side + margin, side
-        if flip[variant]:
-            start, step = start + (size - 1) * side, -side
-        columns = turned[: width * size * 4].reshape(width, size * 4)
-        _resample_rows(
-            columns, 0, 0, size * 4, spans[2], spans[3], weights_x, row, padded.view(np.uint8), start * 4, step * 4
-        )
-        figures[variant, 0], figures[variant, 1] = _rotate_and_colour(
-            padded, side, margin, angle[variant], jitter[variant], order[variant], line, rows,
-            out[variant].reshape(3, size * size),
-        )  # fmt: skip
+    else:
+        _resample_planes(source, top, left, width, spans[0], spans[1], weights_y, row, upright.view(np.uint32))
+    _turn(upright.view(np.uint32), turned.view(np.uint32), size, width)
+    # The picture is turned in the padded buffer too: one of its rows is a column x.
+    side = size + 2 * margin
+    start, step = margin * side + margin, side
+    if flip[variant]:
+        start, step = start + (size - 1) * side, -side
+    columns = turned[: width * size * 4].reshape(width, size * 4)
+    _resample_rows(
+        columns, 0, 0, size * 4, spans[2], spans[3], weights_x, row, padded.view(np.uint8), start * 4, step * 4
+    )
+    figures[0], figures[1] = _rotate_and_colour(
+        padded, side, margin, angle[variant], jitter[variant], order[variant], line, rows, out.reshape(3, size * size)
+    )
 
 
 @_jit

@@ -60,7 +60,7 @@ class BatchStream(abc.ABC):
         device: Device of the batches; None: the current GPU if there is one, else the CPU.
         on_corrupt: 'raise' on damaged or missing data, or 'skip' the samples concerned: batches have fewer samples.
         verify: True to check the checksums in files before its first use in this process.
-        prefetch: Batches that are made ahead in a thread; 0: none, and no thread.
+        prefetch: Batches that are made ahead in a thread, and another one that is begun; 0: none, and no thread.
         cache_dir: Parent of the cache's directory, for files of S3; None: the user's cache directory.
         cache_bytes: Bytes of all files kept there; None: 50 GB.
         as_numpy: Arrays instead of tensors, for any other library.
@@ -182,8 +182,8 @@ class BatchStream(abc.ABC):
 
     def _open_files(self) -> None:
         self._process = os.getpid()
-        # One batch is made, some wait, one is used, and one more may be held beside it.
-        self._placement = placement(self._constants, self._device, self._as_numpy, self._prefetch + 4)
+        # Two batches are made, some wait, one is used, and one more may be held beside it.
+        self._placement = placement(self._constants, self._device, self._as_numpy, self._prefetch + 5)
         self._on_gpu = self._placement.on_gpu
         remote = any(version.uri.startswith("s3://") for version in self._versions)
         self._cache = FileCache(*self._cache_limits) if remote else None
@@ -471,6 +471,7 @@ class BatchStream(abc.ABC):
             numbered=self._numbered,
             delivery=self._delivery,
             padding=self._padding,
+            ahead=min(self._prefetch, 1),
         )
         self._making = Prefetch(items, self._prefetch) if self._prefetch else items
         return self._making

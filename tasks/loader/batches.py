@@ -1,12 +1,17 @@
 """From what a worker takes in each step to its batches, in one thread; and single samples, checked in the same way.
 
 order of each source ─ takes of a step ─ samples, gathered from their files ─ transformed, mixed ─ batch
+
+Threads transform the samples of a batch while the next one is gathered, so that they needn't wait for it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +27,18 @@ from tasks.loader.samples import LABEL, SAMPLE_ID
 from tasks.loader.sequences import OWN, Padding
 from tasks.loader.shards import Joined, Shards
 from tasks.loader.sources import Picked, Source, Take, Takes, pick
-from tasks.loader.transforms import Change, Decoding, Encoded, Undecodable, change_of, decoding_of, described
+from tasks.loader.transforms import (
+    Change,
+    Decoding,
+    Encoded,
+    Mapped,
+    Undecodable,
+    Wait,
+    change_of,
+    decoding_of,
+    described,
+    nothing,
+)
 from tasks.loader.version_files import CURE, Version, stored_column
 
 MASK = "mask"
@@ -51,6 +67,7 @@ def make_batches(
     numbered: bool,
     delivery: Delivery | None,
     padding: Padding | None,
+    ahead: int,
 ) -> Iterator[Made]:
     """Yield a worker's batches of some steps.
 
@@ -64,57 +81,82 @@ def make_batches(
         numbered: True to add a column of the samples' sources.
         delivery: What changes the samples; None: they are delivered as they are stored.
         padding: What makes arrays of sequences; None without any.
+        ahead: Batches to begin with while threads still change the samples of the one before.
     """
-    specs = sources[0].shards.columns
-    plain = [name for name in columns if padding is None or name not in OWN]
-    packed = padding is not None and sources[0].row > 0
-    for takes in steps:
-        picks = pick(sources, takes)
-        for step in range(len(takes[0].parts)):
-            cut = 0
-            if padding is not None and packed:
-                take = takes[0].at(step)
-                gathered, real, (count, shown), size, skipped, cut = _packed(sources[0], take, place, columns, padding)
-            else:
-                if delivery is not None:
-                    own = [taken.at(step) for taken in takes]
-                    gathered, picked, size = delivery.batch(
-                        sources, joined, place, [take for take in own if take.low < take.high]
-                    )
-                else:
-                    picked = next(picks)
-                    gathered = {name: place.buffer(specs[name], picked.size) for name in plain}
-                    joined.gather(picked.samples, picked.parts, gathered)
-                    size = sum([values.nbytes for values in gathered.values()])
-                count, real, skipped = picked[2:]
-                shown = sum(real)
-                if padding is not None:
-                    bound = sources[0].bound(takes[0].at(step)) if len(sources) == 1 else None
-                    made, lengths, read = padding.fill(sources, picked.by_part(), place, columns, bound)
-                    lengths = lengths[:shown]
-                    cut, size = int(np.count_nonzero(padding.cut(lengths) < lengths)), size + read
-                    gathered = {name: made[name] if name in made else gathered[name] for name in columns}
+    if delivery is None:
+        read = _stored(sources, joined, place, steps, columns=columns, padding=padding)
+    else:
+        read = delivery.batches(sources, joined, place, steps, ahead)
+    with closing(read):
+        for gathered, (count, shown), parts, real, size, skipped, cut in read:
             if masked:
                 mask = gathered[MASK] = place.buffer(_MASK_SPEC, count)
                 mask[:shown], mask[shown:] = True, False
             if numbered:
                 numbers = gathered[SOURCE] = place.buffer(_SOURCE_SPEC, count)
                 done = 0
-                for number, _, own in picked.parts.tolist():
+                for number, _, own in parts.tolist():
                     numbers[done : done + own] = number
                     done += own
             yield Made(place.place(gathered), tuple(real), size, skipped, cut)
 
 
-def _packed(
-    source: Source, take: Take, place: Placement, columns: Sequence[str], padding: Padding
-) -> tuple[dict[str, AnyArray], list[int], tuple[int, int], int, int, int]:
-    """Return a worker's batch of rows of several samples.
+class _Read(NamedTuple):
+    """Columns of a batch, as they were read and changed.
 
-    Returns:
-        Its columns; the real samples; the rows, and the real ones; the bytes read; the damaged samples; and those cut.
-
+    Attributes:
+        gathered: arrays by column.
+        rows: number of rows, and of real ones.
+        parts: (P, 3) of which the first and the last are the source and the number of the samples of each part.
+        real: real samples of each source.
+        size: bytes that were read.
+        skipped: damaged samples.
+        cut: sequences that were cut.
     """
+
+    gathered: dict[str, AnyArray]
+    rows: tuple[int, int]
+    parts: Int64Array
+    real: list[int]
+    size: int
+    skipped: int
+    cut: int = 0
+
+
+def _stored(
+    sources: Sequence[Source],
+    joined: Joined,
+    place: Placement,
+    steps: Iterator[list[Takes]],
+    *,
+    columns: Sequence[str],
+    padding: Padding | None,
+) -> Generator[_Read]:
+    """Yield the samples of some steps as they are stored."""
+    specs = sources[0].shards.columns
+    plain = [name for name in columns if padding is None or name not in OWN]
+    packed = padding is not None and sources[0].row > 0
+    for takes in steps:
+        picks = pick(sources, takes)
+        for step in range(len(takes[0].parts)):
+            if padding is not None and packed:
+                yield _packed(sources[0], takes[0].at(step), place, columns, padding)
+                continue
+            picked, cut = next(picks), 0
+            gathered = {name: place.buffer(specs[name], picked.size) for name in plain}
+            joined.gather(picked.samples, picked.parts, gathered)
+            size, shown = sum([values.nbytes for values in gathered.values()]), sum(picked.real)
+            if padding is not None:
+                bound = sources[0].bound(takes[0].at(step)) if len(sources) == 1 else None
+                made, lengths, read = padding.fill(sources, picked.by_part(), place, columns, bound)
+                lengths = lengths[:shown]
+                cut, size = int(np.count_nonzero(padding.cut(lengths) < lengths)), size + read
+                gathered = {name: made[name] if name in made else gathered[name] for name in columns}
+            yield _Read(gathered, (picked.size, shown), picked.parts, picked.real, size, picked.skipped, cut)
+
+
+def _packed(source: Source, take: Take, place: Placement, columns: Sequence[str], padding: Padding) -> _Read:
+    """Return a worker's batch of rows of several samples."""
     index, counts, shown = source.rows(take)
     source.announce(take)
     row_of = np.repeat(np.arange(len(counts)), counts)
@@ -125,12 +167,15 @@ def _packed(
         index, row_of = index[good], row_of[good]
     gathered, lengths, size = padding.pack(source, (index, row_of), place, columns, (len(counts), source.row))
     cut = int(np.count_nonzero(padding.cut(lengths[:real]) < lengths[:real]))
-    return gathered, [real], (len(counts), shown), size, before - real, cut
+    parts = np.array([[take.source, 0, len(counts)]])
+    return _Read(gathered, (len(counts), shown), parts, [real], size, before - real, cut)
 
 
 def _gather_encoded(sources: Sequence[Source], picked: Sequence[tuple[int, Int64Array]], decoding: Decoding) -> Encoded:
     """Return the encoded pictures of the picked samples of some sources, one after the other."""
     parts = [sources[number].shards.gather_ragged(index) for number, index in picked]
+    if len(parts) == 1:
+        return Encoded(*parts[0], decoding)
     sizes = np.concatenate([np.diff(starts) for _, starts in parts])
     return Encoded(np.concatenate([data for data, _ in parts]), np.concatenate([[0], np.cumsum(sizes)]), decoding)
 
@@ -142,6 +187,30 @@ def _keys(level: int, parts: Iterable[tuple[int, int, Int64Array, Int64Array]]) 
         keys.append(np.empty(len(numbers), np.uint64))
         sample_keys(seed, epoch, level, numbers, copies, keys[-1])
     return np.concatenate(keys)
+
+
+class _Begun(NamedTuple):
+    """A batch whose samples are being changed.
+
+    Attributes:
+        takes: what the worker takes.
+        parts: likewise, with the samples of each.
+        made: columns, of which the inputs are there when the threads are done.
+        wait: waits for them.
+        real: real samples of each source.
+        skipped: damaged samples.
+        size: bytes that were read.
+        memory: memory by name that isn't handed out.
+    """
+
+    takes: Sequence[Take]
+    parts: Sequence[tuple[Take, Reading]]
+    made: dict[str, AnyArray]
+    wait: Wait
+    real: list[int]
+    skipped: int
+    size: int
+    memory: dict[str, AnyArray]
 
 
 class Delivery:
@@ -192,15 +261,17 @@ class Delivery:
         self._means = len(definition["normalise"]["mean"]) if normalise else None
         self._refuse_misfits(alphas, definition)
         self.columns = tuple(dict.fromkeys((*columns, SAMPLE_ID)))
-        self._memory: dict[str, AnyArray] = {}
+        self._idle: list[dict[str, AnyArray]] = []  # memory that no batch uses now
         self._change: Change | None = None
         if transform is not None:
             self._change, digest = change_of(transform, specs[self._input], threads, pictures=self._pictures)
             self.identity |= digest
+        stored = self._change is not None and self._change.takes_stored
+        self._located = self._input if stored and not encoded else None  # the inputs that are read where they are
         self._decoding: Decoding | None = None
         if encoded:
             spec = specs[self._input]
-            if self._change is not None and self._change.decodes:
+            if self._change is not None and stored:
                 self._decoding = Decoding(spec, self._change.team)
             else:
                 self._decoding = decoding_of(spec, threads)
@@ -222,10 +293,49 @@ class Delivery:
         if alphas["cutmix"] and not self._pictures:
             raise ConfigError(f"cutmix = {alphas['cutmix']}: it is for pictures; use mixup for rows of a table")
 
-    def batch(
-        self, sources: Sequence[Source], joined: Joined, place: Placement, takes: Sequence[Take]
-    ) -> tuple[dict[str, AnyArray], Picked, int]:
-        """Return a worker's batch of a step: its columns, its samples, and the bytes read."""
+    def batches(
+        self,
+        sources: Sequence[Source],
+        joined: Joined,
+        place: Placement,
+        steps: Iterator[list[Takes]],
+        ahead: int,
+    ) -> Generator[_Read]:
+        """Yield a worker's batches of some steps.
+
+        What can't be read is raised after the batches before it.
+
+        Args:
+            sources: The sources.
+            joined: Their shards as one sequence.
+            place: Maker of batches.
+            steps: What the worker takes in each group of steps; real samples come first.
+            ahead: Batches to begin with while threads still change the samples of the one before.
+        """
+        begun = deque[_Begun]()
+        try:
+            for takes in steps:
+                for step in range(len(takes[0].parts)):
+                    own = [taken.at(step) for taken in takes]
+                    try:
+                        begun.append(
+                            self._begin(sources, joined, place, [take for take in own if take.low < take.high])
+                        )
+                    except Exception:
+                        while begun:
+                            yield self._finish(begun.popleft(), sources, joined, place)
+                        raise
+                    while len(begun) > ahead:
+                        yield self._finish(begun.popleft(), sources, joined, place)
+            while begun:
+                yield self._finish(begun.popleft(), sources, joined, place)
+        finally:
+            for one in begun:  # else threads would go on in memory that the next iteration uses
+                with suppress(Exception):
+                    one.wait()
+
+    def _begin(self, sources: Sequence[Source], joined: Joined, place: Placement, takes: Sequence[Take]) -> _Begun:
+        """Read the samples of a step, and begin to change them."""
         real, skipped = [0] * len(sources), 0
         wanted = [sources[take.source].reading(take, self._mixing is not None) for take in takes]
         for take in takes:  # all of them first: a source drops files that it needs in no later lap
@@ -237,10 +347,14 @@ class Delivery:
             real[take.source] += reading.real
             skipped += whole.real - reading.real
             parts.append((take, reading))
+        memory = self._idle.pop() if self._idle else {}
         ends = np.cumsum([len(reading.samples) for _, reading in parts])
         read = [(take.source, reading.samples) for take, reading in parts]
-        raw: dict[str, Any] = self._raw(int(ends[-1]), place)
-        joined.gather(*Picked.of(read, real)[:2], raw)
+        raw = self._raw(int(ends[-1]), place, memory)
+        index, among = Picked.of(read, real)[:2]
+        joined.gather(index, among, raw, self._located)
+        if self._located is not None:
+            raw[self._located] = Mapped(raw[self._located], self._specs[self._located], joined.held)
         if self._decoding is not None:
             raw[self._input] = _gather_encoded(sources, read, self._decoding)
         size = sum(raw[name].nbytes for name in self._delivered)
@@ -252,18 +366,29 @@ class Delivery:
                 for (take, reading), own in zip(parts, ids, strict=True)
             ),
         )
+        made, wait = self._changed(raw, keys, place, memory)
+        return _Begun(takes, parts, made, wait, real, skipped, size, memory)
+
+    def _finish(self, begun: _Begun, sources: Sequence[Source], joined: Joined, place: Placement) -> _Read:
+        """Wait until the samples are changed, and mix them."""
         try:
-            made = self._changed(raw, keys, place)
+            begun.wait()
         except Undecodable as error:
+            ends = np.cumsum([len(reading.samples) for _, reading in begun.parts])
             for row, what in error.faults.items():
                 part = int(np.searchsorted(ends, row, side="right"))
-                number, samples = read[part]
-                sources[number].shards.leave_out({int(samples[row - ends[part]]): what})
-            return self.batch(sources, joined, place, takes)  # without them
+                take, reading = begun.parts[part]
+                sample = int(reading.samples[row - ends[part]])
+                sources[take.source].shards.leave_out({sample: what})
+            self._idle.append(begun.memory)
+            return self._finish(self._begin(sources, joined, place, begun.takes), sources, joined, place)
+        made = begun.made
         if self._mixing is not None:
-            made = self._mixed(self._mixing, made, sources, parts, place)
-        picked = [(take.source, reading.samples[reading.own]) for take, reading in parts]
-        return made, Picked.of(picked, real, skipped), size
+            made = self._mixed(self._mixing, made, sources, begun.parts, place)
+        self._idle.append(begun.memory)
+        sizes = [[take.source, 0, len(reading.own)] for take, reading in begun.parts]
+        rows = sum(size for _, _, size in sizes), sum(begun.real)
+        return _Read(made, rows, np.array(sizes), begun.real, begun.size, begun.skipped)
 
     def single(
         self, raw: dict[str, Any], place: Placement, *, seed: int, epoch: int | None, copy: int
@@ -285,9 +410,13 @@ class Delivery:
             raw = {**raw, self._input: Encoded(data, starts, self._decoding)}
         if epoch is None:
             raw = {name: raw[name] for name in self._delivered}
-            return self._decoded(raw, place.buffer)
+            made, wait = self._decoded(raw, place.buffer)
+            wait()
+            return made
         keys = _keys(TRANSFORMS, [(seed, epoch, raw[SAMPLE_ID], np.array([copy], np.int64))])
-        return self._changed(raw, keys, place, fresh=True)
+        made, wait = self._changed(raw, keys, place, None)
+        wait()
+        return made
 
     def close(self) -> None:
         """End the threads."""
@@ -296,43 +425,65 @@ class Delivery:
         if self._decoding is not None:
             self._decoding.team.close()
 
-    def _raw(self, count: int, place: Placement) -> dict[str, Any]:
+    def _raw(self, count: int, place: Placement, memory: dict[str, AnyArray]) -> dict[str, Any]:
         """Return memory to gather the columns of one length in: what goes on as it is into that of a batch."""
-        return {
-            name: place.buffer(spec, count)
-            if self._mixing is None and name in self._delivered and not (name == self._input and self._change)
-            else self._scratch(f"raw {name}", spec, count)
-            for name, spec in ((name, self._specs[name]) for name in self.columns)
-            if name != self._input or self._decoding is None
-        }
+        raw: dict[str, Any] = {}
+        for name in self.columns:
+            spec = self._specs[name]
+            if name == self._located:
+                raw[name] = np.empty(count, np.int64)
+            elif name == self._input and self._decoding is not None:
+                continue
+            elif self._mixing is None and name in self._delivered and not (name == self._input and self._change):
+                raw[name] = place.buffer(spec, count)
+            else:
+                raw[name] = _scratch(memory, f"raw {name}", spec, count)
+        return raw
 
-    def _decoded(self, raw: dict[str, Any], new: Callable[[TensorSpec, int], AnyArray]) -> dict[str, Any]:
-        """Return the columns with decoded pictures, in new memory, if they are encoded."""
+    def _decoded(self, raw: dict[str, Any], new: Callable[[TensorSpec, int], AnyArray]) -> tuple[dict[str, Any], Wait]:
+        """Return the columns with pictures that are being decoded in new memory, if they are encoded."""
         if self._decoding is None:
-            return raw
+            return raw, nothing
         encoded: Encoded = raw[self._input]
-        return {**raw, self._input: encoded.planes(new(self._decoding.spec, len(encoded)))}
+        out = new(self._decoding.spec, len(encoded))
+        return {**raw, self._input: out}, encoded.planes(out)
 
     def _changed(
-        self, raw: dict[str, Any], keys: UInt64Array, place: Placement, *, fresh: bool = False
-    ) -> dict[str, AnyArray]:
-        """Return the columns with the transformed inputs, in memory of a batch unless they are to be mixed."""
-        ids = raw[SAMPLE_ID]
-        if self._change is None and (self._mixing is None or fresh):
-            raw = self._decoded(raw, place.buffer)
-        elif self._change is None or not self._change.decodes or not len(keys):
-            raw = self._decoded(raw, lambda spec, count: self._scratch("decoded", spec, count))
-        made = raw if self._mixing is not None and not fresh else {name: raw[name] for name in self._delivered}
-        if self._change is not None and len(keys):
+        self, raw: dict[str, Any], keys: UInt64Array, place: Placement, memory: dict[str, AnyArray] | None
+    ) -> tuple[dict[str, AnyArray], Wait]:
+        """Return the columns with inputs that are being transformed, and a function that waits for that.
 
-            def new(spec: TensorSpec) -> AnyArray:
-                self._refuse_form(spec)
-                if self._mixing is not None and not fresh:
-                    return self._scratch("transformed", spec, len(keys))
-                return place.buffer(spec, len(keys))
+        The inputs are in memory of a batch unless they are to be mixed.
 
-            made = {**made, self._input: self._change.apply(raw[self._input], keys, ids, new)}
-        return made
+        Args:
+            raw: `columns` of the samples.
+            keys: (n,) keys of their draws.
+            place: Maker of batches.
+            memory: Memory that isn't handed out; None for samples that aren't mixed.
+        """
+        change, mixed = self._change, self._mixing is not None and memory is not None
+
+        def held(spec: TensorSpec, count: int, name: str) -> AnyArray:
+            return np.empty((count, *spec.shape), spec.dtype) if memory is None else _scratch(memory, name, spec, count)
+
+        decoded = nothing
+        if change is None or not change.takes_stored:
+            passing = mixed or change is not None
+            raw, decoded = self._decoded(raw, functools.partial(held, name="decoded") if passing else place.buffer)
+        made = raw if mixed else {name: raw[name] for name in self._delivered}
+        if change is None or not (change.takes_stored or len(keys)):
+            return made, decoded
+        try:
+            decoded()
+        except Undecodable:
+            return made, decoded  # which says so when it is called again
+
+        def new(spec: TensorSpec) -> AnyArray:
+            self._refuse_form(spec)
+            return held(spec, len(keys), "transformed") if mixed else place.buffer(spec, len(keys))
+
+        values, wait = change.start(raw[self._input], keys, raw[SAMPLE_ID], new)
+        return {**made, self._input: values}, wait
 
     def _refuse_form(self, spec: TensorSpec) -> None:
         """Refuse transformed inputs that can't be normalised or cut."""
@@ -387,12 +538,13 @@ class Delivery:
                 np.take(made[name], own, axis=0, out=mixed[name])
         return {name: mixed[name] for name in self._delivered}
 
-    def _scratch(self, name: str, spec: TensorSpec, count: int) -> AnyArray:
-        """Return memory that isn't handed out, (count, *shape)."""
-        held = self._memory.get(name)
-        if held is None or len(held) < count or held.shape[1:] != spec.shape or held.dtype.name != spec.dtype:
-            held = self._memory[name] = np.empty((count + count // 4, *spec.shape), spec.dtype)
-        return held[:count]
+
+def _scratch(memory: dict[str, AnyArray], name: str, spec: TensorSpec, count: int) -> AnyArray:
+    """Return a named part of some memory, (count, *shape)."""
+    held = memory.get(name)
+    if held is None or len(held) < count or held.shape[1:] != spec.shape or held.dtype.name != spec.dtype:
+        held = memory[name] = np.empty((count + count // 4, *spec.shape), spec.dtype)
+    return held[:count]
 
 
 class Lookup:

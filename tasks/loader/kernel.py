@@ -413,7 +413,7 @@ def _group(places: Places, sample: Any) -> Any:
 
 
 @jit
-def gather(  # noqa: PLR0917 - compiled functions take arrays one by one
+def gather(  # noqa: PLR0912, PLR0917 - compiled functions take arrays one by one
     places: Places,
     index: Int64Array,
     parts: Int64Array,
@@ -421,6 +421,8 @@ def gather(  # noqa: PLR0917 - compiled functions take arrays one by one
     addresses: Int64Array,
     widths: Int64Array,
     to: Int64Array,
+    located: int,
+    found: Int64Array,
 ) -> None:
     """Copy the values of some samples of several sources, one after the other, for each column.
 
@@ -435,6 +437,8 @@ def gather(  # noqa: PLR0917 - compiled functions take arrays one by one
         addresses: (C, G) start of each row group's values, for each column.
         widths: (C,) bytes of a value.
         to: (C,) addresses of memory for n values.
+        located: Number of the column whose values are found instead of copied; -1 for none.
+        found: (n,) their addresses; none without such a column.
     """
     count, columns = parts[:, 2].sum(), len(widths)
     groups, rows = np.empty((2, _AHEAD), np.int64), np.empty((2, _AHEAD), np.int64)
@@ -453,12 +457,17 @@ def gather(  # noqa: PLR0917 - compiled functions take arrays one by one
             width = widths[column]
             for i in range(min(_AHEAD, count - start)):
                 address = addresses[column, group[i]] + row[i] * width
+                if column == located:
+                    found[start + i] = address
+                    continue
                 _prefetch(address)
                 if width > 8:
                     _prefetch(address + min(width, 128) - 1)
         if start > 0:
             group, row = groups[1 - coming], rows[1 - coming]
             for column in range(columns):
+                if column == located:
+                    continue
                 width = widths[column]
                 target = to[column] + (start - _AHEAD) * width
                 for i in range(min(_AHEAD, count - start + _AHEAD)):
@@ -617,15 +626,6 @@ def normalise_pixels(values: UInt8Array, factor: Float32Array, shift: Float32Arr
         for p in range(values.shape[2]):
             for c in range(values.shape[1]):
                 out[i, p, c] = np.float32(values[i, c, p]) * factor[c] + shift[c]
-
-
-@jit
-def interleave(planes: UInt8Array, out: npt.NDArray[np.uint32]) -> None:
-    """Write the planes of a picture as pixels of 32 bits, red first: (3, P) → (P,)."""
-    red, green, blue = planes[0], planes[1], planes[2]
-    for p in range(len(out)):
-        high = np.uint32(blue[p]) << np.uint32(16)
-        out[p] = np.uint32(red[p]) | np.uint32(green[p]) << np.uint32(8) | high
 
 
 @jit

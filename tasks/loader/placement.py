@@ -179,8 +179,8 @@ class _OnHost:
     def __init__(self, constants: Constants, buffers: int) -> None:
         self._constants = constants
         self._buffers = Buffers(buffers)
-        # Inputs to convert are gathered into memory that isn't handed out.
-        self._passing = Buffers(1)
+        # Inputs to convert are gathered into memory that isn't handed out; those of the next batch, too, meanwhile.
+        self._passing = Buffers(2)
 
     def buffer(self, spec: TensorSpec, count: int) -> AnyArray:
         passing = spec.dtype == "uint8" and self._constants.normalise

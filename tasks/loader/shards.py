@@ -56,6 +56,7 @@ _DOWNLOADS = 4  # at a time
 _MAPPED_AT_ONCE = 512  # local files, when a split is opened: errors in them are raised then
 _LOOK_SECONDS, _TIMES_SECONDS = 0.02, 1.0  # between checks of files' lengths, and of their times, which take longer
 _LOOK_SHARE = 1 / 500  # of the time at most, however many files there are
+_NO_ADDRESSES = np.empty(0, np.int64)
 _FETCH_BYTES = 1 << 18  # of a chunk that is fetched as a whole; for smaller ones the system's read-ahead is enough
 
 
@@ -188,6 +189,11 @@ class Shards:
             self.pick(names)
         return self._places, self._addresses
 
+    @property
+    def held(self) -> Mapping[int, MappedFile]:
+        """The mapped files by number; addresses in them are valid as long as this object, not the shards' next one."""
+        return self._mapped
+
     def find(self, index: Int64Array) -> tuple[Int64Array, Int64Array]:
         """Return address and bytes of the values of any length of usable samples, (n,) each.
 
@@ -268,10 +274,8 @@ class Shards:
             # A present but never used one would stay mapped, and in the cache.
             if self._coming[file].cancel() or self._coming[file].done():
                 del self._coming[file]
-        dropped = self._mapped.keys() - kept
-        for file in dropped:
-            del self._mapped[file]
-        if dropped:
+        if self._mapped.keys() - kept:
+            self._mapped = {file: mapped for file, mapped in self._mapped.items() if file in kept}
             self.settled_until = 0.0
             self._tabulate()
 
@@ -489,22 +493,32 @@ class Joined:
         self._near: tuple[Int32Array, int] | None = None
         self._own: list[Int64Array | None] = [None] * len(self._all)  # the addresses that were joined
 
-    def gather(self, index: Int64Array, parts: Int64Array, out: Mapping[str, AnyArray]) -> None:
+    def gather(
+        self, index: Int64Array, parts: Int64Array, out: Mapping[str, AnyArray], located: str | None = None
+    ) -> None:
         """Copy the values of some columns of usable samples, each of one length, one part after the other.
 
         Args:
             index: Samples by their numbers in their split.
             parts: (P, 3) number of the split of each part, its place in `index`, and the number of its samples.
             out: Target arrays by column: C-contiguous, (n, *shape) for the n samples of all parts.
+            located: The column for whose values the target gets their addresses instead, int64 (n,). They are valid
+                as long as `held` of all shards.
         """
         tables = [shards.tables(tuple(out)) for shards in self._all]
         if not all(map(operator.is_, self._own, (addresses for _, addresses in tables))):
             self._own = [addresses for _, addresses in tables]
             self._places = self._join([places for places, _ in tables])
             self._addresses = np.concatenate([addresses for _, addresses in tables], axis=1)
-        widths = np.array([values.strides[0] for values in out.values()], np.int64)
+        widths = np.array([self._all[0].columns[name].width for name in out], np.int64)
         to = np.array(list(map(address_of, out.values())), np.int64)
-        gather(self._places, index, parts, self._firsts, self._addresses, widths, to)
+        column, found = (-1, _NO_ADDRESSES) if located is None else (list(out).index(located), out[located])
+        gather(self._places, index, parts, self._firsts, self._addresses, widths, to, column, found)
+
+    @property
+    def held(self) -> tuple[Mapping[int, MappedFile], ...]:
+        """`Shards.held` of each split."""
+        return tuple(shards.held for shards in self._all)
 
     def _join(self, parts: Sequence[Places]) -> Places:
         """Return the places of all samples, numbered one split after the other."""

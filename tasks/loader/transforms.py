@@ -9,8 +9,9 @@
 The key of a sample's draws is a hash of (seed, epoch, sample id, which of its copies in the epoch it is). So its pixels
 are the same for any number of workers, batch size and prefetch, and after resuming, and others in the next epoch.
 
-Pictures that are stored encoded are decoded by the same threads, each just before it is transformed: by the decoder of
-the augmentation flow, so that they are the pixels that the flow stores otherwise.
+An `Augmentation` reads stored pictures where their file is mapped. Those that are stored encoded are decoded by the
+same threads, each just before it is transformed: by the decoder of the augmentation flow, so that they are the pixels
+that the flow stores otherwise.
 
 Transforms run in the thread that makes batches ahead, or in several. The generators of the process belong to the
 training: neither its dropout nor a transform may take draws from the other. So torch's random operations are given the
@@ -25,7 +26,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,7 +36,7 @@ import xxhash
 from tasks.io.errors import ConfigError
 from tasks.io.tensors import AnyArray, Int64Array, TensorSpec, UInt8Array, UInt64Array
 from tasks.loader.arguments import whole_number
-from tasks.loader.kernel import interleave, separate
+from tasks.loader.kernel import separate
 
 if TYPE_CHECKING:
     from tasks.images.config import Augmentation
@@ -51,24 +52,50 @@ _KINDS = (
 )
 
 
+Wait = Callable[[], None]
+"""Waits until all threads are done, and raises the error of one of them."""
+
+
 class _Team:
-    """Threads that share the samples of a batch: each takes the next one when it is done with one."""
+    """Threads that share the samples of a batch: each takes the next one when it is done with one.
+
+    Those that find none go on with the next batch. A single thread is the caller's.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._pool = ThreadPoolExecutor(count, "transform") if count > 1 else None
+        self._idle = list(range(count))
 
-    def run(self, count: int, work: Callable[[int, Iterator[int]], None]) -> None:
-        """Call a function with the number of a thread and an iterator over its samples, in each thread."""
-        rows = iter(range(count))  # of which each number comes once, whoever asks for it
+    def start(self, work: Callable[[int], None]) -> Wait:
+        """Begin to call a function in each thread with a number, which no other thread has at that time."""
         if self._pool is None:
-            work(0, rows)
-        else:
-            list(self._pool.map(work, range(self.count), [rows] * self.count))
+            work(0)
+            return nothing
+
+        def numbered() -> None:
+            number = self._idle.pop()
+            try:
+                work(number)
+            finally:
+                self._idle.append(number)
+
+        running = [self._pool.submit(numbered) for _ in range(self.count)]
+
+        def wait_for_all() -> None:
+            wait(running)
+            for one in running:
+                one.result()
+
+        return wait_for_all
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def nothing() -> None:
+    """Wait for nothing."""
 
 
 class Undecodable(Exception):
@@ -137,15 +164,15 @@ class Encoded:
         """Bytes of all of them."""
         return int(self._data.nbytes)
 
-    def each(self, work: Callable[[int, int, UInt8Array], None]) -> None:
-        """Call a function with each decoded picture, in the threads: their number, the sample's, and its pixels.
+    def each(self, work: Callable[[int, int, UInt8Array], None]) -> Wait:
+        """Begin to call a function with each decoded picture: the thread's number, the sample's, and its pixels.
 
-        Raises:
-            Undecodable: some can't be decoded; the function was called with the others.
+        The returned function raises `Undecodable` if some can't be decoded; the function was called with the others.
         """
         faults: dict[int, str] = {}
+        rows = iter(range(len(self)))  # of which each number comes once, whoever asks for it
 
-        def share(worker: int, rows: Iterator[int]) -> None:
+        def share(worker: int) -> None:
             for row in rows:
                 pixels = self._decoding.pixels(worker, self._data[self._starts[row] : self._starts[row + 1]])
                 if isinstance(pixels, str):
@@ -153,18 +180,40 @@ class Encoded:
                 else:
                     work(worker, row, pixels)
 
-        self._decoding.team.run(len(self), share)
-        if faults:
-            raise Undecodable(faults)
+        wait_for_all = self._decoding.team.start(share)
 
-    def planes(self, out: AnyArray) -> AnyArray:
-        """Write the decoded pictures, (n, 3, height, width); return the array.
+        def end() -> None:
+            wait_for_all()
+            if faults:
+                raise Undecodable(faults)
 
-        Raises:
-            Undecodable: some can't be decoded.
-        """
-        self.each(lambda _, row, pixels: separate(pixels.reshape(-1).view(np.uint32), out[row].reshape(3, -1)))
-        return out
+        return end
+
+    def planes(self, out: AnyArray) -> Wait:
+        """Begin to write the decoded pictures, (n, 3, height, width); `each` says what is returned."""
+        return self.each(lambda _, row, pixels: separate(pixels.reshape(-1).view(np.uint32), out[row].reshape(3, -1)))
+
+
+class Mapped:
+    """Pictures of some samples in mapped files, which are read when they are used.
+
+    Args:
+        addresses: (n,) address of each.
+        spec: Their shape and element type.
+        holder: What keeps the addresses valid.
+
+    """
+
+    def __init__(self, addresses: Int64Array, spec: TensorSpec, holder: Any) -> None:
+        self.addresses, self._spec, self._holder = addresses, spec, holder
+
+    def __len__(self) -> int:
+        return len(self.addresses)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return len(self) * self._spec.width
 
 
 class Change(Protocol):
@@ -172,24 +221,25 @@ class Change(Protocol):
 
     Attributes:
         team: threads that change them.
-        decodes: True if it takes encoded pictures as they are.
+        takes_stored: True if it takes pictures where they are, `Encoded` or `Mapped`, and any number of samples; else
+            at least one.
     """
 
     team: _Team
-    decodes: bool
+    takes_stored: bool
 
-    def apply(self, values: Any, keys: UInt64Array, ids: Int64Array, new: New) -> AnyArray:
-        """Return the changed inputs of n samples.
+    def start(self, values: Any, keys: UInt64Array, ids: Int64Array, new: New) -> tuple[AnyArray, Wait]:
+        """Return memory of the changed inputs of n samples, and a function that waits until they are there.
 
         Args:
-            values: (n, *shape) inputs as stored, which may be written to; or `Encoded` ones.
+            values: (n, *shape) inputs as stored, which may be written to; or stored ones.
             keys: (n,) keys of their draws.
             ids: (n,) ids, for messages.
             new: Memory for the result.
 
         Raises:
-            ConfigError: a transform gave something that can't be delivered.
-            Undecodable: some pictures can't be decoded.
+            ConfigError: a transform gave something that can't be delivered; here or in the returned function.
+            Undecodable: some pictures can't be decoded; likewise.
         """
         ...
 
@@ -197,19 +247,18 @@ class Change(Protocol):
 class _Augmented:
     """Pictures augmented by the compiled kernel of the augmentation flow."""
 
-    decodes = True
+    takes_stored = True
 
     def __init__(self, augmentation: Augmentation, spec: TensorSpec, team: _Team) -> None:
         from tasks.images.kernel import FusedEngine
 
         self.team, self._augmentation = team, augmentation
         self._made = TensorSpec((3, augmentation.size, augmentation.size), "uint8")
-        _, self._height, self._width = spec.shape
+        self._spec, (_, self._height, self._width) = spec, spec.shape
         self._engines = [FusedEngine(augmentation) for _ in range(team.count)]
-        self._pixels = [np.empty((self._height, self._width, 4), np.uint8) for _ in range(team.count)]
         self._figures = [np.empty((1, 2), np.float32) for _ in range(team.count)]
 
-    def apply(self, values: Any, keys: UInt64Array, ids: Int64Array, new: New) -> AnyArray:  # noqa: ARG002
+    def start(self, values: Any, keys: UInt64Array, ids: Int64Array, new: New) -> tuple[AnyArray, Wait]:  # noqa: ARG002
         from tasks.images.draws import draw
 
         heights, widths = np.full((2, len(keys)), [[self._height], [self._width]], np.int64)
@@ -219,18 +268,18 @@ class _Augmented:
         def augment(worker: int, row: int, pixels: UInt8Array) -> None:
             self._engines[worker].augment(pixels, draws, row, out[row : row + 1], self._figures[worker])
 
-        def share(worker: int, rows: Iterator[int]) -> None:
-            pixels = self._pixels[worker]
-            flat = pixels.reshape(-1).view(np.uint32)
-            for row in rows:
-                interleave(values[row].reshape(3, -1), flat)
-                augment(worker, row, pixels)
-
         if isinstance(values, Encoded):
-            values.each(augment)
-        else:
-            self.team.run(len(values), share)
-        return out
+            return out, values.each(augment)
+        if isinstance(values, np.ndarray):
+            addresses = values.ctypes.data + values.strides[0] * np.arange(len(values))
+            values = Mapped(addresses, self._spec, values)
+        parameters, taken = self._engines[0].parameters(draws, 0, len(keys)), np.zeros(1, np.int64)
+
+        def share(worker: int) -> None:
+            sides = self._height, self._width
+            self._engines[worker].augment_stored(values.addresses, sides, taken, parameters, out)
+
+        return out, self.team.start(share)
 
 
 class _Called:
@@ -243,14 +292,14 @@ class _Called:
 
     """
 
-    decodes = False
+    takes_stored = False
 
     def __init__(self, function: Callable[..., Any], team: _Team, *, numpy: bool) -> None:
         self.team, self._function = team, function
         self._calls = [_with_generator(function) if numpy else _with_torch(function) for _ in range(team.count)]
         self._first: tuple[TensorSpec, int] | None = None
 
-    def apply(self, values: Any, keys: UInt64Array, ids: Int64Array, new: New) -> AnyArray:
+    def start(self, values: Any, keys: UInt64Array, ids: Int64Array, new: New) -> tuple[AnyArray, Wait]:
         from tasks.images.draws import policy_seeds
 
         seeds = policy_seeds(keys, 1).tolist()
@@ -258,9 +307,9 @@ class _Called:
             first = self._tried(values, seeds, ids)
             self._first = TensorSpec(first.shape, first.dtype.name), int(ids[0])
         spec, number = self._first
-        out = new(spec)
+        out, rows = new(spec), iter(range(len(values)))
 
-        def work(worker: int, rows: Iterator[int]) -> None:
+        def work(worker: int) -> None:
             for row in rows:
                 made = self._call(worker, values[row], seeds[row], int(ids[row]))
                 found = TensorSpec(made.shape, made.dtype.name)
@@ -271,8 +320,7 @@ class _Called:
                     )
                 out[row] = made
 
-        self.team.run(len(values), work)
-        return out
+        return out, self.team.start(work)
 
     def _tried(self, values: AnyArray, seeds: list[int], ids: Int64Array) -> AnyArray:
         """Return the first sample transformed; refuse a function that draws from elsewhere, as some samples show."""

@@ -9,6 +9,7 @@ into another sixth of the circle. The whole: at least 45 dB on natural-looking p
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -265,6 +266,34 @@ def test_an_engine_remembers_nothing_of_earlier_images() -> None:
         draws = draw(image_keys([f"{height}"], 1), np.array([height]), np.array([width]), augmentation)
         engine.augment(pixels, draws, 0, out, figures)
         np.testing.assert_array_equal(out, run(pixels, draws, 40))
+
+
+@pytest.mark.parametrize("kind", [Augmentation, Centred])
+@pytest.mark.parametrize(("height", "width"), [(60, 45), (30, 2000), (700, 33)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_planes_give_the_pixels_of_the_picture_whichever_thread_takes_it(
+    kind: type[Augmentation], height: int, width: int, threads: int
+) -> None:
+    count, augmentation = 7, kind(size=40, variants=1, degrees=15.0)
+    pictures = [natural(height, width, number) for number in range(count)]
+    planes = np.ascontiguousarray(np.stack(pictures)[..., :3].transpose(0, 3, 1, 2))
+    keys = image_keys([f"image-{number}" for number in range(count)], 3)
+    draws = draw(keys, np.full(count, height), np.full(count, width), augmentation)
+    addresses = planes.ctypes.data + planes.strides[0] * np.arange(count)
+    out, taken = np.zeros((count, 3, 40, 40), np.uint8), np.zeros(1, np.int64)
+    engines = [FusedEngine(augmentation) for _ in range(threads)]
+    parameters = engines[0].parameters(draws, 0, count)
+    with ThreadPoolExecutor(threads) as pool:
+        work = [
+            pool.submit(engine.augment_stored, addresses, (height, width), taken, parameters, out) for engine in engines
+        ]
+        for one in work:
+            one.result()
+    assert taken[0] == count + threads
+    alone, figures = np.empty((1, 3, 40, 40), np.uint8), np.empty((1, 2), np.float32)
+    for number, picture in enumerate(pictures):
+        engines[0].augment(picture, draws, number, alone, figures)
+        np.testing.assert_array_equal(out[number], alone[0])
 
 
 def test_the_fourth_channel_doesnt_matter() -> None:

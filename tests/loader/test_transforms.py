@@ -16,7 +16,7 @@ from tasks.images.config import Augmentation, Centred
 from tasks.images.draws import draw, policy_seeds
 from tasks.images.kernel import FusedEngine
 from tasks.io import storage
-from tasks.io.errors import ConfigError, InputError
+from tasks.io.errors import ConfigError, CorruptVersion, InputError
 from tasks.loader.mixed import MixedStream
 from tasks.loader.shards import Joined
 from tasks.loader.stream import TrainingStream
@@ -334,15 +334,31 @@ def test_a_worker_reads_few_samples_more_for_its_partners(images: str, monkeypat
     read: list[int] = []
     gather = Joined.gather
 
-    def counted(joined: Joined, index: np.ndarray, parts: np.ndarray, out: dict[str, np.ndarray]) -> None:
+    def counted(joined: Joined, index: np.ndarray, parts: np.ndarray, *arguments: Any) -> None:
         read.append(int(parts[:, 2].sum()))
-        gather(joined, index, parts, out)
+        gather(joined, index, parts, *arguments)
 
     monkeypatch.setattr(Joined, "gather", counted)
     for batch_size in (16, 17):
         read.clear()
         delivered(opened(images, 2, batch_size, mixup=1.0))
         assert max(read) <= batch_size + 4  # two streams
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("prefetch", [0, 4])
+def test_batches_before_a_damaged_one_are_delivered(tmp_path, prefetch: int, threads: int) -> None:
+    uri = pictures(str(tmp_path), [10])
+    place, picture = "split=train/part-00000-a1.parquet", image_samples(10, 0, SHAPE)["image"][7]
+    damage(uri, place, storage.read_bytes(f"{uri}/{place}").index(picture.tobytes()) + 9)
+    options = {"shuffle": False, "transform": AUGMENTATION, "transform_threads": threads, "prefetch": prefetch}
+    (stream,) = opened(uri, batch_size=2, **options)
+    found: list[np.ndarray] = []
+    with stream, pytest.raises(CorruptVersion, match="batch 7 has not the checksum"):
+        found.extend(batch["image"].copy() for batch in stream)
+    assert len(found) == 3
+    for sample, made in zip(image_samples(10, 0, SHAPE)["sample_id"].tolist(), np.concatenate(found), strict=False):
+        np.testing.assert_array_equal(made, by_kernel(originals([10])[sample][0], key(0, 0, sample)))
 
 
 def test_the_partner_of_a_damaged_sample_has_none(tmp_path) -> None:
