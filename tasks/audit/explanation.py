@@ -13,7 +13,7 @@ from __future__ import annotations
 import datetime as dt
 import difflib
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
@@ -30,7 +30,7 @@ from tasks.io.tensors import Int64Array
 from tasks.io.text import as_json, brief, facts, moment, printable, show
 from tasks.store import layout
 from tasks.store.layout import AS_OF
-from tasks.store.manifest import FileEntry, Manifest
+from tasks.store.manifest import Manifest
 from tasks.store.reading import data_files, explained, rows_of, withdrawal_of
 
 MOST_KEYS = 2_000_000
@@ -88,7 +88,6 @@ def find_rows(
     value: int | str,
     *,
     columns: Sequence[str] | None = None,
-    wanted: Callable[[FileEntry], bool] | None = None,
 ) -> Found:
     """Return all rows of a version that have a value in a column.
 
@@ -98,7 +97,6 @@ def find_rows(
         column: The key column.
         value: The key, in the column's type.
         columns: Columns to return; None for all.
-        wanted: Filter of the data files to search; by default all that may have it.
 
     Raises:
         CorruptVersion: a file is missing.
@@ -108,8 +106,6 @@ def find_rows(
     if manifest.partition is not None and manifest.partition.key == column:
         number = int(bucket_of(pa.array([value]), manifest.partition.buckets)[0])
         entries = [(uri, entry) for uri, entry in entries if layout.part_number(entry.path) == number]
-    if wanted is not None:
-        entries = [(uri, entry) for uri, entry in entries if wanted(entry)]
     searched = list(storage.in_threads(lambda entry: _search(entry[0], column, value, columns), entries))
     tables = [table for table, _, _ in searched if table is not None and table.num_rows]
     return Found(

@@ -371,7 +371,7 @@ def explain_image(root: str, manifest: Manifest, key: str, picture: str | None =
         return absent(root, manifest, ("image", key), "it was rejected", sections, concerned=concerned)
     [original] = _read_originals(root, manifest, filters=[("image_id", "=", image_id)]).to_pylist()
     columns = [*_FACTS, *([] if picture is None else [IMAGE])]
-    variants = _variants(root, manifest, known, original, config, columns=columns)
+    variants = find_rows(root, manifest, _ORIGINAL, image_id, columns=columns)
     state = _file_state(original)
     drawn, words = drawn_rows(config, original)
     concerned = {name: f"the {name} as they were read" for name in ("images", "labels")}
@@ -404,33 +404,6 @@ def _named(known: pa.Table, key: str) -> str | None:
         if pc.any(pc.equal(known["image_id"], name)).as_py():
             return name
     return None
-
-
-def _variants(
-    root: str,
-    manifest: Manifest,
-    known: pa.Table,
-    original: Mapping[str, Any],
-    config: ImageAugmentationConfig,
-    *,
-    columns: Sequence[str],
-) -> Found:
-    """Return the rows of an image's variants: in the files of its unit, if they have the flow's names."""
-    directory = layout.split_directory(original["split"]) + "/"
-    place = pc.index(known["image_id"], original["image_id"]).as_py()
-    rejected = sum(sum(balance.rejected.values()) for balance in manifest.balances[:1])
-    units = range(place // config.images_per_file, (place + rejected) // config.images_per_file + 1)
-    # Rows that changed their split late are in files after those of all units.
-    last = -(-(known.num_rows + rejected) // config.images_per_file)
-
-    def likely(entry: FileEntry) -> bool:
-        number = layout.part_number(entry.path)
-        return entry.path.startswith(directory) and (number in units or (number is not None and number > last // 2))
-
-    variants = find_rows(root, manifest, _ORIGINAL, original["image_id"], columns=columns, wanted=likely)
-    if variants.table.num_rows < config.variants_in(original["split"]):
-        variants = find_rows(root, manifest, _ORIGINAL, original["image_id"], columns=columns)
-    return variants
 
 
 def _file_state(original: Mapping[str, Any]) -> str:
