@@ -49,6 +49,7 @@ from tasks.audit.replay_rows import (
     placed,
 )
 from tasks.engine.partition import frame_of
+from tasks.features.writer import to_arrow
 from tasks.images.augment import augment_again
 from tasks.images.config import Augmentation, ImageAugmentationConfig
 from tasks.images.decode import Decoded, Decoder
@@ -90,10 +91,11 @@ class ImagesAgain(Again):
             table = self.stored.read(self._entry)
         except Unreadable as fault:
             raise CorruptVersion(f"{manifest.dataset} v{manifest.version}: {fault.cause.text}") from fault
-        self._originals = frame_of(table)
         self._config = self._runnable(config_of(ImageAugmentationConfig, manifest))
         self._class_ids: dict[str, int] = manifest.definition["classes"]
-        self._labels = self._label()
+        originals = frame_of(table)
+        labelled = originals.join(self._label(originals), on="image_id", how="left", maintain_order="left")
+        self._originals = labelled.with_columns(pl.col("now").fill_null("no label"))
         _, splits = split_again(table, self._config)
         ids = self._originals["image_id"]
         self._splits = {image: SPLITS[split] for image, split in zip(ids, splits.tolist(), strict=True)}
@@ -142,8 +144,8 @@ class ImagesAgain(Again):
         self.notes.append(text)
         return config
 
-    def _label(self) -> dict[str, tuple[str, int]] | None:
-        """Label the images as a run would now: class and size by id; None if they can't be listed any more."""
+    def _label(self, originals: pl.DataFrame) -> pl.DataFrame:
+        """Return the class `now` and the size of each image, as a run would; as they were if that isn't possible."""
         config, records = self._config, {record.name: record for record in self.manifest.inputs}
         if "labels" in records:
             causes = input_causes(records["labels"], check_files(records["labels"]))
@@ -159,13 +161,13 @@ class ImagesAgain(Again):
                 where = records["labels"].files[0].uri
                 missing = missing_values(config.null_values)
                 labels = read_labels(where, config.id_column, config.class_column, config.group_column, missing)
-            joined = frame_of(join_labels(listing, labels, config.classes).images)
+            known = frame_of(join_labels(listing, labels, config.classes).images)
         except SourceError as fault:
             text = f"the images can't be listed and labelled again: {fault}"
             self.causes.append(Cause("input", text, _OF_ALL_IMAGES))
             self.notes.append(text)
-            return None
-        return {image: (name, size) for image, name, size in joined.select("image_id", "class_name", "bytes").rows()}
+            known = originals
+        return known.select("image_id", now=pl.col("class_name").cast(pl.String), size="bytes")
 
     def _compare(self, entry: FileEntry, originals: pl.DataFrame) -> list[Replayed]:
         """Compare some images of one file with their replays."""
@@ -198,22 +200,16 @@ class ImagesAgain(Again):
 
     def _planned(self, originals: pl.DataFrame) -> pa.Table:
         """Plan some images as a run would; the class of one without a usable label now is the version's."""
-        ids = originals["image_id"].to_list()
-        classes, sizes = [], []
-        for image, was, size in originals.select("image_id", "class_name", "bytes").rows():
-            name, now = (was, size) if self._labels is None else self._labels.get(image, (was, None))
-            classes.append(name if name in self._class_ids else was)
-            sizes.append(now)
-        return pa.table(
-            {
-                "image_id": pa.array(ids, pa.string()),
-                "uri": pa.array(originals["uri"].to_list(), pa.string()),
-                "bytes": pa.array(sizes, pa.int64()),
-                "class_name": pa.array(classes, pa.string()),
-                "class_id": pa.array([self._class_ids[name] for name in classes], pa.int32()),
-                "key": image_keys(ids, self._config.seed),
-            }
+        usable = pl.col("now").is_in([*self._class_ids])
+        planned = originals.select(
+            "image_id",
+            "uri",
+            bytes="size",
+            class_name=pl.when(usable).then("now").otherwise("class_name"),
+            key=pl.Series(image_keys(originals["image_id"].to_list(), self._config.seed)),
         )
+        ids = pl.col("class_name").replace_strict(self._class_ids, return_dtype=pl.Int32)
+        return to_arrow(planned.with_columns(class_id=ids))
 
     def _of_originals(
         self, originals: pl.DataFrame, planned: pa.Table, outcomes: pa.Table
@@ -225,13 +221,11 @@ class ImagesAgain(Again):
         names = images["image_id"].to_pylist()
         alike = originals.filter(pl.Series(good.to_pylist()))["alike"].to_list()
         made = original_rows(images, outcomes.filter(good), [self._splits[image] for image in names], alike)
-        stored = originals.select(ORIGINALS.names).to_arrow(compat_level=pl.CompatLevel.oldest()).cast(ORIGINALS)
+        stored = to_arrow(originals.select(ORIGINALS.names)).cast(ORIGINALS)
         found = differences(stored, made, placed(ids, names))
-        if self._labels is not None:
-            for number, (image, was) in enumerate(originals.select("image_id", "class_name").rows()):
-                now, _ = self._labels.get(image, ("no label", 0))
-                if now not in (was, *self._class_ids):  # such a class could be given to no row
-                    found[number] = (*found[number], Difference("class_name", was, now))
+        for number, (was, now) in enumerate(originals.select("class_name", "now").rows()):
+            if now not in (was, *self._class_ids):  # such a class could be given to no row
+                found[number] = (*found[number], Difference("class_name", was, now))
         return {image: list(differing) for image, differing in zip(ids, found, strict=True)}
 
 
@@ -554,7 +548,14 @@ def _split(config: ImageAugmentationConfig, known: pa.Table, original: Mapping[s
     facts: dict[str, Any] = {"split": original["split"], "shares": shares, "why": why}
     agrees = SPLITS[again[mine]] == original["split"]
     facts["computed again"] = f"{SPLITS[again[mine]]}, {'as it was' if agrees else 'NOT as it was'}"
-    rows = [_member(known, row, original, mine) for row in members[:_MEMBERS].tolist()] if len(members) > 1 else []
+    rows = [
+        {
+            "belongs with": known["image_id"][row].as_py(),
+            "split": known["split"][row].as_py(),
+            "which is": "this image" if row == mine else _likeness(known, row, original),
+        }
+        for row in (members[:_MEMBERS].tolist() if len(members) > 1 else ())
+    ]
     left_out = len(members) - _MEMBERS
     notes = [f"{left_out} more belong with it."] if left_out > 0 and rows else []
     return Section(title="split", facts=facts, rows=rows, notes=notes)
@@ -586,15 +587,6 @@ def _together(keys: UInt64Array, members: Int64Array, split: int, config: ImageA
     if drawn == split:
         return reason
     return f"{reason}, which had no room for them in their classes (or train would have had none of a class)"
-
-
-def _member(known: pa.Table, row: int, original: Mapping[str, Any], mine: int) -> dict[str, Any]:
-    image = {name: known[name][row].as_py() for name in ("image_id", "split")}
-    return {
-        "belongs with": image["image_id"],
-        "split": image["split"],
-        "which is": "this image" if row == mine else _likeness(known, row, original),
-    }
 
 
 def _likeness(known: pa.Table, row: int, original: Mapping[str, Any]) -> str:
