@@ -50,15 +50,14 @@ from tasks.audit.replay_rows import (
 )
 from tasks.delivery.config import DeliveryConfig
 from tasks.delivery.definition import encoder_of, label_of, weight_column
-from tasks.delivery.encoding import Encoder
-from tasks.delivery.shuffle import encode, judge, keys_of, load, places_of, plan_buckets
+from tasks.delivery.encoding import sequences
+from tasks.delivery.shuffle import bucket_numbers, encode, judge, keys_of, load, places_of, plan_buckets
 from tasks.delivery.source import (
     SPLITS,
     TIMES,
     Repeats,
     Source,
     Unit,
-    bucket_of,
     find_repeats,
     random_keys,
     read_pieces,
@@ -137,12 +136,11 @@ class CopyAgain(Again):
         """
         drawn = random_keys(ids, self._config.seed)
         counts = np.bincount(splits, minlength=len(SPLITS))
-        order = {}
-        for bucket in plan_buckets(counts, self._form, self._config.file_megabytes * (1 << 20)):
-            members = np.flatnonzero(splits == bucket.split)
-            members = members[bucket_of(drawn[members], bucket.parts) == bucket.part]
-            order[SPLITS[bucket.split], bucket.part] = members[np.argsort(drawn[members], kind="stable")]
-        return order
+        buckets = plan_buckets(counts, self._form, self._config.file_megabytes * (1 << 20))
+        number = bucket_numbers(buckets, splits, drawn)
+        order = np.lexsort((drawn, number))
+        rows = np.split(order, np.searchsorted(number[order], np.arange(1, len(buckets))))
+        return {(SPLITS[bucket.split], bucket.part): own for bucket, own in zip(buckets, rows, strict=False)}
 
     def _encoded(self, rows: Int64Array, ids: list[Int64Array]) -> list[pa.Table]:
         """Make samples of some rows, ascending, from their units."""
@@ -436,14 +434,13 @@ def _feature_rows(manifest: Manifest, sample: Sample, stored: Float32Array) -> l
     """Return each feature: raw value, stored value, the model's input, and the result of encoding again."""
     encoder = encoder_of(manifest)
     assert encoder is not None, "tables are encoded"
-    raw = {name: sample.source[name] for name in feature_columns(manifest)}
-    again = encoder.encode(_table(raw, encoder))[0]
+    again = encoder.encode(sample.table)[0]
     mean, std = (manifest.definition["normalise"][name] for name in ("mean", "std"))
     return [
         {
             "feature": feature.name,
             "encoding": feature.encoding,
-            "raw": raw[feature.column],
+            "raw": sample.source[feature.column],
             "stored": float(stored[number]),
             "mean": mean[number],
             "std": std[number],
@@ -452,19 +449,6 @@ def _feature_rows(manifest: Manifest, sample: Sample, stored: Float32Array) -> l
         }
         for number, feature in enumerate(encoder.features)
     ]
-
-
-def _table(raw: Mapping[str, Any], encoder: Encoder) -> pa.Table:
-    """Return a raw row as a table for the encoder: a column without a value has no type of its own."""
-    texts = {feature.column for feature in encoder.features if feature.encoding == "category"}
-    return pa.table(
-        {
-            name: pa.chunked_array(
-                [pa.array([value], (pa.string() if name in texts else pa.float64()) if value is None else None)]
-            )
-            for name, value in raw.items()
-        }
-    )
 
 
 def _image_facts(root: str, manifest: Manifest, sample: Sample, stored: pa.Table) -> dict[str, Any]:
@@ -495,14 +479,11 @@ def _image_facts(root: str, manifest: Manifest, sample: Sample, stored: pa.Table
 def _sequence_facts(manifest: Manifest, sample: Sample, stored: AnyArray) -> dict[str, Any]:
     """Compare the sequence with that of the source."""
     column = manifest.definition["sequence"]["column"]
-    value = sample.source[column]
-    raw = value.encode() if isinstance(value, str) else value
-    again = np.frombuffer(raw, np.uint8) if isinstance(raw, bytes) else np.array(raw, stored.dtype)
-    same = np.array_equal(again, stored)
+    same = np.array_equal(sequences(sample.table[column]).values, stored)
     return {
         "length": len(stored),
         "stored as": f"{stored.dtype}, of {column}",
-        "begins with": repr(value[:40]),
+        "begins with": repr(sample.source[column][:40]),
         "check": "the same elements as in the source" if same else "OTHER elements than in the source",
     }
 

@@ -71,6 +71,7 @@ class Sample:
 
     Attributes:
         source: Its row in the source version; without the pixels.
+        table: The same as a table of one row, for an encoder.
         source_file: File of that row.
         source_row: Its number there.
         sample_id: Its id.
@@ -81,6 +82,7 @@ class Sample:
     """
 
     source: dict[str, Any]
+    table: pa.Table
     source_file: str
     source_row: int
     sample_id: int
@@ -132,7 +134,12 @@ def find_samples(root: str, copy: Manifest, config: DeliveryConfig, key: str) ->
     version = source_version(root, copy)
     source = _taken(root, copy, version, config)
     judged_by = ("quality_issues", "data_quality_score") if source.kind == "images" else ()
-    taken = _source_rows(root, copy, version, key, [*source.columns, *judged_by])
+    taken = Found(pa.table({}), ())
+    for column in dict.fromkeys([source.entity, source.keys[0]]):
+        value = typed_key(version, column, key)
+        taken = find_rows(root, version, column, value, columns=[*source.columns, *judged_by])
+        if taken.places:
+            break
     left_out: list[tuple[dict[str, Any], str]] = []
     held: list[Sample] = []
     if taken.places:
@@ -149,8 +156,10 @@ def find_samples(root: str, copy: Manifest, config: DeliveryConfig, key: str) ->
         good = np.flatnonzero(codes == 0).tolist()
         for number, sample_id, split in zip(good, ids.tolist(), kept.splits.tolist(), strict=True):
             path, row = taken.places[number]
-            sample = {"source": rows[number], "source_file": path, "source_row": row, "sample_id": sample_id}
-            held.append(Sample(**sample, split=SPLITS[split], **_locate(root, copy, SPLITS[split], sample_id, config)))
+            place = _locate(root, copy, SPLITS[split], sample_id, config)
+            values = {"source": rows[number], "table": taken.table.slice(number, 1)}
+            sample = {"source_file": path, "source_row": row, "sample_id": sample_id, "split": SPLITS[split]}
+            held.append(Sample(**values, **sample, **place))
     return EntitySamples(version, tuple(held), tuple(left_out), taken.read_of(version))
 
 
@@ -172,14 +181,6 @@ def _taken(root: str, copy: Manifest, version: Manifest, config: DeliveryConfig)
         weight=weight_column(definition),
         sequence=(definition.get("sequence") or {}).get("column"),
     )
-
-
-def _source_rows(root: str, copy: Manifest, version: Manifest, key: str, columns: list[str]) -> Found:
-    entity, first = copy.definition["entity"], copy.definition["keys"][0]
-    found = find_rows(root, version, entity, typed_key(version, entity, key), columns=columns)
-    if found.places or first == entity:
-        return found
-    return find_rows(root, version, first, typed_key(version, first, key), columns=columns)
 
 
 def _locate(root: str, copy: Manifest, split: str, sample_id: int, config: DeliveryConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import polars as pl
 from tasks.audit.explanation import Section, is_whole
 from tasks.features.config import FeatureStoreConfig
 from tasks.features.definitions import Definitions, EventSource, FeatureGroup
-from tasks.features.loading import is_yaml, load_definitions
+from tasks.features.loading import declared, is_yaml
 from tasks.features.plan import names_in_files, plan_dimension, plan_features, units_of, with_uris
 from tasks.features.rows import REASON, KeyType, RowPlan, judge
 from tasks.features.sources import ReadUnit, SourceTable, inspect, inspect_files, read
@@ -244,14 +244,13 @@ def declared_sources(manifest: Manifest) -> Declared:
     """
     config = config_of(FeatureStoreConfig, manifest)
     definitions, note = STANDARD, ""
-    if config.definitions is not None:
-        try:
-            if is_yaml("definitions", config.definitions):
-                definitions = load_definitions(config.definitions).over(STANDARD)
-            else:
-                note = f"the definitions are in {config.definitions}, a Python file, which isn't run for an answer"
-        except PipelineError as fault:
-            note = str(fault)
+    try:
+        if config.definitions is None or is_yaml("definitions", config.definitions):
+            definitions = declared(config.definitions)
+        else:
+            note = f"the definitions are in {config.definitions}, a Python file, which isn't run for an answer"
+    except PipelineError as fault:
+        note = str(fault)
     return Declared(with_uris(definitions, config), config, note)
 
 

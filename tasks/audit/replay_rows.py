@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.audit.inputs import Cause, why_not
+from tasks.engine.partition import frame_of
 from tasks.io import storage
 from tasks.io.errors import CorruptVersion, PipelineError
 from tasks.io.location import is_transient
@@ -27,6 +28,7 @@ from tasks.store.reading import rows_of
 
 ABSENT = "no row"
 _SHOWN = 80
+_ORDINAL = "\x00ordinal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,12 +227,8 @@ class TableAgain(Again):
 
 def _ordinals(table: pa.Table, columns: Sequence[str]) -> list[tuple[Any, ...]]:
     """Return the key of each row, with the number of rows before it that have the same."""
-    seen: dict[tuple[Any, ...], int] = {}
-    ordinals = []
-    for key in zip(*(table[name].to_pylist() for name in columns), strict=True):
-        seen[key] = seen.get(key, -1) + 1
-        ordinals.append((*key, seen[key]))
-    return ordinals
+    keys = frame_of(table.select(columns))
+    return keys.with_columns(pl.int_range(pl.len()).over(columns).alias(_ORDINAL)).rows()
 
 
 def _name(columns: tuple[str, str], key: tuple[Any, ...]) -> str:

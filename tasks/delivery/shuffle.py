@@ -245,19 +245,11 @@ class Shuffle:
         loaded = load(self.units[index], self.source, self.config, columns)
         ids = sample_ids(keys_of(loaded.rows, self.source), repeats.get(index, Repeats()))
         samples = encode(loaded.rows, ids, self.form, self.encoder, self.label, self.source)
-        number = self._bucket_numbers(loaded.splits, random_keys(ids, self.config.seed))
+        number = bucket_numbers(self.buckets, loaded.splits, random_keys(ids, self.config.seed))
         order = np.argsort(number, kind="stable")
         bounds = np.searchsorted(number[order], np.arange(len(self.buckets) + 1))
         samples = pick([samples], order)
         return len(ids), [samples.slice(start, end - start) for start, end in pairwise(bounds.tolist())]
-
-    def _bucket_numbers(self, splits: Int8Array, keys: UInt64Array) -> Int64Array:
-        numbers = np.empty(len(keys), np.int64)
-        firsts = {bucket.split: number for number, bucket in enumerate(self.buckets) if bucket.part == 0}
-        for split, first in firsts.items():
-            own = splits == split
-            numbers[own] = first + bucket_of(keys[own], self.buckets[first].parts)
-        return numbers
 
     def gather(self, number: int, frames: Mapping[int, pa.Table]) -> tuple[WrittenBucket | None, pa.Table]:
         """Write a bucket's samples by their random keys; nothing if there are none."""
@@ -349,6 +341,16 @@ def plan_buckets(samples: Int64Array, form: SampleFormat, file_bytes: float) -> 
     a_file = max(1, int(file_bytes // form.sample_bytes))
     parts = [-(-int(count) // a_file) for count in samples]
     return tuple(Bucket(split, part, count) for split, count in enumerate(parts) for part in range(count))
+
+
+def bucket_numbers(buckets: Sequence[Bucket], splits: Int8Array, keys: UInt64Array) -> Int64Array:
+    """Return the number of the bucket of each sample, by its split and random key."""
+    numbers = np.empty(len(keys), np.int64)
+    firsts = {bucket.split: number for number, bucket in enumerate(buckets) if bucket.part == 0}
+    for split, first in firsts.items():
+        own = splits == split
+        numbers[own] = first + bucket_of(keys[own], buckets[first].parts)
+    return numbers
 
 
 def load(unit: Unit, source: Source, config: DeliveryConfig, columns: Sequence[str]) -> Loaded:
