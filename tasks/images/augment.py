@@ -67,23 +67,8 @@ class Worker:
     decoders: list[Decoder]
 
 
-@dataclass(slots=True)
-class _Outcome:
-    """Outcome of one image."""
-
-    reason: str | None = None
-    detail: str | None = None
-    content: str | None = None
-    format: str | None = None
-    height: int | None = None
-    width: int | None = None
-    hash: int | None = None
-    structured: bool | None = None
-    colours: bytes | None = None
-    scores: list[float] | None = None
-    passed: int | None = None
-    ready: int | None = None
-    issues: list[str] | None = None
+_Outcome = dict[str, Any]
+"""Outcome of one image, by `OUTCOMES`; what isn't known, as of a rejected one, isn't in it."""
 
 
 @dataclass(slots=True)
@@ -118,7 +103,7 @@ def augment_unit(job: ImageJob, unit: int) -> UnitNote:
     """
     planned = read_unit(job.plan_uri, unit, job.config.images_per_file)
     clock = _Clock()
-    outcomes = [_Outcome() for _ in range(planned.num_rows)]
+    outcomes: list[_Outcome] = [{} for _ in range(planned.num_rows)]
     splits = planned["split"].to_numpy()
     files = {}
     for number in np.unique(splits):
@@ -127,7 +112,7 @@ def augment_unit(job: ImageJob, unit: int) -> UnitNote:
         entry = _augment_split(job, place, planned.take(rows), [outcomes[row] for row in rows], clock)
         if entry is not None:
             files[SPLITS[number]] = entry
-    table = _outcome_table(outcomes)
+    table = pa.Table.from_pylist(outcomes, schema=OUTCOMES)
     reasons = pc.value_counts(table["reason"].drop_null()).to_pylist()
     note = UnitNote(
         unit=unit,
@@ -185,8 +170,8 @@ def _rows(
         clock.lap("augment")
         if not len(made):
             continue
-        augmented = [outcome for outcome in members if outcome.reason is None]
-        chunk = planned.slice(first, len(members)).filter(pa.array([outcome.reason is None for outcome in members]))
+        augmented = [outcome for outcome in members if "reason" not in outcome]
+        chunk = planned.slice(first, len(members)).filter(pa.array(["reason" not in outcome for outcome in members]))
         originals = Originals(
             ids=chunk["image_id"].combine_chunks(),
             uris=chunk["uri"].combine_chunks(),
@@ -213,11 +198,11 @@ def augment_again(config: ImageAugmentationConfig, classes: int, planned: pa.Tab
     Returns:
         The outcome of each image, by `OUTCOMES`; and the rows of the augmented ones, by `rows_schema`.
     """
-    outcomes = [_Outcome() for _ in range(planned.num_rows)]
+    outcomes: list[_Outcome] = [{} for _ in range(planned.num_rows)]
     schema = rows_schema(config, classes)
     # Formats that aren't encoded are views of the engine's memory, which the next images overwrite.
     kept = [_copied(table) for table in _rows(config, classes, planned, outcomes, _Clock())]
-    return _outcome_table(outcomes), pa.concat_tables([schema.empty_table(), *kept])
+    return pa.Table.from_pylist(outcomes, schema=OUTCOMES), pa.concat_tables([schema.empty_table(), *kept])
 
 
 def unlike_variants(made: pa.Table, again: pa.Table, tolerance: float) -> list[str]:
@@ -240,12 +225,6 @@ def unlike_variants(made: pa.Table, again: pa.Table, tolerance: float) -> list[s
 
 def _copied(table: pa.Table) -> pa.Table:
     return table.take(pa.array(np.arange(table.num_rows)))
-
-
-def _outcome_table(outcomes: Sequence[_Outcome]) -> pa.Table:
-    return pa.table(
-        {name: [getattr(outcome, name) for outcome in outcomes] for name in OUTCOMES.names}, schema=OUTCOMES
-    )
 
 
 def open_rows(job: ImageJob, uri: str) -> ParquetStream:
@@ -283,13 +262,13 @@ def _decoded(
     clock.lap("read")
     for number, (data, outcome) in enumerate(zip(contents, outcomes, strict=True)):
         if isinstance(data, OSError):
-            outcome.reason, outcome.detail = UNREADABLE, f"The file can't be read: {data}."
+            outcome |= {"reason": UNREADABLE, "detail": f"The file can't be read: {data}."}
             yield None
             continue
         decoded = worker.decoders[number % len(worker.decoders)].decode(data)
         clock.lap("decode")
         if isinstance(decoded, Rejection):
-            outcome.reason, outcome.detail = decoded.reason, decoded.detail
+            outcome |= {"reason": decoded.reason, "detail": decoded.detail}
             yield None
             continue
         _note_picture(outcome, data, decoded)
@@ -324,11 +303,10 @@ def _content(uri: str, listed: FileInfo | None) -> bytes | OSError:
 
 
 def _note_picture(outcome: _Outcome, data: bytes, decoded: Decoded) -> None:
-    outcome.content = xxhash.xxh3_128_hexdigest(data)
-    outcome.format = decoded.format
-    outcome.height, outcome.width = decoded.pixels.shape[:2]
-    outcome.hash, colours, outcome.structured = perceptual_hash(decoded.pixels)
-    outcome.colours = colours.tobytes()
+    height, width = decoded.pixels.shape[:2]
+    found, colours, structured = perceptual_hash(decoded.pixels)
+    outcome |= {"content": xxhash.xxh3_128_hexdigest(data), "format": decoded.format, "height": height, "width": width}
+    outcome |= {"hash": found, "structured": structured, "colours": colours.tobytes()}
 
 
 def _note_scores(outcomes: Sequence[_Outcome], scored: Scored, variants: int) -> None:
@@ -336,9 +314,12 @@ def _note_scores(outcomes: Sequence[_Outcome], scored: Scored, variants: int) ->
     issues = scored.issues.to_pylist()
     for number, outcome in enumerate(outcomes):
         of_image = issues[number * variants : (number + 1) * variants]
-        outcome.scores = scores[number].tolist()
-        outcome.passed, outcome.ready = int(passed[number].sum()), int(ready[number].sum())
-        outcome.issues = sorted({issue for some in of_image for issue in some})
+        outcome |= {
+            "scores": scores[number].tolist(),
+            "passed": int(passed[number].sum()),
+            "ready": int(ready[number].sum()),
+            "issues": sorted({issue for some in of_image for issue in some}),
+        }
 
 
 def _write_rejected(job: ImageJob, unit: int, planned: pa.Table, outcomes: pa.Table) -> FileEntry | None:
@@ -427,16 +408,16 @@ def _made_again(
     for target in np.unique(now[good]):
         others = [number for number, split in enumerate(SPLITS) if not job.config.alike(split, SPLITS[target])]
         rows = np.flatnonzero(good & (now == target) & np.isin(was, others))
-        again = [_Outcome() for _ in rows]
+        again: list[_Outcome] = [{} for _ in rows]
         for table in _rows(job.config.of_split(SPLITS[target]), job.classes, planned.take(rows), again, clock):
             write(int(target), table)
             clock.lap("write")
         before = outcomes["content"].take(pa.array(rows)).to_pylist()
         for row, variant, content in zip(rows.tolist(), again, before, strict=True):
-            if variant.content != content or variant.reason is not None:
+            if variant.get("content") != content or "reason" in variant:
                 raise SourceError(f"{planned['uri'][row].as_py()} has changed since this run read it first; run again")
         order[rows] = outcomes.num_rows + np.arange(len(rows))
-        outcomes = pa.concat_tables([outcomes, _outcome_table(again)])
+        outcomes = pa.concat_tables([outcomes, pa.Table.from_pylist(again, schema=OUTCOMES)])
     return outcomes.take(pa.array(order)), dict(clock.seconds)
 
 
