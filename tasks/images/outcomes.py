@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -163,24 +163,27 @@ class Gathered:
 
     key: UInt64Array
     class_id: Int64Array
-    linked: Int64Array
     planned_split: Int8Array
     augmented: BoolArray
-    content: UInt64Array
-    """Hash of the file's contents."""
-    hash: UInt64Array
-    colours: UInt8Array
-    structured: BoolArray
     height: Int32Array
     width: Int32Array
 
-    def forget_likeness(self) -> None:
-        """Free half of the memory, which only the search for related images needs."""
-        for name in ("linked", "content", "hash", "colours", "structured"):
-            setattr(self, name, getattr(self, name)[:0].copy())
+
+@dataclass(slots=True, kw_only=True)
+class Likeness:
+    """What only the search for related images needs, of every image of the plan: half of the memory.
+
+    content: hash of the file's contents.
+    """
+
+    linked: Int64Array
+    content: UInt64Array
+    hash: UInt64Array
+    colours: UInt8Array
+    structured: BoolArray
 
 
-def gather(plan: ImagePlan, notes: Sequence[UnitNote], planned: Iterable[pa.Table]) -> Gathered:
+def gather(plan: ImagePlan, notes: Sequence[UnitNote], planned: Iterable[pa.Table]) -> tuple[Gathered, Likeness]:
     """Gather the facts of all units.
 
     Args:
@@ -193,15 +196,17 @@ def gather(plan: ImagePlan, notes: Sequence[UnitNote], planned: Iterable[pa.Tabl
     found = Gathered(
         key=np.empty(count, np.uint64),
         class_id=np.empty(count, np.int64),
-        linked=np.empty(count, np.int64),
         planned_split=np.empty(count, np.int8),
         augmented=np.empty(count, np.bool_),
+        height=np.empty(count, np.int32),
+        width=np.empty(count, np.int32),
+    )
+    likeness = Likeness(
+        linked=np.empty(count, np.int64),
         content=np.empty(count, np.uint64),
         hash=np.empty(count, np.uint64),
         colours=np.empty((count, width), np.uint8),
         structured=np.empty(count, np.bool_),
-        height=np.empty(count, np.int32),
-        width=np.empty(count, np.int32),
     )
     start = 0
     for rows, outcomes in zip(planned, read_outcomes(notes, _FACTS), strict=True):
@@ -210,34 +215,35 @@ def gather(plan: ImagePlan, notes: Sequence[UnitNote], planned: Iterable[pa.Tabl
         start = own.stop
         found.key[own] = rows["key"].to_numpy()
         found.class_id[own] = rows["class_id"].to_numpy()
-        found.linked[own] = rows["linked"].to_numpy()
+        likeness.linked[own] = rows["linked"].to_numpy()
         found.planned_split[own] = rows["split"].to_numpy()
         found.augmented[own] = outcomes["reason"].is_null().to_numpy()
-        found.content[own] = stable_hash(outcomes["content"])
-        found.hash[own] = outcomes["hash"].fill_null(0).to_numpy()
+        likeness.content[own] = stable_hash(outcomes["content"])
+        likeness.hash[own] = outcomes["hash"].fill_null(0).to_numpy()
         colours = outcomes["colours"].fill_null(bytes(width)).combine_chunks()
-        found.colours[own] = np.frombuffer(colours.buffers()[1], np.uint8, len(colours) * width).reshape(-1, width)
-        found.structured[own] = outcomes["structured"].fill_null(False).to_numpy()
+        likeness.colours[own] = np.frombuffer(colours.buffers()[1], np.uint8, len(colours) * width).reshape(-1, width)
+        likeness.structured[own] = outcomes["structured"].fill_null(False).to_numpy()
         found.height[own] = outcomes["height"].fill_null(0).to_numpy()
         found.width[own] = outcomes["width"].fill_null(0).to_numpy()
     assert start == count, "the notes don't belong to the plan"
-    return found
+    return found, likeness
 
 
 def settle(
-    found: Gathered, config: ImageAugmentationConfig, near: Callable[[Gathered], Iterable[Int64Array]]
+    found: Gathered, likeness: Likeness, config: ImageAugmentationConfig, near: Iterable[Int64Array]
 ) -> tuple[Int64Array, Int8Array]:
     """Group related images, and split them.
 
     Args:
         found: The images.
+        likeness: Their likeness.
         config: Shares of the splits.
-        near: Returns pairs of near-duplicates, shape (pairs, 2), rows of the plan.
+        near: Pairs of near-duplicates, shape (pairs, 2), rows of the plan.
 
     Returns:
         The first image of its group, and the split, for each image of the plan; -1 for a rejected image.
     """
-    groups = grouped(near(found), found.linked, found.content, found.augmented)
+    groups = grouped(near, likeness.linked, likeness.content, found.augmented)
     splits = np.full(len(groups), -1, np.int8)
     good = found.augmented
     splits[good] = split_images(

@@ -29,6 +29,7 @@ from tasks.images.config import ImageAugmentationConfig
 from tasks.images.duplicates import similar_pairs
 from tasks.images.outcomes import (
     Gathered,
+    Likeness,
     OriginalsFile,
     UnitNote,
     finished_units,
@@ -167,9 +168,9 @@ def augment_images(
     timings = {"augment and write": time.monotonic() - started}
 
     started = time.monotonic()
-    found = gather(plan, ordered, read_units(plan.uri, range(plan.units), plan.images_per_unit))
-    groups, splits = settle(found, config, lambda images: _near_duplicates(images, config))
-    found.forget_likeness()
+    found, likeness = gather(plan, ordered, read_units(plan.uri, range(plan.units), plan.images_per_unit))
+    groups, splits = settle(found, likeness, config, _near_duplicates(found, likeness, config))
+    del likeness
     timings["find duplicates and split"] = time.monotonic() - started
 
     started = time.monotonic()
@@ -289,12 +290,12 @@ def _places(config: ImageAugmentationConfig) -> int:
     return cluster_cpus()
 
 
-def _near_duplicates(found: Gathered, config: ImageAugmentationConfig) -> list[Int64Array]:
+def _near_duplicates(found: Gathered, likeness: Likeness, config: ImageAugmentationConfig) -> list[Int64Array]:
     """Return pairs of near-duplicates among the augmented images, rows of the plan; in parts if there are many."""
     if config.near_duplicates is None:
         return []
-    valid = found.augmented & found.structured
-    arguments = (found.hash, found.colours, config.near_duplicates)
+    valid = found.augmented & likeness.structured
+    arguments = (likeness.hash, likeness.colours, config.near_duplicates)
     if len(found.key) < PARTS_FROM:
         return [similar_pairs(*arguments, valid=valid)]
     count = 2 * cluster_cpus()
