@@ -186,9 +186,6 @@ class Look:
         columns = self.source.columns + ([IMAGE] if self.source.encoding else [])
         loaded = load(self.units[index], self.source, self.config, columns)
         note = note_of(index, loaded, self.source, self.config)
-        if self.source.encoding:
-            lengths = pc.binary_length(loaded.rows[IMAGE])
-            note.elements, note.longest = pc.sum(lengths).as_py() or 0, pc.max(lengths).as_py() or 0
         if loaded.rejected.num_rows:
             uri = self.reservation.rejected_uri("rows", index)
             note.rejected_file = self.reservation.entry(storage.write_parquet(loaded.rejected, uri))
@@ -315,6 +312,8 @@ def note_of(unit: int, loaded: Loaded, source: Source, config: DeliveryConfig) -
     if source.sequence is not None:
         lengths = sequences(loaded.rows[source.sequence]).lengths
         columns[length_name(source.sequence)] = pa.chunked_array([lengths])
+    elif source.encoding is not None and IMAGE in loaded.rows.column_names:
+        lengths = pc.fill_null(pc.binary_length(loaded.rows[IMAGE]), 0).to_numpy().astype(np.int64)
     weights = {} if source.weight is None else {source.weight: loaded.rows[source.weight]}
     profiled = pa.table({**{name: loaded.rows[name] for name in source.features}, **columns, **weights})
     return UnitNote(

@@ -143,15 +143,6 @@ def fitted(text: str, letters: PIL_ImageFont.FreeTypeFont, width: float) -> str:
     return fitting if letters.getlength(fitting) <= width else ""
 
 
-def png(figure: Any, dpi: float) -> bytes:
-    """Return a figure as deterministic PNG; letters missing in the font become boxes without a warning."""
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
-        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    return buffer.getvalue()
-
-
 def _numeric(column: str, now: ColumnProfile, histogram: Histogram, before: ColumnProfile | None) -> Distribution:
     earlier = before if before is not None and before.histogram is not None else None
     layout: Literal["range", "values"] = "values" if _is_discrete(now) else "range"
@@ -332,10 +323,14 @@ def wide_figure(height: float, columns: int = 1) -> tuple[Any, Any]:
 
 
 def compact_png(figure: Any) -> bytes:
-    """Return a figure as PNG in few colours."""
+    """Return a figure as deterministic PNG in few colours; letters that the font lacks become boxes without a warning."""
     from PIL import Image
 
-    with Image.open(io.BytesIO(png(figure, dpi=150))) as image:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
+        figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    with Image.open(buffer) as image:
         return _few_colours(image.convert("RGBA"))
 
 
