@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field, model_validator
 
-from tasks.store.settings import CommonBounds, DatasetName, FlowSettings, SelfTest, Share, fails, warns
+from tasks.store.settings import CommonBounds, DatasetName, FlowSettings, SchemaChange, SelfTest, Share, fails, warns
 
 Side = Annotated[int, Field(ge=1, le=65_536)]
 
@@ -47,9 +47,7 @@ class DatasetConfig(FlowSettings):
     max_pixels: int = Field(
         default=89_478_485, ge=1, description="Larger encoded images are rejected as decompression bombs, pixels."
     )
-    allow_schema_change: bool = Field(
-        default=False, description="Publish although columns or types are others than in the last version."
-    )
+    allow_schema_change: SchemaChange = False
     thresholds: DatasetThresholds = Field(default_factory=DatasetThresholds, description="Bounds of the quality gate.")
     self_test: SelfTest = True
 

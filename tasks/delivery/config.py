@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from tasks.store.settings import (
     CommonBounds,
     DatasetName,
     FlowSettings,
+    ImportPath,
     Location,
     Names,
+    SchemaChange,
     Seed,
     SelfTest,
     Settings,
@@ -24,17 +25,11 @@ from tasks.store.settings import (
 )
 
 
-def _import_path(value: str) -> str:
-    if not re.fullmatch(r"[\w.]+:[\w.]+", value):
-        raise ValueError(f"'{value}' is no import path; write it like 'package.module:name'")
-    return value
-
-
 class TrainingConfig(Settings):
     """Training on the streaming-ready version, and its number of workers."""
 
     enabled: bool = Field(default=True, description="Train after publishing; without it, only the copy is made.")
-    function: Annotated[str, AfterValidator(_import_path)] | None = Field(
+    function: ImportPath | None = Field(
         default=None,
         description="Import path of a training function of your own, 'package.module:name', of one TrainingRun "
         "(an MLP for tables and a small CNN for images, by default).",
@@ -178,9 +173,7 @@ class DeliveryConfig(FlowSettings):
     file_megabytes: float = Field(
         default=128.0, gt=0, le=2000, description="Size that a file has about, MiB; a task needs some times its memory."
     )
-    allow_schema_change: bool = Field(
-        default=False, description="Publish although features or the label are others than in the last version."
-    )
+    allow_schema_change: SchemaChange = False
     thresholds: DeliveryThresholds = Field(
         default_factory=DeliveryThresholds, description="Bounds of the quality gate."
     )

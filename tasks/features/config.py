@@ -18,6 +18,7 @@ from tasks.store.settings import (
     FlowSettings,
     Location,
     Names,
+    SchemaChange,
     Seed,
     SelfTest,
     Share,
@@ -171,9 +172,7 @@ class FeatureStoreConfig(FlowSettings):
     negative_amounts: Literal["keep", "reject"] = Field(
         default="keep", description="Negative amounts are refunds and count (keep), or are errors (reject)."
     )
-    allow_schema_change: bool = Field(
-        default=False, description="Publish although a column is gone or of another type than in the last version."
-    )
+    allow_schema_change: SchemaChange = False
     join: JoinHow = Field(
         default="inner",
         description="inner: an entity without a row in its dimension table is rejected; left: it stays, with nulls.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -13,6 +12,7 @@ from tasks.store.settings import (
     CommonBounds,
     DatasetName,
     FlowSettings,
+    ImportPath,
     Location,
     Names,
     Seed,
@@ -59,7 +59,7 @@ class Augmentation(Settings):
     std: tuple[Positive, Positive, Positive] = Field(
         default=(0.229, 0.224, 0.225), description="Normalize: standard deviation of each channel."
     )
-    policy: str | None = Field(
+    policy: ImportPath | None = Field(
         default=None,
         description="Import path of a torchvision.transforms.v2 transform of your own, 'package.module:name'; "
         "it replaces every operation above, gets a uint8 image and must give 3 × size × size.",
@@ -77,8 +77,6 @@ class Augmentation(Settings):
             )
         if self.policy is not None and not self.variants:
             raise ValueError(f"variants = 0 makes no use of policy = '{self.policy}'; give it to the loader")
-        if self.policy is not None and not re.fullmatch(r"[\w.]+:[\w.]+", self.policy):
-            raise ValueError(f"policy = '{self.policy}' is no import path; write it like 'package.module:name'")
         return self
 
 

@@ -323,7 +323,7 @@ def wide_figure(height: float, columns: int = 1) -> tuple[Any, Any]:
 
 
 def compact_png(figure: Any) -> bytes:
-    """Return a figure as deterministic PNG in few colours; letters that the font lacks become boxes without a warning."""
+    """Return a figure as deterministic PNG in few colours; letters missing in the font become boxes silently."""
     from PIL import Image
 
     buffer = io.BytesIO()

@@ -50,6 +50,12 @@ def _version(value: object) -> object:
         raise ValueError(f"{fault}, or 'latest'") from fault
 
 
+def _import_path(value: str) -> str:
+    if not re.fullmatch(r"[\w.]+:[\w.]+", value):
+        raise ValueError(f"'{value}' is no import path; write it like 'package.module:name'")
+    return value
+
+
 def in_order(schema: dict[str, Any]) -> None:
     """Number the fields of a model's JSON schema, by which Prefect's form sorts them (PostgreSQL forgets the order)."""
     for position, field in enumerate(schema.get("properties", {}).values()):
@@ -156,8 +162,12 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 Location = Annotated[str, Field(min_length=1), AfterValidator(_location)]
 Version = Annotated[Annotated[int, Field(ge=1)] | Literal["latest"], BeforeValidator(_version)]
 DatasetName = Annotated[str, AfterValidator(_dataset_name)]
+ImportPath = Annotated[str, AfterValidator(_import_path)]
 SelfTest = Annotated[
     bool, Field(description="Inject faults into a sample of the version, and report which its gate notices.")
+]
+SchemaChange = Annotated[
+    bool, Field(description="Publish although columns, types or the label are others than in the last version.")
 ]
 
 
