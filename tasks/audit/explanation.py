@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -31,7 +32,7 @@ from tasks.io.text import as_json, brief, facts, moment, printable, show
 from tasks.store import layout
 from tasks.store.layout import AS_OF
 from tasks.store.manifest import Manifest
-from tasks.store.reading import data_files, explained, rows_of, withdrawal_of
+from tasks.store.reading import data_files, explained, groups_with, rows_of, withdrawal_of
 
 MOST_KEYS = 2_000_000
 """Maximum number of keys that are searched for the closest ones."""
@@ -135,29 +136,16 @@ def _search(
     """Return the rows of one file, their numbers in it, and the number of row groups read."""
     with explained(uri), storage.open_input(uri) as source:
         file = pq.ParquetFile(source, pre_buffer=True)
-        tables, numbers, groups, start = [], [], 0, 0
-        for group in range(file.num_row_groups):
-            count = file.metadata.row_group(group).num_rows
-            if _may_have(file, group, column, value):
-                groups += 1
-                hits = pc.equal(file.read_row_group(group, columns=[column])[column], value).fill_null(False)
-                rows = pc.indices_nonzero(hits)
-                if len(rows):
-                    wanted = None if columns is None else list(columns)
-                    tables.append(file.read_row_group(group, columns=wanted).take(rows))
-                    numbers += [start + row for row in rows.to_pylist()]
-            start += count
-    return (pa.concat_tables(tables) if tables else None), numbers, groups
-
-
-def _may_have(file: pq.ParquetFile, group: int, column: str, value: Any) -> bool:
-    """Return True if a row group may have a value, by its footer's smallest and largest one."""
-    metadata = file.metadata.row_group(group)
-    number = next((n for n in range(metadata.num_columns) if metadata.column(n).path_in_schema == column), None)
-    bounds = None if number is None else metadata.column(number).statistics
-    if bounds is None or not bounds.has_min_max or not isinstance(value, type(bounds.min)):
-        return True
-    return bool(bounds.min <= value <= bounds.max)
+        metadata, wanted = file.metadata, None if columns is None else list(columns)
+        starts = np.cumsum([0, *(metadata.row_group(group).num_rows for group in range(file.num_row_groups))])
+        tables, numbers, groups = [], [], groups_with(file, column, [value])
+        for group in groups:
+            hits = pc.equal(file.read_row_group(group, columns=[column])[column], value).fill_null(False)
+            rows = np.flatnonzero(hits.to_numpy())
+            if len(rows):
+                tables.append(file.read_row_group(group, columns=wanted).take(pa.array(rows)))
+                numbers += (starts[group] + rows).tolist()
+    return (pa.concat_tables(tables) if tables else None), numbers, len(groups)
 
 
 def closest_keys(root: str, manifest: Manifest, column: str, value: int | str) -> list[str]:

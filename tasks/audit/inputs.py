@@ -191,23 +191,19 @@ def input_version(root: str, record: InputRecord, causes: list[Cause]) -> Manife
 
 def other_declaration(manifest: Manifest, declared: Mapping[str, Any]) -> list[Cause]:
     """Compare a present declaration with the one that a version was made by."""
-    names = _differing(manifest.definition, declared, declared)
+    then, now = manifest.definition, json.loads(json.dumps(declared))
+    names = [name for name in now if then.get(name) != now[name]]
     if not names:
         return []
     inner = [
         f"{name}.{part}"
         for name in names
-        if isinstance(then := manifest.definition.get(name), Mapping) and isinstance(now := declared[name], Mapping)
-        for part in _differing(then, now, [*then, *now])
+        if isinstance(then.get(name), Mapping) and isinstance(now[name], Mapping)
+        for part in {**then[name], **now[name]}
+        if then[name].get(part) != now[name].get(part)
     ]
     named = ", ".join((inner or names)[:_NAMED])
     return [Cause("definition", f"the declaration of '{declared['name']}' isn't what it was: {named}")]
-
-
-def _differing(then: Mapping[str, Any], now: Mapping[str, Any], names: Any) -> list[str]:
-    """Return the names whose values differ as JSON."""
-    pairs = ((name, json.dumps(then.get(name)), json.dumps(now.get(name))) for name in dict.fromkeys(names))
-    return [name for name, before, after in pairs if json.loads(before) != json.loads(after)]
 
 
 def why_not(fault: Exception) -> Cause:

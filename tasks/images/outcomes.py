@@ -154,7 +154,6 @@ split because they are copies of each other or belong to one group. passed, read
 
 _FACTS = ("reason", "content", "hash", "structured", "colours", "height", "width")
 _JUDGED = ("reason", "scores", "passed", "ready", "issues")
-_PLANNED = ("key", "class_id", "linked", "split")
 
 
 @dataclass(slots=True, kw_only=True)

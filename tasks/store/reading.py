@@ -13,10 +13,11 @@ from __future__ import annotations
 import datetime as dt
 import difflib
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -516,6 +517,23 @@ def rows_of(file: pq.ParquetFile, rows: Int64Array, columns: Sequence[str] | Non
         own = rows[group_of == group] - starts[group]
         tables.append(file.read_row_group(group, columns=wanted).take(pa.array(own)))
     return pa.concat_tables(tables)
+
+
+def groups_with(file: pq.ParquetFile, column: str, keys: Sequence[Any]) -> list[int]:
+    """Return the row groups that may have one of some ascending keys, by the smallest and largest one in the footer.
+
+    Those without statistics, or of keys of another type, may.
+    """
+    leaves = [file.schema.column(number).path for number in range(len(file.schema))]
+    place, found = leaves.index(column), []
+    for group in range(file.num_row_groups):
+        bounds = file.metadata.row_group(group).column(place).statistics
+        if bounds is not None and bounds.has_min_max and all(isinstance(key, type(bounds.min)) for key in keys[:1]):
+            first = bisect_left(keys, bounds.min)
+            if first == len(keys) or keys[first] > bounds.max:
+                continue
+        found.append(group)
+    return found
 
 
 def faults_of_files(root: str, manifest: Manifest, listed: Mapping[str, int]) -> list[str]:

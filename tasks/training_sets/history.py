@@ -28,7 +28,7 @@ from tasks.store import layout
 from tasks.store.catalogue import feature_names, find_dataset
 from tasks.store.layout import AS_OF, CREATED
 from tasks.store.manifest import Manifest, Partition
-from tasks.store.reading import data_files, live_manifests, opened, read_manifest, resolve
+from tasks.store.reading import data_files, groups_with, live_manifests, opened, read_manifest, resolve
 from tasks.training_sets.definition import ALL, Pin
 
 FROM, UNTIL = "_created", "_superseded"
@@ -305,33 +305,16 @@ def _tables(
 ) -> Iterator[pa.Table]:
     """Yield the needed columns of files: each file at once if all of it is needed, otherwise in pieces."""
     columns = [history.entity, AS_OF, *history.features]
+    keys = [] if wanted is None else wanted[history.entity].drop_nulls().sort().to_list()
     for uri in uris:
         with opened(uri, sizes[uri]) as source:
             file = pq.ParquetFile(source, pre_buffer=True)
-            groups = list(range(file.num_row_groups))
-            if wanted is not None:
-                groups = _groups(file, history.entity, wanted[history.entity])
+            groups = range(file.num_row_groups) if wanted is None else groups_with(file, history.entity, keys)
             if mixed:
                 batches = file.iter_batches(_BATCH, row_groups=groups, columns=columns)
                 yield from (pa.Table.from_batches([batch]) for batch in batches)
             else:
                 yield file.read_row_groups(groups, columns=columns)
-
-
-def _groups(file: pq.ParquetFile, entity: str, keys: pl.Series) -> list[int]:
-    """Return row groups with a key between their smallest and largest one, or without statistics."""
-    column = file.schema_arrow.names.index(entity)
-    ordered = keys.drop_nulls().sort()
-    found = []
-    for group in range(file.num_row_groups):
-        bounds = file.metadata.row_group(group).column(column).statistics
-        if bounds is None or not bounds.has_min_max:
-            found.append(group)
-            continue
-        first = ordered.search_sorted(bounds.min, side="left")
-        if first < len(ordered) and ordered[first] <= bounds.max:
-            found.append(group)
-    return found
 
 
 def _own(table: pa.Table, history: History, bucket: int, buckets: int) -> pl.DataFrame:
