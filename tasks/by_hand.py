@@ -132,7 +132,7 @@ def _published(earlier: int) -> str:
     names = []
     for judged in _commits()[earlier:]:
         manifest = judged.manifest
-        name = f"{manifest.dataset} v{manifest.version}"
+        name = str(manifest)
         try:
             from tasks.publication import is_published
 

@@ -285,7 +285,7 @@ def announce(root: str, manifest: Manifest) -> None:
         event=PUBLISHED,
         resource={
             "prefect.resource.id": f"training-data.dataset.{manifest.dataset.replace('/', '.')}",
-            "prefect.resource.name": f"{manifest.dataset} v{manifest.version}",
+            "prefect.resource.name": str(manifest),
             "training-data.kind": layout.kind(manifest.dataset),
         },
         payload={

@@ -148,7 +148,7 @@ class CopyAgain(Again):
         unit_of = np.searchsorted(starts, rows, side="right") - 1
         columns = self._source.columns + ([IMAGE] if self._source.image else [])
         version = self._source.manifest
-        files = StoredFiles(self.root, version, f"of the input {version.dataset} v{version.version}, ")
+        files = StoredFiles(self.root, version, f"of the input {version}, ")
         entries = {layout.join(files.base, entry.path): entry for entry in version.files}
         label = label_of(self.manifest, numbered=self._source.classes is not None)
         parts = []
@@ -284,7 +284,7 @@ def explain_sample(root: str, manifest: Manifest, key: str, at: str | None) -> E
         *closing_sections(root, manifest, (entity, value), _concerned(manifest), rejected),
     ]
     what = f"{plural(len(held), 'sample')} of {entity} {value}"
-    return Explanation(manifest, key, "held", f"{what} in {manifest.dataset} v{manifest.version}", sections)
+    return Explanation(manifest, key, "held", f"{what} in {manifest}", sections)
 
 
 def _at(manifest: Manifest, held: Sequence[Sample], times: Sequence[str], key: str, at: str | None) -> list[Sample]:
@@ -312,8 +312,8 @@ def _source(samples: EntitySamples, held: Sequence[Sample], times: Sequence[str]
     ]
     others = len(samples.held) - len(held)
     notes = [f"{others} samples of other times are in the copy, too: name one with --at."] if others else []
-    notes.append(f"What is known of the row itself: explain {source.dataset} v{source.version}.")
-    facts = {"source": f"{source.dataset} v{source.version}", "read": samples.read}
+    notes.append(f"What is known of the row itself: explain {source}.")
+    facts = {"source": str(source), "read": samples.read}
     return Section(title="source", facts=facts, rows=rows, notes=notes)
 
 

@@ -96,5 +96,5 @@ def explain_row(root: str, manifest: Manifest, key: str, at: str | None) -> Expl
         holders_section(root, manifest, column, value),
         version_section(root, manifest),
     ]
-    what = f"{plural(len(found.places), 'row')} of {column} {key} in {manifest.dataset} v{manifest.version}"
+    what = f"{plural(len(found.places), 'row')} of {column} {key} in {manifest}"
     return Explanation(manifest, key, "held", what, sections)

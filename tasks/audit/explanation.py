@@ -75,9 +75,7 @@ def typed_key(manifest: Manifest, column: str, text: str) -> int | str:
     try:
         (value,) = read_keys([text], pa.int64(), f"keys of {manifest.dataset}").to_pylist()
     except InputError as fault:
-        raise ConfigError(
-            f"'{text}' is no {column} of {manifest.dataset} v{manifest.version}: those are whole numbers, such as 7"
-        ) from fault
+        raise ConfigError(f"'{text}' is no {column} of {manifest}: those are whole numbers, such as 7") from fault
     assert isinstance(value, int), "text that is read is a number"
     return value
 
@@ -281,7 +279,7 @@ def version_section(root: str, manifest: Manifest) -> Section:
     """Return the state of the version, and the run and the code that made it."""
     withdrawal = withdrawal_of(root, manifest.dataset, manifest.version)
     facts = {
-        "version": f"{manifest.dataset} v{manifest.version}",
+        "version": str(manifest),
         "status": "withdrawn" if withdrawal else manifest.status,
         "withdrawn": None if withdrawal is None else str(withdrawal),
         "data": layout.version_uri(root, manifest.dataset, manifest.version),
@@ -410,9 +408,7 @@ def refuse(manifest: Manifest, what: str, key: str, close: Sequence[str]) -> NoR
         InputError: always; its message names the closest keys.
     """
     cure = f"closest: {', '.join(close)}" if close else "none is like it; see `describe` for what the version holds"
-    raise InputError(
-        f"{manifest.dataset} v{manifest.version} has no {what} '{key}', among its rows or its rejected ones; {cure}"
-    )
+    raise InputError(f"{manifest} has no {what} '{key}', among its rows or its rejected ones; {cure}")
 
 
 def pick_time(manifest: Manifest, key: str, times: Sequence[dt.datetime], at: str | None) -> dt.datetime:
@@ -431,9 +427,7 @@ def pick_time(manifest: Manifest, key: str, times: Sequence[dt.datetime], at: st
     if wanted not in times:
         near = sorted(times, key=lambda time: abs(time - wanted))[:3]
         known = ", ".join(time.isoformat() for time in sorted(near))
-        raise InputError(
-            f"{manifest.dataset} v{manifest.version} has no row of '{key}' at {wanted.isoformat()}; closest: {known}"
-        )
+        raise InputError(f"{manifest} has no row of '{key}' at {wanted.isoformat()}; closest: {known}")
     return wanted
 
 
@@ -458,7 +452,7 @@ def absent(
         answer: Kind of the answer.
         concerned: As in `gate_section`.
     """
-    headline = f"{what[0]} {what[1]} isn't in {manifest.dataset} v{manifest.version}: {why}"
+    headline = f"{what[0]} {what[1]} isn't in {manifest}: {why}"
     gate = gate_section(manifest, concerned or {})
     return Explanation(manifest, what[1], answer, headline, [*sections, gate, version_section(root, manifest)])
 

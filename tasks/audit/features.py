@@ -169,7 +169,7 @@ def explain_features(root: str, manifest: Manifest, key: str, at: str | None) ->
         *_sources(manifest, entity, held),
         *closing_sections(root, manifest, (entity, held.key), concerned, held.rejected, given=given),
     ]
-    headline = f"{entity} {key} of {manifest.dataset} v{manifest.version}, as of {held.moment:%Y-%m-%d %H:%M} UTC"
+    headline = f"{entity} {key} of {manifest}, as of {held.moment:%Y-%m-%d %H:%M} UTC"
     return Explanation(manifest, key, "held", headline, sections)
 
 

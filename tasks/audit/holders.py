@@ -312,7 +312,7 @@ def _own_versions(root: str, manifest: Manifest, key: tuple[str, int | str]) -> 
 def _row(root: str, manifest: Manifest, relation: str, holds: str) -> dict[str, Any]:
     status = "withdrawn" if withdrawal_of(root, manifest.dataset, manifest.version) else manifest.status
     return {
-        "who": f"{manifest.dataset} v{manifest.version}",
+        "who": str(manifest),
         "relation": relation,
         "status": status,
         "verdict": manifest.gate.verdict,
@@ -328,7 +328,7 @@ def _trainings(root: str, manifest: Manifest, holds: str) -> list[dict[str, Any]
     return [
         {
             "who": training.uri,
-            "relation": f"training on {manifest.dataset} v{manifest.version}",
+            "relation": f"training on {manifest}",
             "status": f"ended {training.created_at:%Y-%m-%d %H:%M}",
             "verdict": training.verdict,
             "holds": " and ".join(used) or "hasn't seen it",

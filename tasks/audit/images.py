@@ -90,7 +90,7 @@ class ImagesAgain(Again):
         try:
             table = self.stored.read(self._entry)
         except Unreadable as fault:
-            raise CorruptVersion(f"{manifest.dataset} v{manifest.version}: {fault.cause.text}") from fault
+            raise CorruptVersion(f"{manifest}: {fault.cause.text}") from fault
         self._config = self._runnable(config_of(ImageAugmentationConfig, manifest))
         self._class_ids: dict[str, int] = manifest.definition["classes"]
         originals = frame_of(table)
@@ -379,7 +379,7 @@ def explain_image(root: str, manifest: Manifest, key: str, picture: str | None =
     if picture is not None:
         facts = write_picture(picture, config, (original, state), variants.table, words)
         sections.insert(0, Section(title="picture", facts=facts))
-    headline = f"image {image_id} of {manifest.dataset} v{manifest.version}: {variants.table.num_rows} variants"
+    headline = f"image {image_id} of {manifest}: {variants.table.num_rows} variants"
     return Explanation(manifest, key, "held", f"{headline} in {original['split']}", sections)
 
 

@@ -108,7 +108,7 @@ def explain_step(root: str, manifest: Manifest, asked: Asked) -> Explanation:
         samples,
         version_section(root, manifest),
     ]
-    headline = f"{name} of epoch {place['epoch']} of {manifest.dataset} v{manifest.version}"
+    headline = f"{name} of epoch {place['epoch']} of {manifest}"
     what = f"worker {asked.rank} of {workers} got {plural(len(batch[SAMPLE_ID]), 'sample')}"
     return Explanation(manifest, name, "held", f"{headline}: {what}", sections)
 
@@ -139,7 +139,7 @@ def _versions(root: str, manifest: Manifest, state: Mapping[str, Any]) -> list[M
         raise InputError(f"the state doesn't say of which version it is ({error!r}); {_CURE}") from error
     if (manifest.dataset, manifest.version) not in named:
         others = ", ".join(f"{dataset} v{version}" for dataset, version in sorted(named))
-        raise InputError(f"the state is of {others}, not of {manifest.dataset} v{manifest.version}: name that one")
+        raise InputError(f"the state is of {others}, not of {manifest}: name that one")
     return [read_manifest(root, dataset, version) for dataset, version in names]
 
 
@@ -180,8 +180,7 @@ def _of_training(root: str, manifest: Manifest, uri: str, asked: Asked, options:
     _, training = trainings_on(root, manifest)[0]
     if training.get("mix"):
         raise ConfigError(
-            f"the last training on {manifest.dataset} v{manifest.version} mixed versions: give a saved state of its "
-            "stream as --state"
+            f"the last training on {manifest} mixed versions: give a saved state of its stream as --state"
         )
     balance = training.get("balance")
     drawn: dict[str, Any] = {"weights" if balance == WEIGHT else "balance": balance}
@@ -295,7 +294,7 @@ def _samples(root: str, versions: Sequence[Manifest], batch: Batch) -> Section:
         number, sample = int(source[place]), int(ids[place])
         version = versions[number]
         row: dict[str, Any] = {"place": place, "sample id": str(sample)}
-        row |= {"version": f"{version.dataset} v{version.version}"} if len(versions) > 1 else {}
+        row |= {"version": str(version)} if len(versions) > 1 else {}
         row |= dict.fromkeys(names) | dict(found.get((number, sample), {}))
         row |= {LABEL: _label(version, batch[LABEL][place])} if LABEL in batch else {}
         row |= {WEIGHT: float(batch[WEIGHT][place])} if WEIGHT in batch else {}

@@ -88,7 +88,7 @@ class TrainingSetAgain(TableAgain):
         config, manifest = self._config, self.manifest
         name = manifest.definition["name"]
         if config.models is None:
-            raise DefinitionError(f"{manifest.dataset} v{manifest.version} doesn't say where its model is declared")
+            raise DefinitionError(f"{manifest} doesn't say where its model is declared")
         models = load_models(config.models)
         if name not in models:
             raise DefinitionError(f"the model '{name}' isn't declared in {config.models} any more")
@@ -183,7 +183,7 @@ def explain_training_row(root: str, manifest: Manifest, key: str, at: str | None
         _values(manifest, matched, row),
         *closing_sections(root, manifest, (entity, value), concerned, held.rejected, splits=[splits]),
     ]
-    headline = f"{entity} {key} of {manifest.dataset} v{manifest.version}, event at {moment:%Y-%m-%d %H:%M} UTC"
+    headline = f"{entity} {key} of {manifest}, event at {moment:%Y-%m-%d %H:%M} UTC"
     return Explanation(manifest, key, "held", headline, sections)
 
 
@@ -301,9 +301,9 @@ def _splits(root: str, manifest: Manifest, entity: str, value: int | str) -> Sec
     for copy in copies:
         try:
             config = config_of(DeliveryConfig, copy)
-            rows.append(split_row(config, entity, value, f"{copy.dataset} v{copy.version}"))
+            rows.append(split_row(config, entity, value, str(copy)))
         except PipelineError as fault:
-            rows.append({"copy": f"{copy.dataset} v{copy.version}", "split": None, "why": str(fault)})
+            rows.append({"copy": str(copy), "split": None, "why": str(fault)})
     notes = []
     if not copies:
         rows.append(split_row(DeliveryConfig(), entity, value, "(none yet)"))

@@ -254,7 +254,7 @@ def _print(verdict: Verdict) -> None:
     again, differing, count = verdict.again, verdict.differing, len(verdict.replayed)
     facts(
         {
-            "dataset": f"{again.manifest.dataset} v{again.manifest.version}",
+            "dataset": str(again.manifest),
             "replayed": f"{count:,} of {plural(again.total, again.unit)}, seed {verdict.seed}",
             "ok": f"{count - len(differing):,}",
             "differ": f"{len(differing):,}",
@@ -315,7 +315,7 @@ def self_test(arguments: Namespace) -> int:
         for one in sorted(results, key=lambda result: ORDER[result.outcome])
     ]
     show(["OUTCOME", "FAULT", "INJECTED", "NOTICED BY", "IN WORDS"], rows)
-    print(f"\n{manifest.dataset} v{manifest.version}: {summary(results)}")
+    print(f"\n{manifest}: {summary(results)}")
     if checks:
         print(f"checks that no fault made worse: {', '.join(checks)}")
     return 1 if unseen else 0

@@ -270,7 +270,7 @@ def source_of(config: DeliveryConfig, root: str, manifest: Manifest) -> Source:
         ConfigError: as `find_source`.
     """
     files, schema = _look(root, manifest)
-    name = f"{manifest.dataset} v{manifest.version}"
+    name = str(manifest)
     images = "image" in manifest.definition or (IMAGE in schema.names and is_tensor(schema.field(IMAGE)))
     images = images and config.sequence is None
     if config.sequence is not None:

@@ -451,7 +451,7 @@ def trial(root: str, manifest: Manifest, config: ImageAugmentationConfig, previo
     uri = layout.version_uri(root, manifest.dataset, manifest.version)
     originals = [layout.join(uri, file.path) for file in manifest.side_files if file.path.startswith("_originals/")]
     if not originals:
-        raise InputError(f"{manifest.dataset} v{manifest.version} has no table of originals: publish it anew")
+        raise InputError(f"{manifest} has no table of originals: publish it anew")
     table = sample_rows(originals, [*_COLUMNS, *_JUDGED], "image_id")
     classes: Mapping[str, int] = manifest.definition["classes"]
     schema = rows_schema(config, max(len(classes), 1))

@@ -390,7 +390,7 @@ def originals_entry(manifest: Manifest) -> FileEntry:
     """
     found = [entry for entry in manifest.side_files if entry.path.startswith("_originals/")]
     if not found:
-        raise CorruptVersion(f"{manifest.dataset} v{manifest.version} has no table of its originals; publish it anew")
+        raise CorruptVersion(f"{manifest} has no table of its originals; publish it anew")
     return found[0]
 
 

@@ -138,8 +138,8 @@ def _class_ids(names: Sequence[str], previous: Manifest | None, root: str) -> di
     except CorruptVersion as fault:
         assert previous is not None, "nothing else can be wrong"
         raise CorruptVersion(
-            f"{previous.dataset} v{previous.version}: {fault}. Withdraw it, and the next run goes on from the version "
-            f"before it: python3 -m flows.feature_store rollback {previous.dataset} v{previous.version} --force "
+            f"{previous}: {fault}. Withdraw it, and the next run goes on from the version "
+            f"before it: python3 -m flows.feature_store rollback {previous} --force "
             f"--root {root}"
         ) from fault
 

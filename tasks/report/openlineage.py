@@ -137,7 +137,7 @@ class _Events:
             job=parent_run.Job(namespace=self.namespace, name=self.job),
         )
         place: dict[str, Any] = {
-            "run_id": _uuid(f"{self.run.flow_run_id} {manifest.dataset} v{manifest.version}"),
+            "run_id": _uuid(f"{self.run.flow_run_id} {manifest}"),
             "job": f"{self.job}.{manifest.dataset}",
             "parent": parent,
         }

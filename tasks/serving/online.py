@@ -201,7 +201,7 @@ class Lookup:
         return self._files[index]
 
     def _name(self) -> str:
-        return f"{self.manifest.dataset} v{self.manifest.version}"
+        return str(self.manifest)
 
 
 def _is_by(manifest: Manifest, entity: str) -> bool:

@@ -254,6 +254,10 @@ class Manifest(Record):
     packages: dict[str, str] = Field(description="Versions of Python and of the libraries.")
     run: RunRecord = Field(description="The run that made it.")
 
+    def __str__(self) -> str:
+        """Return its name in sentences."""
+        return f"{self.dataset} v{self.version}"
+
     @property
     def rows(self) -> int:
         """Number of rows in the data files."""

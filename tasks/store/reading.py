@@ -411,7 +411,7 @@ def data_files(root: str, manifest: Manifest) -> list[str]:
     """
     root = storage.normalise(root)
     if manifest.status != "published":
-        raise _not_found(root, manifest.dataset, f"{manifest.dataset} v{manifest.version} was rejected")
+        raise _not_found(root, manifest.dataset, f"{manifest} was rejected")
     base = layout.version_uri(root, manifest.dataset, manifest.version)
     return [layout.join(base, file.path) for file in manifest.files]
 

@@ -82,6 +82,10 @@ class Reservation(Record):
     attempt: Ordinal = Field(description="Number of the attempt.")
     committed: bool = Field(default=False, description="This run has published the version before: nothing is to do.")
 
+    def __str__(self) -> str:
+        """Return the version's name in sentences."""
+        return f"{self.dataset} v{self.version}"
+
     @property
     def uri(self) -> str:
         """Directory of the version."""
@@ -166,7 +170,7 @@ def ensure_newest(reservation: Reservation) -> None:
     if storage.exists(successor):
         newest = attempts(reservation.root, reservation.dataset, reservation.version)[-1]
         raise VersionConflict(
-            f"{reservation.dataset} v{reservation.version}: attempt {reservation.attempt} of run "
+            f"{reservation}: attempt {reservation.attempt} of run "
             f"{reservation.run_id!r} was superseded by attempt {newest.attempt} of run {newest.run_id!r} "
             f"(process {newest.owner.pid} on {newest.owner.host}); this one must end without publishing"
         )
@@ -297,8 +301,7 @@ def parse_manifest(uri: str, data: bytes, dataset: str, version: int) -> Manifes
         raise DamagedManifest(f"{uri} can't be read as a manifest ({len(data)} bytes; {reason}): {cure}") from error
     if (manifest.dataset, manifest.version) != (dataset, version):
         raise DamagedManifest(
-            f"{uri} is the manifest of {manifest.dataset} v{manifest.version}, "
-            f"where that of {dataset} v{version} is expected: {cure}"
+            f"{uri} is the manifest of {manifest}, where that of {dataset} v{version} is expected: {cure}"
         )
     if manifest.status == "published" and not manifest.files:
         raise DamagedManifest(f"{uri} says that the version is published, and lists no data file: {cure}")

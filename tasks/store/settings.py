@@ -113,8 +113,7 @@ def config_of(kind: type[Config], manifest: Manifest, **now: Any) -> Config:
         first = fault.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "as a whole"
         raise ConfigError(
-            f"{manifest.dataset} v{manifest.version}: this code can't use its configuration "
-            f"({where}: {first['msg']}); use the code that made it"
+            f"{manifest}: this code can't use its configuration ({where}: {first['msg']}); use the code that made it"
         ) from fault
 
 

@@ -171,7 +171,7 @@ def commit(reservation: Reservation, manifest: Manifest, base: int | None = None
         balance.check()
     if published and manifest.gate.verdict == "fail":
         failed = "; ".join(check.message for check in manifest.gate.checks if check.verdict == "fail")
-        raise GateFailed(f"{manifest.dataset} v{manifest.version} is not published: the quality gate says: {failed}")
+        raise GateFailed(f"{manifest} is not published: the quality gate says: {failed}")
 
     stated, lists = lists_apart(manifest)
     data = stated.model_dump_json(indent=2).encode()
@@ -213,9 +213,9 @@ def _decided(reservation: Reservation, data: bytes) -> Manifest | None:
     mine = [path for path in orphans(reservation.uri, manifest) if attempt_of(path) == reservation.attempt]
     _delete(reservation, mine)
     if given_way:
-        raise Superseded(f"{reservation.dataset} v{reservation.version}: {manifest.superseded}")
+        raise Superseded(f"{reservation}: {manifest.superseded}")
     raise VersionConflict(
-        f"{reservation.dataset} v{reservation.version} was committed by attempt {manifest.run.attempt} of run "
+        f"{reservation} was committed by attempt {manifest.run.attempt} of run "
         f"{manifest.run.flow_run_id!r} at {manifest.created_at.isoformat()}, not by attempt {reservation.attempt} of "
         f"run {reservation.run_id!r}: reserve again to publish a further version"
     )
@@ -260,7 +260,7 @@ def _go_on_from(base: int, reservation: Reservation, manifest: Manifest) -> None
         message = f"It began from {_named(base)}, and v{newest.version} was published meanwhile."
         gate = _given_way(message, *manifest.gate.checks)
         commit(reservation, manifest.model_copy(update={"status": "rejected", "gate": gate}))
-        raise Superseded(f"{reservation.dataset} v{reservation.version}: {message}")
+        raise Superseded(f"{reservation}: {message}")
 
 
 def _named(base: int) -> str:

@@ -54,11 +54,10 @@ class SpineNote:
 
 @dataclass(frozen=True, slots=True)
 class LabelledBucket:
-    """Report of a task that made rows of a label: events that arrived, rows made, those without a target."""
+    """Report of a task that made rows of a label: events that arrived, and rows made."""
 
     events: int
     rows: int
-    without_target: int
 
 
 @dataclass(slots=True)
@@ -113,7 +112,7 @@ class Job:
         plan = self.plan.label
         events = pl.concat(frames.values())
         rows = label_rows(plan.label, events, plan.events.time, plan.times)
-        return LabelledBucket(events.height, rows.height, rows[TARGET].null_count()), to_arrow(rows)
+        return LabelledBucket(events.height, rows.height), to_arrow(rows)
 
     def scatter(self, buckets: int, index: int) -> tuple[SpineNote, list[pl.DataFrame]]:
         """Read and judge one split of the spine and split its rows by their first entity key."""
