@@ -9,9 +9,10 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -134,20 +135,14 @@ def _augment_split(
 ) -> FileEntry | None:
     """Write the file of a unit's images of one split; return None if none of them can be decoded."""
     unit, split = place
-    stream: ParquetStream | None = None
-    try:
-        for table in _rows(job.config.of_split(split), job.classes, planned, outcomes, clock):
-            if stream is None:
-                stream = open_rows(job, job.reservation.data_uri(unit, layout.split_directory(split)))
+    tables = _rows(job.config.of_split(split), job.classes, planned, outcomes, clock)
+    first = next(tables, None)
+    if first is None:
+        return None
+    with open_rows(job, job.reservation.data_uri(unit, layout.split_directory(split))) as stream:
+        for table in chain([first], tables):
             stream.write(table)
             clock.lap("write")
-    except BaseException as error:
-        if stream is not None:
-            stream.__exit__(type(error), error, error.__traceback__)
-        raise
-    if stream is None:
-        return None
-    stream.__exit__(None, None, None)
     clock.lap("write")
     return job.reservation.entry(stream.written)
 
@@ -355,11 +350,11 @@ def resplit_unit(job: ImageJob, note: UnitNote, wanted: dict[str, Int8Array]) ->
     def write(target: int, rows: pa.Table) -> None:
         if target not in streams:
             directory = layout.split_directory(SPLITS[target])
-            streams[target] = open_rows(job, job.reservation.data_uri(number, directory))
+            streams[target] = stack.enter_context(open_rows(job, job.reservation.data_uri(number, directory)))
         streams[target].write(rows)
 
     outcomes = next(iter(read_outcomes([note], OUTCOMES.names)))
-    try:
+    with ExitStack() as stack:
         for split, entry in note.files.items():
             kept = np.array([job.config.alike(split, one) for one in SPLITS])
             per_row = np.repeat(np.where(kept[wanted[split]], wanted[split], -1), job.config.variants_in(split))
@@ -371,12 +366,6 @@ def resplit_unit(job: ImageJob, note: UnitNote, wanted: dict[str, Int8Array]) ->
                     write(target, rows.filter(pa.array(own == target)))
             assert done == len(per_row), f"{entry.path} has {done} rows, its note has {len(per_row)}"
         outcomes, seconds = _made_again(job, note, wanted, outcomes, write)
-    except BaseException as error:
-        for stream in streams.values():
-            stream.__exit__(type(error), error, error.__traceback__)
-        raise
-    for stream in streams.values():
-        stream.__exit__(None, None, None)
     files = {SPLITS[target]: job.reservation.entry(stream.written) for target, stream in sorted(streams.items())}
     uri = layout.join(job.reservation.uri, layout.work_name("resplit", note.unit, job.reservation.attempt))
     moved = replace(note, uri=uri, files=files, seconds=seconds)
