@@ -23,10 +23,10 @@ from blake3 import blake3
 from PIL import Image
 
 from tasks.datasets.config import DatasetConfig
-from tasks.delivery.source import is_text, sample_keys
+from tasks.delivery.source import sample_keys
 from tasks.images.decode import Decoder, Rejection
 from tasks.io.errors import ConfigError, SourceError
-from tasks.io.hashing import stable_hash
+from tasks.io.hashing import is_text, stable_hash
 from tasks.io.tensors import TensorSpec, parquet_settings, tensor_array, tensor_field
 from tasks.io.text import closest
 from tasks.store.layout import IMAGE_ID, ROW_ID

@@ -23,8 +23,9 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from tasks.delivery.config import DeliveryConfig
-from tasks.delivery.source import is_text, list_size, sequence_dtype
+from tasks.delivery.source import list_size, sequence_dtype
 from tasks.io.errors import ConfigError, InputError
+from tasks.io.hashing import is_text
 from tasks.io.tensors import AnyArray, BoolArray, Float32Array, Int64Array
 from tasks.quality.profile import ColumnPartial, TableProfile, profile_table
 from tasks.quality.sketch import Moments, TopValues

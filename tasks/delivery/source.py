@@ -29,7 +29,7 @@ import pyarrow.types as pt
 from tasks.delivery.config import DeliveryConfig
 from tasks.io import storage
 from tasks.io.errors import ConfigError
-from tasks.io.hashing import stable_hash
+from tasks.io.hashing import is_text, stable_hash
 from tasks.io.tensors import (
     Float64Array,
     Int8Array,
@@ -518,13 +518,6 @@ def _matching(patterns: Sequence[str], known: Sequence[str], schema: pa.Schema, 
 def _check_column(column: str, schema: pa.Schema, name: str, option: str) -> None:
     if column not in schema.names:
         raise ConfigError(f"{option}: {name} has no column '{column}'{closest(column, schema.names)}")
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Return True if a column holds text, plain or by dictionary."""
-    if pt.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind))
 
 
 def _check_sequence(column: str, schema: pa.Schema, name: str) -> None:

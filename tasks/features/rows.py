@@ -49,6 +49,7 @@ import pyarrow.types as pt
 from tasks.features.csv_text import as_type, localised, parsed_time
 from tasks.features.definitions import ColumnKind
 from tasks.io.errors import InputError
+from tasks.io.hashing import is_text
 from tasks.io.notation import DEFAULT, MissingValues
 
 KeyType = Literal["int64", "string"]
@@ -117,7 +118,7 @@ def read_keys(values: Iterable[Any], kind: pa.DataType, what: str) -> pa.Array:
         return pa.nulls(len(array), kind)
     if pt.is_floating(array.type):  # pandas and numpy write NaN for a missing number
         array = pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
-    if not (pt.is_integer(kind) or _is_text(kind)):
+    if not (pt.is_integer(kind) or is_text(kind)):
         return _cast(array, kind, what)
     if not _may_be_keys(array.type, kind):
         raise InputError(f"{what} are of type {kind}, the ones given are of type {array.type}; convert them")
@@ -150,15 +151,11 @@ def _plain(value: Any) -> Any:
     return bool(value) if isinstance(value, np.bool_) else value
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind))
-
-
 def _may_be_keys(given: pa.DataType, kind: pa.DataType) -> bool:
     if pt.is_date(given):
-        return _is_text(kind)
+        return is_text(kind)
     numbers = pt.is_integer(given) or pt.is_floating(given) or pt.is_decimal(given)
-    return bool(numbers or _is_text(given) or pt.is_binary(given) or pt.is_large_binary(given))
+    return bool(numbers or is_text(given) or pt.is_binary(given) or pt.is_large_binary(given))
 
 
 def _refuse(frame: pl.DataFrame, kind: pa.DataType, what: str) -> None:
@@ -357,9 +354,9 @@ def _reasons(column: ColumnPlan, raw: pl.DataFrame, plan: RowPlan) -> list[tuple
     value = pl.col(column.name)
     found: list[tuple[pl.Expr, str]] = []
     negative = ((value < 0).fill_null(value=False), f"negative_{column.name}")
-    is_text = raw.schema[column.source_name] in _FREE_TEXT
+    free = raw.schema[column.source_name] in _FREE_TEXT
     # A blank string is CSV's null in a quoted field.
-    missing = given.is_null() | (given.cast(pl.String).str.strip_chars() == "" if is_text else pl.lit(value=False))
+    missing = given.is_null() | (given.cast(pl.String).str.strip_chars() == "" if free else pl.lit(value=False))
     if not column.required and column.name != plan.time:  # without its time no event can be placed
         if column.strict:
             found += [(reason & ~missing, name) for reason, name in _unreadable(column, raw, given, value)]

@@ -132,11 +132,15 @@ def _hash_array(array: pa.Array, offset: int) -> UInt64Array:
     return hashes
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Return True if a column holds text, plain or by dictionary."""
+    kind = kind.value_type if pt.is_dictionary(kind) else kind
+    return bool(pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind))
+
+
 def _is_bytes(kind: pa.DataType) -> bool:
     return bool(
-        pt.is_string(kind)
-        or pt.is_large_string(kind)
-        or pt.is_string_view(kind)
+        is_text(kind)
         or pt.is_binary(kind)
         or pt.is_large_binary(kind)
         or pt.is_binary_view(kind)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from tasks.io.hashing import stable_hash
+from tasks.io.hashing import is_text, stable_hash
 from tasks.io.tensors import AnyArray, Float64Array, Int64Array
 
 BINS = 64
@@ -88,10 +88,10 @@ def as_text(target: pa.ChunkedArray) -> pa.ChunkedArray:
 def leakage(feature: pa.ChunkedArray, target: Target) -> Leakage | None:
     """Measure how well a feature predicts the target; None for a type without order and categories, or without data."""
     rows = len(feature)
-    codes = _categories(feature) if _is_text(feature.type) else _ordered(feature)
+    codes = _categories(feature) if is_text(feature.type) else _ordered(feature)
     if codes is None or not rows:
         return None
-    ranks = None if _is_text(feature.type) else _midranks(codes)
+    ranks = None if is_text(feature.type) else _midranks(codes)
     bins = codes if ranks is None or codes.max() < BINS else _binned(codes, ranks)
     width = int(bins.max()) + 1
     cells = _Cells(target.folds * width + bins, FOLDS * width)  # the cells of a fold follow those of the one before
@@ -164,11 +164,6 @@ def _area(predicted: Float64Array, own: Float64Array, others: Float64Array) -> f
     mine, theirs = np.bincount(place, weights=own), np.bincount(place, weights=others)
     below = np.cumsum(theirs) - theirs / 2
     return float((mine * below).sum() / mine.sum() / theirs.sum())
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pt.is_dictionary(kind) else kind
-    return bool(pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind))
 
 
 def _categories(column: pa.ChunkedArray) -> Int64Array:

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from tasks.io.errors import InputError
-from tasks.io.hashing import stable_hash
+from tasks.io.hashing import is_text, stable_hash
 from tasks.io.tensors import Float64Array, Int64Array
 from tasks.quality.sketch import DistinctSketch, Moments, QuantileSketch, TopValues
 from tasks.store.manifest import ColumnProfile, Histogram
@@ -156,7 +156,7 @@ def _partial(column: pa.ChunkedArray) -> ColumnPartial:
     if pt.is_boolean(arrow):
         counted = column.drop_null().cast(pa.string()).value_counts()
         return ColumnPartial("boolean", "bool", size, nulls, top=TopValues.of(*counted.flatten()))
-    if pt.is_string(arrow) or pt.is_large_string(arrow) or pt.is_string_view(arrow):
+    if is_text(arrow):
         values, counts = column.cast(pa.large_string()).drop_null().value_counts().flatten()
         distinct = DistinctSketch.of(stable_hash(values))
         return ColumnPartial("string", "string", size, nulls, distinct=distinct, top=TopValues.of(values, counts))
