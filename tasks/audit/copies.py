@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.audit.explanation import (
+    Answer,
     Explanation,
     Section,
     absent,
@@ -24,7 +25,6 @@ from tasks.audit.explanation import (
     read_rows,
     refuse,
     rejected_rows,
-    rejected_sections,
     typed_key,
 )
 from tasks.audit.holders import (
@@ -261,19 +261,14 @@ def explain_sample(root: str, manifest: Manifest, key: str, at: str | None) -> E
         if samples is not None and not rejected:
             close = closest_keys(root, samples.source, entity, typed_key(samples.source, entity, key))
             refuse(manifest, entity, key, close)
-        return absent(root, manifest, (entity, key), "all that it had was rejected", rejected_sections(rejected))
+        return absent(root, manifest, (entity, key), rejected)
     times = [name for name in definition["keys"][1:] if name in TIMES]
     held = _at(manifest, samples.held, times, key, at)
     if not held:
         reasons = ", ".join(sorted({reason for _, reason in samples.left_out}))
-        return absent(
-            root,
-            manifest,
-            (entity, key),
-            f"left out of the copy: {reasons}",
-            [_left_out(samples), *rejected_sections(rejected)],
-            answer="rejected" if rejected else "left out",
-        )
+        why, sections = f"left out of the copy: {reasons}", [_left_out(samples)]
+        answer: Answer = "rejected" if rejected else "left out"
+        return absent(root, manifest, (entity, key), rejected, why, answer=answer, sections=sections)
     value = held[0].source[entity]
     sections = [
         _source(samples, held, times),

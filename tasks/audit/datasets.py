@@ -78,7 +78,7 @@ def explain_row(root: str, manifest: Manifest, key: str, at: str | None) -> Expl
     if found is None or not found.places:
         if not rejected:
             refuse(manifest, entity, key, closest_keys(root, manifest, entity, typed_key(manifest, entity, key)))
-        return absent(root, manifest, (entity, key), "all that it had was rejected", rejected_sections(rejected))
+        return absent(root, manifest, (entity, key), rejected)
     rows = [
         {"file": path, "row": number, **values}
         for (path, number), values in zip(found.places[:MOST_SHOWN], found.rows[:MOST_SHOWN], strict=True)

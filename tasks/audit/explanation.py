@@ -396,9 +396,10 @@ def rejected_sections(rows: Sequence[Mapping[str, Any]], notes: Sequence[str] = 
     return [Section(title="rejected", rows=rows, shown=shown, notes=notes)] if rows else []
 
 
-def rejected_sources(rows: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Return the names of the sources of rejected rows, as in the names of the files that keep these."""
-    return {row["kept in"].partition("/")[2].rsplit("-", 2)[0].removesuffix("-conflicts") for row in rows}
+def rejected_sources(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the sources of rejected rows, by the names of the files that keep these, and how they are concerned."""
+    names = (row["kept in"].partition("/")[2].rsplit("-", 2)[0].removesuffix("-conflicts") for row in rows)
+    return dict.fromkeys(names, "has rejected rows of it")
 
 
 def refuse(manifest: Manifest, what: str, key: str, close: Sequence[str]) -> NoReturn:
@@ -435,11 +436,13 @@ def absent(
     root: str,
     manifest: Manifest,
     what: tuple[str, str],
-    why: str,
-    sections: Sequence[Section],
+    rejected: Sequence[Mapping[str, Any]],
+    why: str = "all that it had was rejected",
     *,
     answer: Answer = "rejected",
+    sections: Sequence[Section] = (),
     concerned: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
 ) -> Explanation:
     """Return the answer about something that a version doesn't hold.
 
@@ -447,14 +450,17 @@ def absent(
         root: Root of the store.
         manifest: The version's.
         what: Kind of thing, and its key.
+        rejected: Rows of it that were rejected.
         why: Reason for its absence.
-        sections: Further sections.
         answer: Kind of the answer.
-        concerned: As in `gate_section`.
+        sections: Sections to show first.
+        concerned: As in `gate_section`; besides the sources of the rejected rows.
+        notes: Notes on the rejected rows.
     """
     headline = f"{what[0]} {what[1]} isn't in {manifest}: {why}"
-    gate = gate_section(manifest, concerned or {})
-    return Explanation(manifest, what[1], answer, headline, [*sections, gate, version_section(root, manifest)])
+    gate = gate_section(manifest, {**rejected_sources(rejected), **(concerned or {})})
+    sections = [*sections, *rejected_sections(rejected, notes), gate, version_section(root, manifest)]
+    return Explanation(manifest, what[1], answer, headline, sections)
 
 
 @dataclass(frozen=True, slots=True)
@@ -495,25 +501,19 @@ def look_for(
     """
     entity: str = manifest.definition["entity"]
     rejected = rejected_rows(root, manifest, spellings, {key})
-
-    def nothing() -> Explanation:
-        concerned = dict.fromkeys(rejected_sources(rejected), "has rejected rows of it")
-        sections = rejected_sections(rejected)
-        return absent(root, manifest, (entity, key), "all that it had was rejected", sections, concerned=concerned)
-
     try:
         value = typed_key(manifest, entity, key)
     except ConfigError:
         if not rejected:
             raise
-        return nothing()
+        return absent(root, manifest, (entity, key), rejected)
     if manifest.status == "rejected" and rejected:
-        return nothing()
+        return absent(root, manifest, (entity, key), rejected)
     searched = find_rows(root, manifest, entity, value)
     if not searched.places:
         if not rejected:
             refuse(manifest, entity, key, closest_keys(root, manifest, entity, value))
-        return nothing()
+        return absent(root, manifest, (entity, key), rejected)
     times = [when.astimezone(dt.UTC) for when in searched.table[time].to_pylist()]
     picked = pick_time(manifest, key, times, at)
     number = times.index(picked)

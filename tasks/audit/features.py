@@ -20,7 +20,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.audit.explanation import Explanation, Held, Section, look_for, rejected_sources
+from tasks.audit.explanation import Explanation, Held, Section, look_for
 from tasks.audit.holders import closing_sections
 from tasks.audit.inputs import (
     declared_sources,
@@ -156,7 +156,6 @@ def explain_features(root: str, manifest: Manifest, key: str, at: str | None) ->
     if isinstance(held, Explanation):
         return held
     values, concerned = _feature_values(manifest, held.row, _bounds(root, manifest, held.row))
-    concerned |= dict.fromkeys(rejected_sources(held.rejected), "has rejected rows of it")
 
     def given(training_set: Manifest, row: Mapping[str, Any]) -> bool:
         matched = [match for match in matches(root, training_set, row) if match.dataset == manifest.dataset]

@@ -22,6 +22,7 @@ from tasks.audit.explanation import (
     gate_section,
     is_whole,
     rejected_sections,
+    rejected_sources,
     typed_key,
     version_section,
 )
@@ -284,14 +285,14 @@ def closing_sections(
         root: Root of the store.
         manifest: The version that the row is of.
         key: Its key column and key.
-        concerned: As in `gate_section`.
+        concerned: As in `gate_section`; besides the sources of the rejected rows.
         rejected: Rows of the key that were rejected.
         splits: Sections to show before the holders.
         given: As in `holders_section`.
     """
     return [
         *rejected_sections(rejected),
-        gate_section(manifest, concerned),
+        gate_section(manifest, {**rejected_sources(rejected), **concerned}),
         *splits,
         holders_section(root, manifest, *key, given),
         version_section(root, manifest),

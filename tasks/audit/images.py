@@ -34,7 +34,6 @@ from tasks.audit.explanation import (
     find_rows,
     refuse,
     rejected_rows,
-    rejected_sections,
 )
 from tasks.audit.holders import closing_sections
 from tasks.audit.inputs import Cause, check_files, input_causes
@@ -361,8 +360,8 @@ def explain_image(root: str, manifest: Manifest, key: str, picture: str | None =
             refuse(manifest, "image", key, closest_of(known["image_id"].to_pylist(), key))
         notes = ["A rejected image has no variants, so no picture was written."] if picture is not None else []
         concerned = {"images": "this image", "labels": "this image's label"}
-        sections = rejected_sections(rejected, notes)
-        return absent(root, manifest, ("image", key), "it was rejected", sections, concerned=concerned)
+        what = ("image", key)
+        return absent(root, manifest, what, rejected, "it was rejected", concerned=concerned, notes=notes)
     [original] = _read_originals(root, manifest, filters=[("image_id", "=", image_id)]).to_pylist()
     columns = [*_FACTS, *([] if picture is None else [IMAGE])]
     variants = find_rows(root, manifest, _ORIGINAL, image_id, columns=columns)

@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from tasks.audit.explanation import Explanation, Section, look_for, rejected_sources
+from tasks.audit.explanation import Explanation, Section, look_for
 from tasks.audit.holders import closing_sections, made_from, split_row
 from tasks.audit.inputs import (
     ROW,
@@ -174,7 +174,6 @@ def explain_training_row(root: str, manifest: Manifest, key: str, at: str | None
         for column in manifest.definition["columns"]
     }
     concerned |= {match.group: "this row found none" for match in matched if match.version is None}
-    concerned |= dict.fromkeys(rejected_sources(held.rejected), "has rejected rows of it")
     splits = _splits(root, manifest, entity, value)
     sections = [
         held.section,
