@@ -280,7 +280,7 @@ def announce(root: str, manifest: Manifest) -> None:
     Sent after the commit, and again by a retry that finds its version committed: automations must tolerate this. If the
     API can't be reached, the event is lost, not the version.
     """
-    uri = layout.version_uri(root, manifest.dataset, manifest.version)
+    uri = manifest.uri(root)
     emit_event(
         event=PUBLISHED,
         resource={
@@ -330,7 +330,7 @@ def _why(failed: Sequence[JudgedVersion]) -> str:
 
 def published(root: str, manifest: Manifest) -> PublishedVersion:
     """Return a committed version in the form for flows' callers."""
-    uri = layout.version_uri(root, manifest.dataset, manifest.version)
+    uri = manifest.uri(root)
     return PublishedVersion(
         dataset=manifest.dataset,
         version=manifest.version,

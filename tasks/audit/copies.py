@@ -211,7 +211,7 @@ def source_rows(root: str, copy: Manifest, ids: Int64Array) -> dict[int, dict[st
     """
     config, version = config_of(DeliveryConfig, copy, root=root), source_version(root, copy)
     source = source_of(config, root, version)
-    base, units = layout.version_uri(root, version.dataset, version.version), read_units(source)
+    base, units = version.uri(root), read_units(source)
     found: dict[int, dict[str, Any]] = {}
     for unit, own in zip(units, _identified(units, source, config)[0], strict=True):
         rows = np.flatnonzero(np.isin(own, ids))
@@ -386,9 +386,7 @@ def _encoded(root: str, manifest: Manifest, sample: Sample, *, several: bool) ->
     [end] = [min((number + 1) * size, entry.rows) for entry in manifest.files if entry.path == sample.file]
     batch = read_rows(root, manifest, sample.file, np.arange(number * size, end))
     [found] = batch_ids(batch, size)
-    [noted] = _noted(
-        layout.join(layout.version_uri(root, manifest.dataset, manifest.version), sample.file), np.array([number])
-    )
+    [noted] = _noted(manifest.uri(root, sample.file), np.array([number]))
     stored = batch.slice(place, 1)
     facts = _label(manifest, sample, stored) | _weight(manifest, sample, stored)
     facts["checksum of its batch"] = f"{'matches' if found == noted else 'DOES NOT match'} ({noted})"

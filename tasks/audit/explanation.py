@@ -123,7 +123,7 @@ def read_rows(
     Raises:
         CorruptVersion: the file is missing or can't be read.
     """
-    uri = layout.join(layout.version_uri(root, manifest.dataset, manifest.version), path)
+    uri = manifest.uri(root, path)
     with explained(uri), storage.open_input(uri) as source:
         return rows_of(pq.ParquetFile(source), rows, columns)
 
@@ -282,7 +282,7 @@ def version_section(root: str, manifest: Manifest) -> Section:
         "version": str(manifest),
         "status": "withdrawn" if withdrawal else manifest.status,
         "withdrawn": None if withdrawal is None else str(withdrawal),
-        "data": layout.version_uri(root, manifest.dataset, manifest.version),
+        "data": manifest.uri(root),
         "created": manifest.created_at,
         "run": manifest.run.flow_run_name or manifest.run.flow_run_id,
         "code": manifest.code_digest,
@@ -328,10 +328,9 @@ def rejected_rows(
     Raises:
         CorruptVersion: a file of rejected rows is missing.
     """
-    base = layout.version_uri(root, manifest.dataset, manifest.version)
     rejected = []
     for entry in manifest.rejected_files:
-        uri = layout.join(base, entry.path)
+        uri = manifest.uri(root, entry.path)
         with explained(uri), storage.open_input(uri) as source:
             file = pq.ParquetFile(source)
             named = [name for name in file.schema_arrow.names if name in columns]

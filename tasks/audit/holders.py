@@ -191,9 +191,8 @@ def _locate(root: str, copy: Manifest, split: str, sample_id: int, config: Deliv
     parts = len(plan_buckets(np.array([total]), form, config.file_megabytes * (1 << 20)))
     key = random_keys(np.array([sample_id], np.int64), config.seed)
     part = int(bucket_of(key, max(parts, 1))[0])
-    base = layout.version_uri(root, copy.dataset, copy.version)
     for entry in sorted(entries, key=lambda entry: layout.part_number(entry.path) != part):
-        uri = layout.join(base, entry.path)
+        uri = copy.uri(root, entry.path)
         with explained(uri), storage.open_input(uri) as source:
             ids = to_numpy(pq.ParquetFile(source).read(columns=[SAMPLE_ID]), SAMPLE_ID)
         (hits,) = np.nonzero(ids == sample_id)

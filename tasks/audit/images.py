@@ -65,7 +65,6 @@ from tasks.io.errors import ConfigError, CorruptVersion, SourceError
 from tasks.io.hashing import stable_hash
 from tasks.io.notation import missing_values
 from tasks.io.tensors import Int8Array, Int32Array, Int64Array, UInt8Array, UInt64Array
-from tasks.store import layout
 from tasks.store.layout import READY
 from tasks.store.manifest import FileEntry, Manifest
 from tasks.store.reading import data_files, explained
@@ -384,8 +383,7 @@ def explain_image(root: str, manifest: Manifest, key: str, picture: str | None =
 
 def _read_originals(root: str, manifest: Manifest, **how: Any) -> pa.Table:
     """Return the table of originals, in the order of the plan."""
-    base = layout.version_uri(root, manifest.dataset, manifest.version)
-    uri = layout.join(base, originals_entry(manifest).path)
+    uri = manifest.uri(root, originals_entry(manifest).path)
     with explained(uri), storage.open_input(uri) as source:
         return pq.read_table(source, **how)
 

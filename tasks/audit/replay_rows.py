@@ -69,7 +69,7 @@ class StoredFiles:
     """
 
     def __init__(self, root: str, manifest: Manifest, role: str = "") -> None:
-        self.base = layout.version_uri(root, manifest.dataset, manifest.version)
+        self.base = manifest.uri(root)
         self._role = role
         self._seen: dict[str, Cause | None] = {}
 

@@ -28,7 +28,6 @@ from tasks.loader.mixed import MixedStream
 from tasks.loader.samples import FEATURES, IMAGE, LABEL, LENGTH, SAMPLE_ID, SEQUENCE, WEIGHT, SampleFormat
 from tasks.loader.stream import TrainingStream
 from tasks.report.plots import font, one_line
-from tasks.store import layout
 from tasks.store.manifest import Manifest
 from tasks.store.reading import read_manifest
 from tasks.store.settings import load_object
@@ -145,7 +144,7 @@ def _versions(root: str, manifest: Manifest, state: Mapping[str, Any]) -> list[M
 
 def _opened(root: str, versions: Sequence[Manifest], state: Mapping[str, Any] | None, asked: Asked) -> Stream:
     """Open the stream of a state, or of the last training on a copy."""
-    uris = [layout.version_uri(root, version.dataset, version.version) for version in versions]
+    uris = [version.uri(root) for version in versions]
     options: dict[str, Any] = {"as_numpy": True, "normalise": False, "prefetch": 0, "rank": asked.rank}
     options["transform"] = None if asked.transform is None else _transform(asked.transform)
     if state is None:

@@ -14,7 +14,6 @@ from tasks.quality import faults, rules
 from tasks.quality.faults import MOST_FEATURES, Faults, Sample, Trial, rarest, sample_rows
 from tasks.quality.profile import profile_table
 from tasks.quality.rules import Figures, classes_of
-from tasks.store import layout
 from tasks.store.manifest import CheckResult, GateResult, Manifest, RowBalance
 
 LABEL_KINDS = "The dataset has no label that is a class."
@@ -107,8 +106,7 @@ def trial(root: str, manifest: Manifest, config: DatasetConfig, previous: Manife
     key: str = manifest.definition["key"]
     features = [name for name in manifest.profile if name not in config.required][:MOST_FEATURES]
     names = [name for name in dict.fromkeys([*config.required, *features]) if name in manifest.profile]
-    base = layout.version_uri(root, manifest.dataset, manifest.version)
-    table = sample_rows([layout.join(base, file.path) for file in manifest.files], [key, *names], key)
+    table = sample_rows([manifest.uri(root, file.path) for file in manifest.files], [key, *names], key)
     bounds = config.thresholds
     fewest = max(1, min(bounds.minimum_rows, table.num_rows))  # a sample has fewer than the whole
     return _Trial(

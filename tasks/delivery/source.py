@@ -235,7 +235,7 @@ class Source:
 
     def record(self) -> InputRecord:
         """Return the manifest's record of this input."""
-        return self.manifest.as_input(layout.version_uri(self.root, self.manifest.dataset, self.manifest.version))
+        return self.manifest.as_input(self.manifest.uri(self.root))
 
 
 def needs_sample(config: DeliveryConfig) -> bool:

@@ -30,7 +30,6 @@ from tasks.quality import faults, rules
 from tasks.quality.faults import MOST_FEATURES, NULLS, Faults, Sample, Trial, sample_rows
 from tasks.quality.profile import TableProfile, profile_table
 from tasks.quality.rules import Figures
-from tasks.store import layout
 from tasks.store.layout import AS_OF, CREATED, FEATURES, OUTLYING, READY, VERSION
 from tasks.store.manifest import CheckResult, ColumnProfile, GateResult, Manifest, RowBalance
 
@@ -310,11 +309,12 @@ def trial(root: str, manifest: Manifest, config: FeatureStoreConfig, previous: M
     Drift and types are compared with the sample as it is; their comparability, with the last version.
     """
     group, columns = _sampled_group(manifest)
-    uri = layout.version_uri(root, manifest.dataset, manifest.version)
     names = [group.entity, *columns, AS_OF, CREATED, VERSION]
     joined = any(balance.name == group.dimension for balance in manifest.balances)
     return _Trial(
-        sample=_Rows(table=sample_rows([layout.join(uri, file.path) for file in manifest.files], names, group.entity)),
+        sample=_Rows(
+            table=sample_rows([manifest.uri(root, file.path) for file in manifest.files], names, group.entity)
+        ),
         features=tuple(name for name in columns if name in group.feature_names),
         before=previous or manifest,
         group=group,

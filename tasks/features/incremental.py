@@ -137,11 +137,10 @@ def _link(manifest: Manifest, root: str, source: str, today: Mapping[tuple[str, 
         if (now := today.get((file.uri, file.fingerprint))) is not None:
             live[number] = now
             rows += count
-    uri = layout.version_uri(root, manifest.dataset, manifest.version)
     return StateLink(
         version=manifest.version,
         buckets=state["buckets"],
-        files=_bucket_files(uri, manifest.side_files),
+        files=_bucket_files(manifest.uri(root), manifest.side_files),
         live=live,
         rows=rows,
         complete=len(live) == len(state["files"]),

@@ -41,7 +41,6 @@ from tasks.quality.faults import BAD, DOUBLED, Fault, Faults, Sample, Trial, rar
 from tasks.quality.profile import ColumnPartial, TableProfile
 from tasks.quality.rules import Figures
 from tasks.quality.sketch import TopValues
-from tasks.store import layout
 from tasks.store.manifest import CheckResult, ColumnProfile, GateResult, Manifest, RowBalance
 
 CLASS = "class_name"
@@ -448,15 +447,14 @@ def trial(root: str, manifest: Manifest, config: ImageAugmentationConfig, previo
     Raises:
         InputError: the version has no table of originals.
     """
-    uri = layout.version_uri(root, manifest.dataset, manifest.version)
-    originals = [layout.join(uri, file.path) for file in manifest.side_files if file.path.startswith("_originals/")]
+    originals = [manifest.uri(root, file.path) for file in manifest.side_files if file.path.startswith("_originals/")]
     if not originals:
         raise InputError(f"{manifest} has no table of originals: publish it anew")
     table = sample_rows(originals, [*_COLUMNS, *_JUDGED], "image_id")
     classes: Mapping[str, int] = manifest.definition["classes"]
     schema = rows_schema(config, max(len(classes), 1))
     if manifest.files:
-        with storage.open_input(layout.join(uri, manifest.files[0].path)) as source:
+        with storage.open_input(manifest.uri(root, manifest.files[0].path)) as source:
             schema = pq.ParquetFile(source).schema_arrow
     for name in ("passed", "ready"):
         table = faults.with_column(table, name, pa.array(table[name].to_numpy() / _variants_of(table, config)))

@@ -249,7 +249,7 @@ class Version:
     @property
     def uri(self) -> str:
         """Directory of the version."""
-        return layout.version_uri(self.root, self.manifest.dataset, self.manifest.version)
+        return self.manifest.uri(self.root)
 
     @property
     def definition(self) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def trace(root: str, dataset: str, version: int) -> Lineage:
 def trace_manifest(root: str, manifest: Manifest) -> Lineage:
     """Return the lineage of a version by its manifest, which may not be committed yet."""
     root = storage.normalise(root)
-    uri = layout.version_uri(root, manifest.dataset, manifest.version)
+    uri = manifest.uri(root)
     record = layout.join(uri, layout.WITHDRAWN)
     found = _Found()
     found.add(uri, manifest, withdrawn=record in storage.read_many([record]))

@@ -258,6 +258,10 @@ class Manifest(Record):
         """Return its name in sentences."""
         return f"{self.dataset} v{self.version}"
 
+    def uri(self, root: str, *path: str) -> str:
+        """Return the version's directory under a normalised root, or a file in it."""
+        return layout.join(layout.version_uri(root, self.dataset, self.version), *path)
+
     @property
     def rows(self) -> int:
         """Number of rows in the data files."""

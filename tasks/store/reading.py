@@ -412,8 +412,7 @@ def data_files(root: str, manifest: Manifest) -> list[str]:
     root = storage.normalise(root)
     if manifest.status != "published":
         raise _not_found(root, manifest.dataset, f"{manifest} was rejected")
-    base = layout.version_uri(root, manifest.dataset, manifest.version)
-    return [layout.join(base, file.path) for file in manifest.files]
+    return [manifest.uri(root, file.path) for file in manifest.files]
 
 
 def read_table(
@@ -565,13 +564,13 @@ def verify(root: str, manifest: Manifest) -> None:
     data = manifest.files if published else ()
     _verify_files(root, manifest, (*data, *manifest.companions))
     if manifest.report is not None:
-        base = layout.version_uri(storage.normalise(root), manifest.dataset, manifest.version)
-        verify_digest(layout.join(base, layout.REPORT_JSON), f"sha256:{manifest.report.json_sha256}")
-        verify_digest(layout.join(base, layout.REPORT_HTML), f"sha256:{manifest.report.html_sha256}")
+        root = storage.normalise(root)
+        verify_digest(manifest.uri(root, layout.REPORT_JSON), f"sha256:{manifest.report.json_sha256}")
+        verify_digest(manifest.uri(root, layout.REPORT_HTML), f"sha256:{manifest.report.html_sha256}")
 
 
 def _verify_files(root: str, manifest: Manifest, files: Sequence[FileEntry]) -> None:
-    base = layout.version_uri(storage.normalise(root), manifest.dataset, manifest.version)
+    base = manifest.uri(storage.normalise(root))
     sizes = {info.uri: info.bytes for info in storage.list_files(base, include_hidden=True)}
 
     def verify_file(file: FileEntry) -> None:

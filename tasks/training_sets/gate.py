@@ -35,7 +35,6 @@ from tasks.quality.leakage import as_text
 from tasks.quality.profile import TableProfile, merge_profiles, profile_table
 from tasks.quality.rules import Figures
 from tasks.quality.sketch import QuantileSketch
-from tasks.store import layout
 from tasks.store.layout import AS_OF, EVENT_TIME, TARGET
 from tasks.store.manifest import CheckResult, GateResult, Manifest, RowBalance
 from tasks.training_sets.asof import join_asof, plant
@@ -279,9 +278,8 @@ def trial(root: str, manifest: Manifest, config: FeatureStoreConfig, previous: M
         group = columns[name].partition(":")[0]
         groups[group] = (*groups.get(group, ()), name)
     chosen = [name for names in groups.values() for name in names]
-    uri = layout.version_uri(root, manifest.dataset, manifest.version)
     names = [column.name for column in manifest.columns if column.name not in columns or column.name in chosen]
-    table = sample_rows([layout.join(uri, file.path) for file in manifest.files], names, model.entity)
+    table = sample_rows([manifest.uri(root, file.path) for file in manifest.files], names, model.entity)
     return _Trial(
         sample=_Rows(table=table),
         features=chosen,
