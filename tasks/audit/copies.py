@@ -1,4 +1,4 @@
-"""Samples of a streaming-ready copy: explained, from the raw row to the step of a training, and made again.
+"""Samples of a streaming-ready copy: opened, from the raw row to the step of a training, and made again.
 
 A replay checks order, ids, labels and values. All rows of the source are read for their ids and splits, since these
 decide the place of each sample: about thirty bytes a row are held. Only the rows of the requested samples are encoded.
@@ -87,7 +87,7 @@ from tasks.loader.version_files import Version
 from tasks.store import layout
 from tasks.store.lineage import trace
 from tasks.store.manifest import FileEntry, Manifest
-from tasks.store.reading import data_files, explained
+from tasks.store.reading import data_files, opened
 from tasks.store.settings import config_of
 
 
@@ -227,7 +227,7 @@ def source_rows(root: str, copy: Manifest, ids: Int64Array) -> dict[int, dict[st
 
 def _noted(uri: str, batches: Int64Array) -> list[str]:
     """Return the stored checksums of some batches of a file."""
-    with explained(uri), storage.open_input(uri) as source:
+    with opened(uri) as source:
         noted = noted_ids(pq.read_metadata(source))
     return [noted[batch] if batch < len(noted) else ABSENT for batch in batches.tolist()]
 

@@ -32,7 +32,7 @@ from tasks.io.text import as_json, brief, facts, moment, printable, show
 from tasks.store import layout
 from tasks.store.layout import AS_OF
 from tasks.store.manifest import Manifest
-from tasks.store.reading import data_files, explained, groups_with, rows_of, withdrawal_of
+from tasks.store.reading import data_files, groups_with, opened, rows_of, withdrawal_of
 
 MOST_KEYS = 2_000_000
 """Maximum number of keys that are searched for the closest ones."""
@@ -124,7 +124,7 @@ def read_rows(
         CorruptVersion: the file is missing or can't be read.
     """
     uri = manifest.uri(root, path)
-    with explained(uri), storage.open_input(uri) as source:
+    with opened(uri) as source:
         return rows_of(pq.ParquetFile(source), rows, columns)
 
 
@@ -132,7 +132,7 @@ def _search(
     uri: str, column: str, value: int | str, columns: Sequence[str] | None
 ) -> tuple[pa.Table | None, list[int], int]:
     """Return the rows of one file, their numbers in it, and the number of row groups read."""
-    with explained(uri), storage.open_input(uri) as source:
+    with opened(uri) as source:
         file = pq.ParquetFile(source, pre_buffer=True)
         metadata, wanted = file.metadata, None if columns is None else list(columns)
         starts = np.cumsum([0, *(metadata.row_group(group).num_rows for group in range(file.num_row_groups))])
@@ -152,7 +152,7 @@ def closest_keys(root: str, manifest: Manifest, column: str, value: int | str) -
     for uri in data_files(root, manifest):
         if len(keys) >= MOST_KEYS:
             break
-        with explained(uri), storage.open_input(uri) as source:
+        with opened(uri) as source:
             keys.update(pq.read_table(source, columns=[column])[column].unique().drop_null().to_pylist())
     return closest_of(keys, value)
 
@@ -331,7 +331,7 @@ def rejected_rows(
     rejected = []
     for entry in manifest.rejected_files:
         uri = manifest.uri(root, entry.path)
-        with explained(uri), storage.open_input(uri) as source:
+        with opened(uri) as source:
             file = pq.ParquetFile(source)
             named = [name for name in file.schema_arrow.names if name in columns]
             if named and pc.any(matching(file.read(columns=named), keys)).as_py():

@@ -41,7 +41,6 @@ from tasks.delivery.source import (
     split_draws,
     split_of,
 )
-from tasks.io import storage
 from tasks.io.errors import ConfigError, CorruptVersion, PipelineError
 from tasks.io.hashing import stable_hash
 from tasks.io.tensors import to_numpy
@@ -54,9 +53,9 @@ from tasks.store.layout import AS_OF, EVENT_TIME, READY
 from tasks.store.lineage import trace
 from tasks.store.manifest import Manifest
 from tasks.store.reading import (
-    explained,
     latest,
     list_datasets,
+    opened,
     overview,
     read_committed,
     read_manifest,
@@ -193,7 +192,7 @@ def _locate(root: str, copy: Manifest, split: str, sample_id: int, config: Deliv
     part = int(bucket_of(key, max(parts, 1))[0])
     for entry in sorted(entries, key=lambda entry: layout.part_number(entry.path) != part):
         uri = copy.uri(root, entry.path)
-        with explained(uri), storage.open_input(uri) as source:
+        with opened(uri) as source:
             ids = to_numpy(pq.ParquetFile(source).read(columns=[SAMPLE_ID]), SAMPLE_ID)
         (hits,) = np.nonzero(ids == sample_id)
         if len(hits):

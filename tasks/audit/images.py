@@ -67,7 +67,7 @@ from tasks.io.notation import missing_values
 from tasks.io.tensors import Int8Array, Int32Array, Int64Array, UInt8Array, UInt64Array
 from tasks.store.layout import READY
 from tasks.store.manifest import FileEntry, Manifest
-from tasks.store.reading import data_files, explained
+from tasks.store.reading import data_files, opened
 from tasks.store.settings import config_of
 
 AT_ONCE = 32
@@ -384,7 +384,7 @@ def explain_image(root: str, manifest: Manifest, key: str, picture: str | None =
 def _read_originals(root: str, manifest: Manifest, **how: Any) -> pa.Table:
     """Return the table of originals, in the order of the plan."""
     uri = manifest.uri(root, originals_entry(manifest).path)
-    with explained(uri), storage.open_input(uri) as source:
+    with opened(uri) as source:
         return pq.read_table(source, **how)
 
 

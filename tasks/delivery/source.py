@@ -353,7 +353,7 @@ def read_pieces(unit: Unit, columns: Sequence[str]) -> Iterator[tuple[SourceFile
         CorruptVersion: a file is missing or can't be read.
     """
     for file, groups in unit.pieces:
-        with explained(file.uri), storage.open_input(file.uri) as source:
+        with opened(file.uri) as source:
             table = pq.ParquetFile(source).read_row_groups(list(groups), columns=list(columns), use_threads=False)
         yield (
             file,

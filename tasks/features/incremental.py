@@ -27,7 +27,7 @@ from tasks.features.plan import FeaturePlan, GroupPlan, SourcePlan, StateLink, S
 from tasks.io import storage
 from tasks.store import layout
 from tasks.store.manifest import FileEntry, Manifest
-from tasks.store.reading import explained, first_live, list_dataset, overview, read_committed, read_manifest
+from tasks.store.reading import first_live, list_dataset, opened, overview, read_committed, read_manifest
 from tasks.store.reservation import Reservation
 
 _DIRECTORY = "_events"
@@ -208,7 +208,7 @@ def _read_link(
     live = None if link.complete else [(FILE, "in", list(link.live))]
     frames = []
     for uri in (link.files[number] for number in numbers if number in link.files):
-        with explained(uri), storage.open_input(uri) as source:
+        with opened(uri) as source:
             table = pq.read_table(
                 source, columns=list(schema), filters=live, use_threads=False, read_dictionary=texts, pre_buffer=True
             )

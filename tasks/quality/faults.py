@@ -26,14 +26,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from tasks.io import storage
 from tasks.io.errors import PipelineError
 from tasks.io.hashing import stable_hash
 from tasks.io.tensors import BoolArray
 from tasks.io.text import plural
 from tasks.quality.rules import SEVERITY
 from tasks.store.manifest import CheckResult, ColumnSpec, FaultResult, GateResult, Manifest, Outcome
-from tasks.store.reading import explained
+from tasks.store.reading import opened
 
 SAMPLE_ROWS = 5000
 MOST_FILES = 16
@@ -69,7 +68,7 @@ def sample_rows(
     """
     tables = []
     for uri, number, _ in chosen_groups(uris) or [RowGroup(uris[0], 0, 0)]:
-        with explained(uri), storage.open_input(uri) as source:
+        with opened(uri) as source:
             file = pq.ParquetFile(source)
             groups = range(file.num_row_groups)[number : number + 1]  # no group in a file without rows
             table = file.read_row_groups(list(groups), columns=list(columns), use_threads=False)
@@ -88,7 +87,7 @@ def chosen_groups(uris: Sequence[str]) -> list[RowGroup]:
     """Choose the row groups that a sample is taken from, in the order of the files."""
     groups = []
     for uri in (uris[place] for place in sorted(_by_hash(uris)[:MOST_FILES])):
-        with explained(uri), storage.open_input(uri) as source:
+        with opened(uri) as source:
             metadata = pq.read_metadata(source)
         groups += [
             RowGroup(uri, number, metadata.row_group(number).num_rows) for number in range(metadata.num_row_groups)

@@ -459,8 +459,8 @@ def _read_file(uri: str, expected: FileEntry, columns: Sequence[str] | None) -> 
 
 
 @contextmanager
-def opened(uri: str, size: int) -> Iterator[pa.NativeFile]:
-    """Open a data file and check its size against the manifest; explain the errors of reading it in this block.
+def opened(uri: str, size: int | None = None) -> Iterator[pa.NativeFile]:
+    """Open a data file, and check its size if it is given; explain the errors of reading it in this block.
 
     Raises:
         CorruptVersion: it is missing, of another size, or not Parquet.
@@ -469,11 +469,12 @@ def opened(uri: str, size: int) -> Iterator[pa.NativeFile]:
         yield source
 
 
-def open_data(uri: str, size: int) -> pa.NativeFile:
+def open_data(uri: str, size: int | None = None) -> pa.NativeFile:
     """Open a data file like `opened`, for a file that stays open: read it later within `explained`."""
     with explained(uri):
         source = storage.open_input(uri)
-        compare(uri, "bytes", size, source.size())
+        if size is not None:
+            compare(uri, "bytes", size, source.size())
         return source
 
 
