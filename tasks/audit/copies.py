@@ -1,4 +1,4 @@
-"""Samples of a streaming-ready copy: opened, from the raw row to the step of a training, and made again.
+"""Samples of a streaming-ready copy: explained, from the raw row to the step of a training, and made again.
 
 A replay checks order, ids, labels and values. All rows of the source are read for their ids and splits, since these
 decide the place of each sample: about thirty bytes a row are held. Only the rows of the requested samples are encoded.

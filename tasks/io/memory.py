@@ -1,4 +1,4 @@
-"""Memory that a process has freed: allocators keep it, often several times what was ever needed at once."""
+"""Memory and garbage: allocators keep what a process has freed, and collecting garbage takes time while it imports."""
 
 from __future__ import annotations
 
